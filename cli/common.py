@@ -1,0 +1,105 @@
+"""What all commands share: a config from file and overrides, messages, one-line errors and exit codes."""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import draccus
+
+from sae.errors import ConfigError, Stopped, nearest
+from sae.settings import decode, describe, merge, parse_value, read_yaml, set_dotted
+
+T = TypeVar("T")
+DONE, ERROR, BAD_USAGE, STOPPED = 0, 1, 2, 75
+
+
+def configs(kind: str) -> dict[str, Path]:
+    """Returns the shipped configs of a command by name."""
+    return {path.stem: path for path in sorted(Path(str(files("configs") / kind)).glob("*.yaml"))}
+
+
+def config_path(name: str, kind: str) -> Path:
+    """Returns the file of a config given as a shipped name or a path."""
+    shipped = configs(kind)
+    if name in shipped:
+        return shipped[name]
+    if not Path(name).is_file():
+        raise ConfigError(f"--config: no file and no shipped config {name!r}.{nearest(name, shipped)} "
+                          f"Shipped: {', '.join(shipped)}")
+    return Path(name)
+
+
+def read_config(kind: type[T], path: Path | None, overrides: list[str]) -> T:
+    """Returns defaults, then the file, then overrides ("--coder.selection.k 64" or "--coder.selection.k=64")."""
+    data: dict[str, Any] = draccus.encode(kind())
+    if path is not None:
+        data = merge(data, read_yaml(path))
+    for key, value in _pairs(overrides):
+        set_dotted(data, key, parse_value(value))
+    return decode(kind, data)
+
+
+def _pairs(overrides: list[str]) -> list[tuple[str, str]]:
+    pairs, rest = [], list(overrides)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r}: expected --field value (see --help-fields)")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"--{key}: its value is missing")
+            value = rest.pop(0)
+        pairs.append((key.replace("-", "_"), value))
+    return pairs
+
+
+def field_help(kind: type[Any]) -> str:
+    """Returns one paragraph per config field: name, default, meaning."""
+    return "\n".join(f"  --{name}  (default: {default})\n      {doc}" for name, default, doc in describe(kind))
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are ConfigErrors, so that every command fails in the same way."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Raises ConfigError."""
+        raise ConfigError(message)
+
+
+def run(command: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0 done, 1 error, 2 bad usage or config, 75 stopped by a signal.
+
+    Errors are one line on stderr; `--debug` adds the traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    if debug:
+        arguments.remove("--debug")
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
+    for noisy in ("httpx", "transformers", "datasets", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        return command(arguments)
+    except Stopped as stopped:
+        print(f"stopped {stopped}", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return BAD_USAGE if isinstance(error, ConfigError) else ERROR
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{type(error).__name__}: {text}"

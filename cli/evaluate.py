@@ -1,0 +1,66 @@
+"""sae-eval: held-out metrics of a saved coder, or of every coder of a run, as a table and one JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+from cli.common import DONE, Parser, read_config, run
+from sae.errors import ConfigError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run(command, argv)
+
+
+def command(argv: list[str]) -> int:
+    """Parses and acts."""
+    parser = Parser("sae-eval", description=__doc__)
+    parser.add_argument("path", help="a run folder, or the folder of one coder")
+    parser.add_argument("--tokens", type=int, default=65_536, help="held-out tokens (default: %(default)s)")
+    parser.add_argument("--nulls", action="store_true", help="also an untrained dictionary and PCA at the same L0")
+    parser.add_argument("--json", metavar="FILE", help="write the metrics here (default: below the run folder)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options, overrides = parser.parse_known_args(argv)
+    if options.tokens < 1:
+        raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
+    path = Path(options.path).expanduser()
+
+    from sae import hub
+    from sae.config import TrainConfig
+    from sae.evaluation import evaluate
+    from sae.files import write_json
+    from sae.formats import native
+    from sae.models import load_language_model
+    from sae.report import table
+    from sae.stopping import stop_flag
+    from sae.text import tokenize
+
+    folders = sorted(p.parent for p in path.rglob(native.CONFIG) if native.detect(p.parent))
+    if not folders:
+        raise ConfigError(f"path: {path} holds no saved coder (a folder with {native.CONFIG} and {native.WEIGHTS})")
+    run_config = next((p / "config.yaml" for p in (path, *path.parents) if (p / "config.yaml").is_file()), None)
+    config = read_config(TrainConfig, run_config, overrides)
+    coders = {str(f.relative_to(path)) if f != path else f.name: hub.load(f) for f in folders}
+    first = next(iter(coders.values())).spec.reads
+    model = config.model.name if run_config or not first else first[0].model
+    with stop_flag() as stop:
+        lm = load_language_model(
+            model, config.model.revision, config.model.dtype, config.model.device, options.trust_remote_code
+        )
+        text = tokenize(config.text, lm.tokenizer, lm.fingerprint(), should_stop=stop)
+        coders = {name: coder.to(lm.device) for name, coder in coders.items()}
+        found = evaluate(coders, lm, text.held_out, options.tokens, options.nulls, stop)
+    for name, result in found.items():
+        print(name)
+        for label, shown in table(result):
+            print(f"  {label:42}{shown}")
+    target = Path(options.json) if options.json else path / "sae-eval.json"
+    write_json(target, json.loads(json.dumps(found)))
+    print(f"\njson         {target}")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""sae-train: train, evaluate and save sparse coders on a language model's activations."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from cli.common import BAD_USAGE, DONE, Parser, config_path, configs, field_help, read_config, run
+from sae.errors import ConfigError
+
+EPILOG = """Every config field is an option: --coder.selection.k 64 --activations.sites '[layers.3]'.
+Examples:
+  sae-train                                          the embedded quickstart: under two minutes, nothing downloaded
+  sae-train --config topk --model.name gpt2 --activations.sites '[h.6]'
+  sae-train --resume runs/quickstart                 continue bit for bit
+  torchrun --nproc-per-node 2 -m cli.train --config topk
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run(command, argv)
+
+
+def command(argv: list[str]) -> int:
+    """Parses and acts."""
+    from argparse import RawDescriptionHelpFormatter
+
+    parser = Parser("sae-train", description=__doc__, epilog=EPILOG, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="NAME|FILE", help="a shipped config or a YAML file (default: quickstart)")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would take, touch nothing")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+    parser.add_argument("--list-configs", action="store_true", help="list the shipped configs and exit")
+    parser.add_argument("--help-fields", action="store_true", help="list every config field and exit")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options, overrides = parser.parse_known_args(argv)
+    if options.list_configs:
+        return _list_configs()
+
+    from sae.config import TrainConfig
+
+    if options.help_fields:
+        print(field_help(TrainConfig))
+        return DONE
+    if options.resume and options.config:
+        raise ConfigError("--config: a resumed run has its own; change fields one by one, for example --log.every_steps 50")
+    folder = Path(options.resume) if options.resume else None
+    if folder is not None and not (folder / "config.yaml").is_file():
+        raise ConfigError(f"--resume: {folder} is not the folder of a run; it has no config.yaml")
+    path = folder / "config.yaml" if folder else config_path(options.config or "quickstart", "train")
+    config = read_config(TrainConfig, path, overrides)
+    if folder:
+        _only_harmless(config, read_config(TrainConfig, path, []))
+    config.validate()
+    if options.print_config:
+        from sae.settings import to_yaml
+
+        print(to_yaml(config), end="")
+        return DONE
+    if options.dry_run:
+        from sae.estimate import estimate
+
+        print("\n".join(estimate(config, options.trust_remote_code).lines()))
+        return DONE
+    return _train(config, folder or _new_folder(config), folder is not None, options.trust_remote_code)
+
+
+def _train(config, folder: Path, resume: bool, trust_remote_code: bool) -> int:  # noqa: ANN001
+    from sae.estimate import estimate
+    from sae.report import table
+    from sae.training import train
+
+    print(f"run folder   {folder}", file=sys.stderr)
+    print("\n".join(estimate(config, trust_remote_code).lines()), file=sys.stderr)
+    result = train(config, resume, trust_remote_code, folder)
+    for name, found in result.metrics.items():
+        print(f"\n{name}")
+        for label, text in table(found):
+            print(f"  {label:42}{text}")
+    if result.metrics:
+        print(f"\nrun folder   {folder}\npicture      {folder / 'report.html'}\nnext         sae-eval {folder}")
+    return DONE
+
+
+def _new_folder(config) -> Path:  # noqa: ANN001
+    """Returns the run's folder; one named by the run alone gets a number if it is taken."""
+    if config.run_dir:
+        return Path(config.run_dir).expanduser()
+    base, number = Path("runs") / config.name, 2
+    folder = base
+    while (folder / "config.yaml").exists():
+        folder = base.with_name(f"{base.name}-{number}")
+        number += 1
+    return folder
+
+
+def _only_harmless(new, old) -> None:  # noqa: ANN001
+    """Refuses a resume that would change what is trained; logging, evaluation and retention may change."""
+    for name in ("log", "checkpoints", "eval", "max_bad_steps"):
+        old = replace(old, **{name: getattr(new, name)})
+    changed = [name for name in new.__dataclass_fields__ if getattr(new, name) != getattr(old, name)]
+    if changed:
+        raise ConfigError(f"--resume: {', '.join(changed)} cannot change in a run that has begun; start a new one")
+
+
+def _list_configs() -> int:
+    for name, path in configs("train").items():
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        print(f"{name:28}{first.lstrip('# ')}")
+    return DONE if configs("train") else BAD_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Labels for the latents of a sparse coder: evidence, explanation, score."""

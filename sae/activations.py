@@ -1,0 +1,327 @@
+"""Tokens -> activations: forward hooks, the early stop, gradients, the mask, and statistics measured before training.
+
+Everything is read in blocks: block b is a fixed set of `block_rows` rows of text, one pass of the language model, and
+holds the activations of its unmasked tokens. A block is the same whether it is computed now or read from disk.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sae.errors import ConfigError, Stopped
+from sae.models import DTYPES, LanguageModel
+from sae.normalization import Normalization
+from sae.seeding import generator
+from sae.spec import MaskSpec, Site
+from sae.store import Shards, ShardWriter
+from sae.text import TokenRows
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Block:
+    """The unmasked tokens of one pass of the language model."""
+
+    activations: dict[str, Float[Tensor, "n d"]]
+    """By site name."""
+    gradients: dict[str, Float[Tensor, "n d"]]
+    """By site name; empty unless asked for."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.activations.values())))
+
+
+def token_mask(tokens: Int[Tensor, "rows context"], mask: MaskSpec) -> Bool[Tensor, "rows context"]:
+    """Returns which positions count: no special token, not among the first `skip_positions` of the row.
+
+    Together with `norm_mask` this is the only definition of the mask: training, statistics and every arm of evaluation.
+    """
+    special = torch.tensor(mask.special_ids, dtype=tokens.dtype, device=tokens.device)
+    keep = ~torch.isin(tokens, special)
+    keep[:, : mask.skip_positions] = False
+    return keep
+
+
+def norm_mask(x: Float[Tensor, "*shape d"], mask: MaskSpec) -> Bool[Tensor, "*shape"]:
+    """Returns which activations are not outliers by norm; NaN counts as kept, so that it is found and not hidden."""
+    if mask.norm_limit is None:
+        return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    return ~(x.float().norm(dim=-1) > mask.norm_limit)
+
+
+class _AllSeen(Exception):  # noqa: N818
+    """Ends the language model's forward pass once every site has been seen."""
+
+
+@contextmanager
+def hooked(model: nn.Module, sites: list[Site], see: Callable[[Site, Tensor], Tensor | None]) -> Iterator[None]:
+    """While open, calls `see(site, tensor)` whenever a site is computed; a returned tensor takes its place.
+
+    Tensors come as [rows, context, d]: heads are flattened, and of a tuple the first member is meant.
+    """
+
+    def swapped(site: Site, whole: Any) -> Any:
+        first = whole[0] if isinstance(whole, tuple) else whole
+        if not isinstance(first, Tensor):
+            raise ConfigError(f"activations.sites: {site.name} is a {type(first).__name__}, not a tensor")
+        new = see(site, first.flatten(2) if first.dim() > 3 else first)
+        if new is None:
+            return None
+        new = new.reshape(first.shape).to(first.dtype)
+        return (new, *whole[1:]) if isinstance(whole, tuple) else new
+
+    def before(site: Site) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                new = swapped(site, args)
+                return None if new is None else (new, kwargs)
+            name = next((key for key in ("hidden_states", "x", "input") if key in kwargs), None)
+            if name is None:
+                raise ConfigError(f"activations.sites: {site.name}: this module is called without a tensor input")
+            new = swapped(site, kwargs[name])
+            return None if new is None else (args, {**kwargs, name: new})
+
+        return hook
+
+    handles = []
+    for site in sites:
+        module = model.get_submodule(site.hook)
+        if site.side == "input":
+            handles.append(module.register_forward_pre_hook(before(site), with_kwargs=True))
+        else:
+            handles.append(module.register_forward_hook(lambda m, args, out, site=site: swapped(site, out)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def capture(
+    lm: LanguageModel, sites: list[Site], tokens: Int[Tensor, "rows context"]
+) -> dict[str, Float[Tensor, "rows context d"]]:
+    """Returns the activations at every site by name. The model stops after the last of them.
+
+    Raises ConfigError naming a site whose module did not run.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def see(site: Site, x: Tensor) -> None:
+        if site.name in seen:
+            raise ConfigError(f"activations.sites: {site.name} runs more than once per pass; its output is not one tensor")
+        seen[site.name] = x.detach()
+        if len(seen) == len(sites):
+            raise _AllSeen
+
+    with torch.no_grad(), hooked(lm.model, sites, see):
+        try:
+            lm.model(input_ids=tokens.to(lm.device), use_cache=False) if lm.is_causal else lm.model(tokens.to(lm.device))
+        except _AllSeen:
+            return seen
+    missing = [site.name for site in sites if site.name not in seen]
+    raise ConfigError(f"activations.sites: {', '.join(missing)} never ran in a forward pass of {lm.name}")
+
+
+def capture_with_gradients(
+    lm: LanguageModel, sites: list[Site], tokens: Int[Tensor, "rows context"], mask: MaskSpec
+) -> tuple[dict[str, Float[Tensor, "rows context d"]], dict[str, Float[Tensor, "rows context d"]]]:
+    """Returns activations and, by site, the gradient of the summed next-token cross-entropy over unmasked tokens.
+
+    The model's weights are frozen, so the graph starts at the lowest site. The last position predicts nothing.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def see(site: Site, x: Tensor) -> Tensor:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        x.retain_grad()
+        seen[site.name] = x
+        return x
+
+    with torch.enable_grad(), hooked(lm.model, sites, see):
+        logits = lm.model(input_ids=tokens.to(lm.device), use_cache=False).logits
+        next_token_losses(logits, tokens.to(lm.device), token_mask(tokens, mask).to(lm.device)).sum().backward()
+    gradients = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in seen.items()}
+    return {name: x.detach() for name, x in seen.items()}, gradients
+
+
+def next_token_losses(
+    logits: Float[Tensor, "rows context vocabulary"],
+    tokens: Int[Tensor, "rows context"],
+    keep: Bool[Tensor, "rows context"],
+) -> Float[Tensor, "counted"]:
+    """Returns -log p(next token) in nats at every kept position but the last, which has no next token."""
+    keep = keep[:, :-1]
+    return nn.functional.cross_entropy(logits[:, :-1][keep].float(), tokens[:, 1:][keep].long(), reduction="none")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Block b of a text: which rows it is made of. Rows are shuffled once, so that a block is a sample of the corpus."""
+
+    rows: TokenRows
+    block_rows: int
+    seed: int
+
+    def __len__(self) -> int:
+        return -(-self.rows.n_rows // self.block_rows)
+
+    def order(self) -> Int[Tensor, "rows"]:
+        """Returns the fixed shuffled order of rows."""
+        return torch.randperm(self.rows.n_rows, generator=generator(self.seed, "rows"))
+
+    def tokens(self, block: int) -> Int[Tensor, "block_rows context"]:
+        """Returns the tokens of one block; the last may have fewer rows."""
+        start = block * self.block_rows
+        return self.rows.tokens(self._order()[start : start + self.block_rows])
+
+    def _order(self) -> Int[Tensor, "rows"]:
+        if "_cached" not in self.__dict__:
+            object.__setattr__(self, "_cached", self.order())
+        return self.__dict__["_cached"]
+
+
+class LiveSource:
+    """Computes blocks with the language model."""
+
+    def __init__(
+        self, lm: LanguageModel, blocks: Blocks, sites: list[Site], mask: MaskSpec, dtype: str, gradients: bool = False
+    ) -> None:
+        self.lm, self.blocks, self.sites, self.mask, self.gradients = lm, blocks, sites, mask, gradients
+        self.dtype = DTYPES[dtype]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def read(self, block: int) -> Block:
+        """Returns one block."""
+        tokens = self.blocks.tokens(block)
+        keep = token_mask(tokens, self.mask).to(self.lm.device)
+        if self.gradients:
+            activations, gradients = capture_with_gradients(self.lm, self.sites, tokens, self.mask)
+        else:
+            activations, gradients = capture(self.lm, self.sites, tokens), {}
+        return Block(self._kept(activations, keep), self._kept(gradients, keep))
+
+    def _kept(self, tensors: dict[str, Tensor], keep: Bool[Tensor, "rows context"]) -> dict[str, Tensor]:
+        return {site.name: tensors[site.name][keep].to(self.dtype) for site in self.sites if site.name in tensors}
+
+
+class CachedSource:
+    """Reads blocks from disk and computes, once, those that are not there yet (live + write-through).
+
+    One block is one shard, so that blocks may be stored in any order, by any rank, and be repaired alone.
+    """
+
+    def __init__(self, live: LiveSource, folder: Any, fingerprint: dict[str, Any], part: str = "0") -> None:
+        self.live, self.writer = live, ShardWriter(folder, "activations", fingerprint, part=part)
+        self.stored = Shards(folder, "activations", fingerprint, partial=True)
+
+    def __len__(self) -> int:
+        return len(self.live)
+
+    def read(self, block: int) -> Block:
+        """Returns one block, stored from then on."""
+        if block not in self.stored:
+            made = self.live.read(block)
+            tensors = {f"activations/{name}": x for name, x in made.activations.items()}
+            tensors |= {f"gradients/{name}": x for name, x in made.gradients.items()}
+            self.stored.add(block, self.writer.write(block, tensors))
+            return made
+        tensors = self.stored.read(block)
+        return Block(*({k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(p)} for p in ("a", "g")))
+
+    def fill(self, blocks: range, should_stop: Callable[[], bool], progress: Callable[[int], None]) -> None:
+        """Stores all of `blocks`; raises Stopped between two of them when asked to."""
+        for block in blocks:
+            if should_stop():
+                raise Stopped("while storing activations")
+            if block not in self.stored:
+                self.read(block)
+            progress(block)
+
+
+Source = LiveSource | CachedSource
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is measured at one site before step 0, on unmasked training tokens."""
+
+    mask: MaskSpec
+    """The token mask with the norm limit measured here."""
+    normalization: Normalization
+    """The coder's normalization with its scale measured here."""
+    mean: Float[Tensor, "d"]
+    """Mean of the normalized activations."""
+    geometric_median: Float[Tensor, "d"]
+    """Point with the least summed distance to them."""
+    variance: float
+    """E|y - mean|^2 of the normalized activations."""
+    median_norm: float
+    """Median Euclidean norm of the raw activations."""
+    tokens: int
+    """Tokens measured, outliers included."""
+    outliers: int
+    """Of these, beyond the norm limit."""
+
+
+def sample(source: Source, site: str, tokens: int, should_stop: Callable[[], bool]) -> Float[Tensor, "n d"]:
+    """Returns about `tokens` activations of a site from blocks spread evenly over the text."""
+    parts, found, n_blocks = [], 0, len(source)
+    stride = max(1, n_blocks // max(1, -(-tokens // max(1, len(source.read(0))))))
+    for block in range(0, n_blocks, stride):
+        if should_stop():
+            raise Stopped("while measuring statistics")
+        parts.append(source.read(block).activations[site].float())
+        found += len(parts[-1])
+        if found >= tokens:
+            break
+    return torch.cat(parts)[:tokens]
+
+
+def measure(x: Float[Tensor, "n d"], mask: MaskSpec, norm_filter: float, normalization: Normalization) -> Statistics:
+    """Returns the statistics of raw activations x: norm limit, input scale, then mean and variance of what is left."""
+    if not len(x):
+        raise ConfigError("text: every token is masked (special tokens and skipped positions); nothing is left to train on")
+    if not torch.isfinite(x).all():
+        raise ConfigError(f"activations: {int((~torch.isfinite(x)).any(1).sum())} of {len(x)} tokens hold NaN or Inf")
+    norms = x.norm(dim=1)
+    median = float(norms.median())
+    limit = norm_filter * median if norm_filter else None
+    mask = MaskSpec(mask.special_ids, mask.skip_positions, limit)
+    kept = x[norm_mask(x, mask)]
+    if normalization.kind == "scalar" and normalization.scale == 1.0:
+        root = float(kept.double().square().sum(1).mean().sqrt())
+        scale = x.shape[1] ** 0.5 / root if root > 0 else 1.0
+        normalization = Normalization("scalar", scale, normalization.eps, normalization.unbiased)
+    y = normalization.apply(kept)[0].double()
+    mean = y.mean(0)
+    variance = float((y - mean).square().sum(1).mean())
+    return Statistics(
+        mask,
+        normalization,
+        mean.float(),
+        geometric_median(y).float(),
+        max(variance, 1e-30),
+        median,
+        len(x),
+        len(x) - len(kept),
+    )
+
+
+def geometric_median(x: Float[Tensor, "n d"], rounds: int = 100, tolerance: float = 1e-7) -> Float[Tensor, "d"]:
+    """Returns the point with the least summed distance to the rows of x, by Weiszfeld's iteration."""
+    center = x.mean(0)
+    for _ in range(rounds):
+        weights = 1 / (x - center).norm(dim=1).clamp_min(1e-12)
+        moved = (weights[:, None] * x).sum(0) / weights.sum()
+        if (moved - center).norm() <= tolerance * center.norm().clamp_min(1e-12):
+            return moved
+        center = moved
+    return center

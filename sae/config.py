@@ -1,0 +1,257 @@
+"""What a training run is: frozen dataclasses, one docstring a field, checked before anything loads."""
+
+import itertools
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import draccus
+
+from sae import objectives as objectives_package
+from sae import plugins
+from sae import selection as selection_package
+from sae.errors import ConfigError
+from sae.normalization import Normalization
+from sae.objectives import Objective
+from sae.objectives.auxk import AuxK
+from sae.objectives.reconstruction import Reconstruction
+from sae.optim import OptimConfig
+from sae.selection import Selection
+from sae.selection.topk import TopK
+from sae.settings import at_least, choose, decode, merge, set_dotted
+from sae.spec import DECODER_NORMS
+from sae.text import TextConfig
+
+plugins.discover(selection_package)
+plugins.discover(objectives_package)
+
+LANES = 64
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The language model whose activations are read."""
+
+    name: str = "quickstart"
+    """"quickstart" (the model shipped with this package), a Hugging Face hub id, a folder, or a .gguf file."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: str = "auto"
+    """Precision of the model: auto (float32 on CPU, the checkpoint's on GPU), float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, mps ..."""
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field whose value is not allowed."""
+        choose("model.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True)
+class ActivationConfig:
+    """Where activations come from and which of them count."""
+
+    sites: tuple[str, ...] = ("layers.2",)
+    """Module paths, globs ("layers.*.mlp") or TransformerLens names; ":input" reads the module's input."""
+    source: str = "live"
+    """live (recompute), disk (compute all first, then read), write_through (compute once, store, then read)."""
+    block_rows: int = 8
+    """Rows of text in one pass of the language model. The 64 lanes shuffle 64 x block_rows rows at a time."""
+    dtype: str = "float32"
+    """Precision in which activations are kept and stored: float32, bfloat16 or float16."""
+    skip_positions: int = 1
+    """First positions of every row that are masked, whatever token stands there."""
+    norm_filter: float = 10.0
+    """Tokens whose activation norm exceeds this multiple of the median are masked; 0 keeps all."""
+    gradients: bool = False
+    """Also capture the gradient of the summed next-token cross-entropy at every site."""
+    statistics_tokens: int = 32_768
+    """Tokens from which mean, variance, median norm and input scale are measured before step 0."""
+    prefetch_blocks: int | None = None
+    """Blocks read ahead in a thread; none: 64, or 0 where model and coder share the CPU and would only compete."""
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field whose value is not allowed."""
+        choose("activations.source", self.source, ("live", "disk", "write_through"))
+        choose("activations.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        at_least("activations.block_rows", self.block_rows, 1)
+        at_least("activations.skip_positions", self.skip_positions, 0)
+        at_least("activations.norm_filter", self.norm_filter, 0)
+        at_least("activations.statistics_tokens", self.statistics_tokens, 1)
+        if not self.sites:
+            raise ConfigError("activations.sites: empty; name at least one module, for example layers.2")
+
+
+@dataclass(frozen=True)
+class CoderConfig:
+    """The coder: its width, how it selects, what it minimizes."""
+
+    d_sae: int = 0
+    """Number of latents; 0 means expansion x d_in."""
+    expansion: int = 8
+    """Latents per input dimension where d_sae is 0."""
+    selection: Selection = field(default_factory=TopK)
+    """The sparsifying rule."""
+    objectives: dict[str, Objective] = field(
+        default_factory=lambda: {"reconstruction": Reconstruction(), "auxk": AuxK()}
+    )
+    """Terms of the loss by name; the weight 0 leaves a term out."""
+    normalization: Normalization = field(default_factory=Normalization)
+    """What is done to activations before the encoder and undone after the decoder."""
+    pre_bias: str = "decoder"
+    """What is subtracted before the encoder: the decoder bias, or none."""
+    center: str = "mean"
+    """Where b_dec starts: mean or geometric_median of the training activations, or zero."""
+    decoder_norm: str = "unit"
+    """unit keeps decoder rows at norm 1, free does not."""
+    select_by_decoder_norm: bool = False
+    """Whether selection compares pre-activations times decoder norms."""
+    seed: int = 0
+    """Seed of the weights; the order of data has its own."""
+
+    def width(self, d_in: int) -> int:
+        """Returns d_sae for activations of width d_in."""
+        return self.d_sae or self.expansion * d_in
+
+    def validate(self, d_in: int | None = None) -> None:
+        """Raises ConfigError naming the field whose value is not allowed; widths are checked once d_in is known."""
+        choose("coder.pre_bias", self.pre_bias, ("decoder", "none"))
+        choose("coder.center", self.center, ("mean", "geometric_median", "zero"))
+        choose("coder.decoder_norm", self.decoder_norm, DECODER_NORMS)
+        self.normalization.validate("coder.normalization")
+        at_least("coder.d_sae", self.d_sae, 0)
+        at_least("coder.expansion", self.expansion, 1)
+        if not self.objectives:
+            raise ConfigError("coder.objectives: empty; at least one term is needed, for example reconstruction")
+        d_sae = self.d_sae or (d_in and self.expansion * d_in)
+        if d_sae:
+            self.selection.validate(d_sae)
+            for objective in self.objectives.values():
+                objective.validate(d_in or d_sae, d_sae)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation."""
+
+    tokens: int = 16_384
+    """Held-out tokens for the final evaluation."""
+    every_steps: int = 0
+    """Also evaluate every so many steps; 0 only at the end."""
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field whose value is not allowed."""
+        at_least("eval.tokens", self.tokens, 1)
+        at_least("eval.every_steps", self.every_steps, 0)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and how many to keep."""
+
+    every_steps: int = 1000
+    """A checkpoint every so many steps; one is always written at the end and on a signal."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field whose value is not allowed."""
+        at_least("checkpoints.every_steps", self.every_steps, 1)
+        at_least("checkpoints.keep", self.keep, 1)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written while training runs."""
+
+    every_steps: int = 10
+    """A line of metrics.jsonl every so many steps."""
+    tracker: str = "none"
+    """Also send metrics to: none, wandb or trackio."""
+    project: str = "sae-interp"
+    """The tracker's project."""
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field whose value is not allowed."""
+        at_least("log.every_steps", self.every_steps, 1)
+        choose("log.tracker", self.tracker, ("none", "wandb", "trackio"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: text -> activations -> one coder per site and grid point."""
+
+    name: str = "run"
+    """Name of the run; its folder is runs/<name> unless run_dir says otherwise."""
+    run_dir: str | None = None
+    """Folder of the run."""
+    seed: int = 0
+    """Seed of the data order."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    activations: ActivationConfig = field(default_factory=ActivationConfig)
+    coder: CoderConfig = field(default_factory=CoderConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    """Several coders from one pass: {"coder.selection.k": [16, 32], "optim.lr": [...]} trains every combination."""
+    tokens: int = 1_000_000
+    """Training tokens, repeats over several epochs counted."""
+    batch_tokens: int = 1024
+    """Tokens of one optimizer step, over all ranks; a multiple of 64."""
+    micro_batch_tokens: int = 0
+    """Tokens of one forward and backward pass; 0 takes the batch whole. Changes memory, not results."""
+    precision: str = "float32"
+    """Precision of the dense encoder product: float32 or bfloat16. Everything else is float32."""
+    max_bad_steps: int = 0
+    """Steps with NaN or Inf that are skipped before the run stops."""
+    dead_after_tokens: int | None = None
+    """A latent silent for so many tokens is dead; none: a tenth of the tokens, at most 10 million."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def steps(self) -> int:
+        """Returns the number of optimizer steps."""
+        return self.tokens // self.batch_tokens
+
+    @property
+    def dead_after(self) -> int:
+        """Returns after how many silent tokens a latent is dead."""
+        return self.dead_after_tokens or min(10_000_000, max(1, self.tokens // 10))
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the first field whose value is not allowed."""
+        for part in (self.model, self.text, self.activations, self.optim, self.eval, self.checkpoints, self.log):
+            part.validate()
+        at_least("batch_tokens", self.batch_tokens, LANES)
+        if self.batch_tokens % LANES:
+            raise ConfigError(f"batch_tokens: {self.batch_tokens} is not a multiple of {LANES}, the number of lanes")
+        if self.tokens < self.batch_tokens:
+            raise ConfigError(f"tokens: {self.tokens} is less than one batch ({self.batch_tokens} tokens)")
+        at_least("micro_batch_tokens", self.micro_batch_tokens, 0)
+        at_least("max_bad_steps", self.max_bad_steps, 0)
+        choose("precision", self.precision, ("float32", "bfloat16"))
+        for _, coder, optim in self.points():
+            coder.validate()
+            optim.validate()
+
+    def points(self) -> list[tuple[str, CoderConfig, OptimConfig]]:
+        """Returns (label, coder, optim) of every grid point; a run without a grid is one point with an empty label."""
+        if not self.grid:
+            return [("", self.coder, self.optim)]
+        for key in self.grid:
+            if key.split(".")[0] not in ("coder", "optim"):
+                raise ConfigError(f"grid: {key!r} is not a field below coder or optim")
+        base = {"coder": draccus.encode(self.coder), "optim": draccus.encode(self.optim)}
+        found = []
+        for values in itertools.product(*self.grid.values()):
+            data = merge({}, base)
+            for key, value in zip(self.grid, values, strict=True):
+                set_dotted(data, key, value)
+            coder, optim = decode(CoderConfig, data["coder"], "coder"), decode(OptimConfig, data["optim"], "optim")
+            label = ",".join(f"{key.split('.')[-1]}={value}" for key, value in zip(self.grid, values, strict=True))
+            found.append((label, coder, optim))
+        return found
+
+    def with_(self, **changes: Any) -> "TrainConfig":
+        """Returns a copy with some fields replaced."""
+        return replace(self, **changes)

@@ -1,0 +1,64 @@
+"""Ranks: what torchrun, `accelerate launch` and srun set in the environment, and the few collectives that are needed."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start() -> None:
+    """Joins the process group if the environment names one; a single process needs none."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Returns this process's number, 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Returns the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def total(value: Tensor) -> Tensor:
+    """Returns the sum of `value` over ranks."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def total_(*tensors: Tensor) -> None:
+    """Replaces each tensor by its sum over ranks, one collective per data type."""
+    if not dist.is_initialized():
+        return
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        group = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        dist.all_reduce(flat)
+        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(part.reshape(tensor.shape))
+
+
+def any_rank(flag: bool) -> bool:
+    """Returns whether the flag is set on any rank, so that all ranks stop at the same step."""
+    return bool(total(torch.tensor(int(flag), device="cuda" if _uses_nccl() else "cpu")) > 0)
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _uses_nccl() -> bool:
+    return dist.is_initialized() and dist.get_backend() == "nccl"

@@ -1,0 +1,149 @@
+"""What a run will take, before anything loads: parameters, memory, disk, FLOPs and time.
+
+The language model is built on torch's meta device, which knows every shape and holds no data, so widths and parameter
+counts are exact; sites are resolved and a pass is traced on it, so a mistyped or unused hook is found here as well.
+"""
+
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from sae.activations import capture
+from sae.config import LANES, TrainConfig
+from sae.models import DTYPES, LanguageModel, is_causal, load_config, resolve_device
+from sae.progress import duration
+from sae.sites import resolve
+from sae.spec import Site
+
+FLOAT = 4
+EVALUATION_COPIES = 7  # logits of one pass: clean, patched, and the float32 intermediates of CE and KL
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes of a run. Bytes, FLOPs and seconds; time is rough, the rest follows from shapes."""
+
+    widths: dict[str, int]
+    """Activation width by site."""
+    lm_parameters: int
+    coder_parameters: int
+    """Summed over all coders."""
+    memory: dict[str, int]
+    """Peak bytes by what holds them; the peak of a run is the baseline plus the larger of training and evaluation."""
+    disk: int
+    flops: float
+    seconds: float
+
+    @property
+    def peak_memory(self) -> int:
+        """Returns the estimated peak of the process in bytes."""
+        m = self.memory
+        return m["process"] + m["model"] + m["coders"] + max(m["pool"] + m["step"], m["evaluation"])
+
+    def lines(self) -> list[str]:
+        """Returns the estimate as lines for people."""
+        parts = ", ".join(f"{name} {size(value)}" for name, value in self.memory.items())
+        return [
+            f"sites        {', '.join(f'{name} (d {d})' for name, d in self.widths.items())}",
+            f"parameters   {self.lm_parameters:,} in the model, {self.coder_parameters:,} in the coders",
+            f"memory       {size(self.peak_memory)} at the peak ({parts})",
+            f"disk         {size(self.disk)}",
+            f"compute      {self.flops:.3g} FLOPs, about {duration(self.seconds)} at this machine's measured speed",
+        ]
+
+
+def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
+    """Returns what a config will take on this machine; ConfigError for what the run itself would refuse."""
+    config.validate()
+    lm = meta_model(config, trust_remote_code)
+    sites = resolve(lm.model, config.activations.sites, config.model.name)
+    probe = torch.zeros(1, 2, dtype=torch.int32, device="meta")
+    widths = {name: x.shape[-1] for name, x in capture(lm, sites, probe).items()}
+    sizes = []
+    for site in sites:
+        for _, coder, optim in config.points():
+            coder.validate(widths[site.name])
+            d, d_sae = widths[site.name], coder.width(widths[site.name])
+            sizes.append((d, d_sae, 2 * d * d_sae + d + d_sae, 5 if optim.ema else 4))
+    context, settings = config.text.context_length, config.activations
+    item = DTYPES[settings.dtype].itemsize
+    row = sum(widths.values()) * item * (2 if settings.gradients else 1)
+    block = settings.block_rows * context * row
+    weights = sum(p.numel() for p in lm.model.parameters())
+    itemsize = FLOAT if resolve_device(config.model.device).type == "cpu" else 2
+    micro = config.micro_batch_tokens or config.batch_tokens
+    vocabulary = getattr(lm.model.config.get_text_config(), "vocab_size", 0)
+    parameters = sum(count for *_, count, _ in sizes)
+    ahead = settings.prefetch_blocks if settings.prefetch_blocks is not None else (LANES if settings.source == "disk" else 0)
+    memory = {
+        "process": psutil.Process().memory_info().rss,
+        "model": weights * itemsize,
+        "coders": sum(count * copies * FLOAT for *_, count, copies in sizes),
+        "pool": block * (LANES + ahead),
+        "step": max(3 * micro * d_sae * FLOAT + 8 * micro * d * FLOAT + count * FLOAT for d, d_sae, count, _ in sizes)
+        + 4 * settings.block_rows * context * _width(lm) * FLOAT,
+        "evaluation": EVALUATION_COPIES * evaluation_rows(context, vocabulary) * context * vocabulary * FLOAT,
+    }
+    stored = min(config.tokens, config.text.max_tokens or config.tokens)
+    disk = (config.checkpoints.keep * 3 + 1) * parameters * FLOAT + 8 * stored
+    disk += stored * row if settings.source != "live" else 0
+    seen = config.tokens if settings.source == "live" else stored
+    flops = 2.0 * _parameters_below(lm, sites) * seen
+    flops += sum(config.tokens * 2.0 * d * d_sae * 1.6 for d, d_sae, *_ in sizes)  # the dense encoder and, sparse, the rest
+    flops += 2.0 * weights * config.eval.tokens * 4 * len(sizes) if lm.is_causal else 0
+    return Estimate(widths, weights, parameters, memory, disk, flops, flops / measured_flops_per_s())
+
+
+def meta_model(config: TrainConfig, trust_remote_code: bool = False) -> LanguageModel:
+    """Returns the model's architecture without weights."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    found = load_config(config.model.name, config.model.revision, trust_remote_code)
+    causal = is_causal(found)
+    with torch.device("meta"):
+        auto = AutoModelForCausalLM if causal else AutoModel
+        model = auto.from_config(found, trust_remote_code=trust_remote_code)
+    return LanguageModel(model.eval(), None, config.model.name, config.model.revision, causal)  # type: ignore[arg-type]
+
+
+def evaluation_rows(context: int, vocabulary: int) -> int:
+    """Returns how many rows the evaluation runs at once: their logits stay below 2^25 numbers."""
+    return max(1, min(16, 2**25 // max(1, context * vocabulary)))
+
+
+def measured_flops_per_s() -> float:
+    """Returns the speed of a float32 matrix product here, timed for a tenth of a second."""
+    device = resolve_device("auto")
+    a = torch.randn(512, 512, device=device)
+    a @ a
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.1:
+        float((a @ a)[0, 0])
+        count += 1
+    return count * 2 * 512**3 / (time.perf_counter() - began)
+
+
+def size(count: float) -> str:
+    """Returns a number of bytes as people say it."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _width(lm: LanguageModel) -> int:
+    return getattr(lm.model.config.get_text_config(), "hidden_size", 0)
+
+
+def _parameters_below(lm: LanguageModel, sites: list[Site]) -> int:
+    """Returns the parameters that run before the last site is seen: the early stop saves the rest."""
+    order = [name for name, _ in lm.model.named_modules()]
+    last = max(order.index(site.hook) for site in sites)
+    inside = {id(p) for site in sites for p in lm.model.get_submodule(site.hook).parameters()}
+    before = {id(p) for name in order[: last + 1] for p in lm.model.get_submodule(name).parameters(recurse=False)}
+    embedding = lm.model.get_input_embeddings()
+    skipped = {id(p) for p in embedding.parameters()} if embedding is not None else set()
+    return sum(p.numel() for p in lm.model.parameters() if id(p) in (before | inside) - skipped)

@@ -1,0 +1,161 @@
+"""Held-out evaluation: how well a coder reconstructs, and what the language model loses when it is spliced in.
+
+Pass 1 stops the model at the last site and gathers reconstruction metrics and the mean activation. Pass 2 runs the whole
+model clean, spliced, zero-ablated and mean-ablated. The same mask holds in every arm: masked positions are neither
+replaced nor counted. Losses are averaged over tokens first; ratios are formed once, at the end.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.activations import capture, hooked, next_token_losses, norm_mask, token_mask
+from sae.coder import SparseCoder
+from sae.errors import ConfigError, Stopped
+from sae.intervene import replace_at, splice
+from sae.metrics import Moments, Reconstruction, kl_divergence, recovered
+from sae.models import LanguageModel
+from sae.nulls import null_fvus
+from sae.text import TokenRows
+
+ROWS_PER_PASS = 8
+
+
+def evaluate(
+    coders: SparseCoder | dict[str, SparseCoder],
+    lm: LanguageModel,
+    rows: TokenRows,
+    tokens: int = 16_384,
+    nulls: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Returns the metrics of a coder on the first `tokens` held-out tokens; of several coders, a dict by name.
+
+    Keys: `reconstruction` (with the norm filter) and `reconstruction_unfiltered`, `density`, `loss` (CE and KL of every
+    arm; absent for a model that predicts no next token), `nulls` on request. Units are nats per token.
+    """
+    several = coders if isinstance(coders, dict) else {"": coders}
+    for name, coder in several.items():
+        if not coder.spec.reads or not coder.spec.writes:
+            raise ConfigError(f"coder {name}: its spec names no site to read; set spec.reads and spec.writes")
+    n_rows = min(rows.n_rows, max(1, -(-tokens // rows.context_length)))
+    batches = [rows.tokens(torch.arange(i, min(i + ROWS_PER_PASS, n_rows))) for i in range(0, n_rows, ROWS_PER_PASS)]
+    with torch.no_grad():
+        results, means = _reconstruct(several, lm, batches, nulls, should_stop)
+        if lm.is_causal:
+            losses = _losses(several, lm, batches, means, should_stop)
+            for name in several:
+                results[name]["loss"] = losses[name]
+    return results if isinstance(coders, dict) else results[""]
+
+
+def _reconstruct(
+    coders: dict[str, SparseCoder],
+    lm: LanguageModel,
+    batches: list[Int[Tensor, "rows context"]],
+    nulls: bool,
+    should_stop: Callable[[], bool],
+) -> tuple[dict[str, Any], dict[str, Float[Tensor, "d"]]]:
+    sites = list({site.name: site for c in coders.values() for site in (c.spec.reads[0], c.spec.writes[0])}.values())
+    filtered = {name: Reconstruction(coder.spec.d_sae) for name, coder in coders.items()}
+    unfiltered = {name: Reconstruction(coder.spec.d_sae) for name, coder in coders.items()}
+    moments = {name: Moments() for name in coders}
+    held: dict[str, list[Tensor]] = {name: [] for name in coders}
+    for batch in batches:
+        _poll(should_stop)
+        seen = capture(lm, sites, batch)
+        for name, coder in coders.items():
+            spec = coder.spec
+            keep = token_mask(batch, spec.mask).to(lm.device)
+            x, target = seen[spec.reads[0].name][keep].float(), seen[spec.writes[0].name][keep].float()
+            usual = norm_mask(x, spec.mask)
+            out, latents = coder(x)
+            unfiltered[name].update(target, out, latents)
+            if usual.all():
+                filtered[name].update(target, out, latents)
+            else:
+                filtered[name].update(target[usual], *coder(x[usual]))
+            moments[name].update(target[usual])
+            if nulls:
+                held[name].append(x[usual].cpu())
+    results = {}
+    for name in coders:
+        unmasked = unfiltered[name].result()
+        results[name] = {
+            "reconstruction": filtered[name].result(),
+            "reconstruction_unfiltered": {key: unmasked[key] for key in ("tokens", "fvu", "ev")},
+            "density": filtered[name].density(),
+        }
+        if nulls:
+            x = torch.cat(held[name])
+            results[name]["nulls"] = null_fvus(coders[name], x[::2], x[1::2])
+    return results, {name: m.mean.float() for name, m in moments.items()}
+
+
+def _losses(
+    coders: dict[str, SparseCoder],
+    lm: LanguageModel,
+    batches: list[Int[Tensor, "rows context"]],
+    means: dict[str, Float[Tensor, "d"]],
+    should_stop: Callable[[], bool],
+) -> dict[str, dict[str, Any]]:
+    sums: dict[str, dict[str, float]] = {name: {} for name in coders}
+    counts = dict.fromkeys(coders, 0)
+
+    def logits(tokens: Tensor) -> Tensor:
+        return lm.model(input_ids=tokens, use_cache=False).logits
+
+    for batch in batches:
+        tokens = batch.to(lm.device)
+        seen: dict[str, Tensor] = {}
+        reads = list({coder.spec.reads[0].name: coder.spec.reads[0] for coder in coders.values()}.values())
+        with hooked(lm.model, reads, lambda site, x, seen=seen: seen.update({site.name: x})):
+            clean = logits(tokens)
+        for name, coder in coders.items():
+            _poll(should_stop)
+            spec, mean, total = coder.spec, means[name].to(lm.device), sums[name]
+            keep = token_mask(tokens, spec.mask) & norm_mask(seen[spec.reads[0].name], spec.mask)
+            arms: dict[str, Any] = {
+                "spliced": splice(lm.model, coder, keep),
+                "zero": replace_at(lm.model, spec.writes[0], torch.zeros_like, keep),
+                "mean": replace_at(lm.model, spec.writes[0], lambda x, m=mean: m.to(x.dtype).expand_as(x), keep),
+            }
+            clean_losses = next_token_losses(clean, tokens, keep)
+            counts[name] += len(clean_losses)
+            _add(total, "clean", clean_losses)
+            for arm, change in arms.items():
+                with change:
+                    patched = logits(tokens)
+                _add(total, arm, next_token_losses(patched, tokens, keep))
+                _add(total, f"kl_{arm}", kl_divergence(clean, patched, keep))
+    return {name: _loss_table(sums[name], counts[name]) for name in coders}
+
+
+def _loss_table(sums: dict[str, float], count: int) -> dict[str, Any]:
+    ce = {name: value / max(1, count) for name, value in sums.items()}
+    return {
+        "tokens": count,
+        "ce_clean": ce["clean"],
+        "ce_spliced": ce["spliced"],
+        "ce_zero": ce["zero"],
+        "ce_mean": ce["mean"],
+        "ce_added": ce["spliced"] - ce["clean"],
+        "ce_recovered": recovered(ce["clean"], ce["spliced"], ce["zero"]),
+        "ce_recovered_from_mean": recovered(ce["clean"], ce["spliced"], ce["mean"]),
+        "kl_spliced": ce["kl_spliced"],
+        "kl_zero": ce["kl_zero"],
+        "kl_mean": ce["kl_mean"],
+        "kl_score": recovered(0.0, ce["kl_spliced"], ce["kl_zero"]),
+    }
+
+
+def _add(sums: dict[str, float], name: str, losses: Float[Tensor, "n"]) -> None:
+    sums[name] = sums.get(name, 0.0) + float(losses.double().sum())
+
+
+def _poll(should_stop: Callable[[], bool]) -> None:
+    if should_stop():
+        raise Stopped("during evaluation")

@@ -1,0 +1,90 @@
+"""Sparse products, chosen once per process: `spmm`, `sddmm` and `transpose` are all that training and inference need.
+
+A sparse matrix is (offsets, columns, values): row i owns entries offsets[i]:offsets[i+1].
+`reference` is plain torch and obviously right; `segmented` is the fast path and is tested against it.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.kernels.segmented import sddmm, spmm
+
+__all__ = ["decode", "encode_at", "sddmm", "spmm", "transpose"]
+
+
+def transpose(
+    offsets: Int[Tensor, "rows_plus_1"], columns: Int[Tensor, "nnz"], n_columns: int
+) -> tuple[Int[Tensor, "columns_plus_1"], Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:
+    """Returns (offsets, rows, order) of the transposed matrix; its values are `values[order]`."""
+    order = torch.argsort(columns, stable=True)
+    rows = torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=columns.device), offsets.diff())
+    counts = torch.bincount(columns, minlength=n_columns)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), rows[order], order
+
+
+class _EncodeAt(torch.autograd.Function):
+    """Pre-activations at a support, with gradients that touch the support only."""
+
+    @staticmethod
+    def forward(ctx, y, weight, bias, offsets, ids, scores):  # noqa: ANN001
+        ctx.save_for_backward(y, weight, offsets, ids)
+        if scores is not None:
+            tokens = torch.repeat_interleave(torch.arange(len(y), device=y.device), offsets.diff())
+            return scores[tokens, ids].clone()
+        return sddmm(offsets, ids, y, weight) + bias[ids]
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001
+        y, weight, offsets, ids = ctx.saved_tensors
+        grad_y = spmm(offsets, ids, grad, weight) if ctx.needs_input_grad[0] else None
+        by_latent, tokens, order = transpose(offsets, ids, len(weight))
+        grad_weight = spmm(by_latent, tokens, grad[order], y) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.new_zeros(len(weight)).index_add_(0, ids, grad) if ctx.needs_input_grad[2] else None
+        return grad_y, grad_weight, grad_bias, None, None, None
+
+
+class _Decode(torch.autograd.Function):
+    """The product of sparse codes and the decoder."""
+
+    @staticmethod
+    def forward(ctx, values, weight, offsets, ids):  # noqa: ANN001
+        ctx.save_for_backward(values, weight, offsets, ids)
+        return spmm(offsets, ids, values, weight)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001
+        values, weight, offsets, ids = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_values = sddmm(offsets, ids, grad, weight) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            by_latent, tokens, order = transpose(offsets, ids, len(weight))
+            grad_weight = spmm(by_latent, tokens, values[order], grad)
+        return grad_values, grad_weight, None, None
+
+
+def encode_at(
+    y: Float[Tensor, "n d_in"],
+    weight: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    offsets: Int[Tensor, "n_plus_1"],
+    ids: Int[Tensor, "nnz"],
+    scores: Float[Tensor, "n d_sae"] | None = None,
+) -> Float[Tensor, "nnz"]:
+    """Returns y W^T + b at the support, differentiable in y, W and b.
+
+    `scores` is that product where the caller has it already; without it (or when it was computed in lower precision
+    and is not given) the entries are computed from y and W.
+    """
+    return _EncodeAt.apply(y, weight, bias, offsets, ids, scores)  # type: ignore[no-any-return]
+
+
+def decode(
+    values: Float[Tensor, "nnz"],
+    weight: Float[Tensor, "d_sae d_out"],
+    offsets: Int[Tensor, "n_plus_1"],
+    ids: Int[Tensor, "nnz"],
+) -> Float[Tensor, "n d_out"]:
+    """Returns the codes times the decoder, differentiable in values and W; no [n, d_sae] matrix is formed."""
+    return _Decode.apply(values, weight, offsets, ids)  # type: ignore[no-any-return]

@@ -1,0 +1,28 @@
+"""The sparse products in plain torch: slow, memory-hungry and obviously right. Tests compare the fast ones with these."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def spmm(
+    offsets: Int[Tensor, "rows_plus_1"],
+    columns: Int[Tensor, "nnz"],
+    values: Float[Tensor, "nnz"],
+    dense: Float[Tensor, "m d"],
+) -> Float[Tensor, "rows d"]:
+    """Returns the sparse matrix times `dense`."""
+    rows = torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=columns.device), offsets.diff())
+    out = dense.new_zeros(offsets.numel() - 1, dense.shape[1])
+    return out.index_add(0, rows, values[:, None] * dense[columns])
+
+
+def sddmm(
+    offsets: Int[Tensor, "rows_plus_1"],
+    columns: Int[Tensor, "nnz"],
+    a: Float[Tensor, "rows d"],
+    b: Float[Tensor, "m d"],
+) -> Float[Tensor, "nnz"]:
+    """Returns <a_i, b_j> for every entry (i, j) of the support."""
+    rows = torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=columns.device), offsets.diff())
+    return (a[rows] * b[columns]).sum(1)

@@ -1,0 +1,204 @@
+"""The language model: a hub id, a local folder, a .gguf file or the embedded quickstart model."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae.errors import ConfigError, nearest
+from sae.files import cache_dir, publish, sha256_file
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded model with its tokenizer, frozen and in evaluation mode."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    name: str
+    revision: str | None
+    is_causal: bool
+    """Whether it predicts the next token, so that cross-entropy and splicing can be measured."""
+
+    @property
+    def device(self) -> torch.device:
+        """Returns where its inputs go."""
+        return next(self.model.parameters()).device
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns what decides its activations: name, revision, precision and the tokenizer's hash."""
+        weights = next(self.model.parameters())
+        return {
+            "model": self.name,
+            "revision": self.revision or getattr(self.model.config, "_commit_hash", None),
+            "weights": _weights_digest(self.model),
+            "dtype": str(weights.dtype).removeprefix("torch."),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+        }
+
+
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Returns 16 hex digits of a hash over the tokenizer's vocabulary, rules and special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256((rules + repr(sorted(tokenizer.all_special_ids))).encode()).hexdigest()[:16]
+
+
+def _weights_digest(model: "PreTrainedModel") -> str:
+    """Returns a hash over a sample of every weight: two folders of one name and other weights must not share a cache."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def resolve_device(device: str) -> torch.device:
+    """Returns the torch device for "auto" or an explicit name; ConfigError if this machine lacks it."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.device: {device!r} is not available here ({reason}); try cpu") from error
+    return found
+
+
+def load_language_model(
+    name: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Returns the model called `name`, loaded for reading activations.
+
+    Raises ConfigError in one line if it cannot be had: a folder that is none, a hub id that is not cached while offline,
+    or a model that ships code of its own, which runs only if the user typed `--trust-remote-code`.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    where = resolve_device(device)
+    folder = local_folder(name)
+    config = load_config(name, revision, trust_remote_code)
+    causal = is_causal(config)
+    auto = AutoModelForCausalLM if causal else AutoModel
+    chosen: Any = DTYPES.get(dtype) or (torch.float32 if where.type == "cpu" else "auto")
+    with _readable_errors(name):
+        model = auto.from_pretrained(
+            folder or name,
+            revision=None if folder else revision,
+            dtype=chosen,
+            trust_remote_code=trust_remote_code,
+            attn_implementation="sdpa" if _has_sdpa(config) else None,
+        )
+    tokenizer = load_tokenizer(name, revision, trust_remote_code)
+    return LanguageModel(model.to(where).eval().requires_grad_(False), tokenizer, name, revision, causal)
+
+
+def load_tokenizer(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """Returns the model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    folder = local_folder(name)
+    with _readable_errors(name):
+        return AutoTokenizer.from_pretrained(
+            folder or name, revision=None if folder else revision, trust_remote_code=trust_remote_code
+        )
+
+
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> "PretrainedConfig":
+    """Returns the model's configuration without loading weights; refuses a model that wants to run its own code."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    folder = local_folder(name)
+    with _readable_errors(name):
+        raw, _ = PretrainedConfig.get_config_dict(folder or name, revision=None if folder else revision)
+        if raw.get("auto_map") and not trust_remote_code:
+            raise ConfigError(
+                f"model.name: {name!r} ships its own code ({', '.join(sorted(raw['auto_map']))}), which would run on "
+                "this machine; read it, then type --trust-remote-code"
+            )
+        return AutoConfig.from_pretrained(
+            folder or name, revision=None if folder else revision, trust_remote_code=trust_remote_code
+        )
+
+
+def is_causal(config: "PretrainedConfig") -> bool:
+    """Returns whether the architecture predicts the next token (else it is read as an encoder)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = list(getattr(config, "architectures", None) or [])
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if named:
+        return any(architecture in causal or "CausalLM" in architecture for architecture in named)
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def local_folder(name: str) -> Path | None:
+    """Returns the folder that holds model `name`, or None if it is a hub id. A .gguf file is converted once and cached."""
+    if name == "quickstart":
+        from sae.quickstart import model_folder
+
+        return model_folder()
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f"model.name: no such file: {name}")
+        return _converted(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model.name: the folder {name} holds no config.json, so it is no saved model")
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ConfigError(f"model.name: no such folder: {name}.{nearest(path.name, siblings)}")
+    return None
+
+
+def _converted(path: Path) -> Path:
+    """Returns the folder of the dequantized float32 copy of a .gguf file, made at first use."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = cache_dir() / "models" / f"{path.stem}-{sha256_file(path)[:16]}"
+    if not folder.is_dir():
+        with publish(folder) as draft, _readable_errors(str(path)):
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
+    return folder
+
+
+def _has_sdpa(config: "PretrainedConfig") -> bool:
+    return config.model_type not in ("gpt_bigcode",)
+
+
+class _readable_errors:  # noqa: N801
+    """Turns the loaders' long errors into one line that names the model and the way out."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError)) and not isinstance(error, ConfigError):
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"model.name: {self.name!r} could not be loaded: {reason} "
+                "(a hub id needs the network or a cached copy; a local folder or .gguf file needs neither)"
+            ) from error

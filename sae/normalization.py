@@ -1,0 +1,52 @@
+"""N(x): what is done to an activation before the encoder and undone after the decoder."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.errors import ConfigError, nearest
+
+KINDS = ("none", "scalar", "layer_norm", "l2")
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """One input normalization. With it, the coder's weights and its training loss live in the normalized space."""
+
+    kind: str = "none"
+    """none | scalar (x * scale, measured so that E|x|^2 = d) | layer_norm (per token) | l2 (per token, to norm sqrt(d))."""
+    scale: float = 1.0
+    """The factor of kind "scalar"; measured on training tokens when training starts from 1."""
+    eps: float = 1e-5
+    """Added to the per-token standard deviation or norm."""
+    unbiased: bool = True
+    """Whether layer_norm's standard deviation divides by d - 1 (as OpenAI's and SAELens' coders do) or by d."""
+
+    def validate(self, field: str) -> None:
+        """Raises ConfigError naming `field` if a value is out of range."""
+        if self.kind not in KINDS:
+            raise ConfigError(f"{field}.kind: {self.kind!r} is not one of {', '.join(KINDS)}.{nearest(self.kind, KINDS)}")
+        if not self.scale > 0:
+            raise ConfigError(f"{field}.scale: {self.scale} must be positive")
+
+    def apply(self, x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], tuple[Tensor | float, Tensor | float]]:
+        """Returns (N(x), (shift, spread)) such that x = N(x) * spread + shift."""
+        if self.kind == "none":
+            return x, (0.0, 1.0)
+        if self.kind == "scalar":
+            return x * self.scale, (0.0, 1.0 / self.scale)
+        if self.kind == "layer_norm":
+            shift = x.mean(-1, keepdim=True)
+            spread = x.std(-1, keepdim=True, correction=int(self.unbiased)) + self.eps
+        else:
+            shift = torch.zeros_like(x[..., :1])
+            spread = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5 + self.eps
+        return (x - shift) / spread, (shift, spread)
+
+
+def undo(y: Float[Tensor, "n d"], how: tuple[Tensor | float, Tensor | float]) -> Float[Tensor, "n d"]:
+    """Returns N^-1(y) for the (shift, spread) that `Normalization.apply` returned with the input."""
+    shift, spread = how
+    return y * spread + shift

@@ -1,0 +1,57 @@
+"""AuxK: dead latents learn to explain what the living ones leave over (Gao 2024, arXiv 2406.04093, appendix A.2).
+
+    e = stop_gradient(x - x^)        e^ = ReLU(TopK_kaux(h restricted to dead latents)) W_dec
+    L = sum_t |e_t - e^_t|^2 / (N V_e)
+
+V_e is the residual's variance at the previous step (the paper divides by the current batch's own; the previous one makes
+micro-batches and ranks exact). No bias enters e^. The gradient reaches encoder and decoder of dead latents only, and the
+term is exactly 0 while no latent is dead.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae import kernels
+from sae.errors import ConfigError
+from sae.objectives import Objective, Step, zero
+from sae.selection.topk import top_ids
+
+
+@Objective.register_subclass("auxk")
+@dataclass(frozen=True)
+class AuxK(Objective):
+    """The auxiliary loss that revives dead latents."""
+
+    weight: float = 1 / 32
+    k: int = 0
+    """Dead latents used per token; 0 means the power of two nearest to d_in / 2."""
+
+    def validate(self, d_in: int, d_sae: int) -> None:
+        """Raises ConfigError unless 0 <= k <= d_sae."""
+        if not 0 <= self.k <= d_sae:
+            raise ConfigError(f"objectives.auxk.k: {self.k} is not between 0 and d_sae = {d_sae}")
+
+    def loss(self, step: Step) -> Float[Tensor, ""]:
+        """Returns the normalized error of the dead latents' explanation of the residual."""
+        dead = step.dead.nonzero()[:, 0]
+        if len(dead) == 0 or len(step.target) == 0:
+            return zero(step)
+        k = min(self.k or nearest_power_of_two(step.target.shape[1] / 2), len(dead))
+        scores = step.run.scores[:, dead]
+        columns = top_ids(scores, k)
+        positive = scores.gather(1, columns) > 0
+        counts = positive.sum(1)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        ids = dead[columns[positive]]
+        kept = kernels.encode_at(step.run.y.detach(), step.coder.W_enc, step.coder.b_enc, offsets, ids)
+        explained = kernels.decode(torch.relu(kept), step.coder.W_dec, offsets, ids)
+        residual = (step.target - step.run.prediction).detach()
+        return (residual - explained).square().sum() / (step.n_tokens * step.residual_variance)
+
+
+def nearest_power_of_two(value: float) -> int:
+    """Returns the power of two nearest to `value` on the logarithmic scale, at least 1."""
+    return max(1, 2 ** round(torch.tensor(value).log2().item()))

@@ -1,0 +1,97 @@
+"""From what users type to the modules of a model: paths, suffixes, globs and TransformerLens names."""
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from sae.errors import ConfigError, nearest
+from sae.spec import Site
+
+SIDES = ("output", "input")
+LAYER_LISTS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers", "encoder.layer", "layers", "h")
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "output.dense")
+MLP_OUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out")
+
+# TransformerLens name after "blocks.L." -> (candidate paths below the layer, side); the first that exists is meant.
+# Gemma 2 and 3 add a norm after attention and MLP: what reaches the residual stream is that norm's output.
+ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
+    "hook_resid_pre": (("",), "input"),
+    "hook_resid_post": (("",), "output"),
+    "hook_resid_mid": (("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"), "input"),
+    "hook_mlp_out": (("post_feedforward_layernorm", "mlp", "feed_forward"), "output"),
+    "hook_attn_out": (ATTENTION, "output"),
+    "hook_mlp_in": (("mlp", "feed_forward"), "input"),
+    "attn.hook_z": (tuple(f"{a}.{o}" for a in ATTENTION for o in ATTENTION_OUT), "input"),
+    "mlp.hook_post": (tuple(f"mlp.{name}" for name in MLP_OUT), "input"),
+}
+
+
+def resolve(model: nn.Module, typed: Iterable[str], name: str = "", revision: str | None = None) -> list[Site]:
+    """Returns the sites meant by what was typed, in order, each once.
+
+    "model.layers.3", a suffix of it that is unique ("layers.3"), a glob ("layers.*.mlp") or a TransformerLens name
+    ("blocks.3.hook_resid_post"); ":input" or ":output" picks the side. ConfigError lists the nearest module paths.
+    """
+    modules = {path: module for path, module in model.named_modules() if path}
+    sites: dict[str, Site] = {}
+    for text in typed:
+        for hook, side in _matches(text, modules):
+            site = Site(hook, side, name, revision, _heads(model, hook, side))
+            sites.setdefault(site.name, site)
+    return list(sites.values())
+
+
+def _matches(text: str, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
+    path, _, side = text.partition(":")
+    side = side or "output"
+    if side not in SIDES:
+        raise ConfigError(f"activations.sites: {text!r} ends in {side!r}; the side is input or output")
+    alias = re.fullmatch(r"blocks\.(\d+|\*)\.(.+)", path)
+    if alias and path not in modules:
+        return _aliased(text, alias[1], alias[2], modules)
+    if path in modules:
+        return [(path, side)]
+    found = [name for name in modules if fnmatchcase(name, path) or fnmatchcase(name, f"*.{path}")]
+    if not found:
+        raise ConfigError(f"activations.sites: no module {path!r} in this model.{_closest(path, modules)}")
+    if not any(character in path for character in "*?[") and len(found) > 1:
+        raise ConfigError(f"activations.sites: {path!r} is ambiguous: {', '.join(found[:5])}; write one in full")
+    return [(name, side) for name in found]
+
+
+def _aliased(text: str, layer: str, hook: str, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
+    if hook not in ALIASES:
+        raise ConfigError(f"activations.sites: {text!r} is not a known name.{nearest(hook, ALIASES)}")
+    lists = [name for name in LAYER_LISTS if isinstance(modules.get(name), nn.ModuleList)]
+    if not lists:
+        raise ConfigError(f"activations.sites: {text!r}: this model has no known list of layers; write the module path")
+    layers = range(len(modules[lists[0]])) if layer == "*" else [int(layer)]  # type: ignore[arg-type]
+    paths, side = ALIASES[hook]
+    if hook == "hook_attn_out" and f"{lists[0]}.0.pre_feedforward_layernorm" in modules:
+        paths = ("post_attention_layernorm", *paths)  # Gemma 2 and 3; elsewhere this name is the norm before the MLP
+    found = []
+    for number in layers:
+        candidates = [f"{lists[0]}.{number}.{path}".rstrip(".") for path in paths]
+        hits = [candidate for candidate in candidates if candidate in modules]
+        if not hits:
+            raise ConfigError(f"activations.sites: {text!r}: none of {', '.join(candidates[:4])} is in this model")
+        found.append((hits[0], side))
+    return found
+
+
+def _closest(path: str, modules: dict[str, nn.Module]) -> str:
+    """Returns nearest names, also comparing with the ends of the paths, since users type suffixes."""
+    depth = path.count(".") + 1
+    ends = {".".join(name.split(".")[-depth:]): name for name in reversed(modules)}
+    return nearest(path, [*modules, *ends], count=3)
+
+
+def _heads(model: nn.Module, hook: str, side: str) -> int | None:
+    """Returns the number of heads if the site is the concatenation of head outputs (input of the output projection)."""
+    config = getattr(model, "config", None)
+    parent, _, leaf = hook.rpartition(".")
+    is_out = any(f"{parent.split('.')[-1]}.{leaf}" == f"{a}.{o}" for a in ATTENTION for o in ATTENTION_OUT)
+    return getattr(config, "num_attention_heads", None) if side == "input" and is_out else None

@@ -1,0 +1,185 @@
+"""The shared types: where a coder reads and writes, what it is, and the codes it produces.
+
+A coder maps a row x of width d_in to a row of width d_out through d_sae latents, one latent per row of the matrices:
+
+    y = N(x) - p        h = y W_enc^T + b_enc        a = select(h)        out = N^-1(a W_dec + b_dec) [+ x W_skip^T]
+
+`CoderSpec` says everything about that map which is not a tensor, as explicit fields.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import draccus
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.errors import ConfigError, DataError, nearest
+from sae.normalization import Normalization
+from sae.selection import Selection
+
+FORMAT_VERSION = 1
+PRE_BIASES = ("none", "decoder", "own")
+DECODER_NORMS = ("unit", "free")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a language model: one side of one module."""
+
+    hook: str
+    """Module path as in `model.named_modules()`, e.g. "model.layers.15"."""
+    side: str = "output"
+    """Which tensor of that module: "input" (its first argument) or "output" (its first result)."""
+    model: str = ""
+    """Hub id or folder of the language model."""
+    revision: str | None = None
+    """Commit of the model on the hub."""
+    heads: int | None = None
+    """Number of attention heads concatenated in the tensor; None where it is not a concatenation."""
+
+    @property
+    def name(self) -> str:
+        """Returns the site as users type it: "model.layers.15" or "model.layers.15.mlp:input"."""
+        return self.hook if self.side == "output" else f"{self.hook}:{self.side}"
+
+    @property
+    def folder(self) -> str:
+        """Returns the site as a file name."""
+        return self.name.replace(":", "-")
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Which tokens the coder was trained on; evaluation leaves all others alone in every arm."""
+
+    special_ids: tuple[int, ...] = ()
+    """Token ids that are masked: BOS, EOS, PAD, chat control."""
+    skip_positions: int = 1
+    """The first positions of every row, masked whatever token stands there: attention sinks live at position 0."""
+    norm_limit: float | None = None
+    """Activations with a larger Euclidean norm are masked; None keeps all."""
+
+
+@dataclass(frozen=True)
+class CoderSpec:
+    """What a coder is, beside its tensors."""
+
+    d_in: int
+    d_out: int
+    d_sae: int
+    selection: Selection
+    reads: tuple[Site, ...] = ()
+    writes: tuple[Site, ...] = ()
+    encoder: str = "linear"
+    pre_bias: str = "decoder"
+    """p above: "none", "decoder" (b_dec is subtracted) or "own" (a tensor b_pre)."""
+    normalization: Normalization = field(default_factory=Normalization)
+    select_by_decoder_norm: bool = False
+    """Selection compares h_i |W_dec_i| instead of h_i."""
+    decoder_norm: str = "unit"
+    """"unit": rows of W_dec are kept at norm 1 in training; "free": they are not."""
+    skip: bool = False
+    """Whether x W_skip^T is added to the output."""
+    mask: MaskSpec = field(default_factory=MaskSpec)
+    context_length: int = 0
+    bos: str = "row"
+    """BOS policy of the training text: "row", "document" or "none"."""
+    variance: float | None = None
+    """E|N(x) - mean|^2 over training tokens, measured before step 0: the denominator of the training loss."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Where the weights come from: data, tokens, seed, code version."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "d_out", "d_sae"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} is not a width; it must be at least 1")
+        for name, allowed in (("pre_bias", PRE_BIASES), ("decoder_norm", DECODER_NORMS), ("encoder", ("linear",))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if self.pre_bias == "decoder" and self.d_in != self.d_out:
+            raise ConfigError(f"pre_bias: 'decoder' needs d_in = d_out, not {self.d_in} and {self.d_out}")
+        self.selection.validate(self.d_sae)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the spec as plain JSON values."""
+        return draccus.encode(self)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> "CoderSpec":
+        """Returns the spec written by `to_json`; a newer version or an unknown field is a DataError."""
+        version = data.get("format_version", 0)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise DataError(f"format_version: {version} is newer than {FORMAT_VERSION}; upgrade sae-interp to read it")
+        known = [f.name for f in fields(CoderSpec)]
+        for name in data:
+            if name not in known:
+                raise DataError(f"{name}: not a field of a coder spec.{nearest(name, known)}")
+        try:
+            return draccus.decode(CoderSpec, data)
+        except draccus.ParsingError as error:
+            raise DataError(f"coder spec: {error}") from error
+
+    def with_(self, **changes: Any) -> "CoderSpec":
+        """Returns a copy with some fields replaced."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class SparseLatents:
+    """Codes of n tokens in compressed rows: token t owns entries offsets[t]:offsets[t+1] of `ids` and `values`.
+
+    The support contains the nonzeros; an entry of value 0 may carry gradient but never counts as fired.
+    """
+
+    offsets: Int[Tensor, "n_plus_1"]
+    ids: Int[Tensor, "nnz"]
+    values: Float[Tensor, "nnz"]
+    d_sae: int
+    shape: tuple[int, ...] | None = None
+    """Leading dimensions of the encoded tensor, whose product is n; None means (n,)."""
+
+    @staticmethod
+    def from_rows(ids: Int[Tensor, "n k"], values: Float[Tensor, "n k"], d_sae: int) -> "SparseLatents":
+        """Returns codes whose rows all have k entries (TopK)."""
+        n, k = ids.shape
+        offsets = torch.arange(0, n * k + 1, k, device=ids.device) if k else ids.new_zeros(n + 1)
+        return SparseLatents(offsets, ids.reshape(-1), values.reshape(-1), d_sae, (n,))
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    @property
+    def tokens(self) -> Int[Tensor, "nnz"]:
+        """Returns the token of every entry."""
+        n = len(self)
+        return torch.repeat_interleave(torch.arange(n, device=self.ids.device), self.offsets.diff())
+
+    def with_values(self, values: Float[Tensor, "nnz"]) -> "SparseLatents":
+        """Returns the same support with other values."""
+        return replace(self, values=values)
+
+    def row(self, i: int) -> tuple[Int[Tensor, "fired"], Float[Tensor, "fired"]]:
+        """Returns (latent ids, values) of the latents that fire at token i (counted over flattened leading dims)."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"row: {i} is outside 0..{len(self) - 1}")
+        start, stop = self.offsets[i % len(self)], self.offsets[i % len(self) + 1]
+        ids, values = self.ids[start:stop], self.values[start:stop]
+        return ids[values != 0], values[values != 0]
+
+    def to_dense(self) -> Float[Tensor, "*shape d_sae"]:
+        """Returns the dense codes; n * d_sae values, so for small n only."""
+        dense = self.values.new_zeros(len(self), self.d_sae).index_put((self.tokens, self.ids), self.values)
+        return dense if self.shape is None else dense.reshape(*self.shape, self.d_sae)
+
+    def l0(self) -> Float[Tensor, "n"]:
+        """Returns the number of latents that fire at each token."""
+        fired = (self.values != 0).to(torch.float32)
+        return fired.new_zeros(len(self)).index_add_(0, self.tokens, fired)
+
+    def fired(self) -> Int[Tensor, "d_sae"]:
+        """Returns at how many tokens each latent fires."""
+        return torch.bincount(self.ids[self.values != 0], minlength=self.d_sae)

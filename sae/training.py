@@ -1,0 +1,408 @@
+"""The training run, top to bottom: text -> tokens -> activations -> coders, evaluated and saved.
+
+A run folder explains itself: config.yaml, env.json, metrics.jsonl (deterministic values only), timings.jsonl (the clock),
+checkpoints/step-*/, coders/<site>/ and report.html.
+"""
+
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae import checkpoint, distributed, hub
+from sae.activations import Blocks, CachedSource, LiveSource, Source, Statistics, capture, measure, norm_mask, sample
+from sae.coder import SparseCoder, initialize
+from sae.config import LANES, CoderConfig, OptimConfig, TrainConfig
+from sae.errors import ConfigError, Stopped
+from sae.evaluation import evaluate
+from sae.files import FolderLock, cache_dir, save_tensors, write_json
+from sae.models import DTYPES, LanguageModel, load_language_model
+from sae.progress import Progress, Tracker
+from sae.report import write_report
+from sae.settings import to_yaml
+from sae.sites import resolve
+from sae.spec import CoderSpec, MaskSpec, Site
+from sae.stopping import StopFlag, stop_flag
+from sae.store import fingerprint_key
+from sae.stream import ActivationBatch, Stream
+from sae.text import TokenizedText, special_ids, tokenize
+from sae.trainer import CoderTrainer, NonFiniteError, Schedule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves."""
+
+    run_dir: Path
+    coders: dict[str, SparseCoder]
+    """By name: the site, and the grid point if there is a grid."""
+    metrics: dict[str, dict[str, Any]]
+    """The final held-out evaluation by coder name."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One coder to train: where it reads and how it is built."""
+
+    name: str
+    site: Site
+    coder: CoderConfig
+    optim: OptimConfig
+
+
+def train(
+    config: TrainConfig, resume: bool = False, trust_remote_code: bool = False, run_dir: Path | None = None
+) -> TrainResult:
+    """Trains, evaluates and saves the coders of a config and returns them with their metrics.
+
+    With `resume`, continues the run folder's newest checkpoint bit for bit (from the start if it has none). Raises
+    ConfigError for what cannot be, before long work starts; Stopped after a signal, with a checkpoint written.
+    """
+    config.validate()
+    folder = Path(run_dir or config.run_dir or Path("runs") / config.name).expanduser()
+    distributed.start()
+    with stop_flag() as stop, _locked(folder):
+        if not resume and (folder / "config.yaml").exists():
+            raise ConfigError(f"run_dir: {folder} already holds a run; continue it with --resume {folder}, or name another")
+        tracker = Tracker(config.log.tracker if distributed.rank() == 0 else "none", config.log.project, folder.name, {})
+        run = Run(config, folder, stop, trust_remote_code)
+        try:
+            return run.train(tracker, resume)
+        finally:
+            run.stream.close() if run.stream else None
+            tracker.finish()
+
+
+class Run:
+    """One run's parts, built in the order in which data flows."""
+
+    def __init__(self, config: TrainConfig, folder: Path, stop: StopFlag, trust_remote_code: bool) -> None:
+        self.config, self.folder, self.stop = config, folder, stop
+        self.main = distributed.rank() == 0
+        self.stream: Stream | None = None
+        self.bad_steps = 0
+        self.lm = load_language_model(
+            config.model.name, config.model.revision, config.model.dtype, config.model.device, trust_remote_code
+        )
+        self.sites = resolve(self.lm.model, config.activations.sites, config.model.name, config.model.revision)
+        self.planned = _plan(config, self.sites, self._widths())
+        self.trust_remote_code = trust_remote_code
+
+    def _widths(self) -> dict[str, int]:
+        probe = torch.zeros(1, 2, dtype=torch.int32)
+        if self.config.activations.gradients and not self.lm.is_causal:
+            raise ConfigError("activations.gradients: true needs a model that predicts the next token")
+        return {name: x.shape[-1] for name, x in capture(self.lm, self.sites, probe).items()}
+
+    def train(self, tracker: Tracker, resume: bool) -> TrainResult:
+        """Runs all stages; see `train`."""
+        config = self.config
+        if self.main and not resume:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            write_json(self.folder / "env.json", _environment(self.lm, self.trust_remote_code))
+        text = self._text()
+        saved = checkpoint.latest(self.folder) if resume else None
+        if resume and saved is None:
+            log.info("no checkpoint in %s yet: starting at step 0", self.folder)
+        mask = MaskSpec(tuple(sorted(special_ids(self.lm.tokenizer))), config.activations.skip_positions)
+        source = self._source(text, mask)
+        trainers = self._trainers(source, text, mask, saved)
+        self.stream = Stream(
+            source, config.batch_tokens, config.seed, self._ahead(), distributed.rank(), distributed.world_size()
+        )
+        step = self._restore(saved, trainers)
+        self._loop(step, trainers, text, tracker)
+        return self._finish(trainers, text)
+
+    def _text(self) -> TokenizedText:
+        progress = Progress("tokenizing", None, "tokens", visible=self.main)
+        with _rank_zero_first():
+            text = tokenize(
+                self.config.text, self.lm.tokenizer, self.lm.fingerprint(), should_stop=self.stop, progress=progress.update
+            )
+        progress.close()
+        n_tokens = text.train.n_rows * text.train.context_length
+        log.info(
+            "text: %s train tokens in rows of %d, %s held out; %.1f epochs planned",
+            f"{n_tokens:,}", text.train.context_length,
+            f"{text.held_out.n_rows * text.held_out.context_length:,}", self.config.tokens / n_tokens,
+        )
+        return text
+
+    def _source(self, text: TokenizedText, mask: MaskSpec) -> Source:
+        settings = self.config.activations
+        blocks = Blocks(text.train, settings.block_rows, self.config.seed)
+        live = LiveSource(self.lm, blocks, self.sites, mask, settings.dtype, settings.gradients)
+        if settings.source == "live":
+            return live
+        fingerprint = {
+            **self.lm.fingerprint(),
+            "text": text.key,
+            "sites": [site.name for site in self.sites],
+            "block_rows": settings.block_rows,
+            "seed": self.config.seed,
+            "kept_as": settings.dtype,
+            "gradients": settings.gradients,
+            "special_ids": list(mask.special_ids),
+            "skip_positions": mask.skip_positions,
+        }
+        folder = cache_dir() / "activations" / fingerprint_key(fingerprint)
+        source = CachedSource(live, folder, fingerprint, part=str(distributed.rank()))
+        if settings.source == "disk":
+            progress = Progress("storing activations", len(source), "blocks", visible=self.main)
+            mine = range(distributed.rank(), len(source), distributed.world_size())
+            source.fill(mine, self.stop, progress.update)
+            progress.close()
+            distributed.barrier()
+            source.reload()
+        return source
+
+    def _ahead(self) -> int:
+        """Returns how many blocks to read ahead; a model on the coder's own CPU would only compete with it."""
+        settings = self.config.activations
+        if settings.prefetch_blocks is not None:
+            return settings.prefetch_blocks
+        return 0 if settings.source != "disk" and self.lm.device.type == "cpu" else LANES
+
+    def _trainers(
+        self, source: Source, text: TokenizedText, mask: MaskSpec, saved: Path | None
+    ) -> dict[str, CoderTrainer]:
+        config, trainers = self.config, {}
+        schedule = Schedule(
+            config.steps,
+            config.dead_after,
+            -(-config.micro_batch_tokens // distributed.world_size()),
+            DTYPES[config.precision],
+        )
+        specs = json.loads((saved / checkpoint.STATE).read_text())["specs"] if saved else {}
+        measured: dict[tuple[str, Any], Statistics] = {}
+        for plan in self.planned:
+            objectives = {name: term for name, term in plan.coder.objectives.items() if term.weight}
+            if saved:
+                coder = SparseCoder(CoderSpec.from_json(specs[plan.name]), self.lm.device)
+            else:
+                key = (plan.site.name, plan.coder.normalization)
+                if key not in measured:
+                    measured[key] = self._measured(source, plan, mask)
+                coder = self._new_coder(plan, measured[key], text)
+            trainers[plan.name] = CoderTrainer(coder, objectives, plan.optim, schedule)
+        return trainers
+
+    def _measured(self, source: Source, plan: Planned, mask: MaskSpec) -> Statistics:
+        settings = self.config.activations
+        x = sample(source, plan.site.name, settings.statistics_tokens, self.stop)
+        found = measure(x, mask, settings.norm_filter, plan.coder.normalization)
+        log.info(
+            "%s: d %d, median norm %.3g, %d of %d tokens beyond %g times that are masked",
+            plan.site.name, x.shape[1], found.median_norm, found.outliers, found.tokens, settings.norm_filter,
+        )
+        return found
+
+    def _new_coder(self, plan: Planned, found: Statistics, text: TokenizedText) -> SparseCoder:
+        d = len(found.mean)
+        spec = CoderSpec(
+            d_in=d,
+            d_out=d,
+            d_sae=plan.coder.width(d),
+            selection=plan.coder.selection,
+            reads=(plan.site,),
+            writes=(plan.site,),
+            pre_bias=plan.coder.pre_bias,
+            normalization=found.normalization,
+            select_by_decoder_norm=plan.coder.select_by_decoder_norm,
+            decoder_norm=plan.coder.decoder_norm,
+            mask=found.mask,
+            context_length=text.train.context_length,
+            bos=self.config.text.bos,
+            variance=found.variance,
+            training={
+                "source": self.config.text.source,
+                "tokens": self.config.steps * self.config.batch_tokens,
+                "seed": plan.coder.seed,
+                "sae-interp": version("sae-interp"),
+                "statistics_tokens": found.tokens,
+                "statistics_outliers": found.outliers,
+            },
+        )
+        coder = SparseCoder(spec, self.lm.device)
+        center = {
+            "mean": found.mean,
+            "geometric_median": found.geometric_median,
+            "zero": torch.zeros_like(found.mean),
+        }[plan.coder.center]
+        initialize(coder, center.to(self.lm.device), plan.coder.seed)
+        return coder
+
+    def _restore(self, saved: Path | None, trainers: dict[str, CoderTrainer]) -> int:
+        """Loads a checkpoint into the trainers and the stream and cuts the logs back to it; returns its step."""
+        logs = {name: self.folder / name for name in ("metrics.jsonl", "timings.jsonl")}
+        if saved is None:
+            sizes, step = dict.fromkeys(logs, 0), 0
+        else:
+            tensors, values = checkpoint.load(saved)
+            for i, (name, trainer) in enumerate(trainers.items()):
+                trainer.load_state(tensors[f"coder-{i}"], values["coders"][name])
+            self.stream.load_state(tensors["stream"])  # type: ignore[union-attr]
+            self.bad_steps, sizes, step = values["bad_steps"], values["log_bytes"], values["step"]
+            log.info("continuing %s at step %d of %d", self.folder, step, self.config.steps)
+        if self.main:
+            for name, path in logs.items():
+                path.touch()
+                os.truncate(path, min(sizes[name], path.stat().st_size))
+        return step
+
+    def _save(self, step: int, trainers: dict[str, CoderTrainer]) -> None:
+        position = self.stream.state()  # type: ignore[union-attr]
+        distributed.total_(*position.values())
+        if self.main:
+            states = {name: trainer.state() for name, trainer in trainers.items()}
+            tensors = {f"coder-{i}": state[0] for i, state in enumerate(states.values())}
+            values = {
+                "coders": {name: state[1] for name, state in states.items()},
+                "specs": {name: trainer.coder.spec.to_json() for name, trainer in trainers.items()},
+                "bad_steps": self.bad_steps,
+                "log_bytes": {n: (self.folder / n).stat().st_size for n in ("metrics.jsonl", "timings.jsonl")},
+            }
+            checkpoint.save(self.folder, step, {**tensors, "stream": position}, values, self.config.checkpoints.keep)
+        distributed.barrier()
+
+    def _loop(self, step: int, trainers: dict[str, CoderTrainer], text: TokenizedText, tracker: Tracker) -> None:
+        config, steps, began, first = self.config, self.config.steps, time.monotonic(), step
+        progress = Progress("training", steps, "steps", start=step, visible=self.main)
+        while step < steps and not self.stop.anywhere():
+            lines = self._step(next(self.stream), step, trainers)  # type: ignore[arg-type]
+            step += 1
+            if lines and (step % config.log.every_steps == 0 or step == steps):
+                self._write("metrics.jsonl", *lines)
+                seconds = time.monotonic() - began
+                rate = (step - first) * config.batch_tokens / seconds
+                self._write("timings.jsonl", {"step": step, "seconds": round(seconds, 3), "tokens_per_s": round(rate, 1)})
+                for line in lines:
+                    tracker.log({f"{line['coder']}/{k}": v for k, v in line.items() if isinstance(v, float)}, step)
+                head = lines[0]
+                progress.update(step, fvu=head["fvu"], dead=head["dead_share"], tokens_per_s=rate)
+            if config.eval.every_steps and step % config.eval.every_steps == 0 and step < steps:
+                self._evaluate_midway(step, trainers, text)
+            if step % config.checkpoints.every_steps == 0 and step < steps:
+                self._save(step, trainers)
+        progress.close()
+        self._save(step, trainers)
+        if step < steps:
+            raise Stopped(f"at step {step} of {steps}, checkpoint written; continue with --resume {self.folder}")
+
+    def _step(self, batch: ActivationBatch, step: int, trainers: dict[str, CoderTrainer]) -> list[dict[str, Any]]:
+        """Trains every coder on one batch; returns their metrics, or nothing if a bad batch was skipped."""
+        lines = []
+        for plan in self.planned:
+            trainer = trainers[plan.name]
+            x = batch.activations[plan.site.name].to(trainer.coder.W_enc.device).float()
+            try:
+                metrics = trainer.step(x[norm_mask(x, trainer.coder.spec.mask)], step)
+            except NonFiniteError as error:
+                self._bad(error, batch, step, plan.name)
+                return []
+            lines.append({"step": step + 1, "coder": plan.name, **metrics, **_active(trainer)})
+        return lines
+
+    def _bad(self, error: NonFiniteError, batch: ActivationBatch, step: int, name: str) -> None:
+        """Keeps the batch for inspection; goes on while `max_bad_steps` allows."""
+        self.bad_steps += 1
+        dump = self.folder / f"bad-batch-step-{step}-rank-{distributed.rank()}.safetensors"
+        save_tensors(dump, {**{k: v.contiguous().cpu() for k, v in batch.activations.items()}, "blocks": batch.blocks})
+        where = f"step {step}, coder {name}: {error}; the step was not applied, its batch is in {dump}"
+        if self.bad_steps > self.config.max_bad_steps:
+            raise NonFiniteError(f"{where} (max_bad_steps: {self.config.max_bad_steps})")
+        log.warning("%s; skipped (%d of %d allowed)", where, self.bad_steps, self.config.max_bad_steps)
+
+    def _evaluate_midway(self, step: int, trainers: dict[str, CoderTrainer], text: TokenizedText) -> None:
+        """Writes a held-out evaluation to metrics.jsonl; a signal in the middle of it drops it and stops at this step."""
+        if not self.main:
+            return
+        try:
+            coders = {name: trainer.trained() for name, trainer in trainers.items()}
+            found = evaluate(coders, self.lm, text.held_out, self.config.eval.tokens, should_stop=self.stop)
+        except Stopped:
+            return
+        self._write("metrics.jsonl", *({"step": step, "coder": name, "held_out": found[name]} for name in found))
+
+    def _finish(self, trainers: dict[str, CoderTrainer], text: TokenizedText) -> TrainResult:
+        coders = {name: trainer.trained() for name, trainer in trainers.items()}
+        found: dict[str, dict[str, Any]] = {}
+        if self.main:
+            log.info("evaluating on %s held-out tokens", f"{self.config.eval.tokens:,}")
+            found = evaluate(coders, self.lm, text.held_out, self.config.eval.tokens, should_stop=self.stop)
+            for name, coder in coders.items():
+                found[name]["training"] = {"active_steps": trainers[name].active_steps, "steps": self.config.steps}
+                coder.spec = coder.spec.with_(metrics=found[name])
+                hub.save(coder, self.folder / "coders" / name)
+            write_json(self.folder / "evaluation.json", found)
+            write_report(self.folder, found)
+        distributed.barrier()
+        return TrainResult(self.folder, coders, found)
+
+    def _write(self, name: str, *lines: dict[str, Any]) -> None:
+        if self.main:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _plan(config: TrainConfig, sites: list[Site], widths: dict[str, int]) -> list[Planned]:
+    planned = []
+    for site in sites:
+        for label, coder, optim in config.points():
+            coder.validate(widths[site.name])
+            planned.append(Planned(f"{site.folder}/{label}" if label else site.folder, site, coder, optim))
+    return planned
+
+
+def _active(trainer: CoderTrainer) -> dict[str, int]:
+    return {f"active_steps.{name}": count for name, count in trainer.active_steps.items() if name != "reconstruction"}
+
+
+def _environment(lm: LanguageModel, trust_remote_code: bool) -> dict[str, Any]:
+    names = ("sae-interp", "torch", "transformers", "datasets", "safetensors", "numpy")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "packages": {name: version(name) for name in names},
+        "threads": torch.get_num_threads(),
+        "world_size": distributed.world_size(),
+        "device": str(lm.device),
+        "model": lm.fingerprint(),
+        "trust_remote_code": trust_remote_code,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the run folder's lock on rank 0."""
+    if distributed.rank() == 0:
+        with FolderLock(folder):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _rank_zero_first() -> Iterator[None]:
+    """Lets rank 0 fill a cache that the others then read."""
+    if distributed.rank() != 0:
+        distributed.barrier()
+    yield
+    if distributed.rank() == 0:
+        distributed.barrier()
+
