@@ -1,7 +1,7 @@
 """What a run will take, before anything loads: parameters, memory, disk, FLOPs and time.
 
-The language model is built on torch's meta device, which knows every shape and holds no data, so widths and parameter
-counts are exact; sites are resolved and a pass is traced on it, so a mistyped or unused hook is found here as well.
+The language model is built of fake tensors, which know every shape and hold no data, so widths and parameter counts are
+exact; sites are resolved and a pass is traced on it, so a mistyped or unused hook is found here as well.
 """
 
 import time
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from torch._subclasses import FakeTensorMode
 
 from sae.activations import capture
 from sae.config import LANES, TrainConfig
+from sae.evaluation import rows_per_pass
 from sae.models import DTYPES, LanguageModel, is_causal, load_config, resolve_device
 from sae.progress import duration
 from sae.sites import resolve
@@ -57,10 +59,11 @@ class Estimate:
 def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     """Returns what a config will take on this machine; ConfigError for what the run itself would refuse."""
     config.validate()
-    lm = meta_model(config, trust_remote_code)
-    sites = resolve(lm.model, config.activations.sites, config.model.name)
-    probe = torch.zeros(1, 2, dtype=torch.int32, device="meta")
-    widths = {name: x.shape[-1] for name, x in capture(lm, sites, probe).items()}
+    with FakeTensorMode():
+        lm = fake_model(config, trust_remote_code)
+        sites = resolve(lm.model, config.activations.sites, config.model.name)
+        seen = capture(lm, sites, torch.zeros(1, 2, dtype=torch.int32))
+        widths = {name: x.shape[-1] for name, x in seen.items()}
     sizes = []
     for site in sites:
         for _, coder, optim in config.points():
@@ -84,7 +87,7 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
         "pool": block * (LANES + ahead),
         "step": max(3 * micro * d_sae * FLOAT + 8 * micro * d * FLOAT + count * FLOAT for d, d_sae, count, _ in sizes)
         + 4 * settings.block_rows * context * _width(lm) * FLOAT,
-        "evaluation": EVALUATION_COPIES * evaluation_rows(context, vocabulary) * context * vocabulary * FLOAT,
+        "evaluation": EVALUATION_COPIES * rows_per_pass(context, vocabulary) * context * vocabulary * FLOAT,
     }
     stored = min(config.tokens, config.text.max_tokens or config.tokens)
     disk = (config.checkpoints.keep * 3 + 1) * parameters * FLOAT + 8 * stored
@@ -96,21 +99,15 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     return Estimate(widths, weights, parameters, memory, disk, flops, flops / measured_flops_per_s())
 
 
-def meta_model(config: TrainConfig, trust_remote_code: bool = False) -> LanguageModel:
-    """Returns the model's architecture without weights."""
+def fake_model(config: TrainConfig, trust_remote_code: bool = False) -> LanguageModel:
+    """Returns the model's architecture without weights; to be called and used under FakeTensorMode."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     found = load_config(config.model.name, config.model.revision, trust_remote_code)
     causal = is_causal(found)
-    with torch.device("meta"):
-        auto = AutoModelForCausalLM if causal else AutoModel
-        model = auto.from_config(found, trust_remote_code=trust_remote_code)
+    auto = AutoModelForCausalLM if causal else AutoModel
+    model = auto.from_config(found, trust_remote_code=trust_remote_code)
     return LanguageModel(model.eval(), None, config.model.name, config.model.revision, causal)  # type: ignore[arg-type]
-
-
-def evaluation_rows(context: int, vocabulary: int) -> int:
-    """Returns how many rows the evaluation runs at once: their logits stay below 2^25 numbers."""
-    return max(1, min(16, 2**25 // max(1, context * vocabulary)))
 
 
 def measured_flops_per_s() -> float:

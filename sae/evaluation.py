@@ -21,7 +21,7 @@ from sae.models import LanguageModel
 from sae.nulls import null_fvus
 from sae.text import TokenRows
 
-ROWS_PER_PASS = 8
+PASS_LOGITS = 2**25  # most logits held at once, per copy: 128 MiB
 
 
 def evaluate(
@@ -42,7 +42,8 @@ def evaluate(
         if not coder.spec.reads or not coder.spec.writes:
             raise ConfigError(f"coder {name}: its spec names no site to read; set spec.reads and spec.writes")
     n_rows = min(rows.n_rows, max(1, -(-tokens // rows.context_length)))
-    batches = [rows.tokens(torch.arange(i, min(i + ROWS_PER_PASS, n_rows))) for i in range(0, n_rows, ROWS_PER_PASS)]
+    size = rows_per_pass(rows.context_length, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
+    batches = [rows.tokens(torch.arange(i, min(i + size, n_rows))) for i in range(0, n_rows, size)]
     with torch.no_grad():
         results, means = _reconstruct(several, lm, batches, nulls, should_stop)
         if lm.is_causal:
@@ -50,6 +51,11 @@ def evaluate(
             for name in several:
                 results[name]["loss"] = losses[name]
     return results if isinstance(coders, dict) else results[""]
+
+
+def rows_per_pass(context_length: int, vocabulary: int) -> int:
+    """Returns how many rows the evaluation runs at once."""
+    return max(1, min(16, PASS_LOGITS // max(1, context_length * vocabulary)))
 
 
 def _reconstruct(

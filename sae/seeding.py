@@ -9,3 +9,9 @@ def generator(seed: int, *key: str | int) -> torch.Generator:
     """Returns a CPU generator for one draw, for example `generator(0, "rows", epoch)`."""
     digest = blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def uniform(purpose: str, name: str) -> float:
+    """Returns a number in [0, 1) from a hash of a name; the purpose keys it, so that two uses are independent."""
+    digest = blake2b(name.encode(), digest_size=8, person=purpose.encode()).digest()
+    return int.from_bytes(digest, "big") / 2**64
