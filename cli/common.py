@@ -30,8 +30,9 @@ def config_path(name: str, kind: str) -> Path:
     if name in shipped:
         return shipped[name]
     if not Path(name).is_file():
-        raise ConfigError(f"--config: no file and no shipped config {name!r}.{nearest(name, shipped)} "
-                          f"Shipped: {', '.join(shipped)}")
+        raise ConfigError(
+            f"--config: no file and no shipped config {name!r}.{nearest(name, shipped)} Shipped: {', '.join(shipped)}"
+        )
     return Path(name)
 
 

@@ -44,7 +44,9 @@ def command(argv: list[str]) -> int:
         print(field_help(TrainConfig))
         return DONE
     if options.resume and options.config:
-        raise ConfigError("--config: a resumed run has its own; change fields one by one, for example --log.every_steps 50")
+        raise ConfigError(
+            "--config: a resumed run has its own; change fields one by one, for example --log.every_steps 50"
+        )
     folder = Path(options.resume) if options.resume else None
     if folder is not None and not (folder / "config.yaml").is_file():
         raise ConfigError(f"--resume: {folder} is not the folder of a run; it has no config.yaml")
@@ -66,7 +68,7 @@ def command(argv: list[str]) -> int:
     return _train(config, folder or _new_folder(config), folder is not None, options.trust_remote_code)
 
 
-def _train(config, folder: Path, resume: bool, trust_remote_code: bool) -> int:  # noqa: ANN001
+def _train(config, folder: Path, resume: bool, trust_remote_code: bool) -> int:
     from sae.estimate import estimate
     from sae.report import table
     from sae.training import train
@@ -83,7 +85,7 @@ def _train(config, folder: Path, resume: bool, trust_remote_code: bool) -> int: 
     return DONE
 
 
-def _new_folder(config) -> Path:  # noqa: ANN001
+def _new_folder(config) -> Path:
     """Returns the run's folder; one named by the run alone gets a number if it is taken."""
     if config.run_dir:
         return Path(config.run_dir).expanduser()
@@ -95,7 +97,7 @@ def _new_folder(config) -> Path:  # noqa: ANN001
     return folder
 
 
-def _only_harmless(new, old) -> None:  # noqa: ANN001
+def _only_harmless(new, old) -> None:
     """Refuses a resume that would change what is trained; logging, evaluation and retention may change."""
     for name in ("log", "checkpoints", "eval", "max_bad_steps"):
         old = replace(old, **{name: getattr(new, name)})

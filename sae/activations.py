@@ -55,7 +55,7 @@ def norm_mask(x: Float[Tensor, "*shape d"], mask: MaskSpec) -> Bool[Tensor, "*sh
     return ~(x.float().norm(dim=-1) > mask.norm_limit)
 
 
-class _AllSeen(Exception):  # noqa: N818
+class _AllSeen(Exception):
     """Ends the language model's forward pass once every site has been seen."""
 
 
@@ -114,14 +114,18 @@ def capture(
 
     def see(site: Site, x: Tensor) -> None:
         if site.name in seen:
-            raise ConfigError(f"activations.sites: {site.name} runs more than once per pass; its output is not one tensor")
+            raise ConfigError(
+                f"activations.sites: {site.name} runs more than once per pass; its output is not one tensor"
+            )
         seen[site.name] = x.detach()
         if len(seen) == len(sites):
             raise _AllSeen
 
     with torch.no_grad(), hooked(lm.model, sites, see):
         try:
-            lm.model(input_ids=tokens.to(lm.device), use_cache=False) if lm.is_causal else lm.model(tokens.to(lm.device))
+            lm.model(input_ids=tokens.to(lm.device), use_cache=False) if lm.is_causal else lm.model(
+                tokens.to(lm.device)
+            )
         except _AllSeen:
             return seen
     missing = [site.name for site in sites if site.name not in seen]
@@ -162,7 +166,7 @@ def next_token_losses(
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block b of a text: which rows it is made of. Rows are shuffled once, so that a block is a sample of the corpus."""
+    """Block b of a text is a fixed set of rows. Rows are shuffled once, so that a block is a sample of the corpus."""
 
     rows: TokenRows
     block_rows: int
@@ -236,6 +240,10 @@ class CachedSource:
         tensors = self.stored.read(block)
         return Block(*({k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(p)} for p in ("a", "g")))
 
+    def reload(self) -> None:
+        """Takes in what other ranks have stored."""
+        self.stored.reload()
+
     def fill(self, blocks: range, should_stop: Callable[[], bool], progress: Callable[[int], None]) -> None:
         """Stores all of `blocks`; raises Stopped between two of them when asked to."""
         for block in blocks:
@@ -288,7 +296,9 @@ def sample(source: Source, site: str, tokens: int, should_stop: Callable[[], boo
 def measure(x: Float[Tensor, "n d"], mask: MaskSpec, norm_filter: float, normalization: Normalization) -> Statistics:
     """Returns the statistics of raw activations x: norm limit, input scale, then mean and variance of what is left."""
     if not len(x):
-        raise ConfigError("text: every token is masked (special tokens and skipped positions); nothing is left to train on")
+        raise ConfigError(
+            "text: every token is masked (special tokens and skipped positions); nothing is left to train on"
+        )
     if not torch.isfinite(x).all():
         raise ConfigError(f"activations: {int((~torch.isfinite(x)).any(1).sum())} of {len(x)} tokens hold NaN or Inf")
     norms = x.norm(dim=1)

@@ -14,16 +14,16 @@ log = logging.getLogger(__name__)
 STATE = "state.json"
 
 
-def save(
-    run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any], keep: int
-) -> Path:
-    """Writes checkpoints/step-N (one safetensors file per name and `state.json`), keeps the newest `keep`, returns it."""
+def save(run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any], keep: int) -> Path:
+    """Writes and returns checkpoints/step-N: a safetensors file per name and `state.json`; keeps the newest `keep`."""
     folder = run_dir / "checkpoints" / f"step-{step:09d}"
     if not is_complete(folder):
         shutil.rmtree(folder, ignore_errors=True)
         with publish(folder) as draft:
             for name, group in tensors.items():
-                save_tensors(draft / f"{name}.safetensors", {k: v.detach().cpu().contiguous() for k, v in group.items()})
+                save_tensors(
+                    draft / f"{name}.safetensors", {k: v.detach().cpu().contiguous() for k, v in group.items()}
+                )
             write_json(draft / STATE, {"step": step, **values})
     for old in complete(run_dir)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

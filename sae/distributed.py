@@ -1,4 +1,4 @@
-"""Ranks: what torchrun, `accelerate launch` and srun set in the environment, and the few collectives that are needed."""
+"""Ranks, as torchrun, `accelerate launch` and srun set them in the environment, and the few collectives needed."""
 
 import os
 

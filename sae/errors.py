@@ -12,7 +12,7 @@ class DataError(RuntimeError):
     """A file that is damaged, foreign or of another version; commands end with exit code 1."""
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     """A clean stop asked for by a signal; commands end with exit code 75."""
 
 

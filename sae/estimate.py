@@ -79,7 +79,11 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     micro = config.micro_batch_tokens or config.batch_tokens
     vocabulary = getattr(lm.model.config.get_text_config(), "vocab_size", 0)
     parameters = sum(count for *_, count, _ in sizes)
-    ahead = settings.prefetch_blocks if settings.prefetch_blocks is not None else (LANES if settings.source == "disk" else 0)
+    ahead = (
+        settings.prefetch_blocks
+        if settings.prefetch_blocks is not None
+        else (LANES if settings.source == "disk" else 0)
+    )
     memory = {
         "process": psutil.Process().memory_info().rss,
         "model": weights * itemsize,
@@ -94,7 +98,9 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     disk += stored * row if settings.source != "live" else 0
     seen = config.tokens if settings.source == "live" else stored
     flops = 2.0 * _parameters_below(lm, sites) * seen
-    flops += sum(config.tokens * 2.0 * d * d_sae * 1.6 for d, d_sae, *_ in sizes)  # the dense encoder and, sparse, the rest
+    flops += sum(
+        config.tokens * 2.0 * d * d_sae * 1.6 for d, d_sae, *_ in sizes
+    )  # the dense encoder and, sparse, the rest
     flops += 2.0 * weights * config.eval.tokens * 4 * len(sizes) if lm.is_causal else 0
     return Estimate(widths, weights, parameters, memory, disk, flops, flops / measured_flops_per_s())
 

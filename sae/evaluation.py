@@ -1,8 +1,8 @@
 """Held-out evaluation: how well a coder reconstructs, and what the language model loses when it is spliced in.
 
-Pass 1 stops the model at the last site and gathers reconstruction metrics and the mean activation. Pass 2 runs the whole
-model clean, spliced, zero-ablated and mean-ablated. The same mask holds in every arm: masked positions are neither
-replaced nor counted. Losses are averaged over tokens first; ratios are formed once, at the end.
+Pass 1 stops the model at the last site and gathers reconstruction metrics and the mean activation. Pass 2 runs the
+whole model clean, spliced, zero-ablated and mean-ablated. The same mask holds in every arm: masked positions are
+neither replaced nor counted. Losses are averaged over tokens first; ratios are formed once, at the end.
 """
 
 from collections.abc import Callable

@@ -89,14 +89,16 @@ def safe_join(root: Path, *parts: str) -> Path:
 
 @contextmanager
 def publish(folder: Path) -> Iterator[Path]:
-    """Yields a draft folder that becomes `folder`, with checksums and a COMPLETE mark, if the block ends without error."""
+    """Yields a draft that becomes `folder`, with checksums and a COMPLETE mark, if the block ends without error."""
     folder = Path(folder)
     draft = _temporary(folder)
     draft.mkdir(parents=True)
     try:
         yield draft
         names = sorted(str(p.relative_to(draft)) for p in draft.rglob("*") if p.is_file())
-        entries = {name: {"sha256": sha256_file(draft / name), "bytes": (draft / name).stat().st_size} for name in names}
+        entries = {
+            name: {"sha256": sha256_file(draft / name), "bytes": (draft / name).stat().st_size} for name in names
+        }
         write_json(draft / MANIFEST, entries)
         atomic_write(draft / COMPLETE, "")
         os.replace(draft, folder)
@@ -139,7 +141,7 @@ class FolderLock:
     def __enter__(self) -> "FolderLock":
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115
+            self.file = open(self.path, "a+", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"run_dir: cannot write to {self.path.parent} ({error.strerror})") from error
         try:
@@ -179,5 +181,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-

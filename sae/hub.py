@@ -47,5 +47,7 @@ def _coder_folder(path: Path) -> Path:
     below = sorted(p.parent for p in path.rglob(native.CONFIG) if native.detect(p.parent))
     if len(below) == 1:
         return below[0]
-    found = f"it holds {len(below)}: {', '.join(str(p.relative_to(path)) for p in below[:6])}" if below else "found none"
+    found = (
+        f"it holds {len(below)}: {', '.join(str(p.relative_to(path)) for p in below[:6])}" if below else "found none"
+    )
     raise ConfigError(f"path: {path} is not the folder of one coder; {found}")

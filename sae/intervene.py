@@ -1,6 +1,6 @@
 """Changing what a language model computes at a site: splice a coder in, ablate, or replace by anything.
 
-    with splice(lm.model, coder): logits = lm.model(tokens).logits
+with splice(lm.model, coder): logits = lm.model(tokens).logits
 """
 
 from collections.abc import Callable, Iterator

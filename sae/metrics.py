@@ -127,5 +127,5 @@ def kl_divergence(
 
 
 def recovered(clean: float, spliced: float, ablated: float) -> float | None:
-    """Returns (ablated - spliced) / (ablated - clean), or None where ablation does no harm and the ratio says nothing."""
+    """Returns (ablated - spliced) / (ablated - clean), or None where ablation does no harm: no ratio then."""
     return (ablated - spliced) / (ablated - clean) if ablated - clean > 1e-9 else None

@@ -52,7 +52,7 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _weights_digest(model: "PreTrainedModel") -> str:
-    """Returns a hash over a sample of every weight: two folders of one name and other weights must not share a cache."""
+    """Returns a hash over a sample of every weight: other weights under the same name must not share a cache."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
@@ -83,8 +83,8 @@ def load_language_model(
 ) -> LanguageModel:
     """Returns the model called `name`, loaded for reading activations.
 
-    Raises ConfigError in one line if it cannot be had: a folder that is none, a hub id that is not cached while offline,
-    or a model that ships code of its own, which runs only if the user typed `--trust-remote-code`.
+    Raises ConfigError in one line if it cannot be had: no such folder, a hub id that is not cached while offline, or a
+    model that ships code of its own, which runs only if the user typed `--trust-remote-code`.
     """
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -148,7 +148,7 @@ def is_causal(config: "PretrainedConfig") -> bool:
 
 
 def local_folder(name: str) -> Path | None:
-    """Returns the folder that holds model `name`, or None if it is a hub id. A .gguf file is converted once and cached."""
+    """Returns the folder that holds model `name`, or None for a hub id. A .gguf file is converted once and cached."""
     if name == "quickstart":
         from sae.quickstart import model_folder
 
@@ -186,7 +186,7 @@ def _has_sdpa(config: "PretrainedConfig") -> bool:
     return config.model_type not in ("gpt_bigcode",)
 
 
-class _readable_errors:  # noqa: N801
+class _readable_errors:
     """Turns the loaders' long errors into one line that names the model and the way out."""
 
     def __init__(self, name: str) -> None:

@@ -16,7 +16,7 @@ class Normalization:
     """One input normalization. With it, the coder's weights and its training loss live in the normalized space."""
 
     kind: str = "none"
-    """none | scalar (x * scale, measured so that E|x|^2 = d) | layer_norm (per token) | l2 (per token, to norm sqrt(d))."""
+    """none | scalar (x * scale, so that E|x|^2 = d) | layer_norm (per token) | l2 (per token, to norm sqrt(d))."""
     scale: float = 1.0
     """The factor of kind "scalar"; measured on training tokens when training starts from 1."""
     eps: float = 1e-5
@@ -27,7 +27,9 @@ class Normalization:
     def validate(self, field: str) -> None:
         """Raises ConfigError naming `field` if a value is out of range."""
         if self.kind not in KINDS:
-            raise ConfigError(f"{field}.kind: {self.kind!r} is not one of {', '.join(KINDS)}.{nearest(self.kind, KINDS)}")
+            raise ConfigError(
+                f"{field}.kind: {self.kind!r} is not one of {', '.join(KINDS)}.{nearest(self.kind, KINDS)}"
+            )
         if not self.scale > 0:
             raise ConfigError(f"{field}.scale: {self.scale} must be positive")
 

@@ -31,7 +31,7 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it; 0 never."""
     ema: float = 0.0
-    """Decay of the bias-corrected average of the weights that is evaluated and saved; 0 saves the weights themselves."""
+    """Decay of the bias-corrected weight average that is evaluated and saved; 0 saves the weights themselves."""
 
     def validate(self) -> None:
         """Raises ConfigError naming the field whose value is out of range."""

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, a line every few seconds elsewhere (a Slurm log), and metrics to a tracker if asked."""
+"""Progress: a bar on a terminal, a line every few seconds elsewhere (a Slurm log); metrics to a tracker if asked."""
 
 import importlib
 import logging

@@ -33,8 +33,10 @@ def write_report(run_dir: Path, results: dict[str, dict[str, Any]]) -> Path:
 def table(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns the figures of one evaluation as (name, text) rows: the same in the terminal and on the page."""
     r, raw, density, loss = (
-        found[key] for key in ("reconstruction", "reconstruction_unfiltered", "density", "loss")
-    ) if "loss" in found else (*(found[k] for k in ("reconstruction", "reconstruction_unfiltered", "density")), None)
+        (found[key] for key in ("reconstruction", "reconstruction_unfiltered", "density", "loss"))
+        if "loss" in found
+        else (*(found[k] for k in ("reconstruction", "reconstruction_unfiltered", "density")), None)
+    )
     rows = [
         ("held-out tokens", f"{r['tokens']:,}"),
         ("FVU", _number(r["fvu"])),
@@ -50,7 +52,10 @@ def table(found: dict[str, Any]) -> list[tuple[str, str]]:
         arms = " / ".join(f"{loss[f'ce_{arm}']:.3f}" for arm in ("clean", "spliced", "zero", "mean"))
         rows += [
             ("CE clean / spliced / zero / mean (nats)", arms),
-            ("CE recovered (against zero, mean)", f"{_share(loss['ce_recovered'])}, {_share(loss['ce_recovered_from_mean'])}"),
+            (
+                "CE recovered (against zero, mean)",
+                f"{_share(loss['ce_recovered'])}, {_share(loss['ce_recovered_from_mean'])}",
+            ),
             ("KL score", _share(loss["kl_score"])),
         ]
     for name, null in found.get("nulls", {}).items():

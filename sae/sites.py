@@ -10,7 +10,15 @@ from sae.errors import ConfigError, nearest
 from sae.spec import Site
 
 SIDES = ("output", "input")
-LAYER_LISTS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers", "encoder.layer", "layers", "h")
+LAYER_LISTS = (
+    "model.layers",
+    "transformer.h",
+    "gpt_neox.layers",
+    "model.decoder.layers",
+    "encoder.layer",
+    "layers",
+    "h",
+)
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "output.dense")
 MLP_OUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out")

@@ -35,7 +35,7 @@ class ActivationBatch:
 
 
 class Reader:
-    """Reads visits in order, up to `ahead` of them in a thread before they are asked for: overlap with back-pressure."""
+    """Reads visits in order, up to `ahead` of them in a thread before they are needed: overlap with back-pressure."""
 
     def __init__(self, source: Source, visits: Iterator[tuple[int, int]], ahead: int) -> None:
         self.source, self.visits, self.ahead = source, visits, ahead
@@ -74,7 +74,9 @@ class Stream:
         self, source: Source, batch_tokens: int, seed: int, ahead: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
         if LANES % world_size:
-            raise ConfigError(f"WORLD_SIZE: {world_size} ranks cannot share {LANES} lanes; use 1, 2, 4, 8, 16, 32 or 64")
+            raise ConfigError(
+                f"WORLD_SIZE: {world_size} ranks cannot share {LANES} lanes; use 1, 2, 4, 8, 16, 32 or 64"
+            )
         self.source, self.seed, self.ahead = source, seed, ahead
         self.draw = batch_tokens // LANES
         share = LANES // world_size

@@ -37,7 +37,7 @@ class TextConfig:
     """The text whose activations are read."""
 
     source: str = "quickstart"
-    """"quickstart" (documentation found on this machine), a txt/jsonl/parquet/arrow file, a folder of them, or a hub id."""
+    """quickstart (documentation on this machine), a txt/jsonl/parquet/arrow file, a folder of them, or a hub id."""
     name: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
@@ -221,7 +221,9 @@ def _hub(config: TextConfig) -> Iterator[tuple[str, Any]]:
 
 def _cell(row: dict[str, Any], column: str, where: str) -> Any:
     if column not in row:
-        raise ConfigError(f"text.column: {where} has no column {column!r}.{nearest(column, row)} It has: {', '.join(row)}")
+        raise ConfigError(
+            f"text.column: {where} has no column {column!r}.{nearest(column, row)} It has: {', '.join(row)}"
+        )
     return row[column]
 
 
@@ -281,12 +283,15 @@ def _fill(
     if not held_out.n_rows and not held_out.finish():
         by = "rows"  # one document, or very few: its last rows are kept back instead
         moved = min(max(1, round(config.held_out_share * len(train.rows))), max(0, len(train.rows) - 1))
-        held_out.rows, held_out.numbers = train.rows[len(train.rows) - moved :], train.numbers[len(train.rows) - moved :]
+        held_out.rows, held_out.numbers = (
+            train.rows[len(train.rows) - moved :],
+            train.numbers[len(train.rows) - moved :],
+        )
         del train.rows[len(train.rows) - moved :], train.numbers[len(train.numbers) - moved :]
     if not (train.n_rows or len(train.rows)) or not (held_out.n_rows or len(held_out.rows)):
         raise ConfigError(
             f"text.source: {config.source} has {counts['train_tokens'] + counts['held_out_tokens']} tokens in "
-            f"{counts['documents']} documents; at least two rows of text.context_length = {config.context_length} are needed"
+            f"{counts['documents']} documents; two rows of text.context_length = {config.context_length} are needed"
         )
     for part in PARTS:
         flush(part, all_of_it=True)
@@ -409,4 +414,3 @@ def _identity(config: TextConfig) -> Any:
     if path.exists():
         return {p.relative_to(path).as_posix() if path.is_dir() else p.name: sha256_file(p) for p in local_files(path)}
     return {"hub": config.source, "revision": config.revision}
-

@@ -69,7 +69,9 @@ class CoderTrainer:
             target = spec.normalization.apply(rows.to(run.prediction.dtype))[0]
             view = Step(self.coder, run, target, n_tokens, spec.variance or 1.0, self.residual_variance, dead)
             losses = {name: objective.loss(view) for name, objective in self.objectives.items()}
-            torch.stack([losses[name] * objective.weight for name, objective in self.objectives.items()]).sum().backward()
+            torch.stack(
+                [losses[name] * objective.weight for name, objective in self.objectives.items()]
+            ).sum().backward()
             with torch.no_grad():
                 error = target - run.prediction
                 error_sum += error.sum(0)

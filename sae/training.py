@@ -1,7 +1,7 @@
 """The training run, top to bottom: text -> tokens -> activations -> coders, evaluated and saved.
 
-A run folder explains itself: config.yaml, env.json, metrics.jsonl (deterministic values only), timings.jsonl (the clock),
-checkpoints/step-*/, coders/<site>/ and report.html.
+A run folder explains itself: config.yaml, env.json, metrics.jsonl (deterministic values only), timings.jsonl (the
+clock), checkpoints/step-*/, coders/<site>/ and report.html.
 """
 
 import json
@@ -75,8 +75,12 @@ def train(
     distributed.start()
     with stop_flag() as stop, _locked(folder):
         if not resume and (folder / "config.yaml").exists():
-            raise ConfigError(f"run_dir: {folder} already holds a run; continue it with --resume {folder}, or name another")
-        tracker = Tracker(config.log.tracker if distributed.rank() == 0 else "none", config.log.project, folder.name, {})
+            raise ConfigError(
+                f"run_dir: {folder} already holds a run; continue it with --resume {folder}, or name another"
+            )
+        tracker = Tracker(
+            config.log.tracker if distributed.rank() == 0 else "none", config.log.project, folder.name, {}
+        )
         run = Run(config, folder, stop, trust_remote_code)
         try:
             return run.train(tracker, resume)
@@ -131,14 +135,20 @@ class Run:
         progress = Progress("tokenizing", None, "tokens", visible=self.main)
         with _rank_zero_first():
             text = tokenize(
-                self.config.text, self.lm.tokenizer, self.lm.fingerprint(), should_stop=self.stop, progress=progress.update
+                self.config.text,
+                self.lm.tokenizer,
+                self.lm.fingerprint(),
+                should_stop=self.stop,
+                progress=progress.update,
             )
         progress.close()
         n_tokens = text.train.n_rows * text.train.context_length
         log.info(
             "text: %s train tokens in rows of %d, %s held out; %.1f epochs planned",
-            f"{n_tokens:,}", text.train.context_length,
-            f"{text.held_out.n_rows * text.held_out.context_length:,}", self.config.tokens / n_tokens,
+            f"{n_tokens:,}",
+            text.train.context_length,
+            f"{text.held_out.n_rows * text.held_out.context_length:,}",
+            self.config.tokens / n_tokens,
         )
         return text
 
@@ -207,7 +217,12 @@ class Run:
         found = measure(x, mask, settings.norm_filter, plan.coder.normalization)
         log.info(
             "%s: d %d, median norm %.3g, %d of %d tokens beyond %g times that are masked",
-            plan.site.name, x.shape[1], found.median_norm, found.outliers, found.tokens, settings.norm_filter,
+            plan.site.name,
+            x.shape[1],
+            found.median_norm,
+            found.outliers,
+            found.tokens,
+            settings.norm_filter,
         )
         return found
 
@@ -289,7 +304,9 @@ class Run:
                 self._write("metrics.jsonl", *lines)
                 seconds = time.monotonic() - began
                 rate = (step - first) * config.batch_tokens / seconds
-                self._write("timings.jsonl", {"step": step, "seconds": round(seconds, 3), "tokens_per_s": round(rate, 1)})
+                self._write(
+                    "timings.jsonl", {"step": step, "seconds": round(seconds, 3), "tokens_per_s": round(rate, 1)}
+                )
                 for line in lines:
                     tracker.log({f"{line['coder']}/{k}": v for k, v in line.items() if isinstance(v, float)}, step)
                 head = lines[0]
@@ -328,7 +345,7 @@ class Run:
         log.warning("%s; skipped (%d of %d allowed)", where, self.bad_steps, self.config.max_bad_steps)
 
     def _evaluate_midway(self, step: int, trainers: dict[str, CoderTrainer], text: TokenizedText) -> None:
-        """Writes a held-out evaluation to metrics.jsonl; a signal in the middle of it drops it and stops at this step."""
+        """Writes a held-out evaluation to metrics.jsonl; a signal drops it half-way and stops at this step."""
         if not self.main:
             return
         try:
@@ -405,4 +422,3 @@ def _rank_zero_first() -> Iterator[None]:
     yield
     if distributed.rank() == 0:
         distributed.barrier()
-

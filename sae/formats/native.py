@@ -1,4 +1,4 @@
-"""This toolkit's own format: a folder with `cfg.json` (the spec) and `sae.safetensors` (the tensors, rows as in spec.py)."""
+"""This toolkit's own format: a folder with `cfg.json` (the spec) and `sae.safetensors` (tensors as in spec.py)."""
 
 from pathlib import Path
 
@@ -14,7 +14,9 @@ CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 def detect(folder: Path) -> bool:
     """Returns whether `folder` holds a coder in this format."""
-    return (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file() and "format_version" in read_json(folder / CONFIG)
+    return (
+        (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file() and "format_version" in read_json(folder / CONFIG)
+    )
 
 
 def read(folder: Path) -> tuple[CoderSpec, dict[str, Tensor]]:

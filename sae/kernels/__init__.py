@@ -27,7 +27,7 @@ class _EncodeAt(torch.autograd.Function):
     """Pre-activations at a support, with gradients that touch the support only."""
 
     @staticmethod
-    def forward(ctx, y, weight, bias, offsets, ids, scores):  # noqa: ANN001
+    def forward(ctx, y, weight, bias, offsets, ids, scores):
         ctx.save_for_backward(y, weight, offsets, ids)
         if scores is not None:
             tokens = torch.repeat_interleave(torch.arange(len(y), device=y.device), offsets.diff())
@@ -35,7 +35,7 @@ class _EncodeAt(torch.autograd.Function):
         return sddmm(offsets, ids, y, weight) + bias[ids]
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001
+    def backward(ctx, grad):
         y, weight, offsets, ids = ctx.saved_tensors
         grad_y = spmm(offsets, ids, grad, weight) if ctx.needs_input_grad[0] else None
         by_latent, tokens, order = transpose(offsets, ids, len(weight))
@@ -48,12 +48,12 @@ class _Decode(torch.autograd.Function):
     """The product of sparse codes and the decoder."""
 
     @staticmethod
-    def forward(ctx, values, weight, offsets, ids):  # noqa: ANN001
+    def forward(ctx, values, weight, offsets, ids):
         ctx.save_for_backward(values, weight, offsets, ids)
         return spmm(offsets, ids, values, weight)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001
+    def backward(ctx, grad):
         values, weight, offsets, ids = ctx.saved_tensors
         grad = grad.contiguous()
         grad_values = sddmm(offsets, ids, grad, weight) if ctx.needs_input_grad[0] else None

@@ -1,4 +1,4 @@
-"""The sparse products in plain torch: slow, memory-hungry and obviously right. Tests compare the fast ones with these."""
+"""The sparse products in plain torch: slow, memory-hungry and obviously right; the fast ones are tested against them."""
 
 import torch
 from jaxtyping import Float, Int

@@ -3,9 +3,9 @@
     e = stop_gradient(x - x^)        e^ = ReLU(TopK_kaux(h restricted to dead latents)) W_dec
     L = sum_t |e_t - e^_t|^2 / (N V_e)
 
-V_e is the residual's variance at the previous step (the paper divides by the current batch's own; the previous one makes
-micro-batches and ranks exact). No bias enters e^. The gradient reaches encoder and decoder of dead latents only, and the
-term is exactly 0 while no latent is dead.
+V_e is the residual's variance at the previous step (the paper divides by the current batch's own; the previous one
+makes micro-batches and ranks exact). No bias enters e^. The gradient reaches encoder and decoder of dead latents only,
+and the term is exactly 0 while no latent is dead.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """Every selection rule keeps the contract; a new rule is tested by being there."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -31,7 +33,7 @@ def test_support_is_well_formed(rule):
     assert offsets[0] == 0
     assert offsets[-1] == len(ids)
     assert (offsets.diff() >= 0).all()
-    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, stop in pairwise(offsets):
         assert (ids[start:stop].diff() > 0).all(), "ids ascend within a row, none twice"
 
 

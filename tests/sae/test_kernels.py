@@ -1,4 +1,4 @@
-"""The sparse products: the fast path against the plain one, and gradients against dense autograd and finite differences."""
+"""The sparse products: the fast path against the plain one; gradients against autograd and finite differences."""
 
 import pytest
 import torch
