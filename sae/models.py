@@ -100,10 +100,10 @@ def load_language_model(
             revision=None if folder else revision,
             dtype=chosen,
             trust_remote_code=trust_remote_code,
-            attn_implementation="sdpa" if _has_sdpa(config) else None,
         )
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
-    return LanguageModel(model.to(where).eval().requires_grad_(False), tokenizer, name, revision, causal)
+    model: Any = model.to(where)  # type: ignore[arg-type]
+    return LanguageModel(model.eval().requires_grad_(False), tokenizer, name, revision, causal)
 
 
 def load_tokenizer(
@@ -180,10 +180,6 @@ def _converted(path: Path) -> Path:
             model.save_pretrained(draft)
             tokenizer.save_pretrained(draft)
     return folder
-
-
-def _has_sdpa(config: "PretrainedConfig") -> bool:
-    return config.model_type not in ("gpt_bigcode",)
 
 
 class _readable_errors:

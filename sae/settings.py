@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import draccus
 import yaml
@@ -102,7 +102,8 @@ def describe(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, str, str]
         if dataclasses.is_dataclass(hint) and not issubclass(hint, Plugin):  # type: ignore[arg-type]
             yield from describe(hint, f"{path}.")  # type: ignore[arg-type]
         elif isinstance(hint, type) and issubclass(hint, Plugin):
-            yield f"{path}.type", default.get_choice_name(type(default)), f"{doc} One of: {', '.join(names(hint))}."
+            chosen = hint.get_choice_name(type(default))
+            yield f"{path}.type", chosen, f"{doc} One of: {', '.join(names(hint))}."
             for name, choice in names(hint).items():
                 for sub, value, text in describe(choice, f"{path}."):
                     yield sub, value, f"[{name}] {text}"
@@ -131,9 +132,9 @@ def _check_keys(kind: Any, data: Any, where: str) -> None:
             _check_keys(hint, value, _join(where, key))
         elif hint is int and isinstance(value, bool):
             raise ConfigError(f"{_join(where, key)}: {value!r} is not a whole number")
-        elif getattr(hint, "__origin__", None) is dict and isinstance(value, dict):
+        elif get_origin(hint) is dict and isinstance(value, dict):
             for name, item in value.items():
-                _check_keys(hint.__args__[1], item, f"{_join(where, key)}.{name}")
+                _check_keys(get_args(hint)[1], item, f"{_join(where, key)}.{name}")
 
 
 def _join(where: str, key: str) -> str:

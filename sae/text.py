@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae.errors import ConfigError, Stopped, nearest
 from sae.files import cache_dir, sha256_file
+from sae.packing import Packer
 from sae.seeding import uniform
 from sae.settings import at_least, choose
 from sae.store import Shards, ShardWriter, fingerprint_key
@@ -51,7 +52,7 @@ class TextConfig:
     context_length: int = 256
     """Tokens per row."""
     layout: str = "packed"
-    """packed (documents one after the other, EOS between) or one_per_row (the first context_length tokens of each)."""
+    """packed (documents one after the other, EOS between) or one_per_row (each cut or padded to context_length)."""
     bos: str = "row"
     """Where BOS stands: at the start of every row, of every document, or none."""
     max_tokens: int | None = None
@@ -257,7 +258,7 @@ def _fill(
     should_stop: Callable[[], bool],
     progress: Callable[[int], None],
 ) -> None:
-    packers = {part: Packer(config, tokenizer) for part in PARTS}
+    packers = {part: Packer(config.context_length, config.layout, config.bos, tokenizer) for part in PARTS}
     writers = {part: ShardWriter(store, "tokens", fingerprint) for part, store in stores.items()}
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
@@ -331,66 +332,6 @@ def _pieces(text: str) -> list[str]:
         pieces.append(text[:cut])
         text = text[cut:]
     return [*pieces, text]
-
-
-class Packer:
-    """Turns documents into rows by the layout and the BOS policy."""
-
-    def __init__(self, config: TextConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self.length, self.one_per_row, self.policy = config.context_length, config.layout == "one_per_row", config.bos
-        self.bos = tokenizer.bos_token_id if config.bos != "none" else None
-        self.eos = tokenizer.eos_token_id
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (self.eos or 0)
-        self.rows: list[list[int]] = []
-        self.numbers: list[list[int]] = []
-        self.n_rows = 0
-        self._row: list[int] = []
-        self._number: list[int] = []
-
-    def add(self, pieces: list[list[int]], document: int) -> None:
-        """Takes in one document."""
-        tokens = [token for piece in pieces for token in piece]
-        if self.policy == "document" and self.bos is not None:
-            tokens = [self.bos, *tokens]
-        if self.one_per_row:
-            start = [self.bos] if self.policy == "row" and self.bos is not None else []
-            row = [*start, *tokens][: self.length]
-            self._close(row, [document] * len(row))
-            return
-        if self.eos is not None:
-            tokens = [*tokens, self.eos]
-        place = 0
-        while place < len(tokens):
-            if not self._row and self.policy == "row" and self.bos is not None:
-                self._row, self._number = [self.bos], [document]
-            taken = tokens[place : place + self.length - len(self._row)]
-            place += len(taken)
-            self._row += taken
-            self._number += [document] * len(taken)
-            if len(self._row) == self.length:
-                self._close(self._row, self._number)
-                self._row, self._number = [], []
-
-    def finish(self) -> bool:
-        """Pads the row begun last if it is the only one; returns whether there is any row."""
-        if not self.rows and not self.n_rows and len(self._row) > 1:
-            self._close(self._row, self._number)
-        return bool(self.rows or self.n_rows)
-
-    def take(self, n: int) -> dict[str, Int[Tensor, "rows context"]]:
-        """Returns and forgets up to n rows, as tensors `tokens` and `documents`."""
-        rows, numbers = self.rows[:n], self.numbers[:n]
-        del self.rows[:n], self.numbers[:n]
-        self.n_rows += len(rows)
-        return {
-            "tokens": torch.tensor(rows, dtype=torch.int32),
-            "documents": torch.tensor(numbers, dtype=torch.int32),
-        }
-
-    def _close(self, row: list[int], numbers: list[int]) -> None:
-        missing = self.length - len(row)
-        self.rows.append(row + [self.pad] * missing)
-        self.numbers.append(numbers + [-1] * missing)
 
 
 def is_held_out(document_id: str, share: float) -> bool:

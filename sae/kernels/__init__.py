@@ -35,8 +35,8 @@ class _EncodeAt(torch.autograd.Function):
         return sddmm(offsets, ids, y, weight) + bias[ids]
 
     @staticmethod
-    def backward(ctx, grad):
-        y, weight, offsets, ids = ctx.saved_tensors
+    def backward(ctx, *grads):
+        (grad,), (y, weight, offsets, ids) = grads, ctx.saved_tensors
         grad_y = spmm(offsets, ids, grad, weight) if ctx.needs_input_grad[0] else None
         by_latent, tokens, order = transpose(offsets, ids, len(weight))
         grad_weight = spmm(by_latent, tokens, grad[order], y) if ctx.needs_input_grad[1] else None
@@ -53,9 +53,8 @@ class _Decode(torch.autograd.Function):
         return spmm(offsets, ids, values, weight)
 
     @staticmethod
-    def backward(ctx, grad):
-        values, weight, offsets, ids = ctx.saved_tensors
-        grad = grad.contiguous()
+    def backward(ctx, *grads):
+        grad, (values, weight, offsets, ids) = grads[0].contiguous(), ctx.saved_tensors
         grad_values = sddmm(offsets, ids, grad, weight) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:

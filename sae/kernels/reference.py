@@ -1,4 +1,4 @@
-"""The sparse products in plain torch: slow, memory-hungry and obviously right; the fast ones are tested against them."""
+"""The sparse products in plain torch: slow, memory-hungry, obviously right; the fast ones are tested against them."""
 
 import torch
 from jaxtyping import Float, Int
