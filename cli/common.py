@@ -16,7 +16,7 @@ from sae.errors import ConfigError, Stopped, nearest
 from sae.settings import decode, describe, merge, parse_value, read_yaml, set_dotted
 
 T = TypeVar("T")
-DONE, ERROR, BAD_USAGE, STOPPED = 0, 1, 2, 75
+DONE, ERROR, BAD_USAGE = 0, 1, 2
 
 
 def configs(kind: str) -> dict[str, Path]:
@@ -91,14 +91,14 @@ def run(command: Callable[[list[str]], int], argv: list[str] | None = None) -> i
         return command(arguments)
     except Stopped as stopped:
         print(f"stopped {stopped}", file=sys.stderr)
-        return STOPPED
+        return stopped.exit_code
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         if debug:
             traceback.print_exc()
         print(f"error: {_one_line(error)}", file=sys.stderr)
-        return BAD_USAGE if isinstance(error, ConfigError) else ERROR
+        return getattr(error, "exit_code", ERROR)
 
 
 def _one_line(error: Exception) -> str:

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from sae.errors import ConfigError, Stopped
 from sae.models import DTYPES, LanguageModel
 from sae.normalization import Normalization
+from sae.packing import PADDING
 from sae.seeding import generator
 from sae.spec import MaskSpec, Site
 from sae.store import Shards, ShardWriter
 from sae.text import TokenRows
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,12 @@ class Block:
 
 
 def token_mask(tokens: Int[Tensor, "rows context"], mask: MaskSpec) -> Bool[Tensor, "rows context"]:
-    """Returns which positions count: no special token, not among the first `skip_positions` of the row.
+    """Returns which positions count: no special token, no padding, not among the first `skip_positions` of the row.
 
     Together with `norm_mask` this is the only definition of the mask: training, statistics and every arm of evaluation.
     """
     special = torch.tensor(mask.special_ids, dtype=tokens.dtype, device=tokens.device)
-    keep = ~torch.isin(tokens, special)
+    keep = ~torch.isin(tokens, special) & (tokens != PADDING)
     keep[:, : mask.skip_positions] = False
     return keep
 
@@ -123,9 +122,7 @@ def capture(
 
     with torch.no_grad(), hooked(lm.model, sites, see):
         try:
-            lm.model(input_ids=tokens.to(lm.device), use_cache=False) if lm.is_causal else lm.model(
-                tokens.to(lm.device)
-            )
+            lm.model(**model_inputs(lm, tokens))
         except _AllSeen:
             return seen
     missing = [site.name for site in sites if site.name not in seen]
@@ -148,7 +145,7 @@ def capture_with_gradients(
         return x
 
     with torch.enable_grad(), hooked(lm.model, sites, see):
-        logits = lm.model(input_ids=tokens.to(lm.device), use_cache=False).logits
+        logits = lm.model(**model_inputs(lm, tokens)).logits
         next_token_losses(logits, tokens.to(lm.device), token_mask(tokens, mask).to(lm.device)).sum().backward()
     gradients = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in seen.items()}
     return {name: x.detach() for name, x in seen.items()}, gradients
@@ -160,8 +157,21 @@ def next_token_losses(
     keep: Bool[Tensor, "rows context"],
 ) -> Float[Tensor, "counted"]:
     """Returns -log p(next token) in nats at every kept position but the last, which has no next token."""
-    keep = keep[:, :-1]
+    keep = counted(tokens, keep)
     return nn.functional.cross_entropy(logits[:, :-1][keep].float(), tokens[:, 1:][keep].long(), reduction="none")
+
+
+def counted(tokens: Int[Tensor, "rows context"], keep: Bool[Tensor, "rows context"]) -> Bool[Tensor, "rows context_1"]:
+    """Returns at which positions a next-token loss is counted: kept ones that have a next token."""
+    return keep[:, :-1] & (tokens[:, 1:] != PADDING)
+
+
+def model_inputs(lm: LanguageModel, tokens: Int[Tensor, "rows context"]) -> dict[str, Any]:
+    """Returns the arguments of a forward pass. Padding lies behind the text, where only an encoder would see it."""
+    ids = tokens.to(lm.device).clamp_min(0)
+    if lm.is_causal:
+        return {"input_ids": ids, "use_cache": False}
+    return {"input_ids": ids, "attention_mask": (tokens != PADDING).to(lm.device).long()}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.activations import capture, hooked, next_token_losses, norm_mask, token_mask
+from sae.activations import capture, counted, hooked, model_inputs, next_token_losses, norm_mask, token_mask
 from sae.coder import SparseCoder
 from sae.errors import ConfigError, Stopped
 from sae.intervene import replace_at, splice
@@ -112,7 +112,7 @@ def _losses(
     counts = dict.fromkeys(coders, 0)
 
     def logits(tokens: Tensor) -> Tensor:
-        return lm.model(input_ids=tokens, use_cache=False).logits
+        return lm.model(**model_inputs(lm, tokens)).logits
 
     for batch in batches:
         tokens = batch.to(lm.device)
@@ -136,7 +136,7 @@ def _losses(
                 with change:
                     patched = logits(tokens)
                 _add(total, arm, next_token_losses(patched, tokens, keep))
-                _add(total, f"kl_{arm}", kl_divergence(clean, patched, keep))
+                _add(total, f"kl_{arm}", kl_divergence(clean, patched, counted(tokens, keep)))
     return {name: _loss_table(sums[name], counts[name]) for name in coders}
 
 

@@ -1,183 +1,356 @@
-"""Files that are whole or absent: atomic writes, published folders with checksums, and the lock of a run folder.
+"""Files that are either whole or absent: the only place that renames files.
 
-This is the only place that renames files.
+Whatever is written goes first to a hidden temporary sibling, is flushed to disk, and takes its final name by one
+rename: a crash, a full disk or a kill at any moment leaves the old file or the new one. A temporary names the process that
+made it, so that what a dead process left behind can be told from work in progress.
 """
 
+import errno
 import fcntl
 import hashlib
+import itertools
 import json
+import logging
 import os
+import platform
+import re
+import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-import safetensors
-import safetensors.torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae.errors import ConfigError, DataError
+from sae.errors import ConfigError, DataError, Stopped
 
-MANIFEST, COMPLETE, LOCK = "manifest.json", "COMPLETE", ".lock"
+log = logging.getLogger(__name__)
+
+MANIFEST, MARKER, LOCK = "manifest.json", "COMPLETE", ".lock"
+ABANDONED_AFTER_S = 24 * 3600  # for temporaries of other machines, whose processes cannot be asked
+
+_HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+_LAUNCH = secrets.token_hex(4)  # tells this process from an earlier one that had the same id
+_COUNTER = itertools.count()
+_TEMP_NAME = re.compile(r"\.tmp-(?P<host>\w+)-(?P<pid>\d+)-(?P<launch>\w+)-\d+-(?P<name>.+)", re.DOTALL)
+_REASONS = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than allowed",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission to write there",
+    errno.EPERM: "no permission to write there",
+    errno.ENOENT: "the folder does not exist",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+}
 
 
 def cache_dir() -> Path:
-    """Returns where tokens, activations and converted models are kept: $SAE_CACHE or ~/.cache/sae-interp."""
+    """Returns the folder for what can be made again: $SAE_CACHE, or ~/.cache/sae-interp. It may not exist yet."""
     return Path(os.environ.get("SAE_CACHE") or "~/.cache/sae-interp").expanduser()
 
 
-def atomic_write(path: Path, data: bytes | str) -> None:
-    """Writes a file so that its name always holds the old or the new content, whole, also after a crash."""
-    path = Path(path)
-    temporary = _temporary(path)
+def atomic_write(path: Path | str, data: bytes | str) -> None:
+    """Writes a file (text as UTF-8) whole or not at all; OSError names the path and the reason."""
+    raw = data.encode() if isinstance(data, str) else data
+    _replace(Path(path), lambda temp: temp.write_bytes(raw))
+
+
+def write_json(path: Path | str, obj: Any) -> None:
+    """Writes an object as JSON, keys sorted, whole or not at all; ValueError for NaN, infinity and the like."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        text = json.dumps(obj, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False)
+    except ValueError as error:
+        raise ValueError(f"cannot write {path}: {error}") from error
+    atomic_write(path, text + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Returns what a JSON file holds; DataError names the file if it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_bytes())
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Writes plain values as JSON, atomically; ValueError for NaN, which JSON has not."""
-    atomic_write(path, json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
+def save_tensors(path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file whole or not at all; equal tensors and metadata give equal bytes."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def write(temp: Path) -> None:
+        try:
+            save_file(plain, temp, metadata)
+        except SafetensorError as error:  # the operating system's error, wrapped into text
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else error from error
+        if metadata and len(metadata) > 1:
+            _sort_metadata(temp)
+
+    _replace(Path(path), write)
 
 
-def read_json(path: Path) -> Any:
-    """Returns the values in a JSON file; DataError names a file that is missing or broken."""
+def load_tensors(path: Path | str, device: str = "cpu") -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file, memory-mapped on the CPU; DataError names the file if it is broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error})") from error
+        return load_file(path, device=device)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise DataError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes tensors as safetensors, atomically."""
-    atomic_write(path, safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-
-
-def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file; DataError names a file that is missing, cut short or none."""
-    try:
-        return safetensors.torch.load_file(path, device=device)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read as safetensors ({error})") from error
-
-
-def sha256_file(path: Path) -> str:
-    """Returns the hex SHA-256 of a file."""
+def sha256_file(path: Path | str) -> str:
+    """Returns the 64 hex digits of a file's sha256."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def safe_join(root: Path, *parts: str) -> Path:
-    """Returns root/parts; DataError if that would leave root, by "..", an absolute part or a link."""
-    path = Path(root, *parts)
-    if not path.resolve().is_relative_to(Path(root).resolve()):
-        raise DataError(f"{'/'.join(parts)!r}: leads out of {root}")
+def safe_join(root: Path | str, *parts: str) -> Path:
+    """Returns root/part/...; DataError if that is absolute, climbs with "..", or leaves `root` through a link."""
+    path = Path(root).joinpath(*parts)
+    names = [name for part in parts for name in re.split(r"[/\\]", part)]
+    inside = not any(Path(part).is_absolute() for part in parts) and ".." not in names and "\0" not in "".join(parts)
+    if not inside or not path.resolve().is_relative_to(Path(root).resolve()):
+        raise DataError(f"{'/'.join(parts)!r} is refused: it points outside of {root}")
     return path
 
 
 @contextmanager
-def publish(folder: Path) -> Iterator[Path]:
-    """Yields a draft that becomes `folder`, with checksums and a COMPLETE mark, if the block ends without error."""
+def publish(folder: Path | str, replace: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder to fill; at the end it gets a manifest and a marker, and takes the name `folder`.
+
+    If the block raises, nothing is left. If another process published the same folder meanwhile, theirs stays.
+
+    Args:
+        folder: the final name; parents are made.
+        replace: whether a folder of that name is replaced; otherwise, FileExistsError unless it is empty.
+    """
     folder = Path(folder)
-    draft = _temporary(folder)
-    draft.mkdir(parents=True)
+    if not replace and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(errno.EEXIST, f"{folder} exists already; delete it or choose another name")
+    temp = _temp_beside(folder)
+    with _explained(folder):
+        temp.mkdir(parents=True)
     try:
-        yield draft
-        names = sorted(str(p.relative_to(draft)) for p in draft.rglob("*") if p.is_file())
-        entries = {
-            name: {"sha256": sha256_file(draft / name), "bytes": (draft / name).stat().st_size} for name in names
-        }
-        write_json(draft / MANIFEST, entries)
-        atomic_write(draft / COMPLETE, "")
-        os.replace(draft, folder)
-        _sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+        yield temp
+        with _explained(folder):
+            _seal(temp)
+            if replace and folder.exists():
+                aside = _temp_beside(folder)  # a crash before the next rename is undone by `remove_stale`
+                os.rename(folder, aside)
+            try:
+                os.rename(temp, folder)
+            except OSError:
+                if not is_complete(folder):
+                    raise
+            _sync(folder.parent)
+        if replace:
+            shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
 
 
-def is_complete(folder: Path) -> bool:
-    """Returns whether a folder was published whole."""
-    return (Path(folder) / COMPLETE).is_file()
+def is_complete(folder: Path | str) -> bool:
+    """Returns whether a folder was published to the end. It does not read the files: that is `verify`."""
+    return Path(folder, MARKER).is_file() and Path(folder, MANIFEST).is_file()
 
 
-def verify(folder: Path) -> None:
-    """Raises DataError naming the first file of a published folder that is missing, added or changed."""
+def verify(folder: Path | str) -> None:
+    """Raises DataError naming the first file that is damaged, missing or extra; hidden files do not count."""
     folder = Path(folder)
-    entries = read_json(folder / MANIFEST)
-    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST, COMPLETE}
-    for name in sorted(present ^ set(entries)):
-        raise DataError(f"{folder / name}: {'missing' if name in entries else 'not part of what was saved'}")
-    for name, entry in entries.items():
-        if (folder / name).stat().st_size != entry["bytes"] or sha256_file(folder / name) != entry["sha256"]:
-            raise DataError(f"{folder / name}: changed since it was saved (size or checksum differs)")
+    if not is_complete(folder):
+        raise DataError(f"{folder} is incomplete: it has no {MARKER}; delete it and run again")
+    if (folder / MARKER).read_text(errors="replace").strip() != sha256_file(folder / MANIFEST):
+        raise DataError(f"{folder / MANIFEST} is damaged: its sha256 differs from the one in {MARKER}")
+    recorded, present = read_json(folder / MANIFEST)["files"], _files(folder)
+    for name in sorted(recorded.keys() | present.keys()):
+        if name not in present:
+            raise DataError(f"{folder / name} is missing")
+        if name not in recorded:
+            raise DataError(f"{folder / name} is not in {MANIFEST}: it does not belong there")
+        if present[name].stat().st_size != recorded[name]["bytes"]:
+            raise DataError(f"{folder / name} is damaged: it should have {recorded[name]['bytes']} bytes")
+        if sha256_file(present[name]) != recorded[name]["sha256"]:
+            raise DataError(f"{folder / name} is damaged: its sha256 differs from the one in {MANIFEST}")
 
 
-def remove_stale(parent: Path) -> None:
-    """Removes drafts that killed processes left in `parent`."""
-    for path in Path(parent).glob(".*.tmp-*"):
-        if not _is_alive(path.name.rpartition("-")[2]):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+def remove_stale(parent: Path | str) -> list[Path]:
+    """Removes temporaries that dead processes left in `parent` and returns them; live ones and subfolders stay.
+
+    A folder that was sealed but not yet renamed is not thrown away: it gets its final name, if that is free.
+    """
+    stale = []
+    for temp in sorted(Path(parent).glob(".tmp-*")):
+        match = _TEMP_NAME.fullmatch(temp.name)
+        if match is None or not _is_abandoned(temp, match["host"], int(match["pid"]), match["launch"]):
+            continue
+        stale.append(temp)
+        final = temp.with_name(match["name"])
+        if is_complete(temp) and not final.exists():
+            os.rename(temp, final)
+        else:
+            shutil.rmtree(temp, ignore_errors=True)
+    return stale
 
 
 class FolderLock:
-    """Holds a folder for one process, from `with` to its end; a crash frees it. ConfigError names another holder."""
+    """Holds a folder for one process at a time; a crash of the holder frees it.
 
-    def __init__(self, folder: Path) -> None:
-        self.path = Path(folder) / LOCK
+        with FolderLock(run_folder):
+            ...
 
-    def __enter__(self) -> "FolderLock":
+    The lock is the kernel's, on `<folder>/.lock`; what the file says is only there to name the holder.
+
+    Args:
+        folder: made if it does not exist; OSError if it cannot be.
+        should_stop: None: a second holder gets a ConfigError at once. Otherwise it waits for its turn, and raises
+            Stopped when this returns true.
+    """
+
+    def __init__(self, folder: Path | str, should_stop: Callable[[], bool] | None = None) -> None:
+        self.folder, self.should_stop = Path(folder), should_stop
+        self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        with _explained(self.folder / LOCK):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a+", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"run_dir: cannot write to {self.path.parent} ({error.strerror})") from error
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.file.seek(0)
-            holder = self.file.read().strip()
-            self.file.close()
-            raise ConfigError(f"run_dir: {self.path.parent} is in use by another run: {holder}") from error
-        self.file.truncate(0)
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        self.file.write(json.dumps({"pid": os.getpid(), "started": started, "command": Path(sys.argv[0]).name}))
-        self.file.flush()
+            while not self._try():
+                if self.should_stop is None:
+                    raise ConfigError(f"{self.folder} is in use by {self._holder()}; wait for it or use another folder")
+                if self.should_stop():
+                    raise Stopped(f"while waiting for {self._holder()}, which uses {self.folder}")
+                time.sleep(0.2)
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            holder = {
+                "pid": os.getpid(),
+                "started": started,
+                "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            }
+            with _explained(self.folder / LOCK):
+                os.ftruncate(self._descriptor, 0)
+                os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)  # frees the lock; the file stays, for removing it would let two in
 
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp-{os.urandom(4).hex()}-{os.getpid()}")
-
-
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
+    def _try(self) -> bool:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:  # some network file systems have no locks at all
+            log.warning(
+                "%s cannot be locked (%s): two runs on one folder would go unnoticed", self.folder, error.strerror
+            )
         return True
-    return True
+
+    def _holder(self) -> str:
+        try:
+            holder = json.loads((self.folder / LOCK).read_text())
+            return f"process {holder['pid']} (started {holder['started']}: {holder['command']})"
+        except (OSError, ValueError, KeyError, TypeError):  # read in the instant before it is written
+            return "another process"
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _temp_beside(path: Path) -> Path:
+    return path.with_name(f".tmp-{_HOST}-{os.getpid()}-{_LAUNCH}-{next(_COUNTER):06d}-{path.name}")
+
+
+def _is_abandoned(temp: Path, host: str, pid: int, launch: str) -> bool:
+    if host != _HOST:
+        with suppress(OSError):
+            return time.time() - temp.stat().st_mtime > ABANDONED_AFTER_S
+        return False
+    if pid == os.getpid():
+        return launch != _LAUNCH
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # alive, and someone else's
+        pass
+    return False
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` make a file, and gives it the name `path` once it is on disk.
+
+    The file is made in a temporary folder of its own, where also the temporaries of other libraries are swept away.
+    """
+    folder = _temp_beside(path)
+    try:
+        with _explained(path):
+            folder.mkdir()
+            write(folder / path.name)
+            _sync(folder / path.name)
+            os.replace(folder / path.name, path)
+            _sync(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Makes an operating system's error one line that names the path and the reason; its errno and class stay."""
+    try:
+        yield
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
+        raise OSError(error.errno or errno.EIO, f"cannot write {path}: {reason}") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The files below a folder by relative name, without hidden ones and what describes them."""
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name.as_posix(): path
+        for name, path in found.items()
+        if not any(part.startswith(".") for part in name.parts) and name.as_posix() not in (MANIFEST, MARKER)
+    }
+
+
+def _seal(folder: Path) -> None:
+    """Writes manifest and marker, and flushes the whole tree to disk."""
+    files = {name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for name, p in _files(folder).items()}
+    write_json(folder / MANIFEST, {"version": 1, "files": files})
+    for path in folder.rglob("*"):
+        _sync(path)
+    atomic_write(folder / MARKER, sha256_file(folder / MANIFEST) + "\n")
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts a safetensors file's metadata in order: the library writes it in the random order of a hash map."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size, "the same keys and values take the same room"
+        file.seek(8)
+        file.write(text.ljust(size))

@@ -118,10 +118,9 @@ class Reconstruction:
 def kl_divergence(
     clean: Float[Tensor, "rows context vocabulary"],
     patched: Float[Tensor, "rows context vocabulary"],
-    keep: Bool[Tensor, "rows context"],
-) -> Float[Tensor, "counted"]:
-    """Returns KL(clean || patched) in nats over the vocabulary at the positions `next_token_losses` counts."""
-    keep = keep[:, :-1]
+    keep: Bool[Tensor, "rows context_1"],
+) -> Float[Tensor, "kept"]:
+    """Returns KL(clean || patched) in nats over the vocabulary at the kept positions, the last one left out."""
     p, q = (logits[:, :-1][keep].float().log_softmax(-1) for logits in (clean, patched))
     return (p.exp() * (p - q)).sum(-1)
 

@@ -37,6 +37,7 @@ class ShardWriter:
         if (self.folder / HEADER).exists():
             _check_header(self.folder, kind, fingerprint)
         else:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / HEADER, {"kind": kind, "version": VERSION, "fingerprint": fingerprint})
         self.done = set(_entries(self.folder))
 

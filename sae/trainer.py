@@ -42,7 +42,7 @@ class CoderTrainer:
         device = coder.W_enc.device
         self.tokens_since_fired = torch.zeros(coder.spec.d_sae, dtype=torch.int64, device=device)
         self.residual_variance = coder.spec.variance or 1.0
-        self.active_steps = dict.fromkeys(objectives, 0)
+        self.active_steps: dict[str, int] = dict.fromkeys(objectives, 0)
         for parameter in coder.parameters():
             parameter.grad = torch.zeros_like(parameter)  # a rank may see no token and still takes part in the sums
 
@@ -61,7 +61,7 @@ class CoderTrainer:
         spec, dead = self.coder.spec, self.dead
         n_tokens = int(distributed.total(torch.tensor(len(x), device=x.device)))
         self.optimizer.zero_grad(set_to_none=False)
-        terms = {name: torch.zeros((), device=x.device) for name in self.objectives}
+        terms: dict[str, Tensor] = {name: torch.zeros((), device=x.device) for name in self.objectives}
         error_sum, error_square = torch.zeros(spec.d_out, device=x.device), torch.zeros((), device=x.device)
         fired = torch.zeros(spec.d_sae, dtype=torch.int64, device=x.device)
         for rows in x.split(self.schedule.micro_batch_tokens or len(x)) if len(x) else ():
