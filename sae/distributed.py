@@ -1,6 +1,8 @@
 """Ranks, as torchrun, `accelerate launch` and srun set them in the environment, and the few collectives needed."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -58,6 +60,16 @@ def barrier() -> None:
     """Waits for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Lets rank 0 fill a cache that the others then read."""
+    if rank() != 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
 
 
 def _uses_nccl() -> bool:

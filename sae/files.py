@@ -1,7 +1,7 @@
 """Files that are either whole or absent: the only place that renames files.
 
-Whatever is written goes first to a hidden temporary sibling, is flushed to disk, and takes its final name by one
-rename: a crash, a full disk or a kill at any moment leaves the old file or the new one. A temporary names the process that
+What is written goes first to a hidden temporary sibling, is flushed to disk, and takes its final name by one rename:
+a crash, a full disk or a kill at any moment leaves the old file or the new one. A temporary names the process that
 made it, so that what a dead process left behind can be told from work in progress.
 """
 
@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from safetensors import SafetensorError
@@ -40,17 +39,7 @@ ABANDONED_AFTER_S = 24 * 3600  # for temporaries of other machines, whose proces
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _LAUNCH = secrets.token_hex(4)  # tells this process from an earlier one that had the same id
 _COUNTER = itertools.count()
-_TEMP_NAME = re.compile(r"\.tmp-(?P<host>\w+)-(?P<pid>\d+)-(?P<launch>\w+)-\d+-(?P<name>.+)", re.DOTALL)
-_REASONS = {
-    errno.ENOSPC: "no space left on the disk",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file would be larger than allowed",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "no permission to write there",
-    errno.EPERM: "no permission to write there",
-    errno.ENOENT: "the folder does not exist",
-    errno.ENOTDIR: "a part of the path is a file, not a folder",
-}
+_TEMP_NAME = re.compile(r"\.tmp-(\w+)-(\d+)-(\w+)-")  # host, process id, launch
 
 
 def cache_dir() -> Path:
@@ -59,7 +48,7 @@ def cache_dir() -> Path:
 
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:
-    """Writes a file (text as UTF-8) whole or not at all; OSError names the path and the reason."""
+    """Writes a file (text as UTF-8) whole or not at all, and the folders above; OSError names the path and reason."""
     raw = data.encode() if isinstance(data, str) else data
     _replace(Path(path), lambda temp: temp.write_bytes(raw))
 
@@ -120,23 +109,20 @@ def safe_join(root: Path | str, *parts: str) -> Path:
     path = Path(root).joinpath(*parts)
     names = [name for part in parts for name in re.split(r"[/\\]", part)]
     inside = not any(Path(part).is_absolute() for part in parts) and ".." not in names and "\0" not in "".join(parts)
-    if not inside or not path.resolve().is_relative_to(Path(root).resolve()):
+    if not inside or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         raise DataError(f"{'/'.join(parts)!r} is refused: it points outside of {root}")
     return path
 
 
 @contextmanager
-def publish(folder: Path | str, replace: bool = False) -> Iterator[Path]:
+def publish(folder: Path | str) -> Iterator[Path]:
     """Yields a temporary folder to fill; at the end it gets a manifest and a marker, and takes the name `folder`.
 
-    If the block raises, nothing is left. If another process published the same folder meanwhile, theirs stays.
-
-    Args:
-        folder: the final name; parents are made.
-        replace: whether a folder of that name is replaced; otherwise, FileExistsError unless it is empty.
+    If the block raises, nothing is left. FileExistsError if there is something of that name already; but if another
+    process published the same folder meanwhile, theirs stays and ours goes.
     """
     folder = Path(folder)
-    if not replace and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(errno.EEXIST, f"{folder} exists already; delete it or choose another name")
     temp = _temp_beside(folder)
     with _explained(folder):
@@ -145,17 +131,12 @@ def publish(folder: Path | str, replace: bool = False) -> Iterator[Path]:
         yield temp
         with _explained(folder):
             _seal(temp)
-            if replace and folder.exists():
-                aside = _temp_beside(folder)  # a crash before the next rename is undone by `remove_stale`
-                os.rename(folder, aside)
             try:
                 os.rename(temp, folder)
             except OSError:
                 if not is_complete(folder):
                     raise
             _sync(folder.parent)
-        if replace:
-            shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 
@@ -178,53 +159,39 @@ def verify(folder: Path | str) -> None:
             raise DataError(f"{folder / name} is missing")
         if name not in recorded:
             raise DataError(f"{folder / name} is not in {MANIFEST}: it does not belong there")
-        if present[name].stat().st_size != recorded[name]["bytes"]:
-            raise DataError(f"{folder / name} is damaged: it should have {recorded[name]['bytes']} bytes")
-        if sha256_file(present[name]) != recorded[name]["sha256"]:
-            raise DataError(f"{folder / name} is damaged: its sha256 differs from the one in {MANIFEST}")
+        if recorded[name] != _described(present[name]):
+            raise DataError(f"{folder / name} is damaged: its size or sha256 differs from {MANIFEST}")
 
 
 def remove_stale(parent: Path | str) -> list[Path]:
-    """Removes temporaries that dead processes left in `parent` and returns them; live ones and subfolders stay.
-
-    A folder that was sealed but not yet renamed is not thrown away: it gets its final name, if that is free.
-    """
-    stale = []
-    for temp in sorted(Path(parent).glob(".tmp-*")):
-        match = _TEMP_NAME.fullmatch(temp.name)
-        if match is None or not _is_abandoned(temp, match["host"], int(match["pid"]), match["launch"]):
-            continue
-        stale.append(temp)
-        final = temp.with_name(match["name"])
-        if is_complete(temp) and not final.exists():
-            os.rename(temp, final)
-        else:
-            shutil.rmtree(temp, ignore_errors=True)
+    """Removes temporaries that dead processes left directly in `parent` and returns them; live ones stay."""
+    matches = [(temp, _TEMP_NAME.match(temp.name)) for temp in sorted(Path(parent).glob(".tmp-*"))]
+    stale = [temp for temp, match in matches if match and _is_abandoned(temp, *match.groups())]
+    for temp in stale:
+        shutil.rmtree(temp, ignore_errors=True)
     return stale
 
 
 class FolderLock:
-    """Holds a folder for one process at a time; a crash of the holder frees it.
+    """Holds a folder for one process at a time, inside a `with` block; a crash of the holder frees it.
 
-        with FolderLock(run_folder):
-            ...
-
-    The lock is the kernel's, on `<folder>/.lock`; what the file says is only there to name the holder.
+    The lock is the kernel's, on `<folder>/.lock`; what that file says is only there to name the holder.
 
     Args:
-        folder: made if it does not exist; OSError if it cannot be.
-        should_stop: None: a second holder gets a ConfigError at once. Otherwise it waits for its turn, and raises
-            Stopped when this returns true.
+        folder: made if it does not exist; ConfigError if it cannot be written to.
+        should_stop: None: a second holder gets a ConfigError at once, with the first one's pid and start. Otherwise it
+            waits for its turn, and raises Stopped when this returns true.
     """
 
     def __init__(self, folder: Path | str, should_stop: Callable[[], bool] | None = None) -> None:
         self.folder, self.should_stop = Path(folder), should_stop
-        self._descriptor = -1
 
     def __enter__(self) -> Self:
-        with _explained(self.folder / LOCK):
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            self._file = open(self.folder / LOCK, "a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.folder}: {error.strerror}; choose another folder") from error
         try:
             while not self._try():
                 if self.should_stop is None:
@@ -232,41 +199,34 @@ class FolderLock:
                 if self.should_stop():
                     raise Stopped(f"while waiting for {self._holder()}, which uses {self.folder}")
                 time.sleep(0.2)
+            command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
             started = datetime.now(UTC).isoformat(timespec="seconds")
-            holder = {
-                "pid": os.getpid(),
-                "started": started,
-                "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            }
             with _explained(self.folder / LOCK):
-                os.ftruncate(self._descriptor, 0)
-                os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
+                self._file.truncate(0)
+                self._file.write(json.dumps({"pid": os.getpid(), "started": started, "command": command}))
+                self._file.flush()
         except BaseException:
-            os.close(self._descriptor)
+            self._file.close()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self._descriptor)  # frees the lock; the file stays, for removing it would let two in
+    def __exit__(self, *_: object) -> None:
+        self._file.close()  # frees the lock; the file stays, for removing it would let two in
 
     def _try(self) -> bool:
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError as error:  # some network file systems have no locks at all
-            log.warning(
-                "%s cannot be locked (%s): two runs on one folder would go unnoticed", self.folder, error.strerror
-            )
+            log.warning("%s cannot be locked (%s): two runs on it would go unnoticed", self.folder, error.strerror)
         return True
 
     def _holder(self) -> str:
         try:
-            holder = json.loads((self.folder / LOCK).read_text())
+            holder = read_json(self.folder / LOCK)
             return f"process {holder['pid']} (started {holder['started']}: {holder['command']})"
-        except (OSError, ValueError, KeyError, TypeError):  # read in the instant before it is written
+        except (DataError, KeyError, TypeError):  # read in the instant before it is written
             return "another process"
 
 
@@ -274,19 +234,16 @@ def _temp_beside(path: Path) -> Path:
     return path.with_name(f".tmp-{_HOST}-{os.getpid()}-{_LAUNCH}-{next(_COUNTER):06d}-{path.name}")
 
 
-def _is_abandoned(temp: Path, host: str, pid: int, launch: str) -> bool:
-    if host != _HOST:
-        with suppress(OSError):
-            return time.time() - temp.stat().st_mtime > ABANDONED_AFTER_S
-        return False
-    if pid == os.getpid():
+def _is_abandoned(temp: Path, host: str, pid: str, launch: str) -> bool:
+    if host == _HOST and int(pid) == os.getpid():
         return launch != _LAUNCH
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # alive, and someone else's
-        pass
+    with suppress(PermissionError, FileNotFoundError):  # a live process of someone else, or gone by now
+        if host != _HOST:
+            return time.time() - temp.stat().st_mtime > ABANDONED_AFTER_S
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return True
     return False
 
 
@@ -298,7 +255,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     folder = _temp_beside(path)
     try:
         with _explained(path):
-            folder.mkdir()
+            folder.mkdir(parents=True)
             write(folder / path.name)
             _sync(folder / path.name)
             os.replace(folder / path.name, path)
@@ -313,8 +270,7 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
-        raise OSError(error.errno or errno.EIO, f"cannot write {path}: {reason}") from error
+        raise OSError(error.errno or errno.EIO, f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _sync(path: Path) -> None:
@@ -335,9 +291,13 @@ def _files(folder: Path) -> dict[str, Path]:
     }
 
 
+def _described(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
 def _seal(folder: Path) -> None:
     """Writes manifest and marker, and flushes the whole tree to disk."""
-    files = {name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for name, p in _files(folder).items()}
+    files = {name: _described(path) for name, path in _files(folder).items()}
     write_json(folder / MANIFEST, {"version": 1, "files": files})
     for path in folder.rglob("*"):
         _sync(path)

@@ -1,15 +1,19 @@
 """One coder in training: losses, guards, the update, and the counters that a resume needs."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae import distributed
-from sae.coder import SparseCoder
+from sae.activations import Statistics
+from sae.coder import SparseCoder, initialize
+from sae.config import CoderConfig
 from sae.objectives import Objective, Step
 from sae.optim import Average, OptimConfig, adam, normalize_decoder, project_decoder_gradient
+from sae.spec import CoderSpec
 
 
 class NonFiniteError(RuntimeError):
@@ -30,19 +34,51 @@ class Schedule:
     """Precision of the dense encoder product; None: that of the weights."""
 
 
+def new_coder(
+    config: CoderConfig, found: Statistics, device: torch.device | str = "cpu", **described: Any
+) -> SparseCoder:
+    """Returns an untrained coder for activations with the measured statistics.
+
+    `described` fills the fields of its spec that training does not need: sites, context length, where it comes from.
+    """
+    d = len(found.mean)
+    spec = CoderSpec(
+        d_in=d,
+        d_out=d,
+        d_sae=config.width(d),
+        selection=config.selection,
+        pre_bias=config.pre_bias,
+        normalization=found.normalization,
+        select_by_decoder_norm=config.select_by_decoder_norm,
+        decoder_norm=config.decoder_norm,
+        mask=found.mask,
+        variance=found.variance,
+        **described,
+    )
+    coder = SparseCoder(spec, device)
+    centers = {
+        "mean": found.mean,
+        "geometric_median": found.geometric_median,
+        "zero": torch.zeros_like(found.mean),
+    }
+    initialize(coder, centers[config.center].to(device), config.seed)
+    return coder
+
+
 class CoderTrainer:
     """Trains one coder. `step` consumes the (masked, raw) activations of one batch and returns its metrics."""
 
     def __init__(
         self, coder: SparseCoder, objectives: dict[str, Objective], optim: OptimConfig, schedule: Schedule
     ) -> None:
-        self.coder, self.objectives, self.optim, self.schedule = coder, objectives, optim, schedule
+        self.coder, self.optim, self.schedule = coder, optim, schedule
+        self.objectives = {name: term for name, term in objectives.items() if term.weight}
         self.optimizer = adam(coder, optim)
         self.average = Average(coder, optim.ema) if optim.ema else None
         device = coder.W_enc.device
         self.tokens_since_fired = torch.zeros(coder.spec.d_sae, dtype=torch.int64, device=device)
         self.residual_variance = coder.spec.variance or 1.0
-        self.active_steps: dict[str, int] = dict.fromkeys(objectives, 0)
+        self.active_steps: dict[str, int] = dict.fromkeys(self.objectives, 0)
         for parameter in coder.parameters():
             parameter.grad = torch.zeros_like(parameter)  # a rank may see no token and still takes part in the sums
 

@@ -7,8 +7,6 @@ clock), checkpoints/step-*/, coders/<site>/ and report.html.
 import json
 import logging
 import os
-import platform
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +19,13 @@ import torch
 
 from sae import checkpoint, distributed, hub
 from sae.activations import Blocks, CachedSource, LiveSource, Source, Statistics, capture, measure, norm_mask, sample
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
 from sae.config import LANES, CoderConfig, OptimConfig, TrainConfig
+from sae.environment import environment
 from sae.errors import ConfigError, Stopped
 from sae.evaluation import evaluate
 from sae.files import FolderLock, cache_dir, save_tensors, write_json
-from sae.models import DTYPES, LanguageModel, load_language_model
+from sae.models import DTYPES, load_language_model
 from sae.progress import Progress, Tracker
 from sae.report import write_report
 from sae.settings import to_yaml
@@ -36,7 +35,7 @@ from sae.stopping import StopFlag, stop_flag
 from sae.store import fingerprint_key
 from sae.stream import ActivationBatch, Stream
 from sae.text import TokenizedText, special_ids, tokenize
-from sae.trainer import CoderTrainer, NonFiniteError, Schedule
+from sae.trainer import CoderTrainer, NonFiniteError, Schedule, new_coder
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +115,7 @@ class Run:
         if self.main and not resume:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            write_json(self.folder / "env.json", _environment(self.lm, self.trust_remote_code))
+            write_json(self.folder / "env.json", environment(self.lm, trust_remote_code=self.trust_remote_code))
         text = self._text()
         saved = checkpoint.latest(self.folder) if resume else None
         if resume and saved is None:
@@ -133,7 +132,7 @@ class Run:
 
     def _text(self) -> TokenizedText:
         progress = Progress("tokenizing", None, "tokens", visible=self.main)
-        with _rank_zero_first():
+        with distributed.rank_zero_first():
             text = tokenize(
                 self.config.text,
                 self.lm.tokenizer,
@@ -200,15 +199,28 @@ class Run:
         specs = json.loads((saved / checkpoint.STATE).read_text())["specs"] if saved else {}
         measured: dict[tuple[str, Any], Statistics] = {}
         for plan in self.planned:
-            objectives = {name: term for name, term in plan.coder.objectives.items() if term.weight}
             if saved:
                 coder = SparseCoder(CoderSpec.from_json(specs[plan.name]), self.lm.device)
             else:
                 key = (plan.site.name, plan.coder.normalization)
                 if key not in measured:
                     measured[key] = self._measured(source, plan, mask)
-                coder = self._new_coder(plan, measured[key], text)
-            trainers[plan.name] = CoderTrainer(coder, objectives, plan.optim, schedule)
+                coder = new_coder(
+                    plan.coder,
+                    measured[key],
+                    self.lm.device,
+                    reads=(plan.site,),
+                    writes=(plan.site,),
+                    context_length=text.train.context_length,
+                    bos=config.text.bos,
+                    training={
+                        "source": config.text.source,
+                        "tokens": config.steps * config.batch_tokens,
+                        "seed": plan.coder.seed,
+                        "sae-interp": version("sae-interp"),
+                    },
+                )
+            trainers[plan.name] = CoderTrainer(coder, plan.coder.objectives, plan.optim, schedule)
         return trainers
 
     def _measured(self, source: Source, plan: Planned, mask: MaskSpec) -> Statistics:
@@ -225,41 +237,6 @@ class Run:
             settings.norm_filter,
         )
         return found
-
-    def _new_coder(self, plan: Planned, found: Statistics, text: TokenizedText) -> SparseCoder:
-        d = len(found.mean)
-        spec = CoderSpec(
-            d_in=d,
-            d_out=d,
-            d_sae=plan.coder.width(d),
-            selection=plan.coder.selection,
-            reads=(plan.site,),
-            writes=(plan.site,),
-            pre_bias=plan.coder.pre_bias,
-            normalization=found.normalization,
-            select_by_decoder_norm=plan.coder.select_by_decoder_norm,
-            decoder_norm=plan.coder.decoder_norm,
-            mask=found.mask,
-            context_length=text.train.context_length,
-            bos=self.config.text.bos,
-            variance=found.variance,
-            training={
-                "source": self.config.text.source,
-                "tokens": self.config.steps * self.config.batch_tokens,
-                "seed": plan.coder.seed,
-                "sae-interp": version("sae-interp"),
-                "statistics_tokens": found.tokens,
-                "statistics_outliers": found.outliers,
-            },
-        )
-        coder = SparseCoder(spec, self.lm.device)
-        center = {
-            "mean": found.mean,
-            "geometric_median": found.geometric_median,
-            "zero": torch.zeros_like(found.mean),
-        }[plan.coder.center]
-        initialize(coder, center.to(self.lm.device), plan.coder.seed)
-        return coder
 
     def _restore(self, saved: Path | None, trainers: dict[str, CoderTrainer]) -> int:
         """Loads a checkpoint into the trainers and the stream and cuts the logs back to it; returns its step."""
@@ -389,21 +366,6 @@ def _active(trainer: CoderTrainer) -> dict[str, int]:
     return {f"active_steps.{name}": count for name, count in trainer.active_steps.items() if name != "reconstruction"}
 
 
-def _environment(lm: LanguageModel, trust_remote_code: bool) -> dict[str, Any]:
-    names = ("sae-interp", "torch", "transformers", "datasets", "safetensors", "numpy")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
-        "packages": {name: version(name) for name in names},
-        "threads": torch.get_num_threads(),
-        "world_size": distributed.world_size(),
-        "device": str(lm.device),
-        "model": lm.fingerprint(),
-        "trust_remote_code": trust_remote_code,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-    }
-
-
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Holds the run folder's lock on rank 0."""
@@ -412,13 +374,3 @@ def _locked(folder: Path) -> Iterator[None]:
             yield
     else:
         yield
-
-
-@contextmanager
-def _rank_zero_first() -> Iterator[None]:
-    """Lets rank 0 fill a cache that the others then read."""
-    if distributed.rank() != 0:
-        distributed.barrier()
-    yield
-    if distributed.rank() == 0:
-        distributed.barrier()

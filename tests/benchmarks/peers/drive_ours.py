@@ -1,0 +1,40 @@
+"""Our own TopK coder by its default recipe: statistics, initialization and optimizer step are the library's own.
+
+Glue: the rows in the benchmark's order instead of the library's stream, and `dead_after_tokens` a tenth of the tokens,
+which is what a run of `sae-train` of this length takes.
+"""
+
+from importlib.metadata import version
+
+import common
+import torch
+
+from sae.activations import measure
+from sae.config import CoderConfig
+from sae.normalization import Normalization
+from sae.optim import OptimConfig
+from sae.selection.topk import TopK
+from sae.spec import MaskSpec
+from sae.trainer import CoderTrainer, Schedule, new_coder
+
+
+def train(args, x):
+    batches = common.Batches(x, common.row_order(len(x), args.batch, args.epochs, args.seed))
+    config = CoderConfig(d_sae=args.d_sae, selection=TopK(args.k), seed=args.seed)
+    found = measure(x[:32_768], MaskSpec(), norm_filter=0, normalization=Normalization())
+    schedule = Schedule(len(batches), dead_after_tokens=len(batches) * args.batch // 10)
+    trainer = CoderTrainer(new_coder(config, found), config.objectives, OptimConfig(lr=args.lr), schedule)
+    for step, batch in enumerate(batches):
+        trainer.step(batch, step)
+    coder = trainer.trained()
+    print(f"AuxK active in {trainer.active_steps['auxk']} of {len(batches)} steps")
+
+    def reconstruct(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, latents = coder(part)
+        return out, latents.to_dense()
+
+    return reconstruct, len(batches)
+
+
+if __name__ == "__main__":
+    common.main("sae-interp", version("sae-interp"), train)
