@@ -123,6 +123,10 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
     """Returns the model's configuration without loading weights; refuses a model that wants to run its own code."""
     from transformers import AutoConfig, PretrainedConfig
 
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file() and not _converted_folder(path).is_dir():
+        with _readable_errors(name):  # the header says it; converting is for when the weights are wanted
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     folder = local_folder(name)
     with _readable_errors(name):
         raw, _ = PretrainedConfig.get_config_dict(folder or name, revision=None if folder else revision)
@@ -172,7 +176,7 @@ def _converted(path: Path) -> Path:
     """Returns the folder of the dequantized float32 copy of a .gguf file, made at first use."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = cache_dir() / "models" / f"{path.stem}-{sha256_file(path)[:16]}"
+    folder = _converted_folder(path)
     if not folder.is_dir():
         with publish(folder) as draft, _readable_errors(str(path)):
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -180,6 +184,10 @@ def _converted(path: Path) -> Path:
             model.save_pretrained(draft)
             tokenizer.save_pretrained(draft)
     return folder
+
+
+def _converted_folder(path: Path) -> Path:
+    return cache_dir() / "models" / f"{path.stem}-{sha256_file(path)[:16]}"
 
 
 class _readable_errors:

@@ -1,0 +1,62 @@
+"""The README is run: its Python block, its commands' options, its links; and every shipped config parses."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import sae
+from cli.common import configs, read_config
+from cli.train import command
+from sae.coder import SparseCoder, initialize
+from sae.config import TrainConfig
+from sae.selection.topk import TopK
+from sae.spec import CoderSpec, Site
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_block_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    site = Site("model.layers.2", model="quickstart")
+    coder = SparseCoder(CoderSpec(256, 256, 512, TopK(8), reads=(site,), writes=(site,)))
+    initialize(coder, torch.zeros(256), 0)
+    sae.save(coder, "runs/quickstart/coders/model.layers.2")
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)
+    assert names["out"].shape == (2, 5, 256)
+    torch.testing.assert_close(names["x_hat"], names["out"])
+    clean = names["lm"].model(names["tokens"]).logits
+    torch.testing.assert_close(names["same"], clean, rtol=1e-4, atol=1e-4)
+    assert (names["logits"] - clean).abs().max() > 0.1
+
+
+def test_no_figure_is_missing():
+    assert not re.findall(r"@[A-Z]+@", README)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+    for path in re.findall(r"`(tests/[\w/.]+)`", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_options_named_are_known(capsys):
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    text = capsys.readouterr().out
+    for option in re.findall(r"`sae-train (--[\w-]+)", README):
+        assert option in text
+
+
+@pytest.mark.parametrize("name", configs("train"))
+def test_every_shipped_config_parses(name):
+    path = configs("train")[name]
+    config = read_config(TrainConfig, path, [])
+    config.validate()
+    assert config.coder.width(256) >= 1
+    assert path.read_text(encoding="utf-8").startswith("# "), "the first line says what it is for: --list-configs"
