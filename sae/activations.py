@@ -4,6 +4,7 @@ Everything is read in blocks: block b is a fixed set of `block_rows` rows of tex
 holds the activations of its unmasked tokens. A block is the same whether it is computed now or read from disk.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from sae.seeding import generator
 from sae.spec import MaskSpec, Site
 from sae.store import Shards, ShardWriter
 from sae.text import TokenRows
+
+ONE_AT_A_TIME = threading.RLock()  # hooks belong to a model, not to a thread: reading ahead must not meet an evaluation
 
 
 @dataclass(frozen=True)
@@ -88,18 +91,19 @@ def hooked(model: nn.Module, sites: list[Site], see: Callable[[Site, Tensor], Te
 
         return hook
 
-    handles = []
-    for site in sites:
-        module = model.get_submodule(site.hook)
-        if site.side == "input":
-            handles.append(module.register_forward_pre_hook(before(site), with_kwargs=True))
-        else:
-            handles.append(module.register_forward_hook(lambda m, args, out, site=site: swapped(site, out)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ONE_AT_A_TIME:
+        handles = []
+        for site in sites:
+            module = model.get_submodule(site.hook)
+            if site.side == "input":
+                handles.append(module.register_forward_pre_hook(before(site), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(lambda m, args, out, site=site: swapped(site, out)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def capture(

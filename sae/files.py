@@ -92,10 +92,8 @@ def load_tensors(path: Path | str, device: str = "cpu") -> dict[str, Tensor]:
     """Returns the tensors of a safetensors file, memory-mapped on the CPU; DataError names the file if it is broken."""
     try:
         return load_file(path, device=device)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise DataError(f"{path} is damaged or no safetensors file: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is missing, damaged or no safetensors file: {error}") from error
 
 
 def sha256_file(path: Path | str) -> str:
@@ -154,13 +152,11 @@ def verify(folder: Path | str) -> None:
     if (folder / MARKER).read_text(errors="replace").strip() != sha256_file(folder / MANIFEST):
         raise DataError(f"{folder / MANIFEST} is damaged: its sha256 differs from the one in {MARKER}")
     recorded, present = read_json(folder / MANIFEST)["files"], _files(folder)
-    for name in sorted(recorded.keys() | present.keys()):
-        if name not in present:
-            raise DataError(f"{folder / name} is missing")
-        if name not in recorded:
-            raise DataError(f"{folder / name} is not in {MANIFEST}: it does not belong there")
-        if recorded[name] != _described(present[name]):
-            raise DataError(f"{folder / name} is damaged: its size or sha256 differs from {MANIFEST}")
+    for name in sorted(recorded.keys() ^ present.keys()):
+        raise DataError(f"{folder / name} {'is missing' if name in recorded else 'does not belong there'}")
+    for name, path in present.items():
+        if recorded[name] != _described(path):
+            raise DataError(f"{path} is damaged: its size or sha256 differs from {MANIFEST}")
 
 
 def remove_stale(parent: Path | str) -> list[Path]:
@@ -175,12 +171,8 @@ def remove_stale(parent: Path | str) -> list[Path]:
 class FolderLock:
     """Holds a folder for one process at a time, inside a `with` block; a crash of the holder frees it.
 
-    The lock is the kernel's, on `<folder>/.lock`; what that file says is only there to name the holder.
-
-    Args:
-        folder: made if it does not exist; ConfigError if it cannot be written to.
-        should_stop: None: a second holder gets a ConfigError at once, with the first one's pid and start. Otherwise it
-            waits for its turn, and raises Stopped when this returns true.
+    The folder is made if need be; ConfigError if it cannot be written to. A second holder gets a ConfigError at once,
+    with the first one's process id and start; given `should_stop`, it waits, and raises Stopped when that turns true.
     """
 
     def __init__(self, folder: Path | str, should_stop: Callable[[], bool] | None = None) -> None:
@@ -192,7 +184,7 @@ class FolderLock:
             self._file = open(self.folder / LOCK, "a+", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot write to {self.folder}: {error.strerror}; choose another folder") from error
-        try:
+        try:  # the lock is the kernel's; what its file says is only there to name the holder
             while not self._try():
                 if self.should_stop is None:
                     raise ConfigError(f"{self.folder} is in use by {self._holder()}; wait for it or use another folder")
@@ -223,11 +215,10 @@ class FolderLock:
         return True
 
     def _holder(self) -> str:
-        try:
+        with suppress(DataError, KeyError, TypeError):  # read in the instant before it is written
             holder = read_json(self.folder / LOCK)
             return f"process {holder['pid']} (started {holder['started']}: {holder['command']})"
-        except (DataError, KeyError, TypeError):  # read in the instant before it is written
-            return "another process"
+        return "another process"
 
 
 def _temp_beside(path: Path) -> Path:
@@ -248,11 +239,8 @@ def _is_abandoned(temp: Path, host: str, pid: str, launch: str) -> bool:
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` make a file, and gives it the name `path` once it is on disk.
-
-    The file is made in a temporary folder of its own, where also the temporaries of other libraries are swept away.
-    """
-    folder = _temp_beside(path)
+    """Lets `write` make a file, and gives it the name `path` once it is on disk."""
+    folder = _temp_beside(path)  # not a file: safetensors, too, makes a temporary beside what it writes
     try:
         with _explained(path):
             folder.mkdir(parents=True)
@@ -283,12 +271,8 @@ def _sync(path: Path) -> None:
 
 def _files(folder: Path) -> dict[str, Path]:
     """The files below a folder by relative name, without hidden ones and what describes them."""
-    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        name.as_posix(): path
-        for name, path in found.items()
-        if not any(part.startswith(".") for part in name.parts) and name.as_posix() not in (MANIFEST, MARKER)
-    }
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {n: p for n, p in found.items() if not n.startswith(".") and "/." not in n and n not in (MANIFEST, MARKER)}
 
 
 def _described(path: Path) -> dict[str, Any]:

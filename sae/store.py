@@ -6,6 +6,7 @@
     meta.json               written last: what the owner wants to remember; its presence means the store is complete
 
 Token and activation shards lie in stores. A crash loses at most the shard being written; a torn last line is ignored.
+The manifest is appended to, not rewritten, because an activation store has a shard for every pass of the model.
 """
 
 import hashlib
@@ -14,11 +15,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 from sae.errors import DataError
-from sae.files import atomic_write, load_tensors, read_json, sha256_file, write_json
+from sae.files import load_tensors, read_json, remove_stale, save_tensors, sha256_file, write_json
 
 VERSION = 1
 HEADER, META = "header.json", "meta.json"
@@ -26,72 +26,94 @@ HEADER, META = "header.json", "meta.json"
 
 def fingerprint_key(fingerprint: dict[str, Any]) -> str:
     """Returns 16 hex digits that name a cache folder: a hash of the fingerprint's canonical JSON."""
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
 
 class ShardWriter:
-    """Adds shards to a store, new or begun earlier; DataError if the folder is a store of something else."""
+    """Adds shards to a store, new or begun earlier; DataError if the folder is a store of something else.
+
+    `done` holds the indices of the shards that were there or have been written since. Several processes may add to one
+    store, each as a `part` of its own.
+    """
 
     def __init__(self, folder: Path, kind: str, fingerprint: dict[str, Any], part: str = "0") -> None:
         self.folder, self.journal = Path(folder), Path(folder) / f"shards-{part}.jsonl"
         if (self.folder / HEADER).exists():
             _check_header(self.folder, kind, fingerprint)
+            remove_stale(self.folder)
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / HEADER, {"kind": kind, "version": VERSION, "fingerprint": fingerprint})
         self.done = set(_entries(self.folder))
 
     def write(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Writes one shard and returns its manifest entry. The file is whole before the manifest names it."""
-        name = f"shard-{index:06d}.safetensors"
-        data = safetensors.torch.save({key: value.contiguous().cpu() for key, value in tensors.items()})
-        atomic_write(self.folder / name, data)
+        """Writes one shard, in place of an earlier one of that index, and returns its manifest entry."""
+        path = self.folder / _file_name(index)
+        save_tensors(path, tensors)  # the file is whole before the manifest names it
         entry = {
             "index": index,
-            "file": name,
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "bytes": len(data),
-            "tensors": {key: _described(value) for key, value in tensors.items()},
+            "file": path.name,
+            "sha256": sha256_file(path),
+            "bytes": path.stat().st_size,
+            "tensors": {name: _described(tensor) for name, tensor in tensors.items()},
         }
-        self._drop_torn_line()
-        with open(self.journal, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            self._append(json.dumps(entry))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write {self.journal}: {error.strerror}") from error
         self.done.add(index)
         return entry
 
     def finish(self, meta: dict[str, Any]) -> None:
-        """Marks the store complete."""
-        write_json(self.folder / META, {"n_shards": len(self.done), **meta})
+        """Marks the store complete, whoever wrote its shards; ValueError unless they are numbered 0, 1, 2 ..."""
+        found = _entries(self.folder)
+        missing = sorted(set(range(max(found, default=-1) + 1)) - found.keys())
+        if missing:
+            raise ValueError(f"{self.folder} cannot be finished: shards {missing[:5]} were not written")
+        for path in _shard_files(self.folder) - {self.folder / entry["file"] for entry in found.values()}:
+            path.unlink()  # written just before a crash, so that no manifest names it
+        write_json(self.folder / META, {**meta, "n_shards": len(found)})
 
-    def _drop_torn_line(self) -> None:
-        """Ends a line that a crash cut short, so that the next one stands alone."""
-        if self.journal.exists() and self.journal.stat().st_size:
-            with open(self.journal, "rb+") as file:
+    def _append(self, line: str) -> None:
+        with open(self.journal, "ab+") as file:
+            if file.tell():  # a line that a crash cut short is ended, so that the next one stands alone
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
+                line = line if file.read(1) == b"\n" else f"\n{line}"
+            file.write(f"{line}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class Shards:
-    """Reads the shards of a store, each checked against the manifest when it is first read.
+    """Reads the shards of a store, each checked against the manifest when this process first reads it.
 
     DataError if the folder is no store, of another kind or fingerprint (naming the keys that differ), from a newer
-    version, or incomplete (unless `partial`).
+    version, or incomplete. A `partial` store may be incomplete: shards whose file is gone count as not yet written.
+
+    Args:
+        folder: where the store lies.
+        kind: what its shards are, such as "tokens".
+        fingerprint: what the content must depend on; None takes any.
+        partial: whether a store that is still being written will do.
+        verify: whether the checksum of a shard is compared when it is first read; size, types and shapes always are.
     """
 
     def __init__(
-        self, folder: Path, kind: str, fingerprint: dict[str, Any] | None = None, partial: bool = False
+        self,
+        folder: Path,
+        kind: str,
+        fingerprint: dict[str, Any] | None = None,
+        partial: bool = False,
+        verify: bool = True,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder, self.partial, self.verify = Path(folder), partial, verify
         _check_header(self.folder, kind, fingerprint)
         if not partial and not (self.folder / META).exists():
             raise DataError(f"{self.folder}: incomplete; run the command that makes it again, it continues")
         self.meta: dict[str, Any] = read_json(self.folder / META) if (self.folder / META).exists() else {}
-        self.entries = _entries(self.folder)
-        if not partial and len(self.entries) != self.meta["n_shards"]:
-            raise DataError(f"{self.folder}: lists {len(self.entries)} of {self.meta['n_shards']} shards; delete it")
+        self.entries: dict[int, dict[str, Any]] = {}
+        self.reload()
+        if not partial and sorted(self.entries) != list(range(self.meta.get("n_shards", -1))):
+            raise DataError(f"{self.folder}: lists {len(self.entries)} shards, not all it should; {self._remedy()}")
         self._verified: set[int] = set()
 
     def __len__(self) -> int:
@@ -107,7 +129,14 @@ class Shards:
 
     def reload(self) -> None:
         """Takes in shards that other writers have added."""
-        self.entries = _entries(self.folder)
+        found = _entries(self.folder)
+        files = _shard_files(self.folder)
+        if self.partial:
+            found = {index: entry for index, entry in found.items() if self.folder / entry["file"] in files}
+        else:
+            for extra in sorted(files - {self.folder / entry["file"] for entry in found.values()}):
+                raise DataError(f"{extra}: does not belong to the store; delete it")
+        self.entries = found
 
     def read(self, index: int) -> dict[str, Tensor]:
         """Returns the tensors of a shard, memory-mapped; DataError names a file that is not what was written."""
@@ -116,29 +145,43 @@ class Shards:
         entry = self.entries[index]
         path = self.folder / entry["file"]
         if index not in self._verified:
-            self._verify(path, entry)
+            self._check(path, entry, checksum=self.verify)
             self._verified.add(index)
         tensors = load_tensors(path)
         found = {name: _described(tensor) for name, tensor in tensors.items()}
         if found != entry["tensors"]:
-            raise DataError(f"{path}: holds {found}, expected {entry['tensors']}; delete it, it is then made again")
+            raise DataError(f"{path}: holds {found}, expected {entry['tensors']}; {self._remedy()}")
         return tensors
 
     def bad(self) -> list[int]:
-        """Returns the indices of shards that are missing or changed."""
+        """Returns the indices of shards that are missing or changed: those to write again."""
         found = []
         for index, entry in self.entries.items():
             try:
-                self._verify(self.folder / entry["file"], entry)
+                self._check(self.folder / entry["file"], entry, checksum=True)
             except DataError:
                 found.append(index)
         return found
 
-    def _verify(self, path: Path, entry: dict[str, Any]) -> None:
+    def _check(self, path: Path, entry: dict[str, Any], checksum: bool) -> None:
         if not path.is_file():
-            raise DataError(f"{path}: missing; run again with --repair to rebuild it")
-        if path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
-            raise DataError(f"{path}: changed since it was written (checksum); run again with --repair to rebuild it")
+            raise DataError(f"{path}: missing; {self._remedy()}")
+        if path.stat().st_size != entry["bytes"]:
+            raise DataError(f"{path}: has {path.stat().st_size} bytes, expected {entry['bytes']}; {self._remedy()}")
+        if checksum and sha256_file(path) != entry["sha256"]:
+            raise DataError(f"{path}: changed since it was written (checksum); {self._remedy()}")
+
+    def _remedy(self) -> str:
+        what = "that file" if self.partial else f"the folder {self.folder}"
+        return f"delete {what} and run again: it is then made again"
+
+
+def _file_name(index: int) -> str:
+    return f"shard-{index:06d}.safetensors"
+
+
+def _shard_files(folder: Path) -> set[Path]:
+    return set(folder.glob("shard-*.safetensors"))
 
 
 def _described(tensor: Tensor) -> list[Any]:
@@ -148,24 +191,36 @@ def _described(tensor: Tensor) -> list[Any]:
 def _entries(folder: Path) -> dict[int, dict[str, Any]]:
     entries = {}
     for journal in sorted(folder.glob("shards-*.jsonl")):
-        for line in journal.read_text(encoding="utf-8").splitlines():
+        for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:  # torn by a crash: its shard is written again
+                # the name is derived, not believed: a manifest from elsewhere could point out of the folder
+                entries[entry["index"]] = {**entry, "file": _file_name(entry["index"])}
+            except (ValueError, TypeError, KeyError):  # torn by a crash: its shard is written again
                 continue
-            entries[entry["index"]] = entry
     return dict(sorted(entries.items()))
 
 
 def _check_header(folder: Path, kind: str, fingerprint: dict[str, Any] | None) -> None:
     header = read_json(folder / HEADER)
-    if header.get("kind") != kind:
-        raise DataError(f"{folder}: holds {header.get('kind')}, not {kind}")
-    if header.get("version", 0) > VERSION:
+    if not isinstance(header, dict) or not {"kind", "version", "fingerprint"} <= header.keys():
+        raise DataError(f"{folder / HEADER}: not the header of a store")
+    if header["version"] > VERSION:
         raise DataError(f"{folder}: version {header['version']} is newer than {VERSION}; upgrade sae-interp")
-    stored = header.get("fingerprint", {})
-    wanted = stored if fingerprint is None else json.loads(json.dumps(fingerprint))
+    if header["kind"] != kind:
+        raise DataError(f"{folder}: holds {header['kind']}, not {kind}")
+    if fingerprint is None:
+        return
+    stored, wanted = _flat(header["fingerprint"]), _flat(json.loads(json.dumps(fingerprint)))
     differing = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
     if differing:
         pairs = ", ".join(f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} wanted" for key in differing)
         raise DataError(f"{folder}: was made with other settings ({pairs})")
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings under dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
