@@ -17,23 +17,26 @@ from sae.coder import SparseCoder
 from sae.errors import ConfigError, Stopped
 from sae.intervene import replace_at, splice
 from sae.metrics import Moments, Reconstruction, kl_divergence, recovered
-from sae.models import LanguageModel
+from sae.models import LanguageModel, load_language_model
 from sae.nulls import null_fvus
-from sae.text import TokenRows
+from sae.settings import decode
+from sae.spec import CoderSpec
+from sae.text import TextConfig, TokenRows, tokenize
 
 PASS_LOGITS = 2**25  # most logits held at once, per copy: 128 MiB
 
 
 def evaluate(
     coders: SparseCoder | dict[str, SparseCoder],
-    lm: LanguageModel,
-    rows: TokenRows,
+    lm: LanguageModel | None = None,
+    rows: TokenRows | None = None,
     tokens: int = 16_384,
     nulls: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Returns the metrics of a coder on the first `tokens` held-out tokens; of several coders, a dict by name.
 
+    The model and the held-out rows default to those the (first) coder's spec names: where it was trained.
     Keys: `reconstruction` (with the norm filter) and `reconstruction_unfiltered`, `density`, `loss` (CE and KL of every
     arm; absent for a model that predicts no next token), `nulls` on request. Units are nats per token.
     """
@@ -41,6 +44,9 @@ def evaluate(
     for name, coder in several.items():
         if not coder.spec.reads or not coder.spec.writes:
             raise ConfigError(f"coder {name}: its spec names no site to read; set spec.reads and spec.writes")
+    spec = next(iter(several.values())).spec
+    lm = lm or load_language_model(spec.reads[0].model, spec.reads[0].revision)
+    rows = rows or tokenize(text_of(spec), lm.tokenizer, lm.fingerprint(), should_stop).held_out
     n_rows = min(rows.n_rows, max(1, -(-tokens // rows.context_length)))
     size = rows_per_pass(rows.context_length, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
     batches = [rows.tokens(torch.arange(i, min(i + size, n_rows))) for i in range(0, n_rows, size)]
@@ -51,6 +57,13 @@ def evaluate(
             for name in several:
                 results[name]["loss"] = losses[name]
     return results if isinstance(coders, dict) else results[""]
+
+
+def text_of(spec: CoderSpec) -> TextConfig:
+    """Returns the text a coder was trained on, as its spec describes it."""
+    if "text" not in spec.training:
+        raise ConfigError("text: the coder's spec does not say what text it was trained on; pass rows")
+    return decode(TextConfig, spec.training["text"], "text")
 
 
 def rows_per_pass(context_length: int, vocabulary: int) -> int:

@@ -32,11 +32,8 @@ def write_report(run_dir: Path, results: dict[str, dict[str, Any]]) -> Path:
 
 def table(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns the figures of one evaluation as (name, text) rows: the same in the terminal and on the page."""
-    r, raw, density, loss = (
-        (found[key] for key in ("reconstruction", "reconstruction_unfiltered", "density", "loss"))
-        if "loss" in found
-        else (*(found[k] for k in ("reconstruction", "reconstruction_unfiltered", "density")), None)
-    )
+    r, raw, density = found["reconstruction"], found["reconstruction_unfiltered"], found["density"]
+    loss = found.get("loss")
     rows = [
         ("held-out tokens", f"{r['tokens']:,}"),
         ("FVU", _number(r["fvu"])),
@@ -58,6 +55,8 @@ def table(found: dict[str, Any]) -> list[tuple[str, str]]:
             ),
             ("KL score", _share(loss["kl_score"])),
         ]
+    for name, count in found.get("training", {}).get("active_steps", {}).items():
+        rows.append((f"steps with loss term {name}", f"{count:,} of {found['training']['steps']:,}"))
     for name, null in found.get("nulls", {}).items():
         rows.append((f"null: {name.replace('_', ' ')}", f"FVU {_number(null['fvu'])} at L0 {null['l0']:.1f}"))
     return rows

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import draccus
 import torch
 
 from sae import checkpoint, distributed, hub
@@ -24,7 +25,7 @@ from sae.config import LANES, CoderConfig, OptimConfig, TrainConfig
 from sae.environment import environment
 from sae.errors import ConfigError, Stopped
 from sae.evaluation import evaluate
-from sae.files import FolderLock, cache_dir, save_tensors, write_json
+from sae.files import FolderLock, atomic_write, cache_dir, save_tensors, write_json
 from sae.models import DTYPES, load_language_model
 from sae.progress import Progress, Tracker
 from sae.report import write_report
@@ -73,13 +74,12 @@ def train(
     folder = Path(run_dir or config.run_dir or Path("runs") / config.name).expanduser()
     distributed.start()
     with stop_flag() as stop, _locked(folder):
-        if not resume and (folder / "config.yaml").exists():
+        if distributed.rank() == 0 and not resume and (folder / "config.yaml").exists():
             raise ConfigError(
                 f"run_dir: {folder} already holds a run; continue it with --resume {folder}, or name another"
             )
-        tracker = Tracker(
-            config.log.tracker if distributed.rank() == 0 else "none", config.log.project, folder.name, {}
-        )
+        name = config.log.tracker if distributed.rank() == 0 else "none"
+        tracker = Tracker(name, config.log.project, folder.name, draccus.encode(config))
         run = Run(config, folder, stop, trust_remote_code)
         try:
             return run.train(tracker, resume)
@@ -112,11 +112,10 @@ class Run:
     def train(self, tracker: Tracker, resume: bool) -> TrainResult:
         """Runs all stages; see `train`."""
         config = self.config
-        if self.main and not resume:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            write_json(self.folder / "env.json", environment(self.lm, trust_remote_code=self.trust_remote_code))
         text = self._text()
+        if self.main and not resume:  # from here on there is something to resume
+            atomic_write(self.folder / "config.yaml", to_yaml(config))
+            write_json(self.folder / "env.json", environment(self.lm, trust_remote_code=self.trust_remote_code))
         saved = checkpoint.latest(self.folder) if resume else None
         if resume and saved is None:
             log.info("no checkpoint in %s yet: starting at step 0", self.folder)
@@ -214,7 +213,7 @@ class Run:
                     context_length=text.train.context_length,
                     bos=config.text.bos,
                     training={
-                        "source": config.text.source,
+                        "text": draccus.encode(config.text),
                         "tokens": config.steps * config.batch_tokens,
                         "seed": plan.coder.seed,
                         "sae-interp": version("sae-interp"),
