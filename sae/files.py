@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -178,7 +178,7 @@ class FolderLock:
     def __init__(self, folder: Path | str, should_stop: Callable[[], bool] | None = None) -> None:
         self.folder, self.should_stop = Path(folder), should_stop
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "FolderLock":
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = open(self.folder / LOCK, "a+", encoding="utf-8")

@@ -1,6 +1,7 @@
 """The language model: a hub id, a local folder, a .gguf file or the embedded quickstart model."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,11 @@ class LanguageModel:
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Returns 16 hex digits of a hash over the tokenizer's vocabulary, rules and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    if backend is None:
+        rules = repr(sorted(tokenizer.get_vocab().items()))
+    else:  # truncation and padding are state that a call leaves behind, not rules
+        stored = json.loads(backend.to_str())
+        rules = json.dumps({**stored, "truncation": None, "padding": None}, sort_keys=True)
     return hashlib.sha256((rules + repr(sorted(tokenizer.all_special_ids))).encode()).hexdigest()[:16]
 
 

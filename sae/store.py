@@ -43,7 +43,8 @@ class ShardWriter:
             remove_stale(self.folder)
         else:
             write_json(self.folder / HEADER, {"kind": kind, "version": VERSION, "fingerprint": fingerprint})
-        self.done = set(_entries(self.folder))
+        files = _shard_files(self.folder)
+        self.done = {index for index, entry in _entries(self.folder).items() if self.folder / entry["file"] in files}
 
     def write(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Writes one shard, in place of an earlier one of that index, and returns its manifest entry."""
@@ -203,7 +204,7 @@ def _entries(folder: Path) -> dict[int, dict[str, Any]]:
 
 def _check_header(folder: Path, kind: str, fingerprint: dict[str, Any] | None) -> None:
     header = read_json(folder / HEADER)
-    if not isinstance(header, dict) or not {"kind", "version", "fingerprint"} <= header.keys():
+    if not isinstance(header, dict) or not isinstance(header.get("version"), int) or "kind" not in header:
         raise DataError(f"{folder / HEADER}: not the header of a store")
     if header["version"] > VERSION:
         raise DataError(f"{folder}: version {header['version']} is newer than {VERSION}; upgrade sae-interp")
@@ -211,7 +212,7 @@ def _check_header(folder: Path, kind: str, fingerprint: dict[str, Any] | None) -
         raise DataError(f"{folder}: holds {header['kind']}, not {kind}")
     if fingerprint is None:
         return
-    stored, wanted = _flat(header["fingerprint"]), _flat(json.loads(json.dumps(fingerprint)))
+    stored, wanted = _flat(header.get("fingerprint", {})), _flat(json.loads(json.dumps(fingerprint)))
     differing = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
     if differing:
         pairs = ", ".join(f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} wanted" for key in differing)
