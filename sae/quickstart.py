@@ -10,7 +10,6 @@ tens of thousands of them to split by. (One document per source file would mean 
 """
 
 import ast
-import hashlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -19,6 +18,8 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from sae.seeding import uniform
 
 BUILDER_VERSION = 1  # raise it whenever the same machine would yield other documents
 HELD_OUT_SHARE = 0.08
@@ -77,8 +78,11 @@ def fingerprint() -> dict:
 
 
 def is_held_out(document_id: str) -> bool:
-    """Whether a document is kept from training: true for `HELD_OUT_SHARE` of all ids, the same ones everywhere."""
-    return _uniform("held-out", document_id) < HELD_OUT_SHARE
+    """Whether the bundled model never saw a document: true for `HELD_OUT_SHARE` of all ids, the same ones everywhere.
+
+    It is the draw of `sae.text.is_held_out`, so what a run holds out at a smaller share is new to the model as well.
+    """
+    return uniform("held-out", document_id) < HELD_OUT_SHARE
 
 
 def documents(
@@ -99,7 +103,7 @@ def documents(
     files = dict(_python_files(source_roots() if sources is None else sources))
     topics = _reference_topics(files.pop(TOPICS_FILE, None))
     seen: set[str] = set()
-    for name in sorted([*files, *topics], key=lambda name: _uniform("order", name)):
+    for name in sorted([*files, *topics], key=lambda name: uniform("order", name)):
         if name in topics:
             found = {name: [(name.rpartition("/")[2], topics[name])]}
         else:
@@ -197,9 +201,3 @@ def _is_new(text: str, seen: set[str]) -> bool:
         return False
     seen.update(lines)
     return True
-
-
-def _uniform(purpose: str, name: str) -> float:
-    """A number in [0, 1) from a hash. The purpose keys it: else held-out documents would all come first in order."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8, person=purpose.encode()).digest()
-    return int.from_bytes(digest, "big") / 2**64
