@@ -6,9 +6,6 @@ from typing import Any
 
 import draccus
 
-from sae import objectives as objectives_package
-from sae import plugins
-from sae import selection as selection_package
 from sae.errors import ConfigError
 from sae.normalization import Normalization
 from sae.objectives import Objective
@@ -20,9 +17,6 @@ from sae.selection.topk import TopK
 from sae.settings import at_least, choose, decode, merge, set_dotted
 from sae.spec import DECODER_NORMS
 from sae.text import TextConfig
-
-plugins.discover(selection_package)
-plugins.discover(objectives_package)
 
 LANES = 64
 
@@ -123,9 +117,12 @@ class CoderConfig:
             raise ConfigError("coder.objectives: empty; at least one term is needed, for example reconstruction")
         d_sae = self.d_sae or (d_in and self.expansion * d_in)
         if d_sae:
-            self.selection.validate(d_sae)
-            for objective in self.objectives.values():
-                objective.validate(d_in or d_sae, d_sae)
+            try:
+                self.selection.validate(d_sae)
+                for objective in self.objectives.values():
+                    objective.validate(d_in or d_sae, d_sae)
+            except ConfigError as error:
+                raise ConfigError(f"coder.{error}") from None
 
 
 @dataclass(frozen=True)

@@ -184,10 +184,13 @@ def _converted(path: Path) -> Path:
     folder = _converted_folder(path)
     if not folder.is_dir():
         with publish(folder) as draft, _readable_errors(str(path)):
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model.save_pretrained(draft)
-            tokenizer.save_pretrained(draft)
+            read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            if hasattr(read.config, "quantization_config"):  # or it counts as quantized, which cannot be saved
+                del read.config.quantization_config
+            plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+            plain.load_state_dict(read.state_dict())
+            plain.save_pretrained(draft)
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(draft)
     return folder
 
 

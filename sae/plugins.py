@@ -1,12 +1,13 @@
 """The registries: a plug-in is one file in its folder, found by name and never listed anywhere else.
 
-A family of plug-ins is a direct subclass of `Plugin`; every plug-in is a frozen dataclass that registers itself under
-the name users type as `type:`, with `@Family.register_subclass("name")`.
+A family of plug-ins is a package that defines a direct subclass of `Plugin` and ends with
+`discover(__name__, __path__)`; every other module in it holds a frozen dataclass that registers itself, with
+`@Family.register_subclass("name")`, under the name users type as `type:`.
 """
 
+from collections.abc import Iterable
 from importlib import import_module
 from pkgutil import iter_modules
-from types import ModuleType
 from typing import Any
 
 from draccus import ChoiceRegistry as Plugin
@@ -14,10 +15,10 @@ from draccus import ChoiceRegistry as Plugin
 __all__ = ["Plugin", "discover", "names"]
 
 
-def discover(package: ModuleType) -> None:
-    """Imports every module of `package`, so that its plug-ins register themselves."""
-    for module in iter_modules(package.__path__):
-        import_module(f"{package.__name__}.{module.name}")
+def discover(package: str, path: Iterable[str]) -> None:
+    """Imports every module of a package, so that its plug-ins register themselves."""
+    for module in iter_modules(path):
+        import_module(f"{package}.{module.name}")
 
 
 def names(family: type[Plugin]) -> dict[str, type[Any]]:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.coder import Pass, SparseCoder
-from sae.plugins import Plugin
+from sae.plugins import Plugin, discover
 
 
 @dataclass(frozen=True)
@@ -50,3 +50,6 @@ class Objective(Plugin):
 def zero(step: Step) -> Float[Tensor, ""]:
     """Returns an exact zero for a term that does not apply at this step."""
     return torch.zeros((), device=step.target.device, dtype=step.target.dtype)
+
+
+discover(__name__, __path__)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.plugins import Plugin
+from sae.plugins import Plugin, discover
 
 
 @dataclass(frozen=True)
@@ -27,3 +27,6 @@ class Selection(Plugin):
     def activate(self, kept: Float[Tensor, "nnz"]) -> Float[Tensor, "nnz"]:
         """Returns the latents' values from their pre-activations at the support."""
         return torch.relu(kept)
+
+
+discover(__name__, __path__)

@@ -3,14 +3,12 @@
 import pytest
 import torch
 
-import sae.objectives
 from sae import plugins
 from sae.coder import SparseCoder, initialize
 from sae.objectives import Objective, Step
 from sae.selection.topk import TopK
 from sae.spec import CoderSpec
 
-plugins.discover(sae.objectives)
 TERMS = plugins.names(Objective)
 
 

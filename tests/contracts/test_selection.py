@@ -5,7 +5,6 @@ from itertools import pairwise
 import pytest
 import torch
 
-import sae.selection
 from sae import plugins
 from sae.coder import SparseCoder, initialize
 from sae.errors import ConfigError
@@ -13,7 +12,6 @@ from sae.selection import Selection
 from sae.selection.topk import TopK, top_ids
 from sae.spec import CoderSpec
 
-plugins.discover(sae.selection)
 RULES = plugins.names(Selection)
 
 

@@ -1,6 +1,8 @@
 """The README is run: its Python block, its commands' options, its links; and every shipped config parses."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,12 @@ def test_every_shipped_config_parses(name):
     config.validate()
     assert config.coder.width(256) >= 1
     assert path.read_text(encoding="utf-8").startswith("# "), "the first line says what it is for: --list-configs"
+
+
+def test_loading_needs_no_other_import(tmp_path):
+    """In a process of its own: nothing else has registered the plug-ins that a saved spec names."""
+    coder = SparseCoder(CoderSpec(4, 4, 8, TopK(2)))
+    sae.save(coder, tmp_path)
+    code = f"import sae; print(sae.load({str(tmp_path)!r}).spec.selection)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "TopK(k=2)"
