@@ -36,13 +36,13 @@ def config_path(name: str, kind: str) -> Path:
     return Path(name)
 
 
-def read_config(kind: type[T], path: Path | None, overrides: list[str]) -> T:
+def read_config(kind: type[T], path: Path | None, overrides: list[str], defaults: T | None = None) -> T:
     """Returns defaults, then the file, then overrides ("--coder.selection.k 64" or "--coder.selection.k=64")."""
-    data: dict[str, Any] = draccus.encode(kind())
+    data: dict[str, Any] = draccus.encode(defaults or kind())
     if path is not None:
         data = merge(data, read_yaml(path))
     for key, value in _pairs(overrides):
-        set_dotted(data, key, parse_value(value))
+        set_dotted(data, key, parse_value(kind, key, value))
     return decode(kind, data)
 
 

@@ -21,6 +21,7 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--nulls", action="store_true", help="also an untrained dictionary and PCA at the same L0")
     parser.add_argument("--json", metavar="FILE", help="write the metrics here (default: below the run folder)")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
+    parser.add_argument("--repair", action="store_true", help="verify the cached text and make it again if damaged")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options, overrides = parser.parse_known_args(argv)
     if options.tokens < 1:
@@ -28,9 +29,9 @@ def command(argv: list[str]) -> int:
     path = Path(options.path).expanduser()
 
     from sae import hub
-    from sae.config import TrainConfig
-    from sae.evaluation import evaluate
-    from sae.files import write_json
+    from sae.config import ModelConfig, TrainConfig
+    from sae.evaluation import evaluate, text_of
+    from sae.files import check_writable, write_json
     from sae.formats import native
     from sae.models import load_language_model
     from sae.report import table
@@ -40,23 +41,33 @@ def command(argv: list[str]) -> int:
     folders = sorted(p.parent for p in path.rglob(native.CONFIG) if native.detect(p.parent))
     if not folders:
         raise ConfigError(f"path: {path} holds no saved coder (a folder with {native.CONFIG} and {native.WEIGHTS})")
-    run_config = next((p / "config.yaml" for p in (path, *path.parents) if (p / "config.yaml").is_file()), None)
-    config = read_config(TrainConfig, run_config, overrides)
+    target = Path(options.json) if options.json else path / "sae-eval.json"
+    check_writable(target.parent, "--json")
+    runs = [p.parent / "config.yaml" for p in folders[0].resolve().parents if p.name == "coders"]
+    run_config = next((p for p in runs if p.is_file()), None)
     coders = {str(f.relative_to(path)) if f != path else f.name: hub.load(f) for f in folders}
-    first = next(iter(coders.values())).spec.reads
-    model = config.model.name if run_config or not first else first[0].model
+    spec = next(iter(coders.values())).spec
+    trained = TrainConfig()
+    if spec.reads and "text" in spec.training:
+        site = spec.reads[0]
+        trained = TrainConfig(model=ModelConfig(name=site.model, revision=site.revision), text=text_of(spec))
+    config = read_config(TrainConfig, run_config, overrides, trained)
+    config.model.validate()
     with stop_flag() as stop:
         lm = load_language_model(
-            model, config.model.revision, config.model.dtype, config.model.device, options.trust_remote_code
+            config.model.name,
+            config.model.revision,
+            config.model.dtype,
+            config.model.device,
+            options.trust_remote_code,
         )
-        text = tokenize(config.text, lm.tokenizer, lm.fingerprint(), should_stop=stop)
+        text = tokenize(config.text, lm.tokenizer, lm.fingerprint(), should_stop=stop, repair=options.repair)
         coders = {name: coder.to(lm.device) for name, coder in coders.items()}
         found = evaluate(coders, lm, text.held_out, options.tokens, options.nulls, stop)
     for name, result in found.items():
         print(name)
         for label, shown in table(result):
             print(f"  {label:42}{shown}")
-    target = Path(options.json) if options.json else path / "sae-eval.json"
     write_json(target, json.loads(json.dumps(found)))
     print(f"\njson         {target}")
     return DONE

@@ -1,18 +1,21 @@
 """sae-train: train, evaluate and save sparse coders on a language model's activations."""
 
+import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
+
+import draccus
 
 from cli.common import BAD_USAGE, DONE, Parser, config_path, configs, field_help, read_config, run
 from sae.errors import ConfigError
+from sae.settings import flat
 
 EPILOG = """Every config field is an option: --coder.selection.k 64 --activations.sites '[layers.3]'.
 Examples:
   sae-train                                          the embedded quickstart: under two minutes, nothing downloaded
-  sae-train --config topk --model.name gpt2 --activations.sites '[h.6]'
+  sae-train --config smollm2_topk --model.name FOLDER --text.source FOLDER
   sae-train --resume runs/quickstart                 continue bit for bit
-  torchrun --nproc-per-node 2 -m cli.train --config topk
+  torchrun --nproc-per-node 2 -m cli.train --config smollm2_topk
 """
 
 
@@ -33,6 +36,7 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--list-configs", action="store_true", help="list the shipped configs and exit")
     parser.add_argument("--help-fields", action="store_true", help="list every config field and exit")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
+    parser.add_argument("--repair", action="store_true", help="verify the caches and make again what is damaged")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options, overrides = parser.parse_known_args(argv)
     if options.list_configs:
@@ -65,17 +69,23 @@ def command(argv: list[str]) -> int:
 
         print("\n".join(estimate(config, options.trust_remote_code).lines()))
         return DONE
-    return _train(config, folder or _new_folder(config), folder is not None, options.trust_remote_code)
+    resume, folder = folder is not None, folder or _new_folder(config)
+    return _train(config, folder, resume, options.trust_remote_code, options.repair)
 
 
-def _train(config, folder: Path, resume: bool, trust_remote_code: bool) -> int:
-    from sae.estimate import estimate
+def _train(config, folder: Path, resume: bool, trust_remote_code: bool, repair: bool) -> int:
+    from sae.estimate import estimate, size
     from sae.report import table
     from sae.training import train
 
     print(f"run folder   {folder}", file=sys.stderr)
-    print("\n".join(estimate(config, trust_remote_code).lines()), file=sys.stderr)
-    result = train(config, resume, trust_remote_code, folder)
+    found = estimate(config, trust_remote_code)
+    print("\n".join(found.lines()), file=sys.stderr)
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if found.disk > free:  # no error: part of it may be there already
+        print(f"warning      only {size(free)} of disk are free at {place}", file=sys.stderr)
+    result = train(config, resume, trust_remote_code, folder, repair)
     for name, found in result.metrics.items():
         print(f"\n{name}")
         for label, text in table(found):
@@ -89,9 +99,11 @@ def _new_folder(config) -> Path:
     """Returns the run's folder; one named by the run alone gets a number if it is taken."""
     if config.run_dir:
         return Path(config.run_dir).expanduser()
+    from sae.checkpoint import begun
+
     base, number = Path("runs") / config.name, 2
     folder = base
-    while (folder / "config.yaml").exists():
+    while begun(folder):
         folder = base.with_name(f"{base.name}-{number}")
         number += 1
     return folder
@@ -99,9 +111,12 @@ def _new_folder(config) -> Path:
 
 def _only_harmless(new, old) -> None:
     """Refuses a resume that would change what is trained; logging, evaluation and retention may change."""
-    for name in ("log", "checkpoints", "eval", "max_bad_steps"):
-        old = replace(old, **{name: getattr(new, name)})
-    changed = [name for name in new.__dataclass_fields__ if getattr(new, name) != getattr(old, name)]
+    was, now = flat(draccus.encode(old)), flat(draccus.encode(new))
+    changed = sorted(
+        key
+        for key in was.keys() | now.keys()
+        if was.get(key) != now.get(key) and key.split(".")[0] not in ("log", "checkpoints", "eval", "max_bad_steps")
+    )
     if changed:
         raise ConfigError(f"--resume: {', '.join(changed)} cannot change in a run that has begun; start a new one")
 

@@ -94,7 +94,10 @@ def hooked(model: nn.Module, sites: list[Site], see: Callable[[Site, Tensor], Te
     with ONE_AT_A_TIME:
         handles = []
         for site in sites:
-            module = model.get_submodule(site.hook)
+            try:
+                module = model.get_submodule(site.hook)
+            except AttributeError as error:
+                raise ConfigError(f"activations.sites: no module {site.hook!r} in this model") from error
             if site.side == "input":
                 handles.append(module.register_forward_pre_hook(before(site), with_kwargs=True))
             else:
@@ -131,6 +134,17 @@ def capture(
             return seen
     missing = [site.name for site in sites if site.name not in seen]
     raise ConfigError(f"activations.sites: {', '.join(missing)} never ran in a forward pass of {lm.name}")
+
+
+def widths(lm: LanguageModel, sites: list[Site]) -> dict[str, int]:
+    """Returns the width of every site by name; ConfigError names one that does not give a vector per token."""
+    tokens = torch.zeros(2, 3, dtype=torch.int32)
+    seen = capture(lm, sites, tokens)
+    for name, x in seen.items():
+        if x.shape[:-1] != tokens.shape or not x.is_floating_point():
+            what = f"{str(x.dtype).removeprefix('torch.')} of shape {list(x.shape)}"
+            raise ConfigError(f"activations.sites: {name} gives {what} for 2 rows of 3 tokens, not a vector per token")
+    return {name: x.shape[-1] for name, x in seen.items()}
 
 
 def capture_with_gradients(
@@ -307,17 +321,23 @@ def sample(source: Source, site: str, tokens: int, should_stop: Callable[[], boo
     return torch.cat(parts)[:tokens]
 
 
-def measure(x: Float[Tensor, "n d"], mask: MaskSpec, norm_filter: float, normalization: Normalization) -> Statistics:
+def measure(
+    x: Float[Tensor, "n d"], mask: MaskSpec, norm_filter: float, normalization: Normalization, site: str = "x"
+) -> Statistics:
     """Returns the statistics of raw activations x: norm limit, input scale, then mean and variance of what is left."""
     if not len(x):
         raise ConfigError(
             "text: every token is masked (special tokens and skipped positions); nothing is left to train on"
         )
     if not torch.isfinite(x).all():
-        raise ConfigError(f"activations: {int((~torch.isfinite(x)).any(1).sum())} of {len(x)} tokens hold NaN or Inf")
+        bad = int((~torch.isfinite(x)).any(1).sum())
+        raise ConfigError(
+            f"activations: {site} holds NaN or Inf at {bad} of {len(x)} tokens; the model is damaged, or its numbers "
+            "are too large for its precision (try model.dtype and activations.dtype float32)"
+        )
     norms = x.norm(dim=1)
     median = float(norms.median())
-    limit = norm_filter * median if norm_filter else None
+    limit = norm_filter * median if norm_filter and median else None
     mask = MaskSpec(mask.special_ids, mask.skip_positions, limit)
     kept = x[norm_mask(x, mask)]
     if normalization.kind == "scalar" and normalization.scale == 1.0:
@@ -332,7 +352,7 @@ def measure(x: Float[Tensor, "n d"], mask: MaskSpec, norm_filter: float, normali
         normalization,
         mean.float(),
         geometric_median(y).float(),
-        max(variance, 1e-30),
+        max(variance, 1e-12 * float(y.square().sum(1).mean()), 1e-30),  # constant inputs: no more than rounding
         median,
         len(x),
         len(x) - len(kept),

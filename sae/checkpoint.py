@@ -1,14 +1,30 @@
-"""Checkpoints: everything a bit-exact continuation needs, published whole or not at all; safetensors and JSON only."""
+"""Checkpoints: everything a bit-exact continuation needs, published whole or not at all; safetensors and JSON only.
+
+And the lock on the run folder they lie in.
+"""
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from sae.errors import DataError
-from sae.files import is_complete, load_tensors, publish, read_json, remove_stale, save_tensors, verify, write_json
+from sae import distributed
+from sae.errors import ConfigError, DataError
+from sae.files import (
+    FolderLock,
+    is_complete,
+    load_tensors,
+    publish,
+    read_json,
+    remove_stale,
+    save_tensors,
+    verify,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
@@ -17,7 +33,7 @@ STATE = "state.json"
 def save(run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any], keep: int) -> Path:
     """Writes and returns checkpoints/step-N: a safetensors file per name and `state.json`; keeps the newest `keep`."""
     folder = run_dir / "checkpoints" / f"step-{step:09d}"
-    if not is_complete(folder):
+    if not _is_intact(folder):
         shutil.rmtree(folder, ignore_errors=True)
         with publish(folder) as draft:
             for name, group in tensors.items():
@@ -25,7 +41,8 @@ def save(run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], values
                     draft / f"{name}.safetensors", {k: v.detach().cpu().contiguous() for k, v in group.items()}
                 )
             write_json(draft / STATE, {"step": step, **values})
-    for old in complete(run_dir)[:-keep]:
+    older = [path for path in complete(run_dir) if path < folder]
+    for old in older[: max(0, len(older) - keep + 1)]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -59,3 +76,32 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Returns (tensors by file name, values) of a checkpoint."""
     tensors = {path.stem: load_tensors(path) for path in sorted(folder.glob("*.safetensors"))}
     return tensors, read_json(folder / STATE)
+
+
+def begun(run_dir: Path) -> bool:
+    """Returns whether a run has trained in a folder: there is something to resume, which a new run would overwrite."""
+    return any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "coders"))
+
+
+@contextmanager
+def locked(run_dir: Path, resume: bool) -> Iterator[None]:
+    """Holds the run folder's lock, on rank 0; ConfigError if it is held, or if a new run would overwrite another."""
+    with ExitStack() as held:
+        with distributed.together():
+            if distributed.rank() == 0:
+                try:
+                    held.enter_context(FolderLock(run_dir))
+                except ConfigError as error:
+                    raise ConfigError(f"run_dir: {error}") from error
+                if begun(run_dir) and not resume:
+                    raise ConfigError(
+                        f"run_dir: {run_dir} holds a run; continue it with --resume {run_dir}, or name another"
+                    )
+        yield
+
+
+def _is_intact(folder: Path) -> bool:
+    with suppress(DataError):
+        verify(folder)
+        return True
+    return False

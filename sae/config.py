@@ -70,6 +70,8 @@ class ActivationConfig:
         at_least("activations.skip_positions", self.skip_positions, 0)
         at_least("activations.norm_filter", self.norm_filter, 0)
         at_least("activations.statistics_tokens", self.statistics_tokens, 1)
+        if self.prefetch_blocks is not None:
+            at_least("activations.prefetch_blocks", self.prefetch_blocks, 0)
         if not self.sites:
             raise ConfigError("activations.sites: empty; name at least one module, for example layers.2")
 
@@ -226,6 +228,8 @@ class TrainConfig:
             raise ConfigError(f"tokens: {self.tokens} is less than one batch ({self.batch_tokens} tokens)")
         at_least("micro_batch_tokens", self.micro_batch_tokens, 0)
         at_least("max_bad_steps", self.max_bad_steps, 0)
+        if self.dead_after_tokens is not None:
+            at_least("dead_after_tokens", self.dead_after_tokens, 1)
         choose("precision", self.precision, ("float32", "bfloat16"))
         for _, coder, optim in self.points():
             coder.validate()
@@ -235,9 +239,11 @@ class TrainConfig:
         """Returns (label, coder, optim) of every grid point; a run without a grid is one point with an empty label."""
         if not self.grid:
             return [("", self.coder, self.optim)]
-        for key in self.grid:
+        for key, values in self.grid.items():
             if key.split(".")[0] not in ("coder", "optim"):
                 raise ConfigError(f"grid: {key!r} is not a field below coder or optim")
+            if len(set(map(str, values))) < max(1, len(values)):
+                raise ConfigError(f"grid.{key}: {values} must hold at least one value, and none twice")
         base = {"coder": draccus.encode(self.coder), "optim": draccus.encode(self.optim)}
         found = []
         for values in itertools.product(*self.grid.values()):

@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sae.errors import Stopped
+
 
 def start() -> None:
     """Joins the process group if the environment names one; a single process needs none."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def stop() -> None:
@@ -53,24 +55,51 @@ def total_(*tensors: Tensor) -> None:
 
 def any_rank(flag: bool) -> bool:
     """Returns whether the flag is set on any rank, so that all ranks stop at the same step."""
-    return bool(total(torch.tensor(int(flag), device="cuda" if _uses_nccl() else "cpu")) > 0)
+    return _largest(int(flag)) > 0
 
 
-def barrier() -> None:
-    """Waits for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
+class PeerError(RuntimeError):
+    """The error of another rank, which says what it is; the exit code is the same."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another rank failed, and said why")
+        self.exit_code = exit_code
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Waits for all ranks at the end of the block, and ends them all if it failed on one.
+
+    A rank that waits for one that is gone would wait for ever. The block itself must not call another collective.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    worst = _largest(getattr(failed, "exit_code", 1) if failed else 0)
+    if failed:
+        raise failed
+    if worst:
+        raise Stopped("with another rank") if worst == Stopped.exit_code else PeerError(worst)
 
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
     """Lets rank 0 fill a cache that the others then read."""
-    if rank() != 0:
-        barrier()
-    yield
     if rank() == 0:
-        barrier()
+        with together():
+            yield
+    else:
+        with together():
+            pass
+        yield
 
 
-def _uses_nccl() -> bool:
-    return dist.is_initialized() and dist.get_backend() == "nccl"
+def _largest(value: int) -> int:
+    """The largest value of any rank."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(value)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)

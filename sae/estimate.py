@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch._subclasses import FakeTensorMode
 
-from sae.activations import capture
+from sae.activations import widths
 from sae.config import LANES, TrainConfig
 from sae.evaluation import rows_per_pass
 from sae.models import DTYPES, LanguageModel, is_causal, load_config, resolve_device
@@ -62,17 +62,17 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     with FakeTensorMode():
         lm = fake_model(config, trust_remote_code)
         sites = resolve(lm.model, config.activations.sites, config.model.name)
-        seen = capture(lm, sites, torch.zeros(1, 2, dtype=torch.int32))
-        widths = {name: x.shape[-1] for name, x in seen.items()}
+        width = widths(lm, sites)
     sizes = []
     for site in sites:
         for _, coder, optim in config.points():
-            coder.validate(widths[site.name])
-            d, d_sae = widths[site.name], coder.width(widths[site.name])
+            d = width[site.name]
+            coder.validate(d)
+            d_sae = coder.width(d)
             sizes.append((d, d_sae, 2 * d * d_sae + d + d_sae, 5 if optim.ema else 4))
     context, settings = config.text.context_length, config.activations
     item = DTYPES[settings.dtype].itemsize
-    row = sum(widths.values()) * item * (2 if settings.gradients else 1)
+    row = sum(width.values()) * item * (2 if settings.gradients else 1)
     block = settings.block_rows * context * row
     weights = sum(p.numel() for p in lm.model.parameters())
     itemsize = FLOAT if resolve_device(config.model.device).type == "cpu" else 2
@@ -102,7 +102,7 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
         config.tokens * 2.0 * d * d_sae * 1.6 for d, d_sae, *_ in sizes
     )  # the dense encoder and, sparse, the rest
     flops += 2.0 * weights * config.eval.tokens * 4 * len(sizes) if lm.is_causal else 0
-    return Estimate(widths, weights, parameters, memory, disk, flops, flops / measured_flops_per_s())
+    return Estimate(width, weights, parameters, memory, disk, flops, flops / measured_flops_per_s())
 
 
 def fake_model(config: TrainConfig, trust_remote_code: bool = False) -> LanguageModel:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.activations import capture, counted, hooked, model_inputs, next_token_losses, norm_mask, token_mask
+from sae.activations import capture, counted, hooked, model_inputs, next_token_losses, norm_mask, token_mask, widths
 from sae.coder import SparseCoder
 from sae.errors import ConfigError, Stopped
 from sae.intervene import replace_at, splice
@@ -46,6 +46,7 @@ def evaluate(
             raise ConfigError(f"coder {name}: its spec names no site to read; set spec.reads and spec.writes")
     spec = next(iter(several.values())).spec
     lm = lm or load_language_model(spec.reads[0].model, spec.reads[0].revision)
+    _check_widths(several, lm)
     rows = rows or tokenize(text_of(spec), lm.tokenizer, lm.fingerprint(), should_stop).held_out
     n_rows = min(rows.n_rows, max(1, -(-tokens // rows.context_length)))
     size = rows_per_pass(rows.context_length, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
@@ -57,6 +58,14 @@ def evaluate(
             for name in several:
                 results[name]["loss"] = losses[name]
     return results if isinstance(coders, dict) else results[""]
+
+
+def _check_widths(coders: dict[str, SparseCoder], lm: LanguageModel) -> None:
+    for name, coder in coders.items():
+        for site, width in ((coder.spec.reads[0], coder.spec.d_in), (coder.spec.writes[0], coder.spec.d_out)):
+            found = widths(lm, [site])[site.name]
+            if found != width:
+                raise ConfigError(f"coder {name}: takes {site.name} to have width {width}; in {lm.name} it has {found}")
 
 
 def text_of(spec: CoderSpec) -> TextConfig:

@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ ABANDONED_AFTER_S = 24 * 3600  # for temporaries of other machines, whose proces
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _LAUNCH = secrets.token_hex(4)  # tells this process from an earlier one that had the same id
 _COUNTER = itertools.count()
-_TEMP_NAME = re.compile(r"\.tmp-(\w+)-(\d+)-(\w+)-")  # host, process id, launch
+_TEMP_NAME = re.compile(r"\.tmp-(\w+)-(\d+)-(\w+)-(?:\d{6}-)?")  # host, process id, launch
 
 
 def cache_dir() -> Path:
@@ -47,10 +48,26 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SAE_CACHE") or "~/.cache/sae-interp").expanduser()
 
 
+def check_writable(folder: Path, field: str) -> None:
+    """Makes a folder if need be; ConfigError naming the setting `field` if nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{field}: cannot write to {folder}: {error.strerror}; choose another folder") from error
+
+
 def atomic_write(path: Path | str, data: bytes | str) -> None:
     """Writes a file (text as UTF-8) whole or not at all, and the folders above; OSError names the path and reason."""
     raw = data.encode() if isinstance(data, str) else data
     _replace(Path(path), lambda temp: temp.write_bytes(raw))
+
+
+def append(path: Path | str, text: str) -> None:
+    """Adds text to the end of a file; OSError names the path and reason."""
+    with _explained(Path(path)), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write_json(path: Path | str, obj: Any) -> None:
@@ -258,7 +275,8 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno or errno.EIO, f"cannot write {path}: {error.strerror or error}") from error
+        name = _TEMP_NAME.sub("", str(path))  # as it is to be called
+        raise OSError(error.errno or errno.EIO, f"cannot write {name}: {error.strerror or error}") from error
 
 
 def _sync(path: Path) -> None:

@@ -98,6 +98,7 @@ def load_language_model(
     config = load_config(name, revision, trust_remote_code)
     causal = is_causal(config)
     auto = AutoModelForCausalLM if causal else AutoModel
+    tokenizer = load_tokenizer(name, revision, trust_remote_code)
     chosen: Any = DTYPES.get(dtype) or (torch.float32 if where.type == "cpu" else "auto")
     with _readable_errors(name):
         model = auto.from_pretrained(
@@ -106,7 +107,6 @@ def load_language_model(
             dtype=chosen,
             trust_remote_code=trust_remote_code,
         )
-    tokenizer = load_tokenizer(name, revision, trust_remote_code)
     model: Any = model.to(where)  # type: ignore[arg-type]
     return LanguageModel(model.eval().requires_grad_(False), tokenizer, name, revision, causal)
 
@@ -116,9 +116,12 @@ def load_tokenizer(
 ) -> "PreTrainedTokenizerBase":
     """Returns the model's tokenizer."""
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     folder = local_folder(name)
     with _readable_errors(name):
+        if not trust_remote_code:
+            _refuse_code(name, get_tokenizer_config(folder or name, revision=None if folder else revision))
         return AutoTokenizer.from_pretrained(
             folder or name, revision=None if folder else revision, trust_remote_code=trust_remote_code
         )
@@ -135,13 +138,18 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
     folder = local_folder(name)
     with _readable_errors(name):
         raw, _ = PretrainedConfig.get_config_dict(folder or name, revision=None if folder else revision)
-        if raw.get("auto_map") and not trust_remote_code:
-            raise ConfigError(
-                f"model.name: {name!r} ships its own code ({', '.join(sorted(raw['auto_map']))}), which would run on "
-                "this machine; read it, then type --trust-remote-code"
-            )
+        if not trust_remote_code:
+            _refuse_code(name, raw)
         return AutoConfig.from_pretrained(
             folder or name, revision=None if folder else revision, trust_remote_code=trust_remote_code
+        )
+
+
+def _refuse_code(name: str, raw: dict[str, Any]) -> None:
+    if raw.get("auto_map"):
+        raise ConfigError(
+            f"model.name: {name!r} ships its own code ({', '.join(sorted(raw['auto_map']))}), which would run on "
+            "this machine; read it, then type --trust-remote-code"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from sae.files import atomic_write
 from sae.metrics import DENSITY_BINS
 
 
@@ -26,7 +27,7 @@ def write_report(run_dir: Path, results: dict[str, dict[str, Any]]) -> Path:
     config = (run_dir / "config.yaml").read_text(encoding="utf-8")
     page = environment.get_template("train.html").render(title=run_dir.name, coders=coders, config=config)
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    atomic_write(path, page)
     return path
 
 
@@ -56,7 +57,8 @@ def table(found: dict[str, Any]) -> list[tuple[str, str]]:
             ("KL score", _share(loss["kl_score"])),
         ]
     for name, count in found.get("training", {}).get("active_steps", {}).items():
-        rows.append((f"steps with loss term {name}", f"{count:,} of {found['training']['steps']:,}"))
+        if name != "reconstruction":
+            rows.append((f"steps with {name} active", f"{count:,} of {found['training']['steps']:,}"))
     for name, null in found.get("nulls", {}).items():
         rows.append((f"null: {name.replace('_', ' ')}", f"FVU {_number(null['fvu'])} at L0 {null['l0']:.1f}"))
     return rows

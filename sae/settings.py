@@ -5,9 +5,11 @@ what is allowed and the nearest match.
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import draccus
@@ -46,8 +48,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data or {}
 
 
-def parse_value(text: str) -> Any:
-    """Returns the value of an override typed on the command line, read as YAML ("1e-4", "[a, b]", "null")."""
+def parse_value(kind: type[Any], key: str, text: str) -> Any:
+    """Returns the value typed for field `a.b.c` of a config: YAML ("1e-4", "[a, b]", "null"), or text as it stands."""
+    hint: Any = kind
+    for part in key.split("."):
+        hint = get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+    if hint is str or (hint == str | None and text != "null"):
+        return text  # a commit such as 12345e6 is no number, and " #" no comment
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
@@ -78,6 +85,14 @@ def set_dotted(data: dict[str, Any], key: str, value: Any) -> None:
     for part in reversed(key.split(".")):
         nested = {part: nested}
     data.update(merge(data, nested))
+
+
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested mappings under dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in nested.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
 
 
 def decode(kind: type[T], data: dict[str, Any], where: str = "") -> T:
@@ -130,15 +145,43 @@ def _check_keys(kind: Any, data: Any, where: str) -> None:
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             _check_keys(hint, value, _join(where, key))
-        elif hint is int and isinstance(value, bool):
-            raise ConfigError(f"{_join(where, key)}: {value!r} is not a whole number")
-        elif get_origin(hint) is dict and isinstance(value, dict):
-            for name, item in value.items():
-                _check_keys(get_args(hint)[1], item, f"{_join(where, key)}.{name}")
+        else:
+            _check_type(hint, value, _join(where, key))
+            if get_origin(hint) is dict:
+                for name, item in value.items():
+                    _check_keys(get_args(hint)[1], item, f"{_join(where, key)}.{name}")
+
+
+def _check_type(hint: Any, value: Any, where: str) -> None:
+    """Refuses what the decoder would bend into shape or pass on: null, truth values, infinite numbers, letters."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
+        return
+    kind: Any = get_origin(kinds[0]) or kinds[0]
+    fits, wanted = _FITS.get(kind, (lambda value: True, ""))
+    if value is None or not fits(value):
+        raise ConfigError(f"{where}: {value!r} is not {wanted}")
+    if kind in (tuple, list, dict):
+        for name, item in value.items() if kind is dict else enumerate(value):
+            _check_type(get_args(kinds[0])[kind is dict], item, f"{where}.{name}")
 
 
 def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
+
+
+_FITS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    str: (lambda value: isinstance(value, str), "text; put it in quotes"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    int: (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
+    float: (
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+        "a number",
+    ),
+    tuple: (lambda value: isinstance(value, list | tuple), "a list; put it in brackets"),
+    list: (lambda value: isinstance(value, list | tuple), "a list; put it in brackets"),
+    dict: (lambda value: isinstance(value, dict), "a mapping"),
+}
 
 
 class _Loader(yaml.SafeLoader):

@@ -62,12 +62,18 @@ def _matches(text: str, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
         return _aliased(text, alias[1], alias[2], modules)
     if path in modules:
         return [(path, side)]
-    found = [name for name in modules if fnmatchcase(name, path) or fnmatchcase(name, f"*.{path}")]
+    found = [name for name in modules if _fits(name, path)]
     if not found:
         raise ConfigError(f"activations.sites: no module {path!r} in this model.{_closest(path, modules)}")
     if not any(character in path for character in "*?[") and len(found) > 1:
         raise ConfigError(f"activations.sites: {path!r} is ambiguous: {', '.join(found[:5])}; write one in full")
     return [(name, side) for name in found]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether the end of a module path is what the pattern says; "*" stands for one part of it."""
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) >= len(wanted) and all(map(fnmatchcase, parts[-len(wanted) :], wanted))
 
 
 def _aliased(text: str, layer: str, hook: str, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:

@@ -11,7 +11,9 @@ The manifest is appended to, not rewritten, because an activation store has a sh
 
 import hashlib
 import json
+import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,12 @@ from torch import Tensor
 
 from sae.errors import DataError
 from sae.files import load_tensors, read_json, remove_stale, save_tensors, sha256_file, write_json
+from sae.settings import flat
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
+REMEDY = "run again with --repair, which makes it again"
 HEADER, META = "header.json", "meta.json"
 
 
@@ -114,7 +120,7 @@ class Shards:
         self.entries: dict[int, dict[str, Any]] = {}
         self.reload()
         if not partial and sorted(self.entries) != list(range(self.meta.get("n_shards", -1))):
-            raise DataError(f"{self.folder}: lists {len(self.entries)} shards, not all it should; {self._remedy()}")
+            raise DataError(f"{self.folder}: lists {len(self.entries)} shards, not all it should; {REMEDY}")
         self._verified: set[int] = set()
 
     def __len__(self) -> int:
@@ -151,7 +157,7 @@ class Shards:
         tensors = load_tensors(path)
         found = {name: _described(tensor) for name, tensor in tensors.items()}
         if found != entry["tensors"]:
-            raise DataError(f"{path}: holds {found}, expected {entry['tensors']}; {self._remedy()}")
+            raise DataError(f"{path}: holds {found}, expected {entry['tensors']}; {REMEDY}")
         return tensors
 
     def bad(self) -> list[int]:
@@ -166,15 +172,27 @@ class Shards:
 
     def _check(self, path: Path, entry: dict[str, Any], checksum: bool) -> None:
         if not path.is_file():
-            raise DataError(f"{path}: missing; {self._remedy()}")
+            raise DataError(f"{path}: missing; {REMEDY}")
         if path.stat().st_size != entry["bytes"]:
-            raise DataError(f"{path}: has {path.stat().st_size} bytes, expected {entry['bytes']}; {self._remedy()}")
+            raise DataError(f"{path}: has {path.stat().st_size} bytes, expected {entry['bytes']}; {REMEDY}")
         if checksum and sha256_file(path) != entry["sha256"]:
-            raise DataError(f"{path}: changed since it was written (checksum); {self._remedy()}")
+            raise DataError(f"{path}: changed since it was written (checksum); {REMEDY}")
 
-    def _remedy(self) -> str:
-        what = "that file" if self.partial else f"the folder {self.folder}"
-        return f"delete {what} and run again: it is then made again"
+
+def repair(folder: Path, kind: str, fingerprint: dict[str, Any]) -> None:
+    """Deletes what is damaged of a partial store, so that it is made again: single shards, or all if it is not ours."""
+    if not folder.exists():
+        return
+    try:
+        shards = Shards(folder, kind, fingerprint, partial=True)
+    except DataError as error:
+        log.warning("made again: %s", error)
+        shutil.rmtree(folder)
+        return
+    for index in shards.bad():
+        path = folder / shards.entries[index]["file"]
+        log.warning("made again: %s", path)
+        path.unlink(missing_ok=True)
 
 
 def _file_name(index: int) -> str:
@@ -203,25 +221,21 @@ def _entries(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def _check_header(folder: Path, kind: str, fingerprint: dict[str, Any] | None) -> None:
-    header = read_json(folder / HEADER)
-    if not isinstance(header, dict) or not isinstance(header.get("version"), int) or "kind" not in header:
-        raise DataError(f"{folder / HEADER}: not the header of a store")
+    try:
+        header = read_json(folder / HEADER)
+    except DataError as error:
+        raise DataError(f"{error}; {REMEDY}") from error
+    known = {"kind": str, "version": int, "fingerprint": dict}
+    if not isinstance(header, dict) or not all(isinstance(header.get(key), type_) for key, type_ in known.items()):
+        raise DataError(f"{folder / HEADER}: not the header of a store; {REMEDY}")
     if header["version"] > VERSION:
         raise DataError(f"{folder}: version {header['version']} is newer than {VERSION}; upgrade sae-interp")
     if header["kind"] != kind:
-        raise DataError(f"{folder}: holds {header['kind']}, not {kind}")
+        raise DataError(f"{folder}: holds {header['kind']}, not {kind}; {REMEDY}")
     if fingerprint is None:
         return
-    stored, wanted = _flat(header.get("fingerprint", {})), _flat(json.loads(json.dumps(fingerprint)))
+    stored, wanted = flat(header["fingerprint"]), flat(json.loads(json.dumps(fingerprint)))
     differing = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
     if differing:
         pairs = ", ".join(f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} wanted" for key in differing)
-        raise DataError(f"{folder}: was made with other settings ({pairs})")
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings under dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        raise DataError(f"{folder}: was made with other settings ({pairs}); {REMEDY}")

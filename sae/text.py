@@ -5,6 +5,8 @@ exactly if everything they depend on is the same (model, revision, tokenizer, da
 there: the folder's name is a hash of all that, and it takes its name only when it is whole.
 """
 
+import logging
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,8 +21,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sae.documents import TextConfig, documents, identity
-from sae.errors import ConfigError, Stopped
-from sae.files import FolderLock, cache_dir, is_complete, publish, remove_stale
+from sae.errors import ConfigError, DataError, Stopped
+from sae.files import FolderLock, cache_dir, is_complete, publish, remove_stale, verify
 from sae.packing import Packer
 from sae.seeding import uniform
 from sae.store import Shards, ShardWriter, fingerprint_key
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["TextConfig", "TokenRows", "TokenizedText", "documents", "is_held_out", "special_ids", "tokenize"]
+
+log = logging.getLogger(__name__)
 
 VERSION = 2  # raise it whenever the same text would become other rows
 SHARD_TOKENS = 2**22
@@ -90,6 +94,7 @@ def tokenize(
     fingerprint: dict[str, Any],
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda n: None,
+    repair: bool = False,
 ) -> TokenizedText:
     """Returns the rows of a text, tokenized now or read from the cache below `cache_dir()/tokens`.
 
@@ -102,6 +107,7 @@ def tokenize(
         fingerprint: which model it belongs to: whatever else must be equal for rows to be reused.
         should_stop: polled between batches; Stopped is raised, with nothing kept, once it returns true.
         progress: called with the number of tokens so far.
+        repair: whether cached rows are verified, and made again if they are damaged.
 
     Raises ConfigError if the text gives no row, or none to hold out; DataError if the cached rows are damaged.
     """
@@ -113,6 +119,12 @@ def tokenize(
     full = {**fingerprint, **made_from, "version": VERSION}
     key = fingerprint_key(full)
     folder = cache_dir() / "tokens" / key
+    if repair and folder.exists():
+        try:
+            verify(folder)
+        except DataError as error:
+            log.warning("made again: %s", error)
+            shutil.rmtree(folder)
     if not is_complete(folder):
         with FolderLock(folder.parent / ".locks" / key, should_stop):  # another run may be making the same rows
             remove_stale(folder.parent)
@@ -153,7 +165,7 @@ def _fill(
 
     for batch in _batches(_assigned(config, counts)):
         if should_stop():
-            raise Stopped("while tokenizing; run again to start it over")
+            raise Stopped("while tokenizing")
         for piece, ids in zip(batch, _encode(tokenizer, [piece.text for piece in batch]), strict=True):
             left = _left(config, counts) if piece.part == "train" else sys.maxsize
             if left > 0:

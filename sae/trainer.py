@@ -15,6 +15,8 @@ from sae.objectives import Objective, Step
 from sae.optim import Average, OptimConfig, adam, normalize_decoder, project_decoder_gradient
 from sae.spec import CoderSpec
 
+LEAST_RESIDUAL = 1e-6  # of the variance: a batch of one token has none, and AuxK divides by it
+
 
 class NonFiniteError(RuntimeError):
     """A loss, gradient or activation is NaN or infinite; the step was not applied."""
@@ -92,10 +94,11 @@ class CoderTrainer:
 
         Raises NonFiniteError, with nothing changed, if an activation, a loss term or a gradient is not finite.
         """
-        if not torch.isfinite(x).all():
-            raise NonFiniteError(f"activations hold NaN or Inf in {int((~torch.isfinite(x)).any(1).sum())} rows")
+        n_bad = (~torch.isfinite(x)).any(1).sum()
+        n_tokens, n_bad = distributed.total(torch.stack([torch.full_like(n_bad, len(x)), n_bad])).tolist()
+        if n_bad:  # on any rank, so that all of them leave the step
+            raise NonFiniteError(f"activations hold NaN or Inf at {n_bad} of {n_tokens} tokens")
         spec, dead = self.coder.spec, self.dead
-        n_tokens = int(distributed.total(torch.tensor(len(x), device=x.device)))
         self.optimizer.zero_grad(set_to_none=False)
         terms: dict[str, Tensor] = {name: torch.zeros((), device=x.device) for name in self.objectives}
         error_sum, error_square = torch.zeros(spec.d_out, device=x.device), torch.zeros((), device=x.device)
@@ -121,15 +124,17 @@ class CoderTrainer:
         rate = self._update(grad_norm, index)
 
         self.tokens_since_fired = torch.where(fired > 0, 0, self.tokens_since_fired + n_tokens)
-        mean_error = error_sum.double() / n_tokens
-        self.residual_variance = max(float(error_square.double() / n_tokens - mean_error.square().sum()), 1e-30)
+        variance, n = spec.variance or 1.0, max(1, n_tokens)  # the norm filter may leave nothing
+        if n_tokens:
+            spread = error_square.double() / n - (error_sum.double() / n).square().sum()
+            self.residual_variance = max(float(spread), LEAST_RESIDUAL * variance)
         for name, loss in terms.items():
             self.active_steps[name] += int(loss != 0)
         return {
             "loss": sum(float(terms[name]) * objective.weight for name, objective in self.objectives.items()),
             **{f"loss.{name}": float(loss) for name, loss in terms.items()},
-            "fvu": float(error_square) / (n_tokens * (spec.variance or 1.0)),
-            "l0": float(fired.sum()) / n_tokens,
+            "fvu": float(error_square) / (n * variance),
+            "l0": float(fired.sum()) / n,
             "dead_share": float(self.dead.float().mean()),
             "lr": rate,
             "grad_norm": grad_norm,

@@ -8,8 +8,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,13 +17,14 @@ import draccus
 import torch
 
 from sae import checkpoint, distributed, hub
-from sae.activations import Blocks, CachedSource, LiveSource, Source, Statistics, capture, measure, norm_mask, sample
+from sae.activations import Blocks, CachedSource, LiveSource, Source, Statistics, measure, norm_mask, sample, widths
 from sae.coder import SparseCoder
 from sae.config import LANES, CoderConfig, OptimConfig, TrainConfig
+from sae.documents import documents
 from sae.environment import environment
 from sae.errors import ConfigError, Stopped
 from sae.evaluation import evaluate
-from sae.files import FolderLock, atomic_write, cache_dir, save_tensors, write_json
+from sae.files import append, atomic_write, cache_dir, check_writable, save_tensors, write_json
 from sae.models import DTYPES, load_language_model
 from sae.progress import Progress, Tracker
 from sae.report import write_report
@@ -33,7 +32,7 @@ from sae.settings import to_yaml
 from sae.sites import resolve
 from sae.spec import CoderSpec, MaskSpec, Site
 from sae.stopping import StopFlag, stop_flag
-from sae.store import fingerprint_key
+from sae.store import fingerprint_key, repair
 from sae.stream import ActivationBatch, Stream
 from sae.text import TokenizedText, special_ids, tokenize
 from sae.trainer import CoderTrainer, NonFiniteError, Schedule, new_coder
@@ -63,26 +62,30 @@ class Planned:
 
 
 def train(
-    config: TrainConfig, resume: bool = False, trust_remote_code: bool = False, run_dir: Path | None = None
+    config: TrainConfig,
+    resume: bool = False,
+    trust_remote_code: bool = False,
+    run_dir: Path | None = None,
+    repair: bool = False,
 ) -> TrainResult:
     """Trains, evaluates and saves the coders of a config and returns them with their metrics.
 
-    With `resume`, continues the run folder's newest checkpoint bit for bit (from the start if it has none). Raises
-    ConfigError for what cannot be, before long work starts; Stopped after a signal, with a checkpoint written.
+    With `resume`, continues the run folder's newest checkpoint bit for bit (from the start if it has none). With
+    `repair`, verifies the caches the run will read and makes again what is damaged. Raises ConfigError for what cannot
+    be, before long work starts; Stopped after a signal, with a checkpoint written.
     """
     config.validate()
     folder = Path(run_dir or config.run_dir or Path("runs") / config.name).expanduser()
     distributed.start()
-    with stop_flag() as stop, _locked(folder):
-        if distributed.rank() == 0 and not resume and (folder / "config.yaml").exists():
-            raise ConfigError(
-                f"run_dir: {folder} already holds a run; continue it with --resume {folder}, or name another"
-            )
+    with stop_flag() as stop, checkpoint.locked(folder, resume):
+        check_writable(cache_dir(), "SAE_CACHE")
         name = config.log.tracker if distributed.rank() == 0 else "none"
         tracker = Tracker(name, config.log.project, folder.name, draccus.encode(config))
-        run = Run(config, folder, stop, trust_remote_code)
+        run = Run(config, folder, stop, trust_remote_code, repair)
         try:
             return run.train(tracker, resume)
+        except Stopped as stopped:
+            raise Stopped(f"{stopped}; continue with --resume {folder}") from None
         finally:
             run.stream.close() if run.stream else None
             tracker.finish()
@@ -91,37 +94,39 @@ def train(
 class Run:
     """One run's parts, built in the order in which data flows."""
 
-    def __init__(self, config: TrainConfig, folder: Path, stop: StopFlag, trust_remote_code: bool) -> None:
-        self.config, self.folder, self.stop = config, folder, stop
+    def __init__(
+        self, config: TrainConfig, folder: Path, stop: StopFlag, trust_remote_code: bool, repair: bool
+    ) -> None:
+        self.config, self.folder, self.stop, self.repair = config, folder, stop, repair
         self.main = distributed.rank() == 0
         self.stream: Stream | None = None
         self.bad_steps = 0
+        if Path(config.text.source).expanduser().exists():
+            next(documents(config.text))  # a missing column is known before the model is loaded
         self.lm = load_language_model(
             config.model.name, config.model.revision, config.model.dtype, config.model.device, trust_remote_code
         )
         self.sites = resolve(self.lm.model, config.activations.sites, config.model.name, config.model.revision)
-        self.planned = _plan(config, self.sites, self._widths())
-        self.trust_remote_code = trust_remote_code
-
-    def _widths(self) -> dict[str, int]:
-        probe = torch.zeros(1, 2, dtype=torch.int32)
-        if self.config.activations.gradients and not self.lm.is_causal:
+        if config.activations.gradients and not self.lm.is_causal:
             raise ConfigError("activations.gradients: true needs a model that predicts the next token")
-        return {name: x.shape[-1] for name, x in capture(self.lm, self.sites, probe).items()}
+        self.planned = _plan(config, self.sites, widths(self.lm, self.sites))
+        self.trust_remote_code = trust_remote_code
 
     def train(self, tracker: Tracker, resume: bool) -> TrainResult:
         """Runs all stages; see `train`."""
         config = self.config
-        text = self._text()
-        if self.main and not resume:  # from here on there is something to resume
+        if self.main and not resume:  # from here on the run can be resumed, if only from its start
             atomic_write(self.folder / "config.yaml", to_yaml(config))
             write_json(self.folder / "env.json", environment(self.lm, trust_remote_code=self.trust_remote_code))
+        text = self._text()
+        self.reads = {**self.lm.fingerprint(), "text": text.key}
         saved = checkpoint.latest(self.folder) if resume else None
         if resume and saved is None:
             log.info("no checkpoint in %s yet: starting at step 0", self.folder)
         mask = MaskSpec(tuple(sorted(special_ids(self.lm.tokenizer))), config.activations.skip_positions)
         source = self._source(text, mask)
-        trainers = self._trainers(source, text, mask, saved)
+        with distributed.together():
+            trainers = self._trainers(source, text, mask, saved)
         self.stream = Stream(
             source, config.batch_tokens, config.seed, self._ahead(), distributed.rank(), distributed.world_size()
         )
@@ -138,6 +143,7 @@ class Run:
                 self.lm.fingerprint(),
                 should_stop=self.stop,
                 progress=progress.update,
+                repair=self.repair,
             )
         progress.close()
         n_tokens = text.train.n_rows * text.train.context_length
@@ -157,8 +163,7 @@ class Run:
         if settings.source == "live":
             return live
         fingerprint = {
-            **self.lm.fingerprint(),
-            "text": text.key,
+            **self.reads,
             "sites": [site.name for site in self.sites],
             "block_rows": settings.block_rows,
             "seed": self.config.seed,
@@ -168,13 +173,17 @@ class Run:
             "skip_positions": mask.skip_positions,
         }
         folder = cache_dir() / "activations" / fingerprint_key(fingerprint)
+        if self.repair:
+            with distributed.together():
+                if self.main:
+                    repair(folder, "activations", fingerprint)
         source = CachedSource(live, folder, fingerprint, part=str(distributed.rank()))
         if settings.source == "disk":
             progress = Progress("storing activations", len(source), "blocks", visible=self.main)
             mine = range(distributed.rank(), len(source), distributed.world_size())
-            source.fill(mine, self.stop, progress.update)
+            with distributed.together():
+                source.fill(mine, self.stop, progress.update)
             progress.close()
-            distributed.barrier()
             source.reload()
         return source
 
@@ -225,7 +234,7 @@ class Run:
     def _measured(self, source: Source, plan: Planned, mask: MaskSpec) -> Statistics:
         settings = self.config.activations
         x = sample(source, plan.site.name, settings.statistics_tokens, self.stop)
-        found = measure(x, mask, settings.norm_filter, plan.coder.normalization)
+        found = measure(x, mask, settings.norm_filter, plan.coder.normalization, plan.site.name)
         log.info(
             "%s: d %d, median norm %.3g, %d of %d tokens beyond %g times that are masked",
             plan.site.name,
@@ -244,6 +253,12 @@ class Run:
             sizes, step = dict.fromkeys(logs, 0), 0
         else:
             tensors, values = checkpoint.load(saved)
+            for name, value in self.reads.items():
+                if values["reads"][name] != value:
+                    raise ConfigError(
+                        f"--resume: the {name} is not that of the run ({values['reads'][name]!r} then, {value!r} now); "
+                        "bring it back, or start a new run"
+                    )
             for i, (name, trainer) in enumerate(trainers.items()):
                 trainer.load_state(tensors[f"coder-{i}"], values["coders"][name])
             self.stream.load_state(tensors["stream"])  # type: ignore[union-attr]
@@ -258,22 +273,29 @@ class Run:
     def _save(self, step: int, trainers: dict[str, CoderTrainer]) -> None:
         position = self.stream.state()  # type: ignore[union-attr]
         distributed.total_(*position.values())
-        if self.main:
+        with distributed.together():
+            if not self.main:
+                return
             states = {name: trainer.state() for name, trainer in trainers.items()}
             tensors = {f"coder-{i}": state[0] for i, state in enumerate(states.values())}
             values = {
                 "coders": {name: state[1] for name, state in states.items()},
                 "specs": {name: trainer.coder.spec.to_json() for name, trainer in trainers.items()},
+                "reads": self.reads,
                 "bad_steps": self.bad_steps,
                 "log_bytes": {n: (self.folder / n).stat().st_size for n in ("metrics.jsonl", "timings.jsonl")},
             }
             checkpoint.save(self.folder, step, {**tensors, "stream": position}, values, self.config.checkpoints.keep)
-        distributed.barrier()
 
     def _loop(self, step: int, trainers: dict[str, CoderTrainer], text: TokenizedText, tracker: Tracker) -> None:
         config, steps, began, first = self.config, self.config.steps, time.monotonic(), step
         progress = Progress("training", steps, "steps", start=step, visible=self.main)
         while step < steps and not self.stop.anywhere():
+            if config.eval.every_steps and step and step % config.eval.every_steps == 0:
+                try:  # the checkpoint of this step knows nothing of it, so that a resume does it again
+                    self._evaluate_midway(step, trainers, text)
+                except Stopped:
+                    break
             lines = self._step(next(self.stream), step, trainers)  # type: ignore[arg-type]
             step += 1
             if lines and (step % config.log.every_steps == 0 or step == steps):
@@ -287,54 +309,57 @@ class Run:
                     tracker.log({f"{line['coder']}/{k}": v for k, v in line.items() if isinstance(v, float)}, step)
                 head = lines[0]
                 progress.update(step, fvu=head["fvu"], dead=head["dead_share"], tokens_per_s=rate)
-            if config.eval.every_steps and step % config.eval.every_steps == 0 and step < steps:
-                self._evaluate_midway(step, trainers, text)
             if step % config.checkpoints.every_steps == 0 and step < steps:
                 self._save(step, trainers)
         progress.close()
         self._save(step, trainers)
         if step < steps:
-            raise Stopped(f"at step {step} of {steps}, checkpoint written; continue with --resume {self.folder}")
+            raise Stopped(f"at step {step} of {steps}, checkpoint written")
 
     def _step(self, batch: ActivationBatch, step: int, trainers: dict[str, CoderTrainer]) -> list[dict[str, Any]]:
-        """Trains every coder on one batch; returns their metrics, or nothing if a bad batch was skipped."""
-        lines = []
+        """Trains every coder on one batch; returns the metrics of those that took the step."""
+        lines, errors = [], []
         for plan in self.planned:
             trainer = trainers[plan.name]
             x = batch.activations[plan.site.name].to(trainer.coder.W_enc.device).float()
             try:
                 metrics = trainer.step(x[norm_mask(x, trainer.coder.spec.mask)], step)
             except NonFiniteError as error:
-                self._bad(error, batch, step, plan.name)
-                return []
-            lines.append({"step": step + 1, "coder": plan.name, **metrics, **_active(trainer)})
+                errors.append(f"coder {plan.name}: {error}")
+            else:
+                lines.append({"step": step + 1, "coder": plan.name, **metrics, **_active(trainer)})
+        if errors:
+            self._bad("; ".join(errors), batch, step)
         return lines
 
-    def _bad(self, error: NonFiniteError, batch: ActivationBatch, step: int, name: str) -> None:
+    def _bad(self, errors: str, batch: ActivationBatch, step: int) -> None:
         """Keeps the batch for inspection; goes on while `max_bad_steps` allows."""
         self.bad_steps += 1
-        dump = self.folder / f"bad-batch-step-{step}-rank-{distributed.rank()}.safetensors"
-        save_tensors(dump, {**{k: v.contiguous().cpu() for k, v in batch.activations.items()}, "blocks": batch.blocks})
-        where = f"step {step}, coder {name}: {error}; the step was not applied, its batch is in {dump}"
+        dump = self.folder / f"bad-batch-step-{step + 1}-rank-{distributed.rank()}.safetensors"
+        save_tensors(dump, {**batch.activations, "blocks": batch.blocks})
+        bad = torch.stack([~torch.isfinite(x).all(1).cpu() for x in batch.activations.values()]).any(0)
+        blocks = batch.blocks[bad].unique().tolist()
+        of = f" (blocks {', '.join(map(str, blocks))})" if blocks else ""
+        where = f"step {step + 1}, {errors}; the step was not applied, its batch{of} is in {dump}"
         if self.bad_steps > self.config.max_bad_steps:
             raise NonFiniteError(f"{where} (max_bad_steps: {self.config.max_bad_steps})")
         log.warning("%s; skipped (%d of %d allowed)", where, self.bad_steps, self.config.max_bad_steps)
 
     def _evaluate_midway(self, step: int, trainers: dict[str, CoderTrainer], text: TokenizedText) -> None:
-        """Writes a held-out evaluation to metrics.jsonl; a signal drops it half-way and stops at this step."""
-        if not self.main:
-            return
-        try:
-            coders = {name: trainer.trained() for name, trainer in trainers.items()}
-            found = evaluate(coders, self.lm, text.held_out, self.config.eval.tokens, should_stop=self.stop)
-        except Stopped:
-            return
-        self._write("metrics.jsonl", *({"step": step, "coder": name, "held_out": found[name]} for name in found))
+        """Writes a held-out evaluation to metrics.jsonl."""
+        with distributed.together():
+            if self.main:
+                coders = {name: trainer.trained() for name, trainer in trainers.items()}
+                found = evaluate(coders, self.lm, text.held_out, self.config.eval.tokens, should_stop=self.stop)
+                lines = [{"step": step, "coder": name, "held_out": found[name]} for name in found]
+                self._write("metrics.jsonl", *lines)
 
     def _finish(self, trainers: dict[str, CoderTrainer], text: TokenizedText) -> TrainResult:
         coders = {name: trainer.trained() for name, trainer in trainers.items()}
         found: dict[str, dict[str, Any]] = {}
-        if self.main:
+        with distributed.together():
+            if not self.main:
+                return TrainResult(self.folder, coders, found)
             log.info("evaluating on %s held-out tokens", f"{self.config.eval.tokens:,}")
             found = evaluate(coders, self.lm, text.held_out, self.config.eval.tokens, should_stop=self.stop)
             for name, coder in coders.items():
@@ -343,13 +368,11 @@ class Run:
                 hub.save(coder, self.folder / "coders" / name)
             write_json(self.folder / "evaluation.json", found)
             write_report(self.folder, found)
-        distributed.barrier()
         return TrainResult(self.folder, coders, found)
 
     def _write(self, name: str, *lines: dict[str, Any]) -> None:
         if self.main:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            append(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _plan(config: TrainConfig, sites: list[Site], widths: dict[str, int]) -> list[Planned]:
@@ -363,13 +386,3 @@ def _plan(config: TrainConfig, sites: list[Site], widths: dict[str, int]) -> lis
 
 def _active(trainer: CoderTrainer) -> dict[str, int]:
     return {f"active_steps.{name}": count for name, count in trainer.active_steps.items() if name != "reconstruction"}
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the run folder's lock on rank 0."""
-    if distributed.rank() == 0:
-        with FolderLock(folder):
-            yield
-    else:
-        yield

@@ -1,6 +1,7 @@
 """Shared set-up: shapes in signatures are checked while tests run, the network is closed, randomness is seeded."""
 
 import os
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,3 +23,59 @@ def _seeded(tmp_path, monkeypatch):
     torch.manual_seed(0)
     torch.set_num_threads(2)
     monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    from fakes import tiny_model_folder
+
+    return tiny_model_folder(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory):
+    from fakes import tiny_text_folder
+
+    return tiny_text_folder(tmp_path_factory.mktemp("tiny-text"))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leaves out what takes long in a run and only a person or a power cut would miss: pictures, estimate, flushing."""
+    monkeypatch.setattr("sae.training.write_report", lambda run_dir, results: None)
+    nothing = SimpleNamespace(lines=list, disk=0)
+    monkeypatch.setattr("sae.estimate.estimate", lambda config, trust_remote_code=False: nothing)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    torch.set_num_threads(1)  # more would only wait for each other
+
+
+@pytest.fixture
+def tiny_train(quick, tmp_path, tiny_model, tiny_text, capsys):
+    """Returns sae-train on the tiny setting: (changed fields, options, folder) -> (exit code, all that it printed)."""
+    from fakes import tiny_config
+
+    from cli.train import main
+    from sae.settings import to_yaml
+
+    def run(changes=None, options=(), folder=tmp_path / "run", model=tiny_model, text=tiny_text):
+        argv = [str(option) for option in options]
+        if "--resume" not in argv:
+            config = tmp_path / "config.yaml"
+            config.write_text(to_yaml(tiny_config(model, text, changes)), encoding="utf-8")
+            argv = ["--config", str(config), "--run-dir", str(folder), *argv]
+        capsys.readouterr()
+        code = main(argv)
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Makes loading a model an error, for what must be known before."""
+
+    def loaded(*_args, **_kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("sae.training.load_language_model", loaded)

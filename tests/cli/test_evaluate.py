@@ -1,0 +1,98 @@
+"""sae-eval: a run's coders or one of them, wherever it lies; options, refusals and exit codes."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+from runs import files
+
+import sae.evaluation
+from cli.evaluate import main
+
+
+@pytest.fixture
+def run(tmp_path, tiny_train):
+    folder = tmp_path / "run"
+    code, printed = tiny_train({"tokens": 256, "grid": {"coder.selection.k": [2, 4]}}, folder=folder)
+    assert code == 0, printed
+    return folder
+
+
+def test_a_run_gives_a_table_and_a_file_with_the_figures_of_its_end(run, capsys):
+    assert main([str(run), "--tokens", "256"]) == 0
+    printed = capsys.readouterr().out
+    assert "coders/model.layers.1/k=2" in printed
+    assert "CE recovered" in printed
+    assert printed.splitlines()[-1] == f"json         {run / 'sae-eval.json'}"
+    found = json.loads((run / "sae-eval.json").read_text())
+    wanted = json.loads((run / "evaluation.json").read_text())
+    for k in (2, 4):
+        one, other = found[f"coders/model.layers.1/k={k}"], wanted[f"model.layers.1/k={k}"]
+        for part in ("reconstruction", "loss", "density"):
+            assert one[part] == other[part]
+
+
+def test_one_coder_is_enough_and_needs_no_run_around_it(tmp_path, run, capsys):
+    assert main([str(run), "--tokens", "64"]) == 0
+    wanted = json.loads((run / "sae-eval.json").read_text())["coders/model.layers.1/k=4"]
+    inside = run / "coders" / "model.layers.1" / "k=4"
+    outside = shutil.copytree(inside, tmp_path / "elsewhere" / "coder")
+    (tmp_path / "elsewhere" / "config.yaml").write_text("of: something else")
+    for folder, name in ((inside, "k=4"), (outside, "coder")):
+        assert main([str(folder), "--tokens", "64", "--json", str(tmp_path / "new" / "found.json")]) == 0
+        assert json.loads((tmp_path / "new" / "found.json").read_text()) == {name: wanted}
+        assert "sae-eval.json" not in files(folder)
+
+
+def test_more_tokens_other_text_and_nulls(tmp_path, run, capsys):
+    (tmp_path / "other.txt").write_text("some other text, and then some more of it\n\n" * 200)
+    options = ["--tokens", "512", "--nulls", "--text.source", str(tmp_path / "other.txt")]
+    assert main([str(run), *options]) == 0
+    assert "null: " in capsys.readouterr().out
+    found = json.loads((run / "sae-eval.json").read_text())["coders/model.layers.1/k=4"]
+    assert found["nulls"].keys() >= {"pca"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["{run}", "--tokens", "0"], "--tokens: 0 must be at least 1"),
+        (["{run}", "--tokens", "few"], "argument --tokens: invalid int value: 'few'"),
+        (["{run}", "--model.dtype", "fp32"], "model.dtype: 'fp32' is not one of auto, float32, bfloat16, float16."),
+        (["{run}", "--modle.dtype", "float32"], "modle: no such field. Did you mean 'model'?"),
+        (["{run}", "--model.name", "./nowhere"], "model.name: no such folder: ./nowhere."),
+        (["{run}", "--text.source", "./nowhere"], "text.source: no such file or folder: './nowhere'."),
+        (["{run}", "--json", "{run}/config.yaml/found.json"], "--json: cannot write to {run}/config.yaml: "),
+        (["{run}/checkpoints"], "path: {run}/checkpoints holds no saved coder"),
+        (["{run}/nowhere"], "path: {run}/nowhere holds no saved coder"),
+        ([], "the following arguments are required: path"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(run, capsys, argv, named):
+    capsys.readouterr()
+    assert main([word.format(run=run) for word in argv]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {named.format(run=run)}")
+    assert not (run / "sae-eval.json").exists()
+
+
+def test_a_damaged_coder_is_named(run, capsys):
+    weights = run / "coders" / "model.layers.1" / "k=2" / "sae.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    assert main([str(run)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {weights} is ")
+
+
+def test_a_signal_stops_it(run, monkeypatch, capsys):
+    original = sae.evaluation.capture
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(sae.evaluation, "capture", interrupted)
+    monkeypatch.setattr(sae.evaluation, "rows_per_pass", lambda *_: 1)
+    assert main([str(run), "--tokens", "256"]) == 75
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped during evaluation"
+    assert not (run / "sae-eval.json").exists()

@@ -1,0 +1,225 @@
+"""sae-train: its main paths, overrides, resume, refusals and exit codes."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from fakes import tiny_config
+from runs import assert_equal, checkpoints, files, lines
+
+import sae.training
+from cli import common
+from cli.train import main
+from sae import hub
+from sae.config import TrainConfig
+from sae.settings import to_yaml
+
+SHORT = {"tokens": 256}
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model, tiny_text):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(to_yaml(tiny_config(tiny_model, tiny_text)), encoding="utf-8")
+    return str(path)
+
+
+def test_a_run_leaves_a_folder_that_explains_itself_and_says_what_to_do_next(tmp_path, config, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    assert main(["--config", config, "--name", "first", "--eval.every_steps=8"]) == 0
+    run, printed = tmp_path / "runs" / "first", capsys.readouterr()
+    for shown in ("model.layers.1", "FVU", "L0", "dead latents", "CE recovered", "steps with auxk active"):
+        assert shown in printed.out
+    assert printed.out.splitlines()[-3:] == [
+        "run folder   runs/first",
+        "picture      runs/first/report.html",
+        "next         sae-eval runs/first",
+    ]
+    for shown in ("run folder", "sites", "parameters", "memory", "disk", "compute"):  # before anything loads
+        assert shown in printed.err
+    coder = "coders/model.layers.1"
+    found = {name for name in files(run) if not name.startswith("checkpoints/")}
+    assert found == {
+        *(".lock", "config.yaml", "env.json", "metrics.jsonl", "timings.jsonl", "evaluation.json", "report.html"),
+        *(f"{coder}/cfg.json", f"{coder}/sae.safetensors"),
+    }
+    assert checkpoints(run) == [15, 20]
+    trained = [line for line in lines(run) if "fvu" in line]
+    assert [line["step"] for line in trained] == list(range(1, 21))
+    assert [line["step"] for line in lines(run) if "held_out" in line] == [8, 16]
+    assert trained[-1]["fvu"] < trained[0]["fvu"]
+    environment = json.loads((run / "env.json").read_text())
+    assert environment["trust_remote_code"] is False
+    assert environment["packages"].keys() >= {"sae-interp", "torch", "transformers"}
+    loaded = hub.load(run)
+    assert loaded.spec.metrics == json.loads((run / "evaluation.json").read_text())["model.layers.1"]
+    assert "<svg" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_too_little_disk_is_said_before_anything_loads(config, monkeypatch, quick, capsys):
+    monkeypatch.setattr("sae.estimate.estimate", lambda *_: SimpleNamespace(lines=list, disk=10**9))
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=5 * 10**8))
+    monkeypatch.setattr("sae.training.train", lambda *_: pytest.fail("training began first"))
+    with pytest.raises(pytest.fail.Exception):
+        main(["--config", config])
+    assert "warning      only 500 MB of disk are free at " in capsys.readouterr().err
+
+
+def test_the_config_in_the_folder_makes_the_same_run_again(tmp_path, tiny_train):
+    assert tiny_train(SHORT, folder=tmp_path / "one")[0] == 0
+    again = ["--config", str(tmp_path / "one" / "config.yaml"), "--run-dir", str(tmp_path / "two")]
+    assert main(again) == 0
+    assert_equal(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_run_named_by_its_config_alone_gets_a_number_if_the_name_is_taken(tmp_path, config, monkeypatch, quick):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        assert main(["--config", config, "--tokens", "128"]) == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"tiny", "tiny-2", "tiny-3"}
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "value"),
+    [
+        (["--coder.selection.k", "8"], "coder.selection.k", 8),
+        (["--coder.selection.k=8"], "coder.selection.k", 8),
+        (["--batch-tokens", "256"], "batch_tokens", 256),
+        (["--optim.lr", "1e-4"], "optim.lr", 1e-4),
+        (["--optim.lr", "null"], "optim.lr", None),
+        (["--activations.sites", "[layers.0, layers.1]"], "activations.sites", ["layers.0", "layers.1"]),
+        (["--seed", "1", "--seed", "2"], "seed", 2),
+        (["--name", "a: b #c"], "name", "a: b #c"),
+        (["--name", "1e3"], "name", "1e3"),
+        (["--model.revision", "12345e6"], "model.revision", "12345e6"),
+        (["--text.name=null"], "text.name", None),
+        (["--coder.objectives.auxk.weight", "0"], "coder.objectives.auxk.weight", 0),
+    ],
+)
+def test_every_field_is_an_option(config, capsys, options, field, value):
+    assert main(["--config", config, "--print-config", *options]) == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    for part in field.split("."):
+        found = found[part]
+    assert found == value
+
+
+def test_the_printed_config_is_a_config(config, tmp_path, capsys):
+    assert main(["--config", config, "--print-config", "--tokens", "512"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out, encoding="utf-8")
+    expected = common.read_config(TrainConfig, common.config_path(config, "train"), ["--tokens", "512"])
+    assert common.read_config(TrainConfig, printed, []) == expected
+
+
+def test_shipped_configs_are_found_by_name(capsys):
+    assert main(["--list-configs"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert "quickstart" in names
+    for name in names:
+        assert main(["--config", name, "--print-config"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (
+            ["--config", "quickstrat"],
+            "--config: no file and no shipped config 'quickstrat'. Did you mean 'quickstart'?",
+        ),
+        (["tokens", "3"], "'tokens': expected --field value (see --help-fields)"),
+        (["--tokens"], "--tokens: its value is missing"),
+        (["--resume"], "argument --resume: expected one argument"),
+        (["--resume", "nowhere"], "--resume: nowhere is not the folder of a run; it has no config.yaml"),
+        (["--resume", "nowhere", "--config", "quickstart"], "--config: a resumed run has its own; "),
+        (["--config", "."], "--config: no file and no shipped config '.'."),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, argv, named):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {named}")
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--coder.selection.k", "8"], "coder.selection.k"),
+        (["--tokens", "512", "--seed", "3"], "seed, tokens"),
+        (["--model.name", "quickstart"], "model.name"),
+        (["--grid", "{optim.lr: [0.1]}"], "grid.optim.lr"),
+    ],
+)
+def test_a_resume_refuses_what_would_make_it_another_run(tmp_path, tiny_train, options, named):
+    run = tmp_path / "run"
+    assert tiny_train(SHORT, folder=run)[0] == 0
+    before = {name: (run / name).read_bytes() for name in files(run)}
+    code, printed = tiny_train(options=("--resume", run, *options))
+    assert code == 2
+    (line,) = printed.splitlines()
+    assert line.startswith(f"error: --resume: {named} cannot change in a run that has begun")
+    assert {name: (run / name).read_bytes() for name in files(run)} == before
+
+
+def test_a_resume_takes_new_settings_for_logging_evaluation_and_retention(tmp_path, tiny_train):
+    run = tmp_path / "run"
+    assert tiny_train(SHORT, folder=run)[0] == 0
+    options = ["--log.every_steps", "2", "--eval.tokens=128", "--checkpoints.keep", "1", "--max-bad-steps", "3"]
+    code, printed = tiny_train(options=("--resume", run, *options))
+    assert code == 0, printed
+
+
+def test_a_finished_run_resumed_is_finished_again(tmp_path, tiny_train):
+    run = tmp_path / "run"
+    assert tiny_train(SHORT, folder=run)[0] == 0
+    before = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "evaluation.json")}
+    code, printed = tiny_train(options=("--resume", run))
+    assert code == 0, printed
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
+def test_each_coder_of_a_grid_equals_the_one_trained_alone(tmp_path, tiny_train):
+    grid = {"grid": {"coder.selection.k": [2, 4], "optim.lr": [0.001]}, "activations.sites": ["layers.*"]}
+    code, printed = tiny_train(grid, folder=tmp_path / "grid")
+    assert code == 0, printed
+    names = {f"model.layers.{layer}/k={k},lr=0.001" for layer in (0, 1) for k in (2, 4)}
+    assert json.loads((tmp_path / "grid" / "evaluation.json").read_text()).keys() == names
+    alone = {"coder.selection.k": 2, "optim.lr": 0.001, "activations.sites": ["layers.1"]}
+    assert tiny_train(alone, folder=tmp_path / "alone")[0] == 0
+    weights = "sae.safetensors"
+    one = tmp_path / "grid" / "coders" / "model.layers.1" / "k=2,lr=0.001" / weights
+    assert one.read_bytes() == (tmp_path / "alone" / "coders" / "model.layers.1" / weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "shown"),
+    [
+        (RuntimeError("two\nlines"), 1, "error: two lines"),
+        (KeyError("x"), 1, "error: KeyError: 'x'"),
+        (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device"),
+        (sae.training.ConfigError("a.b: 3 is too small"), 2, "error: a.b: 3 is too small"),
+        (sae.training.Stopped("at step 3"), 75, "stopped at step 3"),
+        (KeyboardInterrupt(), 130, None),
+    ],
+)
+def test_exit_codes(capsys, raised, code, shown):
+    def command(argv):
+        raise raised
+
+    assert common.run(command, []) == code
+    assert capsys.readouterr().err.splitlines() == ([shown] if shown else [])
+    assert common.run(command, ["--debug"]) == code
+    assert ("Traceback" in capsys.readouterr().err) == (code in (1, 2))
+
+
+def test_only_rank_zero_talks(monkeypatch):
+    for rank, level in (("0", logging.INFO), ("1", logging.WARNING)):
+        monkeypatch.setenv("RANK", rank)
+        assert common.run(lambda argv: 0, []) == 0
+        assert logging.getLogger().level == level

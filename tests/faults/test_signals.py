@@ -1,0 +1,141 @@
+"""Row 6: a signal ends a run cleanly, whatever it is doing, and the run can be resumed as if nothing had happened."""
+
+import os
+import shutil
+import signal
+import time
+from functools import partial
+
+import pytest
+from children import Child, at_step, ranks, sae_train
+from fakes import tiny_config
+from runs import assert_equal, checkpoints
+
+import sae.activations
+import sae.text
+import sae.trainer
+import sae.training
+from sae.files import cache_dir
+from sae.settings import to_yaml
+
+CHANGES = {"activations.source": "disk", "eval.every_steps": 8}
+PHASES = {
+    "preparing tokens": (sae.text, "documents", 1, []),
+    "storing activations": (sae.activations.LiveSource, "read", 50, []),
+    "measuring": (sae.training, "sample", 1, []),
+    "a step": (sae.trainer.CoderTrainer, "step", 8, [5, 8]),
+    "an evaluation on the way": (sae.training, "evaluate", 1, [5, 8]),
+    "the last evaluation": (sae.training, "evaluate", 3, [15, 20]),
+}
+"""What a run can be doing: a function that is called then (where, name, which call), and the checkpoints it leaves."""
+
+
+def interrupt(monkeypatch, where: object, name: str, call: int, number: int) -> None:
+    """Sends this process a signal as soon as a function is called for the given time."""
+    original, calls = getattr(where, name), []
+
+    def hit(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            signal.raise_signal(number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(where, name, hit)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing disturbed; filled by the first test that needs it."""
+    return tmp_path_factory.mktemp("whole") / "run"
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [
+        *((phase, signal.SIGTERM) for phase in PHASES),
+        ("a step", signal.SIGUSR1),
+        ("a step", signal.SIGINT),
+    ],
+)
+def test_one_checkpoint_exit_75_and_a_resume_as_if_nothing_had_happened(
+    tmp_path, monkeypatch, tiny_train, whole, phase, number
+):
+    if not whole.exists():
+        assert tiny_train(CHANGES, folder=whole)[0] == 0
+        shutil.rmtree(cache_dir())
+    before = signal.getsignal(number)
+    *place, kept = PHASES[phase]
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, *place, number)
+        code, printed = tiny_train(CHANGES, folder=run)
+    assert code == 75
+    assert printed.splitlines()[-1].startswith("stopped ")
+    assert f"continue with --resume {run}" in printed
+    assert checkpoints(run) == kept
+    assert signal.getsignal(number) == before
+    code, printed = tiny_train(options=("--resume", run))
+    assert code == 0, printed
+    assert_equal(run, whole)
+
+
+def slow_step() -> None:
+    """A step that takes for ever, as seen by someone who has pressed Ctrl-C."""
+    signal.raise_signal(signal.SIGINT)
+    print("first signal taken", flush=True)
+    time.sleep(60)
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model, tiny_text):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(tiny_config(tiny_model, tiny_text)), encoding="utf-8")
+    return path
+
+
+def test_the_second_signal_ends_it_at_once_and_what_was_saved_is_kept(tmp_path, config, tiny_train):
+    run = tmp_path / "run"
+    argv = ["--config", str(config), "--run-dir", str(run)]
+    child = Child(tmp_path / "log.txt", partial(sae_train, argv, partial(at_step, 7, slow_step)))
+    child.wait_for(lambda: "first signal taken" in child.output)
+    began = time.monotonic()
+    child.kill(signal.SIGTERM)
+    assert child.wait() == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 2
+    assert checkpoints(run) == [5]
+    code, printed = tiny_train(options=("--resume", run))
+    assert code == 0, printed
+
+
+def stop_me(rank: str, step: int) -> None:
+    if os.environ["RANK"] == rank:
+        at_step(step, partial(signal.raise_signal, signal.SIGUSR1))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, config, rank):
+    run = tmp_path / "run"
+    argv = ["--config", str(config), "--run-dir", str(run)]
+    work = partial(sae_train, argv, partial(stop_me, rank, 6))
+    children = [Child(tmp_path / f"{env['RANK']}.txt", work, env) for env in ranks(2)]
+    assert [child.wait() for child in children] == [75, 75], [child.output for child in children]
+    assert checkpoints(run) == [5, 7]
+    assert all("stopped at step 7 of 20" in child.output for child in children)
+
+
+def stop_while_measuring() -> None:
+    if os.environ["RANK"] == "1":
+        original = sae.training.sample
+
+        def sample(*args):
+            signal.raise_signal(signal.SIGTERM)
+            return original(*args)
+
+        sae.training.sample = sample
+
+
+def test_a_signal_to_one_rank_while_measuring_stops_all(tmp_path, config):
+    argv = ["--config", str(config), "--run-dir", str(tmp_path / "run")]
+    work = partial(sae_train, argv, stop_while_measuring)
+    children = [Child(tmp_path / f"{env['RANK']}.txt", work, env) for env in ranks(2)]
+    assert [child.wait() for child in children] == [75, 75], [child.output for child in children]

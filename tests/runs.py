@@ -1,0 +1,42 @@
+"""Run folders looked at from outside: what two equal runs have in common, and what lies in them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def result(run: Path) -> dict[str, bytes]:
+    """Returns what two equal runs have in common: the log and the coders' files."""
+    files = [run / "metrics.jsonl", run / "evaluation.json", *sorted((run / "coders").rglob("*.*"))]
+    return {str(file.relative_to(run)): file.read_bytes() for file in files if file.is_file()}
+
+
+def assert_equal(run: Path, other: Path) -> None:
+    """Raises unless both runs have come to the same end."""
+    found, wanted = result(run), result(other)
+    assert found.keys() == wanted.keys()
+    assert "evaluation.json" in wanted
+    for name, content in wanted.items():
+        assert found[name] == content, name
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """Returns metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def checkpoints(run: Path) -> list[int]:
+    """Returns the steps that have a checkpoint."""
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+def files(folder: Path) -> set[str]:
+    """Returns the relative paths of all files below a folder, hidden ones too."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def error_of(printed: str) -> str:
+    """Returns the error of a command, which must be one line and the last."""
+    *_, last = printed.splitlines()
+    assert last.startswith("error: "), printed
+    return last.removeprefix("error: ")
