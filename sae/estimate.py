@@ -20,6 +20,7 @@ from sae.sites import resolve
 from sae.spec import Site
 
 FLOAT = 4
+LATER = 250_000_000  # measured: model code, plotting and the allocator's slack come after the estimate
 EVALUATION_COPIES = 7  # logits of one pass: clean, patched, and the float32 intermediates of CE and KL
 
 
@@ -85,7 +86,7 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
         else (LANES if settings.source == "disk" else 0)
     )
     memory = {
-        "process": psutil.Process().memory_info().rss,
+        "process": psutil.Process().memory_info().rss + LATER,
         "model": weights * itemsize,
         "coders": sum(count * copies * FLOAT for *_, count, copies in sizes),
         "pool": block * (LANES + ahead),

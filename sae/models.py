@@ -194,7 +194,7 @@ def _converted(path: Path) -> Path:
         with publish(folder) as draft, _readable_errors(str(path)):
             read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             if hasattr(read.config, "quantization_config"):  # or it counts as quantized, which cannot be saved
-                del read.config.quantization_config
+                delattr(read.config, "quantization_config")
             plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
             plain.load_state_dict(read.state_dict())
             plain.save_pretrained(draft)

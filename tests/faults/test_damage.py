@@ -56,12 +56,15 @@ def test_killed_while_saving_the_latest_checkpoint_is_whole(tmp_path):
 # Row 9
 
 
+STORED = {"activations.source": "disk", "activations.block_rows": 8}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_model, tiny_text):
     """A run on activations from disk, with its cache: folders `run` and `cache`."""
     folder = tmp_path_factory.mktemp("made")
     log, work = folder / "log.txt", partial(sae_train, ["--config", str(folder / "config.yaml")])
-    config = tiny_config(tiny_model, tiny_text, {"activations.source": "disk", "run_dir": str(folder / "run")})
+    config = tiny_config(tiny_model, tiny_text, {**STORED, "run_dir": str(folder / "run")})
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     child = Child(log, work, {"SAE_CACHE": str(folder / "cache")})
     assert child.wait() == 0, child.output
@@ -152,7 +155,7 @@ def cached(made, tiny_train):
     shutil.copytree(made / "cache", cache_dir())
 
     def run(changes: dict | None = None, **more):
-        return tiny_train({"activations.source": "disk", **(changes or {})}, **more)
+        return tiny_train({**STORED, **(changes or {})}, **more)
 
     return run
 
@@ -215,9 +218,10 @@ def test_an_extra_token_shard_is_named_and_goes_with_a_repair(tmp_path, cached):
 
 
 def test_a_block_damaged_under_a_running_run_costs_only_what_came_after_the_last_checkpoint(
-    tmp_path, made, cached, monkeypatch
+    tmp_path, cached, monkeypatch
 ):
     run, original = tmp_path / "run", sae.trainer.CoderTrainer.step
+    changes = {"tokens": 40 * 512, "batch_tokens": 512, "activations.prefetch_blocks": 0}
     blocks = sorted(cache_dir().glob("activations/*/shard-*.safetensors"))
 
     def step(self, x, index):
@@ -228,9 +232,15 @@ def test_a_block_damaged_under_a_running_run_costs_only_what_came_after_the_last
 
     with monkeypatch.context() as patch:
         patch.setattr(sae.trainer.CoderTrainer, "step", step)
-        code, printed = cached({"tokens": 40 * 128, "activations.prefetch_blocks": 0}, folder=run)
+        code, printed = cached(changes, folder=run)
     assert code == 1, printed
     assert "run again with --repair" in printed
+    assert checkpoints(run) == [25, 30]
+    code, printed = cached(options=("--resume", run, "--repair"))
+    assert code == 0, printed
+    assert "continuing" in printed
+    assert cached(changes, folder=tmp_path / "undisturbed")[0] == 0
+    assert_equal(run, tmp_path / "undisturbed")
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_made_again(tmp_path, made, cached):

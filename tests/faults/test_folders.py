@@ -21,16 +21,17 @@ def hold(folder: Path) -> int:
     return 0
 
 
-def test_a_second_run_in_a_folder_fails_at_once_and_a_killed_one_frees_it(tmp_path, tiny_train, no_model, monkeypatch):
+def test_a_second_run_in_a_folder_fails_at_once_and_a_killed_one_frees_it(tmp_path, tiny_train, monkeypatch):
     run = tmp_path / "run"
     child = Child(tmp_path / "log.txt", partial(hold, run))
     child.wait_for(lambda: (run / ".lock").exists() and (run / ".lock").read_text().endswith("}"))
-    code, printed = tiny_train(folder=run)
+    with monkeypatch.context() as patch:
+        patch.setattr("sae.training.load_language_model", lambda *_: pytest.fail("the model was loaded"))
+        code, printed = tiny_train(folder=run)
     assert code == 2
     assert error_of(printed).startswith(f"run_dir: {run} is in use by process {child.process.pid} (started ")
     child.kill()
     child.wait()
-    monkeypatch.undo()
     code, printed = tiny_train(folder=run)
     assert code == 0, printed
 

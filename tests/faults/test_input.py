@@ -1,4 +1,4 @@
-"""Rows 15 to 18 and 22: bad text, hooks, settings and models are one line with field, value and fix, before long work."""
+"""Rows 15 to 18 and 22: bad text, hooks, settings and models end at once in a line with field, value and fix."""
 
 import json
 import re

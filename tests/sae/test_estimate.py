@@ -1,0 +1,35 @@
+"""The dry run against what a real run of the embedded model takes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHANGES = ["--tokens", "61440", "--eval.tokens", "4096", "--text.max_tokens", "200000", "--run_dir", "run"]
+CODE = """
+import json, resource, sys
+from cli.common import config_path, read_config
+from cli.train import main
+from sae.config import TrainConfig
+from sae.estimate import estimate
+changes = sys.argv[1:]
+found = estimate(read_config(TrainConfig, config_path("quickstart", "train"), changes))
+assert main(changes) == 0
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"estimated": found.peak_memory, "peak": peak, "disk": found.disk}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_memory_and_disk_of_a_real_run(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *CHANGES], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert found["peak"] == pytest.approx(found["estimated"], rel=0.3)
+    written = sum(p.stat().st_size for p in Path(tmp_path / "run").rglob("*") if p.is_file())
+    assert written <= 1.5 * found["disk"]
