@@ -109,15 +109,20 @@ def test_an_error_of_the_thread_is_raised_where_it_is_needed():
     stream.close()
 
 
-def test_overlap():
-    """A source and a slower consumer that wait without using the CPU take together as long as the consumer alone."""
+@pytest.mark.parametrize("per_block", [0.01, 0.03], ids=["consumer is slower", "source is slower"])
+def test_overlap(per_block):
+    """A source and a consumer that wait without using the CPU take together as long as the slower one.
+
+    A batch of 1,024 needs two to three blocks of 400 tokens, so a step of 50 ms meets 25 or 75 ms of reading.
+    """
     best = float("inf")
     for _ in range(2):
-        source = Numbered(n_blocks=400, seconds=0.002)
-        stream = Stream(source, LANES, seed=0, ahead=64)
+        source = Numbered(n_blocks=400, seconds=per_block)
+        source.sizes = [400] * 400
+        stream = Stream(source, 16 * LANES, seed=0, ahead=64)
         next(stream)
         began, busy, waited = time.monotonic(), source.busy, 0.0
-        for _ in range(28):
+        for _ in range(50):
             next(stream)
             start = time.monotonic()
             time.sleep(0.05)
