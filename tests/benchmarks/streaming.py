@@ -75,7 +75,7 @@ def main() -> None:
         return x[norm_mask(x, coder.spec.mask)]
 
     ratios = []
-    for _ in range(args.rounds):
+    for number in range(args.rounds + 1):  # the first round warms up and is not counted
         source = Counted(live)
         stream = Stream(source, 1024, seed=0, ahead=args.ahead)
         batches = []
@@ -90,8 +90,9 @@ def main() -> None:
         stream.close()
         model = seconds(lambda s=source: [live.read(block) for block in s.blocks])
         alone = seconds(lambda b=batches: [trainer.step(x, step) for step, x in enumerate(b)])
-        ratios.append(whole / (model + alone))
-        print(f"run {whole:.2f} s, model alone {model:.2f} s, coder alone {alone:.2f} s, ratio {ratios[-1]:.3f}")
+        ratio = whole / (model + alone)
+        ratios += [ratio] if number else []
+        print(f"run {whole:.2f} s, model alone {model:.2f} s, coder alone {alone:.2f} s, ratio {ratio:.3f}")
     print(f"median {statistics.median(ratios):.3f}, range {min(ratios):.3f} to {max(ratios):.3f}")
 
 
