@@ -1,5 +1,6 @@
 """sae-train: train, evaluate and save sparse coders on a language model's activations."""
 
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from cli.common import BAD_USAGE, DONE, Parser, config_path, configs, field_help
 from sae.errors import ConfigError
 from sae.settings import flat
 
+log = logging.getLogger(__name__)
 EPILOG = """Every config field is an option: --coder.selection.k 64 --activations.sites '[layers.3]'.
 Examples:
   sae-train                                          the embedded quickstart: under two minutes, nothing downloaded
@@ -78,13 +80,14 @@ def _train(config, folder: Path, resume: bool, trust_remote_code: bool, repair: 
     from sae.report import table
     from sae.training import train
 
-    print(f"run folder   {folder}", file=sys.stderr)
+    log.info("run folder   %s", folder)
     found = estimate(config, trust_remote_code)
-    print("\n".join(found.lines()), file=sys.stderr)
+    for line in found.lines():
+        log.info(line)
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if found.disk > free:  # no error: part of it may be there already
-        print(f"warning      only {size(free)} of disk are free at {place}", file=sys.stderr)
+        log.warning("only %s of disk are free at %s", size(free), place)
     result = train(config, resume, trust_remote_code, folder, repair)
     for name, found in result.metrics.items():
         print(f"\n{name}")

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -10,16 +11,23 @@ from torch import Tensor
 
 from sae.errors import Stopped
 
-
-def start() -> None:
-    """Joins the process group if the environment names one; a single process needs none."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+PATIENCE = timedelta(days=1)  # rank 0 may tokenize or evaluate for hours; launchers end the ranks of one that died
 
 
-def stop() -> None:
-    """Leaves the process group."""
-    if dist.is_initialized():
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Joins the process group that the environment names, if any, and leaves it at the end.
+
+    A group that the caller has joined is used, and left to the caller.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield
+    finally:  # a group that lives until the interpreter ends may abort it: its threads still run
         dist.destroy_process_group()
 
 

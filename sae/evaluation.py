@@ -111,6 +111,8 @@ def _reconstruct(
                 held[name].append(x[usual].cpu())
     results = {}
     for name in coders:
+        if not filtered[name].target.n:
+            raise ConfigError(f"coder {name}: its mask leaves none of the held-out tokens; there is nothing to measure")
         unmasked = unfiltered[name].result()
         results[name] = {
             "reconstruction": filtered[name].result(),

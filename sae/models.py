@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,8 @@ def _weights_digest(model: "PreTrainedModel") -> str:
 def resolve_device(device: str) -> torch.device:
     """Returns the torch device for "auto" or an explicit name; ConfigError if this machine lacks it."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = int(os.environ.get("LOCAL_RANK", "0"))  # one GPU per rank, as launchers number them
+        return torch.device("cuda", own) if torch.cuda.is_available() else torch.device("cpu")
     try:
         found = torch.device(device)
         torch.empty(0, device=found)

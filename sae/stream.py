@@ -34,6 +34,14 @@ class ActivationBatch:
     """The block each row comes from, to name the rows of a bad batch."""
 
 
+def lanes_of(rank: int, world_size: int) -> range:
+    """Returns the lanes that a rank owns; ConfigError if the ranks cannot share them equally."""
+    if LANES % world_size:
+        raise ConfigError(f"WORLD_SIZE: {world_size} ranks cannot share {LANES} lanes; use 1, 2, 4, 8, 16, 32 or 64")
+    share = LANES // world_size
+    return range(rank * share, (rank + 1) * share)
+
+
 class Reader:
     """Reads visits in order, up to `ahead` of them in a thread before they are needed: overlap with back-pressure."""
 
@@ -73,14 +81,9 @@ class Stream:
     def __init__(
         self, source: Source, batch_tokens: int, seed: int, ahead: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
-        if LANES % world_size:
-            raise ConfigError(
-                f"WORLD_SIZE: {world_size} ranks cannot share {LANES} lanes; use 1, 2, 4, 8, 16, 32 or 64"
-            )
         self.source, self.seed, self.ahead = source, seed, ahead
         self.draw = batch_tokens // LANES
-        share = LANES // world_size
-        self.lanes = range(rank * share, (rank + 1) * share)
+        self.lanes = lanes_of(rank, world_size)
         self.visit = torch.arange(LANES)
         self.offset = torch.zeros(LANES, dtype=torch.int64)
         self.pools: dict[int, tuple[int, Block, Tensor]] = {}

@@ -33,7 +33,7 @@ from sae.sites import resolve
 from sae.spec import CoderSpec, MaskSpec, Site
 from sae.stopping import StopFlag, stop_flag
 from sae.store import fingerprint_key, repair
-from sae.stream import ActivationBatch, Stream
+from sae.stream import ActivationBatch, Stream, lanes_of
 from sae.text import TokenizedText, special_ids, tokenize
 from sae.trainer import CoderTrainer, NonFiniteError, Schedule, new_coder
 
@@ -76,8 +76,7 @@ def train(
     """
     config.validate()
     folder = Path(run_dir or config.run_dir or Path("runs") / config.name).expanduser()
-    distributed.start()
-    with stop_flag() as stop, checkpoint.locked(folder, resume):
+    with distributed.process_group(), stop_flag() as stop, checkpoint.locked(folder, resume):
         check_writable(cache_dir(), "SAE_CACHE")
         name = config.log.tracker if distributed.rank() == 0 else "none"
         tracker = Tracker(name, config.log.project, folder.name, draccus.encode(config))
@@ -101,6 +100,7 @@ class Run:
         self.main = distributed.rank() == 0
         self.stream: Stream | None = None
         self.bad_steps = 0
+        lanes_of(distributed.rank(), distributed.world_size())  # refused here rather than when the stream begins
         if Path(config.text.source).expanduser().exists():
             next(documents(config.text))  # a missing column is known before the model is loaded
         self.lm = load_language_model(
