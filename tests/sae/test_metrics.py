@@ -70,8 +70,10 @@ def test_extremes_have_their_known_values():
     shrunk = gathered(x, x / 2, latents, N).result()
     assert (shrunk["reconstruction_bias"], shrunk["norm_ratio"]) == pytest.approx((0.5, 0.5))
     silent = gathered(x, torch.zeros(N, D), latents.with_values(torch.zeros(N * K)), N)
-    assert silent.result()["nmse_mean"] == 1 and silent.result()["l0"] == 0
-    assert silent.result()["reconstruction_bias"] is None and silent.density()["dead_share"] == 1
+    assert silent.result()["nmse_mean"] == 1
+    assert silent.result()["l0"] == 0
+    assert silent.result()["reconstruction_bias"] is None
+    assert silent.density()["dead_share"] == 1
 
 
 def test_no_ratio_where_there_is_nothing_to_explain():
