@@ -22,7 +22,7 @@ DENSITY_BINS = tuple(range(-7, 1))
 
 def fvu(x: Float[Tensor, "n d"], out: Float[Tensor, "n d"]) -> float:
     """Returns the fraction of variance unexplained, sum|x - out|^2 / sum|x - mean|^2, in float64."""
-    x, out = x.double(), out.double()
+    x, out = x.detach().double(), out.detach().double()
     return float((x - out).square().sum() / (x - x.mean(0)).square().sum().clamp_min(1e-300))
 
 
