@@ -19,6 +19,7 @@ from sae.spec import DECODER_NORMS
 from sae.text import TextConfig
 
 LANES = 64
+OBJECTIVES: dict[str, Objective] = {"reconstruction": Reconstruction(), "auxk": AuxK()}
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,7 @@ class CoderConfig:
     """Latents per input dimension where d_sae is 0."""
     selection: Selection = field(default_factory=TopK)
     """The sparsifying rule."""
-    objectives: dict[str, Objective] = field(
-        default_factory=lambda: {"reconstruction": Reconstruction(), "auxk": AuxK()}
-    )
+    objectives: dict[str, Objective] = field(default_factory=lambda: dict(OBJECTIVES))
     """Terms of the loss by name; the weight 0 leaves a term out."""
     normalization: Normalization = field(default_factory=Normalization)
     """What is done to activations before the encoder and undone after the decoder."""

@@ -106,6 +106,5 @@ def _closest(path: str, modules: dict[str, nn.Module]) -> str:
 def _heads(model: nn.Module, hook: str, side: str) -> int | None:
     """Returns the number of heads if the site is the concatenation of head outputs (input of the output projection)."""
     config = getattr(model, "config", None)
-    parent, _, leaf = hook.rpartition(".")
-    is_out = any(f"{parent.split('.')[-1]}.{leaf}" == f"{a}.{o}" for a in ATTENTION for o in ATTENTION_OUT)
+    is_out = hook.endswith(tuple(f"{attention}.{out}" for attention in ATTENTION for out in ATTENTION_OUT))
     return getattr(config, "num_attention_heads", None) if side == "input" and is_out else None
