@@ -34,8 +34,9 @@ def evaluate(
     nulls: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Returns the metrics of a coder on the first `tokens` held-out tokens; of several coders, a dict by name.
+    """Returns the metrics of a coder on about `tokens` held-out tokens; of several coders, a dict by name.
 
+    Rows are taken evenly from the whole held-out part: the first ones may all come from one long document.
     The model and the held-out rows default to those the (first) coder's spec names: where it was trained.
     Keys: `reconstruction` (with the norm filter) and `reconstruction_unfiltered`, `density`, `loss` (CE and KL of every
     arm; absent for a model that predicts no next token), `nulls` on request. Units are nats per token.
@@ -50,7 +51,8 @@ def evaluate(
     rows = rows or tokenize(text_of(spec), lm.tokenizer, lm.fingerprint(), should_stop).held_out
     n_rows = min(rows.n_rows, max(1, -(-tokens // rows.context_length)))
     size = rows_per_pass(rows.context_length, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
-    batches = [rows.tokens(torch.arange(i, min(i + size, n_rows))) for i in range(0, n_rows, size)]
+    chosen = torch.arange(n_rows) * rows.n_rows // n_rows
+    batches = [rows.tokens(part) for part in chosen.split(size)]
     with torch.no_grad():
         results, means = _reconstruct(several, lm, batches, nulls, should_stop)
         if lm.is_causal:
