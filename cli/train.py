@@ -87,7 +87,7 @@ def _train(config, folder: Path, resume: bool, trust_remote_code: bool, repair: 
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if found.disk > free:  # no error: part of it may be there already
-        log.warning("only %s of disk are free at %s", size(free), place)
+        log.warning("warning      only %s of disk are free at %s", size(free), place)
     result = train(config, resume, trust_remote_code, folder, repair)
     for name, found in result.metrics.items():
         print(f"\n{name}")
