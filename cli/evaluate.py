@@ -3,9 +3,13 @@
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cli.common import DONE, Parser, read_config, run
 from sae.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sae.spec import CoderSpec
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +42,7 @@ def command(argv: list[str]) -> int:
     from sae.stopping import stop_flag
     from sae.text import tokenize
 
-    folders = sorted(p.parent for p in path.rglob(native.CONFIG) if native.detect(p.parent))
+    folders = hub.coder_folders(path)
     if not folders:
         raise ConfigError(f"path: {path} holds no saved coder (a folder with {native.CONFIG} and {native.WEIGHTS})")
     target = Path(options.json) if options.json else path / "sae-eval.json"
@@ -47,6 +51,9 @@ def command(argv: list[str]) -> int:
     run_config = next((p for p in runs if p.is_file()), None)
     coders = {str(f.relative_to(path)) if f != path else f.name: hub.load(f) for f in folders}
     spec = next(iter(coders.values())).spec
+    for name, coder in coders.items():
+        if _subject(coder.spec) != _subject(spec):
+            raise ConfigError(f"path: {name} reads another model or text than {next(iter(coders))}; evaluate one run")
     trained = TrainConfig()
     if spec.reads and "text" in spec.training:
         site = spec.reads[0]
@@ -61,7 +68,7 @@ def command(argv: list[str]) -> int:
             config.model.device,
             options.trust_remote_code,
         )
-        text = tokenize(config.text, lm.tokenizer, lm.fingerprint(), should_stop=stop, repair=options.repair)
+        text = tokenize(config.text, lm.tokenizer, lm.source(), should_stop=stop, repair=options.repair)
         coders = {name: coder.to(lm.device) for name, coder in coders.items()}
         found = evaluate(coders, lm, text.held_out, options.tokens, options.nulls, stop)
     for name, result in found.items():
@@ -71,6 +78,11 @@ def command(argv: list[str]) -> int:
     write_json(target, json.loads(json.dumps(found)))
     print(f"\njson         {target}")
     return DONE
+
+
+def _subject(spec: "CoderSpec") -> tuple[Any, ...]:
+    """What a coder is evaluated on: models and text."""
+    return [(site.model, site.revision) for site in spec.reads[:1]], spec.training.get("text")
 
 
 if __name__ == "__main__":

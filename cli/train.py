@@ -5,11 +5,8 @@ import shutil
 import sys
 from pathlib import Path
 
-import draccus
-
 from cli.common import BAD_USAGE, DONE, Parser, config_path, configs, field_help, read_config, run
 from sae.errors import ConfigError
-from sae.settings import flat
 
 log = logging.getLogger(__name__)
 EPILOG = """Every config field is an option: --coder.selection.k 64 --activations.sites '[layers.3]'.
@@ -58,8 +55,6 @@ def command(argv: list[str]) -> int:
         raise ConfigError(f"--resume: {folder} is not the folder of a run; it has no config.yaml")
     path = folder / "config.yaml" if folder else config_path(options.config or "quickstart", "train")
     config = read_config(TrainConfig, path, overrides)
-    if folder:
-        _only_harmless(config, read_config(TrainConfig, path, []))
     config.validate()
     if options.print_config:
         from sae.settings import to_yaml
@@ -78,16 +73,24 @@ def command(argv: list[str]) -> int:
 def _train(config, folder: Path, resume: bool, trust_remote_code: bool, repair: bool) -> int:
     from sae.estimate import estimate, size
     from sae.report import table
-    from sae.training import train
+    from sae.training import resumed, train
 
+    if resume:
+        config = resumed(config, folder)  # refused, if it is, before anything is computed
     log.info("run folder   %s", folder)
-    found = estimate(config, trust_remote_code)
-    for line in found.lines():
-        log.info(line)
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if found.disk > free:  # no error: part of it may be there already
-        log.warning("warning      only %s of disk are free at %s", size(free), place)
+    try:
+        found = estimate(config, trust_remote_code)
+    except ConfigError:
+        raise
+    except Exception as error:  # a model that cannot be traced without its weights may still run
+        log.warning("warning      no estimate: %s", " ".join(str(error).split())[:200])
+    else:
+        for line in found.lines():
+            log.info(line)
+        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(place).free
+        if found.disk > free:  # no error: part of it may be there already
+            log.warning("warning      only %s of disk are free at %s", size(free), place)
     result = train(config, resume, trust_remote_code, folder, repair)
     for name, found in result.metrics.items():
         print(f"\n{name}")
@@ -110,18 +113,6 @@ def _new_folder(config) -> Path:
         folder = base.with_name(f"{base.name}-{number}")
         number += 1
     return folder
-
-
-def _only_harmless(new, old) -> None:
-    """Refuses a resume that would change what is trained; logging, evaluation and retention may change."""
-    was, now = flat(draccus.encode(old)), flat(draccus.encode(new))
-    changed = sorted(
-        key
-        for key in was.keys() | now.keys()
-        if was.get(key) != now.get(key) and key.split(".")[0] not in ("log", "checkpoints", "eval", "max_bad_steps")
-    )
-    if changed:
-        raise ConfigError(f"--resume: {', '.join(changed)} cannot change in a run that has begun; start a new one")
 
 
 def _list_configs() -> int:

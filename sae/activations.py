@@ -51,10 +51,11 @@ def token_mask(tokens: Int[Tensor, "rows context"], mask: MaskSpec) -> Bool[Tens
 
 
 def norm_mask(x: Float[Tensor, "*shape d"], mask: MaskSpec) -> Bool[Tensor, "*shape"]:
-    """Returns which activations are not outliers by norm; NaN counts as kept, so that it is found and not hidden."""
+    """Returns which activations are not outliers by norm; NaN and Inf are kept, to be found and not hidden."""
     if mask.norm_limit is None:
         return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-    return ~(x.float().norm(dim=-1) > mask.norm_limit)
+    norms = x.float().norm(dim=-1)
+    return ~(norms > mask.norm_limit) | norms.isinf()
 
 
 class _AllSeen(Exception):
@@ -75,7 +76,7 @@ def hooked(model: nn.Module, sites: list[Site], see: Callable[[Site, Tensor], Te
         new = see(site, first.flatten(2) if first.dim() > 3 else first)
         if new is None:
             return None
-        new = new.reshape(first.shape).to(first.dtype)
+        new = new.reshape(first.shape).to(first)
         return (new, *whole[1:]) if isinstance(whole, tuple) else new
 
     def before(site: Site) -> Callable[..., Any]:
@@ -258,15 +259,16 @@ class CachedSource:
         return len(self.live)
 
     def read(self, block: int) -> Block:
-        """Returns one block, stored from then on."""
+        """Returns one block, on the CPU, stored from then on."""
+        if block not in self.stored and self.stored.has_file(block):
+            self.stored.reload()  # another rank has stored it
         if block not in self.stored:
             made = self.live.read(block)
-            tensors = {f"activations/{name}": x for name, x in made.activations.items()}
-            tensors |= {f"gradients/{name}": x for name, x in made.gradients.items()}
+            tensors = {f"activations/{name}": x.cpu() for name, x in made.activations.items()}
+            tensors |= {f"gradients/{name}": x.cpu() for name, x in made.gradients.items()}
             self.stored.add(block, self.writer.write(block, tensors))
-            return made
-        tensors = self.stored.read(block)
-        return Block(*({k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(p)} for p in ("a", "g")))
+            return _block(tensors)
+        return _block(self.stored.read(block))
 
     def reload(self) -> None:
         """Takes in what other ranks have stored."""
@@ -282,6 +284,10 @@ class CachedSource:
             progress(block)
 
 
+def _block(stored: dict[str, Tensor]) -> Block:
+    return Block(*({k.partition("/")[2]: v for k, v in stored.items() if k.startswith(p)} for p in ("a", "g")))
+
+
 Source = LiveSource | CachedSource
 
 
@@ -293,10 +299,8 @@ class Statistics:
     """The token mask with the norm limit measured here."""
     normalization: Normalization
     """The coder's normalization with its scale measured here."""
-    mean: Float[Tensor, "d"]
-    """Mean of the normalized activations."""
-    geometric_median: Float[Tensor, "d"]
-    """Point with the least summed distance to them."""
+    center: Float[Tensor, "d"]
+    """Mean or geometric median of the normalized activations, or zero."""
     variance: float
     """E|y - mean|^2 of the normalized activations."""
     median_norm: float
@@ -307,24 +311,31 @@ class Statistics:
     """Of these, beyond the norm limit."""
 
 
-def sample(source: Source, site: str, tokens: int, should_stop: Callable[[], bool]) -> Float[Tensor, "n d"]:
-    """Returns about `tokens` activations of a site from blocks spread evenly over the text."""
-    parts, found, n_blocks = [], 0, len(source)
-    stride = max(1, n_blocks // max(1, -(-tokens // max(1, len(source.read(0))))))
-    for block in range(0, n_blocks, stride):
+def sample(source: Source, tokens: int, should_stop: Callable[[], bool]) -> dict[str, Float[Tensor, "n d"]]:
+    """Returns, by site, the activations of about `tokens` tokens from blocks spread evenly over the text."""
+    blocks, n_blocks = [source.read(0)], len(source)
+    stride = max(1, n_blocks // max(1, -(-tokens // max(1, len(blocks[0])))))
+    for block in range(stride, n_blocks, stride):
         if should_stop():
             raise Stopped("while measuring statistics")
-        parts.append(source.read(block).activations[site].float())
-        found += len(parts[-1])
-        if found >= tokens:
+        if sum(map(len, blocks)) >= tokens:
             break
-    return torch.cat(parts)[:tokens]
+        blocks.append(source.read(block))
+    return {site: torch.cat([b.activations[site].float() for b in blocks])[:tokens] for site in blocks[0].activations}
 
 
 def measure(
-    x: Float[Tensor, "n d"], mask: MaskSpec, norm_filter: float, normalization: Normalization, site: str = "x"
+    x: Float[Tensor, "n d"],
+    mask: MaskSpec,
+    norm_filter: float,
+    normalization: Normalization,
+    center: str = "mean",
+    site: str = "x",
 ) -> Statistics:
-    """Returns the statistics of raw activations x: norm limit, input scale, then mean and variance of what is left."""
+    """Returns the statistics of raw activations x: norm limit, input scale, then center and variance of what is left.
+
+    `center` is mean, geometric_median or zero. ConfigError names `site` if nothing is left, or if x holds NaN or Inf.
+    """
     if not len(x):
         raise ConfigError(
             "text: every token is masked (special tokens and skipped positions); nothing is left to train on"
@@ -347,11 +358,11 @@ def measure(
     y = normalization.apply(kept)[0].double()
     mean = y.mean(0)
     variance = float((y - mean).square().sum(1).mean())
+    centers = {"mean": lambda: mean, "geometric_median": lambda: geometric_median(y), "zero": lambda: 0 * mean}
     return Statistics(
         mask,
         normalization,
-        mean.float(),
-        geometric_median(y).float(),
+        centers[center]().float(),
         max(variance, 1e-12 * float(y.square().sum(1).mean()), 1e-30),  # constant inputs: no more than rounding
         median,
         len(x),

@@ -1,7 +1,7 @@
 """SparseCoder: encode, decode, forward. The map itself is written at the head of `sae/spec.py`."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -71,7 +71,7 @@ class SparseCoder(nn.Module):
         with torch.no_grad():
             rows = self._rows(x)
             size = max(1, CHUNK_ENTRIES // self.spec.d_sae)
-            parts = [self.run(chunk).latents for chunk in rows.split(size)] if len(rows) else []
+            parts = [self._codes(chunk)[-1] for chunk in rows.split(size)] if len(rows) else []
         return _concatenate(parts, self.spec.d_sae, tuple(x.shape[:-1]), x)
 
     def decode(
@@ -93,10 +93,10 @@ class SparseCoder(nn.Module):
     def forward(self, x: Float[Tensor, "*shape d_in"]) -> CoderOutput:
         """Returns (out, latents) of x, differentiable unless gradients are off."""
         rows = self._rows(x)
-        latents = self.run(rows).latents if torch.is_grad_enabled() and len(rows) else self.encode(rows)
+        latents = self._codes(rows)[-1] if torch.is_grad_enabled() and len(rows) else self.encode(rows)
         out = self.decode(latents, rows).reshape(*x.shape[:-1], self.spec.d_out)
         if self.spec.skip:
-            out = out + x.to(self.W_skip.dtype) @ self.W_skip.T
+            out = out + x.to(self.W_skip) @ self.W_skip.T
         return CoderOutput(out, _reshaped(latents, tuple(x.shape[:-1])))
 
     def run(self, x: Float[Tensor, "n d_in"], product_dtype: torch.dtype | None = None) -> Pass:
@@ -105,7 +105,18 @@ class SparseCoder(nn.Module):
         `product_dtype` (bfloat16) is the precision of the dense encoder product that selection looks at; the kept
         values are then computed again in the parameters' precision, so it can change which latents are kept only.
         """
-        y = self.spec.normalization.apply(x.to(self.W_enc.dtype))[0]
+        x = x.to(self.W_enc)
+        y, (_, spread), scores, latents = self._codes(x, product_dtype)
+        prediction = kernels.decode(latents.values, self.W_dec, latents.offsets, latents.ids) + self.b_dec
+        if self.spec.skip:
+            prediction = prediction + (x @ self.W_skip.T) / spread  # N^-1 gives it back its size
+        return Pass(y, scores, latents, prediction)
+
+    def _codes(
+        self, x: Float[Tensor, "n d_in"], product_dtype: torch.dtype | None = None
+    ) -> tuple[Float[Tensor, "n d_in"], tuple[Any, Any], Float[Tensor, "n d_sae"], SparseLatents]:
+        """Returns the encoder's input, what undoes the normalization, all pre-activations, and the codes of rows x."""
+        y, how = self.spec.normalization.apply(x)
         if self.spec.pre_bias != "none":
             y = y - (self.b_dec if self.spec.pre_bias == "decoder" else self.b_pre)
         scores = self.preactivations(y, product_dtype)
@@ -115,10 +126,7 @@ class SparseCoder(nn.Module):
         exact = None if product_dtype not in (None, self.W_enc.dtype) else scores
         kept = kernels.encode_at(y, self.W_enc, self.b_enc, offsets, ids, exact)
         latents = SparseLatents(offsets, ids, self.spec.selection.activate(kept), self.spec.d_sae, (len(x),))
-        prediction = kernels.decode(latents.values, self.W_dec, offsets, ids) + self.b_dec
-        if self.spec.skip:
-            prediction = prediction + x.to(self.W_skip.dtype) @ self.W_skip.T
-        return Pass(y, scores, latents, prediction)
+        return y, how, scores, latents
 
     @torch.no_grad()
     def preactivations(
@@ -131,7 +139,7 @@ class SparseCoder(nn.Module):
     def _rows(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "n d_in"]:
         if x.shape[-1] != self.spec.d_in:
             raise ValueError(f"x: last dimension is {x.shape[-1]}, but this coder has d_in = {self.spec.d_in}")
-        return x.reshape(-1, self.spec.d_in).to(self.W_enc.dtype)
+        return x.reshape(-1, self.spec.d_in).to(self.W_enc)
 
 
 def initialize(coder: SparseCoder, center: Float[Tensor, "d_out"], seed: int, *key: str | int) -> None:

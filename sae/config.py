@@ -1,7 +1,7 @@
 """What a training run is: frozen dataclasses, one docstring a field, checked before anything loads."""
 
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import draccus
@@ -33,7 +33,7 @@ class ModelConfig:
     dtype: str = "auto"
     """Precision of the model: auto (float32 on CPU, the checkpoint's on GPU), float32, bfloat16 or float16."""
     device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda, cuda:1, mps ..."""
+    """auto (a GPU if there is one, its own for each rank), cpu, cuda, or cuda:1 ..."""
 
     def validate(self) -> None:
         """Raises ConfigError naming the field whose value is not allowed."""
@@ -62,6 +62,12 @@ class ActivationConfig:
     """Tokens from which mean, variance, median norm and input scale are measured before step 0."""
     prefetch_blocks: int | None = None
     """Blocks read ahead in a thread; none: 64, or 0 where model and coder share the CPU and would only compete."""
+
+    def blocks_ahead(self, on_cpu: bool) -> int:
+        """Returns how many blocks to read ahead where the model is, or is not, on the coder's own CPU."""
+        if self.prefetch_blocks is not None:
+            return self.prefetch_blocks
+        return 0 if self.source != "disk" and on_cpu else LANES
 
     def validate(self) -> None:
         """Raises ConfigError naming the field whose value is not allowed."""
@@ -114,9 +120,9 @@ class CoderConfig:
         self.normalization.validate("coder.normalization")
         at_least("coder.d_sae", self.d_sae, 0)
         at_least("coder.expansion", self.expansion, 1)
-        if not self.objectives:
-            raise ConfigError("coder.objectives: empty; at least one term is needed, for example reconstruction")
-        d_sae = self.d_sae or (d_in and self.expansion * d_in)
+        if not any(term.weight for term in self.objectives.values()):
+            raise ConfigError("coder.objectives: no term has a weight; at least one is needed, such as reconstruction")
+        d_sae = self.width(d_in or 0)
         if d_sae:
             try:
                 self.selection.validate(d_sae)
@@ -212,6 +218,11 @@ class TrainConfig:
         return self.tokens // self.batch_tokens
 
     @property
+    def max_text_tokens(self) -> int:
+        """Returns how many tokens of text are wanted at most: no more than will be trained on."""
+        return self.text.max_tokens or max(self.tokens, self.text.context_length)
+
+    @property
     def dead_after(self) -> int:
         """Returns after how many silent tokens a latent is dead."""
         return self.dead_after_tokens or min(10_000_000, max(1, self.tokens // 10))
@@ -253,7 +264,3 @@ class TrainConfig:
             label = ",".join(f"{key.split('.')[-1]}={value}" for key, value in zip(self.grid, values, strict=True))
             found.append((label, coder, optim))
         return found
-
-    def with_(self, **changes: Any) -> "TrainConfig":
-        """Returns a copy with some fields replaced."""
-        return replace(self, **changes)

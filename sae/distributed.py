@@ -1,4 +1,4 @@
-"""Ranks, as torchrun, `accelerate launch` and srun set them in the environment, and the few collectives needed."""
+"""Ranks, as torchrun and `accelerate launch` set them in the environment, and the few collectives needed."""
 
 import os
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae.errors import Stopped
 
+STOPPED = 0.5  # less than any error: where one rank failed and another was stopped, the third tells of the failure
 PATIENCE = timedelta(days=1)  # rank 0 may tokenize or evaluate for hours; launchers end the ranks of one that died
 
 
@@ -85,11 +86,12 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:
         failed = error
-    worst = _largest(getattr(failed, "exit_code", 1) if failed else 0)
+    code = getattr(failed, "exit_code", 1) if failed else 0
+    worst = _largest(code if code != Stopped.exit_code else STOPPED)
     if failed:
         raise failed
     if worst:
-        raise Stopped("with another rank") if worst == Stopped.exit_code else PeerError(worst)
+        raise Stopped("with another rank") if worst == STOPPED else PeerError(int(worst))
 
 
 @contextmanager
@@ -104,10 +106,10 @@ def rank_zero_first() -> Iterator[None]:
         yield
 
 
-def _largest(value: int) -> int:
+def _largest(value: float) -> float:
     """The largest value of any rank."""
     if not dist.is_initialized():
         return value
-    shared = torch.tensor(value)
+    shared = torch.tensor(float(value))
     dist.all_reduce(shared, dist.ReduceOp.MAX)
-    return int(shared)
+    return float(shared)

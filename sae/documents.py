@@ -47,7 +47,7 @@ class TextConfig:
     bos: str = "row"
     """Where BOS stands: at the start of every row, of every document, or none."""
     max_tokens: int | None = None
-    """Stop after so many training tokens."""
+    """Stop after so many training tokens; none: as many as the run trains on."""
     held_out_share: float = 0.05
     """Share of documents kept from training, chosen by a hash of their id."""
 
@@ -109,6 +109,18 @@ def identity(config: TextConfig) -> Any:
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
         digest.update(repr((name, stat.st_size, content)).encode())
     return {"files": len(files), "sha256": digest.hexdigest()}
+
+
+def commit_of_data(config: TextConfig) -> str | None:
+    """Returns the commit of a hub data set, that it stay the same text; where it cannot be had, what was typed."""
+    if config.source == "quickstart" or Path(config.source).expanduser().exists():
+        return config.revision
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(config.source, revision=config.revision).sha
+    except Exception:  # offline a copy may be cached; else loading it says in a line what is wrong
+        return config.revision
 
 
 def local_files(path: Path) -> list[Path]:

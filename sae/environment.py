@@ -1,4 +1,4 @@
-"""What a run ran on: written to env.json so that a result can be traced; no host names, no paths, no secrets."""
+"""What a run ran on: written to env.json so that a result can be traced; no host names, no secrets."""
 
 import platform
 import sys

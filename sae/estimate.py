@@ -21,6 +21,7 @@ from sae.spec import Site
 
 FLOAT = 4
 LATER = 250_000_000  # measured: model code, plotting and the allocator's slack come after the estimate
+STATISTICS_BYTES = 28  # of one number: as it was captured, and three times in float64
 EVALUATION_COPIES = 7  # logits of one pass: clean, patched, and the float32 intermediates of CE and KL
 
 
@@ -34,7 +35,9 @@ class Estimate:
     coder_parameters: int
     """Summed over all coders."""
     memory: dict[str, int]
-    """Peak bytes by what holds them; the peak of a run is the baseline plus the larger of training and evaluation."""
+    """Peak bytes by what holds them, not all of it at once."""
+    evaluated_midway: bool
+    """Whether there is an evaluation while the pool of activations is still held."""
     disk: int
     flops: float
     seconds: float
@@ -43,7 +46,8 @@ class Estimate:
     def peak_memory(self) -> int:
         """Returns the estimated peak of the process in bytes."""
         m = self.memory
-        return m["process"] + m["model"] + m["coders"] + max(m["pool"] + m["step"], m["evaluation"])
+        training = m["pool"] + max(m["step"], m["evaluation"] if self.evaluated_midway else 0)
+        return m["process"] + m["model"] + m["coders"] + max(m["statistics"], training, m["evaluation"])
 
     def lines(self) -> list[str]:
         """Returns the estimate as lines for people."""
@@ -76,34 +80,39 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     row = sum(width.values()) * item * (2 if settings.gradients else 1)
     block = settings.block_rows * context * row
     weights = sum(p.numel() for p in lm.model.parameters())
-    itemsize = FLOAT if resolve_device(config.model.device).type == "cpu" else 2
+    device = resolve_device(config.model.device)
+    dtype = DTYPES.get(config.model.dtype)
+    itemsize = dtype.itemsize if dtype else FLOAT if device.type == "cpu" else 2
     micro = config.micro_batch_tokens or config.batch_tokens
-    vocabulary = getattr(lm.model.config.get_text_config(), "vocab_size", 0)
+    described = lm.model.config.get_text_config()
+    vocabulary, layers = getattr(described, "vocab_size", 0), getattr(described, "num_hidden_layers", 0)
     parameters = sum(count for *_, count, _ in sizes)
-    ahead = (
-        settings.prefetch_blocks
-        if settings.prefetch_blocks is not None
-        else (LANES if settings.source == "disk" else 0)
-    )
+    ahead = settings.blocks_ahead(on_cpu=device.type == "cpu")
+    tokens = settings.block_rows * context
+    graph = tokens * (3 * vocabulary + 20 * layers * _width(lm)) * FLOAT if settings.gradients else 0
     memory = {
         "process": psutil.Process().memory_info().rss + LATER,
         "model": weights * itemsize,
         "coders": sum(count * copies * FLOAT for *_, count, copies in sizes),
         "pool": block * (LANES + ahead),
         "step": max(3 * micro * d_sae * FLOAT + 8 * micro * d * FLOAT + count * FLOAT for d, d_sae, count, _ in sizes)
-        + 4 * settings.block_rows * context * _width(lm) * FLOAT,
+        + 4 * tokens * _width(lm) * FLOAT
+        + graph,
+        "statistics": STATISTICS_BYTES * max(width.values()) * min(settings.statistics_tokens, config.max_text_tokens),
         "evaluation": EVALUATION_COPIES * rows_per_pass(context, vocabulary) * context * vocabulary * FLOAT,
     }
-    stored = min(config.tokens, config.text.max_tokens or config.tokens)
-    disk = (config.checkpoints.keep * 3 + 1) * parameters * FLOAT + 8 * stored
-    disk += stored * row if settings.source != "live" else 0
-    seen = config.tokens if settings.source == "live" else stored
-    flops = 2.0 * _parameters_below(lm, sites) * seen
+    stored = {"live": 0, "disk": config.max_text_tokens}.get(
+        settings.source, min(config.tokens, config.max_text_tokens)
+    )
+    saved = sum(count * (copies - 1) for *_, count, copies in sizes)  # all but the gradients; one more while it is made
+    disk = ((config.checkpoints.keep + 1) * saved + parameters) * FLOAT + 8 * config.max_text_tokens + stored * row
+    flops = 2.0 * (3 * weights if settings.gradients else _parameters_below(lm, sites)) * (stored or config.tokens)
     flops += sum(
         config.tokens * 2.0 * d * d_sae * 1.6 for d, d_sae, *_ in sizes
     )  # the dense encoder and, sparse, the rest
     flops += 2.0 * weights * config.eval.tokens * 4 * len(sizes) if lm.is_causal else 0
-    return Estimate(width, weights, parameters, memory, disk, flops, flops / measured_flops_per_s())
+    seconds = flops / measured_flops_per_s(device)
+    return Estimate(width, weights, parameters, memory, bool(config.eval.every_steps), disk, flops, seconds)
 
 
 def fake_model(config: TrainConfig, trust_remote_code: bool = False) -> LanguageModel:
@@ -117,9 +126,8 @@ def fake_model(config: TrainConfig, trust_remote_code: bool = False) -> Language
     return LanguageModel(model.eval(), None, config.model.name, config.model.revision, causal)  # type: ignore[arg-type]
 
 
-def measured_flops_per_s() -> float:
-    """Returns the speed of a float32 matrix product here, timed for a tenth of a second."""
-    device = resolve_device("auto")
+def measured_flops_per_s(device: torch.device) -> float:
+    """Returns the speed of a float32 matrix product on a device, timed for a tenth of a second."""
     a = torch.randn(512, 512, device=device)
     float((a @ a)[0, 0])  # the first product also starts threads
     began, count = time.perf_counter(), 0

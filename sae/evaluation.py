@@ -5,6 +5,7 @@ whole model clean, spliced, zero-ablated and mean-ablated. The same mask holds i
 neither replaced nor counted. Losses are averaged over tokens first; ratios are formed once, at the end.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,9 +47,10 @@ def evaluate(
         if not coder.spec.reads or not coder.spec.writes:
             raise ConfigError(f"coder {name}: its spec names no site to read; set spec.reads and spec.writes")
     spec = next(iter(several.values())).spec
-    lm = lm or load_language_model(spec.reads[0].model, spec.reads[0].revision)
+    device = next(iter(several.values())).W_enc.device
+    lm = lm or load_language_model(spec.reads[0].model, spec.reads[0].revision, device=str(device))
     _check_widths(several, lm)
-    rows = rows or tokenize(text_of(spec), lm.tokenizer, lm.fingerprint(), should_stop).held_out
+    rows = rows or tokenize(text_of(spec), lm.tokenizer, lm.source(), should_stop).held_out
     n_rows = min(rows.n_rows, max(1, -(-tokens // rows.context_length)))
     size = rows_per_pass(rows.context_length, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
     chosen = torch.arange(n_rows) * rows.n_rows // n_rows
@@ -59,7 +61,15 @@ def evaluate(
             losses = _losses(several, lm, batches, means, should_stop)
             for name in several:
                 results[name]["loss"] = losses[name]
+    results = {name: _finite(found) for name, found in results.items()}
     return results if isinstance(coders, dict) else results[""]
+
+
+def _finite(found: Any) -> Any:
+    """The metrics with None for what overflowed: a number that is none must not look like one, nor break the JSON."""
+    if isinstance(found, dict):
+        return {key: _finite(value) for key, value in found.items()}
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def _check_widths(coders: dict[str, SparseCoder], lm: LanguageModel) -> None:
@@ -100,7 +110,7 @@ def _reconstruct(
         for name, coder in coders.items():
             spec = coder.spec
             keep = token_mask(batch, spec.mask).to(lm.device)
-            x, target = seen[spec.reads[0].name][keep].float(), seen[spec.writes[0].name][keep].float()
+            x, target = (seen[site.name][keep].to(coder.W_enc).float() for site in (spec.reads[0], spec.writes[0]))
             usual = norm_mask(x, spec.mask)
             out, latents = coder(x)
             unfiltered[name].update(target, out, latents)

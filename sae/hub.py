@@ -38,13 +38,18 @@ def save(coder: SparseCoder, folder: str | Path) -> None:
     native.write(Path(folder).expanduser(), coder.spec, dict(coder.named_parameters()))
 
 
+def coder_folders(path: Path) -> list[Path]:
+    """Returns the folders at or below `path` that hold a coder."""
+    return sorted(p.parent for p in path.rglob(native.CONFIG) if native.detect(p.parent))
+
+
 def _coder_folder(path: Path) -> Path:
     if native.detect(path):
         return path
     if not path.is_dir():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ConfigError(f"path: no such folder: {path}.{nearest(path.name, siblings)}")
-    below = sorted(p.parent for p in path.rglob(native.CONFIG) if native.detect(p.parent))
+    below = coder_folders(path)
     if len(below) == 1:
         return below[0]
     found = (

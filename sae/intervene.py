@@ -25,7 +25,7 @@ def replace_at(
     """While open, the tensor at `site` is `new(tensor)` at the positions in `keep` and untouched elsewhere."""
 
     def see(_: Site, x: Tensor) -> Tensor:
-        made = new(x).to(x.dtype)
+        made = new(x).to(x)
         return made if keep is None else torch.where(keep[..., None], made, x)
 
     with hooked(model, [site], see):
@@ -65,4 +65,4 @@ def splice(
 def _output(coder: SparseCoder, x: Tensor, original: Tensor | None) -> Tensor:
     """Returns the coder's output, or the original with the reconstruction's gradient path where the error is kept."""
     out = coder(x.float()).out
-    return out if original is None else out + (original.float() - out).detach()
+    return out if original is None else out + (original.to(out) - out).detach()

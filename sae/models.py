@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +35,16 @@ class LanguageModel:
         """Returns where its inputs go."""
         return next(self.model.parameters()).device
 
+    def source(self) -> dict[str, Any]:
+        """Returns which model it is: name and revision."""
+        return {"model": self.name, "revision": self.revision}
+
     def fingerprint(self) -> dict[str, Any]:
-        """Returns what decides its activations: name, revision, precision and the tokenizer's hash."""
+        """Returns what decides its activations: name, revision, precision, and hashes of config, weights, tokenizer."""
         weights = next(self.model.parameters())
         return {
-            "model": self.name,
-            "revision": self.revision or getattr(self.model.config, "_commit_hash", None),
+            **self.source(),
+            "config": _config_digest(self.model.config),
             "weights": _weights_digest(self.model),
             "dtype": str(weights.dtype).removeprefix("torch."),
             "tokenizer": tokenizer_digest(self.tokenizer),
@@ -57,6 +62,13 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256((rules + repr(sorted(tokenizer.all_special_ids))).encode()).hexdigest()[:16]
 
 
+def _config_digest(config: "PretrainedConfig") -> str:
+    """Returns a hash of what the model computes by; where it was loaded from, and by which version, does not count."""
+    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    settings = {key: value for key, value in config.to_dict().items() if key not in volatile}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def _weights_digest(model: "PreTrainedModel") -> str:
     """Returns a hash over a sample of every weight: other weights under the same name must not share a cache."""
     digest = hashlib.sha256()
@@ -70,12 +82,13 @@ def _weights_digest(model: "PreTrainedModel") -> str:
 def resolve_device(device: str) -> torch.device:
     """Returns the torch device for "auto" or an explicit name; ConfigError if this machine lacks it."""
     if device == "auto":
-        own = int(os.environ.get("LOCAL_RANK", "0"))  # one GPU per rank, as launchers number them
-        return torch.device("cuda", own) if torch.cuda.is_available() else torch.device("cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":  # one GPU per rank, as launchers number them
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.empty(0, dtype=torch.float64, device=found)  # statistics and metrics are summed in float64
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model.device: {device!r} is not available here ({reason}); try cpu") from error
     return found
@@ -108,9 +121,19 @@ def load_language_model(
             revision=None if folder else revision,
             dtype=chosen,
             trust_remote_code=trust_remote_code,
+            use_safetensors=True,
         )
     model: Any = model.to(where)  # type: ignore[arg-type]
-    return LanguageModel(model.eval().requires_grad_(False), tokenizer, name, revision, causal)
+    commit = None if folder else commit_of(name, revision)
+    return LanguageModel(model.eval().requires_grad_(False), tokenizer, name, commit or revision, causal)
+
+
+def commit_of(name: str, revision: str | None = None) -> str | None:
+    """Returns the commit of a hub model that has been loaded, or None: its cached files lie below it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def load_tokenizer(
@@ -205,7 +228,13 @@ def _converted(path: Path) -> Path:
 
 
 def _converted_folder(path: Path) -> Path:
-    return cache_dir() / "models" / f"{path.stem}-{sha256_file(path)[:16]}"
+    stat = path.stat()
+    return cache_dir() / "models" / f"{path.stem}-{_file_digest(path, stat.st_size, stat.st_mtime_ns)[:16]}"
+
+
+@lru_cache
+def _file_digest(path: Path, _size: int, _mtime_ns: int) -> str:
+    return sha256_file(path)
 
 
 class _readable_errors:

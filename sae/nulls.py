@@ -16,6 +16,7 @@ def null_fvus(
     random_dictionary: an untrained coder of the same shape and rule, its output scaled to fit best.
     pca: as many principal components as the coder has active latents.
     """
+    fitted, test = fitted.to(coder.W_enc.device), test.to(coder.W_enc.device)
     random = SparseCoder(coder.spec, fitted.device)
     y = coder.spec.normalization.apply(fitted)[0]
     initialize(random, y.mean(0), 0, "null")

@@ -47,7 +47,7 @@ def table(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("reconstruction bias", _number(r["reconstruction_bias"])),
     ]
     if loss:
-        arms = " / ".join(f"{loss[f'ce_{arm}']:.3f}" for arm in ("clean", "spliced", "zero", "mean"))
+        arms = " / ".join(_number(loss[f"ce_{arm}"], 3) for arm in ("clean", "spliced", "zero", "mean"))
         rows += [
             ("CE clean / spliced / zero / mean (nats)", arms),
             (
@@ -64,8 +64,8 @@ def table(found: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4f}"
+def _number(value: float | None, digits: int = 4) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"
 
 
 def _share(value: float | None) -> str:

@@ -24,14 +24,14 @@ ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "output.dense")
 MLP_OUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out")
 
 # TransformerLens name after "blocks.L." -> (candidate paths below the layer, side); the first that exists is meant.
-# Gemma 2 and 3 add a norm after attention and MLP: what reaches the residual stream is that norm's output.
+# Some models add a norm after attention and MLP: what reaches the residual stream is that norm's output.
 ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
     "hook_resid_pre": (("",), "input"),
     "hook_resid_post": (("",), "output"),
     "hook_resid_mid": (("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"), "input"),
-    "hook_mlp_out": (("post_feedforward_layernorm", "mlp", "feed_forward"), "output"),
-    "hook_attn_out": (ATTENTION, "output"),
-    "hook_mlp_in": (("mlp", "feed_forward"), "input"),
+    "hook_mlp_out": (("post_feedforward_layernorm", "post_mlp_layernorm", "mlp", "feed_forward"), "output"),
+    "hook_attn_out": (("post_self_attn_layernorm", *ATTENTION), "output"),
+    "mlp.hook_in": (("mlp", "feed_forward"), "input"),
     "attn.hook_z": (tuple(f"{a}.{o}" for a in ATTENTION for o in ATTENTION_OUT), "input"),
     "mlp.hook_post": (tuple(f"mlp.{name}" for name in MLP_OUT), "input"),
 }
@@ -84,8 +84,11 @@ def _aliased(text: str, layer: str, hook: str, modules: dict[str, nn.Module]) ->
         raise ConfigError(f"activations.sites: {text!r}: this model has no known list of layers; write the module path")
     layers = range(len(modules[lists[0]])) if layer == "*" else [int(layer)]  # type: ignore[arg-type]
     paths, side = ALIASES[hook]
-    if hook == "hook_attn_out" and f"{lists[0]}.0.pre_feedforward_layernorm" in modules:
-        paths = ("post_attention_layernorm", *paths)  # Gemma 2 and 3; elsewhere this name is the norm before the MLP
+    if f"{lists[0]}.0.post_feedforward_layernorm" in modules:  # Gemma 2 and 3, OLMo 2 and 3
+        if hook == "hook_attn_out":
+            paths = ("post_attention_layernorm",)  # elsewhere this name is the norm before the MLP
+        elif hook == "hook_resid_mid" and f"{lists[0]}.0.pre_feedforward_layernorm" not in modules:
+            paths = ("mlp",)  # OLMo has no norm before it
     found = []
     for number in layers:
         candidates = [f"{lists[0]}.{number}.{path}".rstrip(".") for path in paths]

@@ -129,6 +129,10 @@ class Shards:
     def __contains__(self, index: int) -> bool:
         return index in self.entries
 
+    def has_file(self, index: int) -> bool:
+        """Returns whether a file for the shard lies there, be it known or not."""
+        return (self.folder / _file_name(index)).is_file()
+
     def add(self, index: int, entry: dict[str, Any]) -> None:
         """Takes in a shard that was just written."""
         self.entries[index] = entry

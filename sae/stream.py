@@ -95,8 +95,9 @@ class Stream:
         epoch, place = divmod(visit, len(self.source))
         if epoch == 0:
             return place
-        if epoch not in self.orders:  # lanes and the reader stand in two epochs at most, three on tiny data
-            self.orders = {e: order for e, order in self.orders.items() if e >= epoch - 2}
+        if epoch not in self.orders:
+            apart = 2 + 2 * LANES // len(self.source)  # epochs between the last lane and what is read ahead
+            self.orders = {e: order for e, order in self.orders.items() if e >= epoch - apart}
             self.orders[epoch] = torch.randperm(len(self.source), generator=generator(self.seed, "blocks", epoch))
         return int(self.orders[epoch][place])
 

@@ -208,7 +208,9 @@ def _assigned(config: TextConfig, counts: Counter[str]) -> Iterator[_Piece]:
     source = documents(config, counts)
     few = list(islice(source, FEW_DOCUMENTS))
     if len(few) == 1:
-        head, tail = _cut(few[0][1], round(len(few[0][1]) * (1 - config.held_out_share)))
+        text = few[0][1]
+        end = _end(text, 0, round(len(text) * (1 - config.held_out_share)))
+        head, tail = text[:end], text[end:]
         yield from _pieces(head, 0, "train", config)
         yield from _pieces(tail, 0, "held_out", config)
         return
@@ -226,20 +228,18 @@ def _assigned(config: TextConfig, counts: Counter[str]) -> Iterator[_Piece]:
 def _pieces(text: str, document: int, part: str, config: TextConfig) -> Iterator[_Piece]:
     if config.layout == "one_per_row":
         text = text[: config.context_length * CHARS_PER_TOKEN]
-    first = True
-    while text or first:
-        piece, text = _cut(text, PIECE_CHARS)
-        yield _Piece(piece, document, part, first, last=not text)
-        first = False
+    stop = 0
+    while stop < len(text):
+        start, stop = stop, _end(text, stop, PIECE_CHARS)
+        yield _Piece(text[start:stop], document, part, first=not start, last=stop >= len(text))
 
 
-def _cut(text: str, limit: int) -> tuple[str, str]:
-    """The text in two, at the last space before `limit`, if there is one."""
-    if len(text) <= limit:
-        return text, ""
-    place = text.rfind(" ", 1, limit)
-    place = limit if place < 1 else place
-    return text[:place], text[place:]
+def _end(text: str, start: int, length: int) -> int:
+    """Where a piece that begins at `start` ends: at the last space before `length` characters, if there is one."""
+    if len(text) <= start + length:
+        return len(text)
+    space = text.rfind(" ", start + 1, start + length)
+    return space if space > 0 else start + length
 
 
 def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:

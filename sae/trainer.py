@@ -43,7 +43,7 @@ def new_coder(
 
     `described` fills the fields of its spec that training does not need: sites, context length, where it comes from.
     """
-    d = len(found.mean)
+    d = len(found.center)
     spec = CoderSpec(
         d_in=d,
         d_out=d,
@@ -58,12 +58,7 @@ def new_coder(
         **described,
     )
     coder = SparseCoder(spec, device)
-    centers = {
-        "mean": found.mean,
-        "geometric_median": found.geometric_median,
-        "zero": torch.zeros_like(found.mean),
-    }
-    initialize(coder, centers[config.center].to(device), config.seed)
+    initialize(coder, found.center.to(device), config.seed)
     return coder
 
 
@@ -108,9 +103,9 @@ class CoderTrainer:
             target = spec.normalization.apply(rows.to(run.prediction.dtype))[0]
             view = Step(self.coder, run, target, n_tokens, spec.variance or 1.0, self.residual_variance, dead)
             losses = {name: objective.loss(view) for name, objective in self.objectives.items()}
-            torch.stack(
-                [losses[name] * objective.weight for name, objective in self.objectives.items()]
-            ).sum().backward()
+            loss = torch.stack([losses[name] * term.weight for name, term in self.objectives.items()]).sum()
+            if loss.requires_grad:  # a term that does not apply at this step is a constant
+                loss.backward()
             with torch.no_grad():
                 error = target - run.prediction
                 error_sum += error.sum(0)

@@ -8,27 +8,28 @@ import json
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import draccus
 import torch
+from torch import Tensor
 
 from sae import checkpoint, distributed, hub
 from sae.activations import Blocks, CachedSource, LiveSource, Source, Statistics, measure, norm_mask, sample, widths
 from sae.coder import SparseCoder
-from sae.config import LANES, CoderConfig, OptimConfig, TrainConfig
-from sae.documents import documents
+from sae.config import CoderConfig, OptimConfig, TrainConfig
+from sae.documents import commit_of_data, documents
 from sae.environment import environment
 from sae.errors import ConfigError, Stopped
 from sae.evaluation import evaluate
 from sae.files import append, atomic_write, cache_dir, check_writable, save_tensors, write_json
-from sae.models import DTYPES, load_language_model
+from sae.models import DTYPES, LanguageModel, load_language_model
 from sae.progress import Progress, Tracker
 from sae.report import write_report
-from sae.settings import to_yaml
+from sae.settings import decode, flat, read_yaml, to_yaml
 from sae.sites import resolve
 from sae.spec import CoderSpec, MaskSpec, Site
 from sae.stopping import StopFlag, stop_flag
@@ -38,6 +39,8 @@ from sae.text import TokenizedText, special_ids, tokenize
 from sae.trainer import CoderTrainer, NonFiniteError, Schedule, new_coder
 
 log = logging.getLogger(__name__)
+CHANGEABLE = ("log", "checkpoints", "eval", "max_bad_steps")  # of a run that has begun
+PINNED = ("model.revision", "text.revision", "text.max_tokens")  # written to config.yaml as they were found
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ def train(
     """
     config.validate()
     folder = Path(run_dir or config.run_dir or Path("runs") / config.name).expanduser()
+    if resume:
+        config = resumed(config, folder)
     with distributed.process_group(), stop_flag() as stop, checkpoint.locked(folder, resume):
         check_writable(cache_dir(), "SAE_CACHE")
         name = config.log.tracker if distributed.rank() == 0 else "none"
@@ -106,7 +111,7 @@ class Run:
         self.lm = load_language_model(
             config.model.name, config.model.revision, config.model.dtype, config.model.device, trust_remote_code
         )
-        self.sites = resolve(self.lm.model, config.activations.sites, config.model.name, config.model.revision)
+        self.sites = resolve(self.lm.model, config.activations.sites, self.lm.name, self.lm.revision)
         if config.activations.gradients and not self.lm.is_causal:
             raise ConfigError("activations.gradients: true needs a model that predicts the next token")
         self.planned = _plan(config, self.sites, widths(self.lm, self.sites))
@@ -114,10 +119,13 @@ class Run:
 
     def train(self, tracker: Tracker, resume: bool) -> TrainResult:
         """Runs all stages; see `train`."""
+        if not resume:
+            with distributed.together():
+                if self.main:  # from here on the run can be resumed, if only from its start
+                    atomic_write(self.folder / "config.yaml", to_yaml(_pinned(self.config, self.lm)))
+                    write_json(self.folder / "env.json", environment(self.lm, trust_remote_code=self.trust_remote_code))
+            self.config = decode(TrainConfig, read_yaml(self.folder / "config.yaml"))
         config = self.config
-        if self.main and not resume:  # from here on the run can be resumed, if only from its start
-            atomic_write(self.folder / "config.yaml", to_yaml(config))
-            write_json(self.folder / "env.json", environment(self.lm, trust_remote_code=self.trust_remote_code))
         text = self._text()
         self.reads = {**self.lm.fingerprint(), "text": text.key}
         saved = checkpoint.latest(self.folder) if resume else None
@@ -127,9 +135,9 @@ class Run:
         source = self._source(text, mask)
         with distributed.together():
             trainers = self._trainers(source, text, mask, saved)
-        self.stream = Stream(
-            source, config.batch_tokens, config.seed, self._ahead(), distributed.rank(), distributed.world_size()
-        )
+        ahead = config.activations.blocks_ahead(on_cpu=self.lm.device.type == "cpu")
+        ranks = distributed.rank(), distributed.world_size()
+        self.stream = Stream(source, config.batch_tokens, config.seed, ahead, *ranks)
         step = self._restore(saved, trainers)
         self._loop(step, trainers, text, tracker)
         return self._finish(trainers, text)
@@ -140,7 +148,7 @@ class Run:
             text = tokenize(
                 self.config.text,
                 self.lm.tokenizer,
-                self.lm.fingerprint(),
+                self.lm.source(),
                 should_stop=self.stop,
                 progress=progress.update,
                 repair=self.repair,
@@ -187,13 +195,6 @@ class Run:
             source.reload()
         return source
 
-    def _ahead(self) -> int:
-        """Returns how many blocks to read ahead; a model on the coder's own CPU would only compete with it."""
-        settings = self.config.activations
-        if settings.prefetch_blocks is not None:
-            return settings.prefetch_blocks
-        return 0 if settings.source != "disk" and self.lm.device.type == "cpu" else LANES
-
     def _trainers(
         self, source: Source, text: TokenizedText, mask: MaskSpec, saved: Path | None
     ) -> dict[str, CoderTrainer]:
@@ -205,14 +206,15 @@ class Run:
             DTYPES[config.precision],
         )
         specs = json.loads((saved / checkpoint.STATE).read_text())["specs"] if saved else {}
-        measured: dict[tuple[str, Any], Statistics] = {}
+        samples = {} if saved else sample(source, config.activations.statistics_tokens, self.stop)
+        measured: dict[tuple[Any, ...], Statistics] = {}
         for plan in self.planned:
             if saved:
                 coder = SparseCoder(CoderSpec.from_json(specs[plan.name]), self.lm.device)
             else:
-                key = (plan.site.name, plan.coder.normalization)
+                key = (plan.site.name, plan.coder.normalization, plan.coder.center)
                 if key not in measured:
-                    measured[key] = self._measured(source, plan, mask)
+                    measured[key] = self._measured(samples[plan.site.name], plan, mask)
                 coder = new_coder(
                     plan.coder,
                     measured[key],
@@ -231,10 +233,9 @@ class Run:
             trainers[plan.name] = CoderTrainer(coder, plan.coder.objectives, plan.optim, schedule)
         return trainers
 
-    def _measured(self, source: Source, plan: Planned, mask: MaskSpec) -> Statistics:
-        settings = self.config.activations
-        x = sample(source, plan.site.name, settings.statistics_tokens, self.stop)
-        found = measure(x, mask, settings.norm_filter, plan.coder.normalization, plan.site.name)
+    def _measured(self, x: Tensor, plan: Planned, mask: MaskSpec) -> Statistics:
+        norm_filter = self.config.activations.norm_filter
+        found = measure(x, mask, norm_filter, plan.coder.normalization, plan.coder.center, plan.site.name)
         log.info(
             "%s: d %d, median norm %.3g, %d of %d tokens beyond %g times that are masked",
             plan.site.name,
@@ -242,7 +243,7 @@ class Run:
             found.median_norm,
             found.outliers,
             found.tokens,
-            settings.norm_filter,
+            norm_filter,
         )
         return found
 
@@ -355,11 +356,14 @@ class Run:
                 self._write("metrics.jsonl", *lines)
 
     def _finish(self, trainers: dict[str, CoderTrainer], text: TokenizedText) -> TrainResult:
+        self.stream.close()  # type: ignore[union-attr]
         coders = {name: trainer.trained() for name, trainer in trainers.items()}
         found: dict[str, dict[str, Any]] = {}
         with distributed.together():
             if not self.main:
                 return TrainResult(self.folder, coders, found)
+            for name, coder in coders.items():  # saved before anything else can fail
+                hub.save(coder, self.folder / "coders" / name)
             log.info("evaluating on %s held-out tokens", f"{self.config.eval.tokens:,}")
             found = evaluate(coders, self.lm, text.held_out, self.config.eval.tokens, should_stop=self.stop)
             for name, coder in coders.items():
@@ -373,6 +377,30 @@ class Run:
     def _write(self, name: str, *lines: dict[str, Any]) -> None:
         if self.main:
             append(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _pinned(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
+    """Returns the config with what would else be found anew at every start: commits, and how much text is wanted."""
+    text = replace(config.text, revision=commit_of_data(config.text), max_tokens=config.max_text_tokens)
+    return replace(config, model=replace(config.model, revision=lm.revision), text=text)
+
+
+def resumed(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Returns the run's own config with what may change of `config`: logging, evaluation, retention.
+
+    ConfigError names a field whose change would make it another run.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"--resume: {folder} is not the folder of a run; it has no config.yaml")
+    saved = decode(TrainConfig, read_yaml(path))
+    was, now = flat(draccus.encode(saved)), flat(draccus.encode(config))
+    changed = [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]
+    changed = [key for key in changed if now.get(key) is not None or key not in PINNED]
+    changed = sorted(key for key in changed if key.split(".")[0] not in CHANGEABLE)
+    if changed:
+        raise ConfigError(f"--resume: {', '.join(changed)} cannot change in a run that has begun; start a new one")
+    return replace(saved, **{name: getattr(config, name) for name in CHANGEABLE})
 
 
 def _plan(config: TrainConfig, sites: list[Site], widths: dict[str, int]) -> list[Planned]:

@@ -73,7 +73,7 @@ def tiny_config(model: Path, text: Path, changes: dict[str, Any] | None = None) 
     data: dict[str, Any] = {
         "name": "tiny",
         "model": {"name": str(model), "device": "cpu"},
-        "text": {"source": str(text), "context_length": 32},
+        "text": {"source": str(text), "context_length": 32, "max_tokens": 10**6},  # all of it
         "activations": {"sites": ["layers.1"], "block_rows": 2, "statistics_tokens": 512},
         "coder": {"d_sae": 64, "selection": {"type": "topk", "k": 4}},
         "optim": {"lr": 1e-3},

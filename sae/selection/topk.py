@@ -47,9 +47,13 @@ def top_ids(scores: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
     values, ids = _largest(scores, k + 1)
     ids = ids[:, :k]
     tied = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]
+    ids = ids.sort(dim=1).values
     if len(tied):
-        ids[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return ids.sort(dim=1).values
+        rows, least = scores[tied], values[tied, k - 1, None]
+        above, equal = rows > least, rows == least
+        wanted = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+        ids[tied] = wanted.nonzero()[:, 1].reshape(len(tied), k)
+    return ids
 
 
 def _largest(scores: Float[Tensor, "n m"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:

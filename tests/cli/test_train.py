@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from cli import common
 from cli.train import main
 from sae import hub
 from sae.config import TrainConfig
+from sae.errors import ConfigError
 from sae.settings import to_yaml
 
 SHORT = {"tokens": 256}
@@ -223,3 +225,50 @@ def test_only_rank_zero_talks(monkeypatch):
         monkeypatch.setenv("RANK", rank)
         assert common.run(lambda argv: 0, []) == 0
         assert logging.getLogger().level == level
+
+
+def test_text_beyond_what_is_trained_on_is_not_tokenized(tmp_path, tiny_train):
+    code, printed = tiny_train({"tokens": 2560, "text.max_tokens": None}, folder=tmp_path / "run")
+    assert code == 0, printed
+    (found,) = re.findall(r"text: ([\d,]+) train tokens in rows of 32", printed)
+    assert 2560 <= int(found.replace(",", "")) <= 2560 + 32 + 2560 // 31  # a whole row more, and BOS in every row
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["text"]["max_tokens"] == 2560
+    assert hub.load(tmp_path / "run").spec.training["text"]["max_tokens"] == 2560
+
+
+def test_coders_are_saved_before_anything_can_fail_in_their_evaluation(tmp_path, tiny_train, monkeypatch):
+    def broken(*_args, **_options):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sae.training.evaluate", broken)
+        code, printed = tiny_train(SHORT, folder=tmp_path / "run")
+    assert (code, printed.splitlines()[-1]) == (1, "error: out of memory")
+    before = hub.load(tmp_path / "run")
+    assert before.spec.metrics == {}
+    assert tiny_train(options=("--resume", tmp_path / "run"))[0] == 0
+    after = hub.load(tmp_path / "run")
+    assert torch.equal(before.W_enc, after.W_enc)
+    assert after.spec.metrics["reconstruction"]["fvu"] > 0
+
+
+def test_the_library_refuses_a_resume_of_another_run_too(tmp_path, quick, tiny_model, tiny_text):
+    run, config = tmp_path / "run", tiny_config(tiny_model, tiny_text, SHORT)
+    sae.training.train(config, run_dir=run)
+    other = tiny_config(tiny_model, tiny_text, {**SHORT, "activations.block_rows": 3, "text.max_tokens": None})
+    with pytest.raises(ConfigError, match=r"^--resume: activations\.block_rows cannot change in a run that has begun"):
+        sae.training.train(other, resume=True, run_dir=run)
+    with pytest.raises(ConfigError, match="is not the folder of a run"):
+        sae.training.train(config, resume=True, run_dir=tmp_path / "elsewhere")
+    again = sae.training.train(tiny_config(tiny_model, tiny_text, {**SHORT, "eval.tokens": 64}), True, run_dir=run)
+    assert again.metrics["model.layers.1"]["reconstruction"]["tokens"] < 64
+
+
+def test_a_model_that_cannot_be_estimated_may_still_run(config, monkeypatch, quick, capsys):
+    def untraceable(*_):
+        raise RuntimeError("data-dependent\nexpression")
+
+    monkeypatch.setattr("sae.estimate.estimate", untraceable)
+    monkeypatch.setattr("sae.training.train", lambda *_: SimpleNamespace(metrics={}))
+    assert main(["--config", config]) == 0
+    assert "warning      no estimate: data-dependent expression" in capsys.readouterr().err

@@ -15,6 +15,7 @@ import torch
 from children import Child, at_step, sae_train
 from fakes import tiny_config, tiny_model_folder, tiny_text_folder
 from runs import assert_equal, checkpoints, files
+from safetensors.torch import load_file, save_file
 
 import sae
 import sae.training
@@ -340,7 +341,7 @@ def test_another_setting_gets_a_cache_of_its_own(tmp_path, cached):
     assert len(list((cache_dir() / "activations").iterdir())) == 2
 
 
-@pytest.mark.parametrize("changed", ["text", "weights"])
+@pytest.mark.parametrize("changed", ["text", "weights", "config"])
 def test_a_resume_on_other_text_or_another_model_is_refused(tmp_path, tiny_train, changed):
     model, text, run = tmp_path / "model", tmp_path / "text", tmp_path / "run"
     tiny_model_folder(model)
@@ -349,8 +350,12 @@ def test_a_resume_on_other_text_or_another_model_is_refused(tmp_path, tiny_train
     before = (run / "metrics.jsonl").read_bytes()
     if changed == "text":
         (text / "000.txt").write_text("something else")
+    elif changed == "weights":
+        path = model / "model.safetensors"
+        save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     else:
-        tiny_model_folder(model, initializer_range=0.5)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     code, printed = tiny_train(options=("--resume", run))
     assert code == 2
     assert f"--resume: the {changed} is not that of the run" in printed

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from sae.activations import (
+    Block,
     capture,
     capture_with_gradients,
     geometric_median,
@@ -25,7 +26,7 @@ from sae.activations import (
     token_mask,
     widths,
 )
-from sae.errors import ConfigError
+from sae.errors import ConfigError, Stopped
 from sae.models import LanguageModel
 from sae.normalization import Normalization
 from sae.packing import PADDING
@@ -224,7 +225,8 @@ def test_masks():
     assert token_mask(ids, MaskSpec((5,), 0)).tolist() == [[False, True, True, True], [True, False, True, False]]
     assert token_mask(ids, MaskSpec((), 2)).tolist() == [[False, False, True, True], [False, False, True, False]]
     x = torch.tensor([[3.0, 4.0], [0.0, 5.1], [float("nan"), 0.0]])
-    assert norm_mask(x, MaskSpec(norm_limit=5.0)).tolist() == [True, False, True]  # NaN is found, not hidden
+    assert norm_mask(x, MaskSpec(norm_limit=5.0)).tolist() == [True, False, True]
+    assert norm_mask(x / 0.0, MaskSpec(norm_limit=5.0)).tolist() == [True, True, True]  # NaN and Inf are not hidden
     assert norm_mask(x, MaskSpec()).all()
 
 
@@ -235,7 +237,10 @@ def test_measured_statistics():
     kept = np.delete(x.double().numpy(), 7, axis=0)
     assert (found.tokens, found.outliers) == (4000, 1)
     assert found.mask == MaskSpec((1, 2), 1, 10 * found.median_norm)
-    np.testing.assert_allclose(found.mean, kept.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found.center, kept.mean(0), rtol=1e-5)
+    assert measure(x, MaskSpec(), 10.0, Normalization(), "zero").center.abs().sum() == 0
+    middle = measure(x, MaskSpec(), 10.0, Normalization(), "geometric_median").center
+    torch.testing.assert_close(middle, geometric_median(torch.from_numpy(kept)).float(), atol=1e-3, rtol=1e-3)
     assert found.variance == pytest.approx(kept.var(0).sum(), rel=1e-6)
     scaled = measure(x, MaskSpec(), 10.0, Normalization("scalar"))
     assert (kept * scaled.normalization.scale).__pow__(2).sum(1).mean() == pytest.approx(D, rel=1e-5)
@@ -250,7 +255,7 @@ def test_statistics_refuse_what_cannot_be_measured():
     broken = torch.randn(10, D)
     broken[3, 2] = float("inf")
     with pytest.raises(ConfigError, match="layer 3 holds NaN or Inf at 1 of 10 tokens"):
-        measure(broken, MaskSpec(), 10.0, Normalization(), "layer 3")
+        measure(broken, MaskSpec(), 10.0, Normalization(), site="layer 3")
 
 
 def test_geometric_median_has_no_nearer_neighbor_and_shrugs_at_outliers():
@@ -274,15 +279,12 @@ def test_a_sample_is_spread_over_the_text_and_can_be_stopped():
 
         def read(self, block):
             self.reads.append(block)
-            from sae.activations import Block
-
             return Block({"x": torch.full((10, 2), float(block))}, {})
 
     source = Source()
-    found = sample(source, "x", 95, lambda: False)  # type: ignore[arg-type]
+    found = sample(source, 95, lambda: False)["x"]  # type: ignore[arg-type]
     assert found.shape == (95, 2)
     assert sorted(set(found[:, 0].tolist())) == [10.0 * i for i in range(10)]
-    from sae.errors import Stopped
-
+    assert len(source.reads) == 10  # none twice
     with pytest.raises(Stopped):
-        sample(source, "x", 95, lambda: True)  # type: ignore[arg-type]
+        sample(source, 95, lambda: True)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import torch
 
 from sae.coder import SparseCoder, initialize
 from sae.errors import ConfigError
-from sae.normalization import Normalization
+from sae.normalization import Normalization, undo
 from sae.selection.topk import TopK
 from sae.spec import CoderSpec, SparseLatents
 
@@ -155,3 +155,12 @@ def test_sparse_latents_from_rows():
     assert torch.equal(z.to_dense(), torch.tensor([[1.0, 0, 0, 0], [0, 2, 3, 0]]))
     with pytest.raises(IndexError):
         z.row(2)
+
+
+@pytest.mark.parametrize("kind", ["none", "scalar", "layer_norm", "l2"])
+def test_what_is_trained_is_what_is_put_out(kind):
+    """The prediction that the loss sees, with the normalization undone, is the output: the skip path included."""
+    made = coder(skip=True, normalization=Normalization(kind, 0.37))
+    x = torch.randn(5, 6) * 3 + 1
+    how = made.spec.normalization.apply(x)[1]
+    torch.testing.assert_close(undo(made.run(x).prediction, how), made(x).out)

@@ -7,12 +7,16 @@ from transformers import (
     BertModel,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Glm4Config,
+    Glm4ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -26,6 +30,10 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2, "
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=32)),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, intermediate_size=32, head_dim=8, num_key_value_heads=2)),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**SIZES, intermediate_size=32, pad_token_id=0, eos_token_id=0)),
+    "glm4": lambda: Glm4ForCausalLM(
+        Glm4Config(**SIZES, intermediate_size=32, head_dim=8, num_key_value_heads=2, pad_token_id=0, eos_token_id=0)
+    ),
     "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, intermediate_size=32)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=16, n_layer=12, n_head=2)),
     "opt": lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=16)),
@@ -106,7 +114,7 @@ def test_each_site_once_in_the_order_typed():
     ]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "olmo2", "glm4"])
 def test_the_residual_stream_adds_up(kind):
     """Pre + attention = mid and mid + MLP = post: each alias is where TransformerLens says it is."""
     hooks = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
@@ -119,7 +127,7 @@ def test_the_residual_stream_adds_up(kind):
 
 
 def test_only_concatenated_heads_have_a_head_count():
-    found = resolve(model("llama"), [f"blocks.0.{alias}" for alias in ALIASES if alias != "hook_mlp_in"])
+    found = resolve(model("llama"), [f"blocks.0.{alias}" for alias in ALIASES])
     assert {site.name: site.heads for site in found if site.heads} == {"model.layers.0.self_attn.o_proj:input": 2}
     bert = resolve(
         model("bert"), ["encoder.layer.0.attention.output.dense:input", "encoder.layer.0.output.dense:input"]

@@ -1,5 +1,6 @@
 """Text becomes rows of tokens that know their document, made once, whatever the text, the tokenizer or the weather."""
 
+import itertools
 import json
 import os
 import threading
@@ -641,3 +642,15 @@ def test_a_cache_that_cannot_be_written_is_said_before_any_work(hundred, tmp_pat
     with pytest.raises(ConfigError, match="cannot write to"):
         tokenize(config(hundred), counting, {})
     assert counting.texts == 0
+
+
+def test_pieces_of_a_long_document_are_the_document(monkeypatch):
+    monkeypatch.setattr(text_module, "PIECE_CHARS", 10)
+    for text in ("short", "a b c d e f g h i j k", "x" * 35, "words of several lengths, and averyveryverylongone too"):
+        pieces = list(text_module._pieces(text, 3, "train", TextConfig()))
+        assert "".join(piece.text for piece in pieces) == text
+        assert all(0 < len(piece.text) <= 10 for piece in pieces)
+        assert [(piece.first, piece.last) for piece in pieces[1:-1]] == [(False, False)] * (len(pieces) - 2)
+        assert (pieces[0].first, pieces[-1].last) == (True, True)
+        for before, after in itertools.pairwise(pieces):  # cut at a space where there is one
+            assert after.text[0] == " " or " " not in before.text[1:]
