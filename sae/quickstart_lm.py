@@ -1,4 +1,4 @@
-"""The bundled language model's recipe: `python -m sae.quickstart_lm --out FOLDER` (half an hour on two idle cores).
+"""The bundled language model's recipe: `python -m sae.quickstart_lm --out FOLDER` (an hour on two busy cores).
 
 A byte-level BPE of 4,096 tokens and a Llama of 4.2M parameters (4 layers of width 256, context 256), trained on the
 documents of `sae.quickstart` that are not held out. It is small enough to be shipped and to run anywhere, and an

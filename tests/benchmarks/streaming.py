@@ -62,11 +62,11 @@ def main() -> None:
     lm = load_language_model(args.model)
     sites = resolve(lm.model, [args.site])
     config = TextConfig(source=args.text, context_length=args.context, max_tokens=300_000)
-    text = tokenize(config, lm.tokenizer, lm.fingerprint())
+    text = tokenize(config, lm.tokenizer, lm.source())
     mask = MaskSpec(tuple(special_ids(lm.tokenizer)))
     live = LiveSource(lm, Blocks(text.train, 8, 0), sites, mask, "float32")
     name = sites[0].name
-    found = measure(sample(live, name, 16_384, lambda: False), mask, 10.0, Normalization())
+    found = measure(sample(live, 16_384, lambda: False)[name], mask, 10.0, Normalization())
     coder = new_coder(CoderConfig(d_sae=args.d_sae, selection=TopK(args.k)), found)
     trainer = CoderTrainer(coder, CoderConfig().objectives, OptimConfig(), Schedule(10**6, 10**7))
 
