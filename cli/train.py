@@ -71,26 +71,13 @@ def command(argv: list[str]) -> int:
 
 
 def _train(config, folder: Path, resume: bool, trust_remote_code: bool, repair: bool) -> int:
-    from sae.estimate import estimate, size
+    from sae.checkpoint import resumed
     from sae.report import table
-    from sae.training import resumed, train
+    from sae.training import train
 
     if resume:
         config = resumed(config, folder)  # refused, if it is, before anything is computed
-    log.info("run folder   %s", folder)
-    try:
-        found = estimate(config, trust_remote_code)
-    except ConfigError:
-        raise
-    except Exception as error:  # a model that cannot be traced without its weights may still run
-        log.warning("warning      no estimate: %s", " ".join(str(error).split())[:200])
-    else:
-        for line in found.lines():
-            log.info(line)
-        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(place).free
-        if found.disk > free:  # no error: part of it may be there already
-            log.warning("warning      only %s of disk are free at %s", size(free), place)
+    _announce(config, folder, trust_remote_code)
     result = train(config, resume, trust_remote_code, folder, repair)
     for name, found in result.metrics.items():
         print(f"\n{name}")
@@ -99,6 +86,26 @@ def _train(config, folder: Path, resume: bool, trust_remote_code: bool, repair: 
     if result.metrics:
         print(f"\nrun folder   {folder}\npicture      {folder / 'report.html'}\nnext         sae-eval {folder}")
     return DONE
+
+
+def _announce(config, folder: Path, trust_remote_code: bool) -> None:
+    """Says what the run will take, before anything is loaded."""
+    from sae.estimate import estimate, size
+
+    log.info("run folder   %s", folder)
+    try:
+        found = estimate(config, trust_remote_code)
+    except ConfigError:
+        raise
+    except Exception as error:  # a model that cannot be traced without its weights may still run
+        log.warning("warning      no estimate: %s", " ".join(str(error).split())[:200])
+        return
+    for line in found.lines():
+        log.info(line)
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if found.disk > free:  # no error: part of it may be there already
+        log.warning("warning      only %s of disk are free at %s", size(free), place)
 
 
 def _new_folder(config) -> Path:

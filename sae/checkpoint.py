@@ -1,18 +1,21 @@
 """Checkpoints: everything a bit-exact continuation needs, published whole or not at all; safetensors and JSON only.
 
-And the lock on the run folder they lie in.
+And the lock on the run folder they lie in, and the config with which a run may go on.
 """
 
 import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import draccus
 from torch import Tensor
 
 from sae import distributed
+from sae.config import TrainConfig
 from sae.errors import ConfigError, DataError
 from sae.files import (
     FolderLock,
@@ -25,9 +28,12 @@ from sae.files import (
     verify,
     write_json,
 )
+from sae.settings import decode, flat, read_yaml
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
+CHANGEABLE = ("log", "checkpoints", "eval", "max_bad_steps")  # of a run that has begun
+PINNED = ("model.revision", "text.revision", "text.max_tokens")  # written to config.yaml as they were found
 
 
 def save(run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any], keep: int) -> Path:
@@ -98,6 +104,24 @@ def locked(run_dir: Path, resume: bool) -> Iterator[None]:
                         f"run_dir: {run_dir} holds a run; continue it with --resume {run_dir}, or name another"
                     )
         yield
+
+
+def resumed(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Returns the run's own config with what may change of `config`: logging, evaluation, retention.
+
+    ConfigError names a field whose change would make it another run.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"--resume: {folder} is not the folder of a run; it has no config.yaml")
+    saved = decode(TrainConfig, read_yaml(path))
+    was, now = flat(draccus.encode(saved)), flat(draccus.encode(config))
+    changed = [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]
+    changed = [key for key in changed if now.get(key) is not None or key not in PINNED]
+    changed = sorted(key for key in changed if key.split(".")[0] not in CHANGEABLE)
+    if changed:
+        raise ConfigError(f"--resume: {', '.join(changed)} cannot change in a run that has begun; start a new one")
+    return replace(saved, **{name: getattr(config, name) for name in CHANGEABLE})
 
 
 def _is_intact(folder: Path) -> bool:

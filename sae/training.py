@@ -29,7 +29,7 @@ from sae.files import append, atomic_write, cache_dir, check_writable, save_tens
 from sae.models import DTYPES, LanguageModel, load_language_model
 from sae.progress import Progress, Tracker
 from sae.report import write_report
-from sae.settings import decode, flat, read_yaml, to_yaml
+from sae.settings import decode, read_yaml, to_yaml
 from sae.sites import resolve
 from sae.spec import CoderSpec, MaskSpec, Site
 from sae.stopping import StopFlag, stop_flag
@@ -39,8 +39,6 @@ from sae.text import TokenizedText, special_ids, tokenize
 from sae.trainer import CoderTrainer, NonFiniteError, Schedule, new_coder
 
 log = logging.getLogger(__name__)
-CHANGEABLE = ("log", "checkpoints", "eval", "max_bad_steps")  # of a run that has begun
-PINNED = ("model.revision", "text.revision", "text.max_tokens")  # written to config.yaml as they were found
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def train(
     config.validate()
     folder = Path(run_dir or config.run_dir or Path("runs") / config.name).expanduser()
     if resume:
-        config = resumed(config, folder)
+        config = checkpoint.resumed(config, folder)
     with distributed.process_group(), stop_flag() as stop, checkpoint.locked(folder, resume):
         check_writable(cache_dir(), "SAE_CACHE")
         name = config.log.tracker if distributed.rank() == 0 else "none"
@@ -383,24 +381,6 @@ def _pinned(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
     """Returns the config with what would else be found anew at every start: commits, and how much text is wanted."""
     text = replace(config.text, revision=commit_of_data(config.text), max_tokens=config.max_text_tokens)
     return replace(config, model=replace(config.model, revision=lm.revision), text=text)
-
-
-def resumed(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Returns the run's own config with what may change of `config`: logging, evaluation, retention.
-
-    ConfigError names a field whose change would make it another run.
-    """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"--resume: {folder} is not the folder of a run; it has no config.yaml")
-    saved = decode(TrainConfig, read_yaml(path))
-    was, now = flat(draccus.encode(saved)), flat(draccus.encode(config))
-    changed = [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]
-    changed = [key for key in changed if now.get(key) is not None or key not in PINNED]
-    changed = sorted(key for key in changed if key.split(".")[0] not in CHANGEABLE)
-    if changed:
-        raise ConfigError(f"--resume: {', '.join(changed)} cannot change in a run that has begun; start a new one")
-    return replace(saved, **{name: getattr(config, name) for name in CHANGEABLE})
 
 
 def _plan(config: TrainConfig, sites: list[Site], widths: dict[str, int]) -> list[Planned]:
