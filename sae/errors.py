@@ -24,5 +24,5 @@ class Stopped(Exception):
 
 def nearest(name: str, allowed: Iterable[str], count: int = 1) -> str:
     """Returns " Did you mean 'x'?" with up to `count` allowed names close to `name`, or "" if none is."""
-    matches = difflib.get_close_matches(str(name), list(allowed), n=count, cutoff=0.5)
+    matches = difflib.get_close_matches(str(name), list(dict.fromkeys(allowed)), n=count, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, matches))}?" if matches else ""

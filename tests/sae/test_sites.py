@@ -1,5 +1,7 @@
 """From what is typed to module paths, over the architectures people use."""
 
+import re
+
 import pytest
 import torch
 from transformers import (
@@ -104,6 +106,14 @@ def test_what_is_typed_is_found(kind, typed, expected):
 def test_what_is_not_there_gets_its_nearest_names(typed, message):
     with pytest.raises(ConfigError, match=message):
         names("llama", typed)
+
+
+def test_a_nearest_name_is_given_once():
+    with pytest.raises(ConfigError) as found:
+        names("llama", "model.layer.2")
+    given = re.findall(r"'(model\.layers[^']*)'", str(found.value))
+    assert given[0] == "model.layers.2"
+    assert len(set(given)) == len(given) == 3
 
 
 def test_each_site_once_in_the_order_typed():
