@@ -50,7 +50,7 @@ def top_ids(scores: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
     ids = ids.sort(dim=1).values
     if len(tied):
         rows, least = scores[tied], values[tied, k - 1, None]
-        above, equal = rows > least, rows == least
+        above, equal = ~(rows <= least), rows == least  # NaN counts as largest, as in torch.topk
         wanted = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
         ids[tied] = wanted.nonzero()[:, 1].reshape(len(tied), k)
     return ids

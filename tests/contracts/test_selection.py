@@ -73,3 +73,10 @@ def test_top_ids_equal_a_stable_sort(m, k):
 def test_k_outside_the_width_is_refused(k):
     with pytest.raises(ConfigError, match=rf"selection\.k: {k} is not between 1 and d_sae = 8"):
         TopK(k).validate(8)
+
+
+def test_ties_beside_nan_still_give_k_entries():
+    """The loss reports what is not finite; choosing must not fail before it."""
+    scores = torch.tensor([[float("nan"), 1.0, 1.0, 1.0, 0.0], [2.0, float("inf"), 2.0, 2.0, float("nan")]])
+    assert top_ids(scores, 2).tolist() == [[0, 1], [1, 4]]
+    assert top_ids(scores, 3).tolist() == [[0, 1, 2], [0, 1, 4]]
