@@ -17,6 +17,7 @@ from transformers import (
 
 from sae.activations import (
     Block,
+    CachedSource,
     capture,
     capture_with_gradients,
     geometric_median,
@@ -288,3 +289,22 @@ def test_a_sample_is_spread_over_the_text_and_can_be_stopped():
     assert len(source.reads) == 10  # none twice
     with pytest.raises(Stopped):
         sample(source, 95, lambda: True)  # type: ignore[arg-type]
+
+
+def test_what_one_rank_stores_another_does_not_compute_again(tmp_path):
+    class Live:
+        reads = 0
+
+        def __len__(self):
+            return 3
+
+        def read(self, block):
+            self.reads += 1
+            return Block({"x": torch.full((4, 2), float(block))}, {"x": torch.ones(4, 2)})
+
+    ranks = [CachedSource(Live(), tmp_path / "store", {"a": 1}, part=str(rank)) for rank in range(2)]  # type: ignore[arg-type]
+    made, found = (source.read(2) for source in ranks)
+    assert [source.live.reads for source in ranks] == [1, 0]  # type: ignore[attr-defined]
+    for block in (made, found, ranks[0].read(2)):
+        assert torch.equal(block.activations["x"], torch.full((4, 2), 2.0))
+        assert torch.equal(block.gradients["x"], torch.ones(4, 2))
