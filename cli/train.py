@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cli.common import BAD_USAGE, DONE, Parser, config_path, configs, field_help, read_config, run
 from sae.errors import ConfigError
+from sae.settings import decode, read_yaml
 
 log = logging.getLogger(__name__)
 EPILOG = """Every config field is an option: --coder.selection.k 64 --activations.sites '[layers.3]'.
@@ -54,7 +55,12 @@ def command(argv: list[str]) -> int:
     if folder is not None and not (folder / "config.yaml").is_file():
         raise ConfigError(f"--resume: {folder} is not the folder of a run; it has no config.yaml")
     path = folder / "config.yaml" if folder else config_path(options.config or "quickstart", "train")
-    config = read_config(TrainConfig, path, overrides)
+    saved = decode(TrainConfig, read_yaml(path)) if folder else None  # where a default is left out, it stays out
+    config = read_config(TrainConfig, path, overrides, saved)
+    if folder:
+        from sae.checkpoint import resumed
+
+        config = resumed(config, folder)
     config.validate()
     if options.print_config:
         from sae.settings import to_yaml
@@ -71,12 +77,9 @@ def command(argv: list[str]) -> int:
 
 
 def _train(config, folder: Path, resume: bool, trust_remote_code: bool, repair: bool) -> int:
-    from sae.checkpoint import resumed
     from sae.report import table
     from sae.training import train
 
-    if resume:
-        config = resumed(config, folder)  # refused, if it is, before anything is computed
     _announce(config, folder, trust_remote_code)
     result = train(config, resume, trust_remote_code, folder, repair)
     for name, found in result.metrics.items():

@@ -4,6 +4,7 @@ And the lock on the run folder they lie in, and the config with which a run may 
 """
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -117,11 +118,16 @@ def resumed(config: TrainConfig, folder: Path) -> TrainConfig:
     saved = decode(TrainConfig, read_yaml(path))
     was, now = flat(draccus.encode(saved)), flat(draccus.encode(config))
     changed = [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]
-    changed = [key for key in changed if now.get(key) is not None or key not in PINNED]
+    changed = [key for key in changed if key not in PINNED or _is_pin(now.get(key))]
     changed = sorted(key for key in changed if key.split(".")[0] not in CHANGEABLE)
     if changed:
         raise ConfigError(f"--resume: {', '.join(changed)} cannot change in a run that has begun; start a new one")
     return replace(saved, **{name: getattr(config, name) for name in CHANGEABLE})
+
+
+def _is_pin(value: Any) -> bool:
+    """Whether a value is one that a run would have kept as it is: an amount, or a whole commit."""
+    return value is not None and not (isinstance(value, str) and not re.fullmatch("[0-9a-f]{40}", value))
 
 
 def _is_intact(folder: Path) -> bool:

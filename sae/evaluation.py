@@ -110,7 +110,9 @@ def _reconstruct(
         for name, coder in coders.items():
             spec = coder.spec
             keep = token_mask(batch, spec.mask).to(lm.device)
-            x, target = (seen[site.name][keep].to(coder.W_enc).float() for site in (spec.reads[0], spec.writes[0]))
+            x, target = (
+                seen[site.name][keep].to(coder.W_enc.device).float() for site in (spec.reads[0], spec.writes[0])
+            )
             usual = norm_mask(x, spec.mask)
             out, latents = coder(x)
             unfiltered[name].update(target, out, latents)

@@ -65,4 +65,4 @@ def splice(
 def _output(coder: SparseCoder, x: Tensor, original: Tensor | None) -> Tensor:
     """Returns the coder's output, or the original with the reconstruction's gradient path where the error is kept."""
     out = coder(x.float()).out
-    return out if original is None else out + (original.to(out) - out).detach()
+    return out if original is None else out + (original.to(out.device).float() - out).detach()

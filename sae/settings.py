@@ -63,7 +63,7 @@ def parse_value(kind: type[Any], key: str, text: str) -> Any:
 
 def to_yaml(config: Any) -> str:
     """Returns a config as YAML that decodes to the same config."""
-    return yaml.safe_dump(draccus.encode(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(draccus.encode(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -188,8 +188,13 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4)."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Its counterpart, which puts text that looks like such a number in quotes."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )

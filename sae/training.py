@@ -253,9 +253,10 @@ class Run:
         else:
             tensors, values = checkpoint.load(saved)
             for name, value in self.reads.items():
-                if values["reads"][name] != value:
+                then = values["reads"].get(name)
+                if then != value:
                     raise ConfigError(
-                        f"--resume: the {name} is not that of the run ({values['reads'][name]!r} then, {value!r} now); "
+                        f"--resume: the {name} is not that of the run ({then!r} then, {value!r} now); "
                         "bring it back, or start a new run"
                     )
             for i, (name, trainer) in enumerate(trainers.items()):

@@ -38,7 +38,7 @@ def test_the_figures_are_good(run):
 def test_latents_mean_something(run):
     """The 20 strongest activations of a latent share a token far more often than 20 random tokens do."""
     coder, lm = sae.load(run), sae.load_language_model("quickstart")
-    held_out = tokenize(text_of(coder.spec), lm.tokenizer, lm.fingerprint()).held_out
+    held_out = tokenize(text_of(coder.spec), lm.tokenizer, lm.source()).held_out
     codes, tokens = [], []
     for rows in torch.arange(240).split(40):
         batch = held_out.tokens(rows)

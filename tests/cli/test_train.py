@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from cli.train import main
 from sae import hub
 from sae.config import TrainConfig
 from sae.errors import ConfigError
+from sae.objectives.reconstruction import Reconstruction
 from sae.settings import to_yaml
 
 SHORT = {"tokens": 256}
@@ -258,10 +260,22 @@ def test_the_library_refuses_a_resume_of_another_run_too(tmp_path, quick, tiny_m
     other = tiny_config(tiny_model, tiny_text, {**SHORT, "activations.block_rows": 3, "text.max_tokens": None})
     with pytest.raises(ConfigError, match=r"^--resume: activations\.block_rows cannot change in a run that has begun"):
         sae.training.train(other, resume=True, run_dir=run)
+    assert main(["--resume", str(run), "--coder.selection.k", "3", "--dry-run"]) == 2  # what would be refused, is
+    branch = tiny_config(tiny_model, tiny_text, {**SHORT, "model.revision": "main"})
+    sae.training.train(branch, resume=True, run_dir=run)  # a branch is pinned to a commit by the run, and no change
     with pytest.raises(ConfigError, match="is not the folder of a run"):
         sae.training.train(config, resume=True, run_dir=tmp_path / "elsewhere")
     again = sae.training.train(tiny_config(tiny_model, tiny_text, {**SHORT, "eval.tokens": 64}), True, run_dir=run)
     assert again.metrics["model.layers.1"]["reconstruction"]["tokens"] < 64
+
+
+def test_the_command_resumes_a_run_begun_from_python_with_fewer_terms(tmp_path, quick, tiny_model, tiny_text, capsys):
+    terms = {"reconstruction": Reconstruction()}
+    config = tiny_config(tiny_model, tiny_text, SHORT)
+    config = replace(config, coder=replace(config.coder, objectives=terms))
+    sae.training.train(config, run_dir=tmp_path / "run")
+    assert main(["--resume", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    assert "auxk" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_a_model_that_cannot_be_estimated_may_still_run(config, monkeypatch, quick, capsys):

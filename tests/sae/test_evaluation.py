@@ -218,6 +218,19 @@ def test_splicing_with_the_error_changes_nothing_until_latents_are_edited(lm, ro
     assert torch.equal(after, clean)  # nothing stays behind
 
 
+def test_a_coder_of_low_precision_changes_nothing_with_its_error_and_is_measured_on_the_true_target(lm, rows):
+    made, ids = coder("random"), rows.data[:4].clamp_min(0).long()
+    exact = evaluate(made, lm, rows, 240)["reconstruction"]["mse"]
+    made = made.bfloat16()
+    with torch.no_grad():
+        clean = lm.model(ids).logits
+        with splice(lm.model, made, error=True):
+            torch.testing.assert_close(lm.model(ids).logits, clean, atol=1e-5, rtol=1e-5)
+    rough = evaluate(made, lm, rows, 240)["reconstruction"]
+    assert rough["mse"] != exact
+    assert rough["mse"] == pytest.approx(exact, rel=0.05)
+
+
 def test_the_error_term_is_a_constant_to_gradients(lm, rows):
     """With the error, d loss / d input at the site goes through the reconstruction only."""
     made, ids = coder("zero"), rows.data[:2].clamp_min(0).long()

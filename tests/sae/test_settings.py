@@ -147,6 +147,12 @@ def test_text_stays_text_and_numbers_are_numbers():
     assert parse_value(TrainConfig, "activations.sites", "[a.b, c:input]") == ["a.b", "c:input"]
 
 
+def test_text_that_looks_like_a_number_survives_a_file(tmp_path):
+    config = read("--name", "1e3", "--model.revision", "12345e6")
+    (tmp_path / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert read(path=tmp_path / "again.yaml") == config
+
+
 def test_merging_another_plug_in_drops_the_fields_of_the_old_one():
     base = {"selection": {"type": "topk", "k": 3}, "x": {"y": 1, "z": 2}}
     assert merge(base, {"selection": {"type": "other"}})["selection"] == {"type": "other"}
