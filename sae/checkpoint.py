@@ -127,7 +127,7 @@ def resumed(config: TrainConfig, folder: Path) -> TrainConfig:
 
 def _is_pin(value: Any) -> bool:
     """Whether a value is one that a run would have kept as it is: an amount, or a whole commit."""
-    return value is not None and not (isinstance(value, str) and not re.fullmatch("[0-9a-f]{40}", value))
+    return isinstance(value, int) or re.fullmatch("[0-9a-f]{40}", value or "") is not None
 
 
 def _is_intact(folder: Path) -> bool:

@@ -101,9 +101,8 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
         "statistics": STATISTICS_BYTES * max(width.values()) * min(settings.statistics_tokens, config.max_text_tokens),
         "evaluation": EVALUATION_COPIES * rows_per_pass(context, vocabulary) * context * vocabulary * FLOAT,
     }
-    stored = {"live": 0, "disk": config.max_text_tokens}.get(
-        settings.source, min(config.tokens, config.max_text_tokens)
-    )
+    visited = min(config.tokens, config.max_text_tokens)
+    stored = {"live": 0, "disk": config.max_text_tokens, "write_through": visited}[settings.source]
     saved = sum(count * (copies - 1) for *_, count, copies in sizes)  # all but the gradients; one more while it is made
     disk = ((config.checkpoints.keep + 1) * saved + parameters) * FLOAT + 8 * config.max_text_tokens + stored * row
     flops = 2.0 * (3 * weights if settings.gradients else _parameters_below(lm, sites)) * (stored or config.tokens)
