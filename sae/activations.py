@@ -1,4 +1,4 @@
-"""Tokens -> activations: forward hooks, the early stop, gradients, the mask, and statistics measured before training.
+"""Tokens -> activations: forward hooks, the early stop, gradients, and the mask.
 
 Everything is read in blocks: block b is a fixed set of `block_rows` rows of text, one pass of the language model, and
 holds the activations of its unmasked tokens. A block is the same whether it is computed now or read from disk.
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from sae.errors import ConfigError, Stopped
 from sae.models import DTYPES, LanguageModel
-from sae.normalization import Normalization
 from sae.packing import PADDING
 from sae.seeding import generator
 from sae.spec import MaskSpec, Site
@@ -42,20 +41,26 @@ class Block:
 def token_mask(tokens: Int[Tensor, "rows context"], mask: MaskSpec) -> Bool[Tensor, "rows context"]:
     """Returns which positions count: no special token, no padding, not among the first `skip_positions` of the row.
 
+    Where gradients of the next-token loss are asked for, a position without a next token does not count either.
     Together with `norm_mask` this is the only definition of the mask: training, statistics and every arm of evaluation.
     """
     special = torch.tensor(mask.special_ids, dtype=tokens.dtype, device=tokens.device)
     keep = ~torch.isin(tokens, special) & (tokens != PADDING)
     keep[:, : mask.skip_positions] = False
+    if mask.next_token:
+        keep[:, -1:] = False
+        keep[:, :-1] &= tokens[:, 1:] != PADDING
     return keep
 
 
-def norm_mask(x: Float[Tensor, "*shape d"], mask: MaskSpec) -> Bool[Tensor, "*shape"]:
-    """Returns which activations are not outliers by norm; NaN and Inf are kept, to be found and not hidden."""
-    if mask.norm_limit is None:
-        return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-    norms = x.float().norm(dim=-1)
-    return ~(norms > mask.norm_limit) | norms.isinf()
+def norm_mask(activations: dict[str, Float[Tensor, "*shape d"]], mask: MaskSpec) -> Bool[Tensor, "*shape"]:
+    """Returns which tokens are no outliers by norm at any site that has a limit; NaN and Inf are kept, to be found."""
+    first = next(iter(activations.values()))
+    keep = torch.ones(first.shape[:-1], dtype=torch.bool, device=first.device)
+    for name, limit in mask.norm_limits.items():
+        norms = activations[name].float().norm(dim=-1)
+        keep &= (~(norms > limit) | norms.isinf()).to(keep.device)
+    return keep
 
 
 class _AllSeen(Exception):
@@ -149,11 +154,18 @@ def widths(lm: LanguageModel, sites: list[Site]) -> dict[str, int]:
 
 
 def capture_with_gradients(
-    lm: LanguageModel, sites: list[Site], tokens: Int[Tensor, "rows context"], mask: MaskSpec
+    lm: LanguageModel,
+    sites: list[Site],
+    tokens: Int[Tensor, "rows context"],
+    mask: MaskSpec,
+    loss: str = "next_token",
+    seed: int = 0,
 ) -> tuple[dict[str, Float[Tensor, "rows context d"]], dict[str, Float[Tensor, "rows context d"]]]:
     """Returns activations and, by site, the gradient of the summed next-token cross-entropy over unmasked tokens.
 
-    The model's weights are frozen, so the graph starts at the lowest site. The last position predicts nothing.
+    `loss` "next_token" takes the token that follows, "sampled" one drawn from the model's own prediction with `seed`
+    (label-free, the gradient of Fisher's information). The model's weights are frozen, so the graph starts at the
+    lowest site. The last position predicts nothing.
     """
     seen: dict[str, Tensor] = {}
 
@@ -165,9 +177,22 @@ def capture_with_gradients(
 
     with torch.enable_grad(), hooked(lm.model, sites, see):
         logits = lm.model(**model_inputs(lm, tokens)).logits
-        next_token_losses(logits, tokens.to(lm.device), token_mask(tokens, mask).to(lm.device)).sum().backward()
+        keep = token_mask(tokens, mask).to(lm.device)
+        next_token_losses(logits, _labels(logits, tokens.to(lm.device), loss, seed), keep).sum().backward()
     gradients = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in seen.items()}
     return {name: x.detach() for name, x in seen.items()}, gradients
+
+
+@torch.no_grad()
+def _labels(logits: Tensor, tokens: Int[Tensor, "rows context"], loss: str, seed: int) -> Int[Tensor, "rows context"]:
+    """Returns the tokens, or each drawn from what the model predicted for its place; padding stays."""
+    if loss == "next_token":
+        return tokens
+    uniform = torch.rand(tokens[:, 1:].shape, generator=generator(seed, "sampled")).to(logits.device)
+    drawn = (logits[:, :-1].float().softmax(-1).cumsum(-1) < uniform[..., None]).sum(-1).clamp_max(logits.shape[-1] - 1)
+    labels = tokens.clone()
+    labels[:, 1:] = torch.where(tokens[:, 1:] == PADDING, tokens[:, 1:], drawn.to(tokens))
+    return labels
 
 
 def next_token_losses(
@@ -220,12 +245,18 @@ class Blocks:
 
 
 class LiveSource:
-    """Computes blocks with the language model."""
+    """Computes blocks with the language model, and the gradients of `loss` if one is named."""
 
     def __init__(
-        self, lm: LanguageModel, blocks: Blocks, sites: list[Site], mask: MaskSpec, dtype: str, gradients: bool = False
+        self,
+        lm: LanguageModel,
+        blocks: Blocks,
+        sites: list[Site],
+        mask: MaskSpec,
+        dtype: str,
+        loss: str | None = None,
     ) -> None:
-        self.lm, self.blocks, self.sites, self.mask, self.gradients = lm, blocks, sites, mask, gradients
+        self.lm, self.blocks, self.sites, self.mask, self.loss = lm, blocks, sites, mask, loss
         self.dtype = DTYPES[dtype]
 
     def __len__(self) -> int:
@@ -235,8 +266,9 @@ class LiveSource:
         """Returns one block."""
         tokens = self.blocks.tokens(block)
         keep = token_mask(tokens, self.mask).to(self.lm.device)
-        if self.gradients:
-            activations, gradients = capture_with_gradients(self.lm, self.sites, tokens, self.mask)
+        if self.loss:
+            seed = self.blocks.seed + block
+            activations, gradients = capture_with_gradients(self.lm, self.sites, tokens, self.mask, self.loss, seed)
         else:
             activations, gradients = capture(self.lm, self.sites, tokens), {}
         return Block(self._kept(activations, keep), self._kept(gradients, keep))
@@ -289,94 +321,3 @@ def _block(stored: dict[str, Tensor]) -> Block:
 
 
 Source = LiveSource | CachedSource
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What is measured at one site before step 0, on unmasked training tokens."""
-
-    mask: MaskSpec
-    """The token mask with the norm limit measured here."""
-    normalization: Normalization
-    """The coder's normalization with its scale measured here."""
-    center: Float[Tensor, "d"]
-    """Mean or geometric median of the normalized activations, or zero."""
-    variance: float
-    """E|y - mean|^2 of the normalized activations."""
-    median_norm: float
-    """Median Euclidean norm of the raw activations."""
-    tokens: int
-    """Tokens measured, outliers included."""
-    outliers: int
-    """Of these, beyond the norm limit."""
-
-
-def sample(source: Source, tokens: int, should_stop: Callable[[], bool]) -> dict[str, Float[Tensor, "n d"]]:
-    """Returns, by site, the activations of about `tokens` tokens from blocks spread evenly over the text."""
-    blocks, n_blocks = [source.read(0)], len(source)
-    stride = max(1, n_blocks // max(1, -(-tokens // max(1, len(blocks[0])))))
-    for block in range(stride, n_blocks, stride):
-        if should_stop():
-            raise Stopped("while measuring statistics")
-        if sum(map(len, blocks)) >= tokens:
-            break
-        blocks.append(source.read(block))
-    return {site: torch.cat([b.activations[site].float() for b in blocks])[:tokens] for site in blocks[0].activations}
-
-
-def measure(
-    x: Float[Tensor, "n d"],
-    mask: MaskSpec,
-    norm_filter: float,
-    normalization: Normalization,
-    center: str = "mean",
-    site: str = "x",
-) -> Statistics:
-    """Returns the statistics of raw activations x: norm limit, input scale, then center and variance of what is left.
-
-    `center` is mean, geometric_median or zero. ConfigError names `site` if nothing is left, or if x holds NaN or Inf.
-    """
-    if not len(x):
-        raise ConfigError(
-            "text: every token is masked (special tokens and skipped positions); nothing is left to train on"
-        )
-    if not torch.isfinite(x).all():
-        bad = int((~torch.isfinite(x)).any(1).sum())
-        raise ConfigError(
-            f"activations: {site} holds NaN or Inf at {bad} of {len(x)} tokens; the model is damaged, or its numbers "
-            "are too large for its precision (try model.dtype and activations.dtype float32)"
-        )
-    norms = x.norm(dim=1)
-    median = float(norms.median())
-    limit = norm_filter * median if norm_filter and median else None
-    mask = MaskSpec(mask.special_ids, mask.skip_positions, limit)
-    kept = x[norm_mask(x, mask)]
-    if normalization.kind == "scalar" and normalization.scale == 1.0:
-        root = float(kept.double().square().sum(1).mean().sqrt())
-        scale = x.shape[1] ** 0.5 / root if root > 0 else 1.0
-        normalization = Normalization("scalar", scale, normalization.eps, normalization.unbiased)
-    y = normalization.apply(kept)[0].double()
-    mean = y.mean(0)
-    variance = float((y - mean).square().sum(1).mean())
-    centers = {"mean": lambda: mean, "geometric_median": lambda: geometric_median(y), "zero": lambda: 0 * mean}
-    return Statistics(
-        mask,
-        normalization,
-        centers[center]().float(),
-        max(variance, 1e-12 * float(y.square().sum(1).mean()), 1e-30),  # constant inputs: no more than rounding
-        median,
-        len(x),
-        len(x) - len(kept),
-    )
-
-
-def geometric_median(x: Float[Tensor, "n d"], rounds: int = 100, tolerance: float = 1e-7) -> Float[Tensor, "d"]:
-    """Returns the point with the least summed distance to the rows of x, by Weiszfeld's iteration."""
-    center = x.mean(0)
-    for _ in range(rounds):
-        weights = 1 / (x - center).norm(dim=1).clamp_min(1e-12)
-        moved = (weights[:, None] * x).sum(0) / weights.sum()
-        if (moved - center).norm() <= tolerance * center.norm().clamp_min(1e-12):
-            return moved
-        center = moved
-    return center

@@ -1,15 +1,18 @@
 """SparseCoder: encode, decode, forward. The map itself is written at the head of `sae/spec.py`."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae import kernels
-from sae.normalization import undo
+from sae.normalization import Undo, undo
 from sae.seeding import generator
+from sae.selection import Support
+from sae.selection.largest import Entries
 from sae.spec import CoderSpec, SparseLatents
 
 CHUNK_ENTRIES = 2**26  # largest [tokens, d_sae] product held at once outside training: 256 MiB in float32
@@ -23,6 +26,18 @@ class CoderOutput(NamedTuple):
     latents: SparseLatents
 
 
+class Look(NamedTuple):
+    """n tokens as selection sees them."""
+
+    x: Float[Tensor, "n d_in"]
+    y: Float[Tensor, "n d_in"]
+    """N(x) - p, the encoder's input."""
+    how: Undo
+    """What undoes the normalization of an output."""
+    scores: Float[Tensor, "n d_sae"]
+    """All pre-activations, without gradient; lives for the step only."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """One differentiable pass over n tokens in the normalized space, with what the objectives need of it."""
@@ -30,26 +45,47 @@ class Pass:
     y: Float[Tensor, "n d_in"]
     """N(x) - p, the encoder's input."""
     scores: Float[Tensor, "n d_sae"]
-    """All pre-activations, without gradient; lives for the step only."""
+    """All pre-activations, without gradient."""
+    kept: Float[Tensor, "nnz"]
+    """The pre-activations at the support."""
     latents: SparseLatents
+    rest: Float[Tensor, "n d_out"]
+    """What the latents do not make of the prediction: the bias and the skip path."""
     prediction: Float[Tensor, "n d_out"]
     """The output before N^-1."""
+    how: Undo
+    """What undoes the normalization of the prediction."""
+
+
+class Block(NamedTuple):
+    """A contiguous group of latents and the columns it writes: the whole coder, or one layer of a cross-layer coder."""
+
+    latents: slice
+    """Of the d_sae latents."""
+    rows: slice
+    """Of W_dec."""
+    columns: slice
+    """Of the output."""
 
 
 class SparseCoder(nn.Module):
-    """A sparse autoencoder or transcoder with one latent per row.
+    """A sparse autoencoder, transcoder or crosscoder with one latent per row.
 
     Tensors: W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; b_pre [d_in] and
-    W_skip [d_out, d_in] where `spec` has them.
+    W_skip [d_out, d_in] where `spec` has them; what its selection rule has for each latent, such as threshold [d_sae].
+    A cross-layer coder of L layers has W_enc [d_sae, d_in / L], and in W_dec [rows, d_out / L] as many rows for a
+    latent as there are layers it writes to, one after the other.
     """
 
     def __init__(self, spec: CoderSpec, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.spec = spec
+        layers = spec.n_blocks
+        rows = spec.d_sae * (layers + 1) // 2  # a block writes to 1, 2, ..., L layers
         shapes = {
-            "W_enc": (spec.d_sae, spec.d_in),
+            "W_enc": (spec.d_sae, spec.d_in // layers),
             "b_enc": (spec.d_sae,),
-            "W_dec": (spec.d_sae, spec.d_out),
+            "W_dec": (rows, spec.d_out // layers),
             "b_dec": (spec.d_out,),
         }
         if spec.pre_bias == "own":
@@ -58,6 +94,10 @@ class SparseCoder(nn.Module):
             shapes["W_skip"] = (spec.d_out, spec.d_in)
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)))
+        for name, start in spec.selection.parameters(spec.d_sae).items():
+            self.register_parameter(name, nn.Parameter(start.to(device)))
+        for name, start in spec.selection.buffers(spec.d_sae).items():
+            self.register_buffer(name, start.to(device))
 
     W_enc: nn.Parameter
     b_enc: nn.Parameter
@@ -66,12 +106,45 @@ class SparseCoder(nn.Module):
     b_pre: nn.Parameter
     W_skip: nn.Parameter
 
-    def encode(self, x: Float[Tensor, "*shape d_in"]) -> SparseLatents:
-        """Returns the codes of x by the per-token inference rule, without gradient; token order as x flattened."""
+    @property
+    def blocks(self) -> list[Block]:
+        """Returns the blocks of latents, in order."""
+        layers, size = self.spec.n_blocks, self.spec.d_sae // self.spec.n_blocks
+        width, blocks, row = self.spec.d_out // layers, [], 0
+        for layer in range(layers):
+            rows = size * (layers - layer)
+            latents = slice(layer * size, (layer + 1) * size)
+            blocks.append(Block(latents, slice(row, row + rows), slice(layer * width, self.spec.d_out)))
+            row += rows
+        return blocks
+
+    def decoders(self, frozen: bool = False, gradient: bool = False) -> list[Float[Tensor, "m width"]]:
+        """Returns, for each block, the decoder with one row a latent over all the columns that it writes.
+
+        These are views: without gradient where `frozen`, or of W_dec's gradient.
+        """
+        sizes = [block.rows.stop - block.rows.start for block in self.blocks]
+        weight: Tensor = self.W_dec.detach() if frozen else self.W_dec
+        weight = self.W_dec.grad if gradient and self.W_dec.grad is not None else weight
+        return [part.view(self.spec.d_sae // len(sizes), -1) for part in weight.split(sizes)]
+
+    def decoder_norms(self) -> Float[Tensor, "d_sae"]:
+        """Returns the norm of each latent's decoder over all the columns that it writes."""
+        return torch.cat([part.norm(dim=1) for part in self.decoders()])
+
+    def encode(
+        self, x: Float[Tensor, "*shape d_in"], gradients: Float[Tensor, "*shape d_out"] | None = None
+    ) -> SparseLatents:
+        """Returns the codes of x by the per-token inference rule, without gradient; token order as x flattened.
+
+        `gradients` is what a rule whose inference is "gradient" looks at beside x (ValueError without), and no other.
+        """
         with torch.no_grad():
-            rows = self._rows(x)
-            size = max(1, CHUNK_ENTRIES // self.spec.d_sae)
-            parts = [self._codes(chunk)[-1] for chunk in rows.split(size)] if len(rows) else []
+            rows, size = self._rows(x), max(1, CHUNK_ENTRIES // self.spec.d_sae)
+            looked = [None] * len(rows.split(size))
+            beside = looked if gradients is None else gradients.reshape(-1, self.spec.d_out).to(rows).split(size)
+            chunks = zip(rows.split(size), beside, strict=True)
+            parts = [self._inferred(self.look(chunk), g).latents for chunk, g in chunks] if len(rows) else []
         return _concatenate(parts, self.spec.d_sae, tuple(x.shape[:-1]), x)
 
     def decode(
@@ -81,60 +154,172 @@ class SparseCoder(nn.Module):
 
         Per-token normalization is undone with the statistics of `x`, which must then be given (ValueError).
         """
-        out = kernels.decode(latents.values, self.W_dec, latents.offsets, latents.ids) + self.b_dec
-        if self.spec.normalization.kind in ("layer_norm", "l2"):
-            if x is None:
-                raise ValueError(f"decode: normalization {self.spec.normalization.kind!r} is undone per token; pass x")
-            out = undo(out, self.spec.normalization.apply(self._rows(x))[1])
-        elif self.spec.normalization.kind == "scalar":
-            out = out / self.spec.normalization.scale
+        if self.spec.normalization.per_token and x is None:
+            kind = self.spec.normalization.kind
+            raise ValueError(f"decode: normalization {kind!r} is undone per token; pass x")
+        out = self.decoded(latents.values, latents.offsets, latents.ids) + self.b_dec
+        like = out.new_zeros(len(out), self.spec.d_in) if x is None else self._rows(x)
+        out = undo(out, self.spec.normalize(like)[1])
         return out if latents.shape is None else out.reshape(*latents.shape, self.spec.d_out)
 
-    def forward(self, x: Float[Tensor, "*shape d_in"]) -> CoderOutput:
-        """Returns (out, latents) of x, differentiable unless gradients are off."""
+    def forward(
+        self, x: Float[Tensor, "*shape d_in"], gradients: Float[Tensor, "*shape d_out"] | None = None
+    ) -> CoderOutput:
+        """Returns (out, latents) of x, differentiable unless gradients are off; `gradients` as in `encode`."""
         rows = self._rows(x)
-        latents = self._codes(rows)[-1] if torch.is_grad_enabled() and len(rows) else self.encode(rows)
+        if torch.is_grad_enabled() and len(rows):
+            beside = None if gradients is None else gradients.reshape(-1, self.spec.d_out).to(rows)
+            latents = self._inferred(self.look(rows), beside).latents
+        else:
+            latents = self.encode(rows, gradients)
         out = self.decode(latents, rows).reshape(*x.shape[:-1], self.spec.d_out)
         if self.spec.skip:
             out = out + x.to(self.W_skip) @ self.W_skip.T
-        return CoderOutput(out, _reshaped(latents, tuple(x.shape[:-1])))
+        return CoderOutput(out, replace(latents, shape=tuple(x.shape[:-1])))
 
-    def run(self, x: Float[Tensor, "n d_in"], product_dtype: torch.dtype | None = None) -> Pass:
-        """Returns one pass over rows x, differentiable in the parameters at the support.
+    def look(self, x: Float[Tensor, "n d_in"], product_dtype: torch.dtype | None = None) -> Look:
+        """Returns rows x as selection sees them, differentiable in y.
 
-        `product_dtype` (bfloat16) is the precision of the dense encoder product that selection looks at; the kept
-        values are then computed again in the parameters' precision, so it can change which latents are kept only.
+        `product_dtype` (bfloat16) is the precision of the dense encoder product; `run` then computes the kept values
+        again in the parameters' precision, so it can change which latents are kept only.
         """
         x = x.to(self.W_enc)
-        y, (_, spread), scores, latents = self._codes(x, product_dtype)
-        prediction = kernels.decode(latents.values, self.W_dec, latents.offsets, latents.ids) + self.b_dec
-        if self.spec.skip:
-            prediction = prediction + (x @ self.W_skip.T) / spread  # N^-1 gives it back its size
-        return Pass(y, scores, latents, prediction)
-
-    def _codes(
-        self, x: Float[Tensor, "n d_in"], product_dtype: torch.dtype | None = None
-    ) -> tuple[Float[Tensor, "n d_in"], tuple[Any, Any], Float[Tensor, "n d_sae"], SparseLatents]:
-        """Returns the encoder's input, what undoes the normalization, all pre-activations, and the codes of rows x."""
-        y, how = self.spec.normalization.apply(x)
+        y, how = self.spec.normalize(x)
         if self.spec.pre_bias != "none":
             y = y - (self.b_dec if self.spec.pre_bias == "decoder" else self.b_pre)
-        scores = self.preactivations(y, product_dtype)
-        with torch.no_grad():
-            compared = scores * self.W_dec.norm(dim=1) if self.spec.select_by_decoder_norm else scores
-            offsets, ids = self.spec.selection.support(compared)
-        exact = None if product_dtype not in (None, self.W_enc.dtype) else scores
-        kept = kernels.encode_at(y, self.W_enc, self.b_enc, offsets, ids, exact)
-        latents = SparseLatents(offsets, ids, self.spec.selection.activate(kept), self.spec.d_sae, (len(x),))
-        return y, how, scores, latents
+        return Look(x, y, how, self.preactivations(y, product_dtype))
+
+    def run(self, look: Look, support: Support | None = None, exact: bool = True) -> Pass:
+        """Returns one pass over what was looked at, differentiable in the parameters at the support.
+
+        Without a support, the per-token rule chooses.
+
+        `exact` says that the scores have the parameters' precision, so that kept ones need not be computed again.
+        """
+        offsets, ids = self.support(self.compared(look)) if support is None else support
+        kept = self.preactivations_at(look.y, offsets, ids, look.scores if exact else None)
+        values = self.spec.selection.activate(kept, ids, self.per_latent())
+        latents = SparseLatents(offsets, ids, values, self.spec.d_sae, (len(look.x),))
+        rest = self.b_dec.expand(len(look.x), -1)
+        if self.spec.skip:
+            rest = rest + (look.x @ self.W_skip.T) / look.how[1]  # N^-1 gives it back its size
+        prediction = self.decoded(values, offsets, ids) + rest
+        return Pass(look.y, look.scores, kept, latents, rest, prediction, look.how)
 
     @torch.no_grad()
     def preactivations(
         self, y: Float[Tensor, "n d_in"], product_dtype: torch.dtype | None = None
     ) -> Float[Tensor, "n d_sae"]:
         """Returns y W_enc^T + b_enc without gradient, the product taken in `product_dtype`."""
-        dtype = product_dtype or self.W_enc.dtype
-        return torch.nn.functional.linear(y.to(dtype), self.W_enc.to(dtype), self.b_enc.to(dtype)).to(y.dtype)
+        dtype, layers = product_dtype or self.W_enc.dtype, self.spec.n_blocks
+        weight, bias = self.W_enc.to(dtype), self.b_enc.to(dtype)
+        if layers == 1:
+            return torch.nn.functional.linear(y.to(dtype), weight, bias).to(y.dtype)
+        seen = y.to(dtype).view(len(y), layers, -1).transpose(0, 1)
+        product = torch.bmm(seen, weight.view(layers, -1, weight.shape[1]).transpose(1, 2))
+        return (product.transpose(0, 1).reshape(len(y), -1) + bias).to(y.dtype)
+
+    def preactivations_at(
+        self,
+        y: Float[Tensor, "n d_in"],
+        offsets: Int[Tensor, "n_plus_1"],
+        ids: Int[Tensor, "nnz"],
+        scores: Float[Tensor, "n d_sae"] | None = None,
+    ) -> Float[Tensor, "nnz"]:
+        """Returns y W_enc^T + b_enc at a support, differentiable; `scores` is the product where it is there already."""
+        layers, n = self.spec.n_blocks, len(y)
+        if layers > 1:  # a row for each (token, layer): ids ascend, so the order of the entries stays
+            size = self.spec.d_sae // layers
+            rows = _tokens(offsets) * layers + torch.div(ids, size, rounding_mode="floor")
+            counts = torch.bincount(rows, minlength=n * layers)
+            scores = None if scores is None else scores[_tokens(offsets), ids]
+            y, offsets = y.reshape(n * layers, -1), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        elif scores is not None:
+            scores = scores[_tokens(offsets), ids]
+        return kernels.encode_at(y, self.W_enc, self.b_enc, offsets, ids, scores)
+
+    def decoded(
+        self,
+        values: Float[Tensor, "nnz"],
+        offsets: Int[Tensor, "n_plus_1"],
+        ids: Int[Tensor, "nnz"],
+        frozen: bool = False,
+    ) -> Float[Tensor, "n d_out"]:
+        """Returns codes times decoder, without bias, differentiable in both; in the codes alone where `frozen`."""
+        if self.spec.n_blocks == 1:
+            return kernels.decode(values, self.W_dec.detach() if frozen else self.W_dec, offsets, ids)
+        tokens, n = _tokens(offsets), offsets.numel() - 1
+        out = values.new_zeros(n, self.spec.d_out)
+        for block, weight in zip(self.blocks, self.decoders(frozen), strict=True):
+            mine = (ids >= block.latents.start) & (ids < block.latents.stop)
+            counts = torch.bincount(tokens[mine], minlength=n)
+            starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            part = kernels.decode(values[mine], weight, starts, ids[mine] - block.latents.start)
+            out = out + torch.nn.functional.pad(part, (block.columns.start, 0))
+        return out
+
+    @torch.no_grad()
+    def effects(self, gradients: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_sae"]:
+        """Returns |<g, W_dec_i>|: to first order, what a unit of each latent changes the loss by."""
+        parts = zip(self.blocks, self.decoders(), strict=True)
+        return torch.cat([gradients[:, block.columns] @ weight.T for block, weight in parts], dim=1).abs()
+
+    @torch.no_grad()
+    def compared(
+        self,
+        look: Look,
+        gradients: Float[Tensor, "n d_in"] | None = None,
+        states: list[dict[str, Tensor]] | None = None,
+    ) -> Float[Tensor, "n d_sae"]:
+        """Returns what selection compares: pre-activations, times decoder norms or augmented where the spec says so.
+
+        `gradients` are those of the loss at the sites written, in the model's own units; `states` what the rule
+        remembers of every block.
+        """
+        scores = look.scores * self.decoder_norms() if self.spec.select_by_decoder_norm else look.scores
+        if gradients is None or not self.spec.selection.needs_gradient:
+            return scores
+        effects = self.effects(gradients * look.how[1])  # the chain rule, with the normalization taken as constant
+        groups = self.rule_groups()
+        found = self.spec.calibration or (0.0,) * len(groups)
+        states = states or [{"effect.mean": torch.tensor(mean)} for mean in found]
+        parts = [self.spec.rule.augment(scores[:, g], effects[:, g], s) for g, s in zip(groups, states, strict=True)]
+        return torch.cat(parts, dim=1)
+
+    def rule_groups(self) -> list[slice]:
+        """Returns the latents among which selection chooses: each block, or all together."""
+        return [slice(0, self.spec.d_sae)] if self.spec.budget == "shared" else [block.latents for block in self.blocks]
+
+    def per_latent(self) -> dict[str, Float[Tensor, "d_sae"]]:
+        """Returns the tensors with one value a latent that a selection rule may look at."""
+        names = [*self.spec.selection.parameters(0), *self.spec.selection.buffers(0), "b_enc"]
+        return {name: getattr(self, name) for name in names}
+
+    def support(self, scores: Float[Tensor, "n d_sae"], ask: Callable[..., Support] | None = None) -> Support:
+        """Returns the support of compared scores: by the per-token rule, or by `ask(rule, scores, tensors, group)`.
+
+        A cross-layer coder asks once for every block.
+        """
+        ask = ask or (lambda rule, scores, tensors, group: rule.infer(scores, tensors))
+        tensors, found = self.per_latent(), []
+        for number, group in enumerate(self.rule_groups()):
+            own = {name: tensor[group] for name, tensor in tensors.items()}
+            if number < len(self.spec.calibration):
+                own["calibration"] = torch.tensor(self.spec.calibration[number], dtype=torch.float32)
+            found.append((group, ask(self.spec.rule, scores[:, group], own, number)))
+        if len(found) == 1:
+            return found[0][1]
+        parts = [(_tokens(offsets), ids + group.start) for group, (offsets, ids) in found]
+        tokens, ids = (torch.cat(members) for members in zip(*parts, strict=True))
+        return Entries(tokens, ids, ids).to_support(len(scores))
+
+    def _inferred(self, look: Look, gradients: Tensor | None) -> Pass:
+        if getattr(self.spec.selection, "inference", "plain") == "gradient":
+            if gradients is None:
+                raise ValueError("gradients: this coder's selection.inference is 'gradient'; pass those of the loss")
+        elif gradients is not None:
+            raise ValueError("gradients: this coder's inference looks at none; leave them out")
+        return self.run(look, self.support(self.compared(look, gradients)))
 
     def _rows(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "n d_in"]:
         if x.shape[-1] != self.spec.d_in:
@@ -142,24 +327,37 @@ class SparseCoder(nn.Module):
         return x.reshape(-1, self.spec.d_in).to(self.W_enc)
 
 
-def initialize(coder: SparseCoder, center: Float[Tensor, "d_out"], seed: int, *key: str | int) -> None:
+def initialize(
+    coder: SparseCoder,
+    center: Float[Tensor, "d_out"],
+    seed: int,
+    *key: str | int,
+    input_center: Float[Tensor, "d_in"] | None = None,
+) -> None:
     """Starts a coder as TopK scaling does (Gao 2024, arXiv 2406.04093, appendix A).
 
-    Rows of W_dec are random unit vectors, W_enc is their copy (the tied start keeps latents alive), b_enc is zero and
-    b_dec is `center`, the mean or geometric median of the normalized training activations.
+    Rows of W_enc are random unit vectors, b_enc is zero and b_dec is `center`, the mean or geometric median of the
+    normalized training activations. An autoencoder's W_dec is a copy of W_enc (the tied start keeps latents alive). A
+    transcoder's W_dec is zero, so that it starts by predicting the mean output; its encoder is centered on
+    `input_center`, by b_pre or, without one, by b_enc (Paulo 2025, arXiv 2501.18823).
     """
     spec = coder.spec
-    rows = torch.randn(spec.d_sae, spec.d_in, generator=generator(seed, "init", *key))
+    rows = torch.randn(coder.W_enc.shape, generator=generator(seed, "init", *key))
     rows = rows / rows.norm(dim=1, keepdim=True)
     with torch.no_grad():
         coder.W_enc.copy_(rows)
-        if spec.d_in == spec.d_out:
-            coder.W_dec.copy_(rows)
         coder.b_dec.copy_(center)
+        if spec.is_autoencoder and not spec.cross_layer:
+            coder.W_dec.copy_(rows)
+        elif input_center is not None and spec.pre_bias == "own":
+            coder.b_pre.copy_(input_center)
+        elif input_center is not None and spec.pre_bias == "none":
+            coder.b_enc.copy_(-(coder.preactivations(input_center[None].to(coder.W_enc)) - coder.b_enc)[0])
 
 
-def _reshaped(latents: SparseLatents, shape: tuple[int, ...]) -> SparseLatents:
-    return SparseLatents(latents.offsets, latents.ids, latents.values, latents.d_sae, shape)
+def _tokens(offsets: Int[Tensor, "n_plus_1"]) -> Int[Tensor, "nnz"]:
+    """Returns the token of every entry."""
+    return torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff())
 
 
 def _concatenate(parts: list[SparseLatents], d_sae: int, shape: tuple[int, ...], like: Tensor) -> SparseLatents:

@@ -1,6 +1,7 @@
 """What a training run is: frozen dataclasses, one docstring a field, checked before anything loads."""
 
 import itertools
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +16,11 @@ from sae.optim import OptimConfig
 from sae.selection import Selection
 from sae.selection.topk import TopK
 from sae.settings import at_least, choose, decode, merge, set_dotted
-from sae.spec import DECODER_NORMS
+from sae.spec import BUDGETS, DECODER_NORMS, PRE_BIASES
 from sae.text import TextConfig
 
 LANES = 64
+LAYOUTS = ("per_site", "crosscoder", "cross_layer")
 OBJECTIVES: dict[str, Objective] = {"reconstruction": Reconstruction(), "auxk": AuxK()}
 
 
@@ -46,6 +48,8 @@ class ActivationConfig:
 
     sites: tuple[str, ...] = ("layers.2",)
     """Module paths, globs ("layers.*.mlp") or TransformerLens names; ":input" reads the module's input."""
+    targets: tuple[str, ...] = ()
+    """What is predicted from each of `sites`, in their order: transcoders. None: the sites themselves, autoencoders."""
     source: str = "live"
     """live (recompute), disk (compute all first, then read), write_through (compute once, store, then read)."""
     block_rows: int = 8
@@ -56,8 +60,6 @@ class ActivationConfig:
     """First positions of every row that are masked, whatever token stands there."""
     norm_filter: float = 10.0
     """Tokens whose activation norm exceeds this multiple of the median are masked; 0 keeps all."""
-    gradients: bool = False
-    """Also capture the gradient of the summed next-token cross-entropy at every site."""
     statistics_tokens: int = 32_768
     """Tokens from which mean, variance, median norm and input scale are measured before step 0."""
     prefetch_blocks: int | None = None
@@ -81,6 +83,10 @@ class ActivationConfig:
             at_least("activations.prefetch_blocks", self.prefetch_blocks, 0)
         if not self.sites:
             raise ConfigError("activations.sites: empty; name at least one module, for example layers.2")
+        if self.targets and len(self.targets) != len(self.sites):
+            raise ConfigError(
+                f"activations.targets: {len(self.targets)} for {len(self.sites)} sites; name one for each, or none at all"
+            )
 
 
 @dataclass(frozen=True)
@@ -97,12 +103,23 @@ class CoderConfig:
     """Terms of the loss by name; the weight 0 leaves a term out."""
     normalization: Normalization = field(default_factory=Normalization)
     """What is done to activations before the encoder and undone after the decoder."""
-    pre_bias: str = "decoder"
-    """What is subtracted before the encoder: the decoder bias, or none."""
+    layout: str = "per_site"
+    """per_site: a coder for each site; crosscoder: one that reads and writes all of them; cross_layer: one with a block
+    of latents for each site, which writes to its target and all later ones."""
+    budget: str = "block"
+    """Of a cross_layer coder: block selects in every block by itself, shared in all blocks together."""
+    skip: bool = False
+    """Whether a linear map of the input is added to the output (skip transcoder)."""
+    balance_sites: bool = True
+    """Of several written sites: whether the loss weights them so that the FVU of each counts alike."""
+    pre_bias: str | None = None
+    """What is subtracted before the encoder: decoder (the decoder bias), own (a bias of its own), or none; left out,
+    decoder for an autoencoder and own for a transcoder."""
     center: str = "mean"
     """Where b_dec starts: mean or geometric_median of the training activations, or zero."""
-    decoder_norm: str = "unit"
-    """unit keeps decoder rows at norm 1, free does not."""
+    decoder_norm: str | None = None
+    """unit keeps each latent's decoder at norm 1, free does not; left out, unit for an autoencoder, free for a
+    transcoder."""
     select_by_decoder_norm: bool = False
     """Whether selection compares pre-activations times decoder norms."""
     seed: int = 0
@@ -114,20 +131,33 @@ class CoderConfig:
 
     def validate(self, d_in: int | None = None) -> None:
         """Raises ConfigError naming the field whose value is not allowed; widths are checked once d_in is known."""
-        choose("coder.pre_bias", self.pre_bias, ("decoder", "none"))
+        choose("coder.layout", self.layout, LAYOUTS)
+        choose("coder.budget", self.budget, BUDGETS)
         choose("coder.center", self.center, ("mean", "geometric_median", "zero"))
-        choose("coder.decoder_norm", self.decoder_norm, DECODER_NORMS)
+        if self.pre_bias is not None:
+            choose("coder.pre_bias", self.pre_bias, PRE_BIASES)
+        if self.decoder_norm is not None:
+            choose("coder.decoder_norm", self.decoder_norm, DECODER_NORMS)
+        if self.budget == "shared" and self.layout != "cross_layer":
+            raise ConfigError("coder.budget: 'shared' is for coder.layout cross_layer; other coders have one block")
         self.normalization.validate("coder.normalization")
         at_least("coder.d_sae", self.d_sae, 0)
         at_least("coder.expansion", self.expansion, 1)
         if not any(term.weight for term in self.objectives.values()):
             raise ConfigError("coder.objectives: no term has a weight; at least one is needed, such as reconstruction")
+        terms = [Objective.get_choice_name(type(term)) for term in self.objectives.values() if term.weight]
+        if self.selection.needs and not set(self.selection.needs) & set(terms):
+            rule, wanted = Selection.get_choice_name(type(self.selection)), " or ".join(self.selection.needs)
+            raise ConfigError(
+                f"coder.objectives: selection {rule} is not sparse by itself; add the term {wanted}, for example "
+                f"--coder.objectives.{self.selection.needs[0]}.type {self.selection.needs[0]}"
+            )
         d_sae = self.width(d_in or 0)
         if d_sae:
             try:
                 self.selection.validate(d_sae)
                 for objective in self.objectives.values():
-                    objective.validate(d_in or d_sae, d_sae)
+                    objective.validate(d_in or d_sae, d_sae, self.selection)
             except ConfigError as error:
                 raise ConfigError(f"coder.{error}") from None
 
@@ -194,8 +224,9 @@ class TrainConfig:
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     coder: CoderConfig = field(default_factory=CoderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    grid: dict[str, list[Any]] = field(default_factory=dict)
-    """Several coders from one pass: {"coder.selection.k": [16, 32], "optim.lr": [...]} trains every combination."""
+    grid: dict[str, Any] = field(default_factory=dict)
+    """Several coders from one pass: {"coder.selection.k": [16, 32], "optim.lr": [...]} trains every combination. Values
+    may have names, above all where they are mappings: {"coder": {"wide": {"d_sae": 8192}, "narrow": {"d_sae": 1024}}}."""
     tokens: int = 1_000_000
     """Training tokens, repeats over several epochs counted."""
     batch_tokens: int = 1024
@@ -223,6 +254,14 @@ class TrainConfig:
         return self.text.max_tokens or max(self.tokens, self.text.context_length)
 
     @property
+    def gradient_loss(self) -> str | None:
+        """Returns the loss whose gradients some coder's selection looks at, or None; ConfigError if they differ."""
+        losses = {c.selection.loss for _, c, _ in self.points() if c.selection.needs_gradient}  # type: ignore[attr-defined]
+        if len(losses) > 1:
+            raise ConfigError(f"grid: selections with the losses {', '.join(sorted(losses))} cannot share one pass")
+        return next(iter(losses), None)
+
+    @property
     def dead_after(self) -> int:
         """Returns after how many silent tokens a latent is dead."""
         return self.dead_after_tokens or min(10_000_000, max(1, self.tokens // 10))
@@ -244,23 +283,35 @@ class TrainConfig:
         for _, coder, optim in self.points():
             coder.validate()
             optim.validate()
+        _ = self.gradient_loss
 
     def points(self) -> list[tuple[str, CoderConfig, OptimConfig]]:
         """Returns (label, coder, optim) of every grid point; a run without a grid is one point with an empty label."""
         if not self.grid:
             return [("", self.coder, self.optim)]
-        for key, values in self.grid.items():
-            if key.split(".")[0] not in ("coder", "optim"):
-                raise ConfigError(f"grid: {key!r} is not a field below coder or optim")
-            if len(set(map(str, values))) < max(1, len(values)):
-                raise ConfigError(f"grid.{key}: {values} must hold at least one value, and none twice")
+        named = {key: _named(key, values) for key, values in self.grid.items()}
         base = {"coder": draccus.encode(self.coder), "optim": draccus.encode(self.optim)}
         found = []
-        for values in itertools.product(*self.grid.values()):
+        for chosen in itertools.product(*(values.items() for values in named.values())):
             data = merge({}, base)
-            for key, value in zip(self.grid, values, strict=True):
+            for key, (_, value) in zip(named, chosen, strict=True):
                 set_dotted(data, key, value)
             coder, optim = decode(CoderConfig, data["coder"], "coder"), decode(OptimConfig, data["optim"], "optim")
-            label = ",".join(f"{key.split('.')[-1]}={value}" for key, value in zip(self.grid, values, strict=True))
-            found.append((label, coder, optim))
+            found.append((",".join(label for label, _ in chosen), coder, optim))
         return found
+
+
+def _named(key: str, values: Any) -> dict[str, Any]:
+    """Returns a grid field's values by their part of a coder's name: their own, or the field's last part and the value."""
+    if key.split(".")[0] not in ("coder", "optim"):
+        raise ConfigError(f"grid: {key!r} is not coder, optim or a field below them")
+    if isinstance(values, dict) and values:
+        for name in values:
+            if not re.fullmatch(r"[\w.+=-]+", str(name)):
+                raise ConfigError(f"grid.{key}: {name!r} names a folder; use letters, digits and . _ + = - only")
+        return {str(name): value for name, value in values.items()}
+    if not isinstance(values, list | tuple) or len(set(map(str, values))) < max(1, len(values)):
+        raise ConfigError(f"grid.{key}: {values} must hold at least one value, and none twice")
+    if any(isinstance(value, dict | list) for value in values):
+        raise ConfigError(f"grid.{key}: give mappings and lists a name: {{{key}: {{first: ..., second: ...}}}}")
+    return {f"{key.split('.')[-1]}={value}": value for value in values}

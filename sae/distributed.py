@@ -62,6 +62,28 @@ def total_(*tensors: Tensor) -> None:
             tensor.copy_(part.reshape(tensor.shape))
 
 
+def before(count: int) -> int:
+    """Returns the sum of `count` over the ranks before this one."""
+    if not dist.is_initialized():
+        return 0
+    counts = torch.zeros(world_size(), dtype=torch.int64)
+    counts[rank()] = count
+    return int(total(counts)[: rank()].sum())
+
+
+def gathered(value: Tensor) -> Tensor:
+    """Returns the rows of all ranks one after the other; ranks may have different numbers of them."""
+    if not dist.is_initialized():
+        return value
+    counts = torch.zeros(world_size(), dtype=torch.int64)
+    counts[rank()] = len(value)
+    most = int(total(counts).max())
+    padded = torch.cat([value, value.new_zeros(most - len(value), *value.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, total(counts).tolist(), strict=True)])
+
+
 def any_rank(flag: bool) -> bool:
     """Returns whether the flag is set on any rank, so that all ranks stop at the same step."""
     return _largest(int(flag)) > 0

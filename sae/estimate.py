@@ -15,8 +15,8 @@ from sae.activations import widths
 from sae.config import LANES, TrainConfig
 from sae.evaluation import rows_per_pass
 from sae.models import DTYPES, LanguageModel, is_causal, load_config, resolve_device
+from sae.planning import paired, plan
 from sae.progress import duration
-from sae.sites import resolve
 from sae.spec import Site
 
 FLOAT = 4
@@ -66,18 +66,14 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     config.validate()
     with FakeTensorMode():
         lm = fake_model(config, trust_remote_code)
-        sites = resolve(lm.model, config.activations.sites, config.model.name)
+        pairs = paired(config, lm)
+        sites = list({site.name: site for pair in pairs for site in pair}.values())
         width = widths(lm, sites)
-    sizes = []
-    for site in sites:
-        for _, coder, optim in config.points():
-            d = width[site.name]
-            coder.validate(d)
-            d_sae = coder.width(d)
-            sizes.append((d, d_sae, 2 * d * d_sae + d + d_sae, 5 if optim.ema else 4))
+        planned = plan(config, pairs, width)
+    sizes = [(p.d_in, p.d_sae, p.parameters, 5 if p.optim.ema else 4) for p in planned]
     context, settings = config.text.context_length, config.activations
     item = DTYPES[settings.dtype].itemsize
-    row = sum(width.values()) * item * (2 if settings.gradients else 1)
+    row = sum(width.values()) * item * (2 if config.gradient_loss else 1)
     block = settings.block_rows * context * row
     weights = sum(p.numel() for p in lm.model.parameters())
     device = resolve_device(config.model.device)
@@ -89,7 +85,7 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     parameters = sum(count for *_, count, _ in sizes)
     ahead = settings.blocks_ahead(on_cpu=device.type == "cpu")
     tokens = settings.block_rows * context
-    graph = tokens * (3 * vocabulary + 20 * layers * _width(lm)) * FLOAT if settings.gradients else 0
+    graph = tokens * (3 * vocabulary + 20 * layers * _width(lm)) * FLOAT if config.gradient_loss else 0
     memory = {
         "process": psutil.Process().memory_info().rss + LATER,
         "model": weights * itemsize,
@@ -105,7 +101,7 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     stored = {"live": 0, "disk": config.max_text_tokens, "write_through": visited}[settings.source]
     saved = sum(count * (copies - 1) for *_, count, copies in sizes)  # all but the gradients; one more while it is made
     disk = ((config.checkpoints.keep + 1) * saved + parameters) * FLOAT + 8 * config.max_text_tokens + stored * row
-    flops = 2.0 * (3 * weights if settings.gradients else _parameters_below(lm, sites)) * (stored or config.tokens)
+    flops = 2.0 * (3 * weights if config.gradient_loss else _parameters_below(lm, sites)) * (stored or config.tokens)
     flops += sum(
         config.tokens * 2.0 * d * d_sae * 1.6 for d, d_sae, *_ in sizes
     )  # the dense encoder and, sparse, the rest

@@ -5,26 +5,40 @@ whole model clean, spliced, zero-ablated and mean-ablated. The same mask holds i
 neither replaced nor counted. Losses are averaged over tokens first; ratios are formed once, at the end.
 """
 
+import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.activations import capture, counted, hooked, model_inputs, next_token_losses, norm_mask, token_mask, widths
+from sae.activations import (
+    capture,
+    capture_with_gradients,
+    counted,
+    hooked,
+    model_inputs,
+    next_token_losses,
+    norm_mask,
+    token_mask,
+    widths,
+)
 from sae.coder import SparseCoder
 from sae.errors import ConfigError, Stopped
-from sae.intervene import replace_at, splice
-from sae.metrics import Moments, Reconstruction, kl_divergence, recovered
+from sae.intervene import ablate, reads_ahead, splice
+from sae.metrics import Moments, Reconstruction, head_shares, kl_divergence, recovered
 from sae.models import LanguageModel, load_language_model
 from sae.nulls import null_fvus
 from sae.settings import decode
-from sae.spec import CoderSpec
+from sae.spec import CoderSpec, Site
 from sae.text import TextConfig, TokenRows, tokenize
 
 PASS_LOGITS = 2**25  # most logits held at once, per copy: 128 MiB
+GRADIENT_MODE = " (with gradients)"
+WITH_GRADIENTS = "latents selected with gradients of later losses: these figures see the future"
 
 
 def evaluate(
@@ -40,7 +54,9 @@ def evaluate(
     Rows are taken evenly from the whole held-out part: the first ones may all come from one long document.
     The model and the held-out rows default to those the (first) coder's spec names: where it was trained.
     Keys: `reconstruction` (with the norm filter) and `reconstruction_unfiltered`, `density`, `loss` (CE and KL of every
-    arm; absent for a model that predicts no next token), `nulls` on request. Units are nats per token.
+    arm; absent for a model that predicts no next token), `nulls` on request. Where they apply: `skip` (what the skip
+    path alone explains), `heads` (decoder shares of attention heads), `against` (autoencoders of the same sites in this
+    evaluation), and `with_gradients`, labeled: all figures again, with gradients at inference. Units are nats per token.
     """
     several = coders if isinstance(coders, dict) else {"": coders}
     for name, coder in several.items():
@@ -51,18 +67,58 @@ def evaluate(
     lm = lm or load_language_model(spec.reads[0].model, spec.reads[0].revision, device=str(device))
     _check_widths(several, lm)
     rows = rows or tokenize(text_of(spec), lm.tokenizer, lm.source(), should_stop).held_out
+    modes = _modes(several)
     n_rows = min(rows.n_rows, max(1, -(-tokens // rows.context_length)))
     size = rows_per_pass(rows.context_length, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
     chosen = torch.arange(n_rows) * rows.n_rows // n_rows
     batches = [rows.tokens(part) for part in chosen.split(size)]
     with torch.no_grad():
-        results, means = _reconstruct(several, lm, batches, nulls, should_stop)
+        results, means = _reconstruct(modes, lm, batches, nulls, should_stop)
         if lm.is_causal:
-            losses = _losses(several, lm, batches, means, should_stop)
-            for name in several:
+            losses = _losses(modes, lm, batches, means, should_stop)
+            for name in modes:
                 results[name]["loss"] = losses[name]
+    for name in modes.keys() - several.keys():
+        results[name.removesuffix(GRADIENT_MODE)]["with_gradients"] = {"label": WITH_GRADIENTS, **results.pop(name)}
+    _compare(several, results)
     results = {name: _finite(found) for name, found in results.items()}
     return results if isinstance(coders, dict) else results[""]
+
+
+def _modes(coders: dict[str, SparseCoder]) -> dict[str, SparseCoder]:
+    """Returns the coders as they are asked without gradients and, of rules that can look at them, with."""
+    modes = dict(coders)
+    for name, coder in coders.items():
+        if coder.spec.selection.needs_gradient:
+            for mode, label in (("plain", name), ("gradient", name + GRADIENT_MODE)):
+                modes[label] = copy.copy(coder)  # the tensors are shared
+                modes[label].spec = coder.spec.with_(selection=replace(coder.spec.selection, inference=mode))  # type: ignore[call-arg]
+    return modes
+
+
+def _compare(coders: dict[str, SparseCoder], results: dict[str, Any]) -> None:
+    """Sets every transcoder beside the autoencoders of the sites that it writes: L0 and loss of both."""
+    for name, coder in coders.items():
+        if coder.spec.is_autoencoder or "loss" not in results[name]:
+            continue
+        ours = results[name]["loss"]["ce_spliced"]
+        found = {}
+        for other, rival in coders.items():
+            if rival.spec.is_autoencoder and _names(rival.spec.writes) == _names(coder.spec.writes):
+                theirs = results[other]["loss"]["ce_spliced"]
+                l0 = results[other]["reconstruction"]["l0"]
+                found[other] = {"l0": l0, "ce_spliced": theirs, "ce_ratio": ours / theirs if theirs else None}
+        if found:
+            results[name]["against"] = found
+
+
+def _names(sites: tuple[Site, ...]) -> list[str]:
+    return [site.name for site in sites]
+
+
+def _columns(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> Tensor:
+    """Returns the sites' activations side by side."""
+    return torch.cat([tensors[site.name].float() for site in sites], dim=-1)
 
 
 def _finite(found: Any) -> Any:
@@ -74,10 +130,14 @@ def _finite(found: Any) -> Any:
 
 def _check_widths(coders: dict[str, SparseCoder], lm: LanguageModel) -> None:
     for name, coder in coders.items():
-        for site, width in ((coder.spec.reads[0], coder.spec.d_in), (coder.spec.writes[0], coder.spec.d_out)):
-            found = widths(lm, [site])[site.name]
-            if found != width:
-                raise ConfigError(f"coder {name}: takes {site.name} to have width {width}; in {lm.name} it has {found}")
+        sides = ((coder.spec.reads, coder.spec.d_in), (coder.spec.writes, coder.spec.d_out))
+        for sites, total in sides:
+            found = widths(lm, list(dict.fromkeys(sites)))
+            for site in sites:
+                width = site.width or total
+                if found[site.name] != width:
+                    of = f"{lm.name} it has {found[site.name]}"
+                    raise ConfigError(f"coder {name}: takes {site.name} to have width {width}; in {of}")
 
 
 def text_of(spec: CoderSpec) -> TextConfig:
@@ -99,32 +159,36 @@ def _reconstruct(
     nulls: bool,
     should_stop: Callable[[], bool],
 ) -> tuple[dict[str, Any], dict[str, Float[Tensor, "d"]]]:
-    sites = list({site.name: site for c in coders.values() for site in (c.spec.reads[0], c.spec.writes[0])}.values())
+    sites = list({s.name: s for c in coders.values() for s in (*c.spec.reads, *c.spec.writes)}.values())
     filtered = {name: Reconstruction(coder.spec.d_sae) for name, coder in coders.items()}
     unfiltered = {name: Reconstruction(coder.spec.d_sae) for name, coder in coders.items()}
+    skipped = {name: Reconstruction(coder.spec.d_sae) for name, coder in coders.items() if coder.spec.skip}
     moments = {name: Moments() for name in coders}
-    held: dict[str, list[Tensor]] = {name: [] for name in coders}
+    held: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in coders}
     for batch in batches:
         _poll(should_stop)
-        seen = capture(lm, sites, batch)
+        seen, gradients = _seen(coders, lm, sites, batch)
         for name, coder in coders.items():
             spec = coder.spec
             keep = token_mask(batch, spec.mask).to(lm.device)
-            x, target = (
-                seen[site.name][keep].to(coder.W_enc.device).float() for site in (spec.reads[0], spec.writes[0])
-            )
-            usual = norm_mask(x, spec.mask)
-            out, latents = coder(x)
+            own = {site.name: seen[site.name][keep] for site in (*spec.reads, *spec.writes)}
+            x, target = (_columns(own, side).to(coder.W_enc.device) for side in (spec.reads, spec.writes))
+            usual = norm_mask(own, spec.mask).to(x.device)
+            g = _columns(gradients, spec.writes)[keep].to(x.device) if _looks_at_gradients(coder) else None
+            out, latents = coder(x, g)
             unfiltered[name].update(target, out, latents)
-            if usual.all():
-                filtered[name].update(target, out, latents)
-            else:
-                filtered[name].update(target[usual], *coder(x[usual]))
-            moments[name].update(target[usual])
+            if not usual.all():
+                x, target, g = x[usual], target[usual], None if g is None else g[usual]
+                out, latents = coder(x, g)
+            filtered[name].update(target, out, latents)
+            moments[name].update(target)
+            if name in skipped:
+                none = latents.with_values(torch.zeros_like(latents.values))
+                skipped[name].update(target, coder.decode(none, x) + x.to(coder.W_skip) @ coder.W_skip.T, none)
             if nulls:
-                held[name].append(x[usual].cpu())
+                held[name].append((x.cpu(), target.cpu()))
     results = {}
-    for name in coders:
+    for name, coder in coders.items():
         if not filtered[name].target.n:
             raise ConfigError(f"coder {name}: its mask leaves none of the held-out tokens; there is nothing to measure")
         unmasked = unfiltered[name].result()
@@ -133,10 +197,29 @@ def _reconstruct(
             "reconstruction_unfiltered": {key: unmasked[key] for key in ("tokens", "fvu", "ev")},
             "density": filtered[name].density(),
         }
+        if name in skipped:
+            results[name]["skip"] = {"ev": skipped[name].result()["ev"]}
+        if len(coder.spec.writes) == 1 and coder.spec.writes[0].heads:
+            results[name]["heads"] = head_shares(coder.W_dec, coder.spec.writes[0].heads, filtered[name].fired > 0)
         if nulls:
-            x = torch.cat(held[name])
-            results[name]["nulls"] = null_fvus(coders[name], x[::2], x[1::2])
+            x, target = (torch.cat(parts) for parts in zip(*held[name], strict=True))
+            results[name]["nulls"] = null_fvus(coder, (x[::2], target[::2]), (x[1::2], target[1::2]))
     return results, {name: m.mean.float() for name, m in moments.items()}
+
+
+def _looks_at_gradients(coder: SparseCoder) -> bool:
+    return getattr(coder.spec.selection, "inference", "plain") == "gradient"
+
+
+def _seen(
+    coders: dict[str, SparseCoder], lm: LanguageModel, sites: list[Site], batch: Int[Tensor, "rows context"]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns activations and, if a coder looks at them, gradients at all sites, of the model as it is."""
+    asking = [coder for coder in coders.values() if _looks_at_gradients(coder)]
+    if not asking:
+        return capture(lm, sites, batch), {}
+    spec = asking[0].spec
+    return capture_with_gradients(lm, sites, batch, spec.mask, spec.selection.loss)  # type: ignore[attr-defined]
 
 
 def _losses(
@@ -154,18 +237,20 @@ def _losses(
 
     for batch in batches:
         tokens = batch.to(lm.device)
+        sites = list({s.name: s for c in coders.values() for s in (*c.spec.reads, *c.spec.writes)}.values())
         seen: dict[str, Tensor] = {}
-        reads = list({coder.spec.reads[0].name: coder.spec.reads[0] for coder in coders.values()}.values())
-        with hooked(lm.model, reads, lambda site, x, seen=seen: seen.update({site.name: x})):
+        with hooked(lm.model, sites, lambda site, x, seen=seen: seen.update({site.name: x})):
             clean = logits(tokens)
+        gradients = _seen(coders, lm, sites, batch)[1]
         for name, coder in coders.items():
             _poll(should_stop)
-            spec, mean, total = coder.spec, means[name].to(lm.device), sums[name]
-            keep = token_mask(tokens, spec.mask) & norm_mask(seen[spec.reads[0].name], spec.mask)
+            spec, total = coder.spec, sums[name]
+            keep = token_mask(tokens, spec.mask) & norm_mask(seen, spec.mask)
+            g = _columns(gradients, spec.writes) if _looks_at_gradients(coder) else None
             arms: dict[str, Any] = {
-                "spliced": splice(lm.model, coder, keep),
-                "zero": replace_at(lm.model, spec.writes[0], torch.zeros_like, keep),
-                "mean": replace_at(lm.model, spec.writes[0], lambda x, m=mean: m.to(x.dtype).expand_as(x), keep),
+                "spliced": splice(lm.model, coder, keep, given=seen if reads_ahead(spec) else None, gradients=g),
+                "zero": ablate(lm.model, spec.writes, keep),
+                "mean": ablate(lm.model, spec.writes, keep, means[name]),
             }
             clean_losses = next_token_losses(clean, tokens, keep)
             counts[name] += len(clean_losses)

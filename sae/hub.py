@@ -18,7 +18,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     folder = _coder_folder(Path(path).expanduser())
     spec, tensors = native.read(folder)
     coder = SparseCoder(spec, device, dtype)
-    expected = {name: tuple(parameter.shape) for name, parameter in coder.named_parameters()}
+    expected = {name: tuple(parameter.shape) for name, parameter in coder.state_dict().items()}
     for name, shape in expected.items():
         if name not in tensors:
             raise DataError(f"{folder}: tensor {name} is missing.{nearest(name, tensors)}")
@@ -35,7 +35,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
 
 def save(coder: SparseCoder, folder: str | Path) -> None:
     """Writes a coder to a folder that `load` reads back bit for bit."""
-    native.write(Path(folder).expanduser(), coder.spec, dict(coder.named_parameters()))
+    native.write(Path(folder).expanduser(), coder.spec, coder.state_dict())
 
 
 def coder_folders(path: Path) -> list[Path]:

@@ -3,8 +3,8 @@
 with splice(lm.model, coder): logits = lm.model(tokens).logits
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sae.activations import hooked
 from sae.coder import SparseCoder
-from sae.spec import Site
+from sae.errors import ConfigError
+from sae.spec import CoderSpec, Site
 
 
 @contextmanager
@@ -33,36 +34,82 @@ def replace_at(
 
 
 @contextmanager
+def ablate(
+    model: nn.Module,
+    sites: Sequence[Site],
+    keep: Bool[Tensor, "rows context"] | None = None,
+    mean: Float[Tensor, "d_out"] | None = None,
+) -> Iterator[None]:
+    """While open, the tensors at `sites` are zero, or their part of `mean`, at the positions in `keep`."""
+
+    def new(site: Site, start: int) -> Callable[[Tensor], Tensor]:
+        def made(x: Tensor) -> Tensor:
+            return torch.zeros_like(x) if mean is None else mean[start : start + x.shape[-1]].to(x).expand_as(x)
+
+        return made
+
+    with ExitStack() as stack:
+        for site, start in zip(sites, _starts(sites), strict=True):
+            stack.enter_context(replace_at(model, site, new(site, start), keep))
+        yield
+
+
+def reads_ahead(spec: CoderSpec) -> bool:
+    """Returns whether what a coder writes somewhere depends on a site that the model computes only later.
+
+    A crosscoder does, and a cross-layer coder whose layers share one budget per token.
+    """
+    if spec.cross_layer:
+        return spec.budget == "shared" and not spec.calibration
+    return len(spec.reads) > 1
+
+
+@contextmanager
 def splice(
     model: nn.Module,
     coder: SparseCoder,
     keep: Bool[Tensor, "rows context"] | None = None,
     error: bool = False,
+    given: dict[str, Float[Tensor, "rows context d"]] | None = None,
+    gradients: Float[Tensor, "rows context d_out"] | None = None,
 ) -> Iterator[None]:
     """While open, the model computes with the coder's output in place of the activations it reconstructs.
 
     A coder that reads and writes one site replaces that tensor; one that writes elsewhere (a transcoder) replaces the
-    tensor at the site it writes. With `error`, the difference between the original and the reconstruction is added
-    back as a constant: the model's output is unchanged until latents are edited. `keep` limits it to some positions.
+    tensors at the sites it writes, of what it has read in the same pass: every site sees the earlier ones replaced. A
+    coder that `reads_ahead` cannot do so; it must be `given` its inputs by site name, those of the model as it is
+    (ConfigError without). With `error`, the difference between the original and the reconstruction is added back as a
+    constant: the model's output is unchanged until latents are edited. `keep` limits it to some positions; `gradients`
+    are for a coder whose inference looks at them.
     """
-    read, write = coder.spec.reads[0], coder.spec.writes[0]
-    if read == write:
-        with replace_at(model, read, lambda x: _output(coder, x, x if error else None), keep):
-            yield
-        return
-    seen: dict[str, Tensor] = {}
+    spec = coder.spec
+    if given is None and reads_ahead(spec):
+        raise ConfigError("splice: this coder reads sites that come after those it writes; pass what it reads as given")
+    seen: dict[str, Tensor] = dict(given or {})
 
-    def remember(_: Site, x: Tensor) -> None:
-        seen["input"] = x
+    def remember(site: Site, x: Tensor) -> None:
+        seen.setdefault(site.name, x)
 
-    with (
-        hooked(model, [read], remember),
-        replace_at(model, write, lambda x: _output(coder, seen["input"], x if error else None), keep),
-    ):
+    def made(site: Site, start: int) -> Callable[[Tensor], Tensor]:
+        def new(x: Tensor) -> Tensor:
+            if spec.is_autoencoder and given is None:
+                seen[site.name] = x
+            like = next(iter(seen.values()))
+            parts = [seen.get(s.name, like.new_zeros(*like.shape[:-1], s.width)) for s in spec.reads]  # later layers
+            inputs = torch.cat([part.float() for part in parts], dim=-1)
+            out = coder(inputs, gradients).out[..., start : start + x.shape[-1]]
+            return out + (x.to(out.device).float() - out).detach() if error else out
+
+        return new
+
+    with ExitStack() as stack:
+        if given is None and not spec.is_autoencoder:
+            stack.enter_context(hooked(model, list(spec.reads), remember))
+        for site, start in zip(spec.writes, _starts(spec.writes), strict=True):
+            stack.enter_context(replace_at(model, site, made(site, start), keep))
         yield
 
 
-def _output(coder: SparseCoder, x: Tensor, original: Tensor | None) -> Tensor:
-    """Returns the coder's output, or the original with the reconstruction's gradient path where the error is kept."""
-    out = coder(x.float()).out
-    return out if original is None else out + (original.to(out.device).float() - out).detach()
+def _starts(sites: Sequence[Site]) -> list[int]:
+    """Returns the first column of every site."""
+    return [sum(site.width for site in sites[:i]) for i in range(len(sites))]

@@ -115,6 +115,24 @@ class Reconstruction:
         }
 
 
+def head_shares(decoder: Float[Tensor, "d_sae d"], heads: int, alive: Bool[Tensor, "d_sae"]) -> dict[str, Any]:
+    """Returns how latents on concatenated head outputs spread over the heads (Kissane 2024, arXiv 2406.17759).
+
+    A latent's share in head h is |W_dec_i[h]| / sum over heads of it. mean_share is the mean over live latents by head,
+    dominant the share of live latents with more than half in one head, heads_per_latent their mean effective number of
+    heads (one over the sum of squared shares).
+    """
+    parts = decoder.detach()[alive.to(decoder.device)].double().unflatten(1, (heads, -1)).norm(dim=2)
+    shares = parts / parts.sum(1, keepdim=True).clamp_min(1e-30)
+    if not len(shares):
+        return {"mean_share": [0.0] * heads, "dominant": None, "heads_per_latent": None}
+    return {
+        "mean_share": [float(share) for share in shares.mean(0)],
+        "dominant": float((shares.max(1).values > 0.5).double().mean()),
+        "heads_per_latent": float((1 / shares.square().sum(1).clamp_min(1e-30)).mean()),
+    }
+
+
 def kl_divergence(
     clean: Float[Tensor, "rows context vocabulary"],
     patched: Float[Tensor, "rows context vocabulary"],

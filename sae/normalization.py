@@ -1,6 +1,6 @@
 """N(x): what is done to an activation before the encoder and undone after the decoder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sae.errors import ConfigError, nearest
 
+Undo = tuple[Tensor | float, Tensor | float]
 KINDS = ("none", "scalar", "layer_norm", "l2")
 
 
@@ -24,6 +25,11 @@ class Normalization:
     unbiased: bool = True
     """Whether layer_norm's standard deviation divides by d - 1 (as OpenAI's and SAELens' coders do) or by d."""
 
+    @property
+    def per_token(self) -> bool:
+        """Returns whether it is undone with numbers measured at the token itself."""
+        return self.kind in ("layer_norm", "l2")
+
     def validate(self, field: str) -> None:
         """Raises ConfigError naming `field` if a value is out of range."""
         if self.kind not in KINDS:
@@ -33,7 +39,7 @@ class Normalization:
         if not self.scale > 0:
             raise ConfigError(f"{field}.scale: {self.scale} must be positive")
 
-    def apply(self, x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], tuple[Tensor | float, Tensor | float]]:
+    def apply(self, x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Undo]:
         """Returns (N(x), (shift, spread)) such that x = N(x) * spread + shift."""
         if self.kind == "none":
             return x, (0.0, 1.0)
@@ -48,7 +54,25 @@ class Normalization:
         return (x - shift) / spread, (shift, spread)
 
 
-def undo(y: Float[Tensor, "n d"], how: tuple[Tensor | float, Tensor | float]) -> Float[Tensor, "n d"]:
+def by_site(
+    normalization: Normalization, sites: list[tuple[int, float]], x: Float[Tensor, "n d"]
+) -> tuple[Float[Tensor, "n d"], Undo]:
+    """Returns (N(x), (shift, spread)) of the columns of several sites side by side, each normalized by itself.
+
+    `sites` holds (width, factor beside the common scale) of each.
+    """
+    own = [replace(normalization, scale=normalization.scale * scale) for _, scale in sites] or [normalization]
+    if len(own) == 1 or normalization.kind == "none":
+        return own[0].apply(x)
+    columns = x.split([width for width, _ in sites], dim=1)
+    parts = [part.apply(column) for part, column in zip(own, columns, strict=True)]
+    shift, spread = (
+        torch.cat([torch.as_tensor(how[i]).to(y).expand_as(y) for y, how in parts], dim=1) for i in range(2)
+    )
+    return torch.cat([y for y, _ in parts], dim=1), (shift, spread)
+
+
+def undo(y: Float[Tensor, "n d"], how: Undo) -> Float[Tensor, "n d"]:
     """Returns N^-1(y) for the (shift, spread) that `Normalization.apply` returned with the input."""
     shift, spread = how
     return y * spread + shift

@@ -1,4 +1,4 @@
-"""What a reconstruction score is worth: the same number of active directions without training."""
+"""What a reconstruction score is worth: baselines that are not trained."""
 
 import torch
 from jaxtyping import Float
@@ -6,29 +6,34 @@ from torch import Tensor
 
 from sae.coder import SparseCoder, initialize
 from sae.metrics import fvu
+from sae.selection.topk import TopK
+
+Pairs = tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]
 
 
-def null_fvus(
-    coder: SparseCoder, fitted: Float[Tensor, "n d"], test: Float[Tensor, "m d"]
-) -> dict[str, dict[str, float]]:
-    """Returns FVU and L0 on `test` of baselines fitted on `fitted`, for a coder that reads and writes one site.
+def null_fvus(coder: SparseCoder, fitted: Pairs, test: Pairs) -> dict[str, dict[str, float]]:
+    """Returns FVU (and L0) on `test` of baselines fitted on `fitted`, both (input, target).
 
-    random_dictionary: an untrained coder of the same shape and rule, its output scaled to fit best.
-    pca: as many principal components as the coder has active latents.
+    Of an autoencoder, random_dictionary: an untrained TopK coder of the same width with as many active latents, its
+    output scaled to fit best; pca: as many principal components. Of a transcoder, linear_map: least squares.
     """
-    fitted, test = fitted.to(coder.W_enc.device), test.to(coder.W_enc.device)
-    random = SparseCoder(coder.spec, fitted.device)
-    y = coder.spec.normalization.apply(fitted)[0]
-    initialize(random, y.mean(0), 0, "null")
-    made, mean = random(fitted).out, fitted.mean(0)
-    scale = ((made - mean) * (fitted - mean)).sum() / (made - mean).square().sum().clamp_min(1e-30)
-    out, latents = random(test)
-    active = float(coder.encode(test).l0().mean())
-    rank = max(1, min(round(active), *fitted.shape))
-    _, _, components = torch.linalg.svd((fitted - mean).double(), full_matrices=False)
+    (x, y), (x_test, y_test) = ([part.to(coder.W_enc.device) for part in pair] for pair in (fitted, test))
+    if not coder.spec.is_autoencoder:
+        ones = [torch.cat([part, part.new_ones(len(part), 1)], dim=1).double() for part in (x, x_test)]
+        solution = torch.linalg.lstsq(ones[0].cpu(), y.double().cpu(), driver="gelsd").solution.to(y.device)
+        return {"linear_map": {"fvu": fvu(y_test, ones[1] @ solution)}}
+    active = float(coder.encode(x_test).l0().mean()) if not coder.spec.selection.needs_gradient else coder.spec.rule.k  # type: ignore[attr-defined]
+    rank = max(1, min(round(active), *x.shape))
+    spec = coder.spec.with_(selection=TopK(max(1, min(round(active), coder.spec.d_sae))), cross_layer=False)
+    random = SparseCoder(spec.with_(calibration=()), x.device)
+    initialize(random, coder.spec.normalize(x)[0].mean(0), 0, "null")
+    made, mean = random(x).out, x.mean(0)
+    scale = ((made - mean) * (x - mean)).sum() / (made - mean).square().sum().clamp_min(1e-30)
+    out, latents = random(x_test)
+    _, _, components = torch.linalg.svd((x - mean).double(), full_matrices=False)
     basis = components[:rank].float()
-    projected = mean + (test - mean) @ basis.T @ basis
+    projected = mean + (x_test - mean) @ basis.T @ basis
     return {
-        "random_dictionary": {"fvu": fvu(test, mean + scale * (out - mean)), "l0": float(latents.l0().mean())},
-        "pca": {"fvu": fvu(test, projected), "l0": float(rank)},
+        "random_dictionary": {"fvu": fvu(x_test, mean + scale * (out - mean)), "l0": float(latents.l0().mean())},
+        "pca": {"fvu": fvu(x_test, projected), "l0": float(rank)},
     }

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae.coder import SparseCoder
@@ -75,17 +74,18 @@ def adam(coder: SparseCoder, config: OptimConfig) -> torch.optim.Adam:
 
 @torch.no_grad()
 def project_decoder_gradient(coder: SparseCoder) -> None:
-    """Removes from each decoder row's gradient the part along the row, which would only change its norm."""
-    weight, grad = coder.W_dec, coder.W_dec.grad
-    if grad is not None:
-        along = (grad * weight).sum(1, keepdim=True) / weight.square().sum(1, keepdim=True).clamp_min(1e-30)
-        grad.addcmul_(along, weight, value=-1.0)
+    """Removes from each latent's decoder gradient the part along the decoder, which would only change its norm."""
+    if coder.W_dec.grad is not None:
+        for weight, grad in zip(coder.decoders(), coder.decoders(gradient=True), strict=True):
+            along = (grad * weight).sum(1, keepdim=True) / weight.square().sum(1, keepdim=True).clamp_min(1e-30)
+            grad.addcmul_(along, weight, value=-1.0)
 
 
 @torch.no_grad()
-def normalize_decoder(weight: Float[Tensor, "d_sae d_out"]) -> None:
-    """Scales every decoder row to norm 1, in place; rows of zeros stay."""
-    weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(1e-30))
+def normalize_decoder(coder: SparseCoder) -> None:
+    """Scales every latent's decoder to norm 1, in place; rows of zeros stay."""
+    for weight in coder.decoders():
+        weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(1e-30))
 
 
 class Average:

@@ -56,11 +56,30 @@ def table(found: dict[str, Any]) -> list[tuple[str, str]]:
             ),
             ("KL score", _share(loss["kl_score"])),
         ]
+    if "skip" in found:
+        rows.append(("explained by the skip path alone", _share(found["skip"]["ev"])))
+    if "heads" in found:
+        heads = found["heads"]
+        rows.append(("latents mostly in one head", _share(heads["dominant"])))
+        rows.append(("decoder share by head", " ".join(f"{share:.2f}" for share in heads["mean_share"])))
+    for name, other in found.get("against", {}).items():
+        text = f"CE {_number(other['ce_spliced'], 3)} at L0 {other['l0']:.1f}; ratio {_number(other['ce_ratio'])}"
+        rows.append((f"against {name}", text))
+    if "with_gradients" in found:
+        other = found["with_gradients"]
+        r, after = other["reconstruction"], other.get("loss", {}).get("ce_spliced")
+        rows.append(
+            (
+                f"with gradients ({other['label'].partition(': ')[2]})",
+                f"FVU {_number(r['fvu'])}, CE {_number(after, 3)}",
+            )
+        )
     for name, count in found.get("training", {}).get("active_steps", {}).items():
         if name != "reconstruction":
             rows.append((f"steps with {name} active", f"{count:,} of {found['training']['steps']:,}"))
     for name, null in found.get("nulls", {}).items():
-        rows.append((f"null: {name.replace('_', ' ')}", f"FVU {_number(null['fvu'])} at L0 {null['l0']:.1f}"))
+        at = f" at L0 {null['l0']:.1f}" if "l0" in null else ""
+        rows.append((f"null: {name.replace('_', ' ')}", f"FVU {_number(null['fvu'])}{at}"))
     return rows
 
 

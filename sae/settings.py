@@ -110,7 +110,7 @@ def describe(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, str, str]
     hints = get_type_hints(kind)
     for f in dataclasses.fields(kind):
         path, hint = f"{prefix}{f.name}", hints[f.name]
-        doc = " ".join(get_attribute_docstring(kind, f.name).docstring_below.split())
+        doc = _docstring(kind, f.name)
         default = f.default if f.default is not dataclasses.MISSING else None
         if default is None and f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
@@ -124,6 +124,17 @@ def describe(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, str, str]
                     yield sub, value, f"[{name}] {text}"
         else:
             yield path, str(draccus.encode(default)), doc
+            family = get_args(hint)[1] if get_origin(hint) is dict else None
+            if isinstance(family, type) and issubclass(family, Plugin):
+                for name, choice in names(family).items():
+                    yield from describe(choice, f"{path}.{name}.")
+
+
+def _docstring(kind: type[Any], name: str) -> str:
+    """Returns what is written below a field, in the class or else in the nearest one that it inherits from."""
+    owners = [owner for owner in kind.__mro__ if name in owner.__dict__.get("__annotations__", {})]
+    found = (" ".join(get_attribute_docstring(owner, name).docstring_below.split()) for owner in owners)
+    return next((doc for doc in found if doc), "")
 
 
 def _check_keys(kind: Any, data: Any, where: str) -> None:

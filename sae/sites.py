@@ -37,16 +37,27 @@ ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-def resolve(model: nn.Module, typed: Iterable[str], name: str = "", revision: str | None = None) -> list[Site]:
+def resolve(
+    model: nn.Module,
+    typed: Iterable[str],
+    name: str = "",
+    revision: str | None = None,
+    field: str = "activations.sites",
+) -> list[Site]:
     """Returns the sites meant by what was typed, in order, each once.
 
     "model.layers.3", a suffix of it that is unique ("layers.3"), a glob ("layers.*.mlp") or a TransformerLens name
-    ("blocks.3.hook_resid_post"); ":input" or ":output" picks the side. ConfigError lists the nearest module paths.
+    ("blocks.3.hook_resid_post"); ":input" or ":output" picks the side. ConfigError names `field` and lists the nearest
+    module paths.
     """
     modules = {path: module for path, module in model.named_modules() if path}
     sites: dict[str, Site] = {}
     for text in typed:
-        for hook, side in _matches(text, modules):
+        try:
+            matches = _matches(text, modules)
+        except ConfigError as error:
+            raise ConfigError(f"{field}: {error}") from None
+        for hook, side in matches:
             site = Site(hook, side, name, revision, _heads(model, hook, side))
             sites.setdefault(site.name, site)
     return list(sites.values())
@@ -56,7 +67,7 @@ def _matches(text: str, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
     path, _, side = text.partition(":")
     side = side or "output"
     if side not in SIDES:
-        raise ConfigError(f"activations.sites: {text!r} ends in {side!r}; the side is input or output")
+        raise ConfigError(f"{text!r} ends in {side!r}; the side is input or output")
     alias = re.fullmatch(r"blocks\.(\d+|\*)\.(.+)", path)
     if alias and path not in modules:
         return _aliased(text, alias[1], alias[2], modules)
@@ -64,9 +75,9 @@ def _matches(text: str, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
         return [(path, side)]
     found = [name for name in modules if _fits(name, path)]
     if not found:
-        raise ConfigError(f"activations.sites: no module {path!r} in this model.{_closest(path, modules)}")
+        raise ConfigError(f"no module {path!r} in this model.{_closest(path, modules)}")
     if not any(character in path for character in "*?[") and len(found) > 1:
-        raise ConfigError(f"activations.sites: {path!r} is ambiguous: {', '.join(found[:5])}; write one in full")
+        raise ConfigError(f"{path!r} is ambiguous: {', '.join(found[:5])}; write one in full")
     return [(name, side) for name in found]
 
 
@@ -78,10 +89,10 @@ def _fits(name: str, pattern: str) -> bool:
 
 def _aliased(text: str, layer: str, hook: str, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
     if hook not in ALIASES:
-        raise ConfigError(f"activations.sites: {text!r} is not a known name.{nearest(hook, ALIASES)}")
+        raise ConfigError(f"{text!r} is not a known name.{nearest(hook, ALIASES)}")
     lists = [name for name in LAYER_LISTS if isinstance(modules.get(name), nn.ModuleList)]
     if not lists:
-        raise ConfigError(f"activations.sites: {text!r}: this model has no known list of layers; write the module path")
+        raise ConfigError(f"{text!r}: this model has no known list of layers; write the module path")
     layers = range(len(modules[lists[0]])) if layer == "*" else [int(layer)]  # type: ignore[arg-type]
     paths, side = ALIASES[hook]
     if f"{lists[0]}.0.post_feedforward_layernorm" in modules:  # Gemma 2 and 3, OLMo 2 and 3
@@ -94,7 +105,7 @@ def _aliased(text: str, layer: str, hook: str, modules: dict[str, nn.Module]) ->
         candidates = [f"{lists[0]}.{number}.{path}".rstrip(".") for path in paths]
         hits = [candidate for candidate in candidates if candidate in modules]
         if not hits:
-            raise ConfigError(f"activations.sites: {text!r}: none of {', '.join(candidates[:4])} is in this model")
+            raise ConfigError(f"{text!r}: none of {', '.join(candidates[:4])} is in this model")
         found.append((hits[0], side))
     return found
 

@@ -4,6 +4,10 @@ A coder maps a row x of width d_in to a row of width d_out through d_sae latents
 
     y = N(x) - p        h = y W_enc^T + b_enc        a = select(h)        out = N^-1(a W_dec + b_dec) [+ x W_skip^T]
 
+An autoencoder writes the sites that it reads, a transcoder others. A coder of several sites (crosscoder) has their
+columns side by side. A cross-layer coder has one block of latents for each site read; block l sees that site alone and
+writes to the l-th site and all later ones, so its rows of W_dec are shorter the later it reads.
+
 `CoderSpec` says everything about that map which is not a tensor, as explicit fields.
 """
 
@@ -16,12 +20,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.errors import ConfigError, DataError, nearest
-from sae.normalization import Normalization
+from sae.normalization import Normalization, Undo, by_site
 from sae.selection import Selection
+from sae.settings import choose
 
 FORMAT_VERSION = 1
 PRE_BIASES = ("none", "decoder", "own")
 DECODER_NORMS = ("unit", "free")
+BUDGETS = ("block", "shared")
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,19 @@ class Site:
     """Commit of the model on the hub."""
     heads: int | None = None
     """Number of attention heads concatenated in the tensor; None where it is not a concatenation."""
+    tag: str = ""
+    """Label of the model, where a coder reads two of them; the first has none."""
+    width: int = 0
+    """Width of the tensor; 0 where it is not known."""
+    scale: float = 1.0
+    """Factor of this site under normalization "scalar", beside the coder's own."""
+    weight: float = 1.0
+    """Factor of this site's squared error in the training loss."""
 
     @property
     def name(self) -> str:
-        """Returns the site as users type it: "model.layers.15" or "model.layers.15.mlp:input"."""
-        return self.hook if self.side == "output" else f"{self.hook}:{self.side}"
+        """Returns the site as users type it: "model.layers.15", "model.layers.15.mlp:input", "model.layers.15@other"."""
+        return self.hook + (f":{self.side}" if self.side != "output" else "") + (f"@{self.tag}" if self.tag else "")
 
     @property
     def folder(self) -> str:
@@ -58,8 +72,10 @@ class MaskSpec:
     """Token ids that are masked: BOS, EOS, PAD, chat control."""
     skip_positions: int = 1
     """The first positions of every row, masked whatever token stands there: attention sinks live at position 0."""
-    norm_limit: float | None = None
-    """Activations with a larger Euclidean norm are masked; None keeps all."""
+    norm_limits: dict[str, float] = field(default_factory=dict)
+    """By site name: tokens whose activation there has a larger Euclidean norm are masked."""
+    next_token: bool = False
+    """Whether positions without a next token are masked: they have no loss, hence no gradient of it."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,13 @@ class CoderSpec:
     pre_bias: str = "decoder"
     """p above: "none", "decoder" (b_dec is subtracted) or "own" (a tensor b_pre)."""
     normalization: Normalization = field(default_factory=Normalization)
+    cross_layer: bool = False
+    """Whether latents fall into one block for each site read, which writes to that site's place and all later ones."""
+    budget: str = "block"
+    """Of a cross-layer coder: "block" selects in every block by itself, "shared" in all blocks together."""
+    calibration: tuple[float, ...] = ()
+    """What training found the per-token rule to need, for each block: a batch-wide rule's threshold, a gradient rule's
+    mean effect."""
     select_by_decoder_norm: bool = False
     """Selection compares h_i |W_dec_i| instead of h_i."""
     decoder_norm: str = "unit"
@@ -97,12 +120,65 @@ class CoderSpec:
         for name in ("d_in", "d_out", "d_sae"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is not a width; it must be at least 1")
-        for name, allowed in (("pre_bias", PRE_BIASES), ("decoder_norm", DECODER_NORMS), ("encoder", ("linear",))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        choices = {"pre_bias": PRE_BIASES, "decoder_norm": DECODER_NORMS, "encoder": ("linear",), "budget": BUDGETS}
+        for name, allowed in choices.items():
+            choose(name, getattr(self, name), allowed)
         if self.pre_bias == "decoder" and self.d_in != self.d_out:
             raise ConfigError(f"pre_bias: 'decoder' needs d_in = d_out, not {self.d_in} and {self.d_out}")
-        self.selection.validate(self.d_sae)
+        if not self.is_autoencoder and self.normalization.per_token:
+            raise ConfigError(
+                f"normalization.kind: {self.normalization.kind!r} cannot be undone at another site than it was measured "
+                "at; a transcoder takes none or scalar"
+            )
+        for name, sites in (("d_in", self.reads), ("d_out", self.writes)):
+            if len(sites) > 1 and sum(site.width for site in sites) != getattr(self, name):
+                widths = " + ".join(str(site.width) for site in sites)
+                raise ConfigError(f"{name}: {getattr(self, name)} is not the sum of the sites' widths {widths}")
+        if self.cross_layer:
+            self._check_cross_layer()
+        self.rule.validate(self.d_sae // (1 if self.budget == "shared" else self.n_blocks))
+
+    def _check_cross_layer(self) -> None:
+        if not self.reads or len(self.reads) != len(self.writes):
+            raise ConfigError(f"cross_layer: {len(self.reads)} sites read and {len(self.writes)} written; pair them up")
+        if len({site.width for site in self.reads}) > 1 or len({site.width for site in self.writes}) > 1:
+            raise ConfigError("cross_layer: the sites that are read must have one width, and those written too")
+        if self.d_sae % len(self.reads):
+            raise ConfigError(f"d_sae: {self.d_sae} latents cannot be shared equally by {len(self.reads)} layers")
+        if self.skip or self.pre_bias == "decoder":
+            name = "skip: true" if self.skip else "pre_bias: 'decoder'"
+            raise ConfigError(f"{name} does not go with cross_layer")
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """Returns whether the coder writes the sites that it reads."""
+        return self.reads == self.writes and self.d_in == self.d_out
+
+    @property
+    def n_blocks(self) -> int:
+        """Returns the number of blocks of latents."""
+        return len(self.reads) if self.cross_layer else 1
+
+    @property
+    def rule(self) -> Selection:
+        """Returns the selection rule as it is asked: of one block, or with the budget of all of them together."""
+        return self.selection.shared_by(self.n_blocks) if self.budget == "shared" else self.selection
+
+    def normalize(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n d_in"], Undo]:
+        """Returns N(x), and the (shift, spread) with which an output in the normalized space is undone."""
+        y, how = by_site(self.normalization, [(site.width, site.scale) for site in self.reads], x)
+        return y, how if self.is_autoencoder else self._output_spread(x)
+
+    def normalize_target(self, target: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_out"]:
+        """Returns what the output is to equal in the normalized space."""
+        return by_site(self.normalization, [(site.width, site.scale) for site in self.writes], target)[0]
+
+    def _output_spread(self, like: Tensor) -> Undo:
+        if self.normalization.kind == "none":
+            return 0.0, 1.0
+        sites = [(site.width or self.d_out, site.scale) for site in self.writes] or [(self.d_out, 1.0)]
+        factors = [torch.full((width,), 1 / (self.normalization.scale * scale)) for width, scale in sites]
+        return 0.0, torch.cat(factors).to(like)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the spec as plain JSON values."""

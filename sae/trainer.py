@@ -1,5 +1,7 @@
 """One coder in training: losses, guards, the update, and the counters that a resume needs."""
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +10,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae import distributed
-from sae.activations import Statistics
-from sae.coder import SparseCoder, initialize
+from sae.choosing import Chooser
+from sae.coder import Pass, SparseCoder, initialize
 from sae.config import CoderConfig
-from sae.objectives import Objective, Step
+from sae.measuring import Statistics
+from sae.normalization import undo
+from sae.objectives import Objective, Spliced, Step
 from sae.optim import Average, OptimConfig, adam, normalize_decoder, project_decoder_gradient
+from sae.selection import Support
 from sae.spec import CoderSpec
 
 LEAST_RESIDUAL = 1e-6  # of the variance: a batch of one token has none, and AuxK divides by it
@@ -36,29 +41,51 @@ class Schedule:
     """Precision of the dense encoder product; None: that of the weights."""
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The unmasked tokens of this rank's share of a batch."""
+
+    x: Float[Tensor, "n d_in"]
+    """Raw activations at the sites read, side by side."""
+    target: Float[Tensor, "n d_out"]
+    """Raw activations at the sites written; of an autoencoder, x."""
+    gradients: Float[Tensor, "n d_out"] | None = None
+    """Of the loss, at the sites written, for a rule that looks at them."""
+    sizes: tuple[int, ...] | None = None
+    """Tokens of each micro-batch, where these must be whole rows of text."""
+    spliced: Callable[[int, Float[Tensor, "m d_out"]], Spliced] | None = None
+    """Runs the language model on micro-batch i with these raw outputs in place, for end-to-end terms."""
+
+
 def new_coder(
     config: CoderConfig, found: Statistics, device: torch.device | str = "cpu", **described: Any
 ) -> SparseCoder:
     """Returns an untrained coder for activations with the measured statistics.
 
-    `described` fills the fields of its spec that training does not need: sites, context length, where it comes from.
+    `described` fills the fields of its spec that training does not need: context length, where it comes from.
     """
-    d = len(found.center)
+    cross_layer = config.layout == "cross_layer"
+    tied = found.reads == found.writes and not cross_layer
     spec = CoderSpec(
-        d_in=d,
-        d_out=d,
-        d_sae=config.width(d),
+        d_in=len(found.input_center),
+        d_out=len(found.center),
+        d_sae=config.width(len(found.input_center)),
         selection=config.selection,
-        pre_bias=config.pre_bias,
+        reads=found.reads,
+        writes=found.writes,
+        pre_bias=config.pre_bias or ("decoder" if tied else "own"),
         normalization=found.normalization,
+        cross_layer=cross_layer,
+        budget=config.budget,
         select_by_decoder_norm=config.select_by_decoder_norm,
-        decoder_norm=config.decoder_norm,
+        decoder_norm=config.decoder_norm or ("unit" if tied else "free"),
+        skip=config.skip,
         mask=found.mask,
         variance=found.variance,
         **described,
     )
     coder = SparseCoder(spec, device)
-    initialize(coder, found.center.to(device), config.seed)
+    initialize(coder, found.center.to(device), config.seed, input_center=found.input_center.to(device))
     return coder
 
 
@@ -70,12 +97,16 @@ class CoderTrainer:
     ) -> None:
         self.coder, self.optim, self.schedule = coder, optim, schedule
         self.objectives = {name: term for name, term in objectives.items() if term.weight}
+        self.chooser = Chooser(coder)
         self.optimizer = adam(coder, optim)
         self.average = Average(coder, optim.ema) if optim.ema else None
         device = coder.W_enc.device
         self.tokens_since_fired = torch.zeros(coder.spec.d_sae, dtype=torch.int64, device=device)
+        self.density = torch.zeros(coder.spec.d_sae, dtype=torch.float64, device=device)
+        self.tokens_seen = 0
         self.residual_variance = coder.spec.variance or 1.0
         self.active_steps: dict[str, int] = dict.fromkeys(self.objectives, 0)
+        self.multipliers: dict[str, float] = dict.fromkeys(self.objectives, 1.0)
         for parameter in coder.parameters():
             parameter.grad = torch.zeros_like(parameter)  # a rank may see no token and still takes part in the sums
 
@@ -84,30 +115,44 @@ class CoderTrainer:
         """Returns which latents have not fired for `dead_after_tokens` tokens."""
         return self.tokens_since_fired >= self.schedule.dead_after_tokens
 
-    def step(self, x: Float[Tensor, "n d_in"], index: int) -> dict[str, float]:
-        """Applies step `index` on this rank's rows x and returns its metrics, equal on every rank.
+    def step(self, batch: Batch | Tensor, index: int) -> dict[str, float]:
+        """Applies step `index` on this rank's tokens and returns its metrics, equal on every rank.
+
+        Of an autoencoder the activations [n, d] alone will do.
 
         Raises NonFiniteError, with nothing changed, if an activation, a loss term or a gradient is not finite.
         """
-        n_bad = (~torch.isfinite(x)).any(1).sum()
-        n_tokens, n_bad = distributed.total(torch.stack([torch.full_like(n_bad, len(x)), n_bad])).tolist()
-        if n_bad:  # on any rank, so that all of them leave the step
-            raise NonFiniteError(f"activations hold NaN or Inf at {n_bad} of {n_tokens} tokens")
+        batch = batch if isinstance(batch, Batch) else Batch(batch, batch)
+        x, n_tokens = batch.x, self._counted(batch)
         spec, dead = self.coder.spec, self.dead
+        progress = index / self.schedule.steps
+        factors = {name: term.factor(progress, self.multipliers[name]) for name, term in self.objectives.items()}
         self.optimizer.zero_grad(set_to_none=False)
         terms: dict[str, Tensor] = {name: torch.zeros((), device=x.device) for name in self.objectives}
         error_sum, error_square = torch.zeros(spec.d_out, device=x.device), torch.zeros((), device=x.device)
         fired = torch.zeros(spec.d_sae, dtype=torch.int64, device=x.device)
-        for rows in x.split(self.schedule.micro_batch_tokens or len(x)) if len(x) else ():
-            run = self.coder.run(rows, self.schedule.product_dtype)
-            target = spec.normalization.apply(rows.to(run.prediction.dtype))[0]
-            view = Step(self.coder, run, target, n_tokens, spec.variance or 1.0, self.residual_variance, dead)
+        self.chooser.begin(progress, n_tokens)
+        for number, (run, target) in enumerate(self._passes(batch)):
+            spliced = None
+            if batch.spliced is not None:
+                spliced = lambda made, i=number, how=run.how: batch.spliced(i, undo(made, how))  # type: ignore[misc]  # noqa: E731
+            view = Step(
+                self.coder,
+                run,
+                target,
+                n_tokens,
+                spec.variance or 1.0,
+                self.residual_variance,
+                dead,
+                self.density,
+                spliced,
+            )
             losses = {name: objective.loss(view) for name, objective in self.objectives.items()}
-            loss = torch.stack([losses[name] * term.weight for name, term in self.objectives.items()]).sum()
+            loss = torch.stack([losses[name] * factors[name] for name in self.objectives]).sum()
             if loss.requires_grad:  # a term that does not apply at this step is a constant
                 loss.backward()
             with torch.no_grad():
-                error = target - run.prediction
+                error = view.error(run.prediction)
                 error_sum += error.sum(0)
                 error_square += error.square().sum()
                 fired += run.latents.fired()
@@ -117,24 +162,64 @@ class CoderTrainer:
         distributed.total_(*gradients, *terms.values(), error_sum, error_square, fired)
         grad_norm = self._checked_gradient_norm(terms)
         rate = self._update(grad_norm, index)
+        self.chooser.finish()
 
-        self.tokens_since_fired = torch.where(fired > 0, 0, self.tokens_since_fired + n_tokens)
-        variance, n = spec.variance or 1.0, max(1, n_tokens)  # the norm filter may leave nothing
+        n, variance = max(1, n_tokens), spec.variance or 1.0  # the norm filter may leave nothing
         if n_tokens:
+            self._count(fired, n_tokens)
             spread = error_square.double() / n - (error_sum.double() / n).square().sum()
             self.residual_variance = max(float(spread), LEAST_RESIDUAL * variance)
+        l0 = float(fired.sum()) / n
         for name, loss in terms.items():
             self.active_steps[name] += int(loss != 0)
+            self.multipliers[name] = self.objectives[name].adapted(self.multipliers[name], l0)
         return {
-            "loss": sum(float(terms[name]) * objective.weight for name, objective in self.objectives.items()),
+            "loss": sum(float(terms[name]) * factors[name] for name in self.objectives),
             **{f"loss.{name}": float(loss) for name, loss in terms.items()},
+            **{f"weight.{name}": w for name, w in factors.items() if w != self.objectives[name].weight},
             "fvu": float(error_square) / (n * variance),
-            "l0": float(fired.sum()) / n,
+            "l0": l0,
             "dead_share": float(self.dead.float().mean()),
+            **{name: value for term in self.objectives.values() for name, value in term.report(self.density).items()},
+            **self.chooser.report(),
             "lr": rate,
             "grad_norm": grad_norm,
             "tokens": n_tokens,
         }
+
+    def _counted(self, batch: Batch) -> int:
+        """Returns the number of tokens over all ranks, each of which raises if one of them has a bad token."""
+        parts = [part for part in (batch.x, batch.target, batch.gradients) if part is not None]
+        bad = torch.stack([~torch.isfinite(part).all(1) for part in parts]).any(0).sum()
+        n_tokens, n_bad = distributed.total(torch.stack([torch.full_like(bad, len(batch.x)), bad])).tolist()
+        if n_bad:
+            raise NonFiniteError(f"activations hold NaN or Inf at {n_bad} of {n_tokens} tokens")
+        return int(n_tokens)
+
+    def _passes(self, batch: Batch) -> Iterator[tuple[Pass, Float[Tensor, "m d_out"]]]:
+        """Yields one differentiable pass, with its target, for every micro-batch."""
+        coder, dtype = self.coder, self.schedule.product_dtype
+        exact = dtype in (None, coder.W_enc.dtype)
+        size = self.schedule.micro_batch_tokens or max(1, len(batch.x))
+        sizes = list(batch.sizes or [len(part) for part in batch.x.split(size)] if len(batch.x) else [])
+        parts = list(batch.x.split(sizes))
+        beside = [None] * len(parts) if batch.gradients is None else batch.gradients.split(sizes)
+        first = coder.look(parts[0], dtype) if len(parts) == 1 else None
+        supports: list[Support] | None = None
+        if self.chooser.rule.batch_wide:
+            supports = self.chooser.whole_batch(parts, lambda part: first or coder.look(part, dtype))
+        for i, (part, target) in enumerate(zip(parts, batch.target.split(sizes), strict=True)):
+            look = first or coder.look(part, dtype)
+            support = supports[i] if supports else self.chooser.per_token(look, beside[i])
+            yield coder.run(look, support, exact), coder.spec.normalize_target(target.to(look.x))
+
+    def _count(self, fired: Tensor, n_tokens: int) -> None:
+        """Takes in how often each latent has fired; densities run over about `dead_after_tokens` tokens."""
+        self.tokens_since_fired = torch.where(fired > 0, 0, self.tokens_since_fired + n_tokens)
+        decay = math.exp(-n_tokens / self.schedule.dead_after_tokens)
+        decay = min(decay, self.tokens_seen / (self.tokens_seen + n_tokens))  # at first, all tokens alike
+        self.density = torch.lerp(fired.double() / n_tokens, self.density, decay)
+        self.tokens_seen += n_tokens
 
     def _checked_gradient_norm(self, terms: dict[str, Tensor]) -> float:
         for name, loss in terms.items():
@@ -159,24 +244,29 @@ class CoderTrainer:
             group["lr"] = rate
         self.optimizer.step()
         if unit:
-            normalize_decoder(self.coder.W_dec)
+            normalize_decoder(self.coder)
         if self.average:
             self.average.update(self.coder)
         return rate
 
     def trained(self) -> SparseCoder:
-        """Returns the coder to evaluate and save: a copy with the averaged weights where there is an average."""
-        copy = SparseCoder(self.coder.spec, self.coder.W_enc.device, self.coder.W_enc.dtype)
+        """Returns the coder to evaluate and save, calibrated: a copy, with averaged weights where there is an average."""
+        numbers, thresholds = self.chooser.calibrated()
+        spec = self.coder.spec.with_(calibration=numbers)
+        copy = SparseCoder(spec, self.coder.W_enc.device, self.coder.W_enc.dtype)
         copy.load_state_dict(self.coder.state_dict())
+        if thresholds is not None:
+            copy.get_buffer("threshold").copy_(thresholds)
         if self.average and self.average.steps:
-            copy.load_state_dict(self.average.weights())
+            copy.load_state_dict(self.average.weights(), strict=False)  # buffers are not averaged
             if copy.spec.decoder_norm == "unit":
-                normalize_decoder(copy.W_dec)
+                normalize_decoder(copy)
         return copy.requires_grad_(False)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Returns (tensors, plain values) from which `load_state` continues bit for bit."""
-        tensors = {"tokens_since_fired": self.tokens_since_fired}
+        tensors = {"tokens_since_fired": self.tokens_since_fired, "density": self.density}
+        tensors |= {f"selection.{name}": value for name, value in self.chooser.state().items()}
         for name, parameter in self.coder.named_parameters():
             tensors[f"weight.{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
@@ -186,6 +276,8 @@ class CoderTrainer:
         values = {
             "residual_variance": self.residual_variance,
             "active_steps": self.active_steps,
+            "multipliers": self.multipliers,
+            "tokens_seen": self.tokens_seen,
             "average_steps": self.average.steps if self.average else 0,
         }
         return tensors, values
@@ -194,6 +286,9 @@ class CoderTrainer:
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, object]) -> None:
         """Continues from what `state` returned."""
         self.tokens_since_fired = tensors["tokens_since_fired"].to(self.tokens_since_fired.device)
+        self.density = tensors["density"].to(self.density.device)
+        own = "selection."
+        self.chooser.load_state({n.removeprefix(own): value for n, value in tensors.items() if n.startswith(own)})
         for name, parameter in self.coder.named_parameters():
             parameter.copy_(tensors[f"weight.{name}"])
             for key, value in self.optimizer.state[parameter].items():
@@ -204,3 +299,5 @@ class CoderTrainer:
             self.average.steps = int(values["average_steps"])  # type: ignore[call-overload]
         self.residual_variance = float(values["residual_variance"])  # type: ignore[arg-type]
         self.active_steps = dict(values["active_steps"])  # type: ignore[call-overload]
+        self.multipliers = dict(values["multipliers"])  # type: ignore[call-overload]
+        self.tokens_seen = int(values["tokens_seen"])  # type: ignore[call-overload]

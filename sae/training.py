@@ -18,25 +18,26 @@ import torch
 from torch import Tensor
 
 from sae import checkpoint, distributed, hub
-from sae.activations import Blocks, CachedSource, LiveSource, Source, Statistics, measure, norm_mask, sample, widths
+from sae.activations import Blocks, CachedSource, LiveSource, Source, norm_mask, widths
 from sae.coder import SparseCoder
-from sae.config import CoderConfig, OptimConfig, TrainConfig
+from sae.config import TrainConfig
 from sae.documents import commit_of_data, documents
 from sae.environment import environment
 from sae.errors import ConfigError, Stopped
 from sae.evaluation import evaluate
 from sae.files import append, atomic_write, cache_dir, check_writable, save_tensors, write_json
+from sae.measuring import Statistics, measure, sample
 from sae.models import DTYPES, LanguageModel, load_language_model
+from sae.planning import Planned, paired, plan
 from sae.progress import Progress, Tracker
 from sae.report import write_report
 from sae.settings import decode, read_yaml, to_yaml
-from sae.sites import resolve
 from sae.spec import CoderSpec, MaskSpec, Site
 from sae.stopping import StopFlag, stop_flag
 from sae.store import fingerprint_key, repair
 from sae.stream import ActivationBatch, Stream, lanes_of
 from sae.text import TokenizedText, special_ids, tokenize
-from sae.trainer import CoderTrainer, NonFiniteError, Schedule, new_coder
+from sae.trainer import Batch, CoderTrainer, NonFiniteError, Schedule, new_coder
 
 log = logging.getLogger(__name__)
 
@@ -50,16 +51,6 @@ class TrainResult:
     """By name: the site, and the grid point if there is a grid."""
     metrics: dict[str, dict[str, Any]]
     """The final held-out evaluation by coder name."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One coder to train: where it reads and how it is built."""
-
-    name: str
-    site: Site
-    coder: CoderConfig
-    optim: OptimConfig
 
 
 def train(
@@ -109,10 +100,11 @@ class Run:
         self.lm = load_language_model(
             config.model.name, config.model.revision, config.model.dtype, config.model.device, trust_remote_code
         )
-        self.sites = resolve(self.lm.model, config.activations.sites, self.lm.name, self.lm.revision)
-        if config.activations.gradients and not self.lm.is_causal:
-            raise ConfigError("activations.gradients: true needs a model that predicts the next token")
-        self.planned = _plan(config, self.sites, widths(self.lm, self.sites))
+        if config.gradient_loss and not self.lm.is_causal:
+            raise ConfigError("coder.selection: gradient_topk needs a model that predicts the next token")
+        pairs = paired(config, self.lm)
+        self.sites = list({site.name: site for pair in pairs for site in pair}.values())
+        self.planned = plan(config, pairs, widths(self.lm, self.sites))
         self.trust_remote_code = trust_remote_code
 
     def train(self, tracker: Tracker, resume: bool) -> TrainResult:
@@ -129,7 +121,8 @@ class Run:
         saved = checkpoint.latest(self.folder) if resume else None
         if resume and saved is None:
             log.info("no checkpoint in %s yet: starting at step 0", self.folder)
-        mask = MaskSpec(tuple(sorted(special_ids(self.lm.tokenizer))), config.activations.skip_positions)
+        special = tuple(sorted(special_ids(self.lm.tokenizer)))
+        mask = MaskSpec(special, config.activations.skip_positions, next_token=config.gradient_loss is not None)
         source = self._source(text, mask)
         with distributed.together():
             trainers = self._trainers(source, text, mask, saved)
@@ -165,7 +158,7 @@ class Run:
     def _source(self, text: TokenizedText, mask: MaskSpec) -> Source:
         settings = self.config.activations
         blocks = Blocks(text.train, settings.block_rows, self.config.seed)
-        live = LiveSource(self.lm, blocks, self.sites, mask, settings.dtype, settings.gradients)
+        live = LiveSource(self.lm, blocks, self.sites, mask, settings.dtype, self.config.gradient_loss)
         if settings.source == "live":
             return live
         fingerprint = {
@@ -174,7 +167,7 @@ class Run:
             "block_rows": settings.block_rows,
             "seed": self.config.seed,
             "kept_as": settings.dtype,
-            "gradients": settings.gradients,
+            "gradients": self.config.gradient_loss,
             "special_ids": list(mask.special_ids),
             "skip_positions": mask.skip_positions,
         }
@@ -210,15 +203,16 @@ class Run:
             if saved:
                 coder = SparseCoder(CoderSpec.from_json(specs[plan.name]), self.lm.device)
             else:
-                key = (plan.site.name, plan.coder.normalization, plan.coder.center)
+                settings = plan.coder.normalization, plan.coder.center, plan.coder.balance_sites
+                key = (plan.reads, plan.writes, *settings)
                 if key not in measured:
-                    measured[key] = self._measured(samples[plan.site.name], plan, mask)
+                    norm_filter = config.activations.norm_filter
+                    measured[key] = measure(samples, plan.reads, plan.writes, mask, norm_filter, *settings)
+                    self._tell(measured[key])
                 coder = new_coder(
                     plan.coder,
                     measured[key],
                     self.lm.device,
-                    reads=(plan.site,),
-                    writes=(plan.site,),
                     context_length=text.train.context_length,
                     bos=config.text.bos,
                     training={
@@ -231,19 +225,10 @@ class Run:
             trainers[plan.name] = CoderTrainer(coder, plan.coder.objectives, plan.optim, schedule)
         return trainers
 
-    def _measured(self, x: Tensor, plan: Planned, mask: MaskSpec) -> Statistics:
-        norm_filter = self.config.activations.norm_filter
-        found = measure(x, mask, norm_filter, plan.coder.normalization, plan.coder.center, plan.site.name)
-        log.info(
-            "%s: d %d, median norm %.3g, %d of %d tokens beyond %g times that are masked",
-            plan.site.name,
-            x.shape[1],
-            found.median_norm,
-            found.outliers,
-            found.tokens,
-            norm_filter,
-        )
-        return found
+    def _tell(self, found: Statistics) -> None:
+        norms = ", ".join(f"{name} median norm {median:.3g}" for name, median in found.median_norms.items())
+        times = self.config.activations.norm_filter
+        log.info("%s; %d of %d tokens beyond %g times that are masked", norms, found.outliers, found.tokens, times)
 
     def _restore(self, saved: Path | None, trainers: dict[str, CoderTrainer]) -> int:
         """Loads a checkpoint into the trainers and the stream and cuts the logs back to it; returns its step."""
@@ -321,9 +306,8 @@ class Run:
         lines, errors = [], []
         for plan in self.planned:
             trainer = trainers[plan.name]
-            x = batch.activations[plan.site.name].to(trainer.coder.W_enc.device).float()
             try:
-                metrics = trainer.step(x[norm_mask(x, trainer.coder.spec.mask)], step)
+                metrics = trainer.step(_batch(batch, plan, trainer.coder), step)
             except NonFiniteError as error:
                 errors.append(f"coder {plan.name}: {error}")
             else:
@@ -384,13 +368,18 @@ def _pinned(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
     return replace(config, model=replace(config.model, revision=lm.revision), text=text)
 
 
-def _plan(config: TrainConfig, sites: list[Site], widths: dict[str, int]) -> list[Planned]:
-    planned = []
-    for site in sites:
-        for label, coder, optim in config.points():
-            coder.validate(widths[site.name])
-            planned.append(Planned(f"{site.folder}/{label}" if label else site.folder, site, coder, optim))
-    return planned
+def _batch(batch: ActivationBatch, plan: Planned, coder: SparseCoder) -> Batch:
+    """Returns a coder's share of what was streamed: its sites side by side, without outliers."""
+    usual = norm_mask({name: batch.activations[name] for name in plan.sites}, coder.spec.mask)
+    device = coder.W_enc.device
+
+    def columns(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> Tensor:
+        parts = [tensors[site.name].to(device).float() for site in sites]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[usual.to(device)]
+
+    x = columns(batch.activations, plan.reads)
+    target = x if coder.spec.is_autoencoder else columns(batch.activations, plan.writes)
+    return Batch(x, target, columns(batch.gradients, plan.writes) if coder.spec.selection.needs_gradient else None)
 
 
 def _active(trainer: CoderTrainer) -> dict[str, int]:

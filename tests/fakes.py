@@ -9,7 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sae.config import TrainConfig
+from sae.measuring import Statistics, measure
+from sae.normalization import Normalization
 from sae.settings import decode, merge, set_dotted
+from sae.spec import MaskSpec, Site
 
 SPECIAL = {"bos": "<s>", "eos": "</s>", "pad": "<pad>"}
 
@@ -63,6 +66,19 @@ def tiny_text_folder(path: Path, documents: int = 40, words: int = 150) -> Path:
         text = " ".join("".join(draw.choices("abcdefgh", k=draw.randint(2, 8))) for _ in range(words))
         (path / f"{number:03d}.txt").write_text(text, encoding="utf-8")
     return path
+
+
+def measured(
+    x: torch.Tensor,
+    mask: MaskSpec | None = None,
+    norm_filter: float = 10.0,
+    normalization: Normalization | None = None,
+    center: str = "mean",
+    site: str = "x",
+) -> Statistics:
+    """Returns the statistics of an autoencoder of one site whose activations are `x`."""
+    sites = (Site(site),)
+    return measure({site: x}, sites, sites, mask or MaskSpec(), norm_filter, normalization or Normalization(), center)
 
 
 def tiny_config(model: Path, text: Path, changes: dict[str, Any] | None = None) -> TrainConfig:

@@ -1,16 +1,41 @@
-"""Sparse products, chosen once per process: `spmm`, `sddmm` and `transpose` are all that training and inference need.
+"""Sparse products: `spmm`, `sddmm` and `transpose` are all that training and inference need.
 
-A sparse matrix is (offsets, columns, values): row i owns entries offsets[i]:offsets[i+1].
-`reference` is plain torch and obviously right; `segmented` is the fast path and is tested against it.
+A sparse matrix is (offsets, columns, values): row i owns entries offsets[i]:offsets[i+1]. `reference` is plain torch and
+obviously right; `segmented` is the fast path for few entries and `dense` for many, both tested against it.
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.kernels.segmented import sddmm, spmm
+from sae.kernels import dense, segmented
 
 __all__ = ["decode", "encode_at", "sddmm", "spmm", "transpose"]
+DENSE_SHARE = (
+    0.3  # of the entries: from here on dense products are faster on two CPU cores (ReLU coders begin at a half)
+)
+
+
+def spmm(
+    offsets: Int[Tensor, "rows_plus_1"],
+    columns: Int[Tensor, "nnz"],
+    values: Float[Tensor, "nnz"],
+    matrix: Float[Tensor, "m d"],
+) -> Float[Tensor, "rows d"]:
+    """Returns the sparse matrix times `matrix`."""
+    chosen = dense if columns.numel() > DENSE_SHARE * (offsets.numel() - 1) * len(matrix) else segmented
+    return chosen.spmm(offsets, columns, values, matrix)
+
+
+def sddmm(
+    offsets: Int[Tensor, "rows_plus_1"],
+    columns: Int[Tensor, "nnz"],
+    a: Float[Tensor, "rows d"],
+    b: Float[Tensor, "m d"],
+) -> Float[Tensor, "nnz"]:
+    """Returns <a_i, b_j> for every entry (i, j) of the support."""
+    chosen = dense if columns.numel() > DENSE_SHARE * len(a) * len(b) else segmented
+    return chosen.sddmm(offsets, columns, a, b)
 
 
 def transpose(
@@ -27,12 +52,9 @@ class _EncodeAt(torch.autograd.Function):
     """Pre-activations at a support, with gradients that touch the support only."""
 
     @staticmethod
-    def forward(ctx, y, weight, bias, offsets, ids, scores):
+    def forward(ctx, y, weight, bias, offsets, ids, known):
         ctx.save_for_backward(y, weight, offsets, ids)
-        if scores is not None:
-            tokens = torch.repeat_interleave(torch.arange(len(y), device=y.device), offsets.diff())
-            return scores[tokens, ids].clone()
-        return sddmm(offsets, ids, y, weight) + bias[ids]
+        return sddmm(offsets, ids, y, weight) + bias[ids] if known is None else known.clone()
 
     @staticmethod
     def backward(ctx, *grads):
@@ -69,14 +91,13 @@ def encode_at(
     bias: Float[Tensor, "d_sae"],
     offsets: Int[Tensor, "n_plus_1"],
     ids: Int[Tensor, "nnz"],
-    scores: Float[Tensor, "n d_sae"] | None = None,
+    known: Float[Tensor, "nnz"] | None = None,
 ) -> Float[Tensor, "nnz"]:
     """Returns y W^T + b at the support, differentiable in y, W and b.
 
-    `scores` is that product where the caller has it already; without it (or when it was computed in lower precision
-    and is not given) the entries are computed from y and W.
+    `known` are these numbers where the caller has them already, from the product that selection looked at.
     """
-    return _EncodeAt.apply(y, weight, bias, offsets, ids, scores)  # type: ignore[no-any-return]
+    return _EncodeAt.apply(y, weight, bias, offsets, ids, known)  # type: ignore[no-any-return]
 
 
 def decode(

@@ -4,14 +4,18 @@ Every term is a sum over tokens divided by numbers fixed before the step (the to
 measured earlier), so that micro-batches and ranks add up to the same loss and gradient.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.coder import Pass, SparseCoder
+from sae.errors import ConfigError
 from sae.plugins import Plugin, discover
+from sae.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -25,26 +29,106 @@ class Step:
     n_tokens: int
     """Tokens of the whole batch, over all micro-batches and ranks."""
     variance: float
-    """E|target - mean|^2, measured once before training."""
+    """E|target - mean|^2, weighted by site, measured once before training."""
     residual_variance: float
-    """Variance of the residual at the previous step."""
+    """The same of the residual at the previous step."""
     dead: Bool[Tensor, "d_sae"]
     """Latents that have not fired for `dead_after_tokens` tokens, as known at the start of the step."""
+    density: Float[Tensor, "d_sae"]
+    """Running share of the tokens at which each latent fires, as known at the start of the step."""
+    spliced: "Callable[[Float[Tensor, 'n d_out']], Spliced] | None" = None
+    """Runs the language model with predictions (normalized space) in place of the activations; for end-to-end terms."""
+
+    def error(self, prediction: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_out"]:
+        """Returns target - prediction, each site's columns times the root of its weight."""
+        return weighted(self.coder, self.target - prediction)
+
+
+@dataclass(frozen=True)
+class Spliced:
+    """What the language model says of the counted tokens of a micro-batch: those kept that have a next one."""
+
+    clean: Float[Tensor, "counted vocabulary"]
+    """Logits of the model as it is, without gradient."""
+    patched: Float[Tensor, "counted vocabulary"]
+    """Logits with the coder spliced in."""
+    next_tokens: Tensor
+
+
+def weighted(coder: SparseCoder, error: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_out"]:
+    """Returns errors with each written site's columns times the root of the site's weight."""
+    sites = coder.spec.writes
+    if all(site.weight == 1 for site in sites):
+        return error
+    widths = [site.width or coder.spec.d_out for site in sites]
+    roots = torch.tensor([site.weight**0.5 for site in sites]).repeat_interleave(torch.tensor(widths))
+    return error * roots.to(error)
 
 
 @dataclass(frozen=True)
 class Objective(Plugin):
     """One term of the loss."""
 
+    needs_rows: ClassVar[bool] = False
+    """Whether the term runs the language model, so that batches must be whole rows of text."""
     weight: float = 1.0
     """Factor of the term."""
 
-    def validate(self, d_in: int, d_sae: int) -> None:
+    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
         """Raises ConfigError if a constant does not fit the coder."""
 
+    def factor(self, progress: float, multiplier: float) -> float:
+        """Returns the weight when a share of the steps is done; `multiplier` is what `adapted` has come to."""
+        return self.weight
+
+    def adapted(self, multiplier: float, l0: float) -> float:
+        """Returns the multiplier of the next step, given the L0 of this one; it starts at 1."""
+        return multiplier
+
+    def report(self, density: Float[Tensor, "d_sae"]) -> dict[str, float]:
+        """Returns what else is worth logging, given how often each latent fires."""
+        return {}
+
     def loss(self, step: Step) -> Float[Tensor, ""]:
-        """Returns the term for this micro-batch, before `weight`."""
+        """Returns the term for this micro-batch, before its weight."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Sparsity(Objective):
+    """A penalty on activity: fixed, or adapted until the coder has the L0 that was asked for.
+
+    With `target_l0`, the weight is multiplied at every step by exp(adapt_rate (L0 / target - 1)), the bracket held
+    between -1 and 1: the integral controller of a dual ascent. Coders of different rules can so be compared at one L0.
+    """
+
+    target_l0: float = 0.0
+    """L0 that the penalty is adapted to; 0 leaves the weight as it is."""
+    adapt_rate: float = 0.02
+    """Largest change of the penalty's logarithm in one step."""
+    warmup_share: float = 0.1
+    """Share of the steps in which the penalty rises linearly from 0."""
+
+    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
+        """Raises ConfigError if a constant is out of range."""
+        name = Objective.get_choice_name(type(self))
+        if not 0 <= self.target_l0 <= d_sae:
+            raise ConfigError(f"objectives.{name}.target_l0: {self.target_l0} is not between 0 and d_sae = {d_sae}")
+        if not 0 <= self.warmup_share <= 1 or not self.adapt_rate > 0:
+            field = "warmup_share" if self.adapt_rate > 0 else "adapt_rate"
+            raise ConfigError(f"objectives.{name}.{field}: {getattr(self, field)} is out of range")
+
+    def factor(self, progress: float, multiplier: float) -> float:
+        """Returns the weight, risen and adapted."""
+        rise = min(1.0, progress / self.warmup_share) if self.warmup_share else 1.0
+        return self.weight * rise * multiplier
+
+    def adapted(self, multiplier: float, l0: float) -> float:
+        """Returns a larger multiplier if L0 is above the target, a smaller one if below."""
+        if not self.target_l0:
+            return multiplier
+        off = max(-1.0, min(1.0, l0 / self.target_l0 - 1))
+        return multiplier * torch.tensor(self.adapt_rate * off, dtype=torch.float64).exp().item()
 
 
 def zero(step: Step) -> Float[Tensor, ""]:

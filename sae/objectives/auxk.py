@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae import kernels
 from sae.errors import ConfigError
-from sae.objectives import Objective, Step, zero
-from sae.selection.topk import top_ids
+from sae.objectives import Objective, Step, weighted, zero
+from sae.selection import Selection
+from sae.selection.largest import top_ids
 
 
 @Objective.register_subclass("auxk")
@@ -27,29 +27,35 @@ class AuxK(Objective):
 
     weight: float = 1 / 32
     k: int = 0
-    """Dead latents used per token; 0 means the power of two nearest to d_in / 2."""
+    """Dead latents used per token; 0 means the power of two nearest to d_out / 2."""
 
-    def validate(self, d_in: int, d_sae: int) -> None:
+    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
         """Raises ConfigError unless 0 <= k <= d_sae."""
         if not 0 <= self.k <= d_sae:
-            raise ConfigError(f"objectives.auxk.k: {self.k} is not between 0 and d_sae = {d_sae}")
+            name = Objective.get_choice_name(type(self))
+            raise ConfigError(f"objectives.{name}.k: {self.k} is not between 0 and d_sae = {d_sae}")
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the normalized error of the dead latents' explanation of the residual."""
-        dead = step.dead.nonzero()[:, 0]
-        if len(dead) == 0 or len(step.target) == 0:
-            return zero(step)
-        k = min(self.k or nearest_power_of_two(step.target.shape[1] / 2), len(dead))
-        scores = step.run.scores[:, dead]
-        columns = top_ids(scores, k)
-        positive = scores.gather(1, columns) > 0
-        counts = positive.sum(1)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        ids = dead[columns[positive]]
-        kept = kernels.encode_at(step.run.y.detach(), step.coder.W_enc, step.coder.b_enc, offsets, ids)
-        explained = kernels.decode(torch.relu(kept), step.coder.W_dec, offsets, ids)
-        residual = (step.target - step.run.prediction).detach()
-        return (residual - explained).square().sum() / (step.n_tokens * step.residual_variance)
+        return explained_by(step, step.dead.to(step.target), self.k)
+
+
+def explained_by(step: Step, shares: Float[Tensor, "d_sae"], k: int) -> Float[Tensor, ""]:
+    """Returns AuxK's loss for the latents whose share is positive, each latent's activation times its share."""
+    chosen = (shares > 0).nonzero()[:, 0]
+    if len(chosen) == 0 or len(step.target) == 0:
+        return zero(step)
+    k = min(k or nearest_power_of_two(step.target.shape[1] / 2), len(chosen))
+    scores = step.run.scores[:, chosen]
+    columns = top_ids(scores, k)
+    positive = scores.gather(1, columns) > 0
+    counts = positive.sum(1)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    ids = chosen[columns[positive]]
+    kept = step.coder.preactivations_at(step.run.y.detach(), offsets, ids)
+    explained = step.coder.decoded(torch.relu(kept) * shares[ids], offsets, ids)
+    residual = step.error(step.run.prediction).detach()
+    return (residual - weighted(step.coder, explained)).square().sum() / (step.n_tokens * step.residual_variance)
 
 
 def nearest_power_of_two(value: float) -> int:

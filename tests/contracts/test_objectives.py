@@ -1,55 +1,86 @@
 """Every term of the loss: gradients of every parameter against finite differences, and micro-batches that add up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sae import plugins
+from sae import plugins, zipf
 from sae.coder import SparseCoder, initialize
-from sae.objectives import Objective, Step
+from sae.errors import ConfigError
+from sae.normalization import undo
+from sae.objectives import Objective, Spliced, Step
+from sae.objectives.aux_zipf import AuxZipf, shortfall
+from sae.objectives.auxk import AuxK, explained_by
+from sae.selection import Moment, Selection
 from sae.selection.topk import TopK
-from sae.spec import CoderSpec
+from sae.spec import CoderSpec, Site
 
 TERMS = plugins.names(Objective)
+D, M, K, N = 5, 14, 3, 9
+RULE = {"l0": "jumprelu", "gate": "gated"}  # what a term is made for; any other goes with TopK
+STRAIGHT_THROUGH = {"l0": {"threshold"}}  # gradients that are estimates by definition: tested by their formula below
 
 
 @pytest.fixture(params=TERMS)
-def term(request):
-    return TERMS[request.param]()
+def name(request):
+    return request.param
 
 
-def setting(n=9, d=5, m=14, k=3):
-    coder = SparseCoder(CoderSpec(d, d, m, TopK(k), variance=2.5), dtype=torch.float64)
-    initialize(coder, torch.randn(d), 0)
+def setting(name=""):
+    kind = plugins.names(Selection)[RULE.get(name, "topk")]
+    rule = kind(k=K) if kind is TopK else kind()
+    coder = SparseCoder(CoderSpec(D, D, M, rule, variance=2.5), dtype=torch.float64)
+    initialize(coder, torch.randn(D), 0)
     with torch.no_grad():
         for parameter in coder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    dead = torch.zeros(m, dtype=torch.bool)
-    dead[[1, 4, 5, 9, 13]] = True
-    return coder, torch.randn(n, d).double(), dead
+    return coder, torch.randn(N, D).double(), marks(1, 4, 5, 9, 13)
 
 
-def view(coder, x, dead, n_tokens, residual=None):
-    run = coder.run(x)
-    if residual is not None:  # what the term holds constant is held constant while parameters are moved
-        run = type(run)(residual[1], run.scores, run.latents, run.prediction)
-    return Step(coder, run, x, n_tokens, 2.5, 0.7, dead)
+def marks(*dead):
+    return torch.zeros(M, dtype=torch.bool).index_fill_(0, torch.tensor(dead), True)
 
 
-def test_gradient_equals_finite_differences(term):
-    """AuxK stops the gradient at the residual and at its encoder input, so these are frozen for the differences."""
-    coder, x, dead = setting()
-    step = view(coder, x, dead, len(x))
-    coder.zero_grad()
+def readout(x, how):
+    """A language model of one linear layer, for the terms that run one."""
+    draw = torch.Generator().manual_seed(7)
+    weight = torch.randn(D, 11, generator=draw).double()
+    following = torch.randint(0, 11, (len(x),), generator=draw)
+    return lambda made: Spliced(x @ weight, undo(made, how) @ weight, following)
+
+
+def view(coder, x, dead, n_tokens=N, run=None):
+    run = run or coder.run(coder.look(x))
+    density = torch.linspace(0.5, 0, M).double()
+    return Step(coder, run, x, n_tokens, 2.5, 0.7, dead, density, readout(x, run.how))
+
+
+def test_gradient_equals_finite_differences(name):
+    """What a term holds constant (a residual, an encoder input, the decoder) is frozen for the differences."""
+    coder, x, dead = setting(name)
+    term = TERMS[name]()
+    step = view(coder, x, dead)
     term.loss(step).backward()
-    frozen = (step.run.prediction.detach(), step.run.y.detach())
+    support = (step.run.latents.offsets, step.run.latents.ids)
+    held = {name: getattr(step.run, name).detach().clone() for name in ("y", "prediction", "rest")}
+    held_decoder = coder.W_dec.detach().clone()
 
     def value():
-        run = coder.run(x)
-        if type(term).__name__ == "AuxK":
-            run = type(run)(frozen[1], coder.preactivations(frozen[1]), run.latents, frozen[0])
-        return term.loss(Step(coder, run, x, len(x), 2.5, 0.7, dead)).item()
+        run = coder.run(coder.look(x), support)
+        if name in ("auxk", "aux_zipf"):
+            run = replace(run, y=held["y"], scores=coder.preactivations(held["y"]), prediction=held["prediction"])
+        if name != "gate":
+            return term.loss(view(coder, x, dead, run=run)).item()
+        moved = coder.W_dec.detach().clone()
+        coder.W_dec.data.copy_(held_decoder)
+        found = term.loss(view(coder, x, dead, run=replace(run, rest=held["rest"]))).item()
+        coder.W_dec.data.copy_(moved)
+        return found
 
-    for name, parameter in coder.named_parameters():
+    for parameter_name, parameter in coder.named_parameters():
+        if parameter_name in STRAIGHT_THROUGH.get(name, ()):
+            continue
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         flat = parameter.data.view(-1)
         for i in range(0, flat.numel(), max(1, flat.numel() // 12)):
@@ -59,41 +90,213 @@ def test_gradient_equals_finite_differences(term):
             flat[i] = old - h
             down = value()
             flat[i] = old
-            assert (up - down) / (2 * h) == pytest.approx(float(grad.view(-1)[i]), rel=1e-4, abs=1e-7), (name, i)
+            slope = (up - down) / (2 * h)
+            assert slope == pytest.approx(float(grad.view(-1)[i]), rel=1e-4, abs=1e-7), (parameter_name, i)
 
 
-def test_micro_batches_add_up(term):
-    coder, x, dead = setting()
-    whole = term.loss(view(coder, x, dead, len(x)))
-    parts = sum(term.loss(view(coder, rows, dead, len(x))) for rows in x.split(4))
-    torch.testing.assert_close(whole, parts)
+def test_some_parameter_learns(name):
+    coder, x, dead = setting(name)
+    coder.spec.selection.activate  # noqa: B018
+    if name == "l0":
+        coder.threshold.data.fill_(float(coder.look(x).scores.quantile(0.7)))
+    TERMS[name]().loss(view(coder, x, dead)).backward()
+    assert sum(p.grad.abs().sum() for p in coder.parameters() if p.grad is not None) > 0
 
 
-def test_no_tokens_and_constant_input_are_finite(term):
-    coder, x, dead = setting()
+def test_micro_batches_add_up(name):
+    coder, x, dead = setting(name)
+    term = TERMS[name]()
+    draws = readout(x, (0.0, 1.0))(x)
+    whole, parts = view(coder, x, dead), 0.0
+    for rows in torch.arange(N).split(4):
+        step = view(coder, x[rows], dead)
+        own = lambda made, rows=rows: Spliced(  # noqa: E731
+            draws.clean[rows], readout(x[rows], (0.0, 1.0))(made).patched, draws.next_tokens[rows]
+        )
+        parts = parts + term.loss(replace(step, spliced=own))
+    torch.testing.assert_close(term.loss(whole), parts)
+
+
+def test_no_tokens_and_constant_input_are_finite(name):
+    coder, x, dead = setting(name)
+    term = TERMS[name]()
     assert torch.isfinite(term.loss(view(coder, x[:0], dead, 1)))
-    assert torch.isfinite(term.loss(view(coder, torch.zeros_like(x), dead, len(x))))
-    assert torch.isfinite(term.loss(view(coder, x, torch.ones_like(dead), len(x))))
+    assert torch.isfinite(term.loss(view(coder, torch.zeros_like(x), dead)))
+    assert torch.isfinite(term.loss(view(coder, x, torch.ones_like(dead))))
+
+
+def test_defaults_fit_the_rule_they_are_made_for(name):
+    rule = plugins.names(Selection)[RULE.get(name, "topk")]()
+    TERMS[name]().validate(D, 64, rule)
 
 
 def test_auxk_touches_dead_latents_only_and_is_zero_without_any():
     coder, x, dead = setting()
-    auxk = TERMS["auxk"](k=2)
-    auxk.loss(view(coder, x, dead, len(x))).backward()
+    auxk = AuxK(k=2)
+    auxk.loss(view(coder, x, dead)).backward()
     for name in ("W_enc", "b_enc", "W_dec"):
         grad = getattr(coder, name).grad
         assert (grad[~dead] == 0).all()
         assert (grad[dead] != 0).any(), f"{name} learns too: the term is not decoder-only"
     assert coder.b_dec.grad is None or (coder.b_dec.grad == 0).all(), "no bias enters the explanation of the residual"
-    assert auxk.loss(view(coder, x, torch.zeros_like(dead), len(x))).item() == 0.0
+    assert auxk.loss(view(coder, x, torch.zeros_like(dead))).item() == 0.0
 
 
 def test_auxk_equals_its_formula_densely():
     coder, x, dead = setting()
-    step = view(coder, x, dead, len(x))
+    step = view(coder, x, dead)
     scores = step.run.scores.clone()
     scores[:, ~dead] = -torch.inf
     kept = torch.zeros_like(scores).scatter_(1, scores.topk(2, dim=1).indices, 1.0)
     explained = (step.run.scores * kept).relu() @ coder.W_dec
-    expected = (x - step.run.prediction - explained).square().sum() / (len(x) * 0.7)
-    torch.testing.assert_close(TERMS["auxk"](k=2).loss(step), expected)
+    expected = (x - step.run.prediction - explained).square().sum() / (N * 0.7)
+    torch.testing.assert_close(AuxK(k=2).loss(step), expected)
+
+
+def test_aux_zipf_is_auxk_bit_for_bit_when_the_weight_is_the_dead_indicator(monkeypatch):
+    coder, x, dead = setting()
+    monkeypatch.setattr("sae.objectives.aux_zipf.shortfall", lambda density, tau: dead.double())
+    losses, grads = [], []
+    for term in (AuxK(k=2), AuxZipf(k=2)):
+        coder.zero_grad()
+        losses.append(term.loss(view(coder, x, dead)))
+        losses[-1].backward()
+        grads.append({n: p.grad.clone() for n, p in coder.named_parameters() if p.grad is not None})
+    assert torch.equal(*losses)
+    assert grads[0].keys() == grads[1].keys()
+    for name in grads[0]:
+        assert torch.equal(grads[0][name], grads[1][name]), name
+
+
+def test_the_shortfall_is_one_for_the_dead_partial_for_the_dying_and_zero_for_the_rest():
+    density = zipf.Zipf(1.0, 3.0).shares(200) * 8
+    assert shortfall(density, 0.5).max() == 0, "all as expected"
+    density[50], density[60] = 0.0, density[60] / 20
+    found = shortfall(density, 0.5)
+    assert found[50] == 1.0
+    assert 0 < found[60] < 1
+    assert found.count_nonzero() <= 4
+    assert shortfall(torch.zeros(9), 0.5).max() == 0, "before the first step nothing is known"
+    report = AuxZipf(tau=0.5).report(density)
+    assert report["dying_share"] == pytest.approx((found.count_nonzero() - 1) / 200)
+
+
+def test_aux_zipf_helps_the_dying_in_proportion():
+    coder, x, dead = setting()
+    shares = torch.zeros(M).double()
+    shares[2], shares[7] = 1.0, 0.25
+    step = view(coder, x, dead)
+    explained_by(step, shares, 2).backward()
+    used = coder.W_dec.grad.abs().sum(1).nonzero()[:, 0].tolist()
+    assert set(used) <= {2, 7}
+
+
+def test_jumprelu_thresholds_have_the_gradients_of_the_paper():
+    """Equations 11 and 12 of 2407.14435, written out densely in float64."""
+    coder, x, _ = setting("l0")
+    rule = coder.spec.selection
+    coder.threshold.data = torch.full((M,), 0.3)
+    look = coder.look(x)
+    chosen = coder.support(look.scores, lambda rule, scores, tensors, group: rule.choose(scores, tensors, Moment(0.0, N)))
+    run = coder.run(look, chosen)
+    step = view(coder, x, torch.zeros(M, dtype=torch.bool), run=run)
+    h, eps = look.scores, rule.bandwidth
+    theta = coder.threshold.detach().double().expand_as(h)
+    near = ((h - theta).abs() < eps / 2).double()
+    assert near.sum() > 0
+
+    TERMS["l0"]().loss(step).backward()
+    torch.testing.assert_close(coder.threshold.grad.double(), -(near / eps).sum(0) / N, rtol=1e-5, atol=1e-6)
+    assert coder.W_enc.grad is None or (coder.W_enc.grad == 0).all(), "H passes nothing on to h"
+
+    coder.zero_grad()
+    TERMS["reconstruction"]().loss(step).backward()
+    upstream = -2 * (x - run.prediction.detach()) @ coder.W_dec.detach().T / (N * 2.5)
+    expected = -(upstream * theta / eps * near).sum(0)
+    torch.testing.assert_close(coder.threshold.grad.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_penalties_follow_their_formulas():
+    coder, x, dead = setting("gate")
+    run = coder.run(coder.look(x))
+    step = view(coder, x, dead, run=run)
+    gates, norms = run.scores.relu(), coder.W_dec.norm(dim=1)
+    torch.testing.assert_close(TERMS["l1"]().loss(step), (gates * norms).sum() / (N * 2.5**0.5))
+    active = run.latents.to_dense()
+    torch.testing.assert_close(TERMS["tanh"](c=3.0).loss(step), torch.tanh(3 * active * norms / 2.5**0.5).sum() / N)
+    made = gates @ coder.W_dec + coder.b_dec
+    torch.testing.assert_close(TERMS["gate"]().loss(step), (x - made).square().sum() / (N * 2.5))
+    magnitudes = ((run.scores - coder.b_enc) * coder.r_mag.exp() + coder.b_mag).relu() * (run.scores > 0)
+    torch.testing.assert_close(active, magnitudes, check_dtype=False)
+
+
+def test_matryoshka_is_the_mean_over_prefixes():
+    coder, x, dead = setting()
+    step = view(coder, x, dead)
+    codes, expected = step.run.latents.to_dense(), []
+    for width in (0, 4, 7, M):
+        made = codes[:, :width] @ coder.W_dec[:width] + coder.b_dec
+        expected.append((x - made).square().sum() / (N * 2.5))
+    found = TERMS["matryoshka"](prefixes=(4 / M, 0.5, 1.0)).loss(step)
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+    only = TERMS["matryoshka"](prefixes=(1.0,)).loss(step)
+    torch.testing.assert_close(only, (expected[0] + TERMS["reconstruction"]().loss(step)) / 2)
+
+
+def test_multi_topk_decodes_more_latents_and_equals_reconstruction_at_k():
+    coder, x, dead = setting()
+    step = view(coder, x, dead)
+    torch.testing.assert_close(TERMS["multi_topk"](k=K).loss(step), TERMS["reconstruction"]().loss(step))
+    wide = torch.zeros_like(step.run.scores).scatter_(1, step.run.scores.topk(4 * K).indices, 1.0)
+    made = (step.run.scores * wide).relu() @ coder.W_dec + coder.b_dec
+    torch.testing.assert_close(TERMS["multi_topk"]().loss(step), (x - made).square().sum() / (N * 2.5))
+
+
+def test_sites_are_weighted():
+    sites = (Site("a", width=2, weight=4.0), Site("b", width=3, weight=0.25))
+    coder, x, dead = setting()
+    plain = TERMS["reconstruction"]().loss(view(coder, x, dead))
+    coder.spec = coder.spec.with_(reads=sites, writes=sites)
+    step = view(coder, x, dead)
+    parts = (x - step.run.prediction).square()
+    expected = (4 * parts[:, :2].sum() + 0.25 * parts[:, 2:].sum()) / (N * 2.5)
+    torch.testing.assert_close(TERMS["reconstruction"]().loss(step), expected)
+    assert not torch.allclose(plain, expected)
+
+
+def test_a_penalty_rises_and_is_adapted_to_its_target():
+    term = TERMS["l1"](weight=2.0, target_l0=10.0, adapt_rate=0.1, warmup_share=0.5)
+    assert term.factor(0.25, 3.0) == pytest.approx(3.0)
+    assert term.factor(0.9, 3.0) == pytest.approx(6.0)
+    assert term.adapted(1.0, 10.0) == 1.0
+    assert term.adapted(1.0, 15.0) == pytest.approx(1.0512710963760241)
+    assert term.adapted(1.0, 1000.0) == term.adapted(1.0, 20.0) > 1 > term.adapted(1.0, 5.0)
+    assert TERMS["l1"]().adapted(1.0, 1e9) == 1.0, "without a target the weight stays"
+
+
+BAD = [
+    ("auxk", {"k": -1}, "topk"),
+    ("aux_zipf", {"tau": 0.0}, "topk"),
+    ("l1", {"target_l0": -1.0}, "relu"),
+    ("l1", {"adapt_rate": 0.0}, "relu"),
+    ("tanh", {"c": 0.0}, "relu"),
+    ("tanh", {"warmup_share": 2.0}, "relu"),
+    ("l0", {"target_l0": 1e9}, "jumprelu"),
+    ("matryoshka", {"prefixes": (0.5, 0.25, 1.0)}, "topk"),
+    ("matryoshka", {"prefixes": (0.5,)}, "topk"),
+    ("multi_topk", {"k": -1}, "topk"),
+    ("multi_topk", {"k": 0}, "relu"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "rule"), BAD, ids=str)
+def test_constants_out_of_range_are_named(name, changes, rule):
+    (field,) = changes
+    with pytest.raises(ConfigError, match=rf"objectives\.{name}\.{field}: "):
+        TERMS[name](**changes).validate(D, M, plugins.names(Selection)[rule]())
+
+
+@pytest.mark.parametrize(("name", "rule"), [("l0", "topk"), ("gate", "relu")])
+def test_terms_made_for_another_rule_are_refused(name, rule):
+    with pytest.raises(ConfigError, match=rf"objectives\.{name}: needs .*{rule}"):
+        TERMS[name]().validate(D, M, plugins.names(Selection)[rule]())

@@ -1,82 +1,171 @@
 """Every selection rule keeps the contract; a new rule is tested by being there."""
 
+import copy
 from itertools import pairwise
 
 import pytest
 import torch
 
 from sae import plugins
+from sae.choosing import Chooser
 from sae.coder import SparseCoder, initialize
 from sae.errors import ConfigError
 from sae.selection import Selection
-from sae.selection.topk import TopK, top_ids
 from sae.spec import CoderSpec
+from sae.trainer import Batch, CoderTrainer, Schedule
 
 RULES = plugins.names(Selection)
+D, M, N, K = 16, 64, 24, 4
 
 
 @pytest.fixture(params=RULES)
 def rule(request):
-    return RULES[request.param]()
+    return small(request.param)
 
 
-def made(rule, d=16, m=256):
-    coder = SparseCoder(CoderSpec(d, d, m, rule))
-    initialize(coder, torch.zeros(d), 0)
+def small(name):
+    kind = RULES[name]
+    return kind(k=K) if "k" in kind.__dataclass_fields__ else kind()
+
+
+def made(rule, seed=0):
+    coder = SparseCoder(CoderSpec(D, D, M, rule, variance=float(D)))
+    initialize(coder, torch.zeros(D), seed)
     return coder
 
 
-def test_support_is_well_formed(rule):
-    offsets, ids = rule.support(torch.randn(12, 256))
-    assert offsets[0] == 0
-    assert offsets[-1] == len(ids)
-    assert (offsets.diff() >= 0).all()
-    for start, stop in pairwise(offsets):
-        assert (ids[start:stop].diff() > 0).all(), "ids ascend within a row, none twice"
+def batch(n=N, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, D, generator=draw)
+    return Batch(x, x, torch.randn(n, D, generator=draw))
+
+
+def support(coder, batch, sizes=None, steps=2):
+    """The supports that training chooses in step `steps`, as one dense mask over the batch, and the chooser."""
+    chooser = Chooser(coder)
+    for step in range(steps):
+        chooser.begin(step / 10, len(batch.x))
+        parts = list(batch.x.split(sizes or len(batch.x)))
+        if chooser.rule.batch_wide:
+            found = chooser.whole_batch(parts, coder.look)
+        else:
+            gradients = batch.gradients.split(sizes or len(batch.x))
+            found = [chooser.per_token(coder.look(x), g) for x, g in zip(parts, gradients, strict=True)]
+        chooser.finish()
+    masks = []
+    for offsets, ids in found:
+        mask = torch.zeros(len(offsets) - 1, coder.spec.d_sae, dtype=torch.bool)
+        mask[torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff()), ids] = True
+        masks.append(mask)
+    return found, torch.cat(masks), chooser
+
+
+def trained(rule, steps=5):
+    """A coder whose inference has been calibrated by a few steps."""
+    terms = {name: plugins.names(OBJECTIVES)[name]() for name in ("reconstruction", *rule.needs)}
+    trainer = CoderTrainer(made(rule), terms, OptimConfig(lr=1e-3), Schedule(steps, 1000))
+    for step in range(steps):
+        trainer.step(batch(seed=step), step)
+    return trainer.trained()
+
+
+from sae.objectives import Objective as OBJECTIVES  # noqa: E402, N812
+from sae.optim import OptimConfig  # noqa: E402
+
+
+def test_support_is_well_formed_in_training_and_at_inference(rule):
+    coder = trained(rule)
+    chosen, _, _ = support(coder, batch())
+    for offsets, ids in [*chosen, coder.support(coder.compared(coder.look(batch().x)))]:
+        assert offsets[0] == 0
+        assert offsets[-1] == len(ids)
+        assert len(offsets) == N + 1
+        assert (offsets.diff() >= 0).all()
+        for start, stop in pairwise(offsets):
+            assert (ids[start:stop].diff() > 0).all(), "ids ascend within a row, none twice"
 
 
 def test_support_contains_the_nonzeros_and_sparse_equals_dense_decode(rule):
-    coder, x = made(rule), torch.randn(20, 16)
+    coder, x = trained(rule), batch().x
     z = coder.encode(x)
     torch.testing.assert_close(coder.decode(z), z.to_dense() @ coder.W_dec + coder.b_dec)
+    assert 0 < float(z.l0().mean()) < M / 2 + 4, "a few steps leave no rule without latents"
 
 
 def test_choice_depends_on_the_token_alone_at_inference(rule):
-    coder, x = made(rule), torch.randn(20, 16)
+    coder, x = trained(rule), batch().x
     together = coder.encode(x).to_dense()
     alone = torch.stack([coder.encode(row).to_dense() for row in x])
     torch.testing.assert_close(together, alone)
 
 
+@pytest.mark.parametrize("size", [1, 7, 23])
+def test_micro_batches_choose_as_one(rule, size):
+    coder = made(rule)
+    _, whole, one = support(coder, batch(), steps=1)
+    _, parts, other = support(coder, batch(), sizes=size, steps=1)
+    assert torch.equal(whole, parts)
+    assert one.state().keys() == other.state().keys()
+    for name, value in one.state().items():
+        torch.testing.assert_close(value, other.state()[name])
+
+
+def test_what_is_remembered_survives_a_checkpoint_and_a_failed_step(rule):
+    coder = made(rule)
+    _, _, chooser = support(coder, batch())
+    before = copy.deepcopy(chooser.state())
+    chooser.begin(0.5, N)
+    if rule.batch_wide:
+        chooser.whole_batch([batch(seed=9).x], coder.look)
+    else:
+        chooser.per_token(coder.look(batch(seed=9).x), batch(seed=9).gradients)
+    for name, value in chooser.state().items():
+        assert torch.equal(value, before[name]), f"{name}: a step counts when it is finished"
+    again = Chooser(coder)
+    again.load_state(before)
+    assert {k: v.tolist() for k, v in again.state().items()} == {k: v.tolist() for k, v in before.items()}
+    assert again.calibrated()[0] == chooser.calibrated()[0]
+
+
 def test_config_survives_the_spec(rule):
-    spec = CoderSpec(4, 4, 256, rule)
+    spec = CoderSpec(4, 4, M, rule)
     assert CoderSpec.from_json(spec.to_json()).selection == rule
 
 
-def test_ties_go_to_the_lower_id(rule):
-    first, second = rule.support(torch.zeros(3, 256)), rule.support(torch.zeros(3, 256))
-    assert torch.equal(first[1], second[1])
-    if isinstance(rule, TopK):
-        assert torch.equal(first[1], torch.arange(rule.k).repeat(3))
+def test_equal_scores_give_the_same_choice_every_time(rule):
+    coder = made(rule)
+    flat = Batch(*[torch.zeros(N, D)] * 3)
+    assert torch.equal(support(coder, flat)[1], support(coder, flat)[1])
 
 
-@pytest.mark.parametrize(("m", "k"), [(256, 4), (4096, 32), (100, 7), (64, 64), (33, 1)])
-def test_top_ids_equal_a_stable_sort(m, k):
-    scores = torch.randint(0, 50, (40, m)).float()  # many ties
-    expected = (-scores).sort(dim=1, stable=True).indices[:, :k].sort(dim=1).values
-    assert torch.equal(top_ids(scores, k), expected)
-    scores = torch.randn(40, m)
-    assert torch.equal(top_ids(scores, k), scores.topk(k, dim=1).indices.sort(dim=1).values)
+def test_gradients_of_all_parameters_are_finite_and_reach_what_is_trained(rule):
+    coder = made(rule)
+    chosen, _, _ = support(coder, batch(), steps=1)
+    run = coder.run(coder.look(batch().x), chosen[0])
+    (run.prediction.square().sum() + run.kept.square().sum()).backward()
+    for name, parameter in coder.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().sum() > 0 or name in ("r_mag",), name
 
 
-@pytest.mark.parametrize("k", [0, -1, 9])
-def test_k_outside_the_width_is_refused(k):
-    with pytest.raises(ConfigError, match=rf"selection\.k: {k} is not between 1 and d_sae = 8"):
-        TopK(k).validate(8)
+def test_shared_budget_is_that_of_all_blocks(rule):
+    shared = rule.shared_by(3)
+    assert getattr(shared, "k", 0) == 3 * getattr(rule, "k", 0)
 
 
-def test_ties_beside_nan_still_give_k_entries():
-    """The loss reports what is not finite; choosing must not fail before it."""
-    scores = torch.tensor([[float("nan"), 1.0, 1.0, 1.0, 0.0], [2.0, float("inf"), 2.0, 2.0, float("nan")]])
-    assert top_ids(scores, 2).tolist() == [[0, 1], [1, 4]]
-    assert top_ids(scores, 3).tolist() == [[0, 1, 2], [0, 1, 4]]
+BAD = {
+    "topk": [{"k": 0}, {"k": M + 1}, {"k_start": M + 1}, {"anneal_share": 0.0}],
+    "mutual_choice": [{"k": 0}, {"threshold_decay": 1.0}],
+    "feature_choice": [{"mutual_share": 1.5}, {"exponent": -1.0}, {"density_decay": 1.0}, {"density": "none"}],
+    "gradient_topk": [{"beta": -1.0}, {"loss": "kl"}, {"gradient_norm": "layer"}, {"inference": "both"}],
+    "jumprelu": [{"bandwidth": 0.0}, {"threshold_start": -1.0}],
+    "groupmax": [{"k": 7}, {"k": 0}],
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), [(n, c) for n, many in BAD.items() for c in many], ids=str)
+def test_constants_out_of_range_are_named(name, changes):
+    (field,) = changes
+    with pytest.raises(ConfigError, match=rf"selection\.{field}: "):
+        RULES[name](**changes).validate(M)

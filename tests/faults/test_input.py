@@ -205,9 +205,9 @@ def test_a_module_that_never_runs_is_an_error_and_not_silence(monkeypatch, tiny_
         (["--text.source", "./nowhere.txt"], "text.source: no such file or folder: './nowhere.txt'."),
         (["--grid", "{optim.lr: [1, -1]}"], "optim.lr: -1"),
         (["--activations.sites", "layers.1"], "activations.sites: 'layers.1' is not a list; put it in brackets"),
-        (["--activations.gradients", "maybe"], "activations.gradients: 'maybe' is not true or false"),
+        (["--coder.skip", "maybe"], "coder.skip: 'maybe' is not true or false"),
         (["--grid", "{coder.selection.k: []}"], "grid.coder.selection.k: [] must hold at least one value, and none"),
-        (["--grid", "{tokens: [1]}"], "grid: 'tokens' is not a field below coder or optim"),
+        (["--grid", "{tokens: [1]}"], "grid: 'tokens' is not coder, optim or a field below them"),
         (
             ["--log.tracker", "wandbb"],
             "log.tracker: 'wandbb' is not one of none, wandb, trackio. Did you mean 'wandb'?",

@@ -11,20 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from children import Child, ranks, sae_train
-from fakes import tiny_config, tiny_model_folder
+from fakes import measured, tiny_config, tiny_model_folder
 from runs import assert_equal, checkpoints, error_of, lines
 
 import sae.training
-from sae.activations import measure
 from sae.files import load_tensors
 from sae.models import load_language_model
-from sae.normalization import Normalization
 from sae.objectives.auxk import AuxK
 from sae.objectives.reconstruction import Reconstruction
 from sae.optim import OptimConfig
 from sae.report import write_report
 from sae.settings import to_yaml
-from sae.spec import MaskSpec
 from sae.stream import Stream
 from sae.trainer import CoderTrainer, NonFiniteError, Schedule, new_coder
 
@@ -89,7 +86,7 @@ def test_so_many_bad_batches_are_skipped_and_no_more(tmp_path, monkeypatch, tiny
 
 
 def trainer(x: torch.Tensor, dead_after_tokens: int = 64, d_sae: int = 8, k: int = 2, **terms: object) -> CoderTrainer:
-    found = measure(x, MaskSpec(), 10.0, Normalization())
+    found = measured(x)
     objectives = {"reconstruction": Reconstruction(), "auxk": AuxK(), **terms}
     config = tiny_config(Path("m"), Path("."), {"coder.d_sae": d_sae, "coder.selection.k": k}).coder
     schedule = Schedule(steps=10, dead_after_tokens=dead_after_tokens)

@@ -20,16 +20,12 @@ from sae.activations import (
     CachedSource,
     capture,
     capture_with_gradients,
-    geometric_median,
-    measure,
     norm_mask,
-    sample,
     token_mask,
     widths,
 )
-from sae.errors import ConfigError, Stopped
+from sae.errors import ConfigError
 from sae.models import LanguageModel
-from sae.normalization import Normalization
 from sae.packing import PADDING
 from sae.sites import resolve
 from sae.spec import MaskSpec, Site
@@ -226,69 +222,17 @@ def test_masks():
     assert token_mask(ids, MaskSpec((5,), 0)).tolist() == [[False, True, True, True], [True, False, True, False]]
     assert token_mask(ids, MaskSpec((), 2)).tolist() == [[False, False, True, True], [False, False, True, False]]
     x = torch.tensor([[3.0, 4.0], [0.0, 5.1], [float("nan"), 0.0]])
-    assert norm_mask(x, MaskSpec(norm_limit=5.0)).tolist() == [True, False, True]
-    assert norm_mask(x / 0.0, MaskSpec(norm_limit=5.0)).tolist() == [True, True, True]  # NaN and Inf are not hidden
-    assert norm_mask(x, MaskSpec()).all()
+    limit = MaskSpec(norm_limits={"x": 5.0})
+    assert norm_mask({"x": x}, limit).tolist() == [True, False, True]
+    assert norm_mask({"x": x / 0.0}, limit).tolist() == [True, True, True]  # NaN and Inf are not hidden
+    assert norm_mask({"y": x, "x": x[[0, 0, 1]]}, limit).tolist() == [True, True, False], "by site"
+    assert norm_mask({"x": x}, MaskSpec()).all()
 
 
-def test_measured_statistics():
-    x = torch.randn(4000, D) * 2 + 3
-    x[7] *= 1000
-    found = measure(x, MaskSpec((1, 2), 1), 10.0, Normalization())
-    kept = np.delete(x.double().numpy(), 7, axis=0)
-    assert (found.tokens, found.outliers) == (4000, 1)
-    assert found.mask == MaskSpec((1, 2), 1, 10 * found.median_norm)
-    np.testing.assert_allclose(found.center, kept.mean(0), rtol=1e-5)
-    assert measure(x, MaskSpec(), 10.0, Normalization(), "zero").center.abs().sum() == 0
-    middle = measure(x, MaskSpec(), 10.0, Normalization(), "geometric_median").center
-    torch.testing.assert_close(middle, geometric_median(torch.from_numpy(kept)).float(), atol=1e-3, rtol=1e-3)
-    assert found.variance == pytest.approx(kept.var(0).sum(), rel=1e-6)
-    scaled = measure(x, MaskSpec(), 10.0, Normalization("scalar"))
-    assert (kept * scaled.normalization.scale).__pow__(2).sum(1).mean() == pytest.approx(D, rel=1e-5)
-    unfiltered = measure(x, MaskSpec(), 0.0, Normalization())
-    assert unfiltered.outliers == 0
-    assert unfiltered.variance > 10 * found.variance
-
-
-def test_statistics_refuse_what_cannot_be_measured():
-    with pytest.raises(ConfigError, match="every token is masked"):
-        measure(torch.zeros(0, D), MaskSpec(), 10.0, Normalization())
-    broken = torch.randn(10, D)
-    broken[3, 2] = float("inf")
-    with pytest.raises(ConfigError, match="layer 3 holds NaN or Inf at 1 of 10 tokens"):
-        measure(broken, MaskSpec(), 10.0, Normalization(), site="layer 3")
-
-
-def test_geometric_median_has_no_nearer_neighbor_and_shrugs_at_outliers():
-    x = torch.randn(501, 4, dtype=torch.float64)
-    x[:50] += 1000
-    center = geometric_median(x)
-    distance = (x - center).norm(dim=1).sum()
-    for direction in torch.cat([torch.eye(4), -torch.eye(4)]).double():
-        assert (x - center - 1e-3 * direction).norm(dim=1).sum() > distance
-    assert center.norm() < 0.5 < x.mean(0).norm()
-    assert torch.equal(geometric_median(torch.ones(5, 3)), torch.ones(3))
-
-
-def test_a_sample_is_spread_over_the_text_and_can_be_stopped():
-    class Source:
-        def __init__(self):
-            self.reads = []
-
-        def __len__(self):
-            return 100
-
-        def read(self, block):
-            self.reads.append(block)
-            return Block({"x": torch.full((10, 2), float(block))}, {})
-
-    source = Source()
-    found = sample(source, 95, lambda: False)["x"]  # type: ignore[arg-type]
-    assert found.shape == (95, 2)
-    assert sorted(set(found[:, 0].tolist())) == [10.0 * i for i in range(10)]
-    assert len(source.reads) == 10  # none twice
-    with pytest.raises(Stopped):
-        sample(source, 95, lambda: True)  # type: ignore[arg-type]
+def test_positions_without_a_next_token_are_masked_on_request():
+    ids = torch.tensor([[5, 1, 2, 3], [1, 5, 3, PADDING]], dtype=torch.int32)
+    mask = MaskSpec((5,), 0, next_token=True)
+    assert token_mask(ids, mask).tolist() == [[False, True, True, False], [True, False, False, False]]
 
 
 def test_what_one_rank_stores_another_does_not_compute_again(tmp_path):

@@ -134,7 +134,7 @@ def test_the_norm_filter_holds_in_every_arm_and_is_shown_both_ways(lm, rows):
         x = lm.model(rows.data.clamp_min(0).long(), output_hidden_states=True).hidden_states[2]
     usual = (rows.data > 2) & (torch.arange(CONTEXT) > 0)
     limit = float(x[usual].norm(dim=1).quantile(0.8))
-    made = coder("random", mask=MaskSpec((0, 1, 2), 1, limit))
+    made = coder("random", mask=MaskSpec((0, 1, 2), 1, {SITE.name: limit}))
     found = evaluate(made, lm, rows, 240)
     kept = usual & (x.norm(dim=-1) <= limit)
     assert found["reconstruction"]["tokens"] == int(kept.sum()) < int(usual.sum())

@@ -29,7 +29,7 @@ def coder():
         select_by_decoder_norm=True,
         decoder_norm="free",
         skip=True,
-        mask=MaskSpec((0, 5), 2, 34.5),
+        mask=MaskSpec((0, 5), 2, {"x": 34.5}, True),
         context_length=128,
         variance=2.5,
         training={"text": {"source": "x"}, "tokens": 10**12},

@@ -75,11 +75,13 @@ def test_the_projected_gradient_is_orthogonal_and_nothing_else_is_lost():
 
 
 def test_normalizing_keeps_directions_and_rows_of_zeros():
+    coder = SparseCoder(CoderSpec(4, 4, 5, TopK(2)))
     weight = torch.randn(5, 4) * 100
     weight[2] = 0
+    coder.W_dec.data.copy_(weight)
     directions = nn.functional.cosine_similarity(weight, weight.clone(), dim=1)
-    kept = weight.clone()
-    normalize_decoder(kept)
+    normalize_decoder(coder)
+    kept = coder.W_dec.detach()
     assert kept[2].tolist() == [0] * 4
     torch.testing.assert_close(nn.functional.cosine_similarity(kept, weight, dim=1), directions)
     torch.testing.assert_close(kept.norm(dim=1), torch.tensor([1.0, 1, 0, 1, 1]), atol=1e-6, rtol=0)

@@ -1,6 +1,7 @@
 """Configs: what is typed becomes what is meant, or one line that names the field, the value and the nearest match."""
 
 import dataclasses
+import re
 
 import draccus
 import pytest
@@ -21,8 +22,13 @@ def read(*overrides, path=None):
 def test_every_field_is_documented_and_can_be_set_on_the_command_line():
     for name, default, doc in describe(TrainConfig):
         assert doc, f"{name} has no docstring"
-        if default not in ("None", "") and not name.startswith(("grid", "coder.objectives")):
-            read(f"--{name}", default)
+        if default in ("None", "") or name in ("grid", "coder.objectives"):
+            continue
+        kind = re.match(r"\[(\w+)\] ", doc)
+        options = [f"--{name.rpartition('.')[0]}.type", kind[1]] if kind else []
+        if name.startswith("coder.objectives."):
+            options = [f"--{name.rpartition('.')[0]}.type", name.split(".")[2]]
+        read(*options, f"--{name}", default)
     assert {"coder.selection.k", "coder.selection.type", "text.column", "optim.lr", "tokens"} <= set(FIELDS)
 
 
@@ -101,7 +107,7 @@ def test_what_is_wrong_is_named_in_one_line(options, message):
         (["--checkpoints.keep", "0"], "checkpoints.keep: 0 is too small"),
         (["--log.tracker", "wandbb"], "log.tracker: 'wandbb' is not one of .* Did you mean 'wandb'?"),
         (["--dead_after_tokens", "0"], "dead_after_tokens: 0 is too small"),
-        (["--grid", "{tokens: [1, 2]}"], "grid: 'tokens' is not a field below coder or optim"),
+        (["--grid", "{tokens: [1, 2]}"], "grid: 'tokens' is not coder, optim or a field below them"),
         (["--grid", "{optim.lr: []}"], "grid.optim.lr: .* at least one value"),
         (["--grid", "{optim.lr: [1, 1]}"], "grid.optim.lr: .* none twice"),
         (["--grid", "{optim.rate: [1]}"], "optim.rate: no such field"),

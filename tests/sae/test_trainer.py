@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from fakes import measured
 
-from sae.activations import measure
 from sae.config import CoderConfig
 from sae.metrics import fvu
 from sae.normalization import Normalization
@@ -30,7 +30,7 @@ def activations(n=STEPS * BATCH, seed=0):
 
 def trainer(x=None, optim=None, schedule=None, **config):
     coder = CoderConfig(**{"d_sae": WIDTH, "selection": TopK(K)} | config)
-    found = measure(activations() if x is None else x, MaskSpec(), 10.0, coder.normalization, coder.center)
+    found = measured(activations() if x is None else x, MaskSpec(), 10.0, coder.normalization, coder.center)
     schedule = schedule or Schedule(STEPS, dead_after_tokens=3 * BATCH)
     return CoderTrainer(new_coder(coder, found), coder.objectives, optim or OptimConfig(lr=3e-3), schedule)
 

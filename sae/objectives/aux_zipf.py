@@ -1,0 +1,53 @@
+"""aux_zipf: latents that fire less than their rank lets expect learn to explain the residual (Ayonrinde 2411.02124).
+
+    w_i = clip(1 - f_i / (tau p_i), 0, 1)
+    e^  = (w * ReLU(TopK_kaux(h restricted to w > 0))) W_dec         L = sum_t |e_t - e^_t|^2 / (N V_e)
+
+f_i is the running density of latent i and p_i the density that the Zipf curve fitted to all of them gives its rank. So
+a dead latent counts in full, one that is dying (f_i < tau p_i) in part. The paper says that its loss generalizes AuxK to
+under-used features and gives no formula in the text at hand; this is a reading of it. With w_i = 1 for dead latents
+and 0 for all others it is AuxK bit for bit: both are `auxk.explained_by`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae import zipf
+from sae.errors import ConfigError
+from sae.objectives import Objective, Step
+from sae.objectives.auxk import AuxK, explained_by
+from sae.selection import Selection
+
+
+@Objective.register_subclass("aux_zipf")
+@dataclass(frozen=True)
+class AuxZipf(AuxK):
+    """The auxiliary loss that revives dead latents and helps under-used ones."""
+
+    tau: float = 0.5
+    """Share of its expected density under which a latent counts as under-used."""
+
+    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
+        """Raises ConfigError unless tau is positive and k fits."""
+        super().validate(d_in, d_sae, selection)
+        if not self.tau > 0:
+            raise ConfigError(f"objectives.aux_zipf.tau: {self.tau} must be positive")
+
+    def report(self, density: Float[Tensor, "d_sae"]) -> dict[str, float]:
+        """Returns the share of latents that fire, but less than tau times as often as their rank lets expect."""
+        return {"dying_share": float(((shortfall(density, self.tau) > 0) & (density > 0)).float().mean())}
+
+    def loss(self, step: Step) -> Float[Tensor, ""]:
+        """Returns the normalized error of the under-used latents' explanation of the residual."""
+        return explained_by(step, shortfall(step.density, self.tau).to(step.target), self.k)
+
+
+def shortfall(density: Float[Tensor, "d_sae"], tau: float = 0.5) -> Float[Tensor, "d_sae"]:
+    """Returns w: 1 for a latent that never fires, 0 for one that fires at least tau times as often as expected."""
+    if not float(density.sum()):  # nothing is known yet
+        return torch.zeros_like(density)
+    expected = zipf.ranked(zipf.fit(density).shares(len(density)), density) * float(density.sum())
+    return (1 - density / (tau * expected.to(density))).clamp(0, 1)

@@ -1,0 +1,32 @@
+"""gate: what trains a gated coder's gates, beside `l1` (Rajamanoharan 2024, arXiv 2404.16014, equation 8, last term).
+
+L = sum_t |x_t - (ReLU(pi_t) W_dec + b_dec)|^2 / (N V),   W_dec and b_dec held fixed
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.errors import ConfigError
+from sae.objectives import Objective, Step
+from sae.selection import Selection
+
+
+@Objective.register_subclass("gate")
+@dataclass(frozen=True)
+class Gate(Objective):
+    """Squared error of what the gates alone would reconstruct, over the variance of the target."""
+
+    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
+        """Raises ConfigError unless the coder has gates."""
+        found = Selection.get_choice_name(type(selection))
+        if found != "gated":
+            raise ConfigError(f"objectives.gate: needs selection gated, not {found}")
+
+    def loss(self, step: Step) -> Float[Tensor, ""]:
+        """Returns the gates' FVU of the micro-batch, weighted by its share of the batch."""
+        latents, coder = step.run.latents, step.coder
+        made = coder.decoded(torch.relu(step.run.kept), latents.offsets, latents.ids, frozen=True)
+        return step.error(made + step.run.rest.detach()).square().sum() / (step.n_tokens * step.variance)

@@ -1,0 +1,28 @@
+"""L1: the sum of activations, each weighted by its decoder's norm (Anthropic's April 2024 update; Bricken 2023).
+
+    L = sum_t sum_i ReLU(h_ti) |W_dec_i| / (N sqrt(V))
+
+The decoder's norm keeps a free decoder from evading the penalty by growing; with unit rows it is 1. sqrt(V), the scale of
+the inputs, makes the weight free of units. Of a gated coder the penalty falls on the gates, as its paper has it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.objectives import Objective, Sparsity, Step
+
+
+@Objective.register_subclass("l1")
+@dataclass(frozen=True)
+class L1(Sparsity):
+    """Sum of activations times decoder norms."""
+
+    weight: float = 0.1
+
+    def loss(self, step: Step) -> Float[Tensor, ""]:
+        """Returns the penalty per token."""
+        norms = step.coder.decoder_norms()[step.run.latents.ids]
+        return (torch.relu(step.run.kept) * norms).sum() / (step.n_tokens * step.variance**0.5)

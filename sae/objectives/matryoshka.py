@@ -1,0 +1,46 @@
+"""Matryoshka: every prefix of the latents is to reconstruct by itself (Bussmann 2025, arXiv 2503.17547).
+
+    L = mean over the prefixes {none, m_1, ..., m_G = d_sae} of sum_t |x_t - x^(m)_t|^2 / (N V)
+
+x^(m) decodes the entries of the full selection that lie among the first m latents; there is one selection over the full
+width, so prefixes have fewer active latents. The term takes the place of `reconstruction`, whose weight is then 0.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.errors import ConfigError
+from sae.objectives import Objective, Step
+from sae.selection import Selection
+
+
+@Objective.register_subclass("matryoshka")
+@dataclass(frozen=True)
+class Matryoshka(Objective):
+    """Mean squared error of nested prefixes, over the variance of the target."""
+
+    prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    """Ends of the prefixes as shares of the latents, ascending; the last is 1."""
+
+    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
+        """Raises ConfigError unless the prefixes grow, hold a latent, and end at 1."""
+        grow = list(self.prefixes) == sorted(set(self.prefixes))
+        if not self.prefixes or not grow or self.prefixes[-1] != 1 or round(self.prefixes[0] * d_sae) < 1:
+            raise ConfigError(f"objectives.matryoshka.prefixes: {list(self.prefixes)} must grow from above 0 to 1")
+
+    def loss(self, step: Step) -> Float[Tensor, ""]:
+        """Returns the mean over the prefixes, that of no latents included."""
+        latents, coder = step.run.latents, step.coder
+        size = coder.spec.d_sae // coder.spec.n_blocks  # a cross-layer coder has prefixes in every block
+        made, total, start = step.run.rest, step.error(step.run.rest).square().sum(), 0
+        for share in self.prefixes:
+            stop = round(share * size)
+            mine = (latents.ids % size >= start) & (latents.ids % size < stop)
+            counts = torch.bincount(latents.tokens[mine], minlength=len(latents))
+            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            made = made + coder.decoded(latents.values[mine], offsets, latents.ids[mine])
+            total, start = total + step.error(made).square().sum(), stop
+        return total / (len(self.prefixes) + 1) / (step.n_tokens * step.variance)

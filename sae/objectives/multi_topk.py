@@ -1,0 +1,46 @@
+"""Multi-TopK: the coder is to reconstruct with more latents too, so that k can be changed later (2406.04093, A.5).
+
+    L = sum_t |x_t - x^(4k)_t|^2 / (N V),   weight 1/8
+
+Each token's 4k largest pre-activations are decoded, whatever rule chose its k.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.errors import ConfigError
+from sae.objectives import Objective, Step
+from sae.selection import Selection, by_rows
+from sae.selection.largest import top_ids
+
+
+@Objective.register_subclass("multi_topk")
+@dataclass(frozen=True)
+class MultiTopK(Objective):
+    """Squared error with a larger k, over the variance of the target."""
+
+    weight: float = 1 / 8
+    k: int = 0
+    """Latents per token; 0 means four times the k of the selection."""
+
+    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
+        """Raises ConfigError unless there is a k that fits."""
+        if not self.k and not hasattr(selection, "k"):
+            found = Selection.get_choice_name(type(selection))
+            raise ConfigError(f"objectives.multi_topk.k: 0 needs a selection with a k, not {found}; give a number")
+        if not 0 <= self.k <= d_sae:
+            raise ConfigError(f"objectives.multi_topk.k: {self.k} is not between 0 and d_sae = {d_sae}")
+
+    def loss(self, step: Step) -> Float[Tensor, ""]:
+        """Returns the FVU with the larger k, weighted by the micro-batch's share of the batch."""
+        coder, run = step.coder, step.run
+        k = min(self.k or 4 * coder.spec.rule.k, coder.spec.d_sae)  # type: ignore[attr-defined]
+        if not len(step.target):
+            return step.target.sum()
+        offsets, ids = by_rows(top_ids(run.scores, k))
+        values = torch.relu(coder.preactivations_at(run.y, offsets, ids))
+        prediction = coder.decoded(values, offsets, ids) + run.rest
+        return step.error(prediction).square().sum() / (step.n_tokens * step.variance)

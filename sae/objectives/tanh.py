@@ -1,0 +1,36 @@
+"""Tanh: a penalty that saturates, so that strong latents are not shrunk (Anthropic's cross-layer transcoders, 2025).
+
+L = sum_t sum_i tanh(c |a_ti| |W_dec_i| / sqrt(V)) / N
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.errors import ConfigError
+from sae.objectives import Objective, Sparsity, Step
+from sae.selection import Selection
+
+
+@Objective.register_subclass("tanh")
+@dataclass(frozen=True)
+class Tanh(Sparsity):
+    """Saturating sum of activations times decoder norms."""
+
+    weight: float = 0.01
+    c: float = 4.0
+    """Slope at 0, in units of one over the root of the target's variance."""
+
+    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
+        """Raises ConfigError if a constant is out of range."""
+        super().validate(d_in, d_sae, selection)
+        if not self.c > 0:
+            raise ConfigError(f"objectives.tanh.c: {self.c} must be positive")
+
+    def loss(self, step: Step) -> Float[Tensor, ""]:
+        """Returns the penalty per token."""
+        latents = step.run.latents
+        size = latents.values.abs() * step.coder.decoder_norms()[latents.ids] / step.variance**0.5
+        return torch.tanh(self.c * size).sum() / step.n_tokens

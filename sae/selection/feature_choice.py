@@ -1,0 +1,166 @@
+"""Feature Choice: each latent takes its own m_i tokens of largest affinity (Ayonrinde, arXiv 2411.02124).
+
+    choose S in {0, 1}^(B x d_sae) with column sums m_i that maximizes sum S * A,   sum of m_i = k B
+
+No latent can die of neglect, since each has tokens in every batch. m_i follows a shifted Zipf curve over the latents'
+rank by density, as measured densities do. Entries that are not positive are stored with the value 0 and have not fired.
+
+What the paper's text left open, and how it is read here:
+- Density is what a latent would win under Mutual Choice of the same budget, as a running mean. With `density: own` it is
+  what it fires under its own m_i, which mostly repeats m_i: a latent then keeps the rank it started with, unless Mutual
+  Choice trained first. On the synthetic data the first reading alone does as well as the second one phased.
+- Exponent and shift are fitted to those densities at every step (`sae/zipf.py`) and reported, unless they are given.
+- m_i is a whole number, at least 1 and at most B. Where there are more latents than entries (d_sae > k B) the least is 0
+  and fractions carry over from step to step, so that a rare latent has its turn.
+- Outside training, a latent fires above a threshold of its own: the running mean of the middle between
+  its m_i-th and its next largest affinity.
+- `mutual_share` begins with Mutual Choice and then goes over to Feature Choice (phased training).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae import zipf
+from sae.errors import ConfigError
+from sae.selection import Moment, Selection, Support, where
+from sae.selection.largest import Entries, ranks, top_entries, top_of, top_of_columns
+from sae.selection.mutual_choice import MutualChoice, add_to_mean, mean_of, running_mean
+from sae.settings import choose
+
+NEVER = torch.finfo(torch.float32).max  # threshold of a latent that has not had a token yet
+
+
+@Selection.register_subclass("feature_choice")
+@dataclass(frozen=True)
+class FeatureChoice(MutualChoice):
+    """Keeps, for each latent, its largest tokens of the batch."""
+
+    batch_wide: ClassVar[bool] = True
+    mutual_share: float = 0.0
+    """Share of the steps in which Mutual Choice trains first."""
+    exponent: float | None = None
+    """Exponent of the Zipf curve; none: fitted."""
+    shift: float | None = None
+    """Shift of the Zipf curve; none: fitted."""
+    density: str = "mutual"
+    """What ranks the latents: mutual, what each would win under Mutual Choice; own, what it fires under its budget."""
+    density_decay: float = 0.99
+    """Decay, per step, of those running densities."""
+
+    def validate(self, d_sae: int) -> None:
+        """Raises ConfigError if a constant is out of range."""
+        super().validate(d_sae)
+        if not 0 <= self.mutual_share <= 1:
+            raise ConfigError(f"selection.mutual_share: {self.mutual_share} is not between 0 and 1")
+        choose("selection.density", self.density, ("mutual", "own"))
+        if not 0 <= self.density_decay < 1:
+            raise ConfigError(f"selection.density_decay: {self.density_decay} is not at least 0 and below 1")
+        for name in ("exponent", "shift"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"selection.{name}: {value} must be at least 0")
+
+    def buffers(self, d_sae: int) -> dict[str, Float[Tensor, "d_sae"]]:
+        """Returns thresholds under which nothing fires until they are calibrated."""
+        return {"threshold": torch.full((d_sae,), NEVER)}
+
+    def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
+        """Returns the entries above their latent's threshold."""
+        return where(scores > tensors["threshold"])
+
+    def start(self, m: int) -> dict[str, Tensor]:
+        """Returns empty densities, thresholds and carried fractions."""
+        zeros = torch.zeros(m, dtype=torch.float64)
+        return {**running_mean(m), "density": zeros, "carry": zeros, "steps": torch.zeros((), dtype=torch.int64)}
+
+    def begin(self, moment: Moment) -> None:
+        """Deals out the budgets of the step."""
+        state, total, m = moment.state, self.budget(moment), len(moment.state["density"])
+        wanted, most = total * zipf.ranked(self.curve(state).shares(m), state["density"]), max(1, moment.n_tokens)
+        if m <= total:
+            state["budgets"] = zipf.budgets(wanted, total, most, least=1)
+        else:
+            wanted = wanted + state["carry"]
+            state["budgets"] = zipf.budgets(wanted, total, most, least=0)
+            state["carry"] = wanted - state["budgets"]
+
+    def curve(self, state: dict[str, Tensor]) -> zipf.Zipf:
+        """Returns the curve that the budgets follow: fitted, or as given."""
+        fitted = zipf.fit(state["density"]) if state["steps"] else zipf.Zipf()
+        if self.exponent is None and self.shift is None:
+            return fitted
+        exponent = fitted.exponent if self.exponent is None else self.exponent
+        return zipf.Zipf(exponent, fitted.shift if self.shift is None else self.shift, fitted.r2)
+
+    def candidates(self, scores: Float[Tensor, "n m"], first_token: int, moment: Moment) -> Entries:
+        """Returns what Mutual Choice and Feature Choice would keep of some tokens."""
+        mutual = top_entries(scores, self.budget(moment), first_token)
+        if self._mutual(moment):
+            return mutual
+        own = top_of_columns(scores, moment.state["budgets"].to(scores.device) + 1, first_token)
+        return _union(mutual, own, scores.shape[1])
+
+    def reduce(self, entries: Entries, moment: Moment) -> Entries:
+        """Returns what both would keep of the entries."""
+        mutual = top_of(entries, self.budget(moment))
+        if self._mutual(moment):
+            return mutual
+        budgets = moment.state["budgets"].to(entries.ids.device)
+        return _union(mutual, entries.take(ranks(entries, len(budgets)) <= budgets[entries.ids]), len(budgets))
+
+    def keep(self, entries: Entries, moment: Moment) -> Entries:
+        """Returns every latent's largest entries, and takes in densities and thresholds."""
+        state, m = moment.state, len(moment.state["density"])
+        mutual = top_of(entries, self.budget(moment))
+        budgets = state["budgets"].to(entries.ids.device)
+        rank = ranks(entries, m)
+        kept = mutual if self._mutual(moment) else entries.take(rank < budgets[entries.ids])
+        counted = mutual if self.density == "mutual" else kept
+        won = torch.bincount(counted.ids[counted.values > 0], minlength=m).cpu() / max(1, moment.n_tokens)
+        decay = min(self.density_decay, 1 - 1 / (1 + int(state["steps"])))  # the first steps count alike
+        state["density"] = torch.lerp(won.double(), state["density"], decay)
+        state["steps"] = state["steps"] + 1
+        if self._mutual(moment):
+            positive = mutual.values[mutual.values > 0]
+            if len(positive):
+                add_to_mean(state, positive.min().cpu().expand(m), self.threshold_decay)
+            return kept
+        cut = [_value_at(entries, rank == budgets[entries.ids] - first, m) for first in (1, 0)]
+        cut = torch.where(cut[0].isfinite(), sum(cut) / 2, cut[1])  # of a latent without budget, its largest
+        add_to_mean(state, cut.clamp_min(0), self.threshold_decay, only=cut.isfinite())
+        return kept
+
+    def calibration(self, state: dict[str, Tensor]) -> Tensor | None:
+        """Returns each latent's running mean."""
+        return torch.where(state["mean.weight"] > 0, mean_of(state), NEVER)
+
+    def report(self, state: dict[str, Tensor]) -> dict[str, float]:
+        """Returns the curve."""
+        curve = self.curve(state)
+        return {"zipf.exponent": curve.exponent, "zipf.shift": curve.shift, "zipf.r2": curve.r2}
+
+    def _mutual(self, moment: Moment) -> bool:
+        return moment.progress < self.mutual_share
+
+
+def _value_at(entries: Entries, where: Tensor, m: int) -> Float[Tensor, "m"]:
+    """Returns each latent's value at its one entry where `where` is true, infinity if there is none."""
+    found = torch.full((m,), torch.inf, dtype=torch.float64)
+    found[entries.ids[where].cpu()] = entries.values[where].double().cpu()
+    return found
+
+
+def _union(a: Entries, b: Entries, m: int) -> Entries:
+    """Returns the entries of both, each once, sorted by (token, latent)."""
+    both = Entries.cat([a, b])
+    order = torch.argsort(both.tokens * m + both.ids, stable=True)
+    both = both.take(order)
+    keys = both.tokens * m + both.ids
+    new = torch.ones_like(keys, dtype=torch.bool)
+    new[1:] = keys[1:] != keys[:-1]
+    return both.take(new)

@@ -1,0 +1,42 @@
+"""Gated: one affine map says whether a latent fires, another, tied to it, how much (Rajamanoharan 2024, arXiv 2404.16014).
+
+    pi = W_enc y + b_enc                      (the gate: fires where pi > 0)
+    m  = exp(r) * (W_enc y) + b_mag           (equation 7: the magnitude shares W_enc up to a scale for each latent)
+    a  = 1[pi > 0] ReLU(m)
+
+No gradient passes the step, so the gate learns by the terms `l1`, here the sum of ReLU(pi), and `gate`, the error of
+decoding ReLU(pi) with the decoder held fixed. Without them nothing trains it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.selection import Selection, Support, where
+
+
+@Selection.register_subclass("gated")
+@dataclass(frozen=True)
+class Gated(Selection):
+    """Keeps the latents whose gate is open."""
+
+    needs: ClassVar[tuple[str, ...]] = ("gate",)
+
+    def parameters(self, d_sae: int) -> dict[str, Float[Tensor, "d_sae"]]:
+        """Returns the log scale and the bias of the magnitudes."""
+        return {"r_mag": torch.zeros(d_sae), "b_mag": torch.zeros(d_sae)}
+
+    def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
+        """Returns the entries whose gate is open."""
+        return where(scores > 0)
+
+    def activate(
+        self, kept: Float[Tensor, "nnz"], ids: Int[Tensor, "nnz"], tensors: Mapping[str, Tensor]
+    ) -> Float[Tensor, "nnz"]:
+        """Returns the magnitudes of the open latents, from their gates."""
+        product = kept - tensors["b_enc"][ids]
+        return torch.relu(tensors["r_mag"].exp()[ids] * product + tensors["b_mag"][ids])

@@ -1,0 +1,107 @@
+"""Gradient TopK, the selection of gradient SAEs: latents that matter downstream win (Olmo 2024, arXiv 2411.10397).
+
+    s_i = h_i (1 + beta |<g, W_dec_i>| / c)   where h_i > 0,   s_i = h_i elsewhere
+    a   = ReLU(h) at the k largest s
+
+g is the gradient, at the activation itself and with no coder spliced in, of the summed next-token cross-entropy. So
+h_i |<g, W_dec_i>| is a first-order estimate of what the loss changes by when the latent is taken away. With beta = 0
+this is TopK bit for bit; the score only picks, so no gradient flows through it, and values stay unmodified.
+
+The paper's public text gives the term beta * z * |W_dec^T g|. Read here: the sum with z, values left as they are, and
+division by a mean, which frees beta of units. `gradient_norm` says which: `batch`, the mean of |<g, W_dec_i>| over
+tokens and latents in the step before (there is none in step 0, which is TopK); `token`, the mean over a token's
+latents; `none`, 1.
+
+A token's gradient is that of all later losses: it knows the future. So inference is `plain` (beta = 0) by default;
+with `gradient`, the coder must be given g, and figures obtained that way are labeled.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae import distributed
+from sae.errors import ConfigError
+from sae.selection import Budget, Moment, Selection, Support, by_rows
+from sae.selection.largest import top_ids
+
+LOSSES = ("next_token", "sampled")
+NORMS = ("batch", "token", "none")
+INFERENCE = ("plain", "gradient")
+
+
+@Selection.register_subclass("gradient_topk")
+@dataclass(frozen=True)
+class GradientTopK(Budget):
+    """Keeps the k largest of every token, by a score that counts what a latent does to the loss."""
+
+    needs_gradient: ClassVar[bool] = True
+    beta: float = 0.5
+    """Weight of the gradient term in the score."""
+    loss: str = "next_token"
+    """The loss: next_token, the cross-entropy of the text; sampled, that of a token drawn from the model itself."""
+    gradient_norm: str = "batch"
+    """What |<g, W_dec_i>| is divided by: its mean over the previous batch, over the token, or none."""
+    inference: str = "plain"
+    """plain: outside training no gradient is used; gradient: it is, and must be given."""
+
+    def validate(self, d_sae: int) -> None:
+        """Raises ConfigError if a constant is out of range."""
+        super().validate(d_sae)
+        if not self.beta >= 0:
+            raise ConfigError(f"selection.beta: {self.beta} must be at least 0")
+        for name, allowed in (("loss", LOSSES), ("gradient_norm", NORMS), ("inference", INFERENCE)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"selection.{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+    def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
+        """Returns k entries per row of the scores, augmented or not."""
+        return by_rows(top_ids(scores, self.k))
+
+    def choose(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor], moment: Moment) -> Support:
+        """Returns as many entries per row as k is at this step."""
+        return by_rows(top_ids(scores, self.k_at(moment.progress)))
+
+    def start(self, m: int) -> dict[str, Tensor]:
+        """Returns the mean effect of the previous step, of which there is none."""
+        zero = torch.zeros((), dtype=torch.float64)
+        return {"effect.mean": zero, "effect.sum": zero, "effect.count": zero}
+
+    def begin(self, moment: Moment) -> None:
+        """Begins to sum up the step's effects."""
+        zero = torch.zeros((), dtype=torch.float64)
+        moment.state.update({"effect.sum": zero, "effect.count": zero})
+
+    def augment(
+        self, scores: Float[Tensor, "n m"], effect: Float[Tensor, "n m"], state: dict[str, Tensor]
+    ) -> Float[Tensor, "n m"]:
+        """Returns s; in training, counts the effects."""
+        if "effect.sum" in state:
+            state["effect.sum"] = state["effect.sum"] + effect.double().sum().cpu()
+            state["effect.count"] = state["effect.count"] + effect.numel()
+        if self.gradient_norm == "token":
+            effect = effect / effect.mean(1, keepdim=True).clamp_min(1e-30)
+        elif self.gradient_norm == "batch":
+            mean = float(state["effect.mean"])
+            if mean == 0:
+                return scores
+            effect = effect / mean
+        return torch.where(scores > 0, scores * (1 + self.beta * effect), scores)
+
+    def finish(self, moment: Moment) -> None:
+        """Takes the step's mean effect over to the next step."""
+        state = moment.state
+        both = distributed.total(torch.stack([state["effect.sum"], state["effect.count"]]))
+        state["effect.mean"] = both[0] / both[1].clamp_min(1)
+
+    def calibration(self, state: dict[str, Tensor]) -> Tensor | None:
+        """Returns the mean effect of the last step."""
+        return state["effect.mean"]
+
+    def report(self, state: dict[str, Tensor]) -> dict[str, float]:
+        """Returns the mean of |<g, W_dec_i>|."""
+        return {"gradient_effect": float(state["effect.mean"])}

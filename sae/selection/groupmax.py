@@ -1,0 +1,44 @@
+"""GroupMax: the latents fall into k groups of neighbors, and each token keeps the largest of every group, then ReLU.
+
+No token-wide sort is needed, and the k latents that fire together come from different parts of the dictionary. The rule
+is sparsify's `groupmax`: group j holds the latents j d_sae / k to (j + 1) d_sae / k - 1.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.errors import ConfigError
+from sae.selection import Selection, Support, by_rows
+from sae.selection.largest import top_ids
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+@Selection.register_subclass("groupmax")
+@dataclass(frozen=True)
+class GroupMax(Selection):
+    """Keeps the largest of each of k groups."""
+
+    k: int = 32
+    """Number of groups, and so of latents kept per token."""
+
+    def validate(self, d_sae: int) -> None:
+        """Raises ConfigError unless d_sae latents fall into k equal groups."""
+        if not 1 <= self.k <= d_sae or d_sae % self.k:
+            raise ConfigError(f"selection.k: {self.k} groups cannot share d_sae = {d_sae} latents equally")
+
+    def shared_by(self, blocks: int) -> "Self":
+        """Returns the rule with the groups of all blocks, which stay what they are."""
+        return replace(self, k=self.k * blocks)
+
+    def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
+        """Returns k entries per row."""
+        size = scores.shape[1] // self.k
+        best = top_ids(scores.reshape(-1, size), 1).reshape(-1, self.k)
+        return by_rows(best + size * torch.arange(self.k, device=scores.device))

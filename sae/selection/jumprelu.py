@@ -1,0 +1,96 @@
+"""JumpReLU: a latent fires above a threshold of its own, which is trained (Rajamanoharan 2024, arXiv 2407.14435).
+
+    a_i = h_i H(h_i - theta_i),   theta_i >= 0
+
+H is the step function. Its gradient is estimated with a rectangle K(u) = 1[|u| < 1/2] of width eps (equations 11, 12):
+
+    d a_i / d theta_i = -(theta_i / eps) K((h_i - theta_i) / eps)
+    d H / d theta_i   = -(1 / eps) K((h_i - theta_i) / eps)          (the term `l0`; h_i gets none of it)
+
+So the support in training also holds the entries just below their threshold, with the value 0. The paper's
+eps = 0.001 is meant for inputs of unit mean square norm; normalization `scalar` makes that norm d, whence the wider
+default here. Thresholds are float32 whatever the precision of the coder.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.errors import ConfigError
+from sae.selection import Moment, Selection, Support, where
+
+
+@Selection.register_subclass("jumprelu")
+@dataclass(frozen=True)
+class JumpReLU(Selection):
+    """Keeps what lies above the latent's own trained threshold."""
+
+    needs: ClassVar[tuple[str, ...]] = ("l0",)
+    threshold_start: float = 0.1
+    """Threshold of every latent before the first step."""
+    bandwidth: float = 0.1
+    """Width eps of the rectangle that gives thresholds their gradient."""
+
+    def validate(self, d_sae: int) -> None:
+        """Raises ConfigError unless both constants are positive."""
+        for name in ("threshold_start", "bandwidth"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"selection.{name}: {getattr(self, name)} must be positive")
+
+    def parameters(self, d_sae: int) -> dict[str, Float[Tensor, "d_sae"]]:
+        """Returns the thresholds."""
+        return {"threshold": torch.full((d_sae,), self.threshold_start)}
+
+    def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
+        """Returns the entries above their threshold."""
+        return where(scores > tensors["threshold"].clamp_min(0))
+
+    def choose(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor], moment: Moment) -> Support:
+        """Returns the entries above their threshold, or so near below it that they carry gradient to it."""
+        return where(scores > tensors["threshold"].clamp_min(0) - self.bandwidth / 2)
+
+    def activate(
+        self, kept: Float[Tensor, "nnz"], ids: Int[Tensor, "nnz"], tensors: Mapping[str, Tensor]
+    ) -> Float[Tensor, "nnz"]:
+        """Returns what lies above its threshold, and 0 elsewhere."""
+        return _Jump.apply(kept, tensors["threshold"][ids], self.bandwidth)  # type: ignore[no-any-return]
+
+
+class _Jump(torch.autograd.Function):
+    """h H(h - theta) with the straight-through gradient to theta."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        threshold = threshold.clamp_min(0)
+        ctx.save_for_backward(kept, threshold)
+        ctx.bandwidth = bandwidth
+        return torch.where(kept > threshold, kept, torch.zeros_like(kept))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,), (kept, threshold) = grads, ctx.saved_tensors
+        near = ((kept - threshold).abs() < ctx.bandwidth / 2).to(grad)
+        return grad * (kept > threshold), -grad * near * threshold / ctx.bandwidth, None
+
+
+class Step(torch.autograd.Function):
+    """H(h - theta), whose gradient goes to theta alone; the term `l0` sums it."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        """Returns 1 where h > theta."""
+        threshold = threshold.clamp_min(0)
+        ctx.save_for_backward(kept, threshold)
+        ctx.bandwidth = bandwidth
+        return (kept > threshold).to(kept)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        """Returns the gradient to theta."""
+        (grad,), (kept, threshold) = grads, ctx.saved_tensors
+        near = ((kept - threshold).abs() < ctx.bandwidth / 2).to(grad)
+        return None, -grad * near / ctx.bandwidth, None

@@ -1,0 +1,98 @@
+"""Mutual Choice: a batch of B tokens keeps its k B largest affinities, wherever they lie (Ayonrinde, arXiv 2411.02124).
+
+    choose S in {0, 1}^(B x d_sae) with sum S <= k B that maximizes sum S * A
+
+A is the matrix of pre-activations. So a token that needs many latents gets many, and a latent may win any number of
+tokens. BatchTopK (Bussmann 2024, arXiv 2412.06410) is the same rule; `batch_topk` is its other name and shares this code.
+
+Sources are certain about the rule. Read from the sibling paper: outside training, where a token must not see its
+neighbors, every affinity above one global threshold is kept, the running mean of the smallest positive one kept in a
+batch (2412.06410, equation 8); it is stored in the spec. Before it is calibrated, each token keeps its own k largest.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.errors import ConfigError
+from sae.selection import Budget, Moment, Selection, Support, by_rows, where
+from sae.selection.largest import Entries, top_entries, top_ids, top_of
+
+
+@Selection.register_subclass("batch_topk")
+@Selection.register_subclass("mutual_choice")
+@dataclass(frozen=True)
+class MutualChoice(Budget):
+    """Keeps the k x batch largest of the batch."""
+
+    batch_wide: ClassVar[bool] = True
+    threshold_decay: float = 0.99
+    """Decay, per step, of the running mean that becomes the threshold at inference."""
+
+    def validate(self, d_sae: int) -> None:
+        """Raises ConfigError unless 1 <= k <= d_sae and the decay is one."""
+        super().validate(d_sae)
+        if not 0 <= self.threshold_decay < 1:
+            raise ConfigError(f"selection.threshold_decay: {self.threshold_decay} is not at least 0 and below 1")
+
+    def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
+        """Returns the entries above the calibrated threshold."""
+        threshold = tensors.get("calibration")
+        return by_rows(top_ids(scores, self.k)) if threshold is None else where(scores > threshold)
+
+    def start(self, m: int) -> dict[str, Tensor]:
+        """Returns an empty running mean of the cut."""
+        return running_mean()
+
+    def budget(self, moment: Moment) -> int:
+        """Returns how many entries the batch keeps."""
+        return self.k_at(moment.progress) * moment.n_tokens
+
+    def candidates(self, scores: Float[Tensor, "n m"], first_token: int, moment: Moment) -> Entries:
+        """Returns the largest entries of some tokens."""
+        return top_entries(scores, self.budget(moment), first_token)
+
+    def reduce(self, entries: Entries, moment: Moment) -> Entries:
+        """Returns the largest of the entries."""
+        return top_of(entries, self.budget(moment))
+
+    def keep(self, entries: Entries, moment: Moment) -> Entries:
+        """Returns the largest of the entries, and takes the smallest positive one into the running mean."""
+        kept = top_of(entries, self.budget(moment))
+        if (kept.values > 0).any():
+            add_to_mean(moment.state, kept.values[kept.values > 0].min(), self.threshold_decay)
+        return kept
+
+    def calibration(self, state: dict[str, Tensor]) -> Tensor | None:
+        """Returns the running mean of the cut."""
+        return mean_of(state) if state["mean.weight"] > 0 else None
+
+    def report(self, state: dict[str, Tensor]) -> dict[str, float]:
+        """Returns the threshold that inference would use now."""
+        found = self.calibration(state)
+        return {} if found is None else {"threshold": float(found)}
+
+
+def running_mean(m: int | None = None) -> dict[str, Tensor]:
+    """Returns the state of a bias-corrected running mean of one number, or of m."""
+    shape = () if m is None else (m,)
+    return {"mean.sum": torch.zeros(shape, dtype=torch.float64), "mean.weight": torch.zeros(shape, dtype=torch.float64)}
+
+
+def add_to_mean(state: dict[str, Tensor], value: Tensor, decay: float, only: Tensor | None = None) -> None:
+    """Takes a value into a running mean; of m of them, those in `only`."""
+    found = {
+        "mean.sum": torch.lerp(value.to(state["mean.sum"]), state["mean.sum"], decay),
+        "mean.weight": decay * state["mean.weight"] + (1 - decay),
+    }
+    for name, new in found.items():
+        state[name] = new if only is None else torch.where(only, new, state[name])
+
+
+def mean_of(state: dict[str, Tensor]) -> Tensor:
+    """Returns a running mean; NaN where it has no value yet."""
+    return state["mean.sum"] / state["mean.weight"]

@@ -1,0 +1,25 @@
+"""ReLU: every positive pre-activation stays; a penalty such as `l1` makes them few (Bricken 2023; Cunningham 2309.08600).
+
+a = ReLU(W_enc (x - b_dec) + b_enc)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.selection import Selection, Support, where
+
+
+@Selection.register_subclass("relu")
+@dataclass(frozen=True)
+class ReLU(Selection):
+    """Keeps what is positive."""
+
+    needs: ClassVar[tuple[str, ...]] = ("l1", "tanh")
+
+    def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
+        """Returns the positive entries."""
+        return where(scores > 0)
