@@ -5,7 +5,7 @@ holds the activations of its unmasked tokens. A block is the same whether it is 
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from sae.errors import ConfigError, Stopped
 from sae.models import DTYPES, LanguageModel
 from sae.packing import PADDING
 from sae.seeding import generator
-from sae.spec import MaskSpec, Site
+from sae.spec import SECOND, MaskSpec, Site
 from sae.store import Shards, ShardWriter
 from sae.text import TokenRows
 
@@ -142,6 +142,11 @@ def capture(
     raise ConfigError(f"activations.sites: {', '.join(missing)} never ran in a forward pass of {lm.name}")
 
 
+def of_model(sites: Iterable[Site], tag: str) -> list[Site]:
+    """Returns the sites of one model, each once."""
+    return list({site.name: site for site in sites if site.tag == tag}.values())
+
+
 def widths(lm: LanguageModel, sites: list[Site]) -> dict[str, int]:
     """Returns the width of every site by name; ConfigError names one that does not give a vector per token."""
     tokens = torch.zeros(2, 3, dtype=torch.int32)
@@ -255,8 +260,10 @@ class LiveSource:
         mask: MaskSpec,
         dtype: str,
         loss: str | None = None,
+        second: LanguageModel | None = None,
     ) -> None:
         self.lm, self.blocks, self.sites, self.mask, self.loss = lm, blocks, sites, mask, loss
+        self.models = {"": lm} | ({SECOND: second} if second else {})
         self.dtype = DTYPES[dtype]
 
     def __len__(self) -> int:
@@ -266,11 +273,17 @@ class LiveSource:
         """Returns one block."""
         tokens = self.blocks.tokens(block)
         keep = token_mask(tokens, self.mask).to(self.lm.device)
-        if self.loss:
-            seed = self.blocks.seed + block
-            activations, gradients = capture_with_gradients(self.lm, self.sites, tokens, self.mask, self.loss, seed)
-        else:
-            activations, gradients = capture(self.lm, self.sites, tokens), {}
+        activations: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
+        for tag, lm in self.models.items():
+            sites = of_model(self.sites, tag)
+            if self.loss:
+                seed = self.blocks.seed + block
+                seen, found = capture_with_gradients(lm, sites, tokens, self.mask, self.loss, seed)
+                gradients |= {name: x.to(keep.device) for name, x in found.items()}
+            else:
+                seen = capture(lm, sites, tokens)
+            activations |= {name: x.to(keep.device) for name, x in seen.items()}
         return Block(self._kept(activations, keep), self._kept(gradients, keep))
 
     def _kept(self, tensors: dict[str, Tensor], keep: Bool[Tensor, "rows context"]) -> dict[str, Tensor]:

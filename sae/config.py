@@ -122,6 +122,8 @@ class CoderConfig:
     transcoder."""
     select_by_decoder_norm: bool = False
     """Whether selection compares pre-activations times decoder norms."""
+    start_from: str = ""
+    """Folder of a trained coder of the same shape to go on from, for example with an end-to-end term."""
     seed: int = 0
     """Seed of the weights; the order of data has its own."""
 
@@ -220,6 +222,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of the data order."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    second_model: ModelConfig = field(default_factory=lambda: ModelConfig(name=""))
+    """A model with the same tokenizer whose activations at the same sites are read too, for a crosscoder of two models."""
     text: TextConfig = field(default_factory=TextConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     coder: CoderConfig = field(default_factory=CoderConfig)
@@ -254,6 +258,11 @@ class TrainConfig:
         return self.text.max_tokens or max(self.tokens, self.text.context_length)
 
     @property
+    def needs_rows(self) -> bool:
+        """Returns whether some coder has an end-to-end term, so that batches are whole rows of text."""
+        return any(t.needs_rows for _, c, _ in self.points() for t in c.objectives.values() if t.weight)
+
+    @property
     def gradient_loss(self) -> str | None:
         """Returns the loss whose gradients some coder's selection looks at, or None; ConfigError if they differ."""
         losses = {c.selection.loss for _, c, _ in self.points() if c.selection.needs_gradient}  # type: ignore[attr-defined]
@@ -268,7 +277,16 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises ConfigError naming the first field whose value is not allowed."""
-        for part in (self.model, self.text, self.activations, self.optim, self.eval, self.checkpoints, self.log):
+        for part in (
+            self.model,
+            self.second_model,
+            self.text,
+            self.activations,
+            self.optim,
+            self.eval,
+            self.checkpoints,
+            self.log,
+        ):
             part.validate()
         at_least("batch_tokens", self.batch_tokens, LANES)
         if self.batch_tokens % LANES:
@@ -283,7 +301,17 @@ class TrainConfig:
         for _, coder, optim in self.points():
             coder.validate()
             optim.validate()
-        _ = self.gradient_loss
+        if self.second_model.name and self.needs_rows:
+            raise ConfigError("second_model: end-to-end terms (kl, ce) run one model; drop them or the second model")
+        if self.needs_rows:
+            if self.gradient_loss or self.activations.source != "live":
+                what = "a selection that looks at gradients" if self.gradient_loss else "stored activations"
+                raise ConfigError(f"coder.objectives: end-to-end terms (kl, ce) run the model live; drop {what}")
+            if self.batch_tokens % self.text.context_length:
+                length = self.text.context_length
+                raise ConfigError(
+                    f"batch_tokens: {self.batch_tokens} is not whole rows of text.context_length {length}"
+                )
 
     def points(self) -> list[tuple[str, CoderConfig, OptimConfig]]:
         """Returns (label, coder, optim) of every grid point; a run without a grid is one point with an empty label."""

@@ -11,13 +11,13 @@ import psutil
 import torch
 from torch._subclasses import FakeTensorMode
 
-from sae.activations import widths
-from sae.config import LANES, TrainConfig
+from sae.activations import of_model, widths
+from sae.config import LANES, ModelConfig, TrainConfig
 from sae.evaluation import rows_per_pass
 from sae.models import DTYPES, LanguageModel, is_causal, load_config, resolve_device
-from sae.planning import paired, plan
+from sae.planning import paired, planned
 from sae.progress import duration
-from sae.spec import Site
+from sae.spec import SECOND, Site
 
 FLOAT = 4
 LATER = 250_000_000  # measured: model code, plotting and the allocator's slack come after the estimate
@@ -66,16 +66,19 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     config.validate()
     with FakeTensorMode():
         lm = fake_model(config, trust_remote_code)
-        pairs = paired(config, lm)
+        second = fake_model(config, trust_remote_code, config.second_model) if config.second_model.name else None
+        pairs = paired(config, lm, second)
         sites = list({site.name: site for pair in pairs for site in pair}.values())
-        width = widths(lm, sites)
-        planned = plan(config, pairs, width)
-    sizes = [(p.d_in, p.d_sae, p.parameters, 5 if p.optim.ema else 4) for p in planned]
+        width = widths(lm, of_model(sites, ""))
+        if second:
+            width |= widths(second, of_model(sites, SECOND))
+        plans = planned(config, pairs, width)
+    sizes = [(p.d_in, p.d_sae, p.parameters, 5 if p.optim.ema else 4) for p in plans]
     context, settings = config.text.context_length, config.activations
     item = DTYPES[settings.dtype].itemsize
     row = sum(width.values()) * item * (2 if config.gradient_loss else 1)
     block = settings.block_rows * context * row
-    weights = sum(p.numel() for p in lm.model.parameters())
+    weights = sum(p.numel() for model in (lm, second) if model for p in model.model.parameters())
     device = resolve_device(config.model.device)
     dtype = DTYPES.get(config.model.dtype)
     itemsize = dtype.itemsize if dtype else FLOAT if device.type == "cpu" else 2
@@ -110,15 +113,16 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     return Estimate(width, weights, parameters, memory, bool(config.eval.every_steps), disk, flops, seconds)
 
 
-def fake_model(config: TrainConfig, trust_remote_code: bool = False) -> LanguageModel:
-    """Returns the model's architecture without weights; to be called and used under FakeTensorMode."""
+def fake_model(config: TrainConfig, trust_remote_code: bool = False, model: ModelConfig | None = None) -> LanguageModel:
+    """Returns the architecture of a config's (or another) model without weights; for use under FakeTensorMode."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    found = load_config(config.model.name, config.model.revision, trust_remote_code)
+    model = model or config.model
+    found = load_config(model.name, model.revision, trust_remote_code)
     causal = is_causal(found)
     auto = AutoModelForCausalLM if causal else AutoModel
-    model = auto.from_config(found, trust_remote_code=trust_remote_code)
-    return LanguageModel(model.eval(), None, config.model.name, config.model.revision, causal)  # type: ignore[arg-type]
+    made = auto.from_config(found, trust_remote_code=trust_remote_code)
+    return LanguageModel(made.eval(), None, model.name, model.revision, causal)  # type: ignore[arg-type]
 
 
 def measured_flops_per_s(device: torch.device) -> float:

@@ -23,6 +23,7 @@ from sae.activations import (
     model_inputs,
     next_token_losses,
     norm_mask,
+    of_model,
     token_mask,
     widths,
 )
@@ -33,7 +34,7 @@ from sae.metrics import Moments, Reconstruction, head_shares, kl_divergence, rec
 from sae.models import LanguageModel, load_language_model
 from sae.nulls import null_fvus
 from sae.settings import decode
-from sae.spec import CoderSpec, Site
+from sae.spec import SECOND, CoderSpec, Site
 from sae.text import TextConfig, TokenRows, tokenize
 
 PASS_LOGITS = 2**25  # most logits held at once, per copy: 128 MiB
@@ -48,11 +49,13 @@ def evaluate(
     tokens: int = 16_384,
     nulls: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
+    second: LanguageModel | None = None,
 ) -> dict[str, Any]:
     """Returns the metrics of a coder on about `tokens` held-out tokens; of several coders, a dict by name.
 
     Rows are taken evenly from the whole held-out part: the first ones may all come from one long document.
-    The model and the held-out rows default to those the (first) coder's spec names: where it was trained.
+    The model, the `second` model of a crosscoder of two, and the held-out rows default to those the (first) coder's
+    spec names: where it was trained.
     Keys: `reconstruction` (with the norm filter) and `reconstruction_unfiltered`, `density`, `loss` (CE and KL of every
     arm; absent for a model that predicts no next token), `nulls` on request. Where they apply: `skip` (what the skip
     path alone explains), `heads` (decoder shares of attention heads), `against` (autoencoders of the same sites in this
@@ -65,7 +68,11 @@ def evaluate(
     spec = next(iter(several.values())).spec
     device = next(iter(several.values())).W_enc.device
     lm = lm or load_language_model(spec.reads[0].model, spec.reads[0].revision, device=str(device))
-    _check_widths(several, lm)
+    models = {"": lm}
+    tagged = [site for coder in several.values() for site in coder.spec.reads if site.tag]
+    if tagged:
+        models[SECOND] = second or load_language_model(tagged[0].model, tagged[0].revision, device=str(device))
+    _check_widths(several, models)
     rows = rows or tokenize(text_of(spec), lm.tokenizer, lm.source(), should_stop).held_out
     modes = _modes(several)
     n_rows = min(rows.n_rows, max(1, -(-tokens // rows.context_length)))
@@ -73,11 +80,12 @@ def evaluate(
     chosen = torch.arange(n_rows) * rows.n_rows // n_rows
     batches = [rows.tokens(part) for part in chosen.split(size)]
     with torch.no_grad():
-        results, means = _reconstruct(modes, lm, batches, nulls, should_stop)
-        if lm.is_causal:
-            losses = _losses(modes, lm, batches, means, should_stop)
-            for name in modes:
-                results[name]["loss"] = losses[name]
+        results, means = _reconstruct(modes, models, batches, nulls, should_stop)
+        for tag, model in models.items():
+            if model.is_causal:
+                losses = _losses(modes, models, tag, batches, means, should_stop)
+                for name, found in losses.items():
+                    results[name]["loss" if not tag else f"loss_{tag}"] = found
     for name in modes.keys() - several.keys():
         results[name.removesuffix(GRADIENT_MODE)]["with_gradients"] = {"label": WITH_GRADIENTS, **results.pop(name)}
     _compare(several, results)
@@ -128,15 +136,17 @@ def _finite(found: Any) -> Any:
     return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
-def _check_widths(coders: dict[str, SparseCoder], lm: LanguageModel) -> None:
+def _check_widths(coders: dict[str, SparseCoder], models: dict[str, LanguageModel]) -> None:
     for name, coder in coders.items():
         sides = ((coder.spec.reads, coder.spec.d_in), (coder.spec.writes, coder.spec.d_out))
         for sites, total in sides:
-            found = widths(lm, list(dict.fromkeys(sites)))
+            found = {}
+            for tag, lm in models.items():
+                found |= widths(lm, of_model(sites, tag)) if of_model(sites, tag) else {}
             for site in sites:
                 width = site.width or total
                 if found[site.name] != width:
-                    of = f"{lm.name} it has {found[site.name]}"
+                    of = f"{models[site.tag].name} it has {found[site.name]}"
                     raise ConfigError(f"coder {name}: takes {site.name} to have width {width}; in {of}")
 
 
@@ -154,12 +164,12 @@ def rows_per_pass(context_length: int, vocabulary: int) -> int:
 
 def _reconstruct(
     coders: dict[str, SparseCoder],
-    lm: LanguageModel,
+    models: dict[str, LanguageModel],
     batches: list[Int[Tensor, "rows context"]],
     nulls: bool,
     should_stop: Callable[[], bool],
 ) -> tuple[dict[str, Any], dict[str, Float[Tensor, "d"]]]:
-    sites = list({s.name: s for c in coders.values() for s in (*c.spec.reads, *c.spec.writes)}.values())
+    device = models[""].device
     filtered = {name: Reconstruction(coder.spec.d_sae) for name, coder in coders.items()}
     unfiltered = {name: Reconstruction(coder.spec.d_sae) for name, coder in coders.items()}
     skipped = {name: Reconstruction(coder.spec.d_sae) for name, coder in coders.items() if coder.spec.skip}
@@ -167,10 +177,10 @@ def _reconstruct(
     held: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in coders}
     for batch in batches:
         _poll(should_stop)
-        seen, gradients = _seen(coders, lm, sites, batch)
+        seen, gradients = _seen(coders, models, batch)
         for name, coder in coders.items():
             spec = coder.spec
-            keep = token_mask(batch, spec.mask).to(lm.device)
+            keep = token_mask(batch, spec.mask).to(device)
             own = {site.name: seen[site.name][keep] for site in (*spec.reads, *spec.writes)}
             x, target = (_columns(own, side).to(coder.W_enc.device) for side in (spec.reads, spec.writes))
             usual = norm_mask(own, spec.mask).to(x.device)
@@ -212,23 +222,40 @@ def _looks_at_gradients(coder: SparseCoder) -> bool:
 
 
 def _seen(
-    coders: dict[str, SparseCoder], lm: LanguageModel, sites: list[Site], batch: Int[Tensor, "rows context"]
+    coders: dict[str, SparseCoder], models: dict[str, LanguageModel], batch: Int[Tensor, "rows context"]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns activations and, if a coder looks at them, gradients at all sites, of the model as it is."""
-    asking = [coder for coder in coders.values() if _looks_at_gradients(coder)]
-    if not asking:
-        return capture(lm, sites, batch), {}
-    spec = asking[0].spec
-    return capture_with_gradients(lm, sites, batch, spec.mask, spec.selection.loss)  # type: ignore[attr-defined]
+    """Returns activations and, if a coder looks at them, gradients at all sites, of the models as they are."""
+    asking = [coder.spec for coder in coders.values() if _looks_at_gradients(coder)]
+    seen: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    for tag, lm in models.items():
+        sites = of_model(_sites(coders), tag)
+        if asking:
+            loss = asking[0].selection.loss  # type: ignore[attr-defined]
+            found, slopes = capture_with_gradients(lm, sites, batch, asking[0].mask, loss)
+            gradients |= {name: g.to(models[""].device) for name, g in slopes.items()}
+        else:
+            found = capture(lm, sites, batch)
+        seen |= {name: x.to(models[""].device) for name, x in found.items()}
+    return seen, gradients
+
+
+def _sites(coders: dict[str, SparseCoder]) -> list[Site]:
+    """Returns all sites that the coders read or write, each once."""
+    return list({site.name: site for c in coders.values() for site in (*c.spec.reads, *c.spec.writes)}.values())
 
 
 def _losses(
     coders: dict[str, SparseCoder],
-    lm: LanguageModel,
+    models: dict[str, LanguageModel],
+    tag: str,
     batches: list[Int[Tensor, "rows context"]],
     means: dict[str, Float[Tensor, "d"]],
     should_stop: Callable[[], bool],
 ) -> dict[str, dict[str, Any]]:
+    """Returns the losses of one model with the sites replaced that each coder writes in it."""
+    lm = models[tag]
+    coders = {name: coder for name, coder in coders.items() if of_model(coder.spec.writes, tag)}
     sums: dict[str, dict[str, float]] = {name: {} for name in coders}
     counts = dict.fromkeys(coders, 0)
 
@@ -237,20 +264,20 @@ def _losses(
 
     for batch in batches:
         tokens = batch.to(lm.device)
-        sites = list({s.name: s for c in coders.values() for s in (*c.spec.reads, *c.spec.writes)}.values())
         seen: dict[str, Tensor] = {}
-        with hooked(lm.model, sites, lambda site, x, seen=seen: seen.update({site.name: x})):
+        if len(models) > 1 or any(map(_looks_at_gradients, coders.values())):
+            seen, gradients = _seen(coders, models, batch)
+        with hooked(lm.model, of_model(_sites(coders), tag), lambda site, x, seen=seen: seen.update({site.name: x})):
             clean = logits(tokens)
-        gradients = _seen(coders, lm, sites, batch)[1]
         for name, coder in coders.items():
             _poll(should_stop)
             spec, total = coder.spec, sums[name]
             keep = token_mask(tokens, spec.mask) & norm_mask(seen, spec.mask)
             g = _columns(gradients, spec.writes) if _looks_at_gradients(coder) else None
             arms: dict[str, Any] = {
-                "spliced": splice(lm.model, coder, keep, given=seen if reads_ahead(spec) else None, gradients=g),
-                "zero": ablate(lm.model, spec.writes, keep),
-                "mean": ablate(lm.model, spec.writes, keep, means[name]),
+                "spliced": splice(lm.model, coder, keep, False, seen if reads_ahead(spec) else None, g, tag),
+                "zero": ablate(lm.model, spec.writes, keep, tag=tag),
+                "mean": ablate(lm.model, spec.writes, keep, means[name], tag),
             }
             clean_losses = next_token_losses(clean, tokens, keep)
             counts[name] += len(clean_losses)

@@ -39,8 +39,12 @@ def ablate(
     sites: Sequence[Site],
     keep: Bool[Tensor, "rows context"] | None = None,
     mean: Float[Tensor, "d_out"] | None = None,
+    tag: str = "",
 ) -> Iterator[None]:
-    """While open, the tensors at `sites` are zero, or their part of `mean`, at the positions in `keep`."""
+    """While open, the tensors at `sites` are zero, or their part of `mean`, at the positions in `keep`.
+
+    Only the sites with this tag are in `model`.
+    """
 
     def new(site: Site, start: int) -> Callable[[Tensor], Tensor]:
         def made(x: Tensor) -> Tensor:
@@ -49,7 +53,7 @@ def ablate(
         return made
 
     with ExitStack() as stack:
-        for site, start in zip(sites, _starts(sites), strict=True):
+        for site, start in _of(sites, tag):
             stack.enter_context(replace_at(model, site, new(site, start), keep))
         yield
 
@@ -72,6 +76,7 @@ def splice(
     error: bool = False,
     given: dict[str, Float[Tensor, "rows context d"]] | None = None,
     gradients: Float[Tensor, "rows context d_out"] | None = None,
+    tag: str = "",
 ) -> Iterator[None]:
     """While open, the model computes with the coder's output in place of the activations it reconstructs.
 
@@ -80,7 +85,7 @@ def splice(
     coder that `reads_ahead` cannot do so; it must be `given` its inputs by site name, those of the model as it is
     (ConfigError without). With `error`, the difference between the original and the reconstruction is added back as a
     constant: the model's output is unchanged until latents are edited. `keep` limits it to some positions; `gradients`
-    are for a coder whose inference looks at them.
+    are for a coder whose inference looks at them; of a coder of two models, `tag` says which of them `model` is.
     """
     spec = coder.spec
     if given is None and reads_ahead(spec):
@@ -105,11 +110,11 @@ def splice(
     with ExitStack() as stack:
         if given is None and not spec.is_autoencoder:
             stack.enter_context(hooked(model, list(spec.reads), remember))
-        for site, start in zip(spec.writes, _starts(spec.writes), strict=True):
+        for site, start in _of(spec.writes, tag):
             stack.enter_context(replace_at(model, site, made(site, start), keep))
         yield
 
 
-def _starts(sites: Sequence[Site]) -> list[int]:
-    """Returns the first column of every site."""
-    return [sum(site.width for site in sites[:i]) for i in range(len(sites))]
+def _of(sites: Sequence[Site], tag: str) -> list[tuple[Site, int]]:
+    """Returns the sites with a tag, and the first column of each among all."""
+    return [(site, sum(s.width for s in sites[:i])) for i, site in enumerate(sites) if site.tag == tag]

@@ -6,7 +6,7 @@ from sae.config import CoderConfig, OptimConfig, TrainConfig
 from sae.errors import ConfigError
 from sae.models import LanguageModel
 from sae.sites import resolve
-from sae.spec import Site
+from sae.spec import SECOND, Site
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,14 @@ class Planned:
         return encoder + decoder + extra + biases
 
 
-def paired(config: TrainConfig, lm: LanguageModel) -> list[tuple[Site, Site]]:
-    """Returns the (read, written) sites that a config names, in order; of an autoencoder both are one."""
+def paired(config: TrainConfig, lm: LanguageModel, second: LanguageModel | None = None) -> list[tuple[Site, Site]]:
+    """Returns the (read, written) sites that a config names, in order; of an autoencoder both are one.
+
+    Those of a second model follow those of the first, with a tag.
+    """
+    if second is not None:
+        pairs = [tuple(replace(site, tag=SECOND) for site in pair) for pair in paired(config, second)]
+        return paired(config, lm) + pairs  # type: ignore[return-value]
     settings, pairs = config.activations, []
     for i, typed in enumerate(settings.sites):
         reads = resolve(lm.model, [typed], lm.name, lm.revision)
@@ -63,20 +69,26 @@ def paired(config: TrainConfig, lm: LanguageModel) -> list[tuple[Site, Site]]:
     return list(dict.fromkeys(pairs))
 
 
-def plan(config: TrainConfig, pairs: list[tuple[Site, Site]], widths: dict[str, int]) -> list[Planned]:
-    """Returns the coders of every grid point; ConfigError for what does not fit the widths of the sites."""
-    planned = []
+def planned(config: TrainConfig, pairs: list[tuple[Site, Site]], widths: dict[str, int]) -> list[Planned]:
+    """Returns the coders of every grid point, site by site; ConfigError for what does not fit the widths of the sites.
+
+    Grid points with a skip path leave out autoencoders.
+    """
+    by_place: dict[str, list[Planned]] = {}
     for label, coder, optim in config.points():
-        alone = coder.layout == "per_site"
-        for name, group in {_folder(*pair): [pair] for pair in pairs}.items() if alone else [(coder.layout, pairs)]:
+        alone = {_folder(*pair): [pair] for pair in pairs}
+        for place, group in alone.items() if coder.layout == "per_site" else [(coder.layout, pairs)]:
             reads, writes = (
                 tuple(replace(site, width=widths[site.name]) for site in side) for side in zip(*group, strict=True)
             )
-            found = Planned(f"{name}/{label}" if label else name, reads, writes, coder, optim)
-            coder.validate(found.d_in)
-            planned.append(found)
-    order = {plan.name.partition("/")[0]: None for plan in planned}
-    return sorted(planned, key=lambda plan: list(order).index(plan.name.partition("/")[0]))
+            plan = Planned(f"{place}/{label}" if label else place, reads, writes, coder, optim)
+            coder.validate(plan.d_in)
+            if coder.skip and reads == writes:  # it would copy its input
+                continue
+            by_place.setdefault(place, []).append(plan)
+    if not by_place:
+        raise ConfigError("coder.skip: true lets an autoencoder copy its input; it is for transcoders")
+    return [plan for plans in by_place.values() for plan in plans]
 
 
 def _folder(read: Site, write: Site) -> str:

@@ -27,6 +27,7 @@ from sae.settings import choose
 FORMAT_VERSION = 1
 PRE_BIASES = ("none", "decoder", "own")
 DECODER_NORMS = ("unit", "free")
+SECOND = "second"  # tag of the sites of a second model
 BUDGETS = ("block", "shared")
 
 
@@ -45,7 +46,7 @@ class Site:
     heads: int | None = None
     """Number of attention heads concatenated in the tensor; None where it is not a concatenation."""
     tag: str = ""
-    """Label of the model, where a coder reads two of them; the first has none."""
+    """Label of the model, where a coder reads two of them: "second" for the second, none for the first."""
     width: int = 0
     """Width of the tensor; 0 where it is not known."""
     scale: float = 1.0

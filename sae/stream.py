@@ -11,6 +11,7 @@ The state is (visit, offset) per lane, that of the last batch handed out; what w
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +21,9 @@ from sae.activations import Block, Source
 from sae.config import LANES
 from sae.errors import ConfigError
 from sae.seeding import generator
+
+if TYPE_CHECKING:
+    from sae.rows import TextBatch
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class ActivationBatch:
     """By site name; empty unless captured."""
     blocks: Int[Tensor, "n"]
     """The block each row comes from, to name the rows of a bad batch."""
+    text: "TextBatch | None" = None
+    """The rows of text, where batches are whole rows."""
 
 
 def lanes_of(rank: int, world_size: int) -> range:

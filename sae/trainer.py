@@ -3,23 +3,26 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae import distributed
+from sae import distributed, hub
 from sae.choosing import Chooser
 from sae.coder import Pass, SparseCoder, initialize
 from sae.config import CoderConfig
+from sae.errors import ConfigError
 from sae.measuring import Statistics
 from sae.normalization import undo
 from sae.objectives import Objective, Spliced, Step
 from sae.optim import Average, OptimConfig, adam, normalize_decoder, project_decoder_gradient
-from sae.selection import Support
+from sae.selection import Selection, Support
 from sae.spec import CoderSpec
 
+STARTED_ALIKE = ("d_in", "d_out", "d_sae", "pre_bias", "cross_layer", "select_by_decoder_norm", "skip")
 LEAST_RESIDUAL = 1e-6  # of the variance: a batch of one token has none, and AuxK divides by it
 
 
@@ -85,7 +88,34 @@ def new_coder(
         **described,
     )
     coder = SparseCoder(spec, device)
+    if config.start_from:
+        return _started(coder, Path(config.start_from))
     initialize(coder, found.center.to(device), config.seed, input_center=found.input_center.to(device))
+    return coder
+
+
+def _started(coder: SparseCoder, folder: Path) -> SparseCoder:
+    """Returns the coder with the weights of a trained one, and with what of its spec the weights are meant for.
+
+    ConfigError names what makes them different coders.
+    """
+    trained, spec = hub.load(folder, coder.W_enc.device), coder.spec
+    ours, theirs = (
+        {
+            **{name: getattr(s, name) for name in STARTED_ALIKE},
+            "normalization.kind": s.normalization.kind,
+            "selection.type": Selection.get_choice_name(type(s.selection)),
+            "sites": [site.name for site in s.reads],
+            "targets": [site.name for site in s.writes],
+        }
+        for s in (spec, trained.spec)
+    )
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise ConfigError(f"coder.start_from: {folder} has {name} {theirs[name]}, but this run {value}")
+    kept = {name: getattr(trained.spec, name) for name in ("normalization", "reads", "writes", "calibration")}
+    coder.spec = spec.with_(**kept)
+    coder.load_state_dict(trained.state_dict())
     return coder
 
 

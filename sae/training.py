@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sae import checkpoint, distributed, hub
-from sae.activations import Blocks, CachedSource, LiveSource, Source, norm_mask, widths
+from sae.activations import Blocks, CachedSource, LiveSource, Source, norm_mask, of_model, widths
 from sae.coder import SparseCoder
 from sae.config import TrainConfig
 from sae.documents import commit_of_data, documents
@@ -28,11 +28,12 @@ from sae.evaluation import evaluate
 from sae.files import append, atomic_write, cache_dir, check_writable, save_tensors, write_json
 from sae.measuring import Statistics, measure, sample
 from sae.models import DTYPES, LanguageModel, load_language_model
-from sae.planning import Planned, paired, plan
+from sae.planning import Planned, paired, planned
 from sae.progress import Progress, Tracker
 from sae.report import write_report
+from sae.rows import RowStream, splicer
 from sae.settings import decode, read_yaml, to_yaml
-from sae.spec import CoderSpec, MaskSpec, Site
+from sae.spec import SECOND, CoderSpec, MaskSpec, Site
 from sae.stopping import StopFlag, stop_flag
 from sae.store import fingerprint_key, repair
 from sae.stream import ActivationBatch, Stream, lanes_of
@@ -92,7 +93,7 @@ class Run:
     ) -> None:
         self.config, self.folder, self.stop, self.repair = config, folder, stop, repair
         self.main = distributed.rank() == 0
-        self.stream: Stream | None = None
+        self.stream: Stream | RowStream | None = None
         self.bad_steps = 0
         lanes_of(distributed.rank(), distributed.world_size())  # refused here rather than when the stream begins
         if Path(config.text.source).expanduser().exists():
@@ -100,12 +101,28 @@ class Run:
         self.lm = load_language_model(
             config.model.name, config.model.revision, config.model.dtype, config.model.device, trust_remote_code
         )
+        self.second = self._second_model(trust_remote_code)
         if config.gradient_loss and not self.lm.is_causal:
             raise ConfigError("coder.selection: gradient_topk needs a model that predicts the next token")
-        pairs = paired(config, self.lm)
+        pairs = paired(config, self.lm, self.second)
         self.sites = list({site.name: site for pair in pairs for site in pair}.values())
-        self.planned = plan(config, pairs, widths(self.lm, self.sites))
+        found = widths(self.lm, of_model(self.sites, ""))
+        if self.second:
+            found |= widths(self.second, of_model(self.sites, SECOND))
+        self.planned = planned(config, pairs, found)
         self.trust_remote_code = trust_remote_code
+
+    def _second_model(self, trust_remote_code: bool) -> LanguageModel | None:
+        """Returns the second model, if there is one; ConfigError unless it reads the same tokens."""
+        settings = self.config.second_model
+        if not settings.name:
+            return None
+        found = load_language_model(
+            settings.name, settings.revision, settings.dtype, settings.device, trust_remote_code
+        )
+        if found.tokenizer.get_vocab() != self.lm.tokenizer.get_vocab():
+            raise ConfigError(f"second_model.name: {settings.name} has another tokenizer than {self.lm.name}")
+        return found
 
     def train(self, tracker: Tracker, resume: bool) -> TrainResult:
         """Runs all stages; see `train`."""
@@ -118,6 +135,8 @@ class Run:
         config = self.config
         text = self._text()
         self.reads = {**self.lm.fingerprint(), "text": text.key}
+        if self.second:
+            self.reads |= {f"{SECOND} {name}": value for name, value in self.second.fingerprint().items()}
         saved = checkpoint.latest(self.folder) if resume else None
         if resume and saved is None:
             log.info("no checkpoint in %s yet: starting at step 0", self.folder)
@@ -128,7 +147,13 @@ class Run:
             trainers = self._trainers(source, text, mask, saved)
         ahead = config.activations.blocks_ahead(on_cpu=self.lm.device.type == "cpu")
         ranks = distributed.rank(), distributed.world_size()
-        self.stream = Stream(source, config.batch_tokens, config.seed, ahead, *ranks)
+        if config.needs_rows:
+            dtype = config.activations.dtype
+            self.stream = RowStream(
+                self.lm, text.train, self.sites, mask, config.batch_tokens, config.seed, dtype, *ranks
+            )
+        else:
+            self.stream = Stream(source, config.batch_tokens, config.seed, ahead, *ranks)
         step = self._restore(saved, trainers)
         self._loop(step, trainers, text, tracker)
         return self._finish(trainers, text)
@@ -158,7 +183,8 @@ class Run:
     def _source(self, text: TokenizedText, mask: MaskSpec) -> Source:
         settings = self.config.activations
         blocks = Blocks(text.train, settings.block_rows, self.config.seed)
-        live = LiveSource(self.lm, blocks, self.sites, mask, settings.dtype, self.config.gradient_loss)
+        loss = self.config.gradient_loss
+        live = LiveSource(self.lm, blocks, self.sites, mask, settings.dtype, loss, self.second)
         if settings.source == "live":
             return live
         fingerprint = {
@@ -307,7 +333,7 @@ class Run:
         for plan in self.planned:
             trainer = trainers[plan.name]
             try:
-                metrics = trainer.step(_batch(batch, plan, trainer.coder), step)
+                metrics = trainer.step(self._batch(batch, plan, trainer.coder), step)
             except NonFiniteError as error:
                 errors.append(f"coder {plan.name}: {error}")
             else:
@@ -315,6 +341,24 @@ class Run:
         if errors:
             self._bad("; ".join(errors), batch, step)
         return lines
+
+    def _batch(self, batch: ActivationBatch, plan: Planned, coder: SparseCoder) -> Batch:
+        """Returns a coder's share of what was streamed: its sites side by side, without outliers."""
+        usual = norm_mask({name: batch.activations[name] for name in plan.sites}, coder.spec.mask)
+        device = coder.W_enc.device
+
+        def columns(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> Tensor:
+            parts = [tensors[site.name].to(device).float() for site in sites]
+            return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[usual.to(device)]
+
+        x = columns(batch.activations, plan.reads)
+        target = x if coder.spec.is_autoencoder else columns(batch.activations, plan.writes)
+        if batch.text is not None:
+            micro = -(-self.config.micro_batch_tokens // distributed.world_size())
+            rows = max(1, micro // batch.text.tokens.shape[1]) if micro else len(batch.text.tokens)
+            return Batch(x, target, None, *splicer(self.lm, batch.text, usual, coder.spec.writes, rows))
+        gradients = columns(batch.gradients, plan.writes) if coder.spec.selection.needs_gradient else None
+        return Batch(x, target, gradients)
 
     def _bad(self, errors: str, batch: ActivationBatch, step: int) -> None:
         """Keeps the batch for inspection; goes on while `max_bad_steps` allows."""
@@ -334,7 +378,7 @@ class Run:
         with distributed.together():
             if self.main:
                 coders = {name: trainer.trained() for name, trainer in trainers.items()}
-                found = evaluate(coders, self.lm, text.held_out, self.config.eval.tokens, should_stop=self.stop)
+                found = evaluate(coders, self.lm, text.held_out, self.config.eval.tokens, False, self.stop, self.second)
                 lines = [{"step": step, "coder": name, "held_out": found[name]} for name in found]
                 self._write("metrics.jsonl", *lines)
 
@@ -348,7 +392,7 @@ class Run:
             for name, coder in coders.items():  # saved before anything else can fail
                 hub.save(coder, self.folder / "coders" / name)
             log.info("evaluating on %s held-out tokens", f"{self.config.eval.tokens:,}")
-            found = evaluate(coders, self.lm, text.held_out, self.config.eval.tokens, should_stop=self.stop)
+            found = evaluate(coders, self.lm, text.held_out, self.config.eval.tokens, False, self.stop, self.second)
             for name, coder in coders.items():
                 found[name]["training"] = {"active_steps": trainers[name].active_steps, "steps": self.config.steps}
                 coder.spec = coder.spec.with_(metrics=found[name])
@@ -366,20 +410,6 @@ def _pinned(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
     """Returns the config with what would else be found anew at every start: commits, and how much text is wanted."""
     text = replace(config.text, revision=commit_of_data(config.text), max_tokens=config.max_text_tokens)
     return replace(config, model=replace(config.model, revision=lm.revision), text=text)
-
-
-def _batch(batch: ActivationBatch, plan: Planned, coder: SparseCoder) -> Batch:
-    """Returns a coder's share of what was streamed: its sites side by side, without outliers."""
-    usual = norm_mask({name: batch.activations[name] for name in plan.sites}, coder.spec.mask)
-    device = coder.W_enc.device
-
-    def columns(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> Tensor:
-        parts = [tensors[site.name].to(device).float() for site in sites]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[usual.to(device)]
-
-    x = columns(batch.activations, plan.reads)
-    target = x if coder.spec.is_autoencoder else columns(batch.activations, plan.writes)
-    return Batch(x, target, columns(batch.gradients, plan.writes) if coder.spec.selection.needs_gradient else None)
 
 
 def _active(trainer: CoderTrainer) -> dict[str, int]:

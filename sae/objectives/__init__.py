@@ -5,7 +5,7 @@ measured earlier), so that micro-batches and ranks add up to the same loss and g
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -38,6 +38,15 @@ class Step:
     """Running share of the tokens at which each latent fires, as known at the start of the step."""
     spliced: "Callable[[Float[Tensor, 'n d_out']], Spliced] | None" = None
     """Runs the language model with predictions (normalized space) in place of the activations; for end-to-end terms."""
+    ran: "list[Spliced]" = field(default_factory=list)
+
+    def through_model(self) -> "Spliced":
+        """Returns what the language model says with the prediction spliced in; it is run once for all terms."""
+        if self.spliced is None:
+            raise ValueError("spliced: end-to-end terms need batches of whole rows, and a language model to run")
+        if not self.ran:
+            self.ran.append(self.spliced(self.run.prediction))
+        return self.ran[0]
 
     def error(self, prediction: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_out"]:
         """Returns target - prediction, each site's columns times the root of its weight."""

@@ -30,7 +30,7 @@ class MutualChoice(Budget):
     """Keeps the k x batch largest of the batch."""
 
     batch_wide: ClassVar[bool] = True
-    threshold_decay: float = 0.99
+    threshold_decay: float = 0.95
     """Decay, per step, of the running mean that becomes the threshold at inference."""
 
     def validate(self, d_sae: int) -> None:

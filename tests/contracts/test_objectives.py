@@ -197,7 +197,9 @@ def test_jumprelu_thresholds_have_the_gradients_of_the_paper():
     rule = coder.spec.selection
     coder.threshold.data = torch.full((M,), 0.3)
     look = coder.look(x)
-    chosen = coder.support(look.scores, lambda rule, scores, tensors, group: rule.choose(scores, tensors, Moment(0.0, N)))
+    chosen = coder.support(
+        look.scores, lambda rule, scores, tensors, group: rule.choose(scores, tensors, Moment(0.0, N))
+    )
     run = coder.run(look, chosen)
     step = view(coder, x, torch.zeros(M, dtype=torch.bool), run=run)
     h, eps = look.scores, rule.bandwidth

@@ -69,7 +69,7 @@ def trained(rule, steps=5):
     return trainer.trained()
 
 
-from sae.objectives import Objective as OBJECTIVES  # noqa: E402, N812
+from sae.objectives import Objective as OBJECTIVES  # noqa: E402
 from sae.optim import OptimConfig  # noqa: E402
 
 

@@ -53,7 +53,9 @@ def test_the_whole_matrix_equals_brute_force(make, count):
     assert torch.equal(mask_of(Entries(found.tokens - 5, found.ids, found.values), 64, 100), brute_force(scores, count))
     assert torch.equal(found.values, scores[found.tokens - 5, found.ids])
     again = top_of(Entries(found.tokens, found.ids, found.values), count // 2)
-    assert torch.equal(mask_of(Entries(again.tokens - 5, again.ids, again.values), 64, 100), brute_force(scores, count // 2))
+    assert torch.equal(
+        mask_of(Entries(again.tokens - 5, again.ids, again.values), 64, 100), brute_force(scores, count // 2)
+    )
 
 
 def test_a_sample_that_misleads_costs_time_only():
