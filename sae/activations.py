@@ -148,7 +148,10 @@ def of_model(sites: Iterable[Site], tag: str) -> list[Site]:
 
 
 def widths(lm: LanguageModel, sites: list[Site]) -> dict[str, int]:
-    """Returns the width of every site by name; ConfigError names one that does not give a vector per token."""
+    """Returns the width of every site by name, in the order in which the model computes them.
+
+    ConfigError names one that does not give a vector per token.
+    """
     tokens = torch.zeros(2, 3, dtype=torch.int32)
     seen = capture(lm, sites, tokens)
     for name, x in seen.items():

@@ -5,6 +5,7 @@ give one choice, which the second pass, with gradients, takes over. So micro-bat
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -48,10 +49,7 @@ class Chooser:
             chosen = chosen.take((chosen.tokens >= before) & (chosen.tokens < before + starts[-1]))
             kept.append(Entries(chosen.tokens - before, chosen.ids + group.start, chosen.values))
         offsets, ids = Entries.cat(kept).to_support(starts[-1])
-        return [
-            (offsets[a : b + 1] - offsets[a], ids[offsets[a] : offsets[b]])
-            for a, b in zip(starts[:-1], starts[1:], strict=True)
-        ]
+        return [(offsets[a : b + 1] - offsets[a], ids[offsets[a] : offsets[b]]) for a, b in pairwise(starts)]
 
     def per_token(self, look: Look, gradients: Float[Tensor, "n d_out"] | None) -> Support:
         """Returns the support of one micro-batch, by a per-token rule."""

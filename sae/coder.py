@@ -167,11 +167,11 @@ class SparseCoder(nn.Module):
     ) -> CoderOutput:
         """Returns (out, latents) of x, differentiable unless gradients are off; `gradients` as in `encode`."""
         rows = self._rows(x)
+        beside = None if gradients is None else gradients.reshape(-1, self.spec.d_out).to(rows)
         if torch.is_grad_enabled() and len(rows):
-            beside = None if gradients is None else gradients.reshape(-1, self.spec.d_out).to(rows)
             latents = self._inferred(self.look(rows), beside).latents
         else:
-            latents = self.encode(rows, gradients)
+            latents = self.encode(rows, beside)
         out = self.decode(latents, rows).reshape(*x.shape[:-1], self.spec.d_out)
         if self.spec.skip:
             out = out + x.to(self.W_skip) @ self.W_skip.T

@@ -85,7 +85,7 @@ class ActivationConfig:
             raise ConfigError("activations.sites: empty; name at least one module, for example layers.2")
         if self.targets and len(self.targets) != len(self.sites):
             raise ConfigError(
-                f"activations.targets: {len(self.targets)} for {len(self.sites)} sites; name one for each, or none at all"
+                f"activations.targets: {len(self.targets)} for {len(self.sites)} sites; name one for each, or none"
             )
 
 
@@ -223,14 +223,14 @@ class TrainConfig:
     """Seed of the data order."""
     model: ModelConfig = field(default_factory=ModelConfig)
     second_model: ModelConfig = field(default_factory=lambda: ModelConfig(name=""))
-    """A model with the same tokenizer whose activations at the same sites are read too, for a crosscoder of two models."""
+    """A model with the same tokenizer whose activations at the same sites are read too, for a crosscoder."""
     text: TextConfig = field(default_factory=TextConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     coder: CoderConfig = field(default_factory=CoderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     grid: dict[str, Any] = field(default_factory=dict)
     """Several coders from one pass: {"coder.selection.k": [16, 32], "optim.lr": [...]} trains every combination. Values
-    may have names, above all where they are mappings: {"coder": {"wide": {"d_sae": 8192}, "narrow": {"d_sae": 1024}}}."""
+    that are mappings have names: {"coder": {"wide": {"d_sae": 8192}, "narrow": {"d_sae": 1024}}}."""
     tokens: int = 1_000_000
     """Training tokens, repeats over several epochs counted."""
     batch_tokens: int = 1024
@@ -330,7 +330,7 @@ class TrainConfig:
 
 
 def _named(key: str, values: Any) -> dict[str, Any]:
-    """Returns a grid field's values by their part of a coder's name: their own, or the field's last part and the value."""
+    """Returns a field's values by their part of a coder's name: their own, or the field's last part and the value."""
     if key.split(".")[0] not in ("coder", "optim"):
         raise ConfigError(f"grid: {key!r} is not coder, optim or a field below them")
     if isinstance(values, dict) and values:

@@ -59,7 +59,7 @@ def evaluate(
     Keys: `reconstruction` (with the norm filter) and `reconstruction_unfiltered`, `density`, `loss` (CE and KL of every
     arm; absent for a model that predicts no next token), `nulls` on request. Where they apply: `skip` (what the skip
     path alone explains), `heads` (decoder shares of attention heads), `against` (autoencoders of the same sites in this
-    evaluation), and `with_gradients`, labeled: all figures again, with gradients at inference. Units are nats per token.
+    evaluation), and `with_gradients`, labeled: all figures again, with gradients at inference. Units: nats per token.
     """
     several = coders if isinstance(coders, dict) else {"": coders}
     for name, coder in several.items():
@@ -265,6 +265,7 @@ def _losses(
     for batch in batches:
         tokens = batch.to(lm.device)
         seen: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
         if len(models) > 1 or any(map(_looks_at_gradients, coders.values())):
             seen, gradients = _seen(coders, models, batch)
         with hooked(lm.model, of_model(_sites(coders), tag), lambda site, x, seen=seen: seen.update({site.name: x})):

@@ -62,9 +62,9 @@ def measure(
     center: str = "mean",
     balance: bool = True,
 ) -> Statistics:
-    """Returns the statistics of raw activations by site name: norm limits, scales, then center and variance of what is left.
+    """Returns the statistics of raw activations by site name: limits, scales, then center and variance of what is left.
 
-    `center` is mean, geometric_median or zero; `balance` weights the written sites so that the FVU of each counts alike.
+    `center` is mean, geometric_median or zero; `balance` weights written sites so that the FVU of each counts alike.
     ConfigError names the site if nothing is left, or if it holds NaN or Inf.
     """
     names = list(dict.fromkeys(site.name for site in (*reads, *writes)))

@@ -70,9 +70,10 @@ def paired(config: TrainConfig, lm: LanguageModel, second: LanguageModel | None 
 
 
 def planned(config: TrainConfig, pairs: list[tuple[Site, Site]], widths: dict[str, int]) -> list[Planned]:
-    """Returns the coders of every grid point, site by site; ConfigError for what does not fit the widths of the sites.
+    """Returns the coders of every grid point, site by site; ConfigError for what does not fit the sites.
 
-    Grid points with a skip path leave out autoencoders.
+    `widths` are those of the sites by name, in the order in which the model computes them. Grid points with a skip
+    path leave out autoencoders.
     """
     by_place: dict[str, list[Planned]] = {}
     for label, coder, optim in config.points():
@@ -81,6 +82,8 @@ def planned(config: TrainConfig, pairs: list[tuple[Site, Site]], widths: dict[st
             reads, writes = (
                 tuple(replace(site, width=widths[site.name]) for site in side) for side in zip(*group, strict=True)
             )
+            if coder.layout != "crosscoder":
+                _check_order(reads, writes, list(widths))
             plan = Planned(f"{place}/{label}" if label else place, reads, writes, coder, optim)
             coder.validate(plan.d_in)
             if coder.skip and reads == writes:  # it would copy its input
@@ -89,6 +92,15 @@ def planned(config: TrainConfig, pairs: list[tuple[Site, Site]], widths: dict[st
     if not by_place:
         raise ConfigError("coder.skip: true lets an autoencoder copy its input; it is for transcoders")
     return [plan for plans in by_place.values() for plan in plans]
+
+
+def _check_order(reads: tuple[Site, ...], writes: tuple[Site, ...], order: list[str]) -> None:
+    """Refuses to predict what the model has computed before: it could not be replaced by the prediction."""
+    for read, write in zip(reads, writes, strict=True):
+        if order.index(write.name) < order.index(read.name):
+            raise ConfigError(
+                f"activations.targets: {write.name} is computed before {read.name}, from which it is to be predicted"
+            )
 
 
 def _folder(read: Site, write: Site) -> str:

@@ -34,7 +34,6 @@ def write_report(run_dir: Path, results: dict[str, dict[str, Any]]) -> Path:
 def table(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns the figures of one evaluation as (name, text) rows: the same in the terminal and on the page."""
     r, raw, density = found["reconstruction"], found["reconstruction_unfiltered"], found["density"]
-    loss = found.get("loss")
     rows = [
         ("held-out tokens", f"{r['tokens']:,}"),
         ("FVU", _number(r["fvu"])),
@@ -46,16 +45,14 @@ def table(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("norm ratio", _number(r["norm_ratio"])),
         ("reconstruction bias", _number(r["reconstruction_bias"])),
     ]
-    if loss:
-        arms = " / ".join(_number(loss[f"ce_{arm}"], 3) for arm in ("clean", "spliced", "zero", "mean"))
-        rows += [
-            ("CE clean / spliced / zero / mean (nats)", arms),
-            (
-                "CE recovered (against zero, mean)",
-                f"{_share(loss['ce_recovered'])}, {_share(loss['ce_recovered_from_mean'])}",
-            ),
-            ("KL score", _share(loss["kl_score"])),
-        ]
+    for key, of in (("loss", ""), ("loss_second", ", second model")):
+        if key in found:
+            loss = found[key]
+            arms = " / ".join(_number(loss[f"ce_{arm}"], 3) for arm in ("clean", "spliced", "zero", "mean"))
+            shares = f"{_share(loss['ce_recovered'])}, {_share(loss['ce_recovered_from_mean'])}"
+            rows.append((f"CE clean / spliced / zero / mean (nats){of}", arms))
+            rows.append((f"CE recovered (against zero, mean){of}", shares))
+            rows.append((f"KL score{of}", _share(loss["kl_score"])))
     if "skip" in found:
         rows.append(("explained by the skip path alone", _share(found["skip"]["ev"])))
     if "heads" in found:

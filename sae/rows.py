@@ -1,6 +1,6 @@
 """Whole rows of text as batches, for losses that run the language model: the order of rows, and the spliced model.
 
-    epoch e goes through the rows in the order permutation(seed, e); batch s holds the next batch_tokens / context of them
+    epoch e takes the rows in the order permutation(seed, e); batch s holds the next batch_tokens / context of them
 
 Unlike the stream of `sae/stream.py`, a batch is not shuffled over tokens. Its rows depend on (seed, s) alone.
 """

@@ -5,6 +5,7 @@ what is allowed and the nearest match.
 """
 
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -132,7 +133,7 @@ def describe(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, str, str]
 
 def _docstring(kind: type[Any], name: str) -> str:
     """Returns what is written below a field, in the class or else in the nearest one that it inherits from."""
-    owners = [owner for owner in kind.__mro__ if name in owner.__dict__.get("__annotations__", {})]
+    owners = [owner for owner in kind.__mro__ if name in inspect.get_annotations(owner)]
     found = (" ".join(get_attribute_docstring(owner, name).docstring_below.split()) for owner in owners)
     return next((doc for doc in found if doc), "")
 

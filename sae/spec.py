@@ -56,7 +56,7 @@ class Site:
 
     @property
     def name(self) -> str:
-        """Returns the site as users type it: "model.layers.15", "model.layers.15.mlp:input", "model.layers.15@other"."""
+        """Returns the site as users type it: "model.layers.15" or "model.layers.15.mlp:input", and its tag if any."""
         return self.hook + (f":{self.side}" if self.side != "output" else "") + (f"@{self.tag}" if self.tag else "")
 
     @property
@@ -128,8 +128,8 @@ class CoderSpec:
             raise ConfigError(f"pre_bias: 'decoder' needs d_in = d_out, not {self.d_in} and {self.d_out}")
         if not self.is_autoencoder and self.normalization.per_token:
             raise ConfigError(
-                f"normalization.kind: {self.normalization.kind!r} cannot be undone at another site than it was measured "
-                "at; a transcoder takes none or scalar"
+                f"normalization.kind: {self.normalization.kind!r} is undone with the input's own numbers, not those "
+                "of another site; a transcoder takes none or scalar"
             )
         for name, sites in (("d_in", self.reads), ("d_out", self.writes)):
             if len(sites) > 1 and sum(site.width for site in sites) != getattr(self, name):

@@ -280,7 +280,7 @@ class CoderTrainer:
         return rate
 
     def trained(self) -> SparseCoder:
-        """Returns the coder to evaluate and save, calibrated: a copy, with averaged weights where there is an average."""
+        """Returns the coder to evaluate and save: a calibrated copy, with averaged weights if there is an average."""
         numbers, thresholds = self.chooser.calibrated()
         spec = self.coder.spec.with_(calibration=numbers)
         copy = SparseCoder(spec, self.coder.W_enc.device, self.coder.W_enc.dtype)

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sae.config import TrainConfig
 from sae.measuring import Statistics, measure
+from sae.models import LanguageModel
 from sae.normalization import Normalization
 from sae.settings import decode, merge, set_dotted
 from sae.spec import MaskSpec, Site
@@ -56,6 +57,40 @@ def tiny_model_folder(path: Path, tokenizer: PreTrainedTokenizerFast | None = No
         LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def tiny_lm(seed: int = 1, **options: Any) -> LanguageModel:
+    """Returns a random Llama of 3 layers and width 16 in memory; its weights are large, so that layers matter."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = LlamaConfig(**{**sizes, "vocab_size": len(tokenizer), "initializer_range": 0.5, **options})
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    return LanguageModel(model, tokenizer, "tiny", None, True)
+
+
+class Rows:
+    """Token rows in memory."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data, self.n_rows, self.context_length = data, *data.shape
+
+    def tokens(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns the chosen rows."""
+        return self.data[rows]
+
+
+def sampled_rows(lm: LanguageModel, context: int = 12, count: int = 20) -> Rows:
+    """Returns rows of the model's own samples, which it predicts better than it could with a layer gone."""
+    torch.manual_seed(2)
+    data = torch.full((count, 1), lm.tokenizer.bos_token_id)
+    while data.shape[1] < context:
+        with torch.no_grad():
+            logits = lm.model(data).logits[:, -1]
+        logits[:, :3] = -torch.inf
+        data = torch.cat([data, torch.multinomial(logits.softmax(-1), 1)], 1)
+    data[3, 8:] = -1
+    return Rows(data.int())
 
 
 def tiny_text_folder(path: Path, documents: int = 40, words: int = 150) -> Path:

@@ -1,7 +1,7 @@
 """Sparse products: `spmm`, `sddmm` and `transpose` are all that training and inference need.
 
-A sparse matrix is (offsets, columns, values): row i owns entries offsets[i]:offsets[i+1]. `reference` is plain torch and
-obviously right; `segmented` is the fast path for few entries and `dense` for many, both tested against it.
+A sparse matrix is (offsets, columns, values): row i owns entries offsets[i]:offsets[i+1]. `reference` is plain torch
+and obviously right; `segmented` is the fast path for few entries and `dense` for many, both tested against it.
 """
 
 import torch

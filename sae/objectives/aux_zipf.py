@@ -4,8 +4,8 @@
     e^  = (w * ReLU(TopK_kaux(h restricted to w > 0))) W_dec         L = sum_t |e_t - e^_t|^2 / (N V_e)
 
 f_i is the running density of latent i and p_i the density that the Zipf curve fitted to all of them gives its rank. So
-a dead latent counts in full, one that is dying (f_i < tau p_i) in part. The paper says that its loss generalizes AuxK to
-under-used features and gives no formula in the text at hand; this is a reading of it. With w_i = 1 for dead latents
+a dead latent counts in full, one that is dying (f_i < tau p_i) in part. The paper says that its loss generalizes AuxK
+to under-used features and gives no formula in the text at hand; this is a reading of it. With w_i = 1 for dead latents
 and 0 for all others it is AuxK bit for bit: both are `auxk.explained_by`.
 """
 

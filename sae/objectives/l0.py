@@ -1,4 +1,4 @@
-"""L0: the number of active latents, by JumpReLU's straight-through gradient (Rajamanoharan 2024, arXiv 2407.14435, eq. 9).
+"""L0: the number of active latents, by JumpReLU's straight-through gradient (Rajamanoharan 2024, 2407.14435, eq. 9).
 
     L = sum_t sum_i H(h_ti - theta_i) / N
 

@@ -2,8 +2,8 @@
 
     L = sum_t sum_i ReLU(h_ti) |W_dec_i| / (N sqrt(V))
 
-The decoder's norm keeps a free decoder from evading the penalty by growing; with unit rows it is 1. sqrt(V), the scale of
-the inputs, makes the weight free of units. Of a gated coder the penalty falls on the gates, as its paper has it.
+The decoder's norm keeps a free decoder from evading the penalty by growing; with unit rows it is 1. sqrt(V), the scale
+of the inputs, frees the weight of units. Of a gated coder the penalty falls on the gates, as its paper has it.
 """
 
 from dataclasses import dataclass

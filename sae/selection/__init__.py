@@ -69,7 +69,8 @@ class Selection(Plugin):
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the support by the per-token rule.
 
-        `tensors` holds the coder's per-latent tensors for these m latents, and a number `calibration` if one was found in training.
+        `tensors` holds the coder's per-latent tensors for these m latents, and a number `calibration` if training
+        found one.
         """
         raise NotImplementedError
 
@@ -112,7 +113,7 @@ class Selection(Plugin):
         """Is called, on every rank, after a step was applied."""
 
     def calibration(self, state: dict[str, Tensor]) -> Tensor | None:
-        """Returns what `infer` is to be calibrated with: one number, one for each latent (the buffer `threshold`), none."""
+        """Returns what `infer` needs: a number, one for each latent (the buffer `threshold`), or nothing."""
         return None
 
     def report(self, state: dict[str, Tensor]) -> dict[str, float]:

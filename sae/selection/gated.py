@@ -1,4 +1,4 @@
-"""Gated: one affine map says whether a latent fires, another, tied to it, how much (Rajamanoharan 2024, arXiv 2404.16014).
+"""Gated: one affine map says whether a latent fires, another, tied to it, how much (Rajamanoharan 2024, 2404.16014).
 
     pi = W_enc y + b_enc                      (the gate: fires where pi > 0)
     m  = exp(r) * (W_enc y) + b_mag           (equation 7: the magnitude shares W_enc up to a scale for each latent)

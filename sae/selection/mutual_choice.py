@@ -3,7 +3,7 @@
     choose S in {0, 1}^(B x d_sae) with sum S <= k B that maximizes sum S * A
 
 A is the matrix of pre-activations. So a token that needs many latents gets many, and a latent may win any number of
-tokens. BatchTopK (Bussmann 2024, arXiv 2412.06410) is the same rule; `batch_topk` is its other name and shares this code.
+tokens. BatchTopK (Bussmann 2024, arXiv 2412.06410) is the same rule; `batch_topk`, its other name, is this class.
 
 Sources are certain about the rule. Read from the sibling paper: outside training, where a token must not see its
 neighbors, every affinity above one global threshold is kept, the running mean of the smallest positive one kept in a

@@ -1,4 +1,4 @@
-"""ReLU: every positive pre-activation stays; a penalty such as `l1` makes them few (Bricken 2023; Cunningham 2309.08600).
+"""ReLU: every positive pre-activation stays; a penalty such as `l1` makes them few (Cunningham 2023, 2309.08600).
 
 a = ReLU(W_enc (x - b_dec) + b_enc)
 """

@@ -22,16 +22,19 @@ CHANGED = {
     "activations.dtype": "bfloat16",
     "activations.skip_positions": 2,
     "activations.norm_filter": 1.1,
-    "activations.gradients": True,
+    "activations.targets": ["layers.1.mlp:input"],
     "activations.statistics_tokens": 1000,
     "coder.d_sae": 32,
     "coder.expansion": 3,
-    "coder.selection.k": 5,
-    "coder.objectives": {"auxk": {"type": "auxk", "weight": 0}},
+    "coder.selection.loss": "sampled",
     "coder.normalization.kind": "layer_norm",
     "coder.normalization.scale": 0.5,
     "coder.normalization.eps": 0.1,
     "coder.normalization.unbiased": False,
+    "coder.layout": "crosscoder",
+    "coder.budget": "shared",
+    "coder.skip": True,
+    "coder.balance_sites": False,
     "coder.pre_bias": "none",
     "coder.center": "geometric_median",
     "coder.decoder_norm": "free",
@@ -57,6 +60,8 @@ CHANGED = {
     "checkpoints.keep": 1,
     "log.every_steps": 2,
 }
+TWO_SITES = {"activations.sites": ["layers.0", "layers.1"]}
+TRANSCODERS = {"activations.sites": ["layers.*.mlp:input"], "activations.targets": ["layers.*.mlp"]}
 # what else must be set for a field to mean anything
 SETTING = {
     "text.column": {"text.source": "table.jsonl"},
@@ -67,7 +72,12 @@ SETTING = {
     "coder.select_by_decoder_norm": {"coder.decoder_norm": "free", "optim.lr": 0.1},
     "coder.decoder_norm": {"optim.lr": 0.1},
     "optim.warmup_share": {"tokens": 60 * 128},
-    "activations.gradients": {"activations.source": "write_through"},
+    "activations.targets": {"activations.sites": ["layers.1:input"]},
+    "coder.selection.loss": {"coder.selection": {"type": "gradient_topk", "k": 4}},
+    "coder.layout": TWO_SITES,
+    "coder.budget": TRANSCODERS | {"coder.layout": "cross_layer"},
+    "coder.skip": TRANSCODERS,
+    "coder.balance_sites": TWO_SITES | {"coder.layout": "crosscoder"},
 }
 ELSEWHERE = {
     "name": "names the folder (test_train)",
@@ -83,6 +93,12 @@ ELSEWHERE = {
     "activations.source": "changes time alone (test_resume)",
     "activations.prefetch_blocks": "changes time alone (test_stream)",
     "coder.selection.type": "contracts",
+    "coder.objectives": "contracts",
+    "coder.start_from": "test_families",
+    "second_model.name": "test_families",
+    "second_model.revision": "a commit on the hub",
+    "second_model.dtype": "as model.dtype",
+    "second_model.device": "as model.device",
     "max_bad_steps": "test_numbers",
     "log.tracker": "test_progress",
     "log.project": "test_progress",
@@ -117,7 +133,11 @@ def outcome_of(tmp_path, tiny_text, tiny_train, monkeypatch):
 
 
 def test_every_field_is_here_or_tested_elsewhere():
-    assert sorted([*CHANGED, *ELSEWHERE]) == sorted(name for name, *_ in describe(TrainConfig))
+    """The constants of rules and loss terms are tested in contracts/test_knobs.py."""
+    fields = {name for name, *_ in describe(TrainConfig)}
+    plugins = {name for name in fields if name.startswith(("coder.selection.", "coder.objectives."))}
+    wanted = fields - plugins | {"coder.selection.type", "coder.selection.loss", "coder.objectives"}
+    assert sorted({*CHANGED, *ELSEWHERE}) == sorted(wanted)
 
 
 @pytest.mark.parametrize("field", CHANGED)

@@ -70,4 +70,4 @@ def test_loading_needs_no_other_import(tmp_path):
     sae.save(coder, tmp_path)
     code = f"import sae; print(sae.load({str(tmp_path)!r}).spec.selection)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "TopK(k=2)"
+    assert done.stdout.strip() == str(TopK(2))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fakes import tiny_tokenizer
+from fakes import sampled_rows, tiny_lm, tiny_tokenizer
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from sae.coder import SparseCoder, initialize
@@ -18,37 +18,14 @@ SITE = Site("model.layers.1", model="tiny")
 SIZES = {"hidden_size": D, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 
 
-class Rows:
-    """Token rows in memory."""
-
-    context_length = CONTEXT
-
-    def __init__(self, data):
-        self.data, self.n_rows = data, len(data)
-
-    def tokens(self, rows):
-        return self.data[rows]
-
-
 @pytest.fixture
 def lm():
-    torch.manual_seed(1)
-    tokenizer = tiny_tokenizer()
-    config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), initializer_range=0.5)
-    return LanguageModel(LlamaForCausalLM(config).eval(), tokenizer, "tiny", None, True)
+    return tiny_lm()
 
 
 @pytest.fixture
 def rows(lm):
-    torch.manual_seed(2)
-    data = torch.full((20, 1), lm.tokenizer.bos_token_id)
-    while data.shape[1] < CONTEXT:  # the model's own samples, which it predicts better than it could with a layer gone
-        with torch.no_grad():
-            logits = lm.model(data).logits[:, -1]
-        logits[:, :3] = -torch.inf
-        data = torch.cat([data, torch.multinomial(logits.softmax(-1), 1)], 1)
-    data[3, 8:] = -1
-    return Rows(data.int())
+    return sampled_rows(lm, CONTEXT)
 
 
 def coder(kind: str, site=SITE, mask=None, **spec) -> SparseCoder:
