@@ -301,11 +301,12 @@ class TrainConfig:
         for _, coder, optim in self.points():
             coder.validate()
             optim.validate()
+        loss = self.gradient_loss  # refused here if two coders disagree
         if self.second_model.name and self.needs_rows:
             raise ConfigError("second_model: end-to-end terms (kl, ce) run one model; drop them or the second model")
         if self.needs_rows:
-            if self.gradient_loss or self.activations.source != "live":
-                what = "a selection that looks at gradients" if self.gradient_loss else "stored activations"
+            if loss or self.activations.source != "live":
+                what = "a selection that looks at gradients" if loss else "stored activations"
                 raise ConfigError(f"coder.objectives: end-to-end terms (kl, ce) run the model live; drop {what}")
             if self.batch_tokens % self.text.context_length:
                 length = self.text.context_length

@@ -270,6 +270,7 @@ def _losses(
             seen, gradients = _seen(coders, models, batch)
         with hooked(lm.model, of_model(_sites(coders), tag), lambda site, x, seen=seen: seen.update({site.name: x})):
             clean = logits(tokens)
+        ablated: dict[Any, tuple[Tensor, Tensor]] = {}  # the same for all coders of the same sites and mask
         for name, coder in coders.items():
             _poll(should_stop)
             spec, total = coder.spec, sums[name]
@@ -284,10 +285,15 @@ def _losses(
             counts[name] += len(clean_losses)
             _add(total, "clean", clean_losses)
             for arm, change in arms.items():
-                with change:
-                    patched = logits(tokens)
-                _add(total, arm, next_token_losses(patched, tokens, keep))
-                _add(total, f"kl_{arm}", kl_divergence(clean, patched, counted(tokens, keep)))
+                key = (name if arm == "spliced" else arm, tuple(_names(spec.writes)), str(spec.mask))
+                if key not in ablated:
+                    with change:
+                        patched = logits(tokens)
+                    kl = kl_divergence(clean, patched, counted(tokens, keep))
+                    ablated[key] = next_token_losses(patched, tokens, keep), kl
+                losses, kl = ablated[key]
+                _add(total, arm, losses)
+                _add(total, f"kl_{arm}", kl)
     return {name: _loss_table(sums[name], counts[name]) for name in coders}
 
 

@@ -81,7 +81,7 @@ class GradientTopK(Budget):
     ) -> Float[Tensor, "n m"]:
         """Returns s; in training, counts the effects."""
         if "effect.sum" in state:
-            state["effect.sum"] = state["effect.sum"] + effect.double().sum().cpu()
+            state["effect.sum"] = state["effect.sum"] + effect.sum(dtype=torch.float64).cpu()
             state["effect.count"] = state["effect.count"] + effect.numel()
         if self.gradient_norm == "token":
             effect = effect / effect.mean(1, keepdim=True).clamp_min(1e-30)

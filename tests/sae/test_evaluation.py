@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fakes import sampled_rows, tiny_lm, tiny_tokenizer
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel
 
 from sae.coder import SparseCoder, initialize
 from sae.errors import ConfigError, Stopped

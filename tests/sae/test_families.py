@@ -1,5 +1,6 @@
 """Transcoders, skip transcoders, crosscoders, cross-layer coders, two models, attention outputs: each against a
-plain reference, and spliced into a language model with coders whose result is known."""
+plain reference, and spliced into a language model with coders whose result is known.
+"""
 
 import pytest
 import torch
