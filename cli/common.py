@@ -40,10 +40,22 @@ def read_config(kind: type[T], path: Path | None, overrides: list[str], defaults
     """Returns defaults, then the file, then overrides ("--coder.selection.k 64" or "--coder.selection.k=64")."""
     data: dict[str, Any] = draccus.encode(defaults or kind())
     if path is not None:
-        data = merge(data, read_yaml(path))
+        data = merge(data, _layered(path))
     for key, value in _pairs(overrides):
         set_dotted(data, key, parse_value(kind, key, value))
     return decode(kind, data)
+
+
+def _layered(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Returns a config file on top of the one that it `extends`: a name or path as after --config, or a file beside it."""
+    if path in above:
+        raise ConfigError(f"extends: {path} extends itself, by way of {above[-1]}")
+    data = read_yaml(path)
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    beside = path.parent / f"{base}.yaml"
+    return merge(_layered(beside if beside.is_file() else config_path(str(base), path.parent.name), (*above, path)), data)
 
 
 def _pairs(overrides: list[str]) -> list[tuple[str, str]]:
