@@ -47,7 +47,7 @@ def read_config(kind: type[T], path: Path | None, overrides: list[str], defaults
 
 
 def _layered(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Returns a config file on top of the one that it `extends`: a name or path as after --config, or a file beside it."""
+    """Returns a config file on top of the one that it `extends`: a file beside it, or what --config would take."""
     if path in above:
         raise ConfigError(f"extends: {path} extends itself, by way of {above[-1]}")
     data = read_yaml(path)
@@ -55,7 +55,9 @@ def _layered(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return data
     beside = path.parent / f"{base}.yaml"
-    return merge(_layered(beside if beside.is_file() else config_path(str(base), path.parent.name), (*above, path)), data)
+    return merge(
+        _layered(beside if beside.is_file() else config_path(str(base), path.parent.name), (*above, path)), data
+    )
 
 
 def _pairs(overrides: list[str]) -> list[tuple[str, str]]:

@@ -112,7 +112,8 @@ def splicer(
         chosen = counted(tokens, kept)
 
         def logits() -> Tensor:
-            return lm.model(**model_inputs(lm, tokens)).logits[:, :-1][chosen].float()
+            found = lm.model(**model_inputs(lm, tokens)).logits[:, :-1][chosen]
+            return found.to(torch.promote_types(found.dtype, torch.float32))
 
         with torch.no_grad():
             clean = logits()

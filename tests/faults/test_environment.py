@@ -85,7 +85,7 @@ def test_the_order_of_tokens_depends_on_no_thread(tmp_path, tiny_train, monkeypa
     for name, threads, ahead in (("one", 1, 0), ("ahead", 1, 7), ("two", 2, 7)):
         with monkeypatch.context() as patch:
             batches = seen[name] = []
-            patch.setattr(CoderTrainer, "step", lambda s, x, i, b=batches: (b.append(x), original(s, x, i))[1])
+            patch.setattr(CoderTrainer, "step", lambda s, x, i, b=batches: (b.append(x.x), original(s, x, i))[1])
             torch.set_num_threads(threads)
             changes = {"activations.prefetch_blocks": ahead, "batch_tokens": 512, "tokens": 20 * 512}  # several pools
             code, printed = tiny_train(changes, folder=tmp_path / name)

@@ -1,4 +1,4 @@
-"""Mutual Choice, Feature Choice and gradient TopK: exact budgets, brute force, thresholds, and what they fall back to."""
+"""Mutual Choice, Feature Choice and gradient TopK: exact budgets, brute force, thresholds, and fallbacks."""
 
 import numpy as np
 import pytest

@@ -129,7 +129,7 @@ def test_batch_wide_budgets_per_block_or_shared(rule, budget):
     x = torch.randn(20, 12).double()
     chooser = Chooser(coder)
     chooser.begin(0.0, 20)
-    ((offsets, ids),) = chooser.whole_batch([x], coder.look)
+    ((_, ids),) = chooser.whole_batch([x], coder.look)
     blocks = torch.bincount(torch.div(ids, 8, rounding_mode="floor"), minlength=3)
     assert int(blocks.sum()) == 2 * 20 * 3
     assert (blocks == 40).all() == (budget == "block")
