@@ -184,3 +184,41 @@ def test_an_unknown_config_names_those_there_are():
 def test_configs_encode_to_what_decodes_to_them():
     config = read("--coder.selection.k", "3", "--activations.sites", "[a, b]")
     assert decode(TrainConfig, draccus.encode(config)) == config
+
+
+def test_a_config_may_extend_another_by_name_or_beside_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("extends: quickstart\ntokens: 2048\ncoder: {selection: {k: 3}}\n")
+    (tmp_path / "own.yaml").write_text("extends: base\nname: own\ncoder: {selection: {type: mutual_choice, k: 5}}\n")
+    config = read_config(TrainConfig, tmp_path / "own.yaml", ["--tokens", "4096"])
+    assert (config.name, config.tokens, config.coder.d_sae) == ("own", 4096, 2048)
+    assert type(config.coder.selection).__name__ == "MutualChoice"
+    assert config.coder.selection.k == 5  # type: ignore[attr-defined]
+    (tmp_path / "loop.yaml").write_text("extends: loop\n")
+    with pytest.raises(ConfigError, match=r"extends: .*loop\.yaml extends itself"):
+        read_config(TrainConfig, tmp_path / "loop.yaml", [])
+    (tmp_path / "lost.yaml").write_text("extends: quikstart\n")
+    with pytest.raises(ConfigError, match="Did you mean 'quickstart'"):
+        read_config(TrainConfig, tmp_path / "lost.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"coder.selection": [{"type": "topk", "k": 2}]}, "give mappings and lists a name"),
+        ({"coder": {"a/b": {}}}, "names a folder"),
+        ({"coder.selection.k": []}, "must hold at least one value"),
+    ],
+)
+def test_grids_that_cannot_be(grid, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(grid=grid).validate()
+
+
+def test_grid_points_have_names():
+    grid = {"coder": {"topk": {"selection": {"type": "topk", "k": 2}}, "mc": {"d_sae": 64}}, "optim.lr": [0.1, 0.2]}
+    assert [label for label, *_ in TrainConfig(grid=grid).points()] == [
+        "topk,lr=0.1",
+        "topk,lr=0.2",
+        "mc,lr=0.1",
+        "mc,lr=0.2",
+    ]
