@@ -55,9 +55,8 @@ def _layered(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return data
     beside = path.parent / f"{base}.yaml"
-    return merge(
-        _layered(beside if beside.is_file() else config_path(str(base), path.parent.name), (*above, path)), data
-    )
+    below = beside if beside.is_file() else config_path(str(base), "train")
+    return merge(_layered(below, (*above, path)), data)
 
 
 def _pairs(overrides: list[str]) -> list[tuple[str, str]]:
