@@ -328,6 +328,6 @@ class CoderTrainer:
                 value.copy_(tensors[f"average.{name}"])
             self.average.steps = int(values["average_steps"])  # type: ignore[call-overload]
         self.residual_variance = float(values["residual_variance"])  # type: ignore[arg-type]
-        self.active_steps = dict(values["active_steps"])  # type: ignore[call-overload]
-        self.multipliers = dict(values["multipliers"])  # type: ignore[call-overload]
+        for own, saved in ((self.active_steps, values["active_steps"]), (self.multipliers, values["multipliers"])):
+            own.update(saved)  # type: ignore[call-overload]  # in the order of the terms, which is that of the log
         self.tokens_seen = int(values["tokens_seen"])  # type: ignore[call-overload]
