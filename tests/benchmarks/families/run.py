@@ -38,7 +38,7 @@ FAMILIES = {
     "feature-ln": rule("feature_choice") | LN,
     "phased": rule("feature_choice", mutual_share=0.5),
     "phased-ln": rule("feature_choice", mutual_share=0.5) | LN,
-    **{f"gradient-{beta}": rule("gradient_topk", beta=beta) for beta in (0.25, 0.5, 1.0, 2.0)},
+    **{f"gradient-{beta}": rule("gradient_topk", beta=beta) for beta in (0.5, 1.0, 2.0)},
     "jumprelu": {
         "selection": {"type": "jumprelu"},
         "normalization": {"kind": "scalar"},
