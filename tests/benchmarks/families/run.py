@@ -53,7 +53,7 @@ FAMILIES = {
 }
 TRANSCODERS = {"plain": rule("topk"), "skip": rule("topk") | {"skip": True}}
 SETTINGS = {
-    "smollm2": {"layer": 15, "tokens": 1_044_480, "text": 524_288, "block_rows": 8, "lr": 2e-3},
+    "smollm2": {"layer": 15, "tokens": 524_288, "text": 524_288, "block_rows": 8, "lr": 2e-3},
     "gemma3": {"layer": 9, "tokens": 524_288, "text": 262_144, "block_rows": 4, "lr": 2e-3},
 }
 
