@@ -12,8 +12,9 @@ import time
 
 import torch
 
-from sae.activations import Blocks, LiveSource, measure, norm_mask, sample
+from sae.activations import Blocks, LiveSource, norm_mask
 from sae.config import CoderConfig
+from sae.measuring import measure, sample
 from sae.models import load_language_model
 from sae.normalization import Normalization
 from sae.optim import OptimConfig
@@ -66,13 +67,14 @@ def main() -> None:
     mask = MaskSpec(tuple(special_ids(lm.tokenizer)))
     live = LiveSource(lm, Blocks(text.train, 8, 0), sites, mask, "float32")
     name = sites[0].name
-    found = measure(sample(live, 16_384, lambda: False)[name], mask, 10.0, Normalization())
+    reads = tuple(sites)
+    found = measure(sample(live, 16_384, lambda: False), reads, reads, mask, 10.0, Normalization())
     coder = new_coder(CoderConfig(d_sae=args.d_sae, selection=TopK(args.k)), found)
     trainer = CoderTrainer(coder, CoderConfig().objectives, OptimConfig(), Schedule(10**6, 10**7))
 
     def batch_of(stream):
-        x = next(stream).activations[name].float()
-        return x[norm_mask(x, coder.spec.mask)]
+        activations = next(stream).activations
+        return activations[name].float()[norm_mask(activations, coder.spec.mask)]
 
     ratios = []
     for number in range(args.rounds + 1):  # the first round warms up and is not counted

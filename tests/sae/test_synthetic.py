@@ -2,6 +2,11 @@
 papers claim of their rules on such data (slow: three seeds each).
 """
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -44,3 +49,52 @@ def test_the_true_dictionary_is_matched_and_an_unrelated_one_is_not():
     assert other["dead_share"] >= 0.25
     assert other["matched_cosine"] < 0.5 > other["matched_f1"]
     assert other["fvu"] > 0.5
+
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "synthetic.py"
+
+
+def trained(tmp_path, seed, *families):
+    """Returns the scores of coders trained by the benchmark, in a process without this one's checks of every shape."""
+    out = tmp_path / "scores.json"
+    command = [sys.executable, str(BENCHMARK), *families, "--seeds", str(seed), "--json", str(out)]
+    subprocess.run(command, check=True, timeout=850)
+    return {label: by_seed[str(seed)] for label, by_seed in json.loads(out.read_text()).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_batch_wide_rules_on_heavy_tailed_data(tmp_path, seed):
+    """Mutual Choice beats TopK. Feature Choice leaves no latent dead under thresholds on fresh tokens; phased training
+    beats the plain one where latents are ranked by their own firing, and brings nothing where Mutual Choice ranks them.
+    """
+    own, own_phased = "feature (own density)", "phased (own density)"
+    found = trained(tmp_path, seed, "topk", "mutual", "feature", own, own_phased)
+    assert found["mutual"]["fvu"] <= 0.85 * found["topk"]["fvu"]
+    for name in ("feature", own, own_phased):
+        assert found[name]["dead_share"] == 0.0, name
+    assert found[own_phased]["fvu"] < found[own]["fvu"]
+    assert found["feature"]["fvu"] < found[own]["fvu"]
+    for name in ("mutual", "feature", own, own_phased):
+        figures = found[name]
+        assert figures["l0"] == pytest.approx(figures["batch_l0"], rel=0.05), name
+        assert figures["fvu"] <= 1.03 * figures["batch_fvu"], name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_gradient_selection_leaves_fewer_latents_dead(tmp_path, seed):
+    """At beta 0.5 with gradients at inference, as in training, and at beta 2 without them too."""
+    found = trained(tmp_path, seed, "topk, no AuxK", "gradient 0.5, no AuxK", "gradient 2, no AuxK")
+    dead = {name: figures["dead_share"] for name, figures in found.items()}
+    assert dead["gradient 0.5, no AuxK (gradients at inference)"] < dead["topk, no AuxK"]
+    assert dead["gradient 2, no AuxK"] < dead["topk, no AuxK"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_without_the_heavy_tail_mutual_choice_gains_little(tmp_path):
+    found = trained(tmp_path, 0, "topk, no heavy tail", "mutual, no heavy tail")
+    assert found["mutual, no heavy tail"]["fvu"] > 0.93 * found["topk, no heavy tail"]["fvu"]

@@ -9,19 +9,20 @@ from importlib.metadata import version
 import common
 import torch
 
-from sae.activations import measure
 from sae.config import CoderConfig
+from sae.measuring import measure
 from sae.normalization import Normalization
 from sae.optim import OptimConfig
 from sae.selection.topk import TopK
-from sae.spec import MaskSpec
+from sae.spec import MaskSpec, Site
 from sae.trainer import CoderTrainer, Schedule, new_coder
 
 
 def train(args, x):
     batches = common.Batches(x, common.row_order(len(x), args.batch, args.epochs, args.seed))
     config = CoderConfig(d_sae=args.d_sae, selection=TopK(args.k), seed=args.seed)
-    found = measure(x[:32_768], MaskSpec(), norm_filter=0, normalization=Normalization())
+    site = (Site("benchmark"),)
+    found = measure({"benchmark": x[:32_768]}, site, site, MaskSpec(), 0.0, Normalization())
     schedule = Schedule(len(batches), dead_after_tokens=len(batches) * args.batch // 10)
     trainer = CoderTrainer(new_coder(config, found), config.objectives, OptimConfig(lr=args.lr), schedule)
     for step, batch in enumerate(batches):
