@@ -38,6 +38,10 @@ class Statistics:
     outliers: int
     """Of these, beyond a norm limit."""
 
+    def __str__(self) -> str:
+        norms = ", ".join(f"{name} median norm {median:.3g}" for name, median in self.median_norms.items())
+        return f"{norms}; {self.outliers:,} of {self.tokens:,} tokens beyond the norm limit are masked"
+
 
 def sample(source: Source, tokens: int, should_stop: Callable[[], bool]) -> dict[str, Float[Tensor, "n d"]]:
     """Returns, by site, the activations of about `tokens` tokens from blocks spread evenly over the text."""

@@ -57,6 +57,7 @@ class RowStream:
                 f"terms need whole rows, as many for each of {world_size} ranks"
             )
         self.batch = 0
+        self._order: tuple[int, Tensor] | None = None
 
     def order(self, epoch: int) -> Int[Tensor, "rows"]:
         """Returns the order of the rows in an epoch."""
@@ -79,7 +80,9 @@ class RowStream:
 
     def _row(self, place: int) -> Tensor:
         epoch, index = divmod(place, self.rows.n_rows)
-        return self.order(epoch)[index]
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self.order(epoch)
+        return self._order[1][index]
 
     def state(self) -> dict[str, Tensor]:
         """Returns the position after the last batch; on other ranks zero, since these are summed."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from sae import checkpoint, distributed, hub
 from sae.activations import Blocks, CachedSource, LiveSource, Source, norm_mask, of_model, widths
 from sae.coder import SparseCoder
-from sae.config import TrainConfig
+from sae.config import ModelConfig, TrainConfig
 from sae.documents import commit_of_data, documents
 from sae.environment import environment
 from sae.errors import ConfigError, Stopped
@@ -95,13 +95,15 @@ class Run:
         self.main = distributed.rank() == 0
         self.stream: Stream | RowStream | None = None
         self.bad_steps = 0
+        self.micro_tokens = -(-config.micro_batch_tokens // distributed.world_size())  # of this rank
         lanes_of(distributed.rank(), distributed.world_size())  # refused here rather than when the stream begins
         if Path(config.text.source).expanduser().exists():
             next(documents(config.text))  # a missing column is known before the model is loaded
-        self.lm = load_language_model(
-            config.model.name, config.model.revision, config.model.dtype, config.model.device, trust_remote_code
-        )
-        self.second = self._second_model(trust_remote_code)
+        self.trust_remote_code = trust_remote_code
+        self.lm = self._load(config.model)
+        self.second = self._load(config.second_model) if config.second_model.name else None
+        if self.second and self.second.tokenizer.get_vocab() != self.lm.tokenizer.get_vocab():
+            raise ConfigError(f"second_model.name: {self.second.name} has another tokenizer than {self.lm.name}")
         if config.gradient_loss and not self.lm.is_causal:
             raise ConfigError("coder.selection: gradient_topk needs a model that predicts the next token")
         pairs = paired(config, self.lm, self.second)
@@ -110,19 +112,9 @@ class Run:
         if self.second:
             found |= widths(self.second, of_model(self.sites, SECOND))
         self.planned = planned(config, pairs, found)
-        self.trust_remote_code = trust_remote_code
 
-    def _second_model(self, trust_remote_code: bool) -> LanguageModel | None:
-        """Returns the second model, if there is one; ConfigError unless it reads the same tokens."""
-        settings = self.config.second_model
-        if not settings.name:
-            return None
-        found = load_language_model(
-            settings.name, settings.revision, settings.dtype, settings.device, trust_remote_code
-        )
-        if found.tokenizer.get_vocab() != self.lm.tokenizer.get_vocab():
-            raise ConfigError(f"second_model.name: {settings.name} has another tokenizer than {self.lm.name}")
-        return found
+    def _load(self, model: ModelConfig) -> LanguageModel:
+        return load_language_model(model.name, model.revision, model.dtype, model.device, self.trust_remote_code)
 
     def train(self, tracker: Tracker, resume: bool) -> TrainResult:
         """Runs all stages; see `train`."""
@@ -216,12 +208,7 @@ class Run:
         self, source: Source, text: TokenizedText, mask: MaskSpec, saved: Path | None
     ) -> dict[str, CoderTrainer]:
         config, trainers = self.config, {}
-        schedule = Schedule(
-            config.steps,
-            config.dead_after,
-            -(-config.micro_batch_tokens // distributed.world_size()),
-            DTYPES[config.precision],
-        )
+        schedule = Schedule(config.steps, config.dead_after, self.micro_tokens, DTYPES[config.precision])
         specs = json.loads((saved / checkpoint.STATE).read_text())["specs"] if saved else {}
         samples = {} if saved else sample(source, config.activations.statistics_tokens, self.stop)
         measured: dict[tuple[Any, ...], Statistics] = {}
@@ -234,7 +221,6 @@ class Run:
                 if key not in measured:
                     norm_filter = config.activations.norm_filter
                     measured[key] = measure(samples, plan.reads, plan.writes, mask, norm_filter, *settings)
-                    self._tell(measured[key])
                 coder = new_coder(
                     plan.coder,
                     measured[key],
@@ -249,12 +235,9 @@ class Run:
                     },
                 )
             trainers[plan.name] = CoderTrainer(coder, plan.coder.objectives, plan.optim, schedule)
+        for found in dict.fromkeys(map(str, measured.values())):
+            log.info("%s", found)
         return trainers
-
-    def _tell(self, found: Statistics) -> None:
-        norms = ", ".join(f"{name} median norm {median:.3g}" for name, median in found.median_norms.items())
-        times = self.config.activations.norm_filter
-        log.info("%s; %d of %d tokens beyond %g times that are masked", norms, found.outliers, found.tokens, times)
 
     def _restore(self, saved: Path | None, trainers: dict[str, CoderTrainer]) -> int:
         """Loads a checkpoint into the trainers and the stream and cuts the logs back to it; returns its step."""
@@ -354,8 +337,8 @@ class Run:
         x = columns(batch.activations, plan.reads)
         target = x if coder.spec.is_autoencoder else columns(batch.activations, plan.writes)
         if batch.text is not None:
-            micro = -(-self.config.micro_batch_tokens // distributed.world_size())
-            rows = max(1, micro // batch.text.tokens.shape[1]) if micro else len(batch.text.tokens)
+            context = batch.text.tokens.shape[1]
+            rows = max(1, self.micro_tokens // context) if self.micro_tokens else len(batch.text.tokens)
             return Batch(x, target, None, *splicer(self.lm, batch.text, usual, coder.spec.writes, rows))
         gradients = columns(batch.gradients, plan.writes) if coder.spec.selection.needs_gradient else None
         return Batch(x, target, gradients)
