@@ -1,12 +1,18 @@
-"""What the stream costs: wall time of a live run against the language model alone plus the coder alone.
+"""What the stream costs, and what a grid saves.
 
-    python tests/benchmarks/streaming.py [--model FOLDER --site layers.15 --text FOLDER] [--steps 60 --rounds 5]
+    python tests/benchmarks/streaming.py [--coders topk] [--model FOLDER --site layers.15 --text FOLDER]
+    python tests/benchmarks/streaming.py --coders topk mutual_choice feature_choice jumprelu gated matryoshka
 
-Every round times the three in turn on the same blocks and batches; printed are the ratio's median and range.
-Target on a CPU: at most 1.10.
+Every round times, in turn and on the same blocks and batches: the run, which streams activations and trains all coders
+on them; the language model alone; each coder alone; with several coders also one run for each. Every part begins with
+the same state. Printed are the median and range of
+
+    cost:    run / (language model alone + sum of the coders alone)       target on a CPU: 1.10, of a grid of six 1.05
+    saving:  (separate runs - run) / (n - 1 times the language model alone)       1 if a grid saves what it predicts
 """
 
 import argparse
+import copy
 import statistics
 import time
 
@@ -16,14 +22,26 @@ from sae.activations import Blocks, LiveSource, norm_mask
 from sae.config import CoderConfig
 from sae.measuring import measure, sample
 from sae.models import load_language_model
-from sae.normalization import Normalization
 from sae.optim import OptimConfig
-from sae.selection.topk import TopK
+from sae.settings import decode
 from sae.sites import resolve
 from sae.spec import MaskSpec
 from sae.stream import Stream
 from sae.text import TextConfig, special_ids, tokenize
-from sae.trainer import CoderTrainer, Schedule, new_coder
+from sae.trainer import Batch, CoderTrainer, Schedule, new_coder
+
+MATRYOSHKA = {"reconstruction": {"type": "reconstruction", "weight": 0}, "matryoshka": {"type": "matryoshka"}}
+
+
+def coder_config(name: str, d_sae: int, k: int) -> CoderConfig:
+    penalty = {"l0": {"type": "l0", "target_l0": k}} if name == "jumprelu" else {}
+    penalty |= {"l1": {"type": "l1", "target_l0": k}, "gate": {"type": "gate"}} if name == "gated" else {}
+    fixed = {
+        "jumprelu": {"selection": {"type": name}, "normalization": {"kind": "scalar"}, "objectives": penalty},
+        "gated": {"selection": {"type": name}, "objectives": penalty},
+        "matryoshka": {"selection": {"type": "topk", "k": k}, "objectives": MATRYOSHKA},
+    }
+    return decode(CoderConfig, {"d_sae": d_sae, **fixed.get(name, {"selection": {"type": name, "k": k}})})
 
 
 class Counted:
@@ -40,62 +58,100 @@ class Counted:
         return self.source.read(block)
 
 
-def seconds(work) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+class Bench:
+    """The parts to time."""
+
+    def __init__(self, args) -> None:
+        self.args = args
+        lm = load_language_model(args.model)
+        sites = resolve(lm.model, [args.site])
+        config = TextConfig(source=args.text, context_length=args.context, max_tokens=300_000)
+        text = tokenize(config, lm.tokenizer, lm.source())
+        mask = MaskSpec(tuple(special_ids(lm.tokenizer)))
+        self.name, reads = sites[0].name, tuple(sites)
+        self.live = LiveSource(lm, Blocks(text.train, args.block_rows, 0), sites, mask, "float32")
+        seen = sample(self.live, 16_384, lambda: False)
+        self.trainers = []
+        for name in args.coders:
+            coder = coder_config(name, args.d_sae, args.k)
+            found = measure(seen, reads, reads, mask, 10.0, coder.normalization)
+            trainer = CoderTrainer(new_coder(coder, found), coder.objectives, OptimConfig(), Schedule(10**4, 10**7))
+            self.trainers.append(trainer)
+            self.mask = found.mask
+        self.begun = [copy.deepcopy(trainer.state()) for trainer in self.trainers]
+
+    def run(self, trainers) -> tuple[float, list[int], list[Batch]]:
+        """Returns the seconds of a run of these trainers, the blocks it read and its batches."""
+        self.rewind()
+        source, batches = Counted(self.live), []
+        began = time.perf_counter()
+        stream = Stream(source, 1024, seed=0, ahead=self.args.ahead)
+        for step in range(self.args.steps):
+            activations = next(stream).activations
+            x = activations[self.name].float()[norm_mask(activations, self.mask)]
+            batches.append(Batch(x, x))
+            for trainer in trainers:
+                trainer.step(batches[-1], step)
+        took = time.perf_counter() - began
+        stream.close()
+        return took, source.blocks, batches
+
+    def rewind(self) -> None:
+        for trainer, state in zip(self.trainers, self.begun, strict=True):
+            trainer.load_state(*copy.deepcopy(state))
+
+    def model_alone(self, blocks) -> float:
+        began = time.perf_counter()
+        for block in blocks:
+            self.live.read(block)
+        return time.perf_counter() - began
+
+    def alone(self, trainer, batches) -> float:
+        self.rewind()
+        began = time.perf_counter()
+        for step, batch in enumerate(batches):
+            trainer.step(batch, step)
+        return time.perf_counter() - began
+
+
+def spread(values: list[float]) -> str:
+    return f"median {statistics.median(values):.3f}, range {min(values):.3f} to {max(values):.3f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--coders", nargs="+", default=["topk"])
     parser.add_argument("--model", default="quickstart")
     parser.add_argument("--site", default="layers.2")
     parser.add_argument("--text", default="quickstart")
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--block-rows", type=int, default=8)
     parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ahead", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(2)
-
-    lm = load_language_model(args.model)
-    sites = resolve(lm.model, [args.site])
-    config = TextConfig(source=args.text, context_length=args.context, max_tokens=300_000)
-    text = tokenize(config, lm.tokenizer, lm.source())
-    mask = MaskSpec(tuple(special_ids(lm.tokenizer)))
-    live = LiveSource(lm, Blocks(text.train, 8, 0), sites, mask, "float32")
-    name = sites[0].name
-    reads = tuple(sites)
-    found = measure(sample(live, 16_384, lambda: False), reads, reads, mask, 10.0, Normalization())
-    coder = new_coder(CoderConfig(d_sae=args.d_sae, selection=TopK(args.k)), found)
-    trainer = CoderTrainer(coder, CoderConfig().objectives, OptimConfig(), Schedule(10**6, 10**7))
-
-    def batch_of(stream):
-        activations = next(stream).activations
-        return activations[name].float()[norm_mask(activations, coder.spec.mask)]
-
-    ratios = []
+    torch.set_num_threads(args.threads)
+    bench = Bench(args)
+    costs, savings = [], []
     for number in range(args.rounds + 1):  # the first round warms up and is not counted
-        source = Counted(live)
-        stream = Stream(source, 1024, seed=0, ahead=args.ahead)
-        batches = []
-
-        def together(stream=stream, batches=batches):
-            for step in range(args.steps):
-                x = batch_of(stream)
-                batches.append(x)
-                trainer.step(x, step)
-
-        whole = seconds(together)
-        stream.close()
-        model = seconds(lambda s=source: [live.read(block) for block in s.blocks])
-        alone = seconds(lambda b=batches: [trainer.step(x, step) for step, x in enumerate(b)])
-        ratio = whole / (model + alone)
-        ratios += [ratio] if number else []
-        print(f"run {whole:.2f} s, model alone {model:.2f} s, coder alone {alone:.2f} s, ratio {ratio:.3f}")
-    print(f"median {statistics.median(ratios):.3f}, range {min(ratios):.3f} to {max(ratios):.3f}")
+        whole, blocks, batches = bench.run(bench.trainers)
+        model = bench.model_alone(blocks)
+        alone = [bench.alone(trainer, batches) for trainer in bench.trainers]
+        cost = whole / (model + sum(alone))
+        line = f"run {whole:.2f} s, model alone {model:.2f} s, coders alone {sum(alone):.2f} s, cost {cost:.3f}"
+        if len(alone) > 1:
+            separate = sum(bench.run([trainer])[0] for trainer in bench.trainers)
+            saving = (separate - whole) / ((len(alone) - 1) * model)
+            line += f"; separate runs {separate:.2f} s, saving {saving:.3f}"
+            savings += [saving] if number else []
+        costs += [cost] if number else []
+        print(line, flush=True)
+    print(f"cost {spread(costs)}")
+    if savings:
+        print(f"saving {spread(savings)}")
 
 
 if __name__ == "__main__":

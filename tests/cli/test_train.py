@@ -201,6 +201,28 @@ def test_each_coder_of_a_grid_equals_the_one_trained_alone(tmp_path, tiny_train)
     assert one.read_bytes() == (tmp_path / "alone" / "coders" / "model.layers.1" / weights).read_bytes()
 
 
+SIX = {
+    "topk": {"selection": {"type": "topk", "k": 4}},
+    "mutual": {"selection": {"type": "mutual_choice", "k": 4}},
+    "feature": {"selection": {"type": "feature_choice", "k": 4, "mutual_share": 0.5}},
+    "jumprelu": {"selection": {"type": "jumprelu"}, "objectives": {"l0": {"type": "l0", "target_l0": 4}}},
+    "gated": {"selection": {"type": "gated"}, "objectives": {"l1": {"type": "l1"}, "gate": {"type": "gate"}}},
+    "matryoshka": {"normalization": {"kind": "layer_norm"}, "objectives": {"matryoshka": {"type": "matryoshka"}}},
+}
+
+
+def test_six_different_coders_of_one_pass_equal_those_trained_alone(tmp_path, tiny_train):
+    code, printed = tiny_train({"grid": {"coder": SIX}}, folder=tmp_path / "grid")
+    assert code == 0, printed
+    for name in SIX:
+        assert tiny_train({"grid": {"coder": {name: SIX[name]}}}, folder=tmp_path / name)[0] == 0
+        one, alone = (next((tmp_path / run).rglob(f"{name}/sae.safetensors")) for run in ("grid", name))
+        assert one.read_bytes() == alone.read_bytes(), name
+        evaluated = [json.loads((tmp_path / run / "evaluation.json").read_text()) for run in ("grid", name)]
+        (key,) = evaluated[1]
+        assert evaluated[0][key] == evaluated[1][key]
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "shown"),
     [
