@@ -16,7 +16,7 @@ from sae.optim import OptimConfig
 from sae.selection import Selection
 from sae.selection.topk import TopK
 from sae.settings import at_least, choose, decode, merge, set_dotted
-from sae.spec import BUDGETS, DECODER_NORMS, PRE_BIASES
+from sae.spec import BUDGETS, DECODER_NORMS, PRE_BIASES, CoderSpec, Site
 from sae.text import TextConfig
 
 LANES = 64
@@ -162,6 +162,33 @@ class CoderConfig:
                     objective.validate(d_in or d_sae, d_sae, self.selection)
             except ConfigError as error:
                 raise ConfigError(f"coder.{error}") from None
+
+    def spec(
+        self, reads: tuple[Site, ...], writes: tuple[Site, ...], normalization: Normalization, **described: Any
+    ) -> CoderSpec:
+        """Returns the spec of a coder of these sites, of known widths; ConfigError for what does not go together.
+
+        `normalization` is the one measured; `described` are fields that say where the coder comes from.
+        """
+        cross_layer = self.layout == "cross_layer"
+        tied = reads == writes and not cross_layer
+        d_in = sum(site.width for site in reads)
+        return CoderSpec(
+            d_in=d_in,
+            d_out=sum(site.width for site in writes),
+            d_sae=self.width(d_in),
+            selection=self.selection,
+            reads=reads,
+            writes=writes,
+            pre_bias=self.pre_bias or ("decoder" if tied else "own"),
+            normalization=normalization,
+            cross_layer=cross_layer,
+            budget=self.budget,
+            select_by_decoder_norm=self.select_by_decoder_norm,
+            decoder_norm=self.decoder_norm or ("unit" if tied else "free"),
+            skip=self.skip,
+            **described,
+        )
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,10 @@ def planned(config: TrainConfig, pairs: list[tuple[Site, Site]], widths: dict[st
             coder.validate(plan.d_in)
             if coder.skip and reads == writes:  # it would copy its input
                 continue
+            try:
+                coder.spec(reads, writes, coder.normalization)
+            except ConfigError as error:
+                raise ConfigError(f"coder.{error}") from None
             by_place.setdefault(place, []).append(plan)
     if not by_place:
         raise ConfigError("coder.skip: true lets an autoencoder copy its input; it is for transcoders")

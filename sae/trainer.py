@@ -20,7 +20,6 @@ from sae.normalization import undo
 from sae.objectives import Objective, Spliced, Step
 from sae.optim import Average, OptimConfig, adam, normalize_decoder, project_decoder_gradient
 from sae.selection import Selection, Support
-from sae.spec import CoderSpec
 
 STARTED_ALIKE = ("d_in", "d_out", "d_sae", "pre_bias", "cross_layer", "select_by_decoder_norm", "skip")
 LEAST_RESIDUAL = 1e-6  # of the variance: a batch of one token has none, and AuxK divides by it
@@ -67,25 +66,8 @@ def new_coder(
 
     `described` fills the fields of its spec that training does not need: context length, where it comes from.
     """
-    cross_layer = config.layout == "cross_layer"
-    tied = found.reads == found.writes and not cross_layer
-    spec = CoderSpec(
-        d_in=len(found.input_center),
-        d_out=len(found.center),
-        d_sae=config.width(len(found.input_center)),
-        selection=config.selection,
-        reads=found.reads,
-        writes=found.writes,
-        pre_bias=config.pre_bias or ("decoder" if tied else "own"),
-        normalization=found.normalization,
-        cross_layer=cross_layer,
-        budget=config.budget,
-        select_by_decoder_norm=config.select_by_decoder_norm,
-        decoder_norm=config.decoder_norm or ("unit" if tied else "free"),
-        skip=config.skip,
-        mask=found.mask,
-        variance=found.variance,
-        **described,
+    spec = config.spec(
+        found.reads, found.writes, found.normalization, mask=found.mask, variance=found.variance, **described
     )
     coder = SparseCoder(spec, device)
     if config.start_from:
