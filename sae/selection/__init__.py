@@ -11,7 +11,7 @@ checkpointed.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -142,8 +142,6 @@ class Budget(Selection):
 
     def shared_by(self, blocks: int) -> "Self":
         """Returns the rule with k for all blocks together."""
-        from dataclasses import replace
-
         return replace(self, k=self.k * blocks, k_start=self.k_start * blocks)
 
     def k_at(self, progress: float) -> int:

@@ -65,6 +65,7 @@ def test_before_the_model_is_loaded(tmp_path, tiny_train, no_model, changes, mes
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+PREDICTED = {"activations.sites": ["layers.0"], "activations.targets": ["layers.1"]}
 KNOWN_BY_THE_CONFIG = [
     ({"coder.skip": True}, r"coder\.skip: true lets an autoencoder copy its input; it is for transcoders"),
     (
