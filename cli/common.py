@@ -79,6 +79,16 @@ def field_help(kind: type[Any]) -> str:
     return "\n".join(f"  --{name}  (default: {default})\n      {doc}" for name, default, doc in describe(kind))
 
 
+def print_tables(results: dict[str, dict[str, Any]]) -> None:
+    """Prints the figures of evaluated coders, a table for each."""
+    from sae.report import table
+
+    for name, found in results.items():
+        rows = table(found)
+        width = max(len(label) for label, _ in rows) + 2
+        print("\n".join(["", name, *(f"  {label:{width}}{text}" for label, text in rows)]))
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ConfigErrors, so that every command fails in the same way."""
 

@@ -2,14 +2,17 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.common import DONE, Parser, read_config, run
+from cli.common import DONE, Parser, print_tables, read_config, run
 from sae.errors import ConfigError
 
 if TYPE_CHECKING:
     from sae.spec import CoderSpec
+
+READ = ("--model.", "--second_model.", "--second-model.", "--text.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +41,6 @@ def command(argv: list[str]) -> int:
     from sae.files import check_writable, write_json
     from sae.formats import native
     from sae.models import load_language_model
-    from sae.report import table
     from sae.stopping import stop_flag
     from sae.text import tokenize
 
@@ -59,22 +61,19 @@ def command(argv: list[str]) -> int:
         site = spec.reads[0]
         trained = TrainConfig(model=ModelConfig(name=site.model, revision=site.revision), text=text_of(spec))
     config = read_config(TrainConfig, run_config, overrides, trained)
-    config.model.validate()
+    for word in overrides:
+        if word.startswith("--") and not word.startswith(READ):
+            raise ConfigError(f"{word}: not used here; allowed: the options of --help and {', '.join(READ)}...")
+    for part in (config.model, config.second_model, config.text):
+        part.validate()
     with stop_flag() as stop:
-        lm = load_language_model(
-            config.model.name,
-            config.model.revision,
-            config.model.dtype,
-            config.model.device,
-            options.trust_remote_code,
-        )
+        load = partial(load_language_model, trust_remote_code=options.trust_remote_code)
+        lm = load(**vars(config.model))
+        second = load(**vars(config.second_model)) if config.second_model.name else None
         text = tokenize(config.text, lm.tokenizer, lm.source(), should_stop=stop, repair=options.repair)
         coders = {name: coder.to(lm.device) for name, coder in coders.items()}
-        found = evaluate(coders, lm, text.held_out, options.tokens, options.nulls, stop)
-    for name, result in found.items():
-        print(name)
-        for label, shown in table(result):
-            print(f"  {label:42}{shown}")
+        found = evaluate(coders, lm, text.held_out, options.tokens, options.nulls, stop, second)
+    print_tables(found)
     write_json(target, json.loads(json.dumps(found)))
     print(f"\njson         {target}")
     return DONE

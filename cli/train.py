@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from cli.common import BAD_USAGE, DONE, Parser, config_path, configs, field_help, read_config, run
+from cli.common import BAD_USAGE, DONE, Parser, config_path, configs, field_help, print_tables, read_config, run
 from sae.errors import ConfigError
 from sae.settings import decode, read_yaml
 
@@ -77,15 +77,11 @@ def command(argv: list[str]) -> int:
 
 
 def _train(config, folder: Path, resume: bool, trust_remote_code: bool, repair: bool) -> int:
-    from sae.report import table
     from sae.training import train
 
     _announce(config, folder, trust_remote_code)
     result = train(config, resume, trust_remote_code, folder, repair)
-    for name, found in result.metrics.items():
-        print(f"\n{name}")
-        for label, text in table(found):
-            print(f"  {label:42}{text}")
+    print_tables(result.metrics)
     if result.metrics:
         print(f"\nrun folder   {folder}\npicture      {folder / 'report.html'}\nnext         sae-eval {folder}")
     return DONE

@@ -76,9 +76,10 @@ class Chooser:
         return tuple(float(value) for value in known), None
 
     def report(self) -> dict[str, float]:
-        """Returns what is worth logging, the mean over the groups."""
+        """Returns what is worth logging, the mean over the groups that know it."""
         reports = [self.rule.report(state) for state in self.states]
-        return {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
+        found = {name: [report[name] for report in reports if name in report] for report in reports for name in report}
+        return {name: sum(values) / len(values) for name, values in found.items()}
 
     def state(self) -> dict[str, Tensor]:
         """Returns what the rule remembers, for the checkpoint."""

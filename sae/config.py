@@ -148,18 +148,19 @@ class CoderConfig:
         if not any(term.weight for term in self.objectives.values()):
             raise ConfigError("coder.objectives: no term has a weight; at least one is needed, such as reconstruction")
         terms = [Objective.get_choice_name(type(term)) for term in self.objectives.values() if term.weight]
-        if self.selection.needs and not set(self.selection.needs) & set(terms):
-            rule, wanted = Selection.get_choice_name(type(self.selection)), " or ".join(self.selection.needs)
-            raise ConfigError(
-                f"coder.objectives: selection {rule} is not sparse by itself; add the term {wanted}, for example "
-                f"--coder.objectives.{self.selection.needs[0]}.type {self.selection.needs[0]}"
-            )
+        for group in self.selection.needs:
+            if not set(group) & set(terms):
+                rule = Selection.get_choice_name(type(self.selection))
+                raise ConfigError(
+                    f"coder.objectives: selection {rule} needs the term {' or '.join(group)}; add it, for example "
+                    f"--coder.objectives.{group[0]}.type {group[0]}"
+                )
         d_sae = self.width(d_in or 0)
         if d_sae:
             try:
                 self.selection.validate(d_sae)
                 for objective in self.objectives.values():
-                    objective.validate(d_in or d_sae, d_sae, self.selection)
+                    objective.validate(d_sae, self.selection)
             except ConfigError as error:
                 raise ConfigError(f"coder.{error}") from None
 
@@ -328,6 +329,10 @@ class TrainConfig:
         for _, coder, optim in self.points():
             coder.validate()
             optim.validate()
+            if self.second_model.name and coder.layout != "crosscoder":
+                raise ConfigError(
+                    f"second_model: read by crosscoders only; set coder.layout crosscoder, not {coder.layout}"
+                )
         loss = self.gradient_loss  # refused here if two coders disagree
         if self.second_model.name and self.needs_rows:
             raise ConfigError("second_model: end-to-end terms (kl, ce) run one model; drop them or the second model")

@@ -15,13 +15,14 @@ from sae.activations import of_model, widths
 from sae.config import LANES, ModelConfig, TrainConfig
 from sae.evaluation import rows_per_pass
 from sae.models import DTYPES, LanguageModel, is_causal, load_config, resolve_device
-from sae.planning import paired, planned
+from sae.planning import Planned, paired, planned
 from sae.progress import duration
 from sae.spec import SECOND, Site
 
 FLOAT = 4
 LATER = 250_000_000  # measured: model code, plotting and the allocator's slack come after the estimate
-STATISTICS_BYTES = 28  # of one number: as it was captured, and three times in float64
+MEASURED_BYTES = 24  # of one number while statistics are taken: three times in float64
+GRAPH_LOGITS = 5  # of one token: clean, spliced, their softmaxes and a gradient
 EVALUATION_COPIES = 7  # logits of one pass: clean, patched, and the float32 intermediates of CE and KL
 
 
@@ -73,42 +74,46 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
         if second:
             width |= widths(second, of_model(sites, SECOND))
         plans = planned(config, pairs, width)
-    sizes = [(p.d_in, p.d_sae, p.parameters, 5 if p.optim.ema else 4) for p in plans]
+    copies = [(p.parameters, 5 if p.optim.ema else 4) for p in plans]  # weights, gradients, two moments, an average
     context, settings = config.text.context_length, config.activations
     item = DTYPES[settings.dtype].itemsize
     row = sum(width.values()) * item * (2 if config.gradient_loss else 1)
     block = settings.block_rows * context * row
-    weights = sum(p.numel() for model in (lm, second) if model for p in model.model.parameters())
+    models = [(model, of_model(sites, tag)) for model, tag in ((lm, ""), (second, SECOND)) if model]
+    weights = sum(p.numel() for model, _ in models for p in model.model.parameters())
     device = resolve_device(config.model.device)
     dtype = DTYPES.get(config.model.dtype)
     itemsize = dtype.itemsize if dtype else FLOAT if device.type == "cpu" else 2
     micro = config.micro_batch_tokens or config.batch_tokens
     described = lm.model.config.get_text_config()
     vocabulary, layers = getattr(described, "vocab_size", 0), getattr(described, "num_hidden_layers", 0)
-    parameters = sum(count for *_, count, _ in sizes)
+    parameters = sum(count for count, _ in copies)
     ahead = settings.blocks_ahead(on_cpu=device.type == "cpu")
     tokens = settings.block_rows * context
-    graph = tokens * (3 * vocabulary + 20 * layers * _width(lm)) * FLOAT if config.gradient_loss else 0
+    backward = tokens if config.gradient_loss else micro if config.needs_rows else 0
+    graph = backward * (GRAPH_LOGITS * vocabulary + 20 * layers * _width(lm)) * FLOAT
     memory = {
         "process": psutil.Process().memory_info().rss + LATER,
         "model": weights * itemsize,
-        "coders": sum(count * copies * FLOAT for *_, count, copies in sizes),
-        "pool": block * (LANES + ahead),
-        "step": max(3 * micro * d_sae * FLOAT + 8 * micro * d * FLOAT + count * FLOAT for d, d_sae, count, _ in sizes)
+        "coders": sum(count * times * FLOAT for count, times in copies),
+        "pool": config.batch_tokens * row if config.needs_rows else block * (LANES + ahead),
+        "step": max((3 * p.d_sae + 4 * (p.d_in + p.d_out)) * micro + p.parameters for p in plans) * FLOAT
         + 4 * tokens * _width(lm) * FLOAT
         + graph,
-        "statistics": STATISTICS_BYTES * max(width.values()) * min(settings.statistics_tokens, config.max_text_tokens),
+        "statistics": (FLOAT * sum(width.values()) + MEASURED_BYTES * max(map(_measured, plans)))
+        * min(settings.statistics_tokens, config.max_text_tokens),
         "evaluation": EVALUATION_COPIES * rows_per_pass(context, vocabulary) * context * vocabulary * FLOAT,
     }
     visited = min(config.tokens, config.max_text_tokens)
     stored = {"live": 0, "disk": config.max_text_tokens, "write_through": visited}[settings.source]
-    saved = sum(count * (copies - 1) for *_, count, copies in sizes)  # all but the gradients; one more while it is made
+    saved = sum(count * (times - 1) for count, times in copies)  # all but the gradients; one more while it is made
     disk = ((config.checkpoints.keep + 1) * saved + parameters) * FLOAT + 8 * config.max_text_tokens + stored * row
-    flops = 2.0 * (3 * weights if config.gradient_loss else _parameters_below(lm, sites)) * (stored or config.tokens)
-    flops += sum(
-        config.tokens * 2.0 * d * d_sae * 1.6 for d, d_sae, *_ in sizes
-    )  # the dense encoder and, sparse, the rest
-    flops += 2.0 * weights * config.eval.tokens * 4 * len(sizes) if lm.is_causal else 0
+    below = 3 * weights if config.gradient_loss else sum(_parameters_below(*model) for model in models)
+    flops = 2.0 * below * (stored or config.tokens)
+    encoders = sum(p.d_in // p.spec.n_blocks * p.d_sae for p in plans)
+    flops += 3.2 * config.tokens * encoders  # the dense encoder and, sparse, the rest
+    flops += 8.0 * weights * config.tokens * len(plans) if config.needs_rows else 0  # clean, spliced and back
+    flops += 8.0 * weights * config.eval.tokens * len(plans) if lm.is_causal else 0
     seconds = flops / measured_flops_per_s(device)
     return Estimate(width, weights, parameters, memory, bool(config.eval.every_steps), disk, flops, seconds)
 
@@ -143,6 +148,11 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def _measured(plan: Planned) -> int:
+    """Returns how many numbers of a token are measured at once."""
+    return plan.d_in + (plan.d_out if plan.reads != plan.writes else 0)
 
 
 def _width(lm: LanguageModel) -> int:

@@ -34,7 +34,7 @@ from sae.metrics import Moments, Reconstruction, head_shares, kl_divergence, rec
 from sae.models import LanguageModel, load_language_model
 from sae.nulls import null_fvus
 from sae.settings import decode
-from sae.spec import SECOND, CoderSpec, Site
+from sae.spec import SECOND, CoderSpec, Site, columns_of
 from sae.text import TextConfig, TokenRows, tokenize
 
 PASS_LOGITS = 2**25  # most logits held at once, per copy: 128 MiB
@@ -57,9 +57,10 @@ def evaluate(
     The model, the `second` model of a crosscoder of two, and the held-out rows default to those the (first) coder's
     spec names: where it was trained.
     Keys: `reconstruction` (with the norm filter) and `reconstruction_unfiltered`, `density`, `loss` (CE and KL of every
-    arm; absent for a model that predicts no next token), `nulls` on request. Where they apply: `skip` (what the skip
-    path alone explains), `heads` (decoder shares of attention heads), `against` (autoencoders of the same sites in this
-    evaluation), and `with_gradients`, labeled: all figures again, with gradients at inference. Units: nats per token.
+    arm; absent for a model that predicts no next token), `nulls` on request. Where they apply: `fvu_by_site` of several
+    sites written, `skip` (what the skip path alone explains), `heads` (decoder shares of attention heads), `against`
+    (autoencoders of the same sites in this evaluation), and `with_gradients`, labeled: all figures again, with
+    gradients at inference. Units: nats per token.
     """
     several = coders if isinstance(coders, dict) else {"": coders}
     for name, coder in several.items():
@@ -110,12 +111,13 @@ def _compare(coders: dict[str, SparseCoder], results: dict[str, Any]) -> None:
         if coder.spec.is_autoencoder or "loss" not in results[name]:
             continue
         ours = results[name]["loss"]["ce_spliced"]
-        found = {}
+        found: dict[str, Any] = {}
         for other, rival in coders.items():
             if rival.spec.is_autoencoder and _names(rival.spec.writes) == _names(coder.spec.writes):
-                theirs = results[other]["loss"]["ce_spliced"]
-                l0 = results[other]["reconstruction"]["l0"]
-                found[other] = {"l0": l0, "ce_spliced": theirs, "ce_ratio": ours / theirs if theirs else None}
+                loss, l0 = results[other]["loss"], results[other]["reconstruction"]["l0"]
+                theirs, added = loss["ce_spliced"], loss["ce_added"]
+                ratio = ours / theirs if theirs else None
+                found[other] = {"l0": l0, "ce_spliced": theirs, "ce_added": added, "ce_ratio": ratio}
         if found:
             results[name]["against"] = found
 
@@ -207,6 +209,9 @@ def _reconstruct(
             "reconstruction_unfiltered": {key: unmasked[key] for key in ("tokens", "fvu", "ev")},
             "density": filtered[name].density(),
         }
+        if len(coder.spec.writes) > 1:
+            columns = zip(coder.spec.writes, columns_of(coder.spec.writes), strict=True)
+            results[name]["fvu_by_site"] = {site.name: filtered[name].fvu(part) for site, part in columns}
         if name in skipped:
             results[name]["skip"] = {"ev": skipped[name].result()["ev"]}
         if len(coder.spec.writes) == 1 and coder.spec.writes[0].heads:
@@ -226,10 +231,14 @@ def _seen(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Returns activations and, if a coder looks at them, gradients at all sites, of the models as they are."""
     asking = [coder.spec for coder in coders.values() if _looks_at_gradients(coder)]
+    if len({spec.selection.loss for spec in asking}) > 1:  # type: ignore[attr-defined]
+        raise ConfigError("coders: they look at gradients of different losses; evaluate them one by one")
     seen: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
     for tag, lm in models.items():
         sites = of_model(_sites(coders), tag)
+        if not sites:
+            continue
         if asking:
             loss = asking[0].selection.loss  # type: ignore[attr-defined]
             found, slopes = capture_with_gradients(lm, sites, batch, asking[0].mask, loss)
@@ -254,7 +263,7 @@ def _losses(
     should_stop: Callable[[], bool],
 ) -> dict[str, dict[str, Any]]:
     """Returns the losses of one model with the sites replaced that each coder writes in it."""
-    lm = models[tag]
+    lm, device = models[tag], models[""].device
     coders = {name: coder for name, coder in coders.items() if of_model(coder.spec.writes, tag)}
     sums: dict[str, dict[str, float]] = {name: {} for name in coders}
     counts = dict.fromkeys(coders, 0)
@@ -268,13 +277,14 @@ def _losses(
         gradients: dict[str, Tensor] = {}
         if len(models) > 1 or any(map(_looks_at_gradients, coders.values())):
             seen, gradients = _seen(coders, models, batch)
-        with hooked(lm.model, of_model(_sites(coders), tag), lambda site, x, seen=seen: seen.update({site.name: x})):
+        own = of_model(_sites(coders), tag)
+        with hooked(lm.model, own, lambda site, x, seen=seen: seen.update({site.name: x.to(device)})):
             clean = logits(tokens)
         ablated: dict[Any, tuple[Tensor, Tensor]] = {}  # the same for all coders of the same sites and mask
         for name, coder in coders.items():
             _poll(should_stop)
             spec, total = coder.spec, sums[name]
-            keep = token_mask(tokens, spec.mask) & norm_mask(seen, spec.mask)
+            keep = token_mask(tokens, spec.mask) & norm_mask(seen, spec.mask).to(lm.device)
             g = _columns(gradients, spec.writes) if _looks_at_gradients(coder) else None
             arms: dict[str, Any] = {
                 "spliced": splice(lm.model, coder, keep, False, seen if reads_ahead(spec) else None, g, tag),

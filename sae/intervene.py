@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sae.activations import hooked
 from sae.coder import SparseCoder
 from sae.errors import ConfigError
-from sae.spec import CoderSpec, Site
+from sae.spec import CoderSpec, Site, columns_of
 
 
 @contextmanager
@@ -46,15 +46,15 @@ def ablate(
     Only the sites with this tag are in `model`.
     """
 
-    def new(site: Site, start: int) -> Callable[[Tensor], Tensor]:
+    def new(part: slice) -> Callable[[Tensor], Tensor]:
         def made(x: Tensor) -> Tensor:
-            return torch.zeros_like(x) if mean is None else mean[start : start + x.shape[-1]].to(x).expand_as(x)
+            return torch.zeros_like(x) if mean is None else mean[part].to(x).expand_as(x)
 
         return made
 
     with ExitStack() as stack:
-        for site, start in _of(sites, tag):
-            stack.enter_context(replace_at(model, site, new(site, start), keep))
+        for site, part in _of(sites, tag):
+            stack.enter_context(replace_at(model, site, new(part), keep))
         yield
 
 
@@ -64,7 +64,7 @@ def reads_ahead(spec: CoderSpec) -> bool:
     A crosscoder does, and a cross-layer coder whose layers share one budget per token.
     """
     if spec.cross_layer:
-        return spec.budget == "shared" and not spec.calibration
+        return spec.budget == "shared" and spec.rule.competes(bool(spec.calibration))
     return len(spec.reads) > 1
 
 
@@ -93,16 +93,18 @@ def splice(
     seen: dict[str, Tensor] = dict(given or {})
 
     def remember(site: Site, x: Tensor) -> None:
-        seen.setdefault(site.name, x)
+        if site == spec.reads[0]:  # a new pass of the model
+            seen.clear()
+        seen[site.name] = x
 
-    def made(site: Site, start: int) -> Callable[[Tensor], Tensor]:
+    def made(site: Site, part: slice) -> Callable[[Tensor], Tensor]:
         def new(x: Tensor) -> Tensor:
             if spec.is_autoencoder and given is None:
-                seen[site.name] = x
+                remember(site, x)
             like = next(iter(seen.values()))
             parts = [seen.get(s.name, like.new_zeros(*like.shape[:-1], s.width)) for s in spec.reads]  # later layers
             inputs = torch.cat([part.float() for part in parts], dim=-1)
-            out = coder(inputs, gradients).out[..., start : start + x.shape[-1]]
+            out = coder(inputs, gradients).out[..., part]
             return out + (x.to(out.device).float() - out).detach() if error else out
 
         return new
@@ -110,11 +112,11 @@ def splice(
     with ExitStack() as stack:
         if given is None and not spec.is_autoencoder:
             stack.enter_context(hooked(model, list(spec.reads), remember))
-        for site, start in _of(spec.writes, tag):
-            stack.enter_context(replace_at(model, site, made(site, start), keep))
+        for site, part in _of(spec.writes, tag):
+            stack.enter_context(replace_at(model, site, made(site, part), keep))
         yield
 
 
-def _of(sites: Sequence[Site], tag: str) -> list[tuple[Site, int]]:
-    """Returns the sites with a tag, and the first column of each among all."""
-    return [(site, sum(s.width for s in sites[:i])) for i, site in enumerate(sites) if site.tag == tag]
+def _of(sites: Sequence[Site], tag: str) -> list[tuple[Site, slice]]:
+    """Returns the sites with a tag, and the columns of each among all."""
+    return [(site, part) for site, part in zip(sites, columns_of(sites), strict=True) if site.tag == tag]

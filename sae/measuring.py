@@ -10,7 +10,7 @@ from torch import Tensor
 from sae.activations import Source, norm_mask
 from sae.errors import ConfigError, Stopped
 from sae.normalization import Normalization, by_site
-from sae.spec import MaskSpec, Site
+from sae.spec import CoderSpec, MaskSpec, Site
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,12 @@ def measure(
     normalization: Normalization,
     center: str = "mean",
     balance: bool = True,
+    like: CoderSpec | None = None,
 ) -> Statistics:
     """Returns the statistics of raw activations by site name: limits, scales, then center and variance of what is left.
 
     `center` is mean, geometric_median or zero; `balance` weights written sites so that the FVU of each counts alike.
+    Scales and weights are those of the spec `like`, if there is one: the weights of a coder that goes on need them.
     ConfigError names the site if nothing is left, or if it holds NaN or Inf.
     """
     names = list(dict.fromkeys(site.name for site in (*reads, *writes)))
@@ -76,17 +78,25 @@ def measure(
     limits = {name: norm_filter * median for name, median in medians.items() if norm_filter * median}
     mask = replace(mask, norm_limits=limits)
     usual = norm_mask({name: activations[name] for name in names}, mask)
+    if not usual.any():
+        raise ConfigError(f"activations.norm_filter: {norm_filter:g} leaves none of {len(usual):,} tokens")
     kept = {name: activations[name][usual] for name in names}
     scales = {name: _scale(x) if normalization.kind == "scalar" else 1.0 for name, x in kept.items()}
     if normalization.scale != 1.0:  # given, not to be measured
         scales = dict.fromkeys(scales, 1.0)
-    if reads == writes and len(reads) == 1:
+    if like:
+        normalization, balance = replace(like.normalization, kind=normalization.kind), False
+        scales |= {site.name: site.scale for site in (*like.reads, *like.writes)}
+    elif reads == writes and len(reads) == 1:
         normalization = replace(normalization, scale=normalization.scale * scales[reads[0].name])
         scales = dict.fromkeys(scales, 1.0)
     reads, writes = (
         tuple(replace(site, width=kept[site.name].shape[1], scale=scales[site.name]) for site in sites)
         for sites in (reads, writes)
     )
+    if like:
+        known = {site.name: site.weight for site in like.writes}
+        reads, writes = (tuple(replace(s, weight=known.get(s.name, 1.0)) for s in sites) for sites in (reads, writes))
     x, y = (_normalized(kept, sites, normalization) for sites in (reads, writes))
     if balance and len(writes) > 1:
         spread = [float(part.var(0, correction=0).sum()) for part in y.split([s.width for s in writes], dim=1)]

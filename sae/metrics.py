@@ -32,13 +32,13 @@ class Moments:
 
     n: int = 0
     total: Tensor | float = 0.0
-    square: float = 0.0
+    squares: Tensor | float = 0.0
 
     def update(self, x: Float[Tensor, "n d"]) -> None:
         """Takes in rows x."""
         self.n += len(x)
         self.total = self.total + x.double().sum(0).cpu()
-        self.square += float(x.double().square().sum())
+        self.squares = self.squares + x.double().square().sum(0).cpu()
 
     @property
     def mean(self) -> Float[Tensor, "d"]:
@@ -46,9 +46,14 @@ class Moments:
         return torch.as_tensor(self.total) / max(1, self.n)
 
     @property
+    def square(self) -> Float[Tensor, "d"]:
+        """Returns the mean square of each coordinate."""
+        return torch.as_tensor(self.squares) / max(1, self.n)
+
+    @property
     def variance(self) -> float:
         """Returns sum|x - mean|^2 / n."""
-        return max(0.0, self.square / max(1, self.n) - float(self.mean.square().sum()))
+        return max(0.0, float(self.square.sum() - self.mean.square().sum()))
 
 
 @dataclass
@@ -57,7 +62,7 @@ class Reconstruction:
 
     d_sae: int
     target: Moments = field(default_factory=Moments)
-    square_error: float = 0.0
+    errors: Moments = field(default_factory=Moments)
     cosine: float = 0.0
     norm_ratio: float = 0.0
     out_square: float = 0.0
@@ -71,7 +76,7 @@ class Reconstruction:
         x, out = x.double(), out.double()
         self.target.update(x)
         errors, norms, out_norms = (x - out).square().sum(1), x.norm(dim=1), out.norm(dim=1)
-        self.square_error += float(errors.sum())
+        self.errors.update(x - out)
         self.cosine += float(((x * out).sum(1) / (norms * out_norms).clamp_min(1e-30)).sum())
         self.norm_ratio += float((out_norms / norms.clamp_min(1e-30)).sum())
         self.out_square += float(out_norms.square().sum())
@@ -81,16 +86,23 @@ class Reconstruction:
         self.active += float(fired.sum())
         self.fired = fired if not self.fired.numel() else self.fired + fired
 
+    def fvu(self, columns: slice = slice(None)) -> float | None:
+        """Returns the FVU, or that of some columns; of constant targets None, for it has no value."""
+        if not self.target.n:
+            return None
+        square, mean = self.target.square[columns], self.target.mean[columns]
+        variance, floor = float((square - mean.square()).sum()), 1e-12 * max(float(square.sum()), 1e-300)
+        return float(self.errors.square[columns].sum()) / variance if variance > floor else None
+
     def result(self) -> dict[str, Any]:
         """Returns the metrics as plain numbers; FVU of constant targets is None, for it has no value."""
         n, nmse = max(1, self.target.n), torch.cat(self.nmse) if self.nmse else torch.zeros(1)
-        variance = self.target.variance
-        value = self.square_error / n / variance if variance > 1e-12 * max(self.target.square / n, 1e-300) else None
+        value = self.fvu()
         return {
             "tokens": self.target.n,
             "fvu": value,
             "ev": None if value is None else 1 - value,
-            "mse": self.square_error / n,
+            "mse": float(self.errors.square.sum()),
             "nmse_mean": float(nmse.double().mean()),
             "nmse_median": float(nmse.median()),
             "l0": self.active / n,

@@ -6,7 +6,7 @@ from sae.config import CoderConfig, OptimConfig, TrainConfig
 from sae.errors import ConfigError
 from sae.models import LanguageModel
 from sae.sites import resolve
-from sae.spec import SECOND, Site
+from sae.spec import SECOND, CoderSpec, Site
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,37 @@ class Planned:
         return self.coder.width(self.d_in)
 
     @property
+    def spec(self) -> CoderSpec:
+        """Returns the spec before anything is measured; ConfigError for what does not go together."""
+        try:
+            spec = self.coder.spec(self.reads, self.writes, self.coder.normalization)
+            for term in self.coder.objectives.values():
+                term.validate(spec.d_sae, spec.selection, spec.n_blocks)
+            return spec
+        except ConfigError as error:
+            raise ConfigError(f"coder.{error}") from None
+
+    @property
     def parameters(self) -> int:
         """Returns the number of trained parameters."""
-        layers = len(self.reads) if self.coder.layout == "cross_layer" else 1
+        spec, layers = self.spec, self.spec.n_blocks
         encoder, decoder = self.d_sae * self.d_in // layers, self.d_sae * (layers + 1) * self.d_out // (2 * layers)
-        extra = len(self.coder.selection.parameters(0)) * self.d_sae + self.d_in * self.d_out * self.coder.skip
-        biases = self.d_sae + self.d_out + (self.d_in if self.reads != self.writes else 0)
-        return encoder + decoder + extra + biases
+        extra = len(spec.selection.parameters(0)) * self.d_sae + self.d_in * self.d_out * spec.skip
+        return encoder + decoder + extra + self.d_sae + self.d_out + self.d_in * (spec.pre_bias == "own")
 
 
 def paired(config: TrainConfig, lm: LanguageModel, second: LanguageModel | None = None) -> list[tuple[Site, Site]]:
     """Returns the (read, written) sites that a config names, in order; of an autoencoder both are one.
 
-    Those of a second model follow those of the first, with a tag.
+    ConfigError for a site that is not there, and for a model that cannot do what the config asks for.
+    The sites of a second model follow those of the first, with a tag.
     """
     if second is not None:
         pairs = [tuple(replace(site, tag=SECOND) for site in pair) for pair in paired(config, second)]
         return paired(config, lm) + pairs  # type: ignore[return-value]
+    if not lm.is_causal and (config.needs_rows or config.gradient_loss):
+        what = "end-to-end terms (kl, ce) need" if config.needs_rows else "selection gradient_topk needs"
+        raise ConfigError(f"coder: {what} a model that predicts the next token, and {lm.name} does not")
     settings, pairs = config.activations, []
     for i, typed in enumerate(settings.sites):
         reads = resolve(lm.model, [typed], lm.name, lm.revision)
@@ -83,28 +97,27 @@ def planned(config: TrainConfig, pairs: list[tuple[Site, Site]], widths: dict[st
                 tuple(replace(site, width=widths[site.name]) for site in side) for side in zip(*group, strict=True)
             )
             if coder.layout != "crosscoder":
-                _check_order(reads, writes, list(widths))
+                _check_order(reads, writes, list(widths), coder.layout == "cross_layer")
             plan = Planned(f"{place}/{label}" if label else place, reads, writes, coder, optim)
             coder.validate(plan.d_in)
             if coder.skip and reads == writes:  # it would copy its input
                 continue
-            try:
-                coder.spec(reads, writes, coder.normalization)
-            except ConfigError as error:
-                raise ConfigError(f"coder.{error}") from None
+            _ = plan.spec  # raises what does not go together
             by_place.setdefault(place, []).append(plan)
     if not by_place:
         raise ConfigError("coder.skip: true lets an autoencoder copy its input; it is for transcoders")
     return [plan for plans in by_place.values() for plan in plans]
 
 
-def _check_order(reads: tuple[Site, ...], writes: tuple[Site, ...], order: list[str]) -> None:
+def _check_order(reads: tuple[Site, ...], writes: tuple[Site, ...], order: list[str], to_later: bool) -> None:
     """Refuses to predict what the model has computed before: it could not be replaced by the prediction."""
-    for read, write in zip(reads, writes, strict=True):
-        if order.index(write.name) < order.index(read.name):
-            raise ConfigError(
-                f"activations.targets: {write.name} is computed before {read.name}, from which it is to be predicted"
-            )
+    for i, read in enumerate(reads):
+        for write in writes[i:] if to_later else writes[i : i + 1]:
+            if order.index(write.name) < order.index(read.name):
+                field = "activations.sites" if read in writes else "activations.targets"
+                raise ConfigError(
+                    f"{field}: {write.name} is computed before {read.name}, from which it is to be predicted"
+                )
 
 
 def _folder(read: Site, write: Site) -> str:

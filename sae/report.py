@@ -53,6 +53,8 @@ def table(found: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append((f"CE clean / spliced / zero / mean (nats){of}", arms))
             rows.append((f"CE recovered (against zero, mean){of}", shares))
             rows.append((f"KL score{of}", _share(loss["kl_score"])))
+    for site, value in found.get("fvu_by_site", {}).items():
+        rows.append((f"FVU at {site}", _number(value)))
     if "skip" in found:
         rows.append(("explained by the skip path alone", _share(found["skip"]["ev"])))
     if "heads" in found:

@@ -11,6 +11,8 @@ writes to the l-th site and all later ones, so its rows of W_dec are shorter the
 `CoderSpec` says everything about that map which is not a tensor, as explicit fields.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -135,6 +137,10 @@ class CoderSpec:
             if len(sites) > 1 and sum(site.width for site in sites) != getattr(self, name):
                 widths = " + ".join(str(site.width) for site in sites)
                 raise ConfigError(f"{name}: {getattr(self, name)} is not the sum of the sites' widths {widths}")
+        if self.select_by_decoder_norm and "threshold" in self.selection.parameters(1):
+            raise ConfigError(
+                "select_by_decoder_norm: true does not go with trained thresholds, which are of raw latents"
+            )
         if self.cross_layer:
             self._check_cross_layer()
         self.rule.validate(self.d_sae // (1 if self.budget == "shared" else self.n_blocks))
@@ -203,6 +209,14 @@ class CoderSpec:
     def with_(self, **changes: Any) -> "CoderSpec":
         """Returns a copy with some fields replaced."""
         return replace(self, **changes)
+
+
+def columns_of(sites: Sequence[Site]) -> list[slice]:
+    """Returns the columns of each of some sites whose activations stand side by side."""
+    if len(sites) == 1:  # whose width may not be known
+        return [slice(None)]
+    stops = list(itertools.accumulate(site.width for site in sites))
+    return [slice(stop - site.width, stop) for site, stop in zip(sites, stops, strict=True)]
 
 
 @dataclass(frozen=True)

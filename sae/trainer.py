@@ -21,7 +21,17 @@ from sae.objectives import Objective, Spliced, Step
 from sae.optim import Average, OptimConfig, adam, normalize_decoder, project_decoder_gradient
 from sae.selection import Selection, Support
 
-STARTED_ALIKE = ("d_in", "d_out", "d_sae", "pre_bias", "cross_layer", "select_by_decoder_norm", "skip")
+STARTED_ALIKE = (
+    "d_in",
+    "d_out",
+    "d_sae",
+    "pre_bias",
+    "decoder_norm",
+    "cross_layer",
+    "budget",
+    "select_by_decoder_norm",
+    "skip",
+)
 LEAST_RESIDUAL = 1e-6  # of the variance: a batch of one token has none, and AuxK divides by it
 
 
@@ -77,7 +87,7 @@ def new_coder(
 
 
 def _started(coder: SparseCoder, folder: Path) -> SparseCoder:
-    """Returns the coder with the weights of a trained one, and with what of its spec the weights are meant for.
+    """Returns the coder with the weights and the calibration of a trained one; scales were taken over when measuring.
 
     ConfigError names what makes them different coders.
     """
@@ -95,8 +105,7 @@ def _started(coder: SparseCoder, folder: Path) -> SparseCoder:
     for name, value in ours.items():
         if value != theirs[name]:
             raise ConfigError(f"coder.start_from: {folder} has {name} {theirs[name]}, but this run {value}")
-    kept = {name: getattr(trained.spec, name) for name in ("normalization", "reads", "writes", "calibration")}
-    coder.spec = spec.with_(**kept)
+    coder.spec = spec.with_(calibration=trained.spec.calibration)
     coder.load_state_dict(trained.state_dict())
     return coder
 
@@ -174,17 +183,21 @@ class CoderTrainer:
         distributed.total_(*gradients, *terms.values(), error_sum, error_square, fired)
         grad_norm = self._checked_gradient_norm(terms)
         rate = self._update(grad_norm, index)
-        self.chooser.finish()
 
         n, variance = max(1, n_tokens), spec.variance or 1.0  # the norm filter may leave nothing
         if n_tokens:
+            self.chooser.finish()
             self._count(fired, n_tokens)
             spread = error_square.double() / n - (error_sum.double() / n).square().sum()
             self.residual_variance = max(float(spread), LEAST_RESIDUAL * variance)
         l0 = float(fired.sum()) / n
         for name, loss in terms.items():
             self.active_steps[name] += int(loss != 0)
-            self.multipliers[name] = self.objectives[name].adapted(self.multipliers[name], l0)
+            if n_tokens:
+                self.multipliers[name] = self.objectives[name].adapted(self.multipliers[name], l0)
+        reports = dict(
+            item for term in self.objectives.values() for item in term.report(self.density, self.dead).items()
+        )
         return {
             "loss": sum(float(terms[name]) * factors[name] for name in self.objectives),
             **{f"loss.{name}": float(loss) for name, loss in terms.items()},
@@ -192,7 +205,7 @@ class CoderTrainer:
             "fvu": float(error_square) / (n * variance),
             "l0": l0,
             "dead_share": float(self.dead.float().mean()),
-            **{name: value for term in self.objectives.values() for name, value in term.report(self.density).items()},
+            **reports,
             **self.chooser.report(),
             "lr": rate,
             "grad_norm": grad_norm,
@@ -205,7 +218,7 @@ class CoderTrainer:
         bad = torch.stack([~torch.isfinite(part).all(1) for part in parts]).any(0).sum()
         n_tokens, n_bad = distributed.total(torch.stack([torch.full_like(bad, len(batch.x)), bad])).tolist()
         if n_bad:
-            raise NonFiniteError(f"activations hold NaN or Inf at {n_bad} of {n_tokens} tokens")
+            raise NonFiniteError(f"activations or gradients hold NaN or Inf at {n_bad} of {n_tokens} tokens")
         return int(n_tokens)
 
     def _passes(self, batch: Batch) -> Iterator[tuple[Pass, Float[Tensor, "m d_out"]]]:

@@ -104,8 +104,6 @@ class Run:
         self.second = self._load(config.second_model) if config.second_model.name else None
         if self.second and self.second.tokenizer.get_vocab() != self.lm.tokenizer.get_vocab():
             raise ConfigError(f"second_model.name: {self.second.name} has another tokenizer than {self.lm.name}")
-        if config.gradient_loss and not self.lm.is_causal:
-            raise ConfigError("coder.selection: gradient_topk needs a model that predicts the next token")
         pairs = paired(config, self.lm, self.second)
         self.sites = list({site.name: site for pair in pairs for site in pair}.values())
         found = widths(self.lm, of_model(self.sites, ""))
@@ -216,8 +214,10 @@ class Run:
             if saved:
                 coder = SparseCoder(CoderSpec.from_json(specs[plan.name]), self.lm.device)
             else:
-                settings = plan.coder.normalization, plan.coder.center, plan.coder.balance_sites
-                key = (plan.reads, plan.writes, *settings)
+                start = plan.coder.start_from
+                like = hub.load(start).spec if start else None
+                settings = plan.coder.normalization, plan.coder.center, plan.coder.balance_sites, like
+                key = (plan.reads, plan.writes, *settings[:-1], start)
                 if key not in measured:
                     norm_filter = config.activations.norm_filter
                     measured[key] = measure(samples, plan.reads, plan.writes, mask, norm_filter, *settings)

@@ -30,27 +30,29 @@ class Zipf:
         return (-self.exponent * (ranks + self.shift).log()).softmax(0)
 
 
-def fit(density: Float[Tensor, "m"]) -> Zipf:
+def fit(density: Float[Tensor, "m"], exponent: float | None = None, shift: float | None = None) -> Zipf:
     """Returns the curve nearest to densities in the logarithm: least squares for s and c, the best of a grid for q.
 
-    Only positive densities and the first 90 % of the ranks count. With fewer than three of them, or if they do not
-    fall with the rank, the curve is flat.
+    A given exponent or shift is kept and the rest fitted beside it. Only positive densities and the first 90 % of the
+    ranks count. With fewer than three of them, or if they do not fall with the rank, what is fitted is 0.
     """
+    flat = Zipf(exponent or 0.0, shift or 0.0)
     ordered = density.double().cpu().sort(descending=True).values[: max(1, int(FITTED_SHARE * len(density)))]
     ordered = ordered[ordered > 0]
     if len(ordered) < 3:
-        return Zipf(0.0, 0.0)
+        return flat
     shifts = torch.cat([torch.zeros(1), torch.logspace(-1, torch.tensor(len(density)).log10(), SHIFTS - 1)]).double()
+    shifts = shifts if shift is None else torch.tensor([shift]).double()
     x = (torch.arange(1, len(ordered) + 1) + shifts[:, None]).log()
     y = ordered.log()
     x0, y0 = x - x.mean(1, keepdim=True), y - y.mean()
-    slope = (x0 * y0).sum(1) / x0.square().sum(1)
+    slope = (x0 * y0).sum(1) / x0.square().sum(1) if exponent is None else torch.full((len(x),), -exponent)
     error = (y0 - slope[:, None] * x0).square().sum(1)
     best = int(error.argmin())
     spread = float(y0.square().sum())
-    if spread < 1e-12 or slope[best] >= 0:
-        return Zipf(0.0, 0.0)
-    return Zipf(-float(slope[best]), float(shifts[best]), 1 - float(error[best]) / spread)
+    if exponent is None and (spread < 1e-12 or slope[best] >= 0):
+        return flat
+    return Zipf(-float(slope[best]), float(shifts[best]), 1 - float(error[best]) / max(spread, 1e-300))
 
 
 def ranked(shares: Float[Tensor, "m"], density: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
@@ -65,7 +67,7 @@ def budgets(wanted: Float[Tensor, "m"], total: int, most: int, least: int) -> In
     Where the bounds take from some, the others share what is left in proportion (water filling). Fractions go to the
     largest remainders, ties to the lower index. `total` must lie between m x least and m x most.
     """
-    filled = _fill(wanted.double(), total, most, least)
+    filled = fill(wanted.double(), total, most, least)
     found = filled.floor().clamp(least, most)
     missing = total - int(found.sum())
     while missing:
@@ -78,7 +80,7 @@ def budgets(wanted: Float[Tensor, "m"], total: int, most: int, least: int) -> In
     return found.long()
 
 
-def _fill(wanted: Float[Tensor, "m"], total: int, most: int, least: int) -> Float[Tensor, "m"]:
+def fill(wanted: Float[Tensor, "m"], total: int, most: int, least: int) -> Float[Tensor, "m"]:
     """Returns clamp(c wanted, least, most) for the c with which it sums to `total`, found by bisection."""
     wanted = wanted.clamp_min(1e-12)
     low, high = 0.0, most / float(wanted.min())

@@ -83,8 +83,8 @@ class Objective(Plugin):
     weight: float = 1.0
     """Factor of the term."""
 
-    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
-        """Raises ConfigError if a constant does not fit the coder."""
+    def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
+        """Raises ConfigError if a constant does not fit a coder of `d_sae` latents in so many blocks."""
 
     def factor(self, progress: float, multiplier: float) -> float:
         """Returns the weight when a share of the steps is done; `multiplier` is what `adapted` has come to."""
@@ -94,8 +94,8 @@ class Objective(Plugin):
         """Returns the multiplier of the next step, given the L0 of this one; it starts at 1."""
         return multiplier
 
-    def report(self, density: Float[Tensor, "d_sae"]) -> dict[str, float]:
-        """Returns what else is worth logging, given how often each latent fires."""
+    def report(self, density: Float[Tensor, "d_sae"], dead: Bool[Tensor, "d_sae"]) -> dict[str, float]:
+        """Returns what else is worth logging, given how often each latent fires and which are dead."""
         return {}
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
@@ -118,7 +118,7 @@ class Sparsity(Objective):
     warmup_share: float = 0.1
     """Share of the steps in which the penalty rises linearly from 0."""
 
-    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
+    def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
         """Raises ConfigError if a constant is out of range."""
         name = Objective.get_choice_name(type(self))
         if not 0 <= self.target_l0 <= d_sae:

@@ -12,7 +12,7 @@ and 0 for all others it is AuxK bit for bit: both are `auxk.explained_by`.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae import zipf
@@ -30,24 +30,24 @@ class AuxZipf(AuxK):
     tau: float = 0.5
     """Share of its expected density under which a latent counts as under-used."""
 
-    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
+    def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
         """Raises ConfigError unless tau is positive and k fits."""
-        super().validate(d_in, d_sae, selection)
+        super().validate(d_sae, selection, n_blocks)
         if not self.tau > 0:
             raise ConfigError(f"objectives.aux_zipf.tau: {self.tau} must be positive")
 
-    def report(self, density: Float[Tensor, "d_sae"]) -> dict[str, float]:
-        """Returns the share of latents that fire, but less than tau times as often as their rank lets expect."""
-        return {"dying_share": float(((shortfall(density, self.tau) > 0) & (density > 0)).float().mean())}
+    def report(self, density: Float[Tensor, "d_sae"], dead: Bool[Tensor, "d_sae"]) -> dict[str, float]:
+        """Returns the share of latents that live, but fire less than tau times as often as their rank lets expect."""
+        return {"dying_share": float(((shortfall(density, dead, self.tau) > 0) & ~dead).float().mean())}
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the normalized error of the under-used latents' explanation of the residual."""
-        return explained_by(step, shortfall(step.density, self.tau).to(step.target), self.k)
+        return explained_by(step, shortfall(step.density, step.dead, self.tau).to(step.target), self.k)
 
 
-def shortfall(density: Float[Tensor, "d_sae"], tau: float = 0.5) -> Float[Tensor, "d_sae"]:
-    """Returns w: 1 for a latent that never fires, 0 for one that fires at least tau times as often as expected."""
+def shortfall(density: Float[Tensor, "d_sae"], dead: Bool[Tensor, "d_sae"], tau: float = 0.5) -> Float[Tensor, "d_sae"]:
+    """Returns w: 1 for a dead latent, 0 for one that fires at least tau times as often as expected."""
     if not float(density.sum()):  # nothing is known yet
-        return torch.zeros_like(density)
+        return dead.to(density)
     expected = zipf.ranked(zipf.fit(density).shares(len(density)), density) * float(density.sum())
-    return (1 - density / (tau * expected.to(density))).clamp(0, 1)
+    return torch.where(dead, 1.0, (1 - density / (tau * expected.to(density))).clamp(0, 1))

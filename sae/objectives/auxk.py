@@ -29,7 +29,7 @@ class AuxK(Objective):
     k: int = 0
     """Dead latents used per token; 0 means the power of two nearest to d_out / 2."""
 
-    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
+    def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
         """Raises ConfigError unless 0 <= k <= d_sae."""
         if not 0 <= self.k <= d_sae:
             name = Objective.get_choice_name(type(self))

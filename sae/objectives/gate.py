@@ -19,7 +19,7 @@ from sae.selection import Selection
 class Gate(Objective):
     """Squared error of what the gates alone would reconstruct, over the variance of the target."""
 
-    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
+    def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
         """Raises ConfigError unless the coder has gates."""
         found = Selection.get_choice_name(type(selection))
         if found != "gated":

@@ -23,9 +23,9 @@ class L0(Sparsity):
 
     weight: float = 1e-3
 
-    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
+    def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
         """Raises ConfigError unless the coder has trained thresholds."""
-        super().validate(d_in, d_sae, selection)
+        super().validate(d_sae, selection, n_blocks)
         if not isinstance(selection, jumprelu.JumpReLU):
             found = Selection.get_choice_name(type(selection))
             raise ConfigError(f"objectives.l0: needs the thresholds of selection jumprelu, not {found}; use l1 or tanh")

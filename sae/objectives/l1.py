@@ -1,6 +1,6 @@
 """L1: the sum of activations, each weighted by its decoder's norm (Anthropic's April 2024 update; Bricken 2023).
 
-    L = sum_t sum_i ReLU(h_ti) |W_dec_i| / (N sqrt(V))
+    L = sum_t sum_i ReLU(h_ti) |W_dec_i| / (N sqrt(V))        (|h_ti| where codes are signed)
 
 The decoder's norm keeps a free decoder from evading the penalty by growing; with unit rows it is 1. sqrt(V), the scale
 of the inputs, frees the weight of units. Of a gated coder the penalty falls on the gates, as its paper has it.
@@ -25,4 +25,6 @@ class L1(Sparsity):
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the penalty per token."""
         norms = step.coder.decoder_norms()[step.run.latents.ids]
-        return (torch.relu(step.run.kept) * norms).sum() / (step.n_tokens * step.variance**0.5)
+        kept = step.run.kept
+        sizes = kept.abs() if step.coder.spec.selection.signed else torch.relu(kept)
+        return (sizes * norms).sum() / (step.n_tokens * step.variance**0.5)

@@ -7,6 +7,7 @@ width, so prefixes have fewer active latents. The term takes the place of `recon
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -25,11 +26,14 @@ class Matryoshka(Objective):
     prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     """Ends of the prefixes as shares of the latents, ascending; the last is 1."""
 
-    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
-        """Raises ConfigError unless the prefixes grow, hold a latent, and end at 1."""
-        grow = list(self.prefixes) == sorted(set(self.prefixes))
-        if not self.prefixes or not grow or self.prefixes[-1] != 1 or round(self.prefixes[0] * d_sae) < 1:
-            raise ConfigError(f"objectives.matryoshka.prefixes: {list(self.prefixes)} must grow from above 0 to 1")
+    def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
+        """Raises ConfigError unless every prefix has more latents than the one before, and the last all."""
+        stops = [round(share * d_sae / n_blocks) for share in (0.0, *self.prefixes)]
+        if any(after <= before for before, after in pairwise(stops)) or self.prefixes[-1:] != (1,):
+            raise ConfigError(
+                f"objectives.matryoshka.prefixes: {list(self.prefixes)} must grow from above 0 to 1, each by at least "
+                f"one of {d_sae // n_blocks} latents"
+            )
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the mean over the prefixes, that of no latents included."""

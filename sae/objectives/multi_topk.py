@@ -2,7 +2,8 @@
 
     L = sum_t |x_t - x^(4k)_t|^2 / (N V),   weight 1/8
 
-Each token's 4k largest pre-activations are decoded, whatever rule chose its k.
+Each token's 4k largest pre-activations, as selection compares them, are decoded, whatever rule chose its k; of a
+cross-layer coder 4k of every block, or of all blocks together where they share a budget.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sae.errors import ConfigError
 from sae.objectives import Objective, Step
-from sae.selection import Selection, by_rows
+from sae.selection import Selection, Support, by_rows
 from sae.selection.largest import top_ids
 
 
@@ -26,21 +27,29 @@ class MultiTopK(Objective):
     k: int = 0
     """Latents per token; 0 means four times the k of the selection."""
 
-    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
+    def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
         """Raises ConfigError unless there is a k that fits."""
         if not self.k and not hasattr(selection, "k"):
             found = Selection.get_choice_name(type(selection))
             raise ConfigError(f"objectives.multi_topk.k: 0 needs a selection with a k, not {found}; give a number")
+        if selection.signed or Selection.get_choice_name(type(selection)) == "gated":
+            found = Selection.get_choice_name(type(selection))
+            raise ConfigError(f"objectives.multi_topk: the largest pre-activations are not the codes of {found}")
         if not 0 <= self.k <= d_sae:
             raise ConfigError(f"objectives.multi_topk.k: {self.k} is not between 0 and d_sae = {d_sae}")
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the FVU with the larger k, weighted by the micro-batch's share of the batch."""
         coder, run = step.coder, step.run
-        k = min(self.k or 4 * coder.spec.rule.k, coder.spec.d_sae)  # type: ignore[attr-defined]
         if not len(step.target):
             return step.target.sum()
-        offsets, ids = by_rows(top_ids(run.scores, k))
+        wanted = self.k or 4 * coder.spec.rule.k  # type: ignore[attr-defined]
+
+        def largest(_rule: Selection, scores: Tensor, *_: object) -> Support:
+            return by_rows(top_ids(scores, min(wanted, scores.shape[1])))
+
+        scores = run.scores * coder.decoder_norms().detach() if coder.spec.select_by_decoder_norm else run.scores
+        offsets, ids = coder.support(scores, largest)
         values = torch.relu(coder.preactivations_at(run.y, offsets, ids))
         prediction = coder.decoded(values, offsets, ids) + run.rest
         return step.error(prediction).square().sum() / (step.n_tokens * step.variance)

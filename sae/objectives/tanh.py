@@ -23,9 +23,9 @@ class Tanh(Sparsity):
     c: float = 4.0
     """Slope at 0, in units of one over the root of the target's variance."""
 
-    def validate(self, d_in: int, d_sae: int, selection: Selection) -> None:
+    def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
         """Raises ConfigError if a constant is out of range."""
-        super().validate(d_in, d_sae, selection)
+        super().validate(d_sae, selection, n_blocks)
         if not self.c > 0:
             raise ConfigError(f"objectives.tanh.c: {self.c} must be positive")
 

@@ -48,8 +48,10 @@ class Selection(Plugin):
     """Whether one token's latents depend on the other tokens of the batch, in training."""
     needs_gradient: ClassVar[bool] = False
     """Whether the gradient of a loss at the site takes part in the choice, in training."""
-    needs: ClassVar[tuple[str, ...]] = ()
-    """Loss terms of which at least one must be there, or nothing would make the codes sparse."""
+    signed: ClassVar[bool] = False
+    """Whether codes may be negative."""
+    needs: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Loss terms without which the rule does not train or its codes are not sparse: one of each group must be there."""
 
     def validate(self, d_sae: int) -> None:
         """Raises ConfigError if a constant does not fit a coder of `d_sae` latents."""
@@ -65,6 +67,10 @@ class Selection(Plugin):
     def buffers(self, d_sae: int) -> dict[str, Float[Tensor, "d_sae"]]:
         """Returns the calibrated tensors of the rule, one value a latent, as they start."""
         return {}
+
+    def competes(self, calibrated: bool) -> bool:
+        """Returns whether `infer` lets the m latents that it is given compete for a token's budget."""
+        return False
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the support by the per-token rule.
@@ -143,6 +149,10 @@ class Budget(Selection):
     def shared_by(self, blocks: int) -> "Self":
         """Returns the rule with k for all blocks together."""
         return replace(self, k=self.k * blocks, k_start=self.k_start * blocks)
+
+    def competes(self, calibrated: bool) -> bool:
+        """Returns True: k are kept of all."""
+        return True
 
     def k_at(self, progress: float) -> int:
         """Returns k when a share of the steps is done."""

@@ -14,7 +14,8 @@ What the paper's text left open, and how it is read here:
   0 and fractions carry over from step to step, so that a rare latent has its turn.
 - Outside training, a latent fires above a threshold of its own: the running mean of the middle between
   its m_i-th and its next largest affinity.
-- `mutual_share` begins with Mutual Choice and then goes over to Feature Choice (phased training).
+- `mutual_share` begins with Mutual Choice and then goes over to Feature Choice (phased training). The very first step
+  is always Mutual Choice's: before it there is no order of the latents.
 """
 
 from collections.abc import Mapping
@@ -69,14 +70,18 @@ class FeatureChoice(MutualChoice):
         """Returns thresholds under which nothing fires until they are calibrated."""
         return {"threshold": torch.full((d_sae,), NEVER)}
 
+    def competes(self, calibrated: bool) -> bool:
+        """Returns False: every latent has a threshold of its own."""
+        return False
+
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the entries above their latent's threshold."""
         return where(scores > tensors["threshold"])
 
     def start(self, m: int) -> dict[str, Tensor]:
         """Returns empty densities, thresholds and carried fractions."""
-        zeros = torch.zeros(m, dtype=torch.float64)
-        return {**running_mean(m), "density": zeros, "carry": zeros, "steps": torch.zeros((), dtype=torch.int64)}
+        density, carry = torch.zeros(m, dtype=torch.float64), torch.zeros(m, dtype=torch.float64)
+        return {**running_mean(m), "density": density, "carry": carry, "steps": torch.zeros((), dtype=torch.int64)}
 
     def begin(self, moment: Moment) -> None:
         """Deals out the budgets of the step."""
@@ -85,17 +90,14 @@ class FeatureChoice(MutualChoice):
         if m <= total:
             state["budgets"] = zipf.budgets(wanted, total, most, least=1)
         else:
-            wanted = wanted + state["carry"]
+            wanted = zipf.fill(wanted, total, most, least=0) + state["carry"]
             state["budgets"] = zipf.budgets(wanted, total, most, least=0)
-            state["carry"] = wanted - state["budgets"]
+            if not self._mutual(moment):
+                state["carry"] = (wanted - state["budgets"]).clamp(-1, 1)
 
     def curve(self, state: dict[str, Tensor]) -> zipf.Zipf:
         """Returns the curve that the budgets follow: fitted, or as given."""
-        fitted = zipf.fit(state["density"]) if state["steps"] else zipf.Zipf()
-        if self.exponent is None and self.shift is None:
-            return fitted
-        exponent = fitted.exponent if self.exponent is None else self.exponent
-        return zipf.Zipf(exponent, fitted.shift if self.shift is None else self.shift, fitted.r2)
+        return zipf.fit(state["density"], self.exponent, self.shift)
 
     def candidates(self, scores: Float[Tensor, "n m"], first_token: int, moment: Moment) -> Entries:
         """Returns what Mutual Choice and Feature Choice would keep of some tokens."""
@@ -115,23 +117,24 @@ class FeatureChoice(MutualChoice):
 
     def keep(self, entries: Entries, moment: Moment) -> Entries:
         """Returns every latent's largest entries, and takes in densities and thresholds."""
-        state, m = moment.state, len(moment.state["density"])
+        state, m, by_mutual = moment.state, len(moment.state["density"]), self._mutual(moment)
         mutual = top_of(entries, self.budget(moment))
         budgets = state["budgets"].to(entries.ids.device)
         rank = ranks(entries, m)
-        kept = mutual if self._mutual(moment) else entries.take(rank < budgets[entries.ids])
+        kept = mutual if by_mutual else entries.take(rank < budgets[entries.ids])
         counted = mutual if self.density == "mutual" else kept
         won = torch.bincount(counted.ids[counted.values > 0], minlength=m).cpu() / max(1, moment.n_tokens)
         decay = min(self.density_decay, 1 - 1 / (1 + int(state["steps"])))  # the first steps count alike
         state["density"] = torch.lerp(won.double(), state["density"], decay)
         state["steps"] = state["steps"] + 1
-        if self._mutual(moment):
+        if by_mutual:
             positive = mutual.values[mutual.values > 0]
             if len(positive):
                 add_to_mean(state, positive.min().cpu().expand(m), self.threshold_decay)
             return kept
         cut = [_value_at(entries, rank == budgets[entries.ids] - first, m) for first in (1, 0)]
-        cut = torch.where(cut[0].isfinite(), sum(cut) / 2, cut[1])  # of a latent without budget, its largest
+        both = cut[0].isfinite() & cut[1].isfinite()
+        cut = torch.where(both, sum(cut) / 2, torch.minimum(*cut))  # none or all of the tokens are within the budget
         add_to_mean(state, cut.clamp_min(0), self.threshold_decay, only=cut.isfinite())
         return kept
 
@@ -145,7 +148,8 @@ class FeatureChoice(MutualChoice):
         return {"zipf.exponent": curve.exponent, "zipf.shift": curve.shift, "zipf.r2": curve.r2}
 
     def _mutual(self, moment: Moment) -> bool:
-        return moment.progress < self.mutual_share
+        known = bool(moment.state["steps"])  # how often latents fire, so that there is an order of them
+        return moment.progress < self.mutual_share or not known
 
 
 def _value_at(entries: Entries, where: Tensor, m: int) -> Float[Tensor, "m"]:

@@ -24,7 +24,7 @@ from sae.selection import Selection, Support, where
 class Gated(Selection):
     """Keeps the latents whose gate is open."""
 
-    needs: ClassVar[tuple[str, ...]] = ("gate",)
+    needs: ClassVar[tuple[tuple[str, ...], ...]] = (("gate",), ("l1",))
 
     def parameters(self, d_sae: int) -> dict[str, Float[Tensor, "d_sae"]]:
         """Returns the log scale and the bias of the magnitudes."""

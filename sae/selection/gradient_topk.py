@@ -68,13 +68,11 @@ class GradientTopK(Budget):
 
     def start(self, m: int) -> dict[str, Tensor]:
         """Returns the mean effect of the previous step, of which there is none."""
-        zero = torch.zeros((), dtype=torch.float64)
-        return {"effect.mean": zero, "effect.sum": zero, "effect.count": zero}
+        return {f"effect.{name}": torch.zeros((), dtype=torch.float64) for name in ("mean", "sum", "count")}
 
     def begin(self, moment: Moment) -> None:
         """Begins to sum up the step's effects."""
-        zero = torch.zeros((), dtype=torch.float64)
-        moment.state.update({"effect.sum": zero, "effect.count": zero})
+        moment.state.update({f"effect.{name}": torch.zeros((), dtype=torch.float64) for name in ("sum", "count")})
 
     def augment(
         self, scores: Float[Tensor, "n m"], effect: Float[Tensor, "n m"], state: dict[str, Tensor]

@@ -29,7 +29,7 @@ from sae.selection import Moment, Selection, Support, where
 class JumpReLU(Selection):
     """Keeps what lies above the latent's own trained threshold."""
 
-    needs: ClassVar[tuple[str, ...]] = ("l0",)
+    needs: ClassVar[tuple[tuple[str, ...], ...]] = (("l0",),)
     threshold_start: float = 0.1
     """Threshold of every latent before the first step."""
     bandwidth: float = 0.1

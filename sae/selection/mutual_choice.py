@@ -39,6 +39,10 @@ class MutualChoice(Budget):
         if not 0 <= self.threshold_decay < 1:
             raise ConfigError(f"selection.threshold_decay: {self.threshold_decay} is not at least 0 and below 1")
 
+    def competes(self, calibrated: bool) -> bool:
+        """Returns whether there is no threshold yet, in whose place k are kept."""
+        return not calibrated
+
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the entries above the calibrated threshold."""
         threshold = tensors.get("calibration")

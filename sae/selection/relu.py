@@ -18,7 +18,7 @@ from sae.selection import Selection, Support, where
 class ReLU(Selection):
     """Keeps what is positive."""
 
-    needs: ClassVar[tuple[str, ...]] = ("l1", "tanh")
+    needs: ClassVar[tuple[tuple[str, ...], ...]] = (("l1", "tanh"),)
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the positive entries."""

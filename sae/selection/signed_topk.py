@@ -5,6 +5,7 @@ A latent then stands for a direction and its opposite. The rule is sparsify's `s
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -17,6 +18,8 @@ from sae.selection.largest import top_ids
 @dataclass(frozen=True)
 class SignedTopK(Budget):
     """Keeps the k entries of largest magnitude of every token."""
+
+    signed: ClassVar[bool] = True
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns k entries per row."""

@@ -83,7 +83,7 @@ def outcome(rule, terms):
 
 
 def terms_of(rule, **more):
-    return {name: TERMS[name]() for name in ("reconstruction", "auxk", *rule.needs)} | more
+    return {name: TERMS[name]() for name in ("reconstruction", "auxk", *(group[0] for group in rule.needs))} | more
 
 
 RULE_FIELDS = [(name, field) for name, kind in RULES.items() for field in fields(kind)]

@@ -62,7 +62,8 @@ def support(coder, batch, sizes=None, steps=2):
 
 def trained(rule, steps=5):
     """A coder whose inference has been calibrated by a few steps."""
-    terms = {name: plugins.names(OBJECTIVES)[name]() for name in ("reconstruction", *rule.needs)}
+    needed = (group[0] for group in rule.needs)
+    terms = {name: plugins.names(OBJECTIVES)[name]() for name in ("reconstruction", *needed)}
     trainer = CoderTrainer(made(rule), terms, OptimConfig(lr=1e-3), Schedule(steps, 1000))
     for step in range(steps):
         trainer.step(batch(seed=step), step)

@@ -13,8 +13,8 @@ from sae.estimate import estimate
 GRADIENT = {"type": "gradient_topk", "k": 4}
 ROWS = {"batch_tokens": 128, "text.context_length": 32, "coder.objectives": {"kl": {"type": "kl"}}}
 BEFORE_THE_MODEL = [
-    ({"coder.selection": {"type": "relu"}}, r"coder\.objectives: selection relu is not sparse .* add the term l1"),
-    ({"coder.selection": {"type": "jumprelu"}}, r"coder\.objectives: selection jumprelu is not sparse .* the term l0"),
+    ({"coder.selection": {"type": "relu"}}, r"coder\.objectives: selection relu needs the term l1 or tanh; add it"),
+    ({"coder.selection": {"type": "jumprelu"}}, r"coder\.objectives: selection jumprelu needs the term l0; add it"),
     ({"coder.objectives": {"gate": {"type": "gate"}}}, r"coder\.objectives\.gate: needs selection gated, not topk"),
     ({"coder.objectives": {"l0": {"type": "l0"}}}, r"coder\.objectives\.l0: needs the thresholds .* not topk; use l1"),
     ({"coder.selection": {"type": "groupmax", "k": 5}}, r"coder\.selection\.k: 5 groups cannot share d_sae = 64"),
@@ -46,11 +46,20 @@ BEFORE_THE_MODEL = [
         ROWS | {"coder.selection": GRADIENT},
         r"coder\.objectives: end-to-end .* drop a selection that looks at",
     ),
-    (ROWS | {"second_model.name": "other"}, r"second_model: end-to-end terms \(kl, ce\) run one model"),
+    (
+        ROWS | {"second_model.name": "other", "coder.layout": "crosscoder"},
+        r"second_model: end-to-end terms \(kl, ce\) run one model",
+    ),
     (ROWS | {"text.context_length": 48}, r"batch_tokens: 128 is not whole rows of text\.context_length 48"),
     (
         {"grid": {"coder.selection": {"a": GRADIENT, "b": GRADIENT | {"loss": "sampled"}}}},
         r"grid: selections with the losses next_token, sampled cannot share one pass",
+    ),
+    ({"second_model.name": "other"}, r"second_model: read by crosscoders only; .* not per_site"),
+    ({"coder.selection": {"type": "gated"}}, r"coder\.objectives: selection gated needs the term gate; add it"),
+    (
+        {"coder.selection": {"type": "gated"}, "coder.objectives": {"gate": {"type": "gate"}}},
+        r"coder\.objectives: selection gated needs the term l1; add it",
     ),
     ({"grid": {"coder": {"a/b": {"d_sae": 32}}}}, r"grid\.coder: 'a/b' names a folder; use letters"),
     ({"grid": {"coder": [{"d_sae": 32}]}}, r"grid\.coder: give mappings and lists a name"),
@@ -65,6 +74,7 @@ def test_before_the_model_is_loaded(tmp_path, tiny_train, no_model, changes, mes
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+L0 = {"l0": {"type": "l0"}}
 PREDICTED = {"activations.sites": ["layers.0"], "activations.targets": ["layers.1"]}
 KNOWN_BY_THE_CONFIG = [
     ({"coder.skip": True}, r"coder\.skip: true lets an autoencoder copy its input; it is for transcoders"),
@@ -85,6 +95,14 @@ KNOWN_BY_THE_CONFIG = [
         r"coder\.normalization\.kind: 'layer_norm' is undone with .* a transcoder takes none or scalar",
     ),
     ({"activations.targets": ["layers.1.mpl"]}, r"activations\.targets: no module 'layers\.1\.mpl' .*Did you mean"),
+    (
+        {"activations.sites": ["layers.1", "layers.0"], "coder.layout": "cross_layer"},
+        r"activations\.sites: model\.layers\.0 is computed before model\.layers\.1, from which it is to be predicted",
+    ),
+    (
+        {"coder.selection": {"type": "jumprelu"}, "coder.objectives": L0, "coder.select_by_decoder_norm": True},
+        r"coder\.select_by_decoder_norm: true does not go with trained thresholds",
+    ),
     (
         {"activations.sites": ["layers.*"], "coder.layout": "cross_layer", "coder.d_sae": 63},
         r"coder\.d_sae: 63 latents cannot be shared equally by 2 layers",
@@ -110,7 +128,7 @@ def test_a_crosscoder_of_two_models_is_trained_and_evaluated_in_each(tmp_path, t
 
 def test_a_second_model_of_another_tokenizer_is_refused(tmp_path, tiny_train):
     other = tiny_model_folder(tmp_path / "other", tiny_tokenizer(pad=False))
-    code, printed = tiny_train({"second_model": {"name": str(other), "device": "cpu"}})
+    code, printed = tiny_train({"second_model": {"name": str(other), "device": "cpu"}, "coder.layout": "crosscoder"})
     assert code == 2
     assert re.match(r"second_model\.name: .*other has another tokenizer than ", error_of(printed))
 

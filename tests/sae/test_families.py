@@ -200,12 +200,17 @@ def test_a_skip_path_of_zeros_changes_nothing_and_a_trained_one_explains_more(ki
     x, y = pairs_of()
     normalization = Normalization(kind)
     plain, skip = (transcoder(x, y, normalization=normalization, skip=s) for s in (False, True))
+    weights = torch.randn(plain.coder.W_dec.shape)
+    with torch.no_grad():  # the start of all zeros would say nothing
+        for made in (plain, skip):
+            made.coder.W_dec.copy_(weights)
     assert torch.equal(plain.coder(x).out, skip.coder(x).out)
-    for step in range(150):
-        batch = Batch(x[step % 8 * 500 :][:500], y[step % 8 * 500 :][:500])
+    assert not torch.equal(plain.coder(x).out, plain.coder(x + 1).out)
+    for step in range(90):
+        batch = Batch(x[step % 6 * 500 :][:500], y[step % 6 * 500 :][:500])
         plain.step(batch, step)
         skip.step(batch, step)
-    fresh_x, fresh_y = (part[3000:] for part in pairs_of())
+    fresh_x, fresh_y = x[3000:], y[3000:]
     assert fvu(fresh_y, skip.trained()(fresh_x).out) < fvu(fresh_y, plain.trained()(fresh_x).out)
 
 
@@ -363,6 +368,16 @@ def test_attention_outputs_by_head(lm, rows):
     spread = evaluate(made, lm, rows, 240)["heads"]
     assert spread["mean_share"] == pytest.approx([0.5, 0.5])
     assert spread["heads_per_latent"] == pytest.approx(2.0)
+    with torch.no_grad():
+        made.W_dec[:, D // 2 :] = 0.0  # the columns of the second head
+    assert evaluate(made, lm, rows, 240)["heads"]["mean_share"] == pytest.approx([1.0, 0.0])
+    assert evaluate(made, lm, rows, 240)["heads"]["dominant"] == 1.0
+    with torch.no_grad():
+        made.W_dec.zero_()
+        made.b_dec.zero_()
+    none = evaluate(made, lm, rows, 240)["loss"]
+    assert none["ce_spliced"] == none["ce_zero"] != none["ce_clean"]
+    assert none["ce_recovered"] == 0
 
 
 def paired_of(lm, sites, targets=()):
