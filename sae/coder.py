@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae import kernels
+from sae.compressed import offsets_of, rows_of
 from sae.normalization import Undo, undo
 from sae.seeding import generator
 from sae.selection import Support
@@ -174,8 +175,12 @@ class SparseCoder(nn.Module):
             latents = self.encode(rows, beside)
         out = self.decode(latents, rows).reshape(*x.shape[:-1], self.spec.d_out)
         if self.spec.skip:
-            out = out + x.to(self.W_skip) @ self.W_skip.T
+            out = out + self.skipped(x)
         return CoderOutput(out, replace(latents, shape=tuple(x.shape[:-1])))
+
+    def skipped(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
+        """Returns what the skip path makes of raw inputs, x W_skip^T."""
+        return x.to(self.W_skip) @ self.W_skip.T
 
     def look(self, x: Float[Tensor, "n d_in"], product_dtype: torch.dtype | None = None) -> Look:
         """Returns rows x as selection sees them, differentiable in y.
@@ -202,7 +207,7 @@ class SparseCoder(nn.Module):
         latents = SparseLatents(offsets, ids, values, self.spec.d_sae, (len(look.x),))
         rest = self.b_dec.expand(len(look.x), -1)
         if self.spec.skip:
-            rest = rest + (look.x @ self.W_skip.T) / look.how[1]  # N^-1 gives it back its size
+            rest = rest + self.skipped(look.x) / look.how[1]  # N^-1 gives it back its size
         prediction = self.decoded(values, offsets, ids) + rest
         return Pass(look.y, look.scores, kept, latents, rest, prediction, look.how)
 
@@ -230,12 +235,12 @@ class SparseCoder(nn.Module):
         layers, n = self.spec.n_blocks, len(y)
         if layers > 1:  # a row for each (token, layer): ids ascend, so the order of the entries stays
             size = self.spec.d_sae // layers
-            rows = _tokens(offsets) * layers + torch.div(ids, size, rounding_mode="floor")
+            rows = rows_of(offsets) * layers + torch.div(ids, size, rounding_mode="floor")
             counts = torch.bincount(rows, minlength=n * layers)
-            scores = None if scores is None else scores[_tokens(offsets), ids]
-            y, offsets = y.reshape(n * layers, -1), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            scores = None if scores is None else scores[rows_of(offsets), ids]
+            y, offsets = y.reshape(n * layers, -1), offsets_of(counts)
         elif scores is not None:
-            scores = scores[_tokens(offsets), ids]
+            scores = scores[rows_of(offsets), ids]
         return kernels.encode_at(y, self.W_enc, self.b_enc, offsets, ids, scores)
 
     def decoded(
@@ -248,12 +253,12 @@ class SparseCoder(nn.Module):
         """Returns codes times decoder, without bias, differentiable in both; in the codes alone where `frozen`."""
         if self.spec.n_blocks == 1:
             return kernels.decode(values, self.W_dec.detach() if frozen else self.W_dec, offsets, ids)
-        tokens, n = _tokens(offsets), offsets.numel() - 1
-        out = values.new_zeros(n, self.spec.d_out)
+        tokens, n = rows_of(offsets), offsets.numel() - 1
+        out = self.W_dec.new_zeros(n, self.spec.d_out)
         for block, weight in zip(self.blocks, self.decoders(frozen), strict=True):
             mine = (ids >= block.latents.start) & (ids < block.latents.stop)
             counts = torch.bincount(tokens[mine], minlength=n)
-            starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            starts = offsets_of(counts)
             part = kernels.decode(values[mine], weight, starts, ids[mine] - block.latents.start)
             out = out + torch.nn.functional.pad(part, (block.columns.start, 0))
         return out
@@ -309,7 +314,7 @@ class SparseCoder(nn.Module):
             found.append((group, ask(self.spec.rule, scores[:, group], own, number)))
         if len(found) == 1:
             return found[0][1]
-        parts = [(_tokens(offsets), ids + group.start) for group, (offsets, ids) in found]
+        parts = [(rows_of(offsets), ids + group.start) for group, (offsets, ids) in found]
         tokens, ids = (torch.cat(members) for members in zip(*parts, strict=True))
         return Entries(tokens, ids, ids).to_support(len(scores))
 
@@ -353,11 +358,6 @@ def initialize(
             coder.b_pre.copy_(input_center)
         elif input_center is not None and spec.pre_bias == "none":
             coder.b_enc.copy_(-(coder.preactivations(input_center[None].to(coder.W_enc)) - coder.b_enc)[0])
-
-
-def _tokens(offsets: Int[Tensor, "n_plus_1"]) -> Int[Tensor, "nnz"]:
-    """Returns the token of every entry."""
-    return torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff())
 
 
 def _concatenate(parts: list[SparseLatents], d_sae: int, shape: tuple[int, ...], like: Tensor) -> SparseLatents:

@@ -196,7 +196,7 @@ def _reconstruct(
             moments[name].update(target)
             if name in skipped:
                 none = latents.with_values(torch.zeros_like(latents.values))
-                skipped[name].update(target, coder.decode(none, x) + x.to(coder.W_skip) @ coder.W_skip.T, none)
+                skipped[name].update(target, coder.decode(none, x) + coder.skipped(x), none)
             if nulls:
                 held[name].append((x.cpu(), target.cpu()))
     results = {}

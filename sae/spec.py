@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.compressed import rows_of
 from sae.errors import ConfigError, DataError, nearest
 from sae.normalization import Normalization, Undo, by_site
 from sae.selection import Selection
@@ -233,21 +234,13 @@ class SparseLatents:
     shape: tuple[int, ...] | None = None
     """Leading dimensions of the encoded tensor, whose product is n; None means (n,)."""
 
-    @staticmethod
-    def from_rows(ids: Int[Tensor, "n k"], values: Float[Tensor, "n k"], d_sae: int) -> "SparseLatents":
-        """Returns codes whose rows all have k entries (TopK)."""
-        n, k = ids.shape
-        offsets = torch.arange(0, n * k + 1, k, device=ids.device) if k else ids.new_zeros(n + 1)
-        return SparseLatents(offsets, ids.reshape(-1), values.reshape(-1), d_sae, (n,))
-
     def __len__(self) -> int:
         return self.offsets.numel() - 1
 
     @property
     def tokens(self) -> Int[Tensor, "nnz"]:
         """Returns the token of every entry."""
-        n = len(self)
-        return torch.repeat_interleave(torch.arange(n, device=self.ids.device), self.offsets.diff())
+        return rows_of(self.offsets)
 
     def with_values(self, values: Float[Tensor, "nnz"]) -> "SparseLatents":
         """Returns the same support with other values."""

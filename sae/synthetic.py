@@ -61,17 +61,18 @@ class Synthetic:
 def score(
     coder: SparseCoder, truth: Synthetic, tokens: int = 8192, gradients: Tensor | None = None
 ) -> dict[str, float]:
-    """Returns how well a coder does on fresh tokens, by its per-token rule.
+    """Returns how well an autoencoder of one site does on fresh tokens, by its per-token rule.
 
     fvu, l0, dead_share (latents silent on these tokens); matched_cosine: the mean, over true directions, of the largest
-    cosine with a decoder row; matched_f1: the mean F1 of that latent's firing against the direction's.
+    cosine with a decoder row (of signed codes, in magnitude).
+    matched_f1: the mean F1 of that latent's firing against the direction's.
     """
     x, codes = truth.sample(tokens, "test")
     with torch.no_grad():
-        out, latents = coder(x) if gradients is None else coder(x, gradients)
-    fired = latents.to_dense() != 0
-    decoder = torch.nn.functional.normalize(coder.W_dec.detach(), dim=1)
-    cosine, matched = (truth.directions @ decoder.T).max(1)
+        out, latents = coder(x.to(coder.W_dec), gradients)
+    out, fired = out.cpu(), latents.to_dense().cpu() != 0
+    cosines = truth.directions @ torch.nn.functional.normalize(coder.W_dec.detach().cpu().float(), dim=1).T
+    cosine, matched = (cosines.abs() if coder.spec.selection.signed else cosines).max(1)
     hits = (fired[:, matched] & (codes > 0)).sum(0)
     f1 = 2 * hits / (fired[:, matched].sum(0) + (codes > 0).sum(0)).clamp_min(1)
     return {

@@ -218,7 +218,7 @@ class CoderTrainer:
         bad = torch.stack([~torch.isfinite(part).all(1) for part in parts]).any(0).sum()
         n_tokens, n_bad = distributed.total(torch.stack([torch.full_like(bad, len(batch.x)), bad])).tolist()
         if n_bad:
-            raise NonFiniteError(f"activations or gradients hold NaN or Inf at {n_bad} of {n_tokens} tokens")
+            raise NonFiniteError(f"NaN or Inf in what was streamed, at {n_bad} of {n_tokens} tokens")
         return int(n_tokens)
 
     def _passes(self, batch: Batch) -> Iterator[tuple[Pass, Float[Tensor, "m d_out"]]]:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.compressed import offsets_of, rows_of
 from sae.kernels import dense, segmented
 
 __all__ = ["decode", "encode_at", "sddmm", "spmm", "transpose"]
@@ -43,9 +44,9 @@ def transpose(
 ) -> tuple[Int[Tensor, "columns_plus_1"], Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:
     """Returns (offsets, rows, order) of the transposed matrix; its values are `values[order]`."""
     order = torch.argsort(columns, stable=True)
-    rows = torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=columns.device), offsets.diff())
+    rows = rows_of(offsets)
     counts = torch.bincount(columns, minlength=n_columns)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), rows[order], order
+    return offsets_of(counts), rows[order], order
 
 
 class _EncodeAt(torch.autograd.Function):

@@ -1,8 +1,9 @@
 """The sparse products by way of dense ones: for codes so dense that skipping zeros costs more than multiplying them."""
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from sae.compressed import rows_of
 
 
 def spmm(
@@ -13,7 +14,7 @@ def spmm(
 ) -> Float[Tensor, "rows d"]:
     """Returns the sparse matrix times `matrix`."""
     full = matrix.new_zeros(offsets.numel() - 1, len(matrix))
-    full[_rows(offsets), columns] = values.to(matrix.dtype)
+    full[rows_of(offsets), columns] = values.to(matrix.dtype)
     return full @ matrix
 
 
@@ -24,8 +25,4 @@ def sddmm(
     b: Float[Tensor, "m d"],
 ) -> Float[Tensor, "nnz"]:
     """Returns <a_i, b_j> for every entry (i, j) of the support."""
-    return (a @ b.T)[_rows(offsets), columns]
-
-
-def _rows(offsets: Int[Tensor, "rows_plus_1"]) -> Int[Tensor, "nnz"]:
-    return torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff())
+    return (a @ b.T)[rows_of(offsets), columns]

@@ -1,8 +1,9 @@
 """The sparse products in plain torch: slow, memory-hungry, obviously right; the fast ones are tested against them."""
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from sae.compressed import rows_of
 
 
 def spmm(
@@ -12,7 +13,7 @@ def spmm(
     dense: Float[Tensor, "m d"],
 ) -> Float[Tensor, "rows d"]:
     """Returns the sparse matrix times `dense`."""
-    rows = torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=columns.device), offsets.diff())
+    rows = rows_of(offsets)
     out = dense.new_zeros(offsets.numel() - 1, dense.shape[1])
     return out.index_add(0, rows, values[:, None] * dense[columns])
 
@@ -24,5 +25,5 @@ def sddmm(
     b: Float[Tensor, "m d"],
 ) -> Float[Tensor, "nnz"]:
     """Returns <a_i, b_j> for every entry (i, j) of the support."""
-    rows = torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=columns.device), offsets.diff())
+    rows = rows_of(offsets)
     return (a[rows] * b[columns]).sum(1)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.compressed import offsets_of
 from sae.errors import ConfigError
 from sae.objectives import Objective, Step, weighted, zero
 from sae.selection import Selection
@@ -50,7 +51,7 @@ def explained_by(step: Step, shares: Float[Tensor, "d_sae"], k: int) -> Float[Te
     columns = top_ids(scores, k)
     positive = scores.gather(1, columns) > 0
     counts = positive.sum(1)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    offsets = offsets_of(counts)
     ids = chosen[columns[positive]]
     kept = step.coder.preactivations_at(step.run.y.detach(), offsets, ids)
     explained = step.coder.decoded(torch.relu(kept) * shares[ids], offsets, ids)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.compressed import offsets_of
 from sae.errors import ConfigError
 from sae.objectives import Objective, Step
 from sae.selection import Selection
@@ -44,7 +45,7 @@ class Matryoshka(Objective):
             stop = round(share * size)
             mine = (latents.ids % size >= start) & (latents.ids % size < stop)
             counts = torch.bincount(latents.tokens[mine], minlength=len(latents))
-            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            offsets = offsets_of(counts)
             made = made + coder.decoded(latents.values[mine], offsets, latents.ids[mine])
             total, start = total + step.error(made).square().sum(), stop
         return total / (len(self.prefixes) + 1) / (step.n_tokens * step.variance)

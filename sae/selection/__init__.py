@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.compressed import offsets_of
 from sae.errors import ConfigError
 from sae.plugins import Plugin, discover
 from sae.selection.largest import Entries
@@ -170,7 +171,7 @@ def by_rows(ids: Int[Tensor, "n k"]) -> Support:
 def where(kept: Tensor) -> Support:
     """Returns the support of a [n, m] mask."""
     counts = kept.sum(1)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), kept.nonzero()[:, 1]
+    return offsets_of(counts), kept.nonzero()[:, 1]
 
 
 discover(__name__, __path__)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.compressed import offsets_of
+
 GROUPS = 16
 SAMPLED = 64  # every 64th entry tells where the cut through a matrix will about lie
 
@@ -31,7 +33,7 @@ class Entries(NamedTuple):
         order = torch.argsort(self.ids, stable=True)
         order = order[torch.argsort(self.tokens[order], stable=True)]
         counts = torch.bincount(self.tokens, minlength=n_tokens)
-        return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), self.ids[order]
+        return offsets_of(counts), self.ids[order]
 
 
 def top_ids(scores: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:

@@ -223,6 +223,24 @@ def test_six_different_coders_of_one_pass_equal_those_trained_alone(tmp_path, ti
         assert evaluated[0][key] == evaluated[1][key]
 
 
+def test_gradients_are_streamed_alike_from_the_model_and_from_disk_and_mask_every_coder(tmp_path, tiny_train):
+    coders = {"topk": {"selection": {"type": "topk", "k": 4}}, "g": {"selection": {"type": "gradient_topk", "k": 4}}}
+    for source in ("live", "disk", "write_through"):
+        changes = {"grid": {"coder": coders}, "activations.source": source}
+        assert tiny_train(changes, folder=tmp_path / source)[0] == 0
+    assert_equal(tmp_path / "live", tmp_path / "disk")
+    assert_equal(tmp_path / "live", tmp_path / "write_through")
+    found = {path.name: hub.load(path) for path in hub.coder_folders(tmp_path / "live")}
+    assert found.keys() == coders.keys()
+    assert all(coder.spec.mask.next_token for coder in found.values()), "the one beside it sees the same tokens"
+    evaluated = json.loads((tmp_path / "live" / "evaluation.json").read_text())
+    (with_gradients,) = (result["with_gradients"] for name, result in evaluated.items() if name.endswith("/g"))
+    assert "see the future" in with_gradients["label"]
+    assert all("with_gradients" not in result for name, result in evaluated.items() if name.endswith("/topk"))
+    assert tiny_train(folder=tmp_path / "plain")[0] == 0
+    assert not hub.load(tmp_path / "plain").spec.mask.next_token
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "shown"),
     [

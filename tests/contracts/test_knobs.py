@@ -59,7 +59,7 @@ def changed(owner, field):
 
 
 def outcome(rule, terms):
-    """Metrics, weights and codes after a few steps on always the same activations."""
+    """Weights and codes after a few steps on always the same activations; no metrics, which merely name a weight."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(STEPS * N, D, generator=draw) * torch.rand(STEPS * N, 1, generator=draw).add(0.1) + 0.3
     gradients = torch.randn(STEPS * N, D, generator=draw)
@@ -69,17 +69,16 @@ def outcome(rule, terms):
     # some latents are dead from the third step on, so that what revives them takes part
     trainer = CoderTrainer(new_coder(config, measured(x)), terms, OptimConfig(lr=1e-2), Schedule(STEPS, N))
     trainer.coder.b_enc.data[:8] = -2.0
-    lines = []
     for step, (part, g) in enumerate(zip(x.split(N), gradients.split(N), strict=True)):
 
         def spliced(number, made, part=part):
             return Spliced(part @ readout, made @ readout, torch.arange(len(part)) % 7)
 
-        lines.append(trainer.step(Batch(part, part, g, None, spliced), step))
+        trainer.step(Batch(part, part, g, None, spliced), step)
     made = trainer.trained()
     looks = getattr(made.spec.selection, "inference", "plain") == "gradient"
     codes = made.encode(x, gradients) if looks else made.encode(x)
-    return lines, {name: p.tolist() for name, p in made.state_dict().items()}, codes.to_dense().tolist()
+    return {name: p.tolist() for name, p in made.state_dict().items()}, codes.to_dense().tolist()
 
 
 def terms_of(rule, **more):

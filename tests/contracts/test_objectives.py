@@ -13,6 +13,7 @@ from sae.objectives import Objective, Spliced, Step
 from sae.objectives.aux_zipf import AuxZipf, shortfall
 from sae.objectives.auxk import AuxK, explained_by
 from sae.selection import Moment, Selection
+from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
 from sae.spec import CoderSpec, Site
 
@@ -307,3 +308,34 @@ def test_constants_out_of_range_are_named(name, changes, rule):
 def test_terms_made_for_another_rule_are_refused(name, rule):
     with pytest.raises(ConfigError, match=rf"objectives\.{name}: needs .*{rule}"):
         TERMS[name]().validate(M, plugins.names(Selection)[rule]())
+
+
+def test_l1_of_signed_codes_is_of_their_magnitudes():
+    coder, x, dead = setting()
+    coder.spec = coder.spec.with_(selection=SignedTopK(K))
+    step = view(coder, x, dead)
+    expected = (step.run.latents.to_dense().abs() * coder.W_dec.norm(dim=1)).sum() / (N * 2.5**0.5)
+    torch.testing.assert_close(plugins.names(Objective)["l1"]().loss(step), expected)
+
+
+@pytest.mark.parametrize(("budget", "kept"), [("block", 2), ("shared", 6)])
+def test_multi_topk_of_a_cross_layer_coder_asks_as_selection_does(budget, kept):
+    """With its k for that of the selection, it is the reconstruction: of every block, or of all together."""
+    sites = [tuple(Site(f"{side}.{i}", width=4) for i in range(3)) for side in ("read", "write")]
+    spec = CoderSpec(12, 12, 24, TopK(2), *sites, cross_layer=True, pre_bias="own", budget=budget, variance=2.5)
+    coder = SparseCoder(spec)
+    with torch.no_grad():
+        for parameter in coder.parameters():
+            parameter.normal_()
+    x = torch.randn(N, 12)
+    nothing = torch.zeros(24)
+    step = Step(coder, coder.run(coder.look(x)), torch.randn(N, 12), N, 2.5, 0.7, nothing > 0, nothing.double())
+    multi, reconstruction = plugins.names(Objective)["multi_topk"](k=kept), plugins.names(Objective)["reconstruction"]()
+    torch.testing.assert_close(multi.loss(step), reconstruction.loss(step))
+    assert plugins.names(Objective)["multi_topk"]().loss(step) != reconstruction.loss(step)
+
+
+@pytest.mark.parametrize("rule", ["signed_topk", "gated"])
+def test_multi_topk_is_refused_where_the_largest_are_not_the_codes(rule):
+    with pytest.raises(ConfigError, match=rf"objectives\.multi_topk: .* {rule}"):
+        TERMS["multi_topk"](k=4).validate(M, plugins.names(Selection)[rule]())

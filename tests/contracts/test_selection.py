@@ -170,3 +170,20 @@ def test_constants_out_of_range_are_named(name, changes):
     (field,) = changes
     with pytest.raises(ConfigError, match=rf"selection\.{field}: "):
         RULES[name](**changes).validate(M)
+
+
+def test_groupmax_keeps_the_largest_of_every_group():
+    x = batch().x
+    scores = made(small("groupmax")).look(x).scores.detach()
+    expected = torch.nn.functional.one_hot(scores.view(N, K, M // K).argmax(2), M // K).view(N, M).bool()
+    codes = made(small("groupmax")).encode(x).to_dense()
+    torch.testing.assert_close(codes, scores.relu() * expected)
+
+
+def test_signed_topk_keeps_the_largest_magnitudes_with_their_sign():
+    x = batch().x
+    scores = made(small("signed_topk")).look(x).scores.detach()
+    expected = torch.zeros(N, M).scatter_(1, scores.abs().topk(K, dim=1).indices, 1.0)
+    codes = made(small("signed_topk")).encode(x).to_dense()
+    torch.testing.assert_close(codes, scores * expected)
+    assert (codes < 0).any()

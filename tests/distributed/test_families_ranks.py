@@ -61,6 +61,9 @@ def test_two_ranks_choose_as_one_and_continue_after_a_kill(runs):
         assert a["tokens"] == b["tokens"]
         for name in ("fvu", "l0", "dead_share", "loss"):
             assert b[name] == pytest.approx(a[name], rel=2e-3, abs=2e-3), (a["step"], a["coder"], name)
+        if a["step"] == 1:  # of the same weights: not only alike, but the same choice
+            for name in (name for name in a if name.startswith(("fvu", "l0", "threshold", "zipf", "gradient_effect"))):
+                assert b[name] == pytest.approx(a[name], rel=1e-5), (a["coder"], name)
     assert runs("killed", 2, killed_at=12)[0] == [-9, -9]
     codes, output = runs("killed", 2)
     assert codes == [0, 0], output

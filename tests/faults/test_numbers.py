@@ -52,7 +52,7 @@ def test_nan_in_activations_stops_the_run_names_the_batch_and_keeps_it(tmp_path,
     kept = load_tensors(dump)
     block = int(kept["blocks"][3])
     assert error_of(printed) == (
-        "step 8, coder model.layers.1: activations hold NaN or Inf at 1 of 128 tokens; the step was not applied, "
+        "step 8, coder model.layers.1: NaN or Inf in what was streamed, at 1 of 128 tokens; the step was not applied, "
         f"its batch (blocks {block}) is in {dump} (max_bad_steps: 0)"
     )
     assert kept["model.layers.1"][3].isnan().all()
@@ -150,7 +150,7 @@ def test_nan_on_one_rank_ends_or_skips_the_step_on_all(tmp_path, tiny_model, tin
     children = [Child(tmp_path / f"{env['RANK']}.txt", work, env) for env in ranks(2)]
     assert [child.wait() for child in children] == codes, [child.output for child in children]
     for child in children:
-        assert "step 8, coder model.layers.1: activations hold NaN or Inf at 1 of 128 tokens" in child.output
+        assert "step 8, coder model.layers.1: NaN or Inf in what was streamed, at 1 of 128 tokens" in child.output
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

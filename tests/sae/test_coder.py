@@ -7,6 +7,7 @@ import torch
 from sae.coder import SparseCoder, initialize
 from sae.errors import ConfigError
 from sae.normalization import Normalization, undo
+from sae.selection import by_rows
 from sae.selection.topk import TopK
 from sae.spec import CoderSpec, SparseLatents
 
@@ -150,8 +151,8 @@ def test_spec_survives_json_and_refuses_nonsense():
         CoderSpec(6, 7, 16, TopK(4))
 
 
-def test_sparse_latents_from_rows():
-    z = SparseLatents.from_rows(torch.tensor([[0, 3], [1, 2]]), torch.tensor([[1.0, 0.0], [2.0, 3.0]]), 4)
+def test_sparse_latents():
+    z = SparseLatents(*by_rows(torch.tensor([[0, 3], [1, 2]])), torch.tensor([1.0, 0.0, 2.0, 3.0]), 4)
     assert torch.equal(z.to_dense(), torch.tensor([[1.0, 0, 0, 0], [0, 2, 3, 0]]))
     with pytest.raises(IndexError):
         z.row(2)

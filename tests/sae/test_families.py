@@ -6,13 +6,14 @@ import pytest
 import torch
 from fakes import sampled_rows, tiny_lm
 
+from sae import plugins
 from sae.activations import capture
 from sae.choosing import Chooser
 from sae.coder import SparseCoder, initialize
 from sae.config import CoderConfig
 from sae.errors import ConfigError
 from sae.evaluation import evaluate
-from sae.intervene import ablate, splice
+from sae.intervene import ablate, reads_ahead, splice
 from sae.measuring import measure
 from sae.metrics import fvu
 from sae.normalization import Normalization
@@ -20,7 +21,9 @@ from sae.objectives.auxk import AuxK
 from sae.objectives.reconstruction import Reconstruction
 from sae.optim import OptimConfig
 from sae.planning import paired
+from sae.selection import Budget, Selection
 from sae.selection.feature_choice import FeatureChoice
+from sae.selection.gradient_topk import GradientTopK
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.mutual_choice import MutualChoice
 from sae.selection.topk import TopK
@@ -446,3 +449,64 @@ def test_the_start_is_tied_for_crosscoders_and_zero_for_transcoders():
     initialize(cross, torch.zeros(2 * D), 0)
     assert torch.equal(cross.W_enc, cross.W_dec)
     torch.testing.assert_close(cross.decoder_norms(), torch.ones(64))
+
+
+def test_a_splice_begins_anew_with_every_pass(lm):
+    """Inputs that a transcoder has read of one text are not those of the next, nor of its length."""
+    coder = shaken(SparseCoder(CoderSpec(D, D, 32, TopK(4), READS[1:2], WRITES[1:2], pre_bias="own")))
+    cross = SparseCoder(CoderSpec(3 * D, 3 * D, 48, TopK(2), READS, WRITES, pre_bias="own", cross_layer=True))
+    texts = [torch.randint(3, 200, (2, length)) for length in (9, 9, 5)]
+    for made in (coder, shaken(cross)):
+        with torch.no_grad():
+            alone = []
+            for tokens in texts:
+                with splice(lm.model, made):
+                    alone.append(lm.model(tokens).logits)
+            with splice(lm.model, made):
+                for tokens, expected in zip(texts, alone, strict=True):
+                    torch.testing.assert_close(lm.model(tokens).logits, expected)
+
+
+def test_what_reads_ahead_is_what_competes_over_layers():
+    def spec(rule, budget, calibration=()):
+        made = CoderSpec(3 * D, 3 * D, 48, rule, READS, WRITES, "linear", "own", cross_layer=True, budget=budget)
+        return made.with_(calibration=calibration)
+
+    for rule in plugins.names(Selection).values():
+        made = rule(k=2) if "k" in rule.__dataclass_fields__ else rule()
+        assert not reads_ahead(spec(made, "block")), rule
+        expected = isinstance(made, Budget) and rule is not FeatureChoice
+        assert reads_ahead(spec(made, "shared")) == expected, rule
+    assert not reads_ahead(spec(MutualChoice(2), "shared", (0.5,)))
+    assert reads_ahead(spec(GradientTopK(2), "shared", (0.5,))), "its calibration is no threshold"
+
+
+@pytest.mark.parametrize("budget", ["block", "shared"])
+@pytest.mark.parametrize("rule", plugins.names(Selection))
+def test_a_spliced_cross_layer_coder_puts_out_what_it_makes_of_its_true_inputs(lm, rule, budget):
+    """At the first site written nothing before it has changed, so the inputs are those of the model as it is."""
+    kind = plugins.names(Selection)[rule]
+    made = SparseCoder(
+        CoderSpec(
+            3 * D,
+            3 * D,
+            48,
+            kind(k=2) if "k" in kind.__dataclass_fields__ else kind(),
+            READS,
+            WRITES,
+            pre_bias="own",
+            cross_layer=True,
+            budget=budget,
+        )
+    )
+    made = shaken(made).requires_grad_(False)
+    if rule == "feature_choice":
+        made.threshold.fill_(0.3)
+    tokens, seen, spliced = torch.randint(3, 200, (2, 9)), {}, {}
+    with torch.no_grad():
+        capture_all(lm, tokens, seen)
+        given = {name: x.clone() for name, x in seen.items()}
+        inputs = torch.cat([given[site.name] for site in READS], dim=-1)
+        with splice(lm.model, made, given=given if reads_ahead(made.spec) else None):
+            capture_all(lm, tokens, spliced)
+    torch.testing.assert_close(spliced[WRITES[0].name], made(inputs).out[..., :D], atol=1e-5, rtol=1e-4)

@@ -6,6 +6,7 @@ import torch
 from scipy.special import log_softmax, rel_entr
 
 from sae.metrics import Moments, Reconstruction, fvu, kl_divergence, recovered
+from sae.selection import by_rows
 from sae.spec import SparseLatents
 
 N, D, WIDTH, K = 60, 6, 12, 3
@@ -15,7 +16,7 @@ def data():
     x = torch.randn(N, D) * torch.linspace(0.5, 3, D) + 2
     out = x + torch.randn(N, D) * 0.4
     ids = torch.stack([torch.randperm(WIDTH - 2)[:K] for _ in range(N)])  # the last two latents never fire
-    return x, out, SparseLatents.from_rows(ids, torch.rand(N, K).where(torch.rand(N, K) > 0.3, 0.0), WIDTH)
+    return x, out, SparseLatents(*by_rows(ids), torch.rand(N * K).where(torch.rand(N * K) > 0.3, 0.0), WIDTH)
 
 
 def gathered(x, out, latents, size):

@@ -32,11 +32,19 @@ class Numbered:
         time.sleep(self.seconds)
         self.busy += time.monotonic() - began
         names = torch.arange(self.sizes[block]) + 1000 * block
-        return Block({"site": names[:, None].float()}, {})
+        return Block({"site": names[:, None].float()}, {"site": -names[:, None].float()})
 
 
 def taken(stream, batches):
     return [next(stream).activations["site"][:, 0].long().tolist() for _ in range(batches)]
+
+
+def test_gradients_go_with_their_activations():
+    stream = Stream(Numbered(), LANES, seed=0)
+    for _ in range(5):
+        batch = next(stream)
+        assert torch.equal(batch.gradients["site"], -batch.activations["site"])
+    stream.close()
 
 
 def test_every_token_once_per_epoch():

@@ -100,7 +100,8 @@ def test_micro_batches_change_nothing_but_rounding(size):
     for made in (whole, parts):
         with torch.no_grad():
             made.coder.b_enc[:10] = -1.0  # so that some are dead and AuxK takes part
-    a, b = run(whole, range(5)), run(parts, range(5))
+    steps = range(3 if size == 1 else 5)
+    a, b = run(whole, steps), run(parts, steps)
     assert any(line["loss.auxk"] > 0 for line in a)
     for one, other in zip(a, b, strict=True):
         assert other == pytest.approx(one, rel=1e-3, abs=1e-6)
@@ -141,7 +142,7 @@ def test_a_bad_activation_leaves_everything_as_it_was(value):
     before = copy.deepcopy(made.state())
     broken = x[:BATCH].clone()
     broken[[3, 70], 5] = value
-    with pytest.raises(NonFiniteError, match=f"activations hold NaN or Inf at 2 of {BATCH} tokens"):
+    with pytest.raises(NonFiniteError, match=f"NaN or Inf in what was streamed, at 2 of {BATCH} tokens"):
         made.step(broken, 10)
     tensors, values = made.state()
     assert_same(before[0], tensors)

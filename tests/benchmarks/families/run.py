@@ -13,8 +13,6 @@ import logging
 import statistics
 from pathlib import Path
 
-import torch
-
 from sae.config import TrainConfig
 from sae.settings import decode
 from sae.training import train
@@ -87,7 +85,7 @@ def figures(found: dict) -> dict[str, float]:
         "dead %": 100 * density["dead_share"],
         "CE added": loss["ce_added"],
         "CE": loss["ce_spliced"],
-        "recovered %": 100 * loss["ce_recovered"],
+        "recovered %": 100 * (loss["ce_recovered"] or 0.0),
     }
 
 
@@ -129,10 +127,12 @@ def main() -> None:
         print(table(Path(options.folder)))
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(torch.get_num_threads())
+    for name in ("model", "text", "out"):
+        if getattr(options, name) is None:
+            parser.error(f"--{name} is needed")
     layer = SETTINGS[options.what]["layer"]
     if options.transcoders:
-        mlp, sites = f"layers.{layer}.mlp", {}
+        mlp = f"layers.{layer}.mlp"
         sites = {"sites": [f"{mlp}:input", mlp], "targets": [mlp, mlp]}
         families = TRANSCODERS
     else:
