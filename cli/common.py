@@ -85,7 +85,7 @@ def print_tables(results: dict[str, dict[str, Any]]) -> None:
 
     for name, found in results.items():
         rows = table(found)
-        width = max(len(label) for label, _ in rows) + 2
+        width = max(42, *(len(label) + 2 for label, _ in rows))
         print("\n".join(["", name, *(f"  {label:{width}}{text}" for label, text in rows)]))
 
 
