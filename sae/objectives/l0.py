@@ -34,5 +34,5 @@ class L0(Sparsity):
         """Returns L0 of the micro-batch, weighted by its share of the batch."""
         rule, run = step.coder.spec.selection, step.run
         threshold = step.coder.per_latent()["threshold"][run.latents.ids]
-        active = jumprelu.Step.apply(run.kept.detach(), threshold, rule.bandwidth)  # type: ignore[attr-defined]
+        active = jumprelu.Heaviside.apply(run.kept.detach(), threshold, rule.bandwidth)  # type: ignore[attr-defined]
         return active.sum() / step.n_tokens

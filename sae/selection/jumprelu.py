@@ -77,7 +77,7 @@ class _Jump(torch.autograd.Function):
         return grad * (kept > threshold), -grad * near * threshold / ctx.bandwidth, None
 
 
-class Step(torch.autograd.Function):
+class Heaviside(torch.autograd.Function):
     """H(h - theta), whose gradient goes to theta alone; the term `l0` sums it."""
 
     @staticmethod

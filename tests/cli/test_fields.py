@@ -150,5 +150,5 @@ def test_a_changed_field_changes_the_run(field, outcome_of):
 
 
 def test_the_same_fields_give_the_same_outcome(outcome_of):
-    for number, setting in enumerate([{}, *SETTING.values()]):
+    for number, setting in enumerate([{}, SETTING["coder.selection.loss"], SETTING["coder.budget"]]):
         assert outcome_of(f"once-{number}", setting) == outcome_of(f"twice-{number}", setting)

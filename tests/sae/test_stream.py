@@ -138,6 +138,8 @@ def test_overlap(per_block):
         seconds, model = time.monotonic() - began, source.busy - busy
         stream.close()
         best = min(best, seconds / max(model, waited))
+        if best <= 1.10:  # else something else may have had the CPU
+            break
     assert best <= 1.10
 
 
