@@ -34,11 +34,16 @@ MATRYOSHKA = {"reconstruction": {"type": "reconstruction", "weight": 0}, "matryo
 
 
 def coder_config(name: str, d_sae: int, k: int) -> CoderConfig:
+    usual = {"reconstruction": {"type": "reconstruction"}, "auxk": {"type": "auxk"}}
     penalty = {"l0": {"type": "l0", "target_l0": k}} if name == "jumprelu" else {}
     penalty |= {"l1": {"type": "l1", "target_l0": k}, "gate": {"type": "gate"}} if name == "gated" else {}
     fixed = {
-        "jumprelu": {"selection": {"type": name}, "normalization": {"kind": "scalar"}, "objectives": penalty},
-        "gated": {"selection": {"type": name}, "objectives": penalty},
+        "jumprelu": {"selection": {"type": name}, "normalization": {"kind": "scalar"}, "objectives": usual | penalty},
+        "gated": {
+            "selection": {"type": name},
+            "normalization": {"kind": "scalar"},
+            "objectives": usual | penalty,
+        },
         "matryoshka": {"selection": {"type": "topk", "k": k}, "objectives": MATRYOSHKA},
     }
     return decode(CoderConfig, {"d_sae": d_sae, **fixed.get(name, {"selection": {"type": name, "k": k}})})

@@ -1,7 +1,7 @@
 """The families side by side on one layer of a real model: equal L0, equal tokens, three seeds, one pass of the model.
 
     python tests/benchmarks/families/run.py smollm2 --model FOLDER --text FOLDER --out FOLDER
-    python tests/benchmarks/families/run.py table FOLDER
+    python tests/benchmarks/families/run.py table FOLDER [FOLDER ...]
 
 Activations and gradients are stored once; every coder then trains on the same batches. Writes a run folder like any
 other and prints the mean and standard deviation over seeds of FVU, added CE, CE recovered and dead share.
@@ -44,6 +44,7 @@ FAMILIES = {
     },
     "gated": {
         "selection": {"type": "gated"},
+        "normalization": {"kind": "scalar"},
         "objectives": {"l1": {"type": "l1", "target_l0": K}, "gate": {"type": "gate"}},
     },
     "matryoshka": rule("topk") | MATRYOSHKA,
@@ -89,9 +90,11 @@ def figures(found: dict) -> dict[str, float]:
     }
 
 
-def table(folder: Path) -> str:
-    """Returns mean ± standard deviation over seeds, as Markdown."""
-    results = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+def table(*folders: Path) -> str:
+    """Returns mean ± standard deviation over seeds, as Markdown; a family of a later folder replaces an earlier one."""
+    results: dict = {}
+    for folder in folders:
+        results |= json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     by_family: dict[str, list[dict[str, float]]] = {}
     for name, found in results.items():
         family = name.rpartition(",seed=")[0]
@@ -113,7 +116,7 @@ def table(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*SETTINGS, "table"])
-    parser.add_argument("folder", nargs="?", help="of `table`: the run folder")
+    parser.add_argument("folders", nargs="*", type=Path, help="of `table`: run folders")
     parser.add_argument("--model")
     parser.add_argument("--text")
     parser.add_argument("--out", type=Path)
@@ -124,7 +127,7 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=8192)
     options = parser.parse_args()
     if options.what == "table":
-        print(table(Path(options.folder)))
+        print(table(*options.folders))
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("model", "text", "out"):
