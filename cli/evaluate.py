@@ -12,7 +12,7 @@ from sae.errors import ConfigError
 if TYPE_CHECKING:
     from sae.spec import CoderSpec
 
-READ = ("--model.", "--second_model.", "--second-model.", "--text.")
+READ = ("--model.", "--second_model.", "--text.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def command(argv: list[str]) -> int:
         trained = TrainConfig(model=ModelConfig(name=site.model, revision=site.revision), text=text_of(spec))
     config = read_config(TrainConfig, run_config, overrides, trained)
     for word in overrides:
-        if word.startswith("--") and not word.startswith(READ):
+        if word.startswith("--") and not word.replace("second-model", "second_model").startswith(READ):
             raise ConfigError(f"{word}: not used here; allowed: the options of --help and {', '.join(READ)}...")
     for part in (config.model, config.second_model, config.text):
         part.validate()
