@@ -10,7 +10,7 @@ from torch import Tensor
 from sae.activations import Source, norm_mask
 from sae.errors import ConfigError, Stopped
 from sae.normalization import Normalization, by_site
-from sae.spec import CoderSpec, MaskSpec, Site
+from sae.spec import CoderSpec, MaskSpec, Site, column_weights
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,7 @@ def measure(
             replace(s, weight=mean / max(v, 1e-12 * mean, 1e-30)) for s, v in zip(writes, spread, strict=True)
         )
         reads = writes if [s.name for s in reads] == [s.name for s in writes] else reads
-    weights = (
-        torch.tensor([s.weight for s in writes]).double().repeat_interleave(torch.tensor([s.width for s in writes]))
-    )
+    weights = column_weights(writes)
     square = (y - y.mean(0)).square().mean(0)
     floor = 1e-12 * float((weights * y.square().mean(0)).sum())  # constant inputs: no more than rounding
     return Statistics(

@@ -220,6 +220,12 @@ def columns_of(sites: Sequence[Site]) -> list[slice]:
     return [slice(stop - site.width, stop) for site, stop in zip(sites, stops, strict=True)]
 
 
+def column_weights(sites: Sequence[Site]) -> Float[Tensor, "d_out"]:
+    """Returns the weight of each column of written sites of known width, in float64."""
+    weights = torch.tensor([site.weight for site in sites], dtype=torch.float64)
+    return weights.repeat_interleave(torch.tensor([site.width for site in sites]))
+
+
 @dataclass(frozen=True)
 class SparseLatents:
     """Codes of n tokens in compressed rows: token t owns entries offsets[t]:offsets[t+1] of `ids` and `values`.

@@ -16,6 +16,7 @@ from sae.coder import Pass, SparseCoder
 from sae.errors import ConfigError
 from sae.plugins import Plugin, discover
 from sae.selection import Selection
+from sae.spec import column_weights
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,7 @@ def weighted(coder: SparseCoder, error: Float[Tensor, "n d_out"]) -> Float[Tenso
     sites = coder.spec.writes
     if all(site.weight == 1 for site in sites):
         return error
-    widths = [site.width or coder.spec.d_out for site in sites]
-    roots = torch.tensor([site.weight**0.5 for site in sites]).repeat_interleave(torch.tensor(widths))
-    return error * roots.to(error)
+    return error * column_weights(sites).sqrt().to(error)
 
 
 @dataclass(frozen=True)
