@@ -21,8 +21,9 @@ def assert_equal(run: Path, other: Path) -> None:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """Returns metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Returns metrics.jsonl, as far as its lines are whole: a run that goes on may be in the middle of one."""
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def checkpoints(run: Path) -> list[int]:

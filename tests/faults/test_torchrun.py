@@ -4,7 +4,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -18,15 +18,33 @@ from sae.settings import to_yaml
 CHANGES = {"tokens": 400 * 128, "checkpoints.every_steps": 25, "activations.source": "write_through"}
 
 
-def torchrun(log: Path, *argv: object) -> subprocess.Popen:
+@pytest.fixture
+def torchrun() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts sae-train on two ranks; nothing of it outlives the test."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    with open(log, "w", encoding="utf-8") as file:
-        return subprocess.Popen([*launcher, "cli.train", *map(str, argv)], stdout=file, stderr=file)
+    started: list[subprocess.Popen] = []
+
+    def start(log: Path, *argv: object) -> subprocess.Popen:
+        with open(log, "w", encoding="utf-8") as file:
+            started.append(subprocess.Popen([*launcher, "cli.train", *map(str, argv)], stdout=file, stderr=file))
+        return started[-1]
+
+    yield start
+    for process in started:
+        kill(process)
+
+
+def kill(launcher: subprocess.Popen) -> None:
+    """Kills the launcher and every rank, as a node that is lost does."""
+    if launcher.poll() is None:
+        for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
+            process.kill()
+    launcher.wait(30)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_killed_and_stopped_under_torchrun_equals_undisturbed(tmp_path, tiny_model, tiny_text):
+def test_killed_and_stopped_under_torchrun_equals_undisturbed(torchrun, tmp_path, tiny_model, tiny_text):
     config, log = tmp_path / "config.yaml", tmp_path / "log.txt"
     config.write_text(to_yaml(tiny_config(tiny_model, tiny_text, CHANGES)), encoding="utf-8")
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -38,9 +56,7 @@ def test_killed_and_stopped_under_torchrun_equals_undisturbed(tmp_path, tiny_mod
     draw = random.Random(0)
     killed = torchrun(log, "--config", config, "--run-dir", run)
     wait_until(beyond(draw.randrange(30, 100)), lambda: killed.poll() is None, log)
-    for process in [*psutil.Process(killed.pid).children(recursive=True), psutil.Process(killed.pid)]:
-        process.kill()
-    killed.wait(30)
+    kill(killed)
     assert checkpoints(run)
 
     stopped = torchrun(log, "--resume", run)
