@@ -29,6 +29,8 @@ class Statistics:
     """Mean or geometric median of the normalized targets, or zero."""
     input_center: Float[Tensor, "d_in"]
     """The same of the normalized inputs."""
+    input_spread: float
+    """Root mean square of the components of the normalized inputs about their mean."""
     variance: float
     """E|y - mean|^2 of the normalized targets, each site's times its weight."""
     median_norms: dict[str, float]
@@ -115,6 +117,7 @@ def measure(
         normalization,
         _center(y, center),
         _center(x, center),
+        float(x.var(0, correction=0).mean()) ** 0.5,
         max(float((weights * square).sum()), floor, 1e-30),
         medians,
         len(usual),

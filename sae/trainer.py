@@ -82,7 +82,8 @@ def new_coder(
     coder = SparseCoder(spec, device)
     if config.start_from:
         return _started(coder, Path(config.start_from))
-    initialize(coder, found.center.to(device), config.seed, input_center=found.input_center.to(device))
+    center, input_center = found.center.to(device), found.input_center.to(device)
+    initialize(coder, center, config.seed, input_center=input_center, spread=found.input_spread)
     return coder
 
 

@@ -104,16 +104,13 @@ class Objective(Plugin):
 
 @dataclass(frozen=True)
 class Sparsity(Objective):
-    """A penalty on activity: fixed, or adapted until the coder has the L0 that was asked for.
+    """A penalty on activity: fixed, or steered so that the coder has the L0 that was asked for.
 
-    With `target_l0`, the weight is multiplied at every step by exp(adapt_rate (L0 / target - 1)), the bracket held
-    between -1 and 1: the integral controller of a dual ascent. Coders of different rules can so be compared at one L0.
+    Coders of different rules can so be compared at one L0.
     """
 
     target_l0: float = 0.0
-    """L0 that the penalty is adapted to; 0 leaves the weight as it is."""
-    adapt_rate: float = 0.02
-    """Largest change of the penalty's logarithm in one step."""
+    """L0 that the penalty steers to; 0 leaves the weight as it is."""
     warmup_share: float = 0.1
     """Share of the steps in which the penalty rises linearly from 0."""
 
@@ -122,21 +119,42 @@ class Sparsity(Objective):
         name = Objective.get_choice_name(type(self))
         if not 0 <= self.target_l0 <= d_sae:
             raise ConfigError(f"objectives.{name}.target_l0: {self.target_l0} is not between 0 and d_sae = {d_sae}")
-        if not 0 <= self.warmup_share <= 1 or not self.adapt_rate > 0:
-            field = "warmup_share" if self.adapt_rate > 0 else "adapt_rate"
-            raise ConfigError(f"objectives.{name}.{field}: {getattr(self, field)} is out of range")
+        if not 0 <= self.warmup_share <= 1:
+            raise ConfigError(f"objectives.{name}.warmup_share: {self.warmup_share} is not between 0 and 1")
 
     def factor(self, progress: float, multiplier: float) -> float:
-        """Returns the weight, risen and adapted."""
+        """Returns the weight, risen and steered."""
         rise = min(1.0, progress / self.warmup_share) if self.warmup_share else 1.0
         return self.weight * rise * multiplier
+
+    def excess(self, l0: float) -> float:
+        """Returns L0 / target - 1, held between -1 and 1; a dense start would else count for too much."""
+        return max(-1.0, min(1.0, l0 / self.target_l0 - 1))
+
+
+@dataclass(frozen=True)
+class Shrinking(Sparsity):
+    """A penalty on the sizes of codes.
+
+    With `target_l0`, the weight is multiplied at every step by exp(adapt_rate (L0 / target - 1)): the integral
+    controller of a dual ascent, under which a penalty never becomes a reward.
+    """
+
+    adapt_rate: float = 0.02
+    """Largest change of the penalty's logarithm in one step."""
+
+    def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
+        """Raises ConfigError if a constant is out of range."""
+        super().validate(d_sae, selection, n_blocks)
+        if not self.adapt_rate > 0:
+            name = Objective.get_choice_name(type(self))
+            raise ConfigError(f"objectives.{name}.adapt_rate: {self.adapt_rate} must be positive")
 
     def adapted(self, multiplier: float, l0: float) -> float:
         """Returns a larger multiplier if L0 is above the target, a smaller one if below."""
         if not self.target_l0:
             return multiplier
-        off = max(-1.0, min(1.0, l0 / self.target_l0 - 1))
-        return multiplier * torch.tensor(self.adapt_rate * off, dtype=torch.float64).exp().item()
+        return multiplier * torch.tensor(self.adapt_rate * self.excess(l0), dtype=torch.float64).exp().item()
 
 
 def zero(step: Step) -> Float[Tensor, ""]:

@@ -1,9 +1,10 @@
 """L0: the number of active latents, by JumpReLU's straight-through gradient (Rajamanoharan 2024, 2407.14435, eq. 9).
 
-    L = sum_t sum_i H(h_ti - theta_i) / N
+    L = L0 = sum_t sum_i H(h_ti - theta_i) / N,    or with a target    L = (L0 / target - 1)^2
 
-Its gradient reaches the thresholds alone. `target_l0` adapts the weight, where others penalize (L0 / target - 1)^2: the
-gradient has the same direction, and the sum over tokens stays one.
+Its gradient reaches the thresholds alone. That of the square is L0's own times 2 (L0 / target - 1) / target: above the
+target it raises thresholds, below it lowers them. The bracket is that of the step before, so that micro-batches and
+ranks add up.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,14 @@ from sae.selection import Selection, jumprelu
 class L0(Sparsity):
     """Number of active latents."""
 
-    weight: float = 1e-3
+    weight: float = 1.0
+    """Factor of the term. A fixed penalty (target_l0: 0) wants far less, about 1e-3."""
+    target_l0: float = 32.0
+    """L0 that the thresholds are steered to; 0 penalizes L0 itself."""
+
+    def adapted(self, multiplier: float, l0: float) -> float:
+        """Returns the slope of the square in L0, by which L0's own gradient is multiplied."""
+        return 2 * self.excess(l0) / self.target_l0 if self.target_l0 else multiplier
 
     def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
         """Raises ConfigError unless the coder has trained thresholds."""

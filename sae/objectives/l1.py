@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.objectives import Objective, Sparsity, Step
+from sae.objectives import Objective, Shrinking, Step
 
 
 @Objective.register_subclass("l1")
 @dataclass(frozen=True)
-class L1(Sparsity):
+class L1(Shrinking):
     """Sum of activations times decoder norms."""
 
     weight: float = 0.1

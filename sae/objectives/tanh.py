@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import ConfigError
-from sae.objectives import Objective, Sparsity, Step
+from sae.objectives import Objective, Shrinking, Step
 from sae.selection import Selection
 
 
 @Objective.register_subclass("tanh")
 @dataclass(frozen=True)
-class Tanh(Sparsity):
+class Tanh(Shrinking):
     """Saturating sum of activations times decoder norms."""
 
     weight: float = 0.01

@@ -61,8 +61,11 @@ class Selection(Plugin):
         """Returns the rule with the budget of `blocks` blocks of latents together."""
         return self
 
-    def parameters(self, d_sae: int) -> dict[str, Float[Tensor, "d_sae"]]:
-        """Returns the trained tensors of the rule, one value a latent, as they start."""
+    def parameters(self, d_sae: int, spread: float = 1.0) -> dict[str, Float[Tensor, "d_sae"]]:
+        """Returns the trained tensors of the rule, one value a latent, as they start.
+
+        `spread` is the standard deviation of the pre-activations of an untrained coder.
+        """
         return {}
 
     def buffers(self, d_sae: int) -> dict[str, Float[Tensor, "d_sae"]]:

@@ -26,7 +26,7 @@ class Gated(Selection):
 
     needs: ClassVar[tuple[tuple[str, ...], ...]] = (("gate",), ("l1",))
 
-    def parameters(self, d_sae: int) -> dict[str, Float[Tensor, "d_sae"]]:
+    def parameters(self, d_sae: int, spread: float = 1.0) -> dict[str, Float[Tensor, "d_sae"]]:
         """Returns the log scale and the bias of the magnitudes."""
         return {"r_mag": torch.zeros(d_sae), "b_mag": torch.zeros(d_sae)}
 

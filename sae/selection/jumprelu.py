@@ -7,9 +7,11 @@ H is the step function. Its gradient is estimated with a rectangle K(u) = 1[|u| 
     d a_i / d theta_i = -(theta_i / eps) K((h_i - theta_i) / eps)
     d H / d theta_i   = -(1 / eps) K((h_i - theta_i) / eps)          (the term `l0`; h_i gets none of it)
 
-So the support in training also holds the entries just below their threshold, with the value 0. The paper's
-eps = 0.001 is meant for inputs of unit mean square norm; normalization `scalar` makes that norm d, whence the wider
-default here. Thresholds are float32 whatever the precision of the coder.
+So the support in training also holds the entries just below their threshold, with the value 0. The paper starts at
+theta = 0.001 with eps = 0.001, for inputs of unit mean square norm and a hundred thousand steps or more. Here inputs
+should have normalization `scalar`, which makes that norm d. A threshold moves by no more than the learning rate in a
+step, so a short run stays near its start, which is therefore measured in the spread of the untrained pre-activations.
+Thresholds are float32 whatever the precision of the coder.
 """
 
 from collections.abc import Mapping
@@ -30,9 +32,9 @@ class JumpReLU(Selection):
     """Keeps what lies above the latent's own trained threshold."""
 
     needs: ClassVar[tuple[tuple[str, ...], ...]] = (("l0",),)
-    threshold_start: float = 0.1
-    """Threshold of every latent before the first step."""
-    bandwidth: float = 0.1
+    threshold_start: float = 1.5
+    """Threshold of every latent before the first step, in standard deviations of the pre-activations then."""
+    bandwidth: float = 0.5
     """Width eps of the rectangle that gives thresholds their gradient."""
 
     def validate(self, d_sae: int) -> None:
@@ -41,9 +43,9 @@ class JumpReLU(Selection):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"selection.{name}: {getattr(self, name)} must be positive")
 
-    def parameters(self, d_sae: int) -> dict[str, Float[Tensor, "d_sae"]]:
+    def parameters(self, d_sae: int, spread: float = 1.0) -> dict[str, Float[Tensor, "d_sae"]]:
         """Returns the thresholds."""
-        return {"threshold": torch.full((d_sae,), self.threshold_start)}
+        return {"threshold": torch.full((d_sae,), self.threshold_start * spread)}
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the entries above their threshold."""

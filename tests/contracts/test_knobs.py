@@ -37,6 +37,8 @@ SETTING = {
     "adapt_rate": {"target_l0": 2.0},
     ("aux_zipf", "k"): {"tau": 2.0},
 }
+# defaults meant for wider coders
+SMALL = {"l0": {"target_l0": 3.0}}
 RULE_OF = {"l0": "jumprelu", "gate": "gated"}
 
 
@@ -82,7 +84,8 @@ def outcome(rule, terms):
 
 
 def terms_of(rule, **more):
-    return {name: TERMS[name]() for name in ("reconstruction", "auxk", *(group[0] for group in rule.needs))} | more
+    names = ("reconstruction", "auxk", *(group[0] for group in rule.needs))
+    return {name: replace(TERMS[name](), **SMALL.get(name, {})) for name in names} | more
 
 
 RULE_FIELDS = [(name, field) for name, kind in RULES.items() for field in fields(kind)]
@@ -102,9 +105,7 @@ def test_a_changed_field_of_a_rule_changes_the_outcome(name, field):
 @pytest.mark.parametrize(("name", "field"), TERM_FIELDS, ids=lambda v: getattr(v, "name", v))
 def test_a_changed_field_of_a_term_changes_the_outcome(name, field):
     rule = small(RULE_OF.get(name, "topk"))
-    term = replace(TERMS[name](), **SETTING.get((name, field.name), SETTING.get(field.name, {})))
-    if name == "l0":
-        term = replace(term, weight=0.5)
+    term = replace(TERMS[name](), **SMALL.get(name, {}), **SETTING.get((name, field.name), SETTING.get(field.name, {})))
     other = replace(term, **{field.name: changed(term, field)})
     assert outcome(rule, terms_of(rule, **{name: term})) != outcome(rule, terms_of(rule, **{name: other}))
 

@@ -281,6 +281,15 @@ def test_a_penalty_rises_and_is_adapted_to_its_target():
     assert TERMS["l1"]().adapted(1.0, 1e9) == 1.0, "without a target the weight stays"
 
 
+def test_thresholds_are_steered_by_the_slope_of_a_square():
+    term = TERMS["l0"](target_l0=8.0)
+    for l0 in (4.0, 8.0, 9.5, 15.0):
+        slope = ((l0 + 1e-6) / 8 - 1) ** 2 - ((l0 - 1e-6) / 8 - 1) ** 2
+        assert term.adapted(7.0, l0) == pytest.approx(slope / 2e-6, abs=1e-8)
+    assert term.adapted(1.0, 1e9) == 0.25 == -term.adapted(1.0, 0.0), "a dense start counts as twice the target"
+    assert TERMS["l0"](target_l0=0.0).adapted(1.0, 1e9) == 1.0, "without a target L0 itself is penalized"
+
+
 BAD = [
     ("auxk", {"k": -1}, "topk"),
     ("aux_zipf", {"tau": 0.0}, "topk"),
@@ -307,7 +316,7 @@ def test_constants_out_of_range_are_named(name, changes, rule):
 @pytest.mark.parametrize(("name", "rule"), [("l0", "topk"), ("gate", "relu")])
 def test_terms_made_for_another_rule_are_refused(name, rule):
     with pytest.raises(ConfigError, match=rf"objectives\.{name}: needs .*{rule}"):
-        TERMS[name]().validate(M, plugins.names(Selection)[rule]())
+        TERMS[name]().validate(64, plugins.names(Selection)[rule]())
 
 
 def test_l1_of_signed_codes_is_of_their_magnitudes():

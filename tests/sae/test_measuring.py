@@ -26,6 +26,7 @@ def test_measured_statistics():
     middle = measured(x, MaskSpec(), 10.0, Normalization(), "geometric_median").center
     torch.testing.assert_close(middle, geometric_median(torch.from_numpy(kept)).float(), atol=1e-3, rtol=1e-3)
     assert found.variance == pytest.approx(kept.var(0).sum(), rel=1e-6)
+    assert found.input_spread == pytest.approx(kept.var(0).mean() ** 0.5, rel=1e-6)
     scaled = measured(x, MaskSpec(), 10.0, Normalization("scalar"))
     assert (kept * scaled.normalization.scale).__pow__(2).sum(1).mean() == pytest.approx(D, rel=1e-5)
     unfiltered = measured(x, MaskSpec(), 0.0, Normalization())

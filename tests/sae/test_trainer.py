@@ -10,8 +10,10 @@ from sae.config import CoderConfig
 from sae.metrics import fvu
 from sae.normalization import Normalization
 from sae.objectives.auxk import AuxK
+from sae.objectives.l0 import L0
 from sae.objectives.reconstruction import Reconstruction
 from sae.optim import OptimConfig
+from sae.selection.jumprelu import JumpReLU
 from sae.selection.topk import TopK
 from sae.spec import MaskSpec
 from sae.trainer import CoderTrainer, NonFiniteError, Schedule, new_coder
@@ -48,6 +50,27 @@ def assert_same(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def jumprelu(start: float, target: float = 0.0):
+    selection, terms = JumpReLU(start), {"reconstruction": Reconstruction(), "l0": L0(target_l0=target)}
+    return {"selection": selection, "objectives": terms, "normalization": Normalization("scalar")}
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (30.0, 500.0)])
+def test_thresholds_start_in_the_spread_of_the_preactivations(scale, offset):
+    x = torch.randn(20_000, D) * scale + offset
+    made = trainer(x, **jumprelu(1.5), d_sae=64)
+    assert made.coder.encode(x).l0().mean() == pytest.approx(64 * 0.0668, rel=0.1)  # P(N(0, 1) > 1.5)
+
+
+@pytest.mark.parametrize("start", [0.3, 1.5, 4.0])
+def test_l0_comes_to_its_target_from_above_and_below(start):
+    x = activations(400 * BATCH)
+    made = trainer(x, OptimConfig(lr=0.01), Schedule(400, 3 * BATCH), **jumprelu(start, target=5.0))
+    lines = run(made, range(400), x)
+    assert abs(lines[0]["l0"] / 5 - 1) > 0.3
+    assert sum(line["l0"] for line in lines[-50:]) / 50 == pytest.approx(5.0, rel=0.1)
 
 
 @pytest.mark.parametrize("normalization", ["none", "scalar", "layer_norm", "l2"])
