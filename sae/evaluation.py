@@ -5,6 +5,7 @@ whole model clean, spliced, zero-ablated and mean-ablated. The same mask holds i
 neither replaced nor counted. Losses are averaged over tokens first; ratios are formed once, at the end.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from sae.intervene import ablate, reads_ahead, splice
 from sae.metrics import Moments, Reconstruction, head_shares, kl_divergence, recovered
 from sae.models import LanguageModel, load_language_model
 from sae.nulls import null_fvus
+from sae.progress import Progress
 from sae.settings import decode
 from sae.spec import SECOND, CoderSpec, Site, columns_of
 from sae.text import TextConfig, TokenRows, tokenize
@@ -80,11 +82,19 @@ def evaluate(
     size = rows_per_pass(rows.context_length, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
     chosen = torch.arange(n_rows) * rows.n_rows // n_rows
     batches = [rows.tokens(part) for part in chosen.split(size)]
-    with torch.no_grad():
-        results, means = _reconstruct(modes, models, batches, nulls, should_stop)
-        for tag, model in models.items():
-            if model.is_causal:
-                losses = _losses(modes, models, tag, batches, means, should_stop)
+    causal = {tag: _writing(modes, tag) for tag, model in models.items() if model.is_causal}
+    progress = Progress("evaluating", len(batches) * (1 + sum(map(len, causal.values()))), "passes")
+
+    def advance() -> None:
+        if should_stop():
+            raise Stopped("during evaluation")
+        progress.update(progress.n + 1)
+
+    with torch.no_grad(), contextlib.closing(progress):
+        results, means = _reconstruct(modes, models, batches, nulls, advance)
+        for tag, writing in causal.items():
+            if writing:
+                losses = _losses(writing, models, tag, batches, means, advance)
                 for name, found in losses.items():
                     results[name]["loss" if not tag else f"loss_{tag}"] = found
     for name in modes.keys() - several.keys():
@@ -169,7 +179,7 @@ def _reconstruct(
     models: dict[str, LanguageModel],
     batches: list[Int[Tensor, "rows context"]],
     nulls: bool,
-    should_stop: Callable[[], bool],
+    advance: Callable[[], None],
 ) -> tuple[dict[str, Any], dict[str, Float[Tensor, "d"]]]:
     device = models[""].device
     filtered = {name: Reconstruction(coder.spec.d_sae) for name, coder in coders.items()}
@@ -178,7 +188,7 @@ def _reconstruct(
     moments = {name: Moments() for name in coders}
     held: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in coders}
     for batch in batches:
-        _poll(should_stop)
+        advance()
         seen, gradients = _seen(coders, models, batch)
         for name, coder in coders.items():
             spec = coder.spec
@@ -249,6 +259,11 @@ def _seen(
     return seen, gradients
 
 
+def _writing(coders: dict[str, SparseCoder], tag: str) -> dict[str, SparseCoder]:
+    """Returns the coders that write in one of the models."""
+    return {name: coder for name, coder in coders.items() if of_model(coder.spec.writes, tag)}
+
+
 def _sites(coders: dict[str, SparseCoder]) -> list[Site]:
     """Returns all sites that the coders read or write, each once."""
     return list({site.name: site for c in coders.values() for site in (*c.spec.reads, *c.spec.writes)}.values())
@@ -260,11 +275,10 @@ def _losses(
     tag: str,
     batches: list[Int[Tensor, "rows context"]],
     means: dict[str, Float[Tensor, "d"]],
-    should_stop: Callable[[], bool],
+    advance: Callable[[], None],
 ) -> dict[str, dict[str, Any]]:
-    """Returns the losses of one model with the sites replaced that each coder writes in it."""
+    """Returns the losses of one model with the sites replaced that each coder writes; all of them write in it."""
     lm, device = models[tag], models[""].device
-    coders = {name: coder for name, coder in coders.items() if of_model(coder.spec.writes, tag)}
     sums: dict[str, dict[str, float]] = {name: {} for name in coders}
     counts = dict.fromkeys(coders, 0)
 
@@ -282,7 +296,7 @@ def _losses(
             clean = logits(tokens)
         ablated: dict[Any, tuple[Tensor, Tensor]] = {}  # the same for all coders of the same sites and mask
         for name, coder in coders.items():
-            _poll(should_stop)
+            advance()
             spec, total = coder.spec, sums[name]
             keep = token_mask(tokens, spec.mask) & norm_mask(seen, spec.mask).to(lm.device)
             g = _columns(gradients, spec.writes) if _looks_at_gradients(coder) else None
@@ -327,8 +341,3 @@ def _loss_table(sums: dict[str, float], count: int) -> dict[str, Any]:
 
 def _add(sums: dict[str, float], name: str, losses: Float[Tensor, "n"]) -> None:
     sums[name] = sums.get(name, 0.0) + float(losses.double().sum())
-
-
-def _poll(should_stop: Callable[[], bool]) -> None:
-    if should_stop():
-        raise Stopped("during evaluation")

@@ -138,6 +138,15 @@ def test_batches_change_nothing(lm, rows, monkeypatch):
         assert single[part] == pytest.approx(whole[part], rel=1e-5)
 
 
+def test_progress_counts_every_pass_of_every_coder(lm, rows, monkeypatch, caplog):
+    monkeypatch.setattr("sae.evaluation.rows_per_pass", lambda context, vocabulary: 3)
+    monkeypatch.setattr("sae.progress.SECONDS_BETWEEN_LINES", 0.0)
+    with caplog.at_level("INFO", logger="sae"):
+        evaluate({"a": coder("random"), "b": coder("zero")}, lm, rows, 10 * CONTEXT)
+    positions = [line.split()[1] for line in caplog.messages if line.startswith("evaluating")]
+    assert positions == [f"{n}/12" for n in range(1, 13)]  # 4 batches, each read once and run for either coder
+
+
 def test_a_coder_from_one_site_to_another_replaces_what_it_writes(lm, rows):
     read, write = Site("model.layers.1.mlp", "input", "tiny"), Site("model.layers.1.mlp", model="tiny")
     through = coder("identity", reads=(read,), writes=(write,))
