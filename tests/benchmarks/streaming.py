@@ -37,13 +37,10 @@ def coder_config(name: str, d_sae: int, k: int) -> CoderConfig:
     usual = {"reconstruction": {"type": "reconstruction"}, "auxk": {"type": "auxk"}}
     penalty = {"l0": {"type": "l0", "target_l0": k}} if name == "jumprelu" else {}
     penalty |= {"l1": {"type": "l1", "target_l0": k}, "gate": {"type": "gate"}} if name == "gated" else {}
+    steered = {"selection": {"type": name}, "normalization": {"kind": "scalar"}, "objectives": usual | penalty}
     fixed = {
-        "jumprelu": {"selection": {"type": name}, "normalization": {"kind": "scalar"}, "objectives": usual | penalty},
-        "gated": {
-            "selection": {"type": name},
-            "normalization": {"kind": "scalar"},
-            "objectives": usual | penalty,
-        },
+        "jumprelu": steered,
+        "gated": steered,
         "matryoshka": {"selection": {"type": "topk", "k": k}, "objectives": MATRYOSHKA},
     }
     return decode(CoderConfig, {"d_sae": d_sae, **fixed.get(name, {"selection": {"type": name, "k": k}})})
