@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae import kernels
-from sae.compressed import offsets_of, rows_of
+from sae.compressed import flat, offsets_of, rows_of
 from sae.normalization import Undo, undo
 from sae.seeding import generator
 from sae.selection import Support
@@ -240,7 +240,7 @@ class SparseCoder(nn.Module):
             scores = None if scores is None else scores[rows_of(offsets), ids]
             y, offsets = y.reshape(n * layers, -1), offsets_of(counts)
         elif scores is not None:
-            scores = scores[rows_of(offsets), ids]
+            scores = scores.reshape(-1).index_select(0, flat(offsets, ids, scores.shape[1]))
         return kernels.encode_at(y, self.W_enc, self.b_enc, offsets, ids, scores)
 
     def decoded(

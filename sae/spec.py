@@ -272,4 +272,5 @@ class SparseLatents:
 
     def fired(self) -> Int[Tensor, "d_sae"]:
         """Returns at how many tokens each latent fires."""
-        return torch.bincount(self.ids[self.values != 0], minlength=self.d_sae)
+        fired = (self.values != 0).to(torch.int64)
+        return fired.new_zeros(self.d_sae).scatter_add_(0, self.ids, fired)

@@ -1,28 +1,53 @@
-"""The sparse products by way of dense ones: for codes so dense that skipping zeros costs more than multiplying them."""
+"""By way of dense products: for codes so dense that skipping zeros costs more than multiplying them."""
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.compressed import rows_of
+from sae.compressed import flat
 
 
-def spmm(
-    offsets: Int[Tensor, "rows_plus_1"],
-    columns: Int[Tensor, "nnz"],
-    values: Float[Tensor, "nnz"],
-    matrix: Float[Tensor, "m d"],
-) -> Float[Tensor, "rows d"]:
-    """Returns the sparse matrix times `matrix`."""
-    full = matrix.new_zeros(offsets.numel() - 1, len(matrix))
-    full[rows_of(offsets), columns] = values.to(matrix.dtype)
-    return full @ matrix
+class _EncodeAt(torch.autograd.Function):
+    """The product at the support, without computing it where it is known."""
+
+    @staticmethod
+    def forward(ctx, y, weight, bias, places, known):
+        ctx.save_for_backward(y, weight, places)
+        if known is not None:
+            return known.clone()
+        return torch.nn.functional.linear(y, weight, bias).view(-1).index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        y, weight, places = ctx.saved_tensors
+        full = _full(grads[0], places, len(y), len(weight))
+        grad_y = full @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = full.T @ y if ctx.needs_input_grad[1] else None
+        return grad_y, grad_weight, full.sum(0), None, None
 
 
-def sddmm(
-    offsets: Int[Tensor, "rows_plus_1"],
-    columns: Int[Tensor, "nnz"],
-    a: Float[Tensor, "rows d"],
-    b: Float[Tensor, "m d"],
+def encode_at(
+    y: Float[Tensor, "n d_in"],
+    weight: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    offsets: Int[Tensor, "n_plus_1"],
+    ids: Int[Tensor, "nnz"],
+    known: Float[Tensor, "nnz"] | None = None,
 ) -> Float[Tensor, "nnz"]:
-    """Returns <a_i, b_j> for every entry (i, j) of the support."""
-    return (a @ b.T)[rows_of(offsets), columns]
+    """Returns y W^T + b at the support."""
+    return _EncodeAt.apply(y, weight, bias, flat(offsets, ids, len(weight)), known)  # type: ignore[no-any-return]
+
+
+def decode(
+    values: Float[Tensor, "nnz"],
+    weight: Float[Tensor, "d_sae d_out"],
+    offsets: Int[Tensor, "n_plus_1"],
+    ids: Int[Tensor, "nnz"],
+) -> Float[Tensor, "n d_out"]:
+    """Returns the codes times the decoder."""
+    places = flat(offsets, ids, len(weight))
+    return _full(values.to(weight.dtype), places, offsets.numel() - 1, len(weight)) @ weight
+
+
+def _full(values: Float[Tensor, "nnz"], places: Int[Tensor, "nnz"], n: int, m: int) -> Float[Tensor, "n m"]:
+    return values.new_zeros(n * m).scatter_(0, places, values).view(n, m)

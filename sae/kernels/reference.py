@@ -1,4 +1,4 @@
-"""The sparse products in plain torch: slow, memory-hungry, obviously right; the fast ones are tested against them."""
+"""In plain torch with its own gradients: slow, memory-hungry, obviously right; the others are tested against it."""
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -6,24 +6,24 @@ from torch import Tensor
 from sae.compressed import rows_of
 
 
-def spmm(
-    offsets: Int[Tensor, "rows_plus_1"],
-    columns: Int[Tensor, "nnz"],
-    values: Float[Tensor, "nnz"],
-    dense: Float[Tensor, "m d"],
-) -> Float[Tensor, "rows d"]:
-    """Returns the sparse matrix times `dense`."""
-    rows = rows_of(offsets)
-    out = dense.new_zeros(offsets.numel() - 1, dense.shape[1])
-    return out.index_add(0, rows, values[:, None] * dense[columns])
-
-
-def sddmm(
-    offsets: Int[Tensor, "rows_plus_1"],
-    columns: Int[Tensor, "nnz"],
-    a: Float[Tensor, "rows d"],
-    b: Float[Tensor, "m d"],
+def encode_at(
+    y: Float[Tensor, "n d_in"],
+    weight: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    offsets: Int[Tensor, "n_plus_1"],
+    ids: Int[Tensor, "nnz"],
+    known: Float[Tensor, "nnz"] | None = None,
 ) -> Float[Tensor, "nnz"]:
-    """Returns <a_i, b_j> for every entry (i, j) of the support."""
-    rows = rows_of(offsets)
-    return (a[rows] * b[columns]).sum(1)
+    """Returns y W^T + b at the support."""
+    return (y[rows_of(offsets)] * weight[ids]).sum(1) + bias[ids]
+
+
+def decode(
+    values: Float[Tensor, "nnz"],
+    weight: Float[Tensor, "d_sae d_out"],
+    offsets: Int[Tensor, "n_plus_1"],
+    ids: Int[Tensor, "nnz"],
+) -> Float[Tensor, "n d_out"]:
+    """Returns the codes times the decoder."""
+    out = weight.new_zeros(offsets.numel() - 1, weight.shape[1])
+    return out.index_add(0, rows_of(offsets), values[:, None] * weight[ids])

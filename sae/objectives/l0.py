@@ -41,6 +41,6 @@ class L0(Sparsity):
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns L0 of the micro-batch, weighted by its share of the batch."""
         rule, run = step.coder.spec.selection, step.run
-        threshold = step.coder.per_latent()["threshold"][run.latents.ids]
+        threshold = step.coder.per_latent()["threshold"].index_select(0, run.latents.ids)
         active = jumprelu.Heaviside.apply(run.kept.detach(), threshold, rule.bandwidth)  # type: ignore[attr-defined]
         return active.sum() / step.n_tokens

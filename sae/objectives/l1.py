@@ -24,7 +24,7 @@ class L1(Shrinking):
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the penalty per token."""
-        norms = step.coder.decoder_norms()[step.run.latents.ids]
+        norms = step.coder.decoder_norms().index_select(0, step.run.latents.ids)
         kept = step.run.kept
         sizes = kept.abs() if step.coder.spec.selection.signed else torch.relu(kept)
         return (sizes * norms).sum() / (step.n_tokens * step.variance**0.5)

@@ -32,5 +32,5 @@ class Tanh(Shrinking):
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the penalty per token."""
         latents = step.run.latents
-        size = latents.values.abs() * step.coder.decoder_norms()[latents.ids] / step.variance**0.5
+        size = latents.values.abs() * step.coder.decoder_norms().index_select(0, latents.ids) / step.variance**0.5
         return torch.tanh(self.c * size).sum() / step.n_tokens

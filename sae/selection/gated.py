@@ -38,5 +38,6 @@ class Gated(Selection):
         self, kept: Float[Tensor, "nnz"], ids: Int[Tensor, "nnz"], tensors: Mapping[str, Tensor]
     ) -> Float[Tensor, "nnz"]:
         """Returns the magnitudes of the open latents, from their gates."""
-        product = kept - tensors["b_enc"][ids]
-        return torch.relu(tensors["r_mag"].exp()[ids] * product + tensors["b_mag"][ids])
+        scale = tensors["r_mag"].exp()
+        shift = tensors["b_mag"] - scale * tensors["b_enc"]
+        return torch.relu(scale.index_select(0, ids) * kept + shift.index_select(0, ids))

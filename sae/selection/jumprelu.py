@@ -59,7 +59,7 @@ class JumpReLU(Selection):
         self, kept: Float[Tensor, "nnz"], ids: Int[Tensor, "nnz"], tensors: Mapping[str, Tensor]
     ) -> Float[Tensor, "nnz"]:
         """Returns what lies above its threshold, and 0 elsewhere."""
-        return _Jump.apply(kept, tensors["threshold"][ids], self.bandwidth)  # type: ignore[no-any-return]
+        return _Jump.apply(kept, tensors["threshold"].index_select(0, ids), self.bandwidth)  # type: ignore[no-any-return]
 
 
 class _Jump(torch.autograd.Function):

@@ -3,9 +3,9 @@
     python tests/benchmarks/streaming.py [--coders topk] [--model FOLDER --site layers.15 --text FOLDER]
     python tests/benchmarks/streaming.py --coders topk mutual_choice feature_choice jumprelu gated matryoshka
 
-Every round times, in turn and on the same blocks and batches: the run, which streams activations and trains all coders
-on them; the language model alone; each coder alone; with several coders also one run for each. Every part begins with
-the same state. Printed are the median and range of
+Every round times, on the same blocks and batches and in an order drawn anew (a machine's speed drifts): the run, which
+streams activations and trains all coders on them; the language model alone; each coder alone; with several coders also
+one run for each. Every part begins with the same state. Printed are the median and range of
 
     cost:    run / (language model alone + sum of the coders alone)       target on a CPU: 1.10, of a grid of six 1.05
     saving:  (separate runs - run) / (n - 1 times the language model alone)       1 if a grid saves what it predicts
@@ -13,8 +13,10 @@ the same state. Printed are the median and range of
 
 import argparse
 import copy
+import random
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -98,6 +100,16 @@ class Bench:
         stream.close()
         return took, source.blocks, batches
 
+    def parts(self) -> dict[str, Callable[[], float]]:
+        """Returns what to time; a first run, which warms up, finds the blocks and batches."""
+        _, blocks, batches = self.run(self.trainers)
+        each = list(enumerate(self.trainers))
+        timed = {"run": lambda: self.run(self.trainers)[0], "model": lambda: self.model_alone(blocks)}
+        timed |= {f"alone {i}": lambda trainer=trainer: self.alone(trainer, batches) for i, trainer in each}
+        if len(each) > 1:
+            timed |= {f"separate {i}": lambda trainer=trainer: self.run([trainer])[0] for i, trainer in each}
+        return timed
+
     def rewind(self) -> None:
         for trainer, state in zip(self.trainers, self.begun, strict=True):
             trainer.load_state(*copy.deepcopy(state))
@@ -136,20 +148,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    bench = Bench(args)
+    parts, order = Bench(args).parts(), random.Random(0)
     costs, savings = [], []
-    for number in range(args.rounds + 1):  # the first round warms up and is not counted
-        whole, blocks, batches = bench.run(bench.trainers)
-        model = bench.model_alone(blocks)
-        alone = [bench.alone(trainer, batches) for trainer in bench.trainers]
-        cost = whole / (model + sum(alone))
-        line = f"run {whole:.2f} s, model alone {model:.2f} s, coders alone {sum(alone):.2f} s, cost {cost:.3f}"
-        if len(alone) > 1:
-            separate = sum(bench.run([trainer])[0] for trainer in bench.trainers)
-            saving = (separate - whole) / ((len(alone) - 1) * model)
-            line += f"; separate runs {separate:.2f} s, saving {saving:.3f}"
-            savings += [saving] if number else []
-        costs += [cost] if number else []
+    for _ in range(args.rounds):
+        took = {name: parts[name]() for name in order.sample(list(parts), len(parts))}
+        whole, model = took["run"], took["model"]
+        alone, separate = (
+            sum(seconds for name, seconds in took.items() if name.startswith(kind)) for kind in ("alone", "separate")
+        )
+        costs.append(whole / (model + alone))
+        line = f"run {whole:.2f} s, model alone {model:.2f} s, coders alone {alone:.2f} s, cost {costs[-1]:.3f}"
+        if separate:
+            savings.append((separate - whole) / ((len(args.coders) - 1) * model))
+            line += f"; separate runs {separate:.2f} s, saving {savings[-1]:.3f}"
         print(line, flush=True)
     print(f"cost {spread(costs)}")
     if savings:
