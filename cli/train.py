@@ -77,8 +77,10 @@ def command(argv: list[str]) -> int:
 
 
 def _train(config, folder: Path, resume: bool, trust_remote_code: bool, repair: bool) -> int:
+    from sae.memory import keep_freed_memory
     from sae.training import train
 
+    keep_freed_memory()
     _announce(config, folder, trust_remote_code)
     result = train(config, resume, trust_remote_code, folder, repair)
     print_tables(result.metrics)

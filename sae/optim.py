@@ -77,8 +77,8 @@ def project_decoder_gradient(coder: SparseCoder) -> None:
     """Removes from each latent's decoder gradient the part along the decoder, which would only change its norm."""
     if coder.W_dec.grad is not None:
         for weight, grad in zip(coder.decoders(), coder.decoders(gradient=True), strict=True):
-            along = (grad * weight).sum(1, keepdim=True) / weight.square().sum(1, keepdim=True).clamp_min(1e-30)
-            grad.addcmul_(along, weight, value=-1.0)
+            square = torch.linalg.vector_norm(weight, dim=1, keepdim=True).square().clamp_min(1e-30)
+            grad.addcmul_((grad * weight).sum(1, keepdim=True) / square, weight, value=-1.0)
 
 
 @torch.no_grad()

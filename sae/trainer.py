@@ -251,11 +251,12 @@ class CoderTrainer:
         for name, loss in terms.items():
             if not torch.isfinite(loss):
                 raise NonFiniteError(f"loss term {name} is {float(loss)}")
-        squares = {name: p.grad.square().sum() for name, p in self.coder.named_parameters() if p.grad is not None}
-        for name, square in squares.items():
-            if not torch.isfinite(square):
+        gradients = {name: p.grad for name, p in self.coder.named_parameters() if p.grad is not None}
+        norms = {name: torch.linalg.vector_norm(gradient) for name, gradient in gradients.items()}
+        for name, norm in norms.items():
+            if not torch.isfinite(norm):
                 raise NonFiniteError(f"gradient of {name} is not finite")
-        return float(torch.stack(list(squares.values())).sum().sqrt())
+        return float(torch.linalg.vector_norm(torch.stack(list(norms.values()))))
 
     def _update(self, grad_norm: float, index: int) -> float:
         unit = self.coder.spec.decoder_norm == "unit"

@@ -23,6 +23,7 @@ import torch
 from sae.activations import Blocks, LiveSource, norm_mask
 from sae.config import CoderConfig
 from sae.measuring import measure, sample
+from sae.memory import keep_freed_memory
 from sae.models import load_language_model
 from sae.optim import OptimConfig
 from sae.settings import decode
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as sae-train does
     parts, order = Bench(args).parts(), random.Random(0)
     costs, savings = [], []
     for _ in range(args.rounds):
