@@ -233,14 +233,13 @@ class SparseCoder(nn.Module):
     ) -> Float[Tensor, "nnz"]:
         """Returns y W_enc^T + b_enc at a support, differentiable; `scores` is the product where it is there already."""
         layers, n = self.spec.n_blocks, len(y)
+        if scores is not None:
+            scores = scores.reshape(-1).index_select(0, flat(offsets, ids, scores.shape[1]))
         if layers > 1:  # a row for each (token, layer): ids ascend, so the order of the entries stays
             size = self.spec.d_sae // layers
             rows = rows_of(offsets) * layers + torch.div(ids, size, rounding_mode="floor")
             counts = torch.bincount(rows, minlength=n * layers)
-            scores = None if scores is None else scores[rows_of(offsets), ids]
             y, offsets = y.reshape(n * layers, -1), offsets_of(counts)
-        elif scores is not None:
-            scores = scores.reshape(-1).index_select(0, flat(offsets, ids, scores.shape[1]))
         return kernels.encode_at(y, self.W_enc, self.b_enc, offsets, ids, scores)
 
     def decoded(

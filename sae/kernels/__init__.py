@@ -10,9 +10,8 @@ from torch import Tensor
 from sae.kernels import dense, segmented
 
 __all__ = ["decode", "encode_at"]
-DENSE_SHARE = (
-    0.3  # of the entries: from here on dense products are faster on two CPU cores (ReLU coders begin at a half)
-)
+# The share of all entries from which on dense products are faster on two CPU cores; ReLU coders begin at a half.
+DENSE_SHARE = 0.3
 
 
 def encode_at(

@@ -12,7 +12,6 @@ def encode_at(
     bias: Float[Tensor, "d_sae"],
     offsets: Int[Tensor, "n_plus_1"],
     ids: Int[Tensor, "nnz"],
-    known: Float[Tensor, "nnz"] | None = None,
 ) -> Float[Tensor, "nnz"]:
     """Returns y W^T + b at the support."""
     return (y[rows_of(offsets)] * weight[ids]).sum(1) + bias[ids]

@@ -174,7 +174,8 @@ def by_rows(ids: Int[Tensor, "n k"]) -> Support:
 def where(kept: Tensor) -> Support:
     """Returns the support of a [n, m] mask."""
     counts = kept.sum(1)
-    return offsets_of(counts), kept.reshape(-1).nonzero()[:, 0].remainder_(kept.shape[1])
+    places = kept.reshape(-1).nonzero()[:, 0]  # half of the memory that rows and columns take
+    return offsets_of(counts), places.remainder_(kept.shape[1])
 
 
 discover(__name__, __path__)
