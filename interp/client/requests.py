@@ -1,0 +1,111 @@
+"""What can be asked of a model, and what it answers: plain data, so that live, cached and batch calls are the same."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+ROLES = ("explainer", "judge", "reader", "encoder")
+
+# Why an answer is missing. `retryable` ones may succeed when they are asked again.
+RETRYABLE = ("timeout", "connection", "server_error", "rate_limit", "quota", "budget", "expired")
+FINAL = ("refused", "length", "empty", "parse", "no_mass", "bad_request", "unsupported")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation to be continued."""
+
+    role: str
+    """Who is asked: one of ROLES."""
+    messages: tuple[tuple[str, str], ...]
+    """(role, content) pairs: system, user, assistant."""
+    max_tokens: int
+    """Tokens of the answer proper; what a model thinks before comes on top."""
+    temperature: float = 0.0
+    choices: tuple[str, ...] = ()
+    """Words of which the answer is one: their probabilities are read from the first token, and no text is parsed."""
+    schema: str = ""
+    """JSON schema that the answer must follow; the reply then holds `data`."""
+    sample: int = 0
+    """Tells repeated draws of one prompt apart, in the cache too."""
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """A text whose probabilities are wanted; only a model that shows those of its prompt can tell."""
+
+    role: str
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    """Character ranges of `text`. Without `choices`: the log-probability of each, given all before it."""
+    choices: tuple[str, ...] = ()
+    """With these: the log-probability of each word's first token where each span starts, given all before it."""
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Texts of which vectors are wanted."""
+
+    role: str
+    texts: tuple[str, ...]
+
+
+Request = Chat | LogProb | Embed
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, or why there is none."""
+
+    text: str = ""
+    """Of Chat: the answer without what the model thought before it."""
+    data: Any = None
+    """Of Chat with a schema: the parsed answer, which follows it."""
+    probabilities: dict[str, float] = field(default_factory=dict)
+    """Of Chat with choices: by choice. They need not sum to 1: the rest is what the model would have said instead."""
+    logprobs: tuple[tuple[float, ...], ...] = ()
+    """Of LogProb: by span, its sum in nats (one number), or one number a choice."""
+    counts: tuple[int, ...] = ()
+    """Of LogProb without choices: by span, the number of the model's tokens in it."""
+    vectors: tuple[tuple[float, ...], ...] = ()
+    """Of Embed: one a text."""
+    failure: str = ""
+    """Empty, or one of RETRYABLE or FINAL."""
+    detail: str = ""
+    """What the server said of the failure, without secrets."""
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cached: bool = False
+    """Whether it was answered earlier and cost nothing now."""
+
+    @property
+    def ok(self) -> bool:
+        """Returns whether there is an answer."""
+        return not self.failure
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a server was found to do; each way of asking has its own rung."""
+
+    choices: bool = False
+    """Whether log-probabilities of the first token come back."""
+    structured: str = "plain"
+    """How JSON is asked for: json_schema, json_object_schema, json_object or plain."""
+    prompt_logprobs: bool = False
+    """Whether the log-probabilities of a prompt come back: LogProb can be asked."""
+    limit_name: str = "max_tokens"
+    """The name of the limit on the answer: max_tokens or max_completion_tokens."""
+    temperature: bool = True
+    system: bool = True
+    """Whether messages of the role system are taken; else they lead the first user message."""
+    thinking_tokens: int = 0
+    """Room for what the model thinks before it answers."""
+
+
+def key(request: Request, model: str, where: str, abilities: Abilities) -> str:
+    """Returns 64 hex digits that are equal for equal questions alone: what a cache may go by."""
+    asked = {"kind": type(request).__name__, **asdict(request), "abilities": asdict(abilities)}
+    text = json.dumps({"model": model, "where": where, "asked": asked}, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,69 @@
+"""Scorers: how well an explanation says where its latent fires. One file each.
+
+    examples -> tasks -> requests -> replies -> judgements -> score
+
+`prepare` alone may run the model that the coder reads; what it returns is stored. All the rest are pure functions, so
+that live, cached and batched answers give the same score.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from interp.client.requests import Abilities, Reply, Request
+from interp.records import Examples, Explanation, Facts, Judgement, Score, Task
+from sae.plugins import Plugin, discover
+
+if TYPE_CHECKING:
+    from interp.subject import Subject
+
+
+@dataclass(frozen=True)
+class Scorer(Plugin):
+    """A way of scoring. Subclasses add their constants as fields."""
+
+    role: ClassVar[str] = "judge"
+    """Who is asked: one of `interp.client.requests.ROLES`."""
+    headline: ClassVar[str] = "balanced_accuracy"
+    """The measure by which explanations are compared, and whose null and lift are told."""
+    needs_explanation: ClassVar[bool] = True
+    """Whether the score is one of an explanation; else it is one of the latent, and has no shuffled null."""
+    tunes: ClassVar[bool] = False
+    """Whether judgements have no natural threshold, so that one is tuned on the valid split, which is judged too."""
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field whose value is not allowed."""
+
+    def prepare(self, examples: Examples, subject: "Subject") -> dict[str, Any]:
+        """Returns what must be computed with the subject model, as JSON values; most scorers need nothing."""
+        return {}
+
+    def tasks(self, examples: Examples, split: str, prepared: dict[str, Any]) -> list[Task]:
+        """Returns what is judged, in an order that tells nothing; none where the examples do not suffice."""
+        raise NotImplementedError
+
+    def requests(
+        self, explanation: Explanation, tasks: Sequence[Task], facts: Facts, abilities: Abilities
+    ) -> list[Request]:
+        """Returns what is asked; nothing where the explanation's rule decides."""
+        raise NotImplementedError
+
+    def judgements(
+        self,
+        explanation: Explanation,
+        tasks: Sequence[Task],
+        facts: Facts,
+        abilities: Abilities,
+        replies: Sequence[Reply],
+    ) -> list[Judgement]:
+        """Returns the judgement on every task, given the replies to `requests` of the same arguments."""
+        raise NotImplementedError
+
+    def score(
+        self, tasks: Sequence[Task], judgements: Sequence[Judgement], facts: Facts, threshold: float | None = None
+    ) -> Score:
+        """Returns the score; `threshold` is the tuned one of a scorer that `tunes`."""
+        raise NotImplementedError
+
+
+discover(__name__, __path__)
