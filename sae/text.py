@@ -30,7 +30,7 @@ from sae.store import Shards, ShardWriter, fingerprint_key
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextConfig", "TokenRows", "TokenizedText", "documents", "is_held_out", "special_ids", "tokenize"]
+__all__ = ["TextConfig", "TokenRows", "TokenizedText", "documents", "encode", "is_held_out", "special_ids", "tokenize"]
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _fill(
     for batch in _batches(_assigned(config, counts)):
         if should_stop():
             raise Stopped("while tokenizing")
-        for piece, ids in zip(batch, _encode(tokenizer, [piece.text for piece in batch]), strict=True):
+        for piece, ids in zip(batch, encode(tokenizer, [piece.text for piece in batch]), strict=True):
             left = _left(config, counts) if piece.part == "train" else sys.maxsize
             if left > 0:
                 last = piece.last or len(ids) >= left
@@ -254,7 +254,7 @@ def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[Int[np.ndarray, "n"]]:
+def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[Int[np.ndarray, "n"]]:
     """Yields the token ids of each text, none of them special.
 
     `split_special_tokens` stops a tokenizer from looking for special tokens in text; that its vocabulary spells one
