@@ -17,13 +17,20 @@ PACKAGES = ("sae-interp", "torch", "transformers", "datasets", "safetensors", "n
 def environment(lm: LanguageModel, **more: Any) -> dict[str, Any]:
     """Returns versions, device, threads, the model's fingerprint and the command that was typed."""
     return {
-        "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
-        "packages": {name: version(name) for name in PACKAGES},
+        **versions(),
         "threads": torch.get_num_threads(),
         "world_size": distributed.world_size(),
         "device": str(lm.device),
         "model": lm.fingerprint(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         **more,
+    }
+
+
+def versions() -> dict[str, Any]:
+    """Returns versions and the command that was typed."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "packages": {name: version(name) for name in PACKAGES},
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }

@@ -1,0 +1,157 @@
+"""sae-explain: say what the latents of a sparse coder mean, and score it."""
+
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli.common import DONE, Parser, config_path, configs, field_help, read_config, run
+from sae.errors import ConfigError
+
+if TYPE_CHECKING:
+    from interp.config import ExplainConfig
+
+log = logging.getLogger(__name__)
+PARTIAL = 3
+EPILOG = """Every config field is an option: --examples.test 100 --models.judge.model NAME --latents 3,17,40-49
+Examples:
+  sae-explain runs/quickstart                        labels and scores with no key and no network
+  sae-explain RUN --models.explainer.model gpt-4o-mini --budget-usd 5 --price-in 0.15 --price-out 0.6
+  sae-explain RUN --models.explainer.model NAME --models.explainer.base_urls '[http://localhost:8000/v1]'
+  sae-explain RUN --shard 2/8 ...                    an eighth of the latents; then: sae-explain merge RUN_DIR
+  sae-explain compare RUN_A RUN_B                    which latents of two coders mean the same
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run(command, argv)
+
+
+def command(argv: list[str]) -> int:
+    """Parses and acts."""
+    if argv[:1] == ["merge"]:
+        return _merge(argv[1:])
+    from argparse import RawDescriptionHelpFormatter
+
+    parser = Parser("sae-explain", description=__doc__, epilog=EPILOG, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("path", nargs="?", help="folder of a training run or of one coder")
+    parser.add_argument("--config", metavar="NAME|FILE", help="a shipped config or a YAML file")
+    parser.add_argument("--null", metavar="N|all", help="latents scored with another one's explanation too")
+    parser.add_argument("--price-in", metavar="USD", help="for a million prompt tokens, of explainer and judge")
+    parser.add_argument("--price-out", metavar="USD", help="for a million answer tokens, of explainer and judge")
+    parser.add_argument("--explain-only", action="store_true", help="write explanations, score none")
+    parser.add_argument("--score-only", action="store_true", help="score the explanations that are there")
+    parser.add_argument("--retry-failed", action="store_true", help="do again what failed before")
+    parser.add_argument("--shard", metavar="I/N", default="1/1", help="the I-th of N parts of the latents")
+    parser.add_argument("--dry-run", action="store_true", help="print real prompts and what the run would take")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+    parser.add_argument("--list-configs", action="store_true", help="list the shipped configs and exit")
+    parser.add_argument("--help-fields", action="store_true", help="list every config field and exit")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options, overrides = parser.parse_known_args(argv)
+    if options.list_configs:
+        for name, path in configs("explain").items():
+            print(f"{name:28}{path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+        return DONE
+
+    from interp.config import ExplainConfig
+
+    if options.help_fields:
+        print(field_help(ExplainConfig))
+        return DONE
+    path = config_path(options.config, "explain") if options.config else None
+    config = read_config(ExplainConfig, path, _words(options) + overrides)
+    config.validate()
+    if options.print_config:
+        from sae.settings import to_yaml
+
+        print(to_yaml(config), end="")
+        return DONE
+    return _explain(config, _shard(options.shard), options.retry_failed, options.trust_remote_code, options.dry_run)
+
+
+def _explain(config: "ExplainConfig", shard: tuple[int, int], retry: bool, trust: bool, dry_run: bool) -> int:
+    from interp.pipeline import Pipeline, begin
+    from interp.preparing import prepare, resolved
+    from interp.results import lines
+    from sae.stopping import stop_flag
+
+    config = resolved(config)
+    if dry_run:
+        from interp.estimate import dry_run as described
+
+        print("\n".join(described(config, trust)))
+        return DONE
+    with stop_flag() as stop:
+        begin(config)
+        log.info("run folder   %s", config.run_dir)
+        prepared = prepare(config, stop, trust)
+        pipeline = Pipeline(config, prepared, shard)
+        ended = pipeline.run(retry, stop)
+    code = DONE
+    if shard == (1, 1):
+        summary = _write(Path(config.run_dir))
+        print("\n".join(lines(summary)))
+        print(f"\nresults      {Path(config.run_dir) / 'results.parquet'}")
+    if ended.out_of_funds:
+        print(f"error: {ended.out_of_funds}; what is missing goes on with the same command", file=sys.stderr)
+        code = PARTIAL
+    elif ended.failed > config.fail_share * ended.latents:
+        print(f"error: {ended.failed} of {ended.latents} latents failed; --retry-failed does them again", file=sys.stderr)
+        code = PARTIAL
+    return code
+
+
+def _merge(argv: list[str]) -> int:
+    parser = Parser("sae-explain merge", description="Put the shards of a run together.")
+    parser.add_argument("run_dir", help="folder of the run, which holds shards/")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args(argv)
+    from interp.results import lines
+
+    summary = _write(Path(options.run_dir).expanduser())
+    print("\n".join(lines(summary)))
+    return DONE
+
+
+def _write(run_dir: Path) -> dict[str, Any]:
+    from interp.config import ExplainConfig
+    from interp.results import write_results
+    from sae.files import read_json
+    from sae.settings import decode, read_yaml
+
+    config = decode(ExplainConfig, read_yaml(run_dir / "config.yaml"))
+    return write_results(run_dir, config.all_scorers(), read_json(run_dir / "env.json")["about"])
+
+
+def _words(options: Any) -> list[str]:
+    """Returns the fields that options of their own stand for, as they would be typed."""
+    words: list[str] = []
+    if options.path:
+        words.append(f"--coder.path={options.path}")
+    if options.null is not None:
+        words.append(f"--null={-1 if options.null == 'all' else options.null}")
+    for name in ("price_in", "price_out"):
+        value = getattr(options, name)
+        if value is not None:
+            words += [f"--models.{role}.{name}={value}" for role in ("explainer", "judge")]
+    if options.explain_only and options.score_only:
+        raise ConfigError("--score-only: does not go with --explain-only; leave out both to do both")
+    if options.explain_only or options.score_only:
+        words.append(f"--only={'explain' if options.explain_only else 'score'}")
+    return words
+
+
+def _shard(typed: str) -> tuple[int, int]:
+    """Returns (i, n) of "i/n"; ConfigError unless 1 <= i <= n."""
+    first, _, last = typed.partition("/")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise ConfigError(f"--shard: {typed!r} is not I/N with 1 <= I <= N, for example 2/8")
+    return int(first), int(last)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

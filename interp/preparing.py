@@ -1,0 +1,172 @@
+"""From a config to examples: coder, model and text, both passes, and which latents it is about."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy import ndarray
+
+from interp.config import QUICKSTART_TOKENS, TOKENS, ExplainConfig
+from interp.corpus import Corpus, corpus
+from interp.decode import Decoder
+from interp.evidence import gather
+from interp.examples import ExampleMaker
+from interp.latents import Evidence
+from interp.promotes import Tokens, neighbors, promoted
+from interp.records import Examples
+from interp.subject import Subject
+from interp.windows import plan, visit
+from sae import hub
+from sae.coder import SparseCoder
+from sae.config import ModelConfig
+from sae.errors import ConfigError, nearest
+from sae.evaluation import text_of
+from sae.models import load_language_model, resolve_device
+from sae.progress import Progress
+from sae.seeding import generator
+from sae.text import TextConfig
+
+log = logging.getLogger(__name__)
+NEIGHBORS = 8
+
+
+@dataclass
+class Prepared:
+    """What explaining and scoring need of the latents in question."""
+
+    subject: Subject
+    corpus: Corpus
+    evidence: Evidence
+    latents: Int[ndarray, "n"]
+    maker: ExampleMaker
+    tokens: dict[int, Tokens]
+    """By latent, what its direction promotes and suppresses."""
+    near: dict[int, tuple[tuple[int, float], ...]]
+    """By latent, its nearest neighbors."""
+
+    def examples(self, latent: int) -> Examples:
+        """Returns all that is shown of a latent."""
+        up, down = self.tokens[latent]
+        facts = replace(self.maker.facts(latent), promoted=up, suppressed=down, neighbors=self.near[latent])
+        return self.maker.make(latent, facts)
+
+
+def resolved(config: ExplainConfig) -> ExplainConfig:
+    """Returns the config with the coder's own model and text where none are named, and the run's folder.
+
+    Raises ConfigError if the coder cannot be loaded or does not say what it reads.
+    """
+    folder = coder_folder(config)
+    spec = hub.load(folder).spec
+    if not spec.reads:
+        raise ConfigError(f"coder.path: the coder in {folder} names no site to read, so it cannot be explained")
+    model, text, run_dir = config.model, config.text, config.run_dir
+    if not model.name:
+        site = spec.reads[0]
+        model = replace(model, name=site.model, revision=model.revision or site.revision)
+    if not text.source:
+        found = text_of(spec)
+        changed = {k: v for k, v in vars(text).items() if v != vars(TextConfig(source=""))[k]}
+        text = replace(found, max_tokens=None, **changed)
+    if not run_dir:
+        label = "" if config.coder.baseline == "none" else f"-{config.coder.baseline}"
+        run_dir = str(Path(config.coder.path).expanduser() / f"explain{label}")
+        if config.coder.name:
+            run_dir = str(Path(run_dir) / config.coder.name)
+    evidence = config.evidence
+    if evidence.tokens is None:
+        evidence = replace(evidence, tokens=QUICKSTART_TOKENS if text.source == "quickstart" else TOKENS)
+    return replace(config, model=model, text=text, run_dir=run_dir, evidence=evidence)
+
+
+def coder_folder(config: ExplainConfig) -> Path:
+    """Returns the folder of the one coder that is meant."""
+    path = Path(config.coder.path).expanduser()
+    if not config.coder.name:
+        found = hub.coder_folders(path)
+        if len(found) > 1:
+            names = ", ".join(sorted(f.name for f in found))
+            raise ConfigError(f"coder.name: {path} holds {len(found)} coders; choose one: {names}")
+        if not found:
+            raise ConfigError(f"coder.path: {path} holds no saved coder")
+        return found[0]
+    found = {str(f.relative_to(path / "coders")): f for f in hub.coder_folders(path / "coders")}
+    if config.coder.name not in found:
+        known = ", ".join(sorted(found))
+        raise ConfigError(
+            f"coder.name: no {config.coder.name!r} in {path}.{nearest(config.coder.name, found)} It has: {known}"
+        )
+    return found[config.coder.name]
+
+
+def prepare(config: ExplainConfig, should_stop: Callable[[], bool], trust_remote_code: bool = False) -> Prepared:
+    """Returns everything about the latents of a resolved config, computed as far as it is not in its folder."""
+    subject, tokens = load_subject(config, trust_remote_code), config.evidence.tokens or TOKENS
+    progress = Progress("text", tokens, "tokens")
+    rows = corpus(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, should_stop, progress.update)
+    progress.close()
+    folder = Path(config.run_dir) / "evidence"
+    log.info(
+        "text: %s tokens in %s sections, split by %s", f"{rows.n_tokens:,}", f"{rows.meta['sections']:,}",
+        rows.meta["split_by"],
+    )  # fmt: skip
+    evidence = gather(subject, rows, folder, config.evidence.sizes, config.seed, config.evidence.store, should_stop)
+    latents = chosen_latents(config.latents, evidence, config.seed)
+    near = neighbors(subject.coder, latents.tolist(), NEIGHBORS)
+    places = plan(evidence, rows, latents, [[other for other, _ in pairs] for pairs in near], config.seed)
+    visits = visit(subject, rows, places, folder, should_stop)
+    maker = ExampleMaker(evidence, visits, rows, Decoder(subject.lm.tokenizer), config.examples, config.seed)
+    up = promoted(subject.lm, subject.coder, latents.tolist())
+    ids = latents.tolist()
+    return Prepared(
+        subject, rows, evidence, latents, maker,
+        dict(zip(ids, up, strict=True)), {i: tuple(pairs) for i, pairs in zip(ids, near, strict=True)},
+    )  # fmt: skip
+
+
+def load_subject(config: ExplainConfig, trust_remote_code: bool = False) -> Subject:
+    """Returns the coder, or its baseline, with its language model to be loaded."""
+    coder: SparseCoder = hub.load(coder_folder(config)).to(resolve_device(config.model.device))
+    if config.coder.baseline != "none":
+        from interp.baselines import baseline
+
+        coder = baseline(config.coder.baseline, coder, config.seed)
+    model: ModelConfig = config.model
+    return Subject(coder, lambda: load_language_model(**vars(model), trust_remote_code=trust_remote_code))
+
+
+def chosen_latents(typed: str, evidence: Evidence, seed: int) -> Int[ndarray, "n"]:
+    """Returns the latents meant by what was typed, ascending, each once.
+
+    "alive", "all", a number (so many alive ones at random), ids and ranges ("3,17,40-49"), or a file of ids.
+    """
+    alive, d_sae = evidence.alive(), evidence.d_sae
+    path = Path(typed).expanduser()
+    if typed == "all":
+        return np.arange(d_sae)
+    if typed == "alive":
+        return alive
+    if typed.strip().isdigit():
+        n = int(typed)
+        if n < 1:
+            raise ConfigError(f"latents: {typed} is no number of latents; give at least 1 (one id is written {typed},)")
+        order = torch.randperm(len(alive), generator=generator(seed, "latents")).numpy()
+        return np.sort(alive[order[:n]])
+    text = path.read_text(encoding="utf-8") if path.is_file() else typed
+    ids: list[int] = []
+    for word in text.replace(",", " ").split():
+        first, dash, last = word.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ConfigError(
+                f"latents: {word!r} is no latent id or range; allowed: alive, all, a number, ids such as 3,17,40-49, a file"
+            )
+        ids += range(int(first), int(last or first) + 1)
+    beyond = [i for i in ids if i >= d_sae]
+    if beyond or not ids:
+        what = f"{beyond[0]} is out of range" if beyond else "none given"
+        raise ConfigError(f"latents: {what}; the coder has latents 0 to {d_sae - 1}")
+    return np.unique(np.array(ids))
