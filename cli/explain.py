@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +32,10 @@ def command(argv: list[str]) -> int:
     """Parses and acts."""
     if argv[:1] == ["merge"]:
         return _merge(argv[1:])
+    if argv[:1] == ["compare"]:
+        from cli.compare import command as compare
+
+        return compare(argv[1:])
     from argparse import RawDescriptionHelpFormatter
 
     parser = Parser("sae-explain", description=__doc__, epilog=EPILOG, formatter_class=RawDescriptionHelpFormatter)
@@ -100,7 +103,9 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], retry: bool, trust
         print(f"error: {ended.out_of_funds}; what is missing goes on with the same command", file=sys.stderr)
         code = PARTIAL
     elif ended.failed > config.fail_share * ended.latents:
-        print(f"error: {ended.failed} of {ended.latents} latents failed; --retry-failed does them again", file=sys.stderr)
+        print(
+            f"error: {ended.failed} of {ended.latents} latents failed; --retry-failed does them again", file=sys.stderr
+        )
         code = PARTIAL
     return code
 

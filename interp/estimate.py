@@ -86,13 +86,17 @@ def _requests(config: ExplainConfig, prepared: Prepared, examples: Examples) -> 
             if not config.endpoint(scorer.role).model:
                 continue
             ready = scorer.prepare(examples, prepared.subject)
-            for i, request in enumerate(scorer.requests(label, scorer.tasks(examples, "test", ready), examples.facts, ABLE)):
+            for i, request in enumerate(
+                scorer.requests(label, scorer.tasks(examples, "test", ready), examples.facts, ABLE)
+            ):
                 yield f"scorer {name}" if i == 0 else "", request
 
 
 def _size(request: Request) -> int:
     texts = [text for _, text in request.messages] if isinstance(request, Chat) else []
-    texts += [request.text] if isinstance(request, LogProb) else list(request.texts) if isinstance(request, Embed) else []
+    texts += (
+        [request.text] if isinstance(request, LogProb) else list(request.texts) if isinstance(request, Embed) else []
+    )
     return sum(map(len, texts)) // CHARS_PER_TOKEN + 1
 
 

@@ -10,6 +10,7 @@ asked meanwhile comes from the cache. Memory holds the examples of the latents i
 """
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from interp.records import Examples, Explanation
 from interp.scorers import Scorer
 from sae.environment import versions
 from sae.errors import ConfigError, Stopped
-from sae.files import FolderLock, atomic_write, check_writable, write_json
+from sae.files import FolderLock, append, atomic_write, check_writable, write_json
 from sae.progress import Progress
 from sae.seeding import generator
 from sae.settings import flat, read_yaml, to_yaml
@@ -42,7 +43,7 @@ EXPLAIN_KEY = ("latent", "explainer")
 SCORE_KEY = ("latent", "scorer", "explainer", "null")
 FEWEST_FOR_NULL = 20
 WAVE = 2000  # latents whose questions go into one batch
-POLL_S = 0.2
+KEPT = 200  # examples that stay in memory, half a MiB each
 
 Work = tuple[Journal, Row, Flow]
 
@@ -69,6 +70,7 @@ class Pipeline:
         self.explainers, self.scorers = config.all_explainers(), config.all_scorers()
         self.thread = ThreadPoolExecutor(1)  # examples and the subject model, one latent at a time
         self.abilities: dict[str, Abilities] = {}
+        self.kept: dict[int, Examples] = {}
 
     def run(self, retry_failed: bool = False, should_stop: Callable[[], bool] = lambda: False) -> Ended:
         """Does all that is not in the journals yet; with `retry_failed`, also what failed before.
@@ -115,17 +117,20 @@ class Pipeline:
                     await self._phase("scoring", self.latents, self._score)
             except OutOfFunds as error:
                 return str(error)
+            finally:
+                self.spent = self.client.ledger.totals()
+                append(self.folder / "spent.jsonl", json.dumps(self.spent) + "\n")
         return ""
 
     @asynccontextmanager
     async def _client(self, should_stop: Callable[[], bool]) -> AsyncIterator[Client]:
         roles = {role: self.config.endpoint(role) for role in ("explainer", "judge", "reader", "encoder")}
-        async with Client(roles, self.folder / "cache.sqlite", self.config.budget_usd, should_stop=should_stop) as client:
+        async with Client(
+            roles, self.folder / "cache.sqlite", self.config.budget_usd, should_stop=should_stop
+        ) as client:
             yield client
 
-    async def _phase(
-        self, label: str, latents: list[int], work: Callable[[int], Awaitable[list[Work]]]
-    ) -> None:
+    async def _phase(self, label: str, latents: list[int], work: Callable[[int], Awaitable[list[Work]]]) -> None:
         """Does some work on every latent: live, so many at once; through the Batch API in waves."""
         progress = Progress(label, len(latents), "latents")
         batched = any(self.config.endpoint(role).via == "batch" for role in self.abilities)
@@ -136,26 +141,22 @@ class Pipeline:
         async def worker() -> None:
             nonlocal done
             for group in todo:
-                if self.stopping():
+                if self.stopping() or errors:
                     return
-                await self._do([one for latent in group for one in await work(latent)])
+                try:
+                    await self._do([one for latent in group for one in await work(latent)])
+                except Exception as error:  # the others end what they have begun
+                    errors.append(error)
                 done += len(group)
                 progress.update(done, **self._shown())
 
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(worker()) for _ in range(1 if batched else self.config.in_flight)]
-            tasks.create_task(self._watch(running))
+        errors: list[Exception] = []
+        await asyncio.gather(*(worker() for _ in range(1 if batched else self.config.in_flight)))
         progress.close()
+        for error in sorted(errors, key=lambda error: isinstance(error, OutOfFunds)):
+            raise error
         if self.stopping():
             raise Stopped(f"while {label}; the same command goes on")
-
-    async def _watch(self, running: list[asyncio.Task[None]]) -> None:
-        """Ends the workers as soon as a stop is asked for: what they wait for is cached if it was answered."""
-        while not all(task.done() for task in running):
-            await asyncio.sleep(POLL_S)
-            if self.stopping():
-                for task in running:
-                    task.cancel()
 
     async def _do(self, work: list[Work]) -> None:
         """Answers flows side by side, all their requests at once, and writes down what they return."""
@@ -235,7 +236,14 @@ class Pipeline:
         return Explanation.from_json(row["explanation"]) if row and row["explanation"] else None
 
     async def _examples(self, latent: int) -> Examples:
-        return await asyncio.get_running_loop().run_in_executor(self.thread, self.prepared.examples, latent)
+        """The examples of a latent; the last ones made are kept, since a small run needs all of them twice."""
+        found = self.kept.pop(latent, None)
+        if found is None:
+            found = await asyncio.get_running_loop().run_in_executor(self.thread, self.prepared.examples, latent)
+        self.kept[latent] = found
+        if len(self.kept) > KEPT:
+            self.kept.pop(next(iter(self.kept)))
+        return found
 
     async def _prepare(self, scorer: Scorer, name: str, examples: Examples) -> dict[str, Any]:
         """What a scorer computes with the subject model, once for a latent."""
@@ -260,8 +268,11 @@ class Pipeline:
         return dict(zip(chosen, [*chosen[1:], chosen[0]], strict=True))
 
     def _shown(self) -> dict[str, float]:
-        ledger = self.client.ledger
-        return {"calls": ledger.calls, "cached": ledger.cached, "usd": ledger.usd}
+        accounts = self.client.ledger.accounts.values()
+        asked = {"calls": sum(account.calls for account in accounts), "cached": sum(a.cached for a in accounts)}
+        usd = self.client.ledger.usd
+        missing = sum(sum(account.failures.values()) for account in accounts)
+        return asked | {"missing": missing} | ({} if usd is None else {"usd": usd})
 
 
 def shard_folder(run_dir: Path, shard: tuple[int, int]) -> Path:
@@ -270,7 +281,7 @@ def shard_folder(run_dir: Path, shard: tuple[int, int]) -> Path:
 
 
 # What may differ when a run goes on: none of it changes a row that is written.
-FREE = ("latents", "only", "explanations", "null", "budget_usd", "in_flight", "fail_share", "explainers", "scorers")
+FREE = ("latents", "only", "explanations", "null", "budget_usd", "in_flight", "fail_share")
 FREE_OF_MODELS = ("base_urls", "api_key_env", "max_concurrency", "timeout_s", "max_tries", "price_in", "price_out")
 
 
@@ -282,8 +293,7 @@ def begin(config: ExplainConfig) -> None:
     if path.is_file():
         before, after = flat(read_yaml(path)), flat(now)
         for key in sorted(before.keys() | after.keys()):
-            first, _, last = key.partition(".")[0], "", key.rpartition(".")[2]
-            if first in FREE or (first == "models" and last in FREE_OF_MODELS) or before.get(key) == after.get(key):
+            if before.get(key) == after.get(key) or _is_free(key, now, read_yaml(path)):
                 continue
             raise ConfigError(
                 f"{key}: {after.get(key)!r}, but {folder} holds a run with {before.get(key)!r}; choose another run_dir"
@@ -292,3 +302,11 @@ def begin(config: ExplainConfig) -> None:
     about = {"coder": config.coder.path, "baseline": config.coder.baseline, "model": config.model.name}
     about |= {"text": config.text.source, "tokens": config.evidence.tokens, "seed": config.seed}
     write_json(folder / "env.json", {**versions(), "about": about})
+
+
+def _is_free(key: str, now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether a setting may differ: it changes no row, or belongs to an explainer or scorer that comes or goes."""
+    first, *rest = key.split(".")
+    if first in ("explainers", "scorers"):
+        return not rest or not (rest[0] in now[first] and rest[0] in before[first])
+    return first in FREE or (first == "models" and rest[-1] in FREE_OF_MODELS)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from interp.flows import AGAIN, FAILED, OK, PARTIAL, Row, measure
+from interp.flows import FAILED, OK, PARTIAL, Row, measure
 from interp.journal import Journal
 from interp.metrics import difference, mean
 from interp.pipeline import EXPLAIN_KEY, SCORE_KEY
@@ -24,8 +24,14 @@ def shard_folders(run_dir: Path) -> list[Path]:
     found = sorted((run_dir / "shards").glob("*-of-*"))
     totals = {folder.name.partition("-of-")[2] for folder in found}
     if len(totals) > 1:
-        raise ConfigError(f"run_dir: {run_dir} holds shards of {' and '.join(sorted(totals))}; keep those of one division")
-    missing = [i for i in range(1, int(next(iter(totals), "0")) + 1) if run_dir / "shards" / f"{i}-of-{next(iter(totals))}" not in found]
+        raise ConfigError(
+            f"run_dir: {run_dir} holds shards of {' and '.join(sorted(totals))}; keep those of one division"
+        )
+    missing = [
+        i
+        for i in range(1, int(next(iter(totals), "0")) + 1)
+        if run_dir / "shards" / f"{i}-of-{next(iter(totals))}" not in found
+    ]
     if missing or not found:
         what = f"shard {missing[0]} of {next(iter(totals))} is missing" if missing else "it holds no shards"
         raise ConfigError(f"run_dir: {run_dir}: {what}; run it first")
@@ -46,6 +52,16 @@ def write_results(run_dir: Path, scorers: dict[str, Scorer], about: dict[str, An
     summary = {**about, "explanations": _explained(explained), "scores": _summed(table, scorers, nulls)}
     write_json(run_dir / SUMMARY, summary)
     return summary
+
+
+def explanations(run_dir: Path) -> dict[str, dict[int, str]]:
+    """Returns by explainer the text of every latent that has one."""
+    found: dict[str, dict[int, str]] = defaultdict(dict)
+    for folder in shard_folders(run_dir):
+        for row in Journal(folder / "journal-explain.jsonl", EXPLAIN_KEY).rows():
+            if row["explanation"]:
+                found[row["explainer"]][row["latent"]] = row["explanation"]["text"]
+    return dict(found)
 
 
 def label(row: Row) -> str:
@@ -153,17 +169,21 @@ def _write_parquet(path: Path, table: list[dict[str, Any]]) -> None:
 
 def lines(summary: dict[str, Any]) -> list[str]:
     """Returns a summary as people read it."""
-    found = [f"{name}: {', '.join(f'{n} {status}' for status, n in sorted(counts.items()))}" for name, counts in summary["explanations"].items()]
+    found = [
+        f"{name}: {', '.join(f'{n} {status}' for status, n in sorted(counts.items()))}"
+        for name, counts in summary["explanations"].items()
+    ]
     for one in summary["scores"]:
         average, null, lift = (Measure(**one[name]) for name in ("mean", "null", "lift"))
         found.append(
-            f"{one['explainer'] or '(no explanation)'}  {one['scorer']}  {one['headline']} {_told(average)}, "
-            f"null {_told(null)}, lift {_told(lift)}, {one['latents']} latents, coverage {_share(one['coverage'])}"
+            f"{one['explainer'] or '(no explanation)'}  {one['scorer']}  {one['headline']} {told(average)}, "
+            f"null {told(null)}, lift {told(lift)}, {one['latents']} latents, coverage {_share(one['coverage'])}"
         )
     return found
 
 
-def _told(found: Measure) -> str:
+def told(found: Measure) -> str:
+    """Returns a figure with its interval, as people read it."""
     if found.value is None:
         return "n/a"
     if found.low is None or found.high is None:

@@ -1,0 +1,56 @@
+"""sae-explain compare: which latents of two explained coders are the same, and whether their explanations say so."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cli.common import DONE, Parser
+from sae.errors import ConfigError
+
+TOKENS = 100_000
+
+
+def command(argv: list[str]) -> int:
+    """Parses and acts."""
+    parser = Parser("sae-explain compare", description=__doc__)
+    parser.add_argument("a", help="folder of an explained run, or of its coder")
+    parser.add_argument("b", help="the other one")
+    parser.add_argument("--explainer", metavar="NAME", help="whose explanations (default: llm, or the first one there)")
+    parser.add_argument("--encoder", metavar="MODEL", default="tfidf", help="sentence encoder (default: %(default)s)")
+    parser.add_argument("--encoder-url", metavar="URL", help="a server that runs it (default: this process)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens for co-activation (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write all here (default: compare-B.json in A's folder)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args(argv)
+    if options.tokens < 1:
+        raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
+    from interp.client.config import EndpointConfig
+    from interp.compare import compare, run_folder
+    from sae.files import write_json
+
+    via = ("http", (options.encoder_url,)) if options.encoder_url else ("local", ())
+    a, b = (run_folder(Path(path).expanduser()) for path in (options.a, options.b))
+    encoder = EndpointConfig(options.encoder, *via)
+    found = compare(a, b, encoder, options.explainer, options.tokens, options.trust_remote_code)
+    target = Path(options.json) if options.json else a / f"compare-{b.resolve().parent.name}.json"
+    write_json(target, json.loads(json.dumps(found)))
+    print("\n".join([*_lines(found), "", f"json         {target}"]))
+    return DONE
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    from interp.records import Measure
+    from interp.results import told
+
+    lines = [f"{found['latents'][0]} and {found['latents'][1]} explained latents"]
+    for name, value in found["mmcs"].items():
+        if value is not None:
+            lines.append(f"MMCS {name.replace('_', ' ')}   {value['value']:.3f}, random directions {value['null']:.3f}")
+    for name, matching in found["matchings"].items():
+        parts = {key: told(Measure(**value)) for key, value in matching["similarity"].items()}
+        lines.append(
+            f"matched by {name}: mean {matching['mean_strength']:.3f}; explanations alike {parts['value']}, "
+            f"pairs at random {parts['null']}, lift {parts['lift']}"
+        )
+    return lines
