@@ -30,7 +30,7 @@ CHOSEN = json.dumps(_schema(id={"type": "string"}))
 def yes_or_no(reply: Reply) -> Judgement:
     """Returns P(yes) / (P(yes) + P(no)); missing ("no_mass") where the two hold less than half of the probability."""
     found = choice(reply, (YES, NO))
-    return found if not found.valid else Judgement(reply.probabilities[YES] / _mass(reply, (YES, NO)))
+    return found if not found.valid else Judgement(reply.probabilities.get(YES, 0.0) / _mass(reply, (YES, NO)))
 
 
 def choice(reply: Reply, choices: Sequence[str]) -> Judgement:
@@ -64,6 +64,22 @@ def chosen_id(reply: Reply, ids: Sequence[str]) -> Judgement:
         return Judgement(None, reply.failure)
     name = reply.data.get("id") if isinstance(reply.data, dict) else None
     return Judgement(float(ids.index(name))) if name in ids else Judgement(None, "parse")
+
+
+def likelier(more: Reply, less: Reply, per_token: bool = False) -> Judgement:
+    """Returns by how much the text of LogProb's only span is likelier in one reply than in the other.
+
+    In nats, or in nats per token; missing ("empty") where it has no tokens.
+    """
+    found = []
+    for reply in (more, less):
+        if not reply.ok:
+            return Judgement(None, reply.failure)
+        if not reply.counts[0]:
+            return Judgement(None, "empty")
+        found.append(reply.logprobs[0][0] / (reply.counts[0] if per_token else 1))
+    value = found[0] - found[1]
+    return Judgement(value) if math.isfinite(value) else Judgement(None, "no_mass")
 
 
 def _probability(given: list[Any]) -> Judgement:

@@ -203,13 +203,13 @@ def best_threshold(values: Sequence[float], truths: Sequence[float]) -> float | 
 
 
 def classification(
-    tasks: Sequence[Task], judgements: Sequence[Judgement], facts: Facts, threshold: float = 0.5
+    tasks: Sequence[Task], judgements: Sequence[Judgement], facts: Facts, threshold: float | None = 0.5
 ) -> Score:
     """Returns the score of telling active windows from silent ones; a value of at least `threshold` says active.
 
-    The figures without brackets are of active windows and those of the random tier alone. Those of the other tiers
-    are named "balanced_accuracy[same_token]" and so on; n/a where a tier has no answer. Precision is told for the
-    random tier only: there alone is the true rate known. Deciles run from 0, the weakest.
+    The figures without brackets are of active windows and those of the random tier alone. Those of the other tiers are
+    named "balanced_accuracy[same_token]" and so on, and are n/a where a tier has no answer. Precision is told for the
+    random tier only: the true rate (that of the test split) is one of random windows. Deciles run from 0, the weakest.
     """
     answered = [
         (task, judgement.value)
@@ -240,8 +240,10 @@ def score_of(measures: dict[str, Measure], judgements: Sequence[Judgement]) -> S
     return Score(measures, n, n / max(1, len(judgements)), dict(sorted(invalid.items())))
 
 
-def _share(answered: Sequence[tuple[Task, float]], threshold: float, above: bool) -> Measure:
-    """Returns the share of answers on the right side of the threshold."""
+def _share(answered: Sequence[tuple[Task, float]], threshold: float | None, above: bool) -> Measure:
+    """Returns the share of answers on the right side of the threshold; n/a where there is none."""
+    if threshold is None:
+        return NONE
     hits = [(value >= threshold) == above for _, value in answered]
     return rate(hits, [task.section for task, _ in answered])
 

@@ -1,0 +1,147 @@
+r"""How a window becomes text: one line, in which nothing can pass for markup, and fences that nothing can break.
+
+    newline, tab, carriage return                          \n  \t  \r
+    other characters that cannot be seen or have no form   \u{hex}
+    \ itself                                               \\
+    < or > next to its like or to the edge of a mark       \<  \>
+    | in what would begin <|im_end|>, ] in [INST]          \|  \]
+    the name in <think>, </s> or <start_of_turn>           t\hink  \/s  \start_of_turn
+
+So a backslash before n, t, r or u{ is a code and before anything else stands for what follows: reading backwards gives
+the text again. An unescaped << or >> is a mark. No escaped text spells a control token of a chat template, and as it
+has no line break, no text can begin a line of its own.
+"""
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from itertools import count, groupby
+
+from interp.records import Window
+
+OPEN, CLOSE = "<<", ">>"
+TOP_LEVEL = 9
+
+_CODES = {"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\"}
+_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_NAMES = (  # control tokens without an underscore; those with one are told by it
+    "s bos eos pad unk mask cls sep eod eop sop eot eom bot inst sys think thinking tool tools image img audio video "
+    "user assistant system human model"
+)
+_CONTROL = re.compile(rf"<(/?(?:\w*_\w*|unused\d+|0x[0-9A-F]{{2}}|{'|'.join(_NAMES.split())}))>", re.IGNORECASE)
+_BRACKETED = re.compile(r"(\[/?[a-z]?[A-Z][A-Z_]+)\]")
+_BAR = re.compile(r"(?<=<)[|\uff5c]")
+_CONSONANTS = "bcdfghjklmnpqrstvwxz"
+
+
+def spans(window: Window, marked: Collection[int]) -> list[tuple[str, bool]]:
+    """Returns the text cut where marks begin and end, with whether each part is marked; neighbors are one part.
+
+    A marked token that is a part of a character stands for the token that the whole character is told with.
+    """
+    pieces = window.pieces()
+    full = [place for place, piece in enumerate(pieces) if piece]
+    places = {next((f for f in full if f >= place), full[-1]) for place in marked if full}
+    parts = groupby(full, lambda place: place in places)
+    return [("".join(pieces[place] for place in part), inside) for inside, part in parts]
+
+
+def shown(window: Window, marked: Collection[int] = ()) -> str:
+    """Returns the window on one line, with << and >> around the marked tokens."""
+    parts = spans(window, marked)
+    last = len(parts) - 1
+    line = ""
+    for place, (text, inside) in enumerate(parts):
+        line += OPEN + _escaped(text, True, True) + CLOSE if inside else _escaped(text, place > 0, place < last)
+    return _harmless(line)
+
+
+def quoted(text: str) -> str:
+    """Returns the text of a token between quotation marks."""
+    return '"' + _harmless(_escaped(text, False, False)).replace('"', r"\"") + '"'
+
+
+def prose(text: str, longest: int = 2000) -> str:
+    """Returns an explanation on one line, its words as they are, cut at `longest` characters."""
+    line = " ".join(text.split())
+    line = line if len(line) <= longest else line[: longest - 4] + " ..."
+    return _harmless("".join(_code(character) if character != "\\" else character for character in line))
+
+
+def levels(window: Window, largest: float) -> tuple[int, ...]:
+    """Returns every token's activation as 0 (none) to 9 (the top ninth of `largest`, the largest there is)."""
+    scale = TOP_LEVEL / largest if largest > 0 else 0.0
+    return tuple(min(TOP_LEVEL, math.ceil(abs(value) * scale)) for value in window.activations)
+
+
+@dataclass(frozen=True)
+class Fenced:
+    """Texts of one line or more, each after a line of its own that none of them can contain."""
+
+    text: str
+    labels: tuple[str, ...]
+    """By text, what its line ends with, and what an answer must name."""
+    fence: str
+    """What those lines begin with."""
+
+
+def fenced(texts: Sequence[str], labels: Sequence[str] = (), beside: str = "") -> Fenced:
+    """Returns texts between lines "=== code label"; without `labels`, every text gets a random-looking one.
+
+    Code and labels come from a hash of all texts and of `beside`, which stands in the same message, and occur in none
+    of them: so equal questions are equal, and no text can end its part, begin another, or name another's label.
+    """
+    everything = "\n".join([*texts, *labels, beside])
+    digest = _hash(everything).hex()
+    code = _absent(everything, lambda turn: _hash(digest, turn).hex()[:8])
+    names = list(labels)
+    while len(names) < len(texts):
+        names.append(_absent("\n".join([everything, *names]), partial(_label, digest, len(names))))
+    fence = f"=== {code}"
+    parts = [f"{fence} {name}\n{text}\n" for name, text in zip(names, texts, strict=True)]
+    return Fenced("".join([*parts, f"{fence} end"]), tuple(names), fence)
+
+
+def _absent(text: str, make: Callable[[int], str]) -> str:
+    """Returns the first thing made that does not occur in the text."""
+    return next(made for made in map(make, count()) if made not in text)
+
+
+def _label(digest: str, place: int, turn: int) -> str:
+    """Returns four consonants, which are no word."""
+    return "".join(_CONSONANTS[byte % len(_CONSONANTS)] for byte in _hash(digest, place, turn)[:4])
+
+
+def _hash(*key: str | int) -> bytes:
+    return blake2b(repr(key).encode(), digest_size=16).digest()
+
+
+def _escaped(text: str, mark_before: bool, mark_after: bool) -> str:
+    """Returns a part of a window with what is unseen as a code and what could be taken for a mark escaped."""
+    before = (text[:1] if mark_before else " ") + text[:-1]
+    after = text[1:] + (text[-1:] if mark_after else " ")
+    return "".join(
+        "\\" + c if c in "<>" and c in (b, a) else _code(c) for b, c, a in zip(before, text, after, strict=False)
+    )
+
+
+def _code(character: str) -> str:
+    """Returns a character, or the code of one that cannot be seen."""
+    unseen = unicodedata.category(character) in _UNSEEN
+    return _CODES.get(character) or (f"\\u{{{ord(character):x}}}" if unseen else character)
+
+
+def _harmless(line: str) -> str:
+    """Returns a line in which nothing spells a control token; marks around a name may make one."""
+    return _CONTROL.sub(_broken, _BRACKETED.sub(r"\1\]", _BAR.sub(r"\\\g<0>", line)))
+
+
+def _broken(match: re.Match[str]) -> str:
+    """Returns <name> with a backslash in the name, where it makes no code."""
+    name = match[1]
+    place = next(place for place, character in enumerate(name) if character.lower() not in "ntru")
+    return f"<{name[:place]}\\{name[place:]}>"

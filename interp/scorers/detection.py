@@ -1,0 +1,132 @@
+"""Detection: does the judge tell texts in which a latent fires from others (arXiv 2410.13928, section 4.1)?
+
+A judge that shows the probabilities of its first token sees one window a request and answers with one word; its value
+is P(yes) / (P(yes) + P(no)). Any other judge sees several windows in one request and gives each a probability, by id.
+The order is random, and so is the share of active windows in every request, or a request would tell it.
+
+An explanation with a rule (`interp.explainers.token_lookup`) is decided by it, and nobody is asked.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from interp.client.requests import Abilities, Chat, Reply, Request
+from interp.explainers.token_lookup import rule_score
+from interp.judging import ANSWERS, NO, YES, by_id, yes_or_no
+from interp.metrics import classification
+from interp.prompts.judging import DETECTION, Messages, one_text, several_texts
+from interp.prompts.windows import shown
+from interp.records import Examples, Explanation, Facts, Item, Judgement, Score, Task
+from interp.scorers import Scorer
+from sae.seeding import generator
+from sae.settings import at_least, choose
+
+TOKENS_OF_ANSWER = 48  # of a judge's answer on one window of several, with its id
+
+
+@Scorer.register_subclass("detection")
+@dataclass(frozen=True)
+class Detection(Scorer):
+    """Asks whether a description fits a text."""
+
+    layout: str = "auto"
+    """window (one a request), batch (several a request), or auto: window where the judge shows probabilities."""
+    windows_per_request: int = 8
+    """Of the layout batch."""
+
+    question: ClassVar[str] = DETECTION
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field whose value is not allowed."""
+        name = Scorer.get_choice_name(type(self))
+        choose(f"scorers.{name}.layout", self.layout, ("auto", "window", "batch"))
+        at_least(f"scorers.{name}.windows_per_request", self.windows_per_request, 1)
+
+    def marks(self, item: Item) -> tuple[int, ...]:
+        """Returns the tokens that are marked, and that alone a rule looks at; here none, so that a rule sees all."""
+        return ()
+
+    def usable(self, item: Item) -> bool:
+        """Returns whether this can be asked of an item."""
+        return True
+
+    def tasks(self, examples: Examples, split: str, prepared: dict[str, object]) -> list[Task]:
+        """Returns one task an item; none without both active and silent ones."""
+        source = generator(0, Scorer.get_choice_name(type(self)), examples.latent, split)
+        items = [item for item in examples.of(split) if self.usable(item)]
+        items = [items[place] for place in torch.randperm(len(items), generator=source).tolist()]
+        active, silent = ([item for item in items if item.active == kind] for kind in (True, False))
+        if not active or not silent:
+            return []
+        return [
+            Task((item,), float(item.active), item.tier, item.decile, item.window.section)
+            for item in _mixed(active, silent, self.windows_per_request, source)
+        ]
+
+    def requests(
+        self, explanation: Explanation, tasks: Sequence[Task], facts: Facts, abilities: Abilities
+    ) -> list[Request]:
+        """Returns one request a window or a batch; nothing where the explanation's rule decides."""
+        if explanation.rule is not None:
+            return []
+        if self._alone(abilities):
+            texts = [self._text(task) for task in tasks]
+            asked = [one_text(self.question, explanation.text, text) for text in texts]
+            return [Chat(self.role, messages, max_tokens=1, choices=(YES, NO)) for messages in asked]
+        return [
+            Chat(self.role, self._asked(explanation, batch)[0], TOKENS_OF_ANSWER * (len(batch) + 1), schema=ANSWERS)
+            for batch in self._batches(tasks)
+        ]
+
+    def judgements(
+        self,
+        explanation: Explanation,
+        tasks: Sequence[Task],
+        facts: Facts,
+        abilities: Abilities,
+        replies: Sequence[Reply],
+    ) -> list[Judgement]:
+        """Returns the probability on every task that the description fits, or the rule's verdict."""
+        if explanation.rule is not None:
+            items = [task.items[0] for task in tasks]
+            return [Judgement(rule_score(explanation.rule, item.window, self.marks(item))) for item in items]
+        if self._alone(abilities):
+            return [yes_or_no(reply) for _, reply in zip(tasks, replies, strict=True)]
+        answered = zip(self._batches(tasks), replies, strict=True)
+        return [found for batch, reply in answered for found in by_id(reply, self._asked(explanation, batch)[1])]
+
+    def score(
+        self, tasks: Sequence[Task], judgements: Sequence[Judgement], facts: Facts, threshold: float | None = None
+    ) -> Score:
+        """Returns the score of telling active from silent; a probability of a half or more says active."""
+        return classification(tasks, judgements, facts, 0.5 if threshold is None else threshold)
+
+    def _alone(self, abilities: Abilities) -> bool:
+        """Returns whether every window has a request of its own that one word answers."""
+        return abilities.choices and self.layout != "batch"
+
+    def _batches(self, tasks: Sequence[Task]) -> list[Sequence[Task]]:
+        size = 1 if self.layout == "window" else self.windows_per_request
+        return [tasks[start : start + size] for start in range(0, len(tasks), size)]
+
+    def _asked(self, explanation: Explanation, batch: Sequence[Task]) -> tuple[Messages, tuple[str, ...]]:
+        return several_texts(self.question, explanation.text, [self._text(task) for task in batch])
+
+    def _text(self, task: Task) -> str:
+        return shown(task.items[0].window, self.marks(task.items[0]))
+
+
+def _mixed(active: list[Item], silent: list[Item], size: int, source: torch.Generator) -> list[Item]:
+    """Returns all items in groups of `size`, each with a number of active ones that is uniform as far as they last."""
+    mixed: list[Item] = []
+    while active or silent:
+        room = min(size, len(active) + len(silent))
+        least, most = max(0, room - len(silent)), min(room, len(active))
+        n = int(torch.randint(least, most + 1, (1,), generator=source))
+        group = active[:n] + silent[: room - n]
+        active, silent = active[n:], silent[room - n :]
+        mixed += [group[place] for place in torch.randperm(room, generator=source).tolist()]
+    return mixed
