@@ -138,6 +138,8 @@ class ExplainConfig:
         for name, explainer in self.all_explainers().items():
             if explainer.needs_llm and not self.models.explainer.model:
                 raise ConfigError(f"explainers.{name}: asks a language model; set models.explainer.model")
+            if explainer.refines and "batch" in (self.models.explainer.via, self.endpoint("judge").via):
+                raise ConfigError(f"explainers.{name}.refine: true takes a wave of batches too many; use via: http")
         if self.explanations and not Path(self.explanations).expanduser().is_file():
             raise ConfigError(f"explanations: no such file: {self.explanations}")
 

@@ -48,6 +48,7 @@ def write_results(run_dir: Path, scorers: dict[str, Scorer], about: dict[str, An
     score_journals = [Journal(folder / "journal-score.jsonl", SCORE_KEY) for folder in folders]
     nulls = _nulls((row for journal in score_journals for row in journal.rows()), scorers)
     table = list(_table((row for journal in score_journals for row in journal.rows()), scorers, nulls))
+    table.sort(key=lambda row: (row["latent"], row["explainer"], row["scorer"]))
     _write_parquet(run_dir / RESULTS, table)
     summary = {**about, "explanations": _explained(explained), "scores": _summed(table, scorers, nulls)}
     write_json(run_dir / SUMMARY, summary)
@@ -76,13 +77,13 @@ def _headline(row: Row, scorers: dict[str, Scorer]) -> Measure:
 
 def _nulls(rows: Iterable[Row], scorers: dict[str, Scorer]) -> dict[tuple[str, str], Measure]:
     """By (explainer, label), the mean headline with other latents' explanations, over latents."""
-    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    values: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for row in rows:
         if row["null"] and row["scorer"] in scorers and row["status"] in SCORED:
             found = _headline(row, scorers).value
             if found is not None:
-                values[row["explainer"], label(row)].append(found)
-    return {key: mean(found) for key, found in values.items()}
+                values[row["explainer"], label(row)][row["latent"]] = found
+    return {key: mean([found[latent] for latent in sorted(found)]) for key, found in values.items()}
 
 
 def _table(

@@ -20,8 +20,10 @@ class Explainer(Plugin):
 
     needs_llm: ClassVar[bool] = True
     """Whether it asks the explainer model."""
-    refines: ClassVar[bool] = False
-    """Whether it can be shown what its explanation got wrong (`refined`)."""
+    @property
+    def refines(self) -> bool:
+        """Returns whether it wants to be shown what its explanation got wrong (`refined`)."""
+        return False
 
     def validate(self) -> None:
         """Raises ConfigError naming the field whose value is not allowed."""

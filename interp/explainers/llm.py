@@ -6,7 +6,6 @@ A better one may be asked for with the windows of that split on which a judge we
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from interp.client.requests import Abilities, Chat, Reply, Request
 from interp.explainers import Explainer
@@ -33,12 +32,17 @@ class LanguageModelExplainer(Explainer):
     """Silent windows shown."""
     temperature: float = 0.7
     """Of all candidates but the first, and of corrections."""
+    refine: bool = False
+    """Whether the best explanation goes back once, with windows of the valid split on which a judge went wrong."""
     counterexamples: int = 5
     """Windows of each kind, overlooked and mistaken, that a correction is shown."""
     max_prompt_chars: int = 16_000
     """Fewer windows are shown where the prompt would be longer: about four characters are a token."""
 
-    refines: ClassVar[bool] = True
+    @property
+    def refines(self) -> bool:
+        """Returns whether it wants to be shown what its explanation got wrong."""
+        return self.refine
 
     def validate(self) -> None:
         """Raises ConfigError naming the field whose value is not allowed."""
