@@ -21,6 +21,7 @@ from typing import Any
 
 import draccus
 import torch
+from threadpoolctl import threadpool_limits
 
 from interp import outside
 from interp.client import Client
@@ -83,7 +84,8 @@ class Pipeline:
             self.ready = Journal(self.folder / "journal-prepared.jsonl", ("latent", "scorer"))
             self.again = AGAIN if retry_failed else ()
             self._take_in_file()
-            spent = asyncio.run(self._run(should_stop))
+            with threadpool_limits(1, "blas"):  # figures are small: more threads only wait for one another
+                spent = asyncio.run(self._run(should_stop))
         rows = [*self.explained.rows(), *self.scores.rows()]
         failed = {row["latent"] for row in rows if row["status"] == FAILED and not row.get("null")}
         return Ended(len(failed), len(self.latents), spent)

@@ -1,0 +1,41 @@
+"""An encoder that needs no model: TF-IDF vectors of words and parts of words, fitted to the texts that are compared.
+
+    x_f = (1 + ln n_f) (1 + ln((1 + N) / (1 + N_f)))        n_f times in the text, in N_f of N texts
+
+Features are words, punctuation marks, and the words' runs of three characters, ends counted: descriptions name parts of
+words too ("ing"), and texts are cut within words.
+"""
+
+import re
+from collections.abc import Sequence
+
+RUN = 3
+DIGITS = 6
+_FEATURE = re.compile(r"\w+|[^\w\s]")
+
+
+def tfidf(texts: Sequence[str]) -> tuple[tuple[float, ...], ...]:
+    """Returns one vector a text, of norm 1 or, where a text has no features, 0.
+
+    Only their inner products mean anything: they are turned so that as many numbers suffice as there are texts.
+    """
+    import numpy as np
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    if not any(map(features, texts)):
+        return ((0.0,),) * len(texts)
+    vectorizer = TfidfVectorizer(analyzer=features, sublinear_tf=True)  # type: ignore[arg-type]
+    found = vectorizer.fit_transform(texts).toarray()
+    turned = np.linalg.qr(found.T)[1].T
+    return tuple(map(tuple, turned.round(DIGITS).tolist()))
+
+
+def features(text: str) -> list[str]:
+    """Returns the features of a text, each as often as it occurs."""
+    found: list[str] = []
+    for word in _FEATURE.findall(text.lower()):
+        found.append(word)
+        ends = f"^{word}$"
+        if word[0].isalnum():
+            found += [ends[start : start + RUN] for start in range(len(ends) - RUN + 1)]
+    return found
