@@ -91,10 +91,16 @@ class Abilities:
 
     choices: bool = False
     """Whether log-probabilities of the first token come back."""
+    top: int = 20
+    """How many alternatives can be asked for at the first token."""
     structured: str = "plain"
     """How JSON is asked for: json_schema, json_object_schema, json_object or plain."""
     prompt_logprobs: bool = False
     """Whether the log-probabilities of a prompt come back: LogProb can be asked."""
+    prompt_top: int = 0
+    """How many alternatives to each token of a prompt come back: LogProb with choices needs some."""
+    fits_texts: bool = False
+    """Of an encoder: whether vectors depend on the texts asked about together (TF-IDF), so that all must be at once."""
     limit_name: str = "max_tokens"
     """The name of the limit on the answer: max_tokens or max_completion_tokens."""
     temperature: bool = True
@@ -102,6 +108,8 @@ class Abilities:
     """Whether messages of the role system are taken; else they lead the first user message."""
     thinking_tokens: int = 0
     """Room for what the model thinks before it answers."""
+    quiet: str = ""
+    """JSON of the fields that keep a model from thinking; empty where it does not think, or cannot be kept from it."""
 
 
 def key(request: Request, model: str, where: str, abilities: Abilities) -> str:

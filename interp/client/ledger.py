@@ -1,0 +1,153 @@
+"""What was asked and what it cost, by role, and the budget that no call may break.
+
+Before a call its worst case is set aside: a token for every byte that is sent, and the whole limit on the answer. While
+spent plus set aside plus the next call's worst case would exceed the budget, no call goes out; the first call that
+does not fit ends spending for good, so that what is missing at the end is what was asked last. A call whose answer was
+lost on the way (a timeout, a connection that broke) may have been charged: its worst case counts as spent.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from interp.client.config import EndpointConfig
+from interp.client.requests import Chat, LogProb, Request
+from sae.errors import ConfigError
+
+CHARS_PER_TOKEN = 4
+"""Where no server tells: the usual guess for English."""
+TEMPLATE_TOKENS = 16
+"""What a chat template adds to a message at most, about."""
+
+
+@dataclass
+class Account:
+    """One role's calls so far. Tokens and cost are of calls made now; cached answers cost nothing."""
+
+    calls: int = 0
+    cached: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    usd: float | None = 0.0
+    """None where the price is unknown."""
+    estimated: int = 0
+    """Calls whose tokens no server told, so that a quarter of the characters is counted; lost ones at their worst."""
+    failures: dict[str, int] = field(default_factory=dict)
+    """Answers that are missing, by reason."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one call."""
+
+    tokens_in: int
+    tokens_out: int
+    estimated: bool = False
+
+
+class Ledger:
+    """Counts by role, and guards the budget of all roles together."""
+
+    def __init__(self, endpoints: Mapping[str, EndpointConfig], budget_usd: float | None = None) -> None:
+        self.budget_usd, self.spent_out, self._reserved = budget_usd, False, 0.0
+        self.prices = {role: config.prices for role, config in endpoints.items() if config.model}
+        self.accounts = {
+            role: Account(usd=None if price is None else 0.0) for role, price in sorted(self.prices.items())
+        }
+        unknown = [role for role, price in self.prices.items() if price is None]
+        if budget_usd is not None and unknown:
+            raise ConfigError(
+                f"budget_usd: {budget_usd} cannot be kept, for the price of {', '.join(unknown)} is unknown; "
+                f"set {unknown[0]}.price_in and {unknown[0]}.price_out"
+            )
+
+    @property
+    def usd(self) -> float | None:
+        """Returns what has been spent; None where a price is unknown."""
+        known = [account.usd for account in self.accounts.values()]
+        return sum(usd for usd in known if usd is not None) if None not in known else None
+
+    def cost(self, role: str, usage: Usage) -> float | None:
+        """Returns USD for so many tokens; None where the price is unknown."""
+        price = self.prices.get(role)
+        return None if price is None else usage.tokens_in * price[0] + usage.tokens_out * price[1]
+
+    def reserve(self, role: str, worst: Usage) -> bool:
+        """Sets a call's worst case aside and returns whether the budget allows it."""
+        usd = self.cost(role, worst) or 0.0
+        if self.budget_usd is not None:
+            self.spent_out = self.spent_out or (self.usd or 0.0) + self._reserved + usd > self.budget_usd
+            if self.spent_out:
+                return False
+        self._reserved += usd
+        return True
+
+    def settle(self, role: str, worst: Usage, used: Usage) -> None:
+        """Replaces a call's reserve by what it used."""
+        self._reserved -= self.cost(role, worst) or 0.0
+        account = self.accounts[role]
+        account.calls += 1
+        account.tokens_in += used.tokens_in
+        account.tokens_out += used.tokens_out
+        account.estimated += used.estimated
+        if account.usd is not None:
+            account.usd += self.cost(role, used) or 0.0
+
+    def count_local(self, role: str, tokens_in: int, tokens_out: int) -> None:
+        """Counts an answer of a model in this process, which costs nothing."""
+        self.settle(role, Usage(0, 0), Usage(tokens_in, tokens_out))
+
+    def missing(self, role: str, failure: str) -> None:
+        """Counts an answer that is missing."""
+        failures = self.accounts[role].failures
+        failures[failure] = failures.get(failure, 0) + 1
+
+    def projected(self, share_done: float) -> float | None:
+        """Returns the whole cost in USD, judged by what so much of the work has cost; None where that tells nothing."""
+        return None if self.usd is None or not share_done > 0 else self.usd / share_done
+
+    def totals(self) -> dict[str, Any]:
+        """Returns plain JSON values: by role what Account holds, and `usd` and `budget_usd` of all."""
+        roles = {role: asdict(account) for role, account in self.accounts.items()}
+        return {"roles": roles, "usd": self.usd, "budget_usd": self.budget_usd}
+
+
+def worst_case(body: Mapping[str, Any]) -> Usage:
+    """Returns the most tokens that a body can come to: a token holds a byte at least."""
+    limit = max((body.get(name) or 0 for name in ("max_tokens", "max_completion_tokens")), default=0)
+    sent = len(json.dumps(body, ensure_ascii=False).encode(errors="replace"))
+    return Usage(sent + TEMPLATE_TOKENS * len(body.get("messages", ())), limit, estimated=True)
+
+
+def guessed(chars_in: int, chars_out: int) -> Usage:
+    """Returns the tokens of a call whose server does not tell, by the number of characters."""
+    return Usage(-(-chars_in // CHARS_PER_TOKEN), -(-chars_out // CHARS_PER_TOKEN), estimated=True)
+
+
+def estimate(requests: Iterable[Request], endpoints: Mapping[str, EndpointConfig]) -> dict[str, Account]:
+    """Returns by role what requests would come to if none is cached: a guess of the prompts, the limits of the answers.
+
+    Nothing is asked and no file is touched. `usd` is None where the price is unknown.
+    """
+    found: dict[str, Account] = {}
+    for request in requests:
+        config = endpoints.get(request.role, EndpointConfig())
+        account = found.setdefault(request.role, Account(usd=None if config.prices is None else 0.0))
+        if isinstance(request, Chat):
+            chars = sum(len(content) for _, content in request.messages) + len(request.schema)
+            answer = 1 if request.choices else request.max_tokens + config.thinking_tokens
+            used = guessed(
+                chars + CHARS_PER_TOKEN * TEMPLATE_TOKENS * len(request.messages) // 2, CHARS_PER_TOKEN * answer
+            )
+        elif isinstance(request, LogProb):
+            used = guessed(len(request.text), 0)
+        else:
+            used = guessed(sum(map(len, request.texts)), 0)
+        account.calls += 1
+        account.estimated += 1
+        account.tokens_in += used.tokens_in
+        account.tokens_out += used.tokens_out
+        if account.usd is not None and config.prices is not None:
+            account.usd += used.tokens_in * config.prices[0] + used.tokens_out * config.prices[1]
+    return found

@@ -1,0 +1,392 @@
+"""Rows 23 to 25: what a server can do to a call, and that nothing is lost, repeated without end or guessed."""
+
+import asyncio
+import json
+import socket
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+from fake_llm import (
+    KEY,
+    Answer,
+    FakeLLM,
+    broken,
+    drip,
+    dropped,
+    endpoint,
+    error,
+    hang,
+    hurry,
+    impatient,
+    no_choices,
+    no_quota,
+    rate_limited,
+    says,
+    truncated,
+    web_page,
+)
+
+from interp.client import Client, limiter
+from interp.client.requests import FINAL, RETRYABLE, Chat, Embed
+from sae.errors import ConfigError, Stopped
+
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {"p": {"type": "number", "minimum": 0, "maximum": 1}},
+        "required": ["p"],
+        "additionalProperties": False,
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    impatient(monkeypatch)
+
+
+def question(number=0, **asked):
+    return Chat("judge", (("user", f"question {number}"),), **{"max_tokens": 50, **asked})
+
+
+HURRY_S = 0.6
+
+
+def ask(fake, cache, requests, faults=(), always=None, between=None, patience=None, **changes):
+    """Probes, then sets the faults and asks. Returns (replies, calls after the probe, the client)."""
+
+    async def run():
+        async with Client({"judge": endpoint(fake, **changes)}, cache / "cache") as client:
+            await client.abilities("judge")
+            before = len(fake.calls)
+            fake.faults.extend(faults)
+            fake.always = always
+            hurry(client, patience)
+            if between:
+                between(client)
+            return await client.ask_all(requests), fake.calls[before:], client
+
+    return asyncio.run(run())
+
+
+# Row 23
+
+
+def test_a_storm_of_too_many_requests_passes_and_nothing_is_lost(tmp_path):
+    with FakeLLM(lambda asked: asked.text.upper()) as fake:
+        replies, calls, client = ask(
+            fake, tmp_path, [question(n) for n in range(60)], [rate_limited()] * 30, max_tries=20
+        )
+    assert [reply.text for reply in replies] == [f"QUESTION {n}" for n in range(60)]
+    assert len(calls) == 90
+    assert client.ledger.accounts["judge"].failures == {}
+
+
+def test_fewer_requests_go_out_at_once_after_a_storm(tmp_path):
+    with FakeLLM(lambda asked: Answer("hi", delay_s=0.01)) as fake:
+        ask(
+            fake,
+            tmp_path,
+            [question(n) for n in range(30)],
+            [rate_limited()] * 10,
+            between=lambda client: limits(client),
+        )
+    assert fake.most_busy <= 8
+    assert seen[0] == 8
+    assert min(seen) <= 2
+    assert seen[-1] > min(seen)
+
+
+seen: list[float] = []
+
+
+def limits(client):
+    seen.clear()
+    shared = next(iter(client._holders.values())).limiter
+    enter = shared.enter
+
+    async def noted():
+        seen.append(shared.limit)
+        started = await enter()
+        seen.append(shared.limit)
+        return started
+
+    shared.enter = noted
+
+
+@pytest.mark.parametrize("date", [False, True])
+def test_a_pause_that_the_server_asks_for_is_one_for_all(date, tmp_path):
+    wait = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True) if date else "0.4"
+    with FakeLLM() as fake:
+        _, calls, _ = ask(fake, tmp_path, [question(n) for n in range(20)], [rate_limited(wait)], max_concurrency=1)
+    assert len(calls) == 21
+    gap = calls[1].at - calls[0].at
+    assert 0.4 <= gap < 4
+    assert calls[-1].at - calls[1].at < 19 * 0.4 / 2
+
+
+def test_a_server_that_wants_to_be_left_alone_for_long_is(tmp_path):
+    with FakeLLM() as fake:
+        start = time.monotonic()
+        replies, calls, _ = ask(
+            fake, tmp_path, [question(n) for n in range(40)], [rate_limited(300)], max_concurrency=1
+        )
+        assert time.monotonic() - start < 60
+    assert len(calls) == 1
+    assert {reply.failure for reply in replies} == {"rate_limit"}
+    assert "300 s" in replies[-1].detail
+
+
+def test_a_spent_quota_stops_the_endpoint_at_once(tmp_path):
+    with FakeLLM() as fake:
+        requests = [question(n) for n in range(200)]
+        replies, calls, client = ask(fake, tmp_path, requests, [None] * 5, always=no_quota())
+        assert len(calls) <= 5 + 8  # those under way
+        assert sum(reply.ok for reply in replies) == 5
+        failed = [reply for reply in replies if not reply.ok]
+        assert {reply.failure for reply in failed} == {"quota"}
+        assert "exceeded your current quota" in failed[-1].detail
+        assert client.ledger.accounts["judge"].failures == {"quota": 195}
+        replies, calls, _ = ask(fake, tmp_path, requests)  # the same again, once it is paid
+    assert all(reply.ok for reply in replies)
+    assert len(calls) == 195
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 529])
+def test_a_streak_of_server_errors_is_tried_again(status, tmp_path):
+    with FakeLLM() as fake:
+        replies, calls, _ = ask(fake, tmp_path, [question()], [broken(status)] * 3)
+    assert replies[0].ok
+    assert len(calls) == 4
+
+
+def test_tries_are_bounded(tmp_path):
+    with FakeLLM() as fake:
+        replies, calls, _ = ask(fake, tmp_path, [question()], always=broken(), max_tries=4)
+    assert (replies[0].failure, len(calls)) == ("server_error", 4)
+    assert "HTTP 500" in replies[0].detail
+
+
+def test_a_server_that_only_fails_is_given_up_for_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(limiter, "DOWN_S", 0.5)
+    with FakeLLM() as fake:
+        requests = [question(n) for n in range(300)]
+        replies, calls, _ = ask(fake, tmp_path, requests, always=broken(), max_tries=2)
+        assert {reply.failure for reply in replies} == {"server_error"}
+        assert len(calls) < 60
+        fake.always = None
+
+        async def later():
+            async with Client({"judge": endpoint(fake)}, tmp_path / "cache") as client:
+                return await client.ask_all(requests)
+
+        assert all(reply.ok for reply in asyncio.run(later()))
+
+
+@pytest.mark.parametrize("dead", ["refused", "unknown"])
+def test_a_server_that_dies_is_a_reply_and_no_crash(dead, tmp_path, monkeypatch):
+    look_up = socket.getaddrinfo
+
+    def no_such_host(host, *arguments, **options):
+        if "invalid" in str(host):
+            raise socket.gaierror(-2, "Name or service not known")
+        return look_up(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_such_host)
+
+    def gone(client):
+        if dead == "refused":
+            fake.__exit__()
+        else:
+            next(iter(client._holders.values())).clients()[0].base_url = "http://no-such-host.invalid/v1"
+
+    with FakeLLM() as fake:
+        replies, _, client = ask(fake, tmp_path, [question(n) for n in range(50)], between=gone, max_tries=3)
+    assert {reply.failure for reply in replies} == {"connection"}
+    assert client.ledger.accounts["judge"].failures == {"connection": 50}
+    assert client.ledger.accounts["judge"].estimated == 0  # nothing can have been charged
+
+
+def test_the_work_of_a_dead_server_goes_to_another(tmp_path):
+    with FakeLLM(lambda asked: "first") as one, FakeLLM(lambda asked: "second") as two:
+
+        async def run():
+            config = endpoint(one, base_urls=(one.url, two.url))
+            async with Client({"judge": config}, tmp_path / "cache") as client:
+                before = await client.ask_all([question(n) for n in range(40)])
+                one.__exit__()
+                return before, await client.ask_all([question(n) for n in range(40, 80)])
+
+        before, after = asyncio.run(run())
+    assert {reply.text for reply in before} == {"first", "second"}
+    assert {reply.text for reply in after} == {"second"}
+
+
+# Row 24
+
+
+@pytest.mark.parametrize(
+    ("fault", "failure", "calls"),
+    [
+        (hang(), "timeout", 2),
+        (drip(), "timeout", 2),
+        (dropped(), "connection", 2),
+        (web_page(), "server_error", 2),
+        (truncated(), "server_error", 2),
+        (no_choices(), "server_error", 2),
+        (error(400, "context too long"), "bad_request", 1),
+        (error(413, "too large"), "bad_request", 1),
+        (error(404, "no such model"), "server_error", 1),
+        (error(400, "filtered", "content_filter"), "refused", 1),
+        (error(403, "Your input was flagged"), "refused", 1),
+        (error(401, "bad key"), "quota", 1),
+        (error(402, "no credits"), "quota", 1),
+        (says(Answer(None)), "empty", 1),
+        (says(Answer("")), "empty", 1),
+        (says(Answer("an ans", finish="length")), "length", 1),
+        (says(Answer("x", finish="content_filter")), "refused", 1),
+        (says(Answer(None, message={"refusal": "I cannot"})), "refused", 1),
+        (says(Answer("<think>but")), "length", 1),
+    ],
+)
+def test_every_way_to_fail_has_its_name(fault, failure, calls, tmp_path):
+    with FakeLLM() as fake:
+        patience = HURRY_S if failure == "timeout" else None
+        replies, made, client = ask(fake, tmp_path, [question()], always=fault, max_tries=2, patience=patience)
+        reply = replies[0]
+        assert (reply.failure, len(made)) == (failure, calls)
+        assert reply.failure in (*RETRYABLE, *FINAL)
+        assert len(reply.detail) <= 200
+        assert "\n" not in reply.detail
+        assert KEY not in str(reply)
+        assert client.ledger.accounts["judge"].failures == {failure: 1}
+        # what is final is not asked again, the rest is
+        replies, made, _ = ask(fake, tmp_path, [question()])
+    assert (replies[0].ok, len(made)) == ((False, 0) if failure in FINAL else (True, 1))
+
+
+@pytest.mark.parametrize("fault", [hang(), drip(), dropped(), web_page(), truncated(), no_choices(), rate_limited()])
+def test_a_fault_that_passes_costs_no_answer(fault, tmp_path):
+    patience = HURRY_S if fault.hangs or fault.drip_s else None
+    with FakeLLM() as fake:
+        replies, calls, _ = ask(fake, tmp_path, [question()], [fault, fault], patience=patience)
+    assert replies[0].ok
+    assert len(calls) == 3
+
+
+def test_a_cut_is_normal_where_one_token_is_asked_for(tmp_path):
+    with FakeLLM(lambda asked: Answer("yes", {"yes": 0.75, "no": 0.25}, finish="length")) as fake:
+        replies, _, _ = ask(fake, tmp_path, [question(max_tokens=1, choices=("yes", "no"))])
+    assert replies[0].probabilities == pytest.approx({"yes": 0.75, "no": 0.25})
+
+
+# Row 25
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "p"),
+    [
+        ('Sure: {"p": 0.5}', None, 0.5),
+        ('```json\n{"p": 0.25}\n```', None, 0.25),
+        ("I think it is likely.", '{"p": 1}', 1),
+        ('{"p": "0.5"}', '{"p": 0.5}', 0.5),
+        ('{"p": 7}', '{"p": 0.5}', 0.5),
+        ('{"p": 0.5} {"p": 0.6}', '{"p": 0.6}', 0.6),
+        ('{"q": 0.5}', '{"q": 0.5}', None),
+        ("[0.5]", "0.5", None),
+    ],
+)
+def test_an_answer_follows_its_schema_or_is_sent_back_once(first, second, p, tmp_path):
+    answers = iter([first, second])
+    with FakeLLM(lambda asked: next(answers) if "question" in str(asked.messages) else "hello", schemas=()) as fake:
+        replies, calls, _ = ask(fake, tmp_path, [question(schema=SCHEMA)])
+        assert len(calls) == (1 if second is None else 2)
+        if second is not None:
+            (user, told), (assistant, said), (_, complaint) = calls[1].messages
+            assert (user, assistant, said) == ("user", "assistant", first)
+            assert told == "question 0"
+            assert "cannot be used" in complaint
+            assert SCHEMA in complaint
+        reply = replies[0]
+        assert (reply.data["p"] if reply.ok else None) == p
+        assert reply.ok or reply.failure == "parse"
+        assert reply.tokens_in == 10 * len(calls)
+        again, calls, _ = ask(fake, tmp_path, [question(schema=SCHEMA)])
+    assert calls == []  # neither the answer nor the repair is paid twice
+    assert again[0].cached
+    assert again[0].data == reply.data
+
+
+def test_a_list_of_the_wrong_length_is_no_list(tmp_path):
+    entry = {"type": "object", "properties": {"id": {"type": "integer"}}, "required": ["id"]}
+    schema = json.dumps({"type": "array", "items": entry, "minItems": 2, "maxItems": 2})
+    with FakeLLM(lambda asked: '[{"id": 1}]', schemas=()) as fake:
+        replies, calls, _ = ask(fake, tmp_path, [question(schema=schema)])
+    assert (replies[0].failure, len(calls)) == ("parse", 2)
+    assert "items 1, not between 2 and 2" in replies[0].detail
+
+
+def test_vectors_that_are_missing_are_no_vectors(tmp_path):
+    short = {"data": [{"index": 0, "embedding": [1.0]}], "usage": {"prompt_tokens": 1}}
+    with FakeLLM() as fake:
+
+        async def run():
+            async with Client({"encoder": endpoint(fake)}, tmp_path / "cache") as client:
+                await client.abilities("encoder")
+                fake.faults.append(says(Answer()).__class__(body=short))
+                return await client.ask(Embed("encoder", ("a", "b")))
+
+        assert asyncio.run(run()).failure == "parse"
+
+
+# Stopping
+
+
+def test_a_signal_ends_the_wave_once_what_is_under_way_is_stored(tmp_path):
+    stop = []
+    with FakeLLM(lambda asked: Answer("hi", delay_s=0.15)) as fake:
+
+        async def run(wave):
+            async with Client({"judge": endpoint(fake)}, tmp_path / "cache", should_stop=lambda: bool(stop)) as client:
+                await client.abilities("judge")
+                asyncio.get_running_loop().call_later(0.25, stop.append, 1)
+                await client.ask_all(wave)
+
+        wave = [question(n) for n in range(200)]
+        with pytest.raises(Stopped):
+            asyncio.run(run(wave))
+        answered = len(fake.asked("question"))
+        assert 0 < answered < 100
+        stop.clear()
+        fake.answer = lambda asked: "hi"
+        replies, calls, _ = ask(fake, tmp_path, wave)
+    assert all(reply.ok for reply in replies)
+    assert len(calls) == 200 - answered
+
+
+def test_a_signal_does_not_wait_for_a_pause_to_end(tmp_path):
+    stop = []
+    with FakeLLM() as fake:
+
+        async def run():
+            async with Client({"judge": endpoint(fake)}, tmp_path / "cache", should_stop=lambda: bool(stop)) as client:
+                await client.abilities("judge")
+                fake.always = rate_limited(60)
+                asyncio.get_running_loop().call_later(0.1, stop.append, 1)
+                await client.ask_all([question(n) for n in range(20)])
+
+        start = time.monotonic()
+        with pytest.raises(Stopped):
+            asyncio.run(run())
+    assert time.monotonic() - start < 30
+
+
+def test_a_role_without_a_model_is_an_error_of_one_line(tmp_path):
+    async def run():
+        async with Client({}, tmp_path / "cache") as client:
+            await client.ask(question())
+
+    with pytest.raises(ConfigError, match=r"judge\.model: not set"):
+        asyncio.run(run())
