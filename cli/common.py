@@ -108,7 +108,7 @@ def run(command: Callable[[list[str]], int], argv: list[str] | None = None) -> i
         arguments.remove("--debug")
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
-    for noisy in ("httpx", "transformers", "datasets", "matplotlib"):
+    for noisy in ("httpx", "httpx2", "transformers", "datasets", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         return command(arguments)

@@ -90,7 +90,7 @@ def neighbors(coder: SparseCoder, latents: Sequence[int], count: int = 10) -> li
         parts = zip(coder.blocks, coder.decoders(frozen=True), strict=True)
         products = torch.cat([rows[:, block.columns] @ weight.float().T for block, weight in parts], dim=1)
         cosines = products / norms / norms[chosen, None]
-        cosines[torch.arange(len(chosen)), chosen] = -torch.inf  # itself
+        cosines[torch.arange(len(chosen), device=norms.device), chosen] = -torch.inf  # itself
         best = cosines.topk(min(count, coder.spec.d_sae - 1), dim=1)
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         found += [list(zip(ids, values, strict=True)) for ids, values in pairs]

@@ -167,7 +167,9 @@ class Task:
     section: int = -1
     """What bootstraps draw: tasks of one section go together."""
     text: str = ""
-    """Of intervention: the passage that the model wrote."""
+    """Of intervention: the passage that the model wrote with the latent amplified."""
+    clean: str = ""
+    """Of intervention: what it wrote without."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ class Explainer(Plugin):
 
     needs_llm: ClassVar[bool] = True
     """Whether it asks the explainer model."""
+
     @property
     def refines(self) -> bool:
         """Returns whether it wants to be shown what its explanation got wrong (`refined`)."""

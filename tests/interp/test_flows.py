@@ -6,7 +6,18 @@ from interp_examples import BATCH, FRUIT, RIGHT, SINGLE, judge, label, planted
 from interp.client.requests import FINAL, RETRYABLE, Abilities, Reply
 from interp.explainers.llm import LanguageModelExplainer
 from interp.explainers.token_lookup import TokenLookup
-from interp.flows import FAILED, INSUFFICIENT, NONE, NOT_APPLICABLE, OK, OUT_OF_FUNDS, PARTIAL, OutOfFunds, explained, scored
+from interp.flows import (
+    FAILED,
+    INSUFFICIENT,
+    NONE,
+    NOT_APPLICABLE,
+    OK,
+    OUT_OF_FUNDS,
+    PARTIAL,
+    OutOfFunds,
+    explained,
+    scored,
+)
 from interp.records import Examples
 from interp.scorers.detection import Detection
 from interp.scorers.embedding import Embedding

@@ -242,7 +242,11 @@ def test_explaining_and_scoring_can_be_done_apart(coder, prepared, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"examples.test": 13}, "examples.test"), ({"seed": 5}, "seed"), ({"models.encoder.model": "x"}, "models.encoder")],
+    [
+        ({"examples.test": 13}, "examples.test"),
+        ({"seed": 5}, "seed"),
+        ({"models.encoder.model": "x"}, "models.encoder"),
+    ],
 )
 def test_a_run_goes_on_with_its_own_settings_only(coder, prepared, tmp_path, changes, named):
     run(explain_config(coder, tmp_path / "run"), prepared)

@@ -1,0 +1,88 @@
+"""Embedding: does the explanation lie near the texts in which the latent fires (arXiv 2410.13928, section 4.4)?
+
+    s(x) = cos(E(instruction + z), E(x))
+
+E is a sentence encoder. The vectors of windows do not depend on the explanation, so they are asked for apart from its
+own and computed once. TF-IDF, an encoder that needs no model, is fitted to the texts that it compares: it gets all of
+them at once, with the explanation's telling words in place of an instruction. The threshold is tuned on the valid
+split.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from interp.client.requests import Abilities, Embed, Reply, Request
+from interp.metrics import classification
+from interp.prompts.reading import passage_for_encoder, query_for_encoder, query_for_words
+from interp.records import Examples, Explanation, Facts, Judgement, Score, Task
+from interp.scorers import Scorer
+from interp.tasks import window_tasks
+
+BATCH = 64  # windows asked about together
+
+Vector = tuple[float, ...]
+
+
+@Scorer.register_subclass("embedding")
+@dataclass(frozen=True)
+class Embedding(Scorer):
+    """Asks an encoder how near the windows are."""
+
+    role: ClassVar[str] = "encoder"
+    headline: ClassVar[str] = "auroc"
+    tunes: ClassVar[bool] = True
+
+    def tasks(self, examples: Examples, split: str, prepared: dict[str, object]) -> list[Task]:
+        """Returns one task an item; none without both active and silent ones."""
+        return window_tasks(examples.of(split), "embedding", examples.latent, split)
+
+    def requests(
+        self, explanation: Explanation, tasks: Sequence[Task], facts: Facts, abilities: Abilities
+    ) -> list[Request]:
+        """Returns one request for the explanation and one for every 64 windows; or one for all together."""
+        windows = tuple(passage_for_encoder(task.items[0].window) for task in tasks)
+        if not windows:
+            return []
+        if abilities.fits_texts:
+            return [Embed(self.role, (query_for_words(explanation.text), *windows))]
+        batches = [windows[start : start + BATCH] for start in range(0, len(windows), BATCH)]
+        return [Embed(self.role, (query_for_encoder(explanation.text),)), *(Embed(self.role, b) for b in batches)]
+
+    def judgements(
+        self,
+        explanation: Explanation,
+        tasks: Sequence[Task],
+        facts: Facts,
+        abilities: Abilities,
+        replies: Sequence[Reply],
+    ) -> list[Judgement]:
+        """Returns the cosine of every window."""
+        if not tasks:
+            return []
+        first, batches = replies[0], replies[1:]
+        if not first.ok:
+            return [Judgement(None, first.failure)] * len(tasks)
+        query = first.vectors[0]
+        if abilities.fits_texts:
+            return [_cosine(query, vector) for vector in first.vectors[1:]]
+        sizes = [min(BATCH, len(tasks) - start) for start in range(0, len(tasks), BATCH)]
+        found: list[Judgement] = []
+        for size, reply in zip(sizes, batches, strict=True):
+            missing = [Judgement(None, reply.failure)] * size
+            found += [_cosine(query, vector) for vector in reply.vectors] if reply.ok else missing
+        return found
+
+    def score(
+        self, tasks: Sequence[Task], judgements: Sequence[Judgement], facts: Facts, threshold: float | None = None
+    ) -> Score:
+        """Returns the score of telling active from silent; what needs a threshold is n/a without one."""
+        return classification(tasks, judgements, facts, threshold)
+
+
+def _cosine(a: Vector, b: Vector) -> Judgement:
+    """The cosine; 0 where a vector is 0, as that of a text without words is."""
+    norms = math.sqrt(math.fsum(x * x for x in a) * math.fsum(x * x for x in b))
+    value = math.fsum(x * y for x, y in zip(a, b, strict=True)) / norms if norms else 0.0
+    return Judgement(value) if math.isfinite(value) else Judgement(None, "parse")
