@@ -80,6 +80,7 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], retry: bool, trust
     from interp.pipeline import Pipeline, begin
     from interp.preparing import prepare, resolved
     from interp.results import lines
+    from sae.distributed import process_group, rank
     from sae.stopping import stop_flag
 
     config = resolved(config)
@@ -91,16 +92,18 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], retry: bool, trust
     with stop_flag() as stop:
         begin(config)
         log.info("run folder   %s", config.run_dir)
-        prepared = prepare(config, stop, trust)
-        pipeline = Pipeline(config, prepared, shard)
-        ended = pipeline.run(retry, stop)
+        with process_group():
+            prepared, first = prepare(config, stop, trust), rank() == 0
+        if not first:
+            return DONE  # the ranks share the passes; what is left is to wait for answers
+        ended = Pipeline(config, prepared, shard).run(retry, stop)
     code = DONE
     if shard == (1, 1):
         summary = _write(Path(config.run_dir))
         print("\n".join(lines(summary)))
         print(f"\nresults      {Path(config.run_dir) / 'results.parquet'}")
-    if ended.out_of_funds:
-        print(f"error: {ended.out_of_funds}; what is missing goes on with the same command", file=sys.stderr)
+    if ended.cut_off:
+        print(f"error: {ended.cut_off}; what is missing goes on with the same command", file=sys.stderr)
         code = PARTIAL
     elif ended.failed > config.fail_share * ended.latents:
         print(

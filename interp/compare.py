@@ -24,20 +24,20 @@ from interp.client import Client
 from interp.client.config import EndpointConfig
 from interp.client.requests import Embed
 from interp.config import ExplainConfig
-from interp.corpus import Corpus, corpus
-from interp.evidence import MERGED, blocks, encode
+from interp.corpus import Corpus
+from interp.evidence import LATENTS, blocks, encode
 from interp.latents import Evidence
 from interp.metrics import difference, mean
-from interp.preparing import load_subject, resolved
+from interp.preparing import resolved, subject_and_rows
 from interp.records import Measure
 from interp.results import explanations
 from interp.subject import Subject
 from sae.coder import CHUNK_ENTRIES, SparseCoder
 from sae.errors import ConfigError, nearest
-from sae.files import load_tensors
 from sae.intervene import written
 from sae.seeding import generator
 from sae.settings import decode, read_yaml
+from sae.store import Shards
 
 NULL_DRAWS = 20
 
@@ -49,6 +49,7 @@ class Side:
     folder: Path
     config: ExplainConfig
     subject: Subject
+    rows: Corpus
     texts: dict[int, str]
     """Explanations by latent."""
 
@@ -60,7 +61,7 @@ class Side:
     @property
     def alive(self) -> Int[ndarray, "m"]:
         """Returns the latents that fired in the evidence pass."""
-        return Evidence(load_tensors(self.folder / "evidence" / MERGED)).alive()
+        return Evidence(Shards(self.folder / "evidence" / LATENTS, "evidence").read(0)).alive()
 
     def told(self) -> tuple[str, ...]:
         """Returns the explanations in the order of the latents."""
@@ -99,9 +100,8 @@ def compare(
     alike = {"meaning": similarity, "decoder": decoder_cosines(*coders, left.latents, right.latents)}
     if left.config.model.name == right.config.model.name:
         right.subject.lm = left.subject.lm
-        lm, seen = left.subject.lm, left.config.evidence.tokens or tokens
-        rows = corpus(left.config.text, lm.tokenizer, lm.source(), seen)
-        alike["co-activation"] = coactivation(left.subject, right.subject, rows, left.latents, right.latents, tokens)
+        found = coactivation(left.subject, right.subject, left.rows, left.latents, right.latents, tokens)
+        alike["co-activation"] = found
     matchings = {name: match(table, name) for name, table in alike.items() if table is not None}
     return {
         "a": str(a),
@@ -132,7 +132,7 @@ def _side(folder: Path, explainer: str | None, trust_remote_code: bool) -> Side:
         raise ConfigError(
             f"--explainer: {folder} has no explanations by {name!r}.{nearest(name, found)} It has: {known}"
         )
-    return Side(folder, config, load_subject(config, trust_remote_code), found[name])
+    return Side(folder, config, *subject_and_rows(config, trust_remote_code=trust_remote_code), found[name])
 
 
 async def _embedded(encoder: EndpointConfig, texts: tuple[str, ...], cache: Path) -> Float[ndarray, "n d"]:

@@ -23,8 +23,8 @@ AGAIN = (PARTIAL, FAILED)  # what asking once more may mend
 LEAST_COVERAGE = 0.5
 
 
-class OutOfFunds(Exception):
-    """Ends a run whose budget or quota is spent; nothing that was answered is lost."""
+class CutOff(Exception):
+    """Ends a run that gets no more answers: the budget or quota is spent, or the models do not answer any more."""
 
     exit_code = 3
 
@@ -114,7 +114,7 @@ def _asked(requests: list[Request]) -> Generator[list[Request], list[Reply], lis
     replies = (yield requests) if requests else []
     if any(reply.failure in OUT_OF_FUNDS for reply in replies):
         name = next(reply.failure for reply in replies if reply.failure in OUT_OF_FUNDS)
-        raise OutOfFunds(f"the {name} is spent")
+        raise CutOff(f"the {name} is spent")
     return replies
 
 

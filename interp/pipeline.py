@@ -12,6 +12,7 @@ asked meanwhile comes from the cache. Memory holds the examples of the latents i
 import asyncio
 import json
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -27,7 +28,7 @@ from interp import outside
 from interp.client import Client
 from interp.client.requests import Abilities
 from interp.config import ExplainConfig
-from interp.flows import AGAIN, FAILED, OK, Flow, OutOfFunds, Row, explained, scored
+from interp.flows import AGAIN, FAILED, OK, CutOff, Flow, Row, explained, scored
 from interp.journal import Journal
 from interp.preparing import Prepared
 from interp.records import Examples, Explanation
@@ -44,6 +45,8 @@ EXPLAIN_KEY = ("latent", "explainer")
 SCORE_KEY = ("latent", "scorer", "explainer", "null")
 FEWEST_FOR_NULL = 20
 WAVE = 2000  # latents whose questions go into one batch
+FAILURES_IN_A_ROW = 100
+POLL_S = 60.0  # between two looks at the state of batches
 KEPT = 200  # examples that stay in memory, half a MiB each
 
 Work = tuple[Journal, Row, Flow]
@@ -56,8 +59,8 @@ class Ended:
     failed: int
     """Latents of which some row failed."""
     latents: int
-    out_of_funds: str = ""
-    """Which of budget and quota was spent, if one was."""
+    cut_off: str = ""
+    """Why the run got no more answers, if so: the budget or quota is spent, or the models do not answer any more."""
 
 
 class Pipeline:
@@ -72,6 +75,7 @@ class Pipeline:
         self.thread = ThreadPoolExecutor(1)  # examples and the subject model, one latent at a time
         self.abilities: dict[str, Abilities] = {}
         self.kept: dict[int, Examples] = {}
+        self.failed_in_a_row = 0
 
     def run(self, retry_failed: bool = False, should_stop: Callable[[], bool] = lambda: False) -> Ended:
         """Does all that is not in the journals yet; with `retry_failed`, also what failed before.
@@ -117,7 +121,7 @@ class Pipeline:
                 if self.config.only != "explain":
                     self.theirs = self._derangement()
                     await self._phase("scoring", self.latents, self._score)
-            except OutOfFunds as error:
+            except CutOff as error:
                 return str(error)
             finally:
                 self.spent = self.client.ledger.totals()
@@ -127,9 +131,8 @@ class Pipeline:
     @asynccontextmanager
     async def _client(self, should_stop: Callable[[], bool]) -> AsyncIterator[Client]:
         roles = {role: self.config.endpoint(role) for role in ("explainer", "judge", "reader", "encoder")}
-        async with Client(
-            roles, self.folder / "cache.sqlite", self.config.budget_usd, should_stop=should_stop
-        ) as client:
+        cache, budget = self.folder / "cache.sqlite", self.config.budget_usd
+        async with Client(roles, cache, budget, should_stop, POLL_S) as client:
             yield client
 
     async def _phase(self, label: str, latents: list[int], work: Callable[[int], Awaitable[list[Work]]]) -> None:
@@ -155,7 +158,7 @@ class Pipeline:
         errors: list[Exception] = []
         await asyncio.gather(*(worker() for _ in range(1 if batched else self.config.in_flight)))
         progress.close()
-        for error in sorted(errors, key=lambda error: isinstance(error, OutOfFunds)):
+        for error in sorted(errors, key=lambda error: isinstance(error, CutOff)):
             raise error
         if self.stopping():
             raise Stopped(f"while {label}; the same command goes on")
@@ -171,6 +174,7 @@ class Pipeline:
                     waiting[i] = flow.send(answers)
                 except StopIteration as ended:
                     journal.append(row | ended.value)
+                    self._notice(ended.value)
             asked = list(waiting)
             answers = await self.client.ask_all([request for i in asked for request in waiting[i]]) if asked else []
             replies, start = {}, 0
@@ -178,6 +182,15 @@ class Pipeline:
                 stop = start + len(waiting[i])
                 replies[i], start = answers[start:stop], stop
             waiting = {}
+
+    def _notice(self, row: Row) -> None:
+        """Ends the run where one piece of work after the other fails, before all the rest has failed too."""
+        if row["status"] != FAILED:
+            self.failed_in_a_row = 0
+            return
+        self.failed_in_a_row += 1
+        if self.failed_in_a_row >= FAILURES_IN_A_ROW:
+            raise CutOff(f"{self.failed_in_a_row} answers in a row failed ({row['reason']})")
 
     async def _explain(self, latent: int) -> list[Work]:
         todo = [name for name in self.explainers if self._open(self.explained, (latent, name))]
@@ -231,7 +244,8 @@ class Pipeline:
 
     def _sources(self) -> list[str]:
         """The explainers of which explanations are there, and the file's."""
-        return list(dict.fromkeys([*self.explainers, *(name for _, name in self.explained.keys())]))
+        keys = self.explained.keys()
+        return list(dict.fromkeys([*self.explainers, *(name for _, name in keys)]))
 
     def _explanation(self, latent: int, explainer: str) -> Explanation | None:
         row = self.explained.get((latent, explainer))
@@ -261,7 +275,8 @@ class Pipeline:
 
     def _derangement(self) -> dict[int, int]:
         """By latent, whose explanation it is scored with for the null: one round through explained latents, drawn."""
-        explained = sorted({latent for latent, name in self.explained.keys() if self._explanation(latent, name)})
+        keys = self.explained.keys()
+        explained = sorted({latent for latent, name in keys if self._explanation(latent, name)})
         most = len(explained) if self.config.null < 0 else self.config.null
         order = torch.randperm(len(explained), generator=generator(self.config.seed, "null")).tolist()[:most]
         chosen = [explained[i] for i in order]
@@ -291,6 +306,8 @@ def begin(config: ExplainConfig) -> None:
     """Writes config.yaml and env.json of a new run; ConfigError if the folder holds a run with other settings."""
     folder = Path(config.run_dir)
     check_writable(folder, "run_dir")
+    if int(os.environ.get("RANK", "0")):
+        return
     now, path = draccus.encode(config), folder / "config.yaml"
     if path.is_file():
         before, after = flat(read_yaml(path)), flat(now)

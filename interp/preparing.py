@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from numpy import ndarray
 
+from interp.baselines import baseline, sample_of
 from interp.config import QUICKSTART_TOKENS, TOKENS, ExplainConfig
 from interp.corpus import Corpus, corpus
 from interp.decode import Decoder
@@ -22,7 +23,6 @@ from interp.subject import Subject
 from interp.windows import plan, visit
 from sae import hub
 from sae.coder import SparseCoder
-from sae.config import ModelConfig
 from sae.errors import ConfigError, nearest
 from sae.evaluation import text_of
 from sae.models import load_language_model, resolve_device
@@ -105,10 +105,7 @@ def coder_folder(config: ExplainConfig) -> Path:
 
 def prepare(config: ExplainConfig, should_stop: Callable[[], bool], trust_remote_code: bool = False) -> Prepared:
     """Returns everything about the latents of a resolved config, computed as far as it is not in its folder."""
-    subject, tokens = load_subject(config, trust_remote_code), config.evidence.tokens or TOKENS
-    progress = Progress("text", tokens, "tokens")
-    rows = corpus(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, should_stop, progress.update)
-    progress.close()
+    subject, rows = subject_and_rows(config, should_stop, trust_remote_code)
     folder = Path(config.run_dir) / "evidence"
     log.info(
         "text: %s tokens in %s sections, split by %s", f"{rows.n_tokens:,}", f"{rows.meta['sections']:,}",
@@ -128,15 +125,21 @@ def prepare(config: ExplainConfig, should_stop: Callable[[], bool], trust_remote
     )  # fmt: skip
 
 
-def load_subject(config: ExplainConfig, trust_remote_code: bool = False) -> Subject:
-    """Returns the coder, or its baseline, with its language model to be loaded."""
+def subject_and_rows(
+    config: ExplainConfig, should_stop: Callable[[], bool] = lambda: False, trust_remote_code: bool = False
+) -> tuple[Subject, Corpus]:
+    """Returns the coder (or its baseline) with its language model, and the text of a resolved config."""
     coder: SparseCoder = hub.load(coder_folder(config)).to(resolve_device(config.model.device))
+    options = {**vars(config.model), "trust_remote_code": trust_remote_code}
+    subject, tokens = Subject(coder, lambda: load_language_model(**options)), config.evidence.tokens or TOKENS
+    progress = Progress("text", tokens, "tokens")
+    rows = corpus(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, should_stop, progress.update)
+    progress.close()
     if config.coder.baseline != "none":
-        from interp.baselines import baseline
-
-        coder = baseline(config.coder.baseline, coder, config.seed)
-    model: ModelConfig = config.model
-    return Subject(coder, lambda: load_language_model(**vars(model), trust_remote_code=trust_remote_code))
+        stand_in = baseline(config.coder.baseline, coder, config.seed, sample_of(subject, rows))
+        lm = subject.lm
+        subject = Subject(stand_in, lambda: lm)
+    return subject, rows
 
 
 def chosen_latents(typed: str, evidence: Evidence, seed: int) -> Int[ndarray, "n"]:
@@ -162,7 +165,7 @@ def chosen_latents(typed: str, evidence: Evidence, seed: int) -> Int[ndarray, "n
         first, dash, last = word.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise ConfigError(
-                f"latents: {word!r} is no latent id or range; allowed: alive, all, a number, ids such as 3,17,40-49, a file"
+                f"latents: {word!r} is no latent id or range; allowed: alive, all, a number, ids (3,17,40-49), a file"
             )
         ids += range(int(first), int(last or first) + 1)
     beyond = [i for i in ids if i >= d_sae]

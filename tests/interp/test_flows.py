@@ -14,7 +14,7 @@ from interp.flows import (
     OK,
     OUT_OF_FUNDS,
     PARTIAL,
-    OutOfFunds,
+    CutOff,
     explained,
     scored,
 )
@@ -98,7 +98,7 @@ def test_what_stops_an_explanation_is_said():
     for failure in (*RETRYABLE, *FINAL):
         flow = explained(LanguageModelExplainer(), planted(), ABLE, None)
         if failure in OUT_OF_FUNDS:
-            with pytest.raises(OutOfFunds, match=failure):
+            with pytest.raises(CutOff, match=failure):
                 drive(flow, explainers(Reply(failure=failure)))
             continue
         row, _ = drive(flow, explainers(Reply(failure=failure)))

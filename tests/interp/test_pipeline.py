@@ -22,6 +22,7 @@ def quick_retries(monkeypatch):
     """Waits between tries are told in seconds; here in thousandths."""
     monkeypatch.setattr("interp.client.limiter.FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr("interp.client.limiter.DOWN_S", 0.05)
+    monkeypatch.setattr("interp.pipeline.POLL_S", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +159,14 @@ def test_an_exhausted_quota_ends_the_run_at_once_and_loses_nothing(coder, prepar
         server.always = quota
         _, ended = run(config, prepared)
         spent = len(server.calls)
-        assert "quota" in ended.out_of_funds
+        assert "quota" in ended.cut_off
         assert spent < 60 + 70  # those under way when the first refusal came
         kept = scores(tmp_path / "run")
         assert all(row["status"] == OK for row in kept.values() if row.get("score"))
         server.always = None
         server.faults.clear()
         _, ended = run(config, prepared)
-        assert not ended.out_of_funds
+        assert not ended.cut_off
         assert not ended.failed
         bodies = asked(server)
         again = [body for body in set(bodies) if bodies.count(body) > 1]
@@ -179,7 +180,7 @@ def test_a_budget_is_kept(coder, prepared, tmp_path):
         changes["models.explainer"] = {**changes["models.explainer"], "price_in": 10.0, "price_out": 10.0}
         config = explain_config(coder, tmp_path / "run", changes)
         pipeline, ended = run(config, prepared)
-        assert "budget" in ended.out_of_funds
+        assert "budget" in ended.cut_off
         assert 0 < pipeline.spent["usd"] <= 0.05
 
 
