@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 PARTIAL = 3
+COMMANDS = ("merge", "compare", "export", "import")
 EPILOG = """Every config field is an option: --examples.test 100 --models.judge.model NAME --latents 3,17,40-49
 Examples:
   sae-explain runs/quickstart                        labels and scores with no key and no network
@@ -20,6 +22,7 @@ Examples:
   sae-explain RUN --models.explainer.model NAME --models.explainer.base_urls '[http://localhost:8000/v1]'
   sae-explain RUN --shard 2/8 ...                    an eighth of the latents; then: sae-explain merge RUN_DIR
   sae-explain compare RUN_A RUN_B                    which latents of two coders mean the same
+  sae-explain export RUN_DIR FOLDER ...              for Neuronpedia; import: what delphi has explained and scored
 """
 
 
@@ -30,12 +33,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(argv: list[str]) -> int:
     """Parses and acts."""
-    if argv[:1] == ["merge"]:
-        return _merge(argv[1:])
-    if argv[:1] == ["compare"]:
-        from cli.compare import command as compare
-
-        return compare(argv[1:])
+    if argv[:1] and argv[0] in COMMANDS:
+        return _other(argv[0])(argv[1:])
     from argparse import RawDescriptionHelpFormatter
 
     parser = Parser("sae-explain", description=__doc__, epilog=EPILOG, formatter_class=RawDescriptionHelpFormatter)
@@ -113,6 +112,19 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], retry: bool, trust
     return code
 
 
+def _other(name: str) -> Callable[[list[str]], int]:
+    """Returns one of the other commands."""
+    if name == "merge":
+        return _merge
+    if name == "compare":
+        from cli.compare import command as compare
+
+        return compare
+    from cli import exchange
+
+    return exchange.export if name == "export" else exchange.take_in
+
+
 def _merge(argv: list[str]) -> int:
     parser = Parser("sae-explain merge", description="Put the shards of a run together.")
     parser.add_argument("run_dir", help="folder of the run, which holds shards/")
@@ -127,10 +139,11 @@ def _merge(argv: list[str]) -> int:
 
 def _write(run_dir: Path) -> dict[str, Any]:
     from interp.config import ExplainConfig
-    from interp.results import write_results
+    from interp.results import shard_folders, write_results
     from sae.files import read_json
     from sae.settings import decode, read_yaml
 
+    shard_folders(run_dir)  # says in a line what is missing
     config = decode(ExplainConfig, read_yaml(run_dir / "config.yaml"))
     return write_results(run_dir, config.all_scorers(), read_json(run_dir / "env.json")["about"])
 
@@ -141,7 +154,7 @@ def _words(options: Any) -> list[str]:
     if options.path:
         words.append(f"--coder.path={options.path}")
     if options.null is not None:
-        words.append(f"--null={-1 if options.null == 'all' else options.null}")
+        words.append(f"--null-latents={-1 if options.null == 'all' else options.null}")
     for name in ("price_in", "price_out"):
         value = getattr(options, name)
         if value is not None:

@@ -109,7 +109,7 @@ class ExplainConfig:
     only: str = "both"
     """explain (no scores), score (the explanations that are there), or both."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
-    null: int = 200
+    null_latents: int = 200
     """Latents scored with another latent's explanation too, at most; -1: all of them, 0: none."""
     budget_usd: float | None = None
     """Nothing more is asked once this much is spent."""
@@ -128,7 +128,7 @@ class ExplainConfig:
             self.text.validate()
         choose("only", self.only, ("explain", "score", "both"))
         at_least("in_flight", self.in_flight, 1)
-        at_least("null", self.null, -1)
+        at_least("null_latents", self.null_latents, -1)
         if not 0 <= self.fail_share <= 1:
             raise ConfigError(f"fail_share: {self.fail_share} is not between 0 and 1")
         if self.budget_usd is not None and not self.budget_usd > 0:

@@ -49,7 +49,7 @@ def _lines(config: ExplainConfig, prepared: Prepared) -> Iterator[str]:
             if number == 0 and title:
                 yield from ("", f"--- {title}, latent {examples.latent}, to the {role}", *_told(request))
     latents = _planned(config, prepared)
-    null = latents if config.null < 0 else min(config.null, latents)
+    null = latents if config.null_latents < 0 else min(config.null_latents, latents)
     yield ""
     yield f"{latents:,} latents; of {null:,} the scores are also taken with another latent's explanation"
     usd = 0.0

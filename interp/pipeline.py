@@ -277,7 +277,7 @@ class Pipeline:
         """By latent, whose explanation it is scored with for the null: one round through explained latents, drawn."""
         keys = self.explained.keys()
         explained = sorted({latent for latent, name in keys if self._explanation(latent, name)})
-        most = len(explained) if self.config.null < 0 else self.config.null
+        most = len(explained) if self.config.null_latents < 0 else self.config.null_latents
         order = torch.randperm(len(explained), generator=generator(self.config.seed, "null")).tolist()[:most]
         chosen = [explained[i] for i in order]
         if len(chosen) < FEWEST_FOR_NULL:
@@ -298,7 +298,7 @@ def shard_folder(run_dir: Path, shard: tuple[int, int]) -> Path:
 
 
 # What may differ when a run goes on: none of it changes a row that is written.
-FREE = ("latents", "only", "explanations", "null", "budget_usd", "in_flight", "fail_share")
+FREE = ("latents", "only", "explanations", "null_latents", "budget_usd", "in_flight", "fail_share")
 FREE_OF_MODELS = ("base_urls", "api_key_env", "max_concurrency", "timeout_s", "max_tries", "price_in", "price_out")
 
 

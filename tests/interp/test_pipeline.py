@@ -103,7 +103,7 @@ def test_results_hold_every_latent_with_null_and_lift(coder, prepared, tmp_path)
 
 
 def test_under_twenty_latents_the_null_is_not_available(coder, prepared, tmp_path):
-    config = explain_config(coder, tmp_path / "run", {"latents": "24", "null": 19})
+    config = explain_config(coder, tmp_path / "run", {"latents": "24", "null_latents": 19})
     run(config, prepared)
     assert not any(row["null"] for row in scores(tmp_path / "run").values())
     summary = write_results(tmp_path / "run", config.all_scorers(), {})
@@ -186,9 +186,9 @@ def test_a_budget_is_kept(coder, prepared, tmp_path):
 
 def test_shards_put_together_are_the_whole(coder, prepared, tmp_path):
     with FakeLLM(scripted, **ABLE) as server:
-        whole = explain_config(coder, tmp_path / "whole", with_llm(server.url, null=0))
+        whole = explain_config(coder, tmp_path / "whole", with_llm(server.url, null_latents=0))
         run(whole, prepared)
-        config = explain_config(coder, tmp_path / "parts", with_llm(server.url, null=0))
+        config = explain_config(coder, tmp_path / "parts", with_llm(server.url, null_latents=0))
         run(config, prepared, shard=(1, 2))
         with pytest.raises(ConfigError, match="shard 2 of 2 is missing"):
             write_results(tmp_path / "parts", config.all_scorers(), {})
@@ -253,7 +253,7 @@ def test_a_run_goes_on_with_its_own_settings_only(coder, prepared, tmp_path, cha
     run(explain_config(coder, tmp_path / "run"), prepared)
     with pytest.raises(ConfigError, match=named):
         run(explain_config(coder, tmp_path / "run", changes), prepared)
-    run(explain_config(coder, tmp_path / "run", {"in_flight": 3, "null": 21}), prepared)
+    run(explain_config(coder, tmp_path / "run", {"in_flight": 3, "null_latents": 21}), prepared)
 
 
 def test_two_runs_do_not_write_to_one_shard(coder, prepared, tmp_path):

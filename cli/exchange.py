@@ -1,0 +1,74 @@
+"""sae-explain export and import: Neuronpedia's JSON lines out, delphi's explanations and scores in."""
+
+from pathlib import Path
+
+from cli.common import DONE, Parser
+from sae.errors import ConfigError, nearest
+
+
+def export(argv: list[str]) -> int:
+    """Writes the explanations, scores and windows of a run for Neuronpedia."""
+    parser = Parser("sae-explain export", description=export.__doc__)
+    parser.add_argument("run_dir", help="folder of an explained run")
+    parser.add_argument("folder", help="where explanations.jsonl and activations.jsonl are written")
+    parser.add_argument("--model-id", required=True, help="Neuronpedia's name of the model, such as gpt2-small")
+    parser.add_argument("--source-id", required=True, help="Neuronpedia's name of the coder, such as 6-res-jb")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args(argv)
+
+    from interp.compare import run_folder
+    from interp.config import ExplainConfig
+    from interp.neuronpedia import export as written
+    from interp.preparing import prepare, resolved
+    from sae.settings import decode, read_yaml
+    from sae.stopping import stop_flag
+
+    folder = run_folder(Path(options.run_dir).expanduser())
+    config = resolved(decode(ExplainConfig, read_yaml(folder / "config.yaml")))
+    with stop_flag() as stop:
+        prepared = prepare(config, stop, options.trust_remote_code)
+        examples = (prepared.examples(latent) for latent in prepared.latents.tolist())
+        names = options.model_id, options.source_id
+        counts = written(folder, options.folder, config.all_scorers(), *names, examples, config.text.source)
+    print(f"{counts.explanations} explanations and {counts.activations} windows in {options.folder}")
+    return DONE
+
+
+def take_in(argv: list[str]) -> int:
+    """Reads delphi's explanations and scores, and writes them as a run of ours, its figures computed anew."""
+    parser = Parser("sae-explain import", description=take_in.__doc__)
+    parser.add_argument("results", help="folder of a delphi run, which holds explanations/ and scores/")
+    parser.add_argument("run_dir", help="folder of the new run")
+    parser.add_argument("--hookpoint", help="which of several")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args(argv)
+
+    from interp.delphi_results import EXPLAINER, SCORERS, read_explanations, read_scores
+    from interp.flows import OK
+    from interp.journal import Journal
+    from interp.pipeline import EXPLAIN_KEY, SCORE_KEY, shard_folder
+    from interp.records import Explanation
+    from interp.results import lines, write_results
+    from sae.files import check_writable
+
+    source, run_dir = Path(options.results).expanduser(), Path(options.run_dir).expanduser()
+    explanations, rows = read_explanations(source), list(read_scores(source))
+    hookpoints = sorted({*explanations, *(row["hookpoint"] for row in rows)})
+    chosen = options.hookpoint or (hookpoints[0] if len(hookpoints) == 1 else "")
+    if chosen not in hookpoints:
+        what = f"{options.hookpoint!r} is not among them.{nearest(chosen, hookpoints)}" if chosen else "choose one."
+        raise ConfigError(f"--hookpoint: {source} is of {', '.join(hookpoints) or 'none'}; {what}")
+    check_writable(run_dir, "run_dir")
+    folder = shard_folder(run_dir, (1, 1))
+    explained = Journal(folder / "journal-explain.jsonl", EXPLAIN_KEY)
+    scored = Journal(folder / "journal-score.jsonl", SCORE_KEY)
+    for latent, text in sorted(explanations.get(chosen, {}).items()):
+        row = {"latent": latent, "explainer": EXPLAINER, "by": "", "status": OK, "reason": ""}
+        explained.append(row | {"explanation": Explanation(latent, text, EXPLAINER).to_json()})
+    for row in rows:
+        if row["hookpoint"] == chosen:
+            scored.append(row)
+    names = {scorer.get_choice_name(type(scorer)): scorer for scorer in SCORERS.values()}
+    print("\n".join(lines(write_results(run_dir, names, {"imported": "delphi", "hookpoint": chosen}))))
+    return DONE

@@ -1,0 +1,181 @@
+"""sae-explain as users type it: one command from coder to results, the other commands, and bad input in one line."""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from fakes import tiny_model_folder, tiny_text_folder
+from runs import error_of
+
+sys.path.append(str(Path(__file__).parents[1] / "interp"))
+
+from interp_runs import coder_folder
+
+from cli.explain import main
+from sae.settings import read_yaml
+
+SMALL = ["--evidence.tokens", "30000", "--latents", "24", "--examples.test", "12", "--examples.shown", "10"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("explain")
+    model = tiny_model_folder(folder / "model", num_hidden_layers=2, initializer_range=0.5)
+    text = tiny_text_folder(folder / "text")
+    for name in ("one", "two"):
+        coder_folder(folder / name, model, text)
+    return folder
+
+
+@pytest.fixture
+def explain(made, tmp_path, capsys):
+    """Returns sae-explain: arguments -> (exit code, all that it printed); a name stands for a coder's folder."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = main([str(made / a) if a in ("one", "two") else str(a) for a in arguments])
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+def test_from_a_coder_to_results(explain, tmp_path):
+    code, printed = explain("one", *SMALL, "--run-dir", tmp_path / "run")
+    assert code == 0
+    assert "detection[rule]  balanced_accuracy" in printed
+    assert "embedding[tfidf]  auroc" in printed
+    table = pq.read_table(tmp_path / "run" / "results.parquet").to_pylist()
+    assert len({row["latent"] for row in table}) >= 10
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["tokens"] == 30_000
+    assert read_yaml(tmp_path / "run" / "config.yaml")["latents"] == "24"
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.jsonl")}
+    code, _ = explain("one", *SMALL, "--run-dir", tmp_path / "run")
+    assert code == 0
+    after = {p: p.read_bytes() for p in before}
+    assert {p: b for p, b in after.items() if p.name != "spent.jsonl"} == {
+        p: b for p, b in before.items() if p.name != "spent.jsonl"
+    }
+
+
+def test_shards_are_merged_and_runs_compared_and_exported(explain, tmp_path, made):
+    for shard in ("1/2", "2/2"):
+        assert explain("one", *SMALL, "--run-dir", tmp_path / "a", "--shard", shard)[0] == 0
+    code, printed = explain("merge", tmp_path / "a")
+    assert code == 0
+    assert "detection[rule]" in printed
+    assert explain("two", *SMALL, "--run-dir", tmp_path / "b")[0] == 0
+    code, printed = explain(
+        "compare", tmp_path / "a", tmp_path / "b", "--tokens", "2000", "--json", tmp_path / "c.json"
+    )
+    assert code == 0, printed
+    found = json.loads((tmp_path / "c.json").read_text())
+    for pair in found["matchings"]["decoder"]["pairs"]:  # both are the same coder
+        assert pair["a"] == pair["b"]
+        assert pair["strength"] == pytest.approx(1, abs=1e-5)
+    assert found["mmcs"]["a_to_b"]["value"] == pytest.approx(1, abs=1e-5)
+    assert found["mmcs"]["a_to_b"]["null"] < 0.9
+    co = found["matchings"]["co-activation"]
+    assert co["mean_strength"] == pytest.approx(1)
+    assert co["similarity"]["value"]["value"] > co["similarity"]["null"]["value"]
+    names = ("--model-id", "tiny", "--source-id", "1-res")
+    code, printed = explain("export", tmp_path / "b", tmp_path / "lines", *names)
+    assert code == 0, printed
+    rows = [json.loads(line) for line in (tmp_path / "lines" / "explanations.jsonl").read_text().splitlines()]
+    assert {row["modelId"] for row in rows} == {"tiny"}
+    assert (tmp_path / "lines" / "activations.jsonl").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["neurons", "topk_neurons", "random_direction", "random_init"])
+def test_baselines_go_through_the_same_pipeline(explain, tmp_path, name):
+    changed = ["--coder.baseline", name, "--examples.test", "10", "--null", "0", "--latents", "6"]
+    code, printed = explain("one", *SMALL, *changed, "--run-dir", tmp_path / "run")
+    assert code == 0, printed
+    assert "token_lookup" in printed
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["baseline"] == name
+
+
+def test_a_dry_run_prints_prompts_and_touches_nothing(explain, tmp_path):
+    asked = ["--models.explainer.model", "gpt-x", "--price-in", "1", "--price-out", "2", "--run-dir", tmp_path / "run"]
+    code, printed = explain("one", *SMALL, *asked, "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "run").exists()
+    assert "--- explainer llm" in printed
+    assert "Description: (the explanation stands here)" in printed
+    assert "<<" in printed
+    assert "explainer: gpt-x, 24 requests" in printed
+    assert " USD" in printed
+
+
+def test_what_can_be_asked_without_a_coder(explain):
+    code, printed = explain("--list-configs")
+    assert code == 0
+    assert "keyless" in printed
+    code, printed = explain("--help-fields")
+    assert code == 0
+    assert "--models.judge.model" in printed
+    assert "--scorers" in printed
+
+
+def test_the_config_is_printed_and_read_back(explain, tmp_path):
+    code, printed = explain("one", *SMALL, "--config", "openai", "--print-config")
+    assert code == 0
+    (tmp_path / "c.yaml").write_text(printed)
+    code, again = explain("--config", tmp_path / "c.yaml", "--print-config")
+    assert code == 0
+    assert again == printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "coder.path: empty"),
+        (["nowhere"], "coder.path: no such folder"),
+        (["one", "--shard", "3/2"], "--shard: '3/2'"),
+        (["one", "--shard", "half"], "--shard: 'half'"),
+        (["one", "--explain-only", "--score-only"], "--score-only: does not go with"),
+        (["one", "--scorers.x.type", "detectoin"], "Did you mean 'detection'?"),
+        (["one", "--explainers.x.type", "llm"], "explainers.x: asks a language model; set models.explainer.model"),
+        (["one", "--examples.shown-from", "bottom"], "examples.shown_from: 'bottom' is not one of"),
+        (["one", "--examples.test", "3"], "examples.test: 3 is too small"),
+        (["one", "--null", "some"], "null_latents"),
+        (["one", "--budget-usd", "1", "--models.explainer.model", "gpt-x"], "budget_usd"),
+        (["one", "--budget-usd", "-1"], "budget_usd: -1"),
+        (["one", "--price-in", "1"], "price_in"),
+        (["one", "--latents", "3,99"], "99 is out of range; the coder has latents 0 to 47"),
+        (["one", "--latents", "-3"], "'-3' is no latent id"),
+        (["one", "--latents", "0"], "latents: 0 is no number of latents"),
+        (["one", "--explanations", "no.jsonl"], "explanations: no such file: no.jsonl"),
+        (["one", "--coder.baseline", "neuron"], "Did you mean 'neurons'"),
+        (["one", "--models.judge.via", "carrier"], "models.judge.via: 'carrier'"),
+        (["one", "--models.encoder.model", "/no/such/folder"], "encoder.model"),
+        (["one", "--evidence.tokens", "30"], "text.source"),
+        (["merge", "nowhere"], "holds no shards"),
+        (["compare", "one", "two"], "is no explained run"),
+        (["export", "one", "x", "--model-id", "a", "--source-id", "b"], "is no explained run"),
+        (["import", "one", "x"], "holds no scores"),
+        (["--config", "keyles"], "Did you mean 'keyless'"),
+        (["one", "--null_latents"], "its value is missing"),
+    ],
+)
+def test_bad_input_is_one_line(explain, tmp_path, arguments, said):
+    small = [] if arguments[:1] in (["merge"], ["compare"], ["export"], ["import"]) else ["--run-dir", tmp_path / "run"]
+    if small and "--evidence.tokens" not in arguments:
+        small += ["--evidence.tokens", "30000"]
+    code, printed = explain(*arguments[:1], *small, *arguments[1:]) if arguments[:1] == ["one"] else explain(*arguments)
+    assert code == (1 if arguments[:1] == ["import"] else 2), printed
+    assert said in error_of(printed)
+
+
+def test_a_failed_latent_ends_in_code_3(explain, tmp_path):
+    from fake_llm import FakeLLM
+
+    with FakeLLM(lambda asked: "hello", logprobs=0, schemas=()) as server:
+        model = ["--models.explainer.model", "fake", "--models.explainer.base_urls", f"[{server.url}]"]
+        options = [*SMALL, *model, "--models.explainer.max_tries", "1", "--explain-only", "--run-dir", tmp_path / "run"]
+        code, printed = explain("one", *options, "--latents", "3")
+        assert code == 3, printed  # "hello" is no explanation in JSON
+        assert "latents failed; --retry-failed does them again" in error_of(printed)
