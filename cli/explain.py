@@ -101,6 +101,7 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], retry: bool, trust
         summary = _write(Path(config.run_dir))
         print("\n".join(lines(summary)))
         print(f"\nresults      {Path(config.run_dir) / 'results.parquet'}")
+        print(f"summary      {Path(config.run_dir) / 'summary.json'}")
     if ended.cut_off:
         print(f"error: {ended.cut_off}; what is missing goes on with the same command", file=sys.stderr)
         code = PARTIAL
@@ -145,7 +146,9 @@ def _write(run_dir: Path) -> dict[str, Any]:
 
     shard_folders(run_dir)  # says in a line what is missing
     config = decode(ExplainConfig, read_yaml(run_dir / "config.yaml"))
-    return write_results(run_dir, config.all_scorers(), read_json(run_dir / "env.json")["about"])
+    text = run_dir / "evidence" / "text.json"
+    about = read_json(run_dir / "env.json")["about"] | {"text_seen": read_json(text) if text.is_file() else {}}
+    return write_results(run_dir, config.all_scorers(), about)
 
 
 def _words(options: Any) -> list[str]:

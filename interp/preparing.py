@@ -21,10 +21,11 @@ from interp.promotes import Tokens, neighbors, promoted
 from interp.records import Examples
 from interp.subject import Subject
 from interp.windows import plan, visit
-from sae import hub
+from sae import distributed, hub
 from sae.coder import SparseCoder
 from sae.errors import ConfigError, nearest
 from sae.evaluation import text_of
+from sae.files import write_json
 from sae.models import load_language_model, resolve_device
 from sae.progress import Progress
 from sae.seeding import generator
@@ -32,6 +33,7 @@ from sae.text import TextConfig
 
 log = logging.getLogger(__name__)
 NEIGHBORS = 8
+TEXT = "text.json"  # what the evidence is of
 
 
 @dataclass
@@ -112,6 +114,9 @@ def prepare(config: ExplainConfig, should_stop: Callable[[], bool], trust_remote
         rows.meta["split_by"],
     )  # fmt: skip
     evidence = gather(subject, rows, folder, config.evidence.sizes, config.seed, config.evidence.store, should_stop)
+    if distributed.rank() == 0:
+        found = {"latents": evidence.d_sae, "alive": len(evidence.alive()), "tokens_counted": evidence.tokens}
+        write_json(folder / TEXT, {"tokens": rows.n_tokens, **rows.meta, **found})
     latents = chosen_latents(config.latents, evidence, config.seed)
     near = neighbors(subject.coder, latents.tolist(), NEIGHBORS)
     places = plan(evidence, rows, latents, [[other for other, _ in pairs] for pairs in near], config.seed)

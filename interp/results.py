@@ -1,5 +1,6 @@
 """Journals -> results.parquet (a row for each latent, explainer and scorer) and summary.json (what it amounts to)."""
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from sae.errors import ConfigError
 from sae.files import atomic_write, write_json
 
 RESULTS, SUMMARY = "results.parquet", "summary.json"
+BEST, SHOWN = 5, 100  # explanations told on the terminal, and characters of each
 SCORED = (OK, PARTIAL, FAILED)
 
 
@@ -51,6 +53,7 @@ def write_results(run_dir: Path, scorers: dict[str, Scorer], about: dict[str, An
     table.sort(key=lambda row: (row["latent"], row["explainer"], row["scorer"]))
     _write_parquet(run_dir / RESULTS, table)
     summary = {**about, "explanations": _explained(explained), "scores": _summed(table, scorers, nulls)}
+    summary |= {"spent": _spent(folders), "best": _best(table)}
     write_json(run_dir / SUMMARY, summary)
     return summary
 
@@ -170,17 +173,47 @@ def _write_parquet(path: Path, table: list[dict[str, Any]]) -> None:
 
 def lines(summary: dict[str, Any]) -> list[str]:
     """Returns a summary as people read it."""
-    found = [
-        f"{name}: {', '.join(f'{n} {status}' for status, n in sorted(counts.items()))}"
-        for name, counts in summary["explanations"].items()
-    ]
-    for one in summary["scores"]:
-        average, null, lift = (Measure(**one[name]) for name in ("mean", "null", "lift"))
-        found.append(
-            f"{one['explainer'] or '(no explanation)'}  {one['scorer']}  {one['headline']} {told(average)}, "
-            f"null {told(null)}, lift {told(lift)}, {one['latents']} latents, coverage {_share(one['coverage'])}"
-        )
+    found = []
+    for name, counts in summary["explanations"].items():
+        found += ["", f"{name}: {', '.join(f'{n} {status}' for status, n in sorted(counts.items()))}"]
+        for one in summary["scores"]:
+            if one["explainer"] == name:
+                found.append(_line(one))
+        for row in summary["best"].get(name, ()):
+            text = row["explanation"] if len(row["explanation"]) <= SHOWN else row["explanation"][: SHOWN - 3] + "..."
+            found.append(f"  latent {row['latent']:<8} {row['score']:.2f}  {text}")
+    return [*found, *(_line(one) for one in summary["scores"] if not one["explainer"])]
+
+
+def _line(one: dict[str, Any]) -> str:
+    average, null, lift = (Measure(**one[name]) for name in ("mean", "null", "lift"))
+    return (
+        f"  {one['scorer']}: {one['headline'].replace('_', ' ')} {told(average)}, null {told(null)}, "
+        f"lift {told(lift)}; {one['latents']} latents, coverage {_share(one['coverage'])}"
+    )
+
+
+def _best(table: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """By explainer, the latents of the highest scores by its first scorer."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in dict.fromkeys(row["explainer"] for row in table if row["explainer"]):
+        rows = [row for row in table if row["explainer"] == name and row["score"] is not None]
+        rows = sorted((row for row in rows if row["scorer"] == rows[0]["scorer"]), key=lambda row: -row["score"])
+        found[name] = [{key: row[key] for key in ("latent", "score", "scorer", "explanation")} for row in rows[:BEST]]
     return found
+
+
+def _spent(folders: list[Path]) -> dict[str, Any]:
+    """By role, calls and tokens of all commands that worked on the run, and their cost in USD where it is known."""
+    total: dict[str, Any] = {}
+    for path in (folder / "spent.jsonl" for folder in folders):
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            for role, account in json.loads(line)["roles"].items():
+                kept = total.setdefault(role, {})
+                for key in ("calls", "cached", "tokens_in", "tokens_out", "usd"):
+                    now, before = account[key], kept.get(key, 0)
+                    kept[key] = None if now is None or before is None else now + before
+    return total
 
 
 def told(found: Measure) -> str:

@@ -45,8 +45,8 @@ def explain(made, tmp_path, capsys):
 def test_from_a_coder_to_results(explain, tmp_path):
     code, printed = explain("one", *SMALL, "--run-dir", tmp_path / "run")
     assert code == 0
-    assert "detection[rule]  balanced_accuracy" in printed
-    assert "embedding[tfidf]  auroc" in printed
+    assert "detection[rule]: balanced accuracy" in printed
+    assert "embedding[tfidf]: auroc" in printed
     table = pq.read_table(tmp_path / "run" / "results.parquet").to_pylist()
     assert len({row["latent"] for row in table}) >= 10
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

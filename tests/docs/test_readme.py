@@ -10,9 +10,14 @@ import torch
 
 import sae
 from cli.common import configs, read_config
+from cli.explain import command as explain
 from cli.train import command
+from interp.config import ExplainConfig
+from interp.explainers import Explainer
+from interp.scorers import Scorer
 from sae.coder import SparseCoder, initialize
 from sae.config import TrainConfig
+from sae.plugins import names as plugins
 from sae.selection.topk import TopK
 from sae.spec import CoderSpec, Site
 
@@ -53,6 +58,11 @@ def test_options_named_are_known(capsys):
     text = capsys.readouterr().out
     for option in re.findall(r"`sae-train (--[\w-]+)", README):
         assert option in text
+    with pytest.raises(SystemExit):
+        explain(["--help"])
+    text = capsys.readouterr().out
+    for option in re.findall(r"`(--(?:shard|retry-failed|null|dry-run)[\w-]*)", README):
+        assert option in text
 
 
 @pytest.mark.parametrize("name", configs("train"))
@@ -62,6 +72,19 @@ def test_every_shipped_config_parses(name):
     config.validate()
     assert config.coder.width(256) >= 1
     assert path.read_text(encoding="utf-8").startswith("# "), "the first line says what it is for: --list-configs"
+
+
+@pytest.mark.parametrize("name", configs("explain"))
+def test_every_shipped_config_of_explaining_parses(name, tmp_path):
+    path = configs("explain")[name]
+    config = read_config(ExplainConfig, path, [f"--coder.path={tmp_path}"])
+    config.validate()
+    assert path.read_text(encoding="utf-8").startswith("# "), "the first line says what it is for: --list-configs"
+
+
+def test_explainers_and_scorers_are_all_told():
+    for name in (*plugins(Explainer), *plugins(Scorer)):
+        assert f"`{name}`" in README, name
 
 
 def test_loading_needs_no_other_import(tmp_path):
