@@ -174,7 +174,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure with its 95 % interval; all None where it cannot be had from these tasks (n/a)."""
+    """A figure with its 95 % interval.
+
+    `value` is None where it cannot be had from these tasks (n/a), `low` and `high` also where all are of one section.
+    """
 
     value: float | None
     low: float | None = None
