@@ -6,6 +6,8 @@ the test part (40 %), by a hash of its name. Rows that repeat what another part 
 documents (one text file) is one long document, so its split is one by blocks and labeled so.
 """
 
+import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -21,8 +23,8 @@ from torch import Tensor
 
 from interp.records import SPLITS
 from sae.documents import TextConfig, documents, identity
-from sae.errors import ConfigError, Stopped
-from sae.files import FolderLock, cache_dir, is_complete, load_tensors, publish, remove_stale, save_tensors
+from sae.errors import ConfigError, DataError, Stopped
+from sae.files import FolderLock, cache_dir, is_complete, publish, remove_stale, verify
 from sae.packing import PADDING
 from sae.seeding import uniform
 from sae.store import Shards, ShardWriter, fingerprint_key
@@ -31,16 +33,19 @@ from sae.text import PIECE_CHARS, SHARD_TOKENS, encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 1  # raise it whenever the same text would become other rows or another split
+log = logging.getLogger(__name__)
+
+VERSION = 2  # raise it whenever the same text would become other rows, another split or another file
 SECTION_ROWS = 8
 SHARES = (0.4, 0.2, 0.4)
 FEW_SECTIONS = 50  # so few are dealt out by rank: chance might leave a part empty
 SHINGLE_TOKENS = 8
 SHINGLE_SAMPLE = 4  # one shingle in four is looked at, which ones by their hash
+SHINGLED_TOKENS = 2**26  # of a longer text, shingles are compared in several rounds, each with a share of the hashes
 REPEATED = 0.5  # a row that has this share of its shingles in another part repeats it
 DROPPED = -1
 BATCH_DOCUMENTS = 256
-INDEX = "rows.safetensors"
+TOKENS, INDEX = "tokens", "rows"  # folders: all tokens; what is known of every row
 
 
 class Corpus:
@@ -51,8 +56,8 @@ class Corpus:
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
-        self.shards = Shards(folder / "tokens", "evidence rows", fingerprint)
-        index = load_tensors(folder / INDEX)
+        self.shards = Shards(folder / TOKENS, TOKENS, fingerprint)
+        index = Shards(folder / INDEX, INDEX, fingerprint).read(0)
         self.section, self.split, self.length, self.name = (
             index[key].numpy() for key in ("section", "split", "length", "name")
         )
@@ -93,6 +98,14 @@ class Corpus:
             out[here] = self._open[shard][rows[here] - start][:, : out.shape[1]]
         return out
 
+    def span(self, position: int, n: int) -> list[int]:
+        """Returns the n tokens from a position in the corpus on, all of one row."""
+        row, place = divmod(position, self.context_length)
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        if shard not in self._open:
+            self._open[shard] = self.shards.read(shard)["tokens"]
+        return self._open[shard][row - (self._ends[shard - 1] if shard else 0), place : place + n].tolist()
+
 
 def corpus(
     text: TextConfig,
@@ -101,10 +114,12 @@ def corpus(
     tokens: int,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda n: None,
+    repair: bool = False,
 ) -> Corpus:
     """Returns the first `tokens` tokens of a text as rows with their split, made now or read from the cache.
 
-    `fingerprint` says whose tokenizer it is. Raises ConfigError if there is too little text for three parts.
+    `fingerprint` says whose tokenizer it is; with `repair`, cached rows are verified, and made again if they are
+    damaged. Raises ConfigError if there is too little text for three parts.
     """
     from sae.models import tokenizer_digest
 
@@ -113,6 +128,12 @@ def corpus(
     full = {**fingerprint, **made_from, "tokens": tokens, "version": VERSION}
     key = fingerprint_key(full)
     folder = cache_dir() / "corpora" / key
+    if repair and folder.exists():
+        try:
+            verify(folder)
+        except DataError as error:
+            log.warning("made again: %s", error)
+            shutil.rmtree(folder)
     if not is_complete(folder):
         with FolderLock(folder.parent / ".locks" / key, should_stop):
             remove_stale(folder.parent)
@@ -131,7 +152,7 @@ def _fill(
     should_stop: Callable[[], bool],
     progress: Callable[[int], None],
 ) -> None:
-    writer = ShardWriter(folder / "tokens", "evidence rows", fingerprint)
+    writer = ShardWriter(folder / TOKENS, TOKENS, fingerprint)
     bos = [tokenizer.bos_token_id] if text.bos != "none" and tokenizer.bos_token_id is not None else []
     body, per_shard = text.context_length - len(bos), max(1, SHARD_TOKENS // text.context_length)
     rows: list[np.ndarray] = []
@@ -162,7 +183,7 @@ def _fill(
         lengths.append(len(filled))
         counts["tokens"] += len(ids)
         flush(per_shard)
-        if len(rows) % 64 == 0:
+        if len(lengths) % 64 == 0:
             progress(counts["tokens"])
             if should_stop():
                 raise Stopped("while tokenizing")
@@ -183,11 +204,17 @@ def _fill(
             "first": len(bos),
             "documents": counts["documents"],
             "sections": len(names),
-            "split_by": "blocks" if _is_one_text(text) else "document",
+            "split_by": "blocks" if counts["documents"] == 1 else "document",
         }
     )
-    shards = Shards(folder / "tokens", "evidence rows", fingerprint)
+    shards = Shards(folder / TOKENS, TOKENS, fingerprint)
     split[_repeating([shards.read(i)["tokens"].numpy() for i in range(len(shards))], split, len(bos))] = DROPPED
+    empty = [name for number, name in enumerate(SPLITS) if not (split == number).any()]
+    if empty:
+        raise ConfigError(
+            f"text.source: {text.source} repeats itself: all that {' and '.join(empty)} would get is said again in "
+            "another part; give other text, or more of it"
+        )
     place = np.arange(len(section)) - np.searchsorted(section, section)  # the row's place in its section
     hashes = np.array([int(uniform("section", name) * 2**63) for name in names], np.int64)
     index = {
@@ -196,7 +223,9 @@ def _fill(
         "length": np.array(lengths, np.int32),
         "name": hashes[section] + place.astype(np.int64),
     }
-    save_tensors(folder / INDEX, {key: torch.from_numpy(value) for key, value in index.items()})
+    writer = ShardWriter(folder / INDEX, INDEX, fingerprint)
+    writer.write(0, {key: torch.from_numpy(value) for key, value in index.items()})
+    writer.finish({})
 
 
 def _is_one_text(text: TextConfig) -> bool:
@@ -251,10 +280,13 @@ def _encoded(
 
 def _parts(names: list[str]) -> Int[np.ndarray, "sections"]:
     """Returns the part of every section: by its hash, or by the rank of its hash where there are few."""
-    draws = np.array([uniform("split", name) for name in names])
-    if len(names) < FEW_SECTIONS:
-        draws = (draws.argsort().argsort() + 0.5) / max(1, len(names))
-    return np.searchsorted(np.cumsum(SHARES)[:-1], draws, side="right").astype(np.int8)
+    n, draws = len(names), np.array([uniform("split", name) for name in names])
+    bounds = np.cumsum(SHARES)[:-1]
+    if n < FEW_SECTIONS:
+        draws = draws.argsort().argsort()
+        valid = round(SHARES[1] * n)
+        bounds = np.array([(n - valid) // 2, (n - valid) // 2 + valid])
+    return np.searchsorted(bounds, draws, side="right").astype(np.int8)
 
 
 def _repeating(
@@ -265,20 +297,23 @@ def _repeating(
     Rows are compared by their shingles, runs of eight tokens, of which those whose hash is divisible by four are kept.
     A row too short for one counts as a shingle of its own.
     """
-    hashes, owners, start = [], [], 0
-    for tokens in shards:
-        found, rows = _shingles(tokens[:, first:])
-        hashes.append(found)
-        owners.append(rows + start)
-        start += len(tokens)
-    shingle, row = np.concatenate(hashes), np.concatenate(owners)
-    _, shingle = np.unique(shingle, return_inverse=True)
-    bits = np.zeros(shingle.max(initial=0) + 1, np.uint8)
-    np.bitwise_or.at(bits, shingle, (1 << split[row].astype(np.uint8)).astype(np.uint8))
-    later = np.array([0b110, 0b100, 0b000], np.uint8)[split[row]]  # the parts that keep theirs
-    repeated = (bits[shingle] & later) != 0
-    counts = np.bincount(row, minlength=start)
-    shared = np.bincount(row, weights=repeated, minlength=start)
+    counts, shared = np.zeros(len(split)), np.zeros(len(split))
+    rounds = 1 + sum(tokens.size for tokens in shards) // SHINGLED_TOKENS
+    for number in range(rounds):
+        hashes, owners, start = [], [], 0
+        for tokens in shards:
+            found, rows = _shingles(tokens[:, first:])
+            mine = (found >> np.uint64(40)) % np.uint64(rounds) == number
+            hashes.append(found[mine])
+            owners.append(rows[mine] + start)
+            start += len(tokens)
+        row = np.concatenate(owners)
+        _, shingle = np.unique(np.concatenate(hashes), return_inverse=True)
+        bits = np.zeros(shingle.max(initial=0) + 1, np.uint8)
+        np.bitwise_or.at(bits, shingle, (1 << split[row].astype(np.uint8)).astype(np.uint8))
+        later = np.array([0b110, 0b100, 0b000], np.uint8)[split[row]]  # the parts that keep theirs
+        counts += np.bincount(row, minlength=len(split))
+        shared += np.bincount(row, weights=(bits[shingle] & later) != 0, minlength=len(split))
     return np.flatnonzero((shared >= REPEATED * counts) & (shared > 0))
 
 

@@ -1,7 +1,7 @@
 """The evidence pass: rows through the language model and the coder, into a tally, resumable and on any number of ranks.
 
     evidence/pass-R.safetensors      what rank R has gathered so far, and of which blocks
-    evidence/latents.safetensors     the merged tally of all blocks, once all are done
+    evidence/latents/                the merged tally of all blocks, once all are done
     evidence/codes/                  optional: every code, one shard a block
 
 Rows come longest first, in blocks of about 4,096 tokens. A block's codes enter one tally once: a file whose blocks are
@@ -10,13 +10,15 @@ all in another one was merged into it already. So a kill at any moment loses a m
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
@@ -26,14 +28,17 @@ from interp.subject import Subject
 from sae import distributed
 from sae.activations import capture, norm_mask, token_mask
 from sae.errors import ConfigError, DataError, Stopped
-from sae.files import load_tensors, read_json, save_tensors, write_json
+from sae.files import FolderLock, load_tensors, read_json, remove_stale, save_tensors, write_json
 from sae.progress import Progress
 from sae.spec import SparseLatents
-from sae.store import ShardWriter, fingerprint_key
+from sae.store import Shards, ShardWriter, fingerprint_key, repair
 
+VERSION = 1  # raise it whenever the same rows would give other evidence
 BLOCK_TOKENS = 4096
 SAVE_EVERY_S = 60.0
-MERGED, HEADER = "latents.safetensors", "evidence.json"
+SAVING_SHARE = 0.1  # of the time; what is saved grows with the coder
+POSITIONS = 2**32
+HEADER, LATENTS, CODES = "evidence.json", "latents", "codes"
 
 
 class Coded(NamedTuple):
@@ -47,8 +52,10 @@ class Coded(NamedTuple):
 
 
 @torch.no_grad()
-def encode(subject: Subject, tokens: Int[Tensor, "rows context"]) -> Coded:
-    """Returns the codes of rows of text. Masked tokens (special, first, outliers by norm) have none."""
+def read(
+    subject: Subject, tokens: Int[Tensor, "rows context"]
+) -> tuple[Float[Tensor, "n d_in"], Bool[Tensor, "rows context"]]:
+    """Returns what the coder reads of rows of text, at the tokens that are not masked, and which these are."""
     lm, coder = subject.lm, subject.coder
     spec = coder.spec
     wanted = {site.name: site for site in (*spec.reads, *spec.writes)}
@@ -57,7 +64,19 @@ def encode(subject: Subject, tokens: Int[Tensor, "rows context"]) -> Coded:
         seen = capture(lm, sites, tokens)
         keep = token_mask(tokens, spec.mask).to(lm.device) & norm_mask(seen, spec.mask).to(lm.device)
         x = torch.cat([seen[site.name][keep].float() for site in spec.reads], dim=-1)
-        latents = coder.encode(x.to(coder.W_enc.device))
+    return x.to(coder.W_enc.device), keep
+
+
+def encode(subject: Subject, tokens: Int[Tensor, "rows context"]) -> Coded:
+    """Returns the codes of rows of text. Masked tokens (special, first, outliers by norm) have none."""
+    with subject.lock:
+        x, keep = read(subject, tokens)
+        latents = subject.coder.encode(x)
+    if not all(torch.isfinite(found).all() for found in (x, latents.values)):
+        raise DataError(
+            "activations: NaN or Inf in what the coder reads; the model is damaged, or its numbers are too large for "
+            "model.dtype: use bfloat16 or float32"
+        )
     rows, places = keep.nonzero().T.cpu().numpy()
     return Coded(latents, rows, places)
 
@@ -80,63 +99,97 @@ def gather(
     seed: int = 0,
     store: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
+    repair: bool = False,
 ) -> Evidence:
     """Returns the evidence of every latent on the whole corpus, from `folder` as far as it is there.
 
-    Raises DataError if the folder holds evidence of something else, Stopped (everything saved) when asked to stop.
+    With `store`, all codes are kept there too; with `repair`, damaged files are found and made again. Raises DataError
+    if the folder holds evidence of something else, Stopped (everything saved) when asked to stop. Another process that
+    gathers in the same folder is waited for.
     """
-    check_readable(subject)
+    check_readable(subject, corpus)
     made_from = fingerprint(subject, corpus, sizes, seed)
-    with distributed.together():
-        _check(folder, made_from)
-    if (folder / MERGED).is_file():
-        return Evidence(load_tensors(folder / MERGED))
-    groups = blocks(corpus, corpus.kept)
-    own = folder / f"pass-{distributed.rank()}.safetensors"
-    tally = Tally(subject.coder.spec.d_sae, corpus.context_length, sizes, seed)
-    with distributed.together():
-        if distributed.rank() == 0:
-            done = _take_in(folder, tally, len(groups))
-            _save(folder / "pass-0.safetensors", tally, done)
-            for path in _passes(folder):
-                if path != own:
+    groups, part = blocks(corpus, corpus.kept), str(distributed.rank())
+    with alone(folder, should_stop):
+        with distributed.together():
+            _check(folder, made_from)
+            if repair and distributed.rank() == 0:
+                _repair(folder, made_from)
+        merged = ShardWriter(folder / LATENTS, "evidence", made_from, part)
+        codes = ShardWriter(folder / CODES, "codes", made_from, part) if store else None
+        new_tally = partial(Tally, subject.coder.spec.d_sae, corpus.context_length, sizes, seed)
+        if not merged.done or (codes is not None and len(codes.done) < len(groups)):
+            _pass(subject, corpus, folder, groups, new_tally, bool(merged.done), codes, should_stop)
+        with distributed.together():
+            if distributed.rank() == 0:
+                if not merged.done:
+                    tally = new_tally()
+                    done = _take_in(folder, tally, len(groups))
+                    if not done.all():
+                        raise DataError(f"{folder}: {int((~done).sum())} blocks are missing; run the command again")
+                    merged.write(0, tally.state())
+                merged.finish({})
+                if codes is not None:
+                    codes.finish({})
+                for path in _passes(folder):
                     path.unlink()
-    done = load_tensors(folder / "pass-0.safetensors")["done"].numpy().copy()
-    mine = np.flatnonzero(~done)[distributed.rank() :: distributed.world_size()]
-    if distributed.rank():
-        done[:] = False
-    writer = ShardWriter(folder / "codes", "codes", made_from, str(distributed.rank())) if store else None
-    progress = Progress("evidence", len(mine), "blocks", visible=distributed.rank() == 0)
-    saved = time.monotonic()
+    return Evidence(Shards(folder / LATENTS, "evidence", made_from).read(0))
+
+
+def _pass(
+    subject: Subject,
+    corpus: Corpus,
+    folder: Path,
+    groups: list[Int[ndarray, "some"]],
+    new_tally: Callable[[], Tally],
+    all_tallied: bool,
+    codes: ShardWriter | None,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Encodes this rank's share of the blocks that are in no tally yet, or whose codes are to be stored and are not."""
+    tally, first, own = new_tally(), folder / "pass-0.safetensors", folder / f"pass-{distributed.rank()}.safetensors"
     with distributed.together():
-        for count, number in enumerate(mine.tolist()):
+        if distributed.rank() == 0 and not all_tallied:
+            _save(first, tally, _take_in(folder, tally, len(groups)))
+            for path in _passes(folder):
+                if path != first:
+                    path.unlink()
+    with distributed.together():  # no rank goes on before all know what is done
+        tallied = np.ones(len(groups), bool) if all_tallied else load_tensors(first)["done"].numpy().copy()
+    stored = range(len(groups)) if codes is None else set(codes.done)
+    missing = [number for number in range(len(groups)) if not tallied[number] or number not in stored]
+    mine = missing[distributed.rank() :: distributed.world_size()]
+    done = tallied & (distributed.rank() == 0)
+    progress = Progress("evidence", len(mine), "blocks", visible=distributed.rank() == 0)
+    due = time.monotonic() + SAVE_EVERY_S
+    with distributed.together():
+        for count, number in enumerate(mine, 1):
             rows = groups[number]
             coded = encode(subject, corpus.tokens(rows))
-            tally.add(coded.latents, coded.rows, coded.places, corpus.name[rows], corpus.split[rows], rows)
-            if writer is not None:
-                writer.write(number, _stored(coded, rows))
-            done[number] = True
-            progress.update(count + 1)
-            stop = should_stop()
-            if stop or time.monotonic() - saved > SAVE_EVERY_S:
+            if codes is not None and number not in stored:
+                codes.write(number, _stored(coded, rows))
+            if not tallied[number]:
+                tally.add(coded.latents, coded.rows, coded.places, corpus.name[rows], corpus.split[rows], rows)
+                done[number] = True
+            progress.update(count)
+            now, stop = time.monotonic(), should_stop()
+            if not all_tallied and (stop or now > due or count == len(mine)):
                 _save(own, tally, done)
-                saved = time.monotonic()
-            if stop and count + 1 < len(mine):
+                due = time.monotonic() + max(SAVE_EVERY_S, (time.monotonic() - now) / SAVING_SHARE)
+            if stop and count < len(mine):
                 raise Stopped("during the evidence pass; the same command goes on")
-        _save(own, tally, done)
         progress.close()
-    with distributed.together():
-        if distributed.rank() == 0:
-            whole = Tally(subject.coder.spec.d_sae, corpus.context_length, sizes, seed)
-            done = _take_in(folder, whole, len(groups))
-            if not done.all():
-                raise DataError(f"{folder}: {int((~done).sum())} blocks are missing; run the command again")
-            if store:
-                ShardWriter(folder / "codes", "codes", made_from).finish({"blocks": len(groups)})
-            save_tensors(folder / MERGED, whole.state())
-            for path in _passes(folder):
-                path.unlink()
-    return Evidence(load_tensors(folder / MERGED))
+
+
+@contextmanager
+def alone(folder: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
+    """Holds a folder for this process and its ranks; waits for whoever holds it, until asked to stop."""
+    with ExitStack() as held:
+        with distributed.together():
+            if distributed.rank() == 0:
+                held.enter_context(FolderLock(folder, should_stop))
+                remove_stale(folder)
+        yield
 
 
 def fingerprint(subject: Subject, corpus: Corpus, sizes: Sizes, seed: int) -> dict[str, Any]:
@@ -146,6 +199,7 @@ def fingerprint(subject: Subject, corpus: Corpus, sizes: Sizes, seed: int) -> di
     sample = {name: [round(value, 6) for value in tensor.float().cpu().tolist()] for name, tensor in weights.items()}
     spec = {key: value for key, value in coder.spec.to_json().items() if key not in ("metrics", "training")}
     return {
+        "version": VERSION,
         "coder": fingerprint_key({"spec": spec, "weights": sample}),
         "model": subject.lm.fingerprint(),
         "rows": corpus.key,
@@ -154,13 +208,18 @@ def fingerprint(subject: Subject, corpus: Corpus, sizes: Sizes, seed: int) -> di
     }
 
 
-def check_readable(subject: Subject) -> None:
-    """Raises ConfigError if the coder does not read one language model at named sites."""
+def check_readable(subject: Subject, corpus: Corpus) -> None:
+    """Raises ConfigError if the coder does not read one language model at named sites, or there is too much text."""
     spec = subject.coder.spec
     if not spec.reads:
         raise ConfigError("coder: its spec names no site to read; set spec.reads")
     if any(site.tag for site in spec.reads):
         raise ConfigError("coder: it reads two language models; evidence is gathered from one")
+    if corpus.n_rows * corpus.context_length > POSITIONS:
+        raise ConfigError(
+            f"evidence.tokens: {corpus.n_rows:,} rows of {corpus.context_length} tokens are more than {POSITIONS:,} "
+            "places, padding counted; take fewer tokens, or a shorter text.context_length for short documents"
+        )
 
 
 def _check(folder: Path, made_from: dict[str, Any]) -> None:
@@ -169,11 +228,23 @@ def _check(folder: Path, made_from: dict[str, Any]) -> None:
             write_json(folder / HEADER, made_from)
         return
     there = read_json(folder / HEADER)
-    differing = sorted(key for key in made_from if there.get(key) != made_from[key])
+    if isinstance(there, dict) and there.get("version", 0) > VERSION:
+        raise DataError(f"{folder}: version {there['version']} is newer than {VERSION}; upgrade sae-interp")
+    differing = sorted(key for key in made_from if not isinstance(there, dict) or there.get(key) != made_from[key])
     if differing:
         raise DataError(
             f"{folder}: holds evidence made with another {', '.join(differing)}; choose another run_dir or delete it"
         )
+
+
+def _repair(folder: Path, made_from: dict[str, Any]) -> None:
+    for name, kind in ((LATENTS, "evidence"), (CODES, "codes")):
+        repair(folder / name, kind, made_from)
+    for path in _passes(folder):
+        try:
+            load_tensors(path)
+        except DataError:
+            path.unlink()
 
 
 def _passes(folder: Path) -> list[Path]:
@@ -199,19 +270,22 @@ def _save(path: Path, tally: Tally, done: Any) -> None:
 
 def _stored(coded: Coded, rows: Int[ndarray, "rows"]) -> dict[str, Tensor]:
     """One block of the full store: for every token its row and place, and its codes as compressed rows."""
+    values = coded.latents.values.float().cpu()
+    half = values.to(torch.float16)
     return {
         "row": torch.from_numpy(rows[coded.rows].astype(np.int32)),
         "place": torch.from_numpy(coded.places.astype(np.int32)),
         "offsets": coded.latents.offsets.cpu(),
         "ids": coded.latents.ids.to(torch.int32).cpu(),
-        "values": coded.latents.values.to(torch.float16).cpu(),
+        "values": half if half.isfinite().all() else values,
     }
 
 
 def stored_codes(folder: Path) -> Iterator[dict[str, Tensor]]:
-    """Yields the blocks of a full store: `row`, `place` [n], `offsets` [n + 1], `ids` and `values` (float16) [nnz]."""
-    from sae.store import Shards
+    """Yields the blocks of a full store: `row`, `place` [n], `offsets` [n + 1], `ids` and `values` [nnz].
 
-    shards = Shards(folder / "codes", "codes")
+    Values are float16, but float32 in a block where one is too large for that.
+    """
+    shards = Shards(folder / CODES, "codes")
     for index in range(len(shards)):
         yield shards.read(index)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from numpy import ndarray
 
 from interp.corpus import Corpus
@@ -31,6 +31,7 @@ DECILES = 10
 MARK_SHARE = 0.3  # of its largest value: tokens at or above are marked in fuzzing (arXiv 2410.13928)
 GRAM = 4
 REPEATED = 0.5
+WITHOUT = 0.05  # of the shapes of active windows may be those of no silent one
 MIN_ACTIVE, MIN_SECTIONS = 10, 5
 TOP_TOKENS = 10
 
@@ -185,21 +186,29 @@ class _Build:
     def _shaped(
         self, tier: str, shapes: list[Shape], positions: Int[ndarray, "m"], silence: Int[ndarray, "m span_1"]
     ) -> list[Item]:
-        """Gives every shape the first place that has room for it and is silent there; `silence` counts firings."""
-        place, row = positions % self.corpus.context_length, positions // self.corpus.context_length
+        """Gives every shape the first place that has room for it and is silent there; `silence` counts firings.
+
+        Where places run out, short windows still find one when long ones do not. So it ends as soon as more than a few
+        shapes have found none: what is found has the shapes of the active windows, the first of them in random order.
+        """
+        row, place = np.divmod(positions, self.corpus.context_length)
+        before, behind = place - self.corpus.first, self.corpus.length[row] - place
         free = np.ones(len(positions), bool)
         found: list[Item] = []
+        without = 0
         for shape in shapes:
-            fits = free & (place - shape.offset >= self.corpus.first)
-            fits &= place - shape.offset + shape.length <= self.corpus.length[row]
             start = REACH - shape.offset
-            fits &= silence[:, start + shape.length] == silence[:, start]
+            fits = silence[:, start + shape.length] == silence[:, start]
+            fits &= free & (before >= shape.offset) & (behind >= shape.length - shape.offset)
             for spot in np.flatnonzero(fits):
                 free[spot] = False
-                first = int(positions[spot]) - shape.offset
-                window = self._window(first, shape.length, np.zeros(shape.length, np.float32), shape.offset)
-                if self._is_new(window):
+                window = self._window(int(positions[spot]) - shape.offset, (0.0,) * shape.length, shape.offset)
+                if window is not None:
                     found.append(Item(window, tier, marks=shape.marks))
+                    break
+            else:
+                without += 1
+                if without > 1 + WITHOUT * len(found):
                     break
         return found
 
@@ -213,25 +222,25 @@ class _Build:
         n = min(WINDOW, length - first)
         start = min(max(place - offset, first), length - n)
         values = self.spots.values[spot, REACH - (place - start) :][:n]
-        window = self._window(position - place + start, n, values, place - start)
-        if not self._is_new(window):
+        window = self._window(position - place + start, tuple(values.tolist()), place - start)
+        if window is None:
             return None
         marks = np.flatnonzero(np.abs(values) >= MARK_SHARE * np.abs(values).max())
         return Item(window, ACTIVE, decile, tuple(marks.tolist()))
 
-    def _window(self, start: int, length: int, values: Float[ndarray, "n"], peak: int) -> Window:
-        row, place = divmod(start, self.corpus.context_length)
-        tokens = self.corpus.tokens([row])[0, place : place + length].tolist()
-        text, bounds = self.maker.decoder.window(tokens)
-        return Window(int(self.corpus.section[row]), start, tuple(tokens), text, bounds, tuple(values.tolist()), peak)
+    def _window(self, start: int, values: tuple[float, ...], peak: int) -> Window | None:
+        """Returns the window that begins at a position, or None if it repeats what was shown.
 
-    def _is_new(self, window: Window) -> bool:
-        """Whether less than half of a window's runs of four tokens were shown before; if so, they are from now on."""
-        grams = {window.tokens[i : i + GRAM] for i in range(max(1, len(window.tokens) - GRAM + 1))}
+        It does if half of its runs of four tokens were shown before; if it does not, they are from now on.
+        """
+        tokens = self.corpus.span(start, len(values))
+        grams = set(zip(*(tokens[i:] for i in range(GRAM)), strict=False)) or {tuple(tokens)}
         if len(grams & self.seen) >= REPEATED * len(grams):
-            return False
+            return None
         self.seen |= grams
-        return True
+        text, bounds = self.maker.decoder.window(tokens)
+        section = int(self.corpus.section[start // self.corpus.context_length])
+        return Window(section, start, tuple(tokens), text, bounds, values, peak)
 
     def _order(self, n: int, *purpose: str) -> Int[ndarray, "n"]:
         return torch.randperm(n, generator=generator(self.seed, "examples", self.latent, *purpose)).numpy()

@@ -1,6 +1,7 @@
-"""Journals: one JSON line for every finished piece of work, appended, so that a crash loses at most the line in hand."""
+"""Journals: one JSON line for every finished piece of work, appended: a crash loses at most the line in hand."""
 
 import json
+import os
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,28 @@ VERSION = 1
 class Journal:
     """A file of rows, each with a key; the last row of a key is the one that counts.
 
-    What a crash left of a torn last line is cut off when the journal is opened.
+    What a crash left of a torn last line does not count, and is cut off before the next row is added; until then the
+    file is only read, since it may be that of a run that goes on. Rows of other processes are seen by a new journal.
     """
 
     def __init__(self, path: Path, key: tuple[str, ...]) -> None:
         self.path, self.key = path, key
         path.parent.mkdir(parents=True, exist_ok=True)
         self._where: dict[Hashable, tuple[int, str]] = {}
+        self._torn: int | None = None
+        """Where a last line begins that has no end."""
         if path.is_file():
             end = 0
-            with path.open("rb+") as file:
+            with path.open("rb") as file:
                 for line in file:
+                    if not line.endswith(b"\n"):
+                        self._torn = end
+                        break
                     row = _parsed(line)
                     if row is not None and row.get("version", 0) > VERSION:
                         raise DataError(f"{path}: version {row['version']} is newer than {VERSION}; upgrade sae-interp")
                     if row is not None:
                         self._where[self._key(row)] = end, str(row.get("status", ""))
-                    elif not line.endswith(b"\n"):
-                        file.truncate(end)
-                        break
                     end += len(line)
 
     def __contains__(self, key: Hashable) -> bool:
@@ -48,10 +52,13 @@ class Journal:
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row."""
-        line = json.dumps({"version": VERSION, **row}, allow_nan=False, ensure_ascii=False) + "\n"
-        start = self.path.stat().st_size if self.path.exists() else 0
+        line = json.dumps({"version": VERSION, **row}, allow_nan=False) + "\n"  # ASCII: a reply need not be valid UTF-8
+        if self._torn is not None:
+            os.truncate(self.path, self._torn)
+        self._torn = self.path.stat().st_size if self.path.exists() else 0  # until the whole line is there
         append(self.path, line)
-        self._where[self._key(row)] = start, str(row.get("status", ""))
+        self._where[self._key(row)] = self._torn, str(row.get("status", ""))
+        self._torn = None
 
     def get(self, key: Hashable) -> dict[str, Any] | None:
         """Returns the row of a key, or None."""
@@ -62,15 +69,13 @@ class Journal:
             return _parsed(file.readline())
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields the rows that count, in the order in which they were written."""
-        wanted = {start for start, _ in self._where.values()}
-        if not wanted:
+        """Yields the rows that count, in the order of their keys, whatever order they were written in."""
+        if not self._where:
             return
         with self.path.open("rb") as file:
-            start = 0
-            for line in file:
-                row = _parsed(line) if start in wanted else None
-                start += len(line)
+            for key in sorted(self._where):  # type: ignore[type-var]
+                file.seek(self._where[key][0])
+                row = _parsed(file.readline())
                 if row is not None:
                     yield row
 

@@ -30,7 +30,7 @@ LOW = np.uint64(2**32 - 1)
 OCTAVES = (-12, 12)  # of the histogram of activations: from 2^-12 to 2^12, in halves; what lies beyond is at its ends
 BINS = 2 * (OCTAVES[1] - OCTAVES[0])
 POSITION_BINS = 16
-PENDING = 2**20  # numbers that wait to be merged: 12 MiB
+PENDING = 2**20  # numbers that wait to be merged, 12 bytes each; of more than a quarter as many latents, four of each
 SLICE = 2**20  # numbers merged at once
 
 
@@ -60,6 +60,7 @@ class Smallest:
         self.kept = kept
         self.limit = kept.max(1, initial=0)
         """By latent: what is not below it cannot enter."""
+        self.pending = max(PENDING, 4 * len(kept))
         self._waiting: list[tuple[ndarray, ndarray]] = []
         self._n = 0
 
@@ -69,7 +70,7 @@ class Smallest:
         if len(chosen):
             self._waiting.append((latents[chosen].astype(np.int32), numbers[chosen]))
             self._n += len(chosen)
-            if self._n >= PENDING:
+            if self._n >= self.pending:
                 self.settle()
 
     def settle(self) -> Int[ndarray, "d n"]:
@@ -84,9 +85,10 @@ class Smallest:
         touched = np.flatnonzero(np.diff(starts))
         n, first = self.kept.shape[1], 0
         while first < len(touched):  # slices of latents, small enough for the memory they take
-            widest = np.maximum.accumulate(starts[touched[first:] + 1] - starts[touched[first:]])
+            ahead = touched[first : first + max(1, SLICE // n)]
+            widest = np.maximum.accumulate(starts[ahead + 1] - starts[ahead])
             fits = (widest + n) * np.arange(1, len(widest) + 1) <= SLICE
-            some = touched[first : first + max(1, int(fits.sum()))]
+            some = ahead[: max(1, int(fits.sum()))]
             first += len(some)
             counts = starts[some + 1] - starts[some]
             wide = np.full((len(some), n + int(counts.max())), EMPTY, np.uint64)
@@ -149,7 +151,7 @@ class Tally:
         np.add.at(self.positions.reshape(-1), ids * POSITION_BINS + place * POSITION_BINS // self.context_length, 1)
         self._add_cells(ids, cell_of_token[token], bits, place % CELL, per_row, names, splits, numbers)
 
-    def _add_cells(self, ids, cells, bits, within, per_row, names, splits, numbers) -> None:  # noqa: ANN001
+    def _add_cells(self, ids, cells, bits, within, per_row, names, splits, numbers) -> None:
         """Finds the largest value of each (latent, cell), earliest first, and offers the cell."""
         if not len(ids):
             return
@@ -179,13 +181,17 @@ class Tally:
             if not split:
                 getattr(self, name).__iadd__(there)
                 continue
-            numbers = there.view(np.uint64)
-            latents, places = np.nonzero(numbers != EMPTY)
-            getattr(self, kind)[split].offer(latents, numbers[latents, places])
+            size = max(1, SLICE // there.shape[1])
+            for start in range(0, len(there), size):
+                numbers = there[start : start + size].view(np.uint64)
+                latents, places = np.nonzero(numbers != EMPTY)
+                getattr(self, kind)[split].offer(latents + start, numbers[latents, places])
 
     def state(self) -> dict[str, Tensor]:
         """Returns all that was gathered, ready to be saved; cells as int64 with the bits of their numbers."""
-        kept = {f"{kind}.{split}": getattr(self, kind)[split].settle() for kind in ("sample", "top") for split in SPLITS}
+        kept = {
+            f"{kind}.{split}": getattr(self, kind)[split].settle() for kind in ("sample", "top") for split in SPLITS
+        }
         for name, numbers in kept.items():
             numbers.sort(axis=1)
             kept[name] = numbers.view(np.int64)
@@ -245,9 +251,7 @@ def _bins(bits: Int[ndarray, "n"]) -> Int[ndarray, "n"]:
     return np.clip((bits >> 22).astype(np.int64) - 2 * (127 + OCTAVES[0]), 0, BINS - 1)
 
 
-def _hash(
-    seed: int, latent: Int[ndarray, "m"], name: Int[ndarray, "m"], cell: Int[ndarray, "m"]
-) -> Int[ndarray, "m"]:
+def _hash(seed: int, latent: Int[ndarray, "m"], name: Int[ndarray, "m"], cell: Int[ndarray, "m"]) -> Int[ndarray, "m"]:
     """32 bits that look drawn at random, one for each (seed, latent, row's name, cell): splitmix64's finalizer."""
     x = name.astype(np.uint64) + cell.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
     x ^= (latent.astype(np.uint64) + np.uint64(seed + 1)) * np.uint64(0x9E3779B97F4A7C15)

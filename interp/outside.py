@@ -1,6 +1,7 @@
 """What comes from elsewhere: files of explanations, and what delphi has cached and scored."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from sae.errors import ConfigError
 LATENT_NAMES = ("latent", "index", "feature", "id")
 TEXT_NAMES = ("text", "explanation", "description")
 LONGEST_CHARS = 10_000
+_NUMBER = re.compile(r"[0-9]{1,12}")
 
 
 def explanations(path: Path, d_sae: int) -> dict[int, str]:
@@ -19,22 +21,24 @@ def explanations(path: Path, d_sae: int) -> dict[int, str]:
     has not, or the latent named twice.
     """
     try:
-        whole = path.read_text(encoding="utf-8")
+        whole = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"explanations: {path} cannot be read: {error}") from error
     try:
-        mapping = json.loads(whole)
-    except ValueError:
-        mapping = None
-    if isinstance(mapping, dict) and not any(name in mapping for name in LATENT_NAMES):
-        pairs = [(key, text, f"{path.name}") for key, text in mapping.items()]
+        members = json.loads(whole, object_pairs_hook=list)  # a list of pairs, in which a key may come twice
+    except (ValueError, RecursionError):
+        members = None
+    one = isinstance(members, list) and all(isinstance(m, tuple) and m[0] not in LATENT_NAMES for m in members)
+    if members and one:
+        pairs = [(key, text, path.name) for key, text in members]
     else:
-        pairs = [
-            _line(line, f"{path.name}:{number}") for number, line in enumerate(whole.splitlines(), 1) if line.strip()
-        ]
+        lines = enumerate(whole.split("\n"), 1)
+        pairs = [_line(line, f"{path.name}:{number}") for number, line in lines if line.strip()]
+    if not pairs:
+        raise ConfigError(f"explanations: {path} holds none")
     found: dict[int, str] = {}
     for key, text, where in pairs:
-        latent = int(key) if str(key).isdigit() else -1
+        latent = int(key) if _NUMBER.fullmatch(str(key)) else -1
         if not 0 <= latent < d_sae:
             raise ConfigError(f"explanations: {where}: {key!r} is no latent; the coder has 0 to {d_sae - 1}")
         if latent in found:
@@ -50,7 +54,7 @@ def explanations(path: Path, d_sae: int) -> dict[int, str]:
 def _line(line: str, where: str) -> tuple[Any, Any, str]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"explanations: {where}: not a line of JSON ({error})") from error
     fields = row if isinstance(row, dict) else {}
     latent = next((fields[name] for name in LATENT_NAMES if name in fields), None)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from interp.corpus import Corpus
-from interp.evidence import blocks, encode
+from interp.evidence import alone, blocks, encode
 from interp.latents import Evidence
 from interp.records import SPLITS
 from interp.subject import Subject
@@ -27,7 +27,9 @@ from sae.errors import Stopped
 from sae.progress import Progress
 from sae.seeding import generator
 from sae.store import Shards, ShardWriter, fingerprint_key
+from sae.store import repair as remake
 
+KIND = "windows"
 REACH = 31  # tokens looked at on either side: a window of 32 may lie anywhere around its place
 SPAN = 2 * REACH + 1
 KINDS = ("sample", "top", "same_token", "neighbor")
@@ -35,7 +37,8 @@ POOL = {"explain": 512, "valid": 512, "test": 2048}
 CANDIDATES = 64  # places looked at for a tier of one latent in one part, of which most turn out not to be silent
 TOKENS_OF_LATENT = 10  # a latent's usual tokens: those of most of its peaks
 PLACES_OF_TOKEN = 256  # of every such token and part, so many places are remembered
-SHARD_BLOCKS = 64
+ROWS_AT_ONCE = 4096  # that are searched for them
+SHARD_BLOCKS = 16
 SILENT_SPLITS = ("valid", "test")
 
 
@@ -67,11 +70,9 @@ class Spots(NamedTuple):
     """Where it fires around the places of the shared pool."""
 
 
-def plan(
-    evidence: Evidence, corpus: Corpus, latents: Int[ndarray, "n"], neighbors: list[list[int]], seed: int
-) -> Plan:
+def plan(evidence: Evidence, corpus: Corpus, latents: Int[ndarray, "n"], neighbors: list[list[int]], seed: int) -> Plan:
     """Returns the places to visit for some latents, whose neighbors are given in their order."""
-    found: list[tuple[int, int, int, Int[ndarray, "some"]]] = []
+    found: list[tuple[int, int, int, ndarray]] = [(0, 0, 0, np.zeros(0, np.int64))]
     usual = [_usual_tokens(evidence, corpus, int(latent)) for latent in latents]
     where = _occurrences(corpus, sorted({token for tokens in usual for token in tokens}), seed)
     for i, latent in enumerate(latents.tolist()):
@@ -84,9 +85,10 @@ def plan(
             theirs = [evidence.places("sample", split, other) for other in neighbors[i]]
             for kind, candidates in ((2, _in_turn(same)), (3, _in_turn(theirs))):
                 found.append((i, kind, s, candidates[~np.isin(candidates, np.concatenate([sample, top]))]))
-    columns = [np.concatenate([np.full(len(p), f[c], np.int32) for *f, p in found]) for c in range(3)]
-    pool, pool_split = _pool(corpus, seed)
-    return Plan(latents, *columns, np.concatenate([p for *_, p in found]), pool, pool_split)
+    latent, kind, part = np.repeat(
+        np.array([key for *key, _ in found], np.int32), [len(places) for *_, places in found], axis=0
+    ).T
+    return Plan(latents, latent, kind, part, np.concatenate([places for *_, places in found]), *_pool(corpus, seed))
 
 
 def visit(
@@ -95,38 +97,45 @@ def visit(
     plan: Plan,
     folder: Path,
     should_stop: Callable[[], bool] = lambda: False,
+    repair: bool = False,
 ) -> "Visits":
     """Returns what was found at the places of a plan, computed now as far as it is not in `folder`.
 
-    Raises Stopped, with all finished shards kept, when asked to stop.
+    Each plan has a folder of its own in there, so that other latents can be looked at later. With `repair`, damaged
+    files are found and made again. Raises Stopped, with all finished shards kept, when asked to stop.
     """
     made_from = {"plan": _digest(plan), "rows": corpus.key}
+    folder = folder / KIND / fingerprint_key(made_from)
     context = corpus.context_length
     rows = np.unique(np.concatenate([plan.position, plan.pool]) // context)
     rows = rows[np.argsort(-corpus.length[rows], kind="stable")]
     groups = blocks(corpus, rows)
     batches = [groups[i : i + SHARD_BLOCKS] for i in range(0, len(groups), SHARD_BLOCKS)]
-    writer = ShardWriter(folder, "windows", made_from, str(distributed.rank()))
-    missing = [number for number in range(len(batches)) if number not in writer.done]
-    mine = missing[distributed.rank() :: distributed.world_size()]
-    progress = Progress("windows", sum(len(batches[i]) for i in mine), "blocks", visible=distributed.rank() == 0)
-    by_row = np.argsort(plan.position // context, kind="stable")
-    pool_by_row = np.argsort(plan.pool // context, kind="stable")
+    places, pool = _ByRow.of(plan.position, context), _ByRow.of(plan.pool, context)
     rank = np.full(subject.coder.spec.d_sae, -1, np.int32)
     rank[plan.latents] = np.arange(len(plan.latents))
-    with distributed.together():
-        for number in mine:
-            parts = []
-            for group in batches[number]:
-                if should_stop():
-                    raise Stopped("while visiting windows; the same command goes on")
-                parts.append(_visit(subject, corpus, plan, group, rank, by_row, pool_by_row))
-                progress.update(progress.n + 1)
-            writer.write(number, {name: torch.from_numpy(array) for name, array in _joined(parts).items()})
-        progress.close()
-    with distributed.together():
-        if distributed.rank() == 0:
-            writer.finish({})
+    with alone(folder, should_stop):
+        with distributed.together():
+            if repair and distributed.rank() == 0:
+                remake(folder, KIND, made_from)
+        with distributed.together():  # no rank goes on before all know what is done
+            writer = ShardWriter(folder, KIND, made_from, str(distributed.rank()))
+        missing = [number for number in range(len(batches)) if number not in writer.done]
+        mine = missing[distributed.rank() :: distributed.world_size()]
+        progress = Progress("windows", sum(len(batches[i]) for i in mine), "blocks", visible=distributed.rank() == 0)
+        with distributed.together():
+            for number in mine:
+                parts = []
+                for group in batches[number]:
+                    if should_stop():
+                        raise Stopped("while visiting windows; the same command goes on")
+                    parts.append(_visit(subject, corpus, plan, group, rank, places, pool))
+                    progress.update(progress.n + 1)
+                writer.write(number, {name: torch.from_numpy(array) for name, array in _joined(parts).items()})
+            progress.close()
+        with distributed.together():
+            if distributed.rank() == 0:
+                writer.finish({})
     return Visits(plan, folder, made_from)
 
 
@@ -135,7 +144,7 @@ class Visits:
 
     def __init__(self, plan: Plan, folder: Path, made_from: dict[str, str]) -> None:
         self.plan = plan
-        shards = Shards(folder, "windows", made_from)
+        shards = Shards(folder, KIND, made_from)
         self._shards = [{k: t.numpy() for k, t in shards.read(i).items()} for i in range(len(shards))]
         self._ends = [np.append(0, np.cumsum(shard["count"], dtype=np.int64)) for shard in self._shards]
 
@@ -160,7 +169,11 @@ class Visits:
         order = entry.argsort()
         entry = entry[order]
         return Spots(
-            self.plan.kind[entry], self.plan.split[entry], self.plan.position[entry], np.concatenate(values)[order], pool
+            self.plan.kind[entry],
+            self.plan.split[entry],
+            self.plan.position[entry],
+            np.concatenate(values)[order],
+            pool,
         )
 
 
@@ -170,8 +183,8 @@ def _visit(
     plan: Plan,
     group: Int[ndarray, "rows"],
     rank: Int[ndarray, "d_sae"],
-    by_row: Int[ndarray, "m"],
-    pool_by_row: Int[ndarray, "pool"],
+    places: "_ByRow",
+    pool: "_ByRow",
 ) -> dict[str, ndarray]:
     """Returns what is found in some rows: by entry how many values there are, where and which; the same of the pool."""
     coded = encode(subject, corpus.tokens(group))
@@ -182,13 +195,13 @@ def _visit(
     spot = coded.rows[token[chosen]] * context + coded.places[token[chosen]]  # ascends with the tokens
     latent, values = rank[ids[chosen]].astype(np.int64), values[chosen]
 
-    entry, where = _here(plan.position, by_row, group, context)
+    entry, where = places.here(group, context)
     key = latent * (len(group) * context) + spot
     order = key.argsort(kind="stable")
     first = plan.latent[entry] * (len(group) * context)
     low, high = _around(key[order], first, where, context)
     found = order[_ranges(low, high)]
-    pool_entry, pool_where = _here(plan.pool, pool_by_row, group, context)
+    pool_entry, pool_where = pool.here(group, context)
     pool_low, pool_high = _around(spot, np.zeros(len(pool_where), np.int64), pool_where, context)
     hits, fires = _ranges(pool_low, pool_high), pool_high - pool_low
     return {
@@ -209,14 +222,26 @@ def _ranges(low: Int[ndarray, "m"], high: Int[ndarray, "m"]) -> Int[ndarray, "to
     return np.repeat(low - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
 
 
-def _here(
-    positions: Int[ndarray, "m"], by_row: Int[ndarray, "m"], group: Int[ndarray, "rows"], context: int
-) -> tuple[Int[ndarray, "some"], Int[ndarray, "some"]]:
-    """Returns the entries that lie in some rows, and where: number of the row among these times length plus place."""
-    rows = positions[by_row] // context
-    low, high = np.searchsorted(rows, group), np.searchsorted(rows, group, side="right")
-    entry = by_row[_ranges(low, high)]
-    return entry, np.repeat(np.arange(len(group)), high - low) * context + positions[entry] % context
+class _ByRow(NamedTuple):
+    """Positions, and which of them lie in a row."""
+
+    positions: Int[ndarray, "m"]
+    order: Int[ndarray, "m"]
+    rows: Int[ndarray, "m"]
+    """In that order."""
+
+    @staticmethod
+    def of(positions: Int[ndarray, "m"], context: int) -> "_ByRow":
+        """Returns positions, put in order."""
+        rows = positions // context
+        order = rows.argsort(kind="stable")
+        return _ByRow(positions, order, rows[order])
+
+    def here(self, group: Int[ndarray, "rows"], context: int) -> tuple[Int[ndarray, "some"], Int[ndarray, "some"]]:
+        """Returns the entries in some rows, and where: number of the row among these times length plus place."""
+        low, high = np.searchsorted(self.rows, group), np.searchsorted(self.rows, group, side="right")
+        entry = self.order[_ranges(low, high)]
+        return entry, np.repeat(np.arange(len(group)), high - low) * context + self.positions[entry] % context
 
 
 def _around(
@@ -258,8 +283,8 @@ def _occurrences(corpus: Corpus, tokens: list[int], seed: int) -> dict[int, list
     """Returns by token and part up to `PLACES_OF_TOKEN` places where it stands, drawn by hash, in that order."""
     wanted = np.array(tokens, np.int64)
     kept: list[tuple[ndarray, ndarray, ndarray, ndarray]] = []  # token, part, draw, position
-    for start in range(0, len(corpus.kept), 4096):
-        rows = corpus.kept[start : start + 4096]
+    for start in range(0, len(corpus.kept), ROWS_AT_ONCE):
+        rows = corpus.kept[start : start + ROWS_AT_ONCE]
         ids = corpus.tokens(rows).numpy()
         ids[:, : corpus.first] = -1
         row, place = np.isin(ids, wanted).nonzero()
@@ -324,4 +349,4 @@ def _pool(corpus: Corpus, seed: int) -> tuple[Int[ndarray, "pool"], Int[ndarray,
 
 def _digest(plan: Plan) -> str:
     columns = (plan.latents, plan.latent, plan.kind, plan.split, plan.position, plan.pool)
-    return fingerprint_key({"columns": [hashlib.sha256(np.ascontiguousarray(c)).hexdigest() for c in columns]})
+    return fingerprint_key({"columns": [hashlib.sha256(c.tobytes()).hexdigest() for c in columns]})
