@@ -39,7 +39,6 @@ TOKENS_OF_LATENT = 10  # a latent's usual tokens: those of most of its peaks
 PLACES_OF_TOKEN = 256  # of every such token and part, so many places are remembered
 ROWS_AT_ONCE = 4096  # that are searched for them
 SHARD_BLOCKS = 16
-SILENT_SPLITS = ("valid", "test")
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def plan(evidence: Evidence, corpus: Corpus, latents: Int[ndarray, "n"], neighbo
         for s, split in enumerate(SPLITS):
             sample, top = (evidence.places(kind, split, latent) for kind in ("sample", "top"))
             found += [(i, 0, s, sample), (i, 1, s, np.setdiff1d(top, sample))]
-            if split not in SILENT_SPLITS:
+            if split != "test":  # elsewhere silent windows are drawn at random only
                 continue
             same = [where[token][s] for token in usual[i]]
             theirs = [evidence.places("sample", split, other) for other in neighbors[i]]
@@ -153,17 +152,18 @@ class Visits:
         at = int(np.searchsorted(self.plan.latents, latent))
         if at >= len(self.plan.latents) or self.plan.latents[at] != latent:
             raise KeyError(latent)
+        here = np.array([at, at + 1], np.int32)  # of another type, all latents would be copied
         entries, values = [], []
         pool = np.zeros((len(self.plan.pool), SPAN), bool)
         for shard, ends in zip(self._shards, self._ends, strict=True):
-            low, high = np.searchsorted(shard["latent"], [at, at + 1])
+            low, high = np.searchsorted(shard["latent"], here)
             counts = shard["count"][low:high].astype(np.int64)
             dense = np.zeros((high - low, SPAN), np.float32)
             nonzero = slice(ends[low], ends[high])
             dense[np.repeat(np.arange(high - low), counts), shard["at"][nonzero]] = shard["value"][nonzero]
             entries.append(shard["entry"][low:high])
             values.append(dense)
-            low, high = np.searchsorted(shard["pool_latent"], [at, at + 1])
+            low, high = np.searchsorted(shard["pool_latent"], here)
             pool[shard["pool_entry"][low:high], shard["pool_at"][low:high]] = True
         entry = np.concatenate(entries)
         order = entry.argsort()
