@@ -85,7 +85,8 @@ def _train(config, folder: Path, resume: bool, trust_remote_code: bool, repair: 
     result = train(config, resume, trust_remote_code, folder, repair)
     print_tables(result.metrics)
     if result.metrics:
-        print(f"\nrun folder   {folder}\npicture      {folder / 'report.html'}\nnext         sae-eval {folder}")
+        print(f"\nrun folder   {folder}\npicture      {folder / 'report.html'}")
+        print(f"next         sae-eval {folder}\n             sae-explain {folder}")
     return DONE
 
 

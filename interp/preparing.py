@@ -153,28 +153,45 @@ def chosen_latents(typed: str, evidence: Evidence, seed: int) -> Int[ndarray, "n
     "alive", "all", a number (so many alive ones at random), ids and ranges ("3,17,40-49"), or a file of ids.
     """
     alive, d_sae = evidence.alive(), evidence.d_sae
-    path = Path(typed).expanduser()
-    if typed == "all":
-        return np.arange(d_sae)
-    if typed == "alive":
-        return alive
-    if typed.strip().isdigit():
+    if not len(alive):
+        raise ConfigError(f"latents: none of {d_sae} fires on the text; is the coder of this model and site?")
+    if typed in ("all", "alive"):
+        return alive if typed == "alive" else np.arange(d_sae)
+    if typed.strip().isdecimal():
         n = int(typed)
         if n < 1:
             raise ConfigError(f"latents: {typed} is no number of latents; give at least 1 (one id is written {typed},)")
         order = torch.randperm(len(alive), generator=generator(seed, "latents")).numpy()
         return np.sort(alive[order[:n]])
-    text = path.read_text(encoding="utf-8") if path.is_file() else typed
-    ids: list[int] = []
-    for word in text.replace(",", " ").split():
+    ids: set[int] = set()
+    for word in _told(typed).replace(",", " ").split():
         first, dash, last = word.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ConfigError(
                 f"latents: {word!r} is no latent id or range; allowed: alive, all, a number, ids (3,17,40-49), a file"
             )
-        ids += range(int(first), int(last or first) + 1)
-    beyond = [i for i in ids if i >= d_sae]
-    if beyond or not ids:
-        what = f"{beyond[0]} is out of range" if beyond else "none given"
-        raise ConfigError(f"latents: {what}; the coder has latents 0 to {d_sae - 1}")
-    return np.unique(np.array(ids))
+        low, high = _number(first), _number(last or first)
+        if low > high:
+            raise ConfigError(f"latents: {word!r} is no range; its end comes before its beginning")
+        if high >= d_sae:
+            raise ConfigError(f"latents: {word[:40]} is out of range; the coder has latents 0 to {d_sae - 1}")
+        ids |= set(range(low, high + 1))
+    if not ids:
+        raise ConfigError(f"latents: none given; the coder has latents 0 to {d_sae - 1}")
+    return np.array(sorted(ids))
+
+
+def _told(typed: str) -> str:
+    """Returns what a file of ids holds, or what was typed where that names no file."""
+    try:
+        path = Path(typed).expanduser()
+        return path.read_text(encoding="utf-8") if path.is_file() else typed
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"latents: {typed} is no text file of ids: {error}") from error
+    except (OSError, ValueError):  # too long for a name: ids
+        return typed
+
+
+def _number(digits: str) -> int:
+    """Returns a number; of more digits than any id has, one that is out of range."""
+    return int(digits) if len(digits) < 19 else 2**62

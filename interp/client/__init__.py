@@ -214,10 +214,12 @@ class Client:
     async def _fetch(self, name: str, request: Request, abilities: Abilities) -> Reply:
         holder = self._holder(self._config(request.role))
         if isinstance(holder, Endpoint):
-            reply = self._scrubbed(await holder.answer(request, abilities), holder)
-        else:
-            reply = await holder.answer(request)
-            self.ledger.count_local(request.role, reply.tokens_in, reply.tokens_out)
+            async with holder.turns:  # a kill loses no more answers than calls may be out
+                reply = self._scrubbed(await holder.answer(request, abilities), holder)
+                await self._cache.keep({name: reply})
+            return reply
+        reply = await holder.answer(request)
+        self.ledger.count_local(request.role, reply.tokens_in, reply.tokens_out)
         if holder.keeps:
             await self._cache.keep({name: reply})
         return reply

@@ -34,6 +34,8 @@ class Endpoint:
     def __init__(self, config: EndpointConfig, ledger: Ledger, should_stop: Callable[[], bool]) -> None:
         self.config, self.ledger, self.should_stop = config, ledger, should_stop
         self.limiter = Limiter(config.max_concurrency)
+        self.turns = asyncio.Semaphore(config.max_concurrency)
+        """Held by whoever asks until the answer is stored."""
         self.urls = config.base_urls or (os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",)
         self.where = " ".join(sorted(url.rstrip("/") for url in self.urls))
         self._clients: list[Any] = []

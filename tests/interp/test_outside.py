@@ -132,22 +132,16 @@ def test_latents_that_are_none_are_refused(typed, message):
         chosen(typed)
 
 
-TOLD = "interp.preparing.chosen_latents, which is being worked on elsewhere"
-
-
-@pytest.mark.xfail(strict=True, raises=OSError, reason=TOLD)
 def test_a_list_may_be_longer_than_a_file_name():
     assert len(chosen(",".join(map(str, [*range(40)] * 10)))) == 40
 
 
-@pytest.mark.xfail(strict=True, reason=TOLD)
 @pytest.mark.parametrize("typed", ["3,9-5", "²"])
 def test_ranges_that_run_backwards_and_odd_digits_are_refused(typed):
     with pytest.raises(ConfigError, match="latents: "):
         chosen(typed)
 
 
-@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason=TOLD)
 def test_a_file_of_something_else_is_refused(tmp_path):
     file = tmp_path / "ids.txt"
     file.write_bytes(b"\xff\xfe3")
