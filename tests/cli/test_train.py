@@ -38,10 +38,11 @@ def test_a_run_leaves_a_folder_that_explains_itself_and_says_what_to_do_next(tmp
     run, printed = tmp_path / "runs" / "first", capsys.readouterr()
     for shown in ("model.layers.1", "FVU", "L0", "dead latents", "CE recovered", "steps with auxk active"):
         assert shown in printed.out
-    assert printed.out.splitlines()[-3:] == [
+    assert printed.out.splitlines()[-4:] == [
         "run folder   runs/first",
         "picture      runs/first/report.html",
         "next         sae-eval runs/first",
+        "             sae-explain runs/first",
     ]
     for shown in ("run folder", "sites", "parameters", "memory", "disk", "compute"):  # before anything loads
         assert shown in printed.err
