@@ -52,6 +52,7 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--list-configs", action="store_true", help="list the shipped configs and exit")
     parser.add_argument("--help-fields", action="store_true", help="list every config field and exit")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
+    parser.add_argument("--repair", action="store_true", help="verify what is stored and make again what is damaged")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options, overrides = parser.parse_known_args(argv)
     if options.list_configs:
@@ -72,10 +73,10 @@ def command(argv: list[str]) -> int:
 
         print(to_yaml(config), end="")
         return DONE
-    return _explain(config, _shard(options.shard), options.retry_failed, options.trust_remote_code, options.dry_run)
+    return _explain(config, _shard(options.shard), options)
 
 
-def _explain(config: "ExplainConfig", shard: tuple[int, int], retry: bool, trust: bool, dry_run: bool) -> int:
+def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> int:
     from interp.pipeline import Pipeline, begin
     from interp.preparing import prepare, resolved
     from interp.results import lines
@@ -83,19 +84,20 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], retry: bool, trust
     from sae.stopping import stop_flag
 
     config = resolved(config)
-    if dry_run:
-        from interp.estimate import dry_run as described
+    if options.dry_run:
+        from interp.estimate import dry_run
 
-        print("\n".join(described(config, trust)))
+        print("\n".join(dry_run(config, options.trust_remote_code)))
         return DONE
     with stop_flag() as stop:
         begin(config)
         log.info("run folder   %s", config.run_dir)
         with process_group():
-            prepared, first = prepare(config, stop, trust), rank() == 0
+            prepared = prepare(config, stop, options.trust_remote_code, options.repair)
+            first = rank() == 0
         if not first:
             return DONE  # the ranks share the passes; what is left is to wait for answers
-        ended = Pipeline(config, prepared, shard).run(retry, stop)
+        ended = Pipeline(config, prepared, shard).run(options.retry_failed, stop)
     code = DONE
     if shard == (1, 1):
         summary = _write(Path(config.run_dir))

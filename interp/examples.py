@@ -21,7 +21,7 @@ from interp.corpus import Corpus
 from interp.decode import Decoder
 from interp.latents import Evidence
 from interp.records import ACTIVE, SPLITS, TIERS, Examples, Facts, Item, Window
-from interp.windows import KINDS, REACH, Visits
+from interp.windows import KINDS, REACH, Visits, tokens_at
 from sae.seeding import generator
 from sae.settings import at_least, choose
 
@@ -121,8 +121,6 @@ class ExampleMaker:
         return Examples(latent, facts, **items, missing=missing)
 
     def _tokens(self, positions: Int[ndarray, "m"]) -> list[int]:
-        from interp.windows import tokens_at
-
         return tokens_at(self.corpus, positions).tolist()
 
 

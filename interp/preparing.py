@@ -105,22 +105,28 @@ def coder_folder(config: ExplainConfig) -> Path:
     return found[config.coder.name]
 
 
-def prepare(config: ExplainConfig, should_stop: Callable[[], bool], trust_remote_code: bool = False) -> Prepared:
-    """Returns everything about the latents of a resolved config, computed as far as it is not in its folder."""
-    subject, rows = subject_and_rows(config, should_stop, trust_remote_code)
+def prepare(
+    config: ExplainConfig, should_stop: Callable[[], bool], trust_remote_code: bool = False, repair: bool = False
+) -> Prepared:
+    """Returns everything about the latents of a resolved config, computed as far as it is not in its folder.
+
+    With `repair`, files are verified, and made again if they are damaged.
+    """
+    subject, rows = subject_and_rows(config, should_stop, trust_remote_code, repair)
     folder = Path(config.run_dir) / "evidence"
     log.info(
         "text: %s tokens in %s sections, split by %s", f"{rows.n_tokens:,}", f"{rows.meta['sections']:,}",
         rows.meta["split_by"],
     )  # fmt: skip
-    evidence = gather(subject, rows, folder, config.evidence.sizes, config.seed, config.evidence.store, should_stop)
+    sizes, store = config.evidence.sizes, config.evidence.store
+    evidence = gather(subject, rows, folder, sizes, config.seed, store, should_stop, repair)
     if distributed.rank() == 0:
         found = {"latents": evidence.d_sae, "alive": len(evidence.alive()), "tokens_counted": evidence.tokens}
         write_json(folder / TEXT, {"tokens": rows.n_tokens, **rows.meta, **found})
     latents = chosen_latents(config.latents, evidence, config.seed)
     near = neighbors(subject.coder, latents.tolist(), NEIGHBORS)
     places = plan(evidence, rows, latents, [[other for other, _ in pairs] for pairs in near], config.seed)
-    visits = visit(subject, rows, places, folder, should_stop)
+    visits = visit(subject, rows, places, folder, should_stop, repair)
     maker = ExampleMaker(evidence, visits, rows, Decoder(subject.lm.tokenizer), config.examples, config.seed)
     up = promoted(subject.lm, subject.coder, latents.tolist())
     ids = latents.tolist()
@@ -131,14 +137,17 @@ def prepare(config: ExplainConfig, should_stop: Callable[[], bool], trust_remote
 
 
 def subject_and_rows(
-    config: ExplainConfig, should_stop: Callable[[], bool] = lambda: False, trust_remote_code: bool = False
+    config: ExplainConfig,
+    should_stop: Callable[[], bool] = lambda: False,
+    trust_remote_code: bool = False,
+    repair: bool = False,
 ) -> tuple[Subject, Corpus]:
     """Returns the coder (or its baseline) with its language model, and the text of a resolved config."""
     coder: SparseCoder = hub.load(coder_folder(config)).to(resolve_device(config.model.device))
     options = {**vars(config.model), "trust_remote_code": trust_remote_code}
     subject, tokens = Subject(coder, lambda: load_language_model(**options)), config.evidence.tokens or TOKENS
     progress = Progress("text", tokens, "tokens")
-    rows = corpus(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, should_stop, progress.update)
+    rows = corpus(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, should_stop, progress.update, repair)
     progress.close()
     if config.coder.baseline != "none":
         stand_in = baseline(config.coder.baseline, coder, config.seed, sample_of(subject, rows))

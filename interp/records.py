@@ -29,7 +29,8 @@ class Window:
     activations: tuple[float, ...]
     """The latent's value at every token."""
     peak: int
-    """The token about which the window is placed; of an active window, the one where the latent is largest."""
+    """The token about which the window is placed; of an active window, where the latent is largest among the tokens of
+    its cell (`interp.latents`). One that the window has beside the cell may be larger."""
 
     @property
     def strength(self) -> float:
