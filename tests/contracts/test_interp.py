@@ -15,6 +15,7 @@ from sae.plugins import names
 ALL = Abilities(choices=True, structured="json_schema", prompt_logprobs=True, prompt_top=20)
 ABILITIES = {"single": SINGLE, "batch": BATCH, "all": ALL, "fits": Abilities(fits_texts=True), "none": Abilities()}
 PASSAGES = [{"section": i, "clean": f"clean {i}", "amplified": f"more {i}"} for i in range(6)]
+EXAMPLES = planted(n=12)
 PREPARED = {"strength": 1.0, "kl": 1.0, "passages": PASSAGES}
 
 
@@ -44,14 +45,14 @@ def failed(request, failure="timeout"):
 def test_a_scorer_says_who_is_asked_and_what_counts(scorer):
     scorer.validate()
     assert scorer.role in ROLES
-    score = scorer.score([], [], planted().facts)
+    score = scorer.score([], [], EXAMPLES.facts)
     assert scorer.headline in score.measures
     assert score.n == 0
     assert all(measure.value is None or measure.value >= 0 for measure in score.measures.values())
 
 
 def test_the_same_question_is_asked_in_the_same_words(scorer, abilities):
-    examples = planted()
+    examples = EXAMPLES
     tasks, again = (scorer.tasks(examples, "test", PREPARED) for _ in range(2))
     assert tasks == again
     first, second = (scorer.requests(label(RIGHT), tasks, examples.facts, abilities) for _ in range(2))
@@ -64,7 +65,7 @@ def test_the_same_question_is_asked_in_the_same_words(scorer, abilities):
 
 @pytest.mark.parametrize("failure", [*RETRYABLE, *FINAL])
 def test_a_failed_call_is_never_a_score(scorer, abilities, failure):
-    examples = planted()
+    examples = EXAMPLES
     tasks = scorer.tasks(examples, "test", PREPARED)
     requests = scorer.requests(label(RIGHT), tasks, examples.facts, abilities)
     replies = [Reply(failure=failure) for _ in requests]
@@ -85,7 +86,7 @@ def test_a_failed_call_is_never_a_score(scorer, abilities, failure):
     "reply", [Reply(), Reply(text="maybe"), Reply(data={}), Reply(data={"answers": "yes"}), Reply(data=[])]
 )
 def test_an_answer_to_something_else_is_missing(scorer, abilities, reply):
-    examples = planted()
+    examples = EXAMPLES
     tasks = scorer.tasks(examples, "test", PREPARED)
     requests = scorer.requests(label(RIGHT), tasks, examples.facts, abilities)
     if not all(isinstance(request, Chat) for request in requests):
@@ -97,14 +98,14 @@ def test_an_answer_to_something_else_is_missing(scorer, abilities, reply):
 
 
 def test_nothing_is_asked_of_a_latent_without_examples(scorer):
-    examples = Examples(0, planted().facts)
+    examples = Examples(0, EXAMPLES.facts)
     assert scorer.tasks(examples, "test", {}) == []
     assert scorer.requests(label(RIGHT), [], examples.facts, ALL) == []
     assert scorer.judgements(label(RIGHT), [], examples.facts, ALL, []) == []
 
 
 def test_tests_are_of_the_test_split(scorer):
-    examples = planted()
+    examples = EXAMPLES
     starts = {item.window.start for item in examples.test}
     for task in scorer.tasks(examples, "test", PREPARED):
         assert {item.window.start for item in task.items} <= starts
@@ -112,7 +113,7 @@ def test_tests_are_of_the_test_split(scorer):
 
 def test_an_explainer_sees_the_explain_split_alone(explainer, abilities):
     explainer.validate()
-    examples = planted()
+    examples = EXAMPLES
     asked = explainer.requests(examples, abilities)
     assert asked == explainer.requests(replace(examples, valid=(), test=()), abilities)
     assert bool(asked) == explainer.needs_llm
@@ -121,13 +122,13 @@ def test_an_explainer_sees_the_explain_split_alone(explainer, abilities):
 
 def test_failed_calls_are_no_explanation(explainer, abilities):
     if explainer.needs_llm:
-        examples = planted()
+        examples = EXAMPLES
         replies = [Reply(failure="refused") for _ in explainer.requests(examples, abilities)]
         assert explainer.explanations(examples, replies) == []
 
 
 def test_explanations_are_texts_that_survive_the_journal(explainer, abilities):
-    examples = planted()
+    examples = EXAMPLES
     replies = [Reply(data={"explanation": "ripe fruit"}) for _ in explainer.requests(examples, abilities)]
     found = explainer.explanations(examples, replies)
     for explanation in found:

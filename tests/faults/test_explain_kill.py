@@ -43,7 +43,8 @@ def coder(tmp_path_factory):
     return coder_folder(folder / "coder", model, tiny_text_folder(folder / "text"))
 
 
-@pytest.mark.parametrize("after", [25, 90])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [25, 60])
 def test_killed_and_continued(coder, tmp_path, after):
     """`after` calls are answered: in the midst of explaining, and of scoring."""
     with FakeLLM(scripted, logprobs=0, schemas=("json_schema",)) as server:
@@ -53,7 +54,7 @@ def test_killed_and_continued(coder, tmp_path, after):
             "latents": "24",
             "examples": {"shown": 10, "contrast": 6, "valid": 6, "test": 12},
             "models": {"explainer": {"model": "fake", "base_urls": [server.url], "max_concurrency": AT_ONCE}},
-            "scorers": {name: {"type": name, "layout": "batch"} for name in ("detection", "fuzzing")},
+            "scorers": {n: {"type": n, "layout": "batch", "windows_per_request": 24} for n in ("detection", "fuzzing")},
             "in_flight": AT_ONCE,
         }
         argv = list(fields(changes))
