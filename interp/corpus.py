@@ -6,11 +6,8 @@ the test part (40 %), by a hash of its name. Rows that repeat what another part 
 documents (one text file) is one long document, so its split is one by blocks and labeled so.
 """
 
-import logging
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -22,18 +19,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from interp.records import SPLITS
-from sae.documents import TextConfig, documents, identity
-from sae.errors import ConfigError, DataError, Stopped
-from sae.files import FolderLock, cache_dir, is_complete, publish, remove_stale, verify
+from sae.documents import TextConfig, documents
+from sae.errors import ConfigError, Stopped
+from sae.files import cache_dir, made_once
 from sae.packing import PADDING
 from sae.seeding import uniform
 from sae.store import Shards, ShardWriter, fingerprint_key
-from sae.text import PIECE_CHARS, SHARD_TOKENS, encode
+from sae.text import PIECE_CHARS, SHARD_TOKENS, encode, made_from, piece_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
 
 VERSION = 2  # raise it whenever the same text would become other rows, another split or another file
 SECTION_ROWS = 8
@@ -91,20 +86,22 @@ class Corpus:
         out = torch.full((len(rows), int(self.length[rows].max(initial=1))), PADDING, dtype=torch.int32)
         shards = np.searchsorted(self._ends, rows, side="right")
         for shard in np.unique(shards).tolist():
-            if shard not in self._open:
-                self._open[shard] = self.shards.read(shard)["tokens"]
             here = np.flatnonzero(shards == shard)
-            start = self._ends[shard - 1] if shard else 0
-            out[here] = self._open[shard][rows[here] - start][:, : out.shape[1]]
+            stored, start = self._shard(shard)
+            out[here] = stored[rows[here] - start][:, : out.shape[1]]
         return out
 
     def span(self, position: int, n: int) -> list[int]:
         """Returns the n tokens from a position in the corpus on, all of one row."""
         row, place = divmod(position, self.context_length)
-        shard = int(np.searchsorted(self._ends, row, side="right"))
-        if shard not in self._open:
-            self._open[shard] = self.shards.read(shard)["tokens"]
-        return self._open[shard][row - (self._ends[shard - 1] if shard else 0), place : place + n].tolist()
+        stored, start = self._shard(int(np.searchsorted(self._ends, row, side="right")))
+        return stored[row - start, place : place + n].tolist()
+
+    def _shard(self, number: int) -> tuple[Int[Tensor, "rows context"], int]:
+        """The rows of a shard, and the number of the first."""
+        if number not in self._open:
+            self._open[number] = self.shards.read(number)["tokens"]
+        return self._open[number], int(self._ends[number - 1]) if number else 0
 
 
 def corpus(
@@ -121,25 +118,11 @@ def corpus(
     `fingerprint` says whose tokenizer it is; with `repair`, cached rows are verified, and made again if they are
     damaged. Raises ConfigError if there is too little text for three parts.
     """
-    from sae.models import tokenizer_digest
-
-    settings = {name: value for name, value in asdict(text).items() if name not in ("source", "streaming")}
-    made_from = {"tokenizer": tokenizer_digest(tokenizer), "text": settings, "data": identity(text)}
-    full = {**fingerprint, **made_from, "tokens": tokens, "version": VERSION}
-    key = fingerprint_key(full)
-    folder = cache_dir() / "corpora" / key
-    if repair and folder.exists():
-        try:
-            verify(folder)
-        except DataError as error:
-            log.warning("made again: %s", error)
-            shutil.rmtree(folder)
-    if not is_complete(folder):
-        with FolderLock(folder.parent / ".locks" / key, should_stop):
-            remove_stale(folder.parent)
-            if not is_complete(folder):
-                with publish(folder) as draft:
-                    _fill(draft, full, text, tokenizer, tokens, should_stop, progress)
+    full = {**fingerprint, **made_from(text, tokenizer), "tokens": tokens, "version": VERSION}
+    folder = cache_dir() / "corpora" / fingerprint_key(full)
+    made_once(
+        folder, lambda draft: _fill(draft, full, text, tokenizer, tokens, should_stop, progress), should_stop, repair
+    )
     return Corpus(folder, full)
 
 
@@ -253,12 +236,10 @@ def _rows(
 
 
 def _cut(whole: str) -> Iterator[str]:
-    """Yields a text in pieces that are tokenized in one go, cut at a space where there is one."""
+    """Yields a text in pieces that are tokenized in one go."""
     start = 0
     while start < len(whole):
-        stop = start + PIECE_CHARS
-        space = whole.rfind(" ", start + 1, stop) if stop < len(whole) else -1
-        stop = space if space > 0 else stop
+        stop = piece_end(whole, start, PIECE_CHARS)
         yield whole[start:stop]
         start = stop
 

@@ -5,19 +5,17 @@ is taken to give log-probabilities and to keep to a schema.
 """
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from interp.client.requests import Abilities, Chat, Embed, LogProb, Request
+from interp.client.ledger import estimate
+from interp.client.requests import ROLES, Abilities, Chat, LogProb, Request
 from interp.config import ExplainConfig
-from interp.preparing import Prepared, prepare
+from interp.preparing import Prepared, chosen_latents, prepare
 from interp.records import Examples, Explanation
 
 SAMPLE_TOKENS = 60_000
 LATENTS = 3
-CHARS_PER_TOKEN = 4
-TOKENS_OF_LABEL = 30
 ABLE = Abilities(choices=True, structured="json_schema", prompt_logprobs=True)
 LABEL = "(the explanation stands here)"
 
@@ -39,38 +37,33 @@ def _lines(config: ExplainConfig, prepared: Prepared) -> Iterator[str]:
     if not shown:
         yield f"no latent has enough examples in the first {SAMPLE_TOKENS:,} tokens; there is no prompt to show"
         return
-    total: Counter[tuple[str, str]] = Counter()
+    asked: list[Request] = []
     for number, examples in enumerate(shown):
         for title, request in _requests(config, prepared, examples):
-            role = request.role
-            total[role, "requests"] += 1
-            total[role, "in"] += _size(request)
-            total[role, "out"] += request.max_tokens if isinstance(request, Chat) else 0
+            asked.append(request)
             if number == 0 and title:
-                yield from ("", f"--- {title}, latent {examples.latent}, to the {role}", *_told(request))
+                yield from ("", f"--- {title}, latent {examples.latent}, to the {request.role}", *_told(request))
     latents = _planned(config, prepared)
     null = latents if config.null_latents < 0 else min(config.null_latents, latents)
     yield ""
     yield f"{latents:,} latents; of {null:,} the scores are also taken with another latent's explanation"
-    usd = 0.0
-    for role in sorted({role for role, _ in total}):
+    found = estimate(asked, {role: config.endpoint(role) for role in ROLES})
+    whole = 0.0
+    for role, account in sorted(found.items()):
         factor = (latents + (null if role != "explainer" else 0)) / len(shown)
-        asked, tokens_in, tokens_out = (round(total[role, name] * factor) for name in ("requests", "in", "out"))
-        prices = config.endpoint(role).prices
-        cost = "at an unknown price" if prices is None else f"{tokens_in * prices[0] + tokens_out * prices[1]:.2f} USD"
-        usd += 0.0 if prices is None else tokens_in * prices[0] + tokens_out * prices[1]
+        calls, sent, answered = (round(n * factor) for n in (account.calls, account.tokens_in, account.tokens_out))
+        cost = "at an unknown price" if account.usd is None else f"{account.usd * factor:.2f} USD"
+        whole += (account.usd or 0.0) * factor
         model = config.endpoint(role).model or "the subject"
-        yield f"{role}: {model}, {asked:,} requests, {tokens_in:,} tokens in, at most {tokens_out:,} out, {cost}"
-    yield f"at most {usd:.2f} USD, tokens being a quarter of the characters; cached prefixes cost less"
+        yield f"{role}: {model}, {calls:,} requests, {sent:,} tokens in, at most {answered:,} out, {cost}"
+    yield f"at most {whole:.2f} USD, tokens being a quarter of the characters; cached prefixes cost less"
 
 
 def _planned(config: ExplainConfig, prepared: Prepared) -> int:
     """How many latents the run is about, as far as it can be said without its evidence."""
     typed = config.latents
-    if typed.strip().isdigit():
+    if typed.strip().isdecimal():
         return int(typed)
-    from interp.preparing import chosen_latents
-
     return len(chosen_latents(typed, prepared.evidence, config.seed))
 
 
@@ -90,14 +83,6 @@ def _requests(config: ExplainConfig, prepared: Prepared, examples: Examples) -> 
                 scorer.requests(label, scorer.tasks(examples, "test", ready), examples.facts, ABLE)
             ):
                 yield f"scorer {name}" if i == 0 else "", request
-
-
-def _size(request: Request) -> int:
-    texts = [text for _, text in request.messages] if isinstance(request, Chat) else []
-    texts += (
-        [request.text] if isinstance(request, LogProb) else list(request.texts) if isinstance(request, Embed) else []
-    )
-    return sum(map(len, texts)) // CHARS_PER_TOKEN + 1
 
 
 def _told(request: Request) -> list[str]:

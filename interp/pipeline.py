@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 
 from interp import outside
 from interp.client import Client
-from interp.client.requests import Abilities
+from interp.client.requests import ROLES, Abilities
 from interp.config import ExplainConfig
 from interp.flows import AGAIN, FAILED, OK, CutOff, Flow, Row, explained, scored
 from interp.journal import Journal
@@ -130,7 +130,7 @@ class Pipeline:
 
     @asynccontextmanager
     async def _client(self, should_stop: Callable[[], bool]) -> AsyncIterator[Client]:
-        roles = {role: self.config.endpoint(role) for role in ("explainer", "judge", "reader", "encoder")}
+        roles = {role: self.config.endpoint(role) for role in ROLES}
         cache, budget = self.folder / "cache.sqlite", self.config.budget_usd
         async with Client(roles, cache, budget, should_stop, POLL_S) as client:
             yield client
@@ -310,9 +310,10 @@ def begin(config: ExplainConfig) -> None:
         return
     now, path = draccus.encode(config), folder / "config.yaml"
     if path.is_file():
-        before, after = flat(read_yaml(path)), flat(now)
+        there = read_yaml(path)
+        before, after = flat(there), flat(now)
         for key in sorted(before.keys() | after.keys()):
-            if before.get(key) == after.get(key) or _is_free(key, now, read_yaml(path)):
+            if before.get(key) == after.get(key) or _is_free(key, now, there):
                 continue
             raise ConfigError(
                 f"{key}: {after.get(key)!r}, but {folder} holds a run with {before.get(key)!r}; choose another run_dir"

@@ -114,10 +114,8 @@ def prepare(
     """
     subject, rows = subject_and_rows(config, should_stop, trust_remote_code, repair)
     folder = Path(config.run_dir) / "evidence"
-    log.info(
-        "text: %s tokens in %s sections, split by %s", f"{rows.n_tokens:,}", f"{rows.meta['sections']:,}",
-        rows.meta["split_by"],
-    )  # fmt: skip
+    n_sections, by = rows.meta["sections"], rows.meta["split_by"]
+    log.info("text: %s tokens in %s sections, split by %s", f"{rows.n_tokens:,}", f"{n_sections:,}", by)
     sizes, store = config.evidence.sizes, config.evidence.store
     evidence = gather(subject, rows, folder, sizes, config.seed, store, should_stop, repair)
     if distributed.rank() == 0:
@@ -128,12 +126,9 @@ def prepare(
     places = plan(evidence, rows, latents, [[other for other, _ in pairs] for pairs in near], config.seed)
     visits = visit(subject, rows, places, folder, should_stop, repair)
     maker = ExampleMaker(evidence, visits, rows, Decoder(subject.lm.tokenizer), config.examples, config.seed)
-    up = promoted(subject.lm, subject.coder, latents.tolist())
-    ids = latents.tolist()
-    return Prepared(
-        subject, rows, evidence, latents, maker,
-        dict(zip(ids, up, strict=True)), {i: tuple(pairs) for i, pairs in zip(ids, near, strict=True)},
-    )  # fmt: skip
+    tokens = dict(zip(latents.tolist(), promoted(subject.lm, subject.coder, latents.tolist()), strict=True))
+    neighborhood = {latent: tuple(pairs) for latent, pairs in zip(latents.tolist(), near, strict=True)}
+    return Prepared(subject, rows, evidence, latents, maker, tokens, neighborhood)
 
 
 def subject_and_rows(

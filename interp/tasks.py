@@ -8,12 +8,14 @@ from interp.records import Item, Task
 from sae.seeding import generator
 
 
+def window_task(item: Item) -> Task:
+    """Returns the task of telling whether the latent fires in one window."""
+    return Task((item,), float(item.active), item.tier, item.decile, item.window.section)
+
+
 def window_tasks(items: Sequence[Item], *key: str | int) -> list[Task]:
     """Returns one task an item in an order drawn by `key`; none without both active and silent ones."""
     if len({item.active for item in items}) < 2:
         return []
     order = torch.randperm(len(items), generator=generator(0, "tasks", *key)).tolist()
-    return [
-        Task((item,), float(item.active), item.tier, item.decile, item.window.section)
-        for item in (items[place] for place in order)
-    ]
+    return [window_task(items[place]) for place in order]

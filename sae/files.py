@@ -156,6 +156,26 @@ def publish(folder: Path | str) -> Iterator[Path]:
         shutil.rmtree(temp, ignore_errors=True)
 
 
+def made_once(folder: Path, fill: Callable[[Path], Any], should_stop: Callable[[], bool], repair: bool = False) -> None:
+    """Has `folder` made by `fill(draft)` unless it is whole already; another process that makes it is waited for.
+
+    With `repair`, a folder that is there is verified, and made again if it is damaged. Stopped if asked to stop while
+    waiting; whatever `fill` raises leaves nothing behind.
+    """
+    if repair and folder.exists():
+        try:
+            verify(folder)
+        except DataError as error:
+            log.warning("made again: %s", error)
+            shutil.rmtree(folder)
+    if not is_complete(folder):
+        with FolderLock(folder.parent / ".locks" / folder.name, should_stop):
+            remove_stale(folder.parent)
+            if not is_complete(folder):
+                with publish(folder) as draft:
+                    fill(draft)
+
+
 def is_complete(folder: Path | str) -> bool:
     """Returns whether a folder was published to the end. It does not read the files: that is `verify`."""
     return Path(folder, MARKER).is_file() and Path(folder, MANIFEST).is_file()

@@ -6,7 +6,6 @@ there: the folder's name is a hash of all that, and it takes its name only when 
 """
 
 import logging
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,8 +20,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sae.documents import TextConfig, documents, identity
-from sae.errors import ConfigError, DataError, Stopped
-from sae.files import FolderLock, cache_dir, is_complete, publish, remove_stale, verify
+from sae.errors import ConfigError, Stopped
+from sae.files import cache_dir, made_once
 from sae.packing import Packer
 from sae.seeding import uniform
 from sae.store import Shards, ShardWriter, fingerprint_key
@@ -111,28 +110,21 @@ def tokenize(
 
     Raises ConfigError if the text gives no row, or none to hold out; DataError if the cached rows are damaged.
     """
-    from sae.models import tokenizer_digest
-
     config.validate()
-    settings = {name: value for name, value in asdict(config).items() if name not in ("source", "streaming")}
-    made_from = {"tokenizer": tokenizer_digest(tokenizer), "text": settings, "data": identity(config)}
-    full = {**fingerprint, **made_from, "version": VERSION}
+    full = {**fingerprint, **made_from(config, tokenizer), "version": VERSION}
     key = fingerprint_key(full)
     folder = cache_dir() / "tokens" / key
-    if repair and folder.exists():
-        try:
-            verify(folder)
-        except DataError as error:
-            log.warning("made again: %s", error)
-            shutil.rmtree(folder)
-    if not is_complete(folder):
-        with FolderLock(folder.parent / ".locks" / key, should_stop):  # another run may be making the same rows
-            remove_stale(folder.parent)
-            if not is_complete(folder):
-                with publish(folder) as draft:
-                    _fill(draft, full, config, tokenizer, should_stop, progress)
+    made_once(folder, lambda draft: _fill(draft, full, config, tokenizer, should_stop, progress), should_stop, repair)
     parts = {part: TokenRows(Shards(folder / part, f"tokens/{part}", full)) for part in PARTS}
     return TokenizedText(parts["train"], parts["held_out"], parts["train"].shards.meta, key)
+
+
+def made_from(config: TextConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Returns what token rows of a text depend on beside the model: settings, data and tokenizer, for a fingerprint."""
+    from sae.models import tokenizer_digest
+
+    settings = {name: value for name, value in asdict(config).items() if name not in ("source", "streaming")}
+    return {"tokenizer": tokenizer_digest(tokenizer), "text": settings, "data": identity(config)}
 
 
 def is_held_out(document_id: str, share: float) -> bool:
@@ -209,7 +201,7 @@ def _assigned(config: TextConfig, counts: Counter[str]) -> Iterator[_Piece]:
     few = list(islice(source, FEW_DOCUMENTS))
     if len(few) == 1:
         text = few[0][1]
-        end = _end(text, 0, round(len(text) * (1 - config.held_out_share)))
+        end = piece_end(text, 0, round(len(text) * (1 - config.held_out_share)))
         head, tail = text[:end], text[end:]
         yield from _pieces(head, 0, "train", config)
         yield from _pieces(tail, 0, "held_out", config)
@@ -230,12 +222,12 @@ def _pieces(text: str, document: int, part: str, config: TextConfig) -> Iterator
         text = text[: config.context_length * CHARS_PER_TOKEN]
     stop = 0
     while stop < len(text):
-        start, stop = stop, _end(text, stop, PIECE_CHARS)
+        start, stop = stop, piece_end(text, stop, PIECE_CHARS)
         yield _Piece(text[start:stop], document, part, first=not start, last=stop >= len(text))
 
 
-def _end(text: str, start: int, length: int) -> int:
-    """Where a piece that begins at `start` ends: at the last space before `length` characters, if there is one."""
+def piece_end(text: str, start: int, length: int) -> int:
+    """Returns where a piece from `start` on ends: at the last space before `length` characters, if there is one."""
     if len(text) <= start + length:
         return len(text)
     space = text.rfind(" ", start + 1, start + length)

@@ -29,8 +29,6 @@ STOPPED = "stopped"
 class Endpoint:
     """One model on one or several servers; all roles that name it share it."""
 
-    keeps = True
-
     def __init__(self, config: EndpointConfig, ledger: Ledger, should_stop: Callable[[], bool]) -> None:
         self.config, self.ledger, self.should_stop = config, ledger, should_stop
         self.limiter = Limiter(config.max_concurrency)

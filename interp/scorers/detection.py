@@ -21,6 +21,7 @@ from interp.prompts.judging import DETECTION, Messages, one_text, several_texts
 from interp.prompts.windows import shown
 from interp.records import Examples, Explanation, Facts, Item, Judgement, Score, Task
 from interp.scorers import Scorer
+from interp.tasks import window_task
 from sae.seeding import generator
 from sae.settings import at_least, choose
 
@@ -61,10 +62,7 @@ class Detection(Scorer):
         active, silent = ([item for item in items if item.active == kind] for kind in (True, False))
         if not active or not silent:
             return []
-        return [
-            Task((item,), float(item.active), item.tier, item.decile, item.window.section)
-            for item in _mixed(active, silent, self.windows_per_request, source)
-        ]
+        return [window_task(item) for item in _mixed(active, silent, self.windows_per_request, source)]
 
     def requests(
         self, explanation: Explanation, tasks: Sequence[Task], facts: Facts, abilities: Abilities
