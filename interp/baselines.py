@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp.codes import activations, blocks
 from interp.corpus import Corpus
-from interp.evidence import blocks, read
 from interp.subject import Subject
 from sae.coder import CHUNK_ENTRIES, SparseCoder, initialize
 from sae.errors import ConfigError
@@ -53,7 +53,7 @@ def sample_of(subject: Subject, corpus: Corpus, tokens: int = SAMPLE_TOKENS) -> 
     """Returns what the coder reads at about `tokens` tokens, of rows taken evenly from a corpus."""
     each = corpus.n_tokens / max(1, len(corpus.kept))
     rows = corpus.kept[:: max(1, round(len(corpus.kept) * each / tokens))]
-    parts = [read(subject, corpus.tokens(group))[0] for group in blocks(corpus, rows)]
+    parts = [activations(subject, corpus.tokens(group))[0] for group in blocks(corpus, rows)]
     return torch.cat(parts)[:tokens]
 
 

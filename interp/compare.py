@@ -23,12 +23,13 @@ from scipy.optimize import linear_sum_assignment
 from interp.client import Client
 from interp.client.config import EndpointConfig
 from interp.client.requests import Embed
+from interp.codes import Codes, LiveCodes, blocks
 from interp.config import ExplainConfig
 from interp.corpus import Corpus
-from interp.evidence import LATENTS, blocks, encode
+from interp.evidence import LATENTS
 from interp.latents import Evidence
 from interp.metrics import difference, mean
-from interp.preparing import resolved, subject_and_rows
+from interp.preparing import read_from, resolved
 from interp.records import Measure
 from interp.results import explanations
 from interp.subject import Subject
@@ -100,7 +101,8 @@ def compare(
     alike = {"meaning": similarity, "decoder": decoder_cosines(*coders, left.latents, right.latents)}
     if left.config.model.name == right.config.model.name:
         right.subject.lm = left.subject.lm
-        found = coactivation(left.subject, right.subject, left.rows, left.latents, right.latents, tokens)
+        codes = LiveCodes(left.subject, left.rows), LiveCodes(right.subject, left.rows)
+        found = coactivation(codes, left.rows, left.latents, right.latents, tokens)
         alike["co-activation"] = found
     matchings = {name: match(table, name) for name, table in alike.items() if table is not None}
     return {
@@ -132,7 +134,8 @@ def _side(folder: Path, explainer: str | None, trust_remote_code: bool) -> Side:
         raise ConfigError(
             f"--explainer: {folder} has no explanations by {name!r}.{nearest(name, found)} It has: {known}"
         )
-    return Side(folder, config, *subject_and_rows(config, trust_remote_code=trust_remote_code), found[name])
+    subject, rows, _ = read_from(config, trust_remote_code=trust_remote_code)
+    return Side(folder, config, subject, rows, found[name])
 
 
 async def _embedded(encoder: EndpointConfig, texts: tuple[str, ...], cache: Path) -> Float[ndarray, "n d"]:
@@ -196,7 +199,7 @@ def mmcs(a: SparseCoder, b: SparseCoder, of_a: Int[ndarray, "a"], of_b: Int[ndar
 
 
 def coactivation(
-    a: Subject, b: Subject, corpus: Corpus, of_a: Int[ndarray, "a"], of_b: Int[ndarray, "b"], tokens: int
+    codes: tuple[Codes, Codes], corpus: Corpus, of_a: Int[ndarray, "a"], of_b: Int[ndarray, "b"], tokens: int
 ) -> Float[ndarray, "a b"]:
     """Returns the Jaccard index [a, b] of the tokens on which latents fire, on the first `tokens` tokens of rows drawn
     from all. Tokens that either coder masks count for neither.
@@ -208,8 +211,7 @@ def coactivation(
     rows = rows[: int(np.searchsorted(np.cumsum(corpus.length[rows]), tokens)) + 1]
     rows = rows[np.argsort(-corpus.length[rows], kind="stable")]
     for group in blocks(corpus, rows):
-        text = corpus.tokens(group)
-        coded = [encode(subject, text) for subject in (a, b)]
+        coded = [side.read(group) for side in codes]
         spots = [c.rows.astype(np.int64) * corpus.context_length + c.places for c in coded]
         common = np.intersect1d(*spots, assume_unique=True)
         fires = []

@@ -23,6 +23,13 @@ TOKENS, QUICKSTART_TOKENS = 10_000_000, 250_000
 BASELINES = ("none", "neurons", "topk_neurons", "random_direction", "random_init")
 
 
+def must_be_folder(name: str, path: str) -> None:
+    """Raises ConfigError naming the field if there is no such folder."""
+    if not Path(path).expanduser().is_dir():
+        siblings = [p.name for p in Path(path).expanduser().parent.glob("*")]
+        raise ConfigError(f"{name}: no such folder: {path}.{nearest(Path(path).name, siblings)}")
+
+
 @dataclass(frozen=True)
 class CoderConfig:
     """The coder whose latents are explained."""
@@ -40,9 +47,7 @@ class CoderConfig:
         choose("coder.baseline", self.baseline, BASELINES)
         if not self.path:
             raise ConfigError("coder.path: empty; name the folder of a run or of a coder: sae-explain FOLDER")
-        if not Path(self.path).expanduser().is_dir():
-            siblings = [p.name for p in Path(self.path).expanduser().parent.glob("*")]
-            raise ConfigError(f"coder.path: no such folder: {self.path}.{nearest(Path(self.path).name, siblings)}")
+        must_be_folder("coder.path", self.path)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,10 @@ class EvidenceConfig:
     """Tokens of text that are looked at; none: 10 million, or 250,000 of the quickstart text."""
     sizes: Sizes = field(default_factory=Sizes)
     store: bool = False
-    """Whether every code is kept on disk too: about 6 bytes times L0 for every token."""
+    """Whether every code is kept on disk too, 8 bytes times L0 for every token: other latents of the same coder are
+    then explained without another run of the model."""
+    cache: str = ""
+    """Folder of a hookpoint in delphi's cache of this coder: its text and its codes are taken, the model reads none."""
 
     def validate(self) -> None:
         """Raises ConfigError naming the field whose value is not allowed."""
@@ -61,6 +69,11 @@ class EvidenceConfig:
             at_least("evidence.tokens", self.tokens, 1)
         for name in ("explain", "valid", "test", "top"):
             at_least(f"evidence.sizes.{name}", getattr(self.sizes, name), 1)
+        if self.cache and not Path(self.cache).expanduser().is_dir():
+            siblings = [p.name for p in Path(self.cache).expanduser().parent.glob("*")]
+            raise ConfigError(
+                f"evidence.cache: no such folder: {self.cache}.{nearest(Path(self.cache).name, siblings)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,8 @@ class ExplainConfig:
         """Raises ConfigError naming the first field whose value is not allowed."""
         for part in (self.coder, self.evidence, self.examples, self.models):
             part.validate()
+        if self.evidence.cache and self.coder.baseline != "none":
+            raise ConfigError(f"coder.baseline: evidence.cache holds no codes of {self.coder.baseline}; leave one out")
         if self.model.name:
             self.model.validate()
         if self.text.source:

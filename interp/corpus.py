@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -104,6 +104,19 @@ class Corpus:
         return self._open[number], int(self._ends[number - 1]) if number else 0
 
 
+class Source(NamedTuple):
+    """Text in tokens, cut into rows."""
+
+    name: str
+    """What to call it in an error."""
+    fingerprint: dict[str, Any]
+    context_length: int
+    bos: list[int]
+    """What every row begins with, beside its own tokens."""
+    rows: Callable[[], Iterator[tuple[str, int, Int[np.ndarray, "n"]]]]
+    """Gives (document, number of the row in it, its own tokens)."""
+
+
 def corpus(
     text: TextConfig,
     tokenizer: "PreTrainedTokenizerBase",
@@ -118,26 +131,36 @@ def corpus(
     `fingerprint` says whose tokenizer it is; with `repair`, cached rows are verified, and made again if they are
     damaged. Raises ConfigError if there is too little text for three parts.
     """
-    full = {**fingerprint, **made_from(text, tokenizer), "tokens": tokens, "version": VERSION}
+    bos: list[Any] = [tokenizer.bos_token_id] if text.bos != "none" and tokenizer.bos_token_id is not None else []
+    key, body = {**fingerprint, **made_from(text, tokenizer)}, text.context_length - len(bos)
+    source = Source(f"text.source: {text.source}", key, text.context_length, bos, lambda: _rows(text, tokenizer, body))
+    return split_rows(source, tokens, should_stop, progress, repair)
+
+
+def split_rows(
+    source: Source,
+    tokens: int,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda n: None,
+    repair: bool = False,
+) -> Corpus:
+    """Returns the rows of a source with their split; see `corpus`."""
+    full = {**source.fingerprint, "tokens": tokens, "version": VERSION}
     folder = cache_dir() / "corpora" / fingerprint_key(full)
-    made_once(
-        folder, lambda draft: _fill(draft, full, text, tokenizer, tokens, should_stop, progress), should_stop, repair
-    )
+    made_once(folder, lambda draft: _fill(draft, full, source, tokens, should_stop, progress), should_stop, repair)
     return Corpus(folder, full)
 
 
 def _fill(
     folder: Path,
     fingerprint: dict[str, Any],
-    text: TextConfig,
-    tokenizer: "PreTrainedTokenizerBase",
+    source: Source,
     tokens: int,
     should_stop: Callable[[], bool],
     progress: Callable[[int], None],
 ) -> None:
     writer = ShardWriter(folder / TOKENS, TOKENS, fingerprint)
-    bos = [tokenizer.bos_token_id] if text.bos != "none" and tokenizer.bos_token_id is not None else []
-    body, per_shard = text.context_length - len(bos), max(1, SHARD_TOKENS // text.context_length)
+    bos, per_shard = source.bos, max(1, SHARD_TOKENS // source.context_length)
     rows: list[np.ndarray] = []
     sections: list[int] = []
     lengths: list[int] = []
@@ -150,7 +173,7 @@ def _fill(
             del rows[:per_shard]
             writer.write(len(writer.done), {"tokens": torch.from_numpy(taken)})
 
-    for name, number, ids in _rows(text, tokenizer, body):
+    for name, number, ids in source.rows():
         if number % (SECTION_ROWS + 1) == SECTION_ROWS:
             counts["gaps"] += 1  # left out between two sections
             continue
@@ -158,7 +181,7 @@ def _fill(
         if not names or names[-1] != section:
             names.append(section)
             counts["documents"] += section.endswith("#0")
-        row = np.full(text.context_length, PADDING, np.int32)
+        row = np.full(source.context_length, PADDING, np.int32)
         filled = [*bos, *ids.tolist()]
         row[: len(filled)] = filled
         rows.append(row)
@@ -177,13 +200,13 @@ def _fill(
     part = _parts(names)
     if len(names) < len(SPLITS):
         raise ConfigError(
-            f"text.source: {text.source} gives {len(names)} sections of text ({counts['tokens']:,} tokens); at least "
+            f"{source.name} gives {len(names)} sections of text ({counts['tokens']:,} tokens); at least "
             f"{len(SPLITS)} are needed, one to explain from, one to choose by, one to test on"
         )
     split = part[section]
     writer.finish(
         {
-            "context_length": text.context_length,
+            "context_length": source.context_length,
             "first": len(bos),
             "documents": counts["documents"],
             "sections": len(names),
@@ -195,7 +218,7 @@ def _fill(
     empty = [name for number, name in enumerate(SPLITS) if not (split == number).any()]
     if empty:
         raise ConfigError(
-            f"text.source: {text.source} repeats itself: all that {' and '.join(empty)} would get is said again in "
+            f"{source.name} repeats itself: all that {' and '.join(empty)} would get is said again in "
             "another part; give other text, or more of it"
         )
     place = np.arange(len(section)) - np.searchsorted(section, section)  # the row's place in its section

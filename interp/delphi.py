@@ -13,7 +13,7 @@ context]. The firing counts beside it are pickled, so they are not read.
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ from jaxtyping import Float, Int, Integer
 from numpy import ndarray
 from torch import Tensor
 
-from interp.evidence import Coded
+from interp.codes import Coded
+from interp.corpus import SECTION_ROWS, Corpus, Source, split_rows
+from sae.activations import token_mask
 from sae.errors import DataError
 from sae.files import load_tensors, read_json, safe_join
-from sae.spec import SparseLatents
+from sae.spec import MaskSpec, SparseLatents
+from sae.store import fingerprint_key
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +51,9 @@ def is_cache(folder: Path | str) -> bool:
 class DelphiCache:
     """The codes of a text, as delphi cached them at one hookpoint.
 
-    Rows are packed text: there are no documents. Every token was encoded, none is masked. `folder` is the hookpoint's.
-    Raises DataError naming the file that is missing, damaged or contradicts another: all locations are read once to
-    find out. Later they are memory-mapped.
+    Rows are packed text: there are no documents. delphi encodes every token; those that `mask` leaves out by what or
+    where they are have no codes here. `folder` is the hookpoint's. Raises DataError naming the file that is missing,
+    damaged or contradicts another: all locations are read once to find out. Later they are memory-mapped.
     """
 
     tokens: Int[Tensor, "rows context"]
@@ -62,8 +65,8 @@ class DelphiCache:
     config: dict[str, Any]
     """All of config.json: dataset_repo, dataset_split, dataset_name, dataset_column, n_tokens and so on."""
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str, mask: MaskSpec | None = None) -> None:
+        self.folder, self.mask = Path(folder), mask or MaskSpec(skip_positions=0)
         ranges = _ranges(self.folder)
         self.config = _config(self.folder, len(ranges))
         self.model, self.d_sae = self.config["model_name"], ranges[-1][1] + 1
@@ -97,7 +100,7 @@ class DelphiCache:
         return self.folder.resolve().name
 
     def read(self, rows: Int[ndarray, "some"] | Sequence[int]) -> Coded:
-        """Returns the codes of all tokens of some rows, values in float32; IndexError if there is no such row.
+        """Returns the codes of the tokens of some rows, values in float32; IndexError if there is no such row.
 
         A value that was too large for delphi's float16 is the largest one of that type.
         """
@@ -107,10 +110,12 @@ class DelphiCache:
         n = len(rows) * self.context_length
         parts = [shard.entries(rows, self.context_length) for shard in self._shards]
         token, ids, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+        counted = token_mask(self.tokens[rows], self.mask).flatten().numpy()
+        token, ids, values = (column[counted[token]] for column in (token, ids, values))
         order = token.astype(np.min_scalar_type(n)).argsort(kind="stable")  # the files are in order of latents
-        offsets = np.append(0, np.bincount(token, minlength=n).cumsum())
+        offsets = np.append(0, np.bincount(token, minlength=n)[counted].cumsum())
         offsets, ids, values = (torch.from_numpy(column) for column in (offsets, ids[order], values[order]))
-        of, places = np.divmod(np.arange(n), self.context_length)
+        of, places = np.divmod(np.flatnonzero(counted), self.context_length)
         return Coded(SparseLatents(offsets, ids, values, self.d_sae), of, places)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -121,7 +126,36 @@ class DelphiCache:
             parts = (column[::step].tobytes() for column in (shard.locations, shard.values))
             samples[shard.path.name] = [len(shard.values), *(hashlib.sha256(part).hexdigest() for part in parts)]
         tokens = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
-        return {"delphi": self.config, "hookpoint": self.hookpoint, "tokens": tokens, "files": samples}
+        mask = [self.mask.special_ids, self.mask.skip_positions, self.mask.next_token]
+        return {"delphi": self.config, "mask": mask, "hookpoint": self.hookpoint, "tokens": tokens, "files": samples}
+
+
+class CachedCodes:
+    """A cache of delphi as the codes of a corpus; see `corpus_of`."""
+
+    def __init__(self, cache: DelphiCache) -> None:
+        self.cache, self.d_sae = cache, cache.d_sae
+
+    def read(self, rows: Int[ndarray, "rows"]) -> Coded:
+        """Returns the codes of rows of the corpus."""
+        return self.cache.read(rows + rows // SECTION_ROWS)  # one is left out between two sections
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns what tells this cache from others."""
+        return {"cache": fingerprint_key(self.cache.fingerprint())}
+
+
+def corpus_of(cache: DelphiCache, tokens: int, should_stop: Callable[[], bool], repair: bool = False) -> Corpus:
+    """Returns the first `tokens` tokens of a cache's text as rows with their split, which is one by blocks."""
+    rows = cache.tokens.numpy()
+    source = Source(
+        f"evidence.cache: {cache.folder}",
+        cache.fingerprint(),
+        cache.context_length,
+        [],
+        lambda: (("cache", number, row) for number, row in enumerate(rows)),
+    )
+    return split_rows(source, tokens, should_stop, repair=repair)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from jaxtyping import Int
 from numpy import ndarray
 
 from interp.baselines import baseline, sample_of
+from interp.codes import KeyedCodes, LiveCodes, StoredCodes
 from interp.config import QUICKSTART_TOKENS, TOKENS, ExplainConfig
 from interp.corpus import Corpus, corpus
 from interp.decode import Decoder
-from interp.evidence import gather
+from interp.delphi import CachedCodes, DelphiCache, corpus_of
+from interp.evidence import CODES, gather
 from interp.examples import ExampleMaker
 from interp.latents import Evidence
 from interp.promotes import Tokens, neighbors, promoted
@@ -81,7 +83,9 @@ def resolved(config: ExplainConfig) -> ExplainConfig:
             run_dir = str(Path(run_dir) / config.coder.name)
     evidence = config.evidence
     if evidence.tokens is None:
-        evidence = replace(evidence, tokens=QUICKSTART_TOKENS if text.source == "quickstart" else TOKENS)
+        evidence = replace(
+            evidence, tokens=QUICKSTART_TOKENS if text.source == "quickstart" and not evidence.cache else TOKENS
+        )
     return replace(config, model=model, text=text, run_dir=run_dir, evidence=evidence)
 
 
@@ -112,35 +116,45 @@ def prepare(
 
     With `repair`, files are verified, and made again if they are damaged.
     """
-    subject, rows = subject_and_rows(config, should_stop, trust_remote_code, repair)
+    subject, rows, codes = read_from(config, should_stop, trust_remote_code, repair)
     folder = Path(config.run_dir) / "evidence"
     n_sections, by = rows.meta["sections"], rows.meta["split_by"]
     log.info("text: %s tokens in %s sections, split by %s", f"{rows.n_tokens:,}", f"{n_sections:,}", by)
     sizes, store = config.evidence.sizes, config.evidence.store
-    evidence = gather(subject, rows, folder, sizes, config.seed, store, should_stop, repair)
+    evidence = gather(codes, rows, folder, sizes, config.seed, store, should_stop, repair)
+    known = StoredCodes(folder / CODES, rows, codes.d_sae) if store else codes
     if distributed.rank() == 0:
         found = {"latents": evidence.d_sae, "alive": len(evidence.alive()), "tokens_counted": evidence.tokens}
         write_json(folder / TEXT, {"tokens": rows.n_tokens, **rows.meta, **found})
     latents = chosen_latents(config.latents, evidence, config.seed)
     near = neighbors(subject.coder, latents.tolist(), NEIGHBORS)
     places = plan(evidence, rows, latents, [[other for other, _ in pairs] for pairs in near], config.seed)
-    visits = visit(subject, rows, places, folder, should_stop, repair)
+    visits = visit(known, rows, places, folder, should_stop, repair)
     maker = ExampleMaker(evidence, visits, rows, Decoder(subject.lm.tokenizer), config.examples, config.seed)
     tokens = dict(zip(latents.tolist(), promoted(subject.lm, subject.coder, latents.tolist()), strict=True))
     neighborhood = {latent: tuple(pairs) for latent, pairs in zip(latents.tolist(), near, strict=True)}
     return Prepared(subject, rows, evidence, latents, maker, tokens, neighborhood)
 
 
-def subject_and_rows(
+def read_from(
     config: ExplainConfig,
     should_stop: Callable[[], bool] = lambda: False,
     trust_remote_code: bool = False,
     repair: bool = False,
-) -> tuple[Subject, Corpus]:
-    """Returns the coder (or its baseline) with its language model, and the text of a resolved config."""
+) -> tuple[Subject, Corpus, KeyedCodes]:
+    """Returns the coder (or its baseline) with its language model, the text of a resolved config, and its codes."""
     coder: SparseCoder = hub.load(coder_folder(config)).to(resolve_device(config.model.device))
     options = {**vars(config.model), "trust_remote_code": trust_remote_code}
     subject, tokens = Subject(coder, lambda: load_language_model(**options)), config.evidence.tokens or TOKENS
+    if config.evidence.cache:
+        cache = DelphiCache(Path(config.evidence.cache).expanduser(), coder.spec.mask)
+        if cache.d_sae != coder.spec.d_sae:
+            raise ConfigError(
+                f"evidence.cache: {cache.folder} is of {cache.d_sae} latents; the coder has {coder.spec.d_sae}"
+            )
+        if cache.model != config.model.name:
+            log.warning("evidence.cache: %s is of %s; the coder reads %s", cache.folder, cache.model, config.model.name)
+        return subject, corpus_of(cache, tokens, should_stop, repair), CachedCodes(cache)
     progress = Progress("text", tokens, "tokens")
     rows = corpus(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, should_stop, progress.update, repair)
     progress.close()
@@ -148,7 +162,7 @@ def subject_and_rows(
         stand_in = baseline(config.coder.baseline, coder, config.seed, sample_of(subject, rows))
         lm = subject.lm
         subject = Subject(stand_in, lambda: lm)
-    return subject, rows
+    return subject, rows, LiveCodes(subject, rows)
 
 
 def chosen_latents(typed: str, evidence: Evidence, seed: int) -> Int[ndarray, "n"]:

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
+from interp.codes import Codes, blocks
 from interp.corpus import Corpus
-from interp.evidence import alone, blocks, encode
+from interp.evidence import alone
 from interp.latents import Evidence
 from interp.records import SPLITS
-from interp.subject import Subject
 from sae import distributed
 from sae.errors import Stopped
 from sae.progress import Progress
@@ -91,7 +91,7 @@ def plan(evidence: Evidence, corpus: Corpus, latents: Int[ndarray, "n"], neighbo
 
 
 def visit(
-    subject: Subject,
+    codes: Codes,
     corpus: Corpus,
     plan: Plan,
     folder: Path,
@@ -111,7 +111,7 @@ def visit(
     groups = blocks(corpus, rows)
     batches = [groups[i : i + SHARD_BLOCKS] for i in range(0, len(groups), SHARD_BLOCKS)]
     places, pool = _ByRow.of(plan.position, context), _ByRow.of(plan.pool, context)
-    rank = np.full(subject.coder.spec.d_sae, -1, np.int32)
+    rank = np.full(codes.d_sae, -1, np.int32)
     rank[plan.latents] = np.arange(len(plan.latents))
     with alone(folder, should_stop):
         with distributed.together():
@@ -128,7 +128,7 @@ def visit(
                 for group in batches[number]:
                     if should_stop():
                         raise Stopped("while visiting windows; the same command goes on")
-                    parts.append(_visit(subject, corpus, plan, group, rank, places, pool))
+                    parts.append(_visit(codes, context, plan, group, rank, places, pool))
                     progress.update(progress.n + 1)
                 writer.write(number, {name: torch.from_numpy(array) for name, array in _joined(parts).items()})
             progress.close()
@@ -178,8 +178,8 @@ class Visits:
 
 
 def _visit(
-    subject: Subject,
-    corpus: Corpus,
+    codes: Codes,
+    context: int,
     plan: Plan,
     group: Int[ndarray, "rows"],
     rank: Int[ndarray, "d_sae"],
@@ -187,8 +187,7 @@ def _visit(
     pool: "_ByRow",
 ) -> dict[str, ndarray]:
     """Returns what is found in some rows: by entry how many values there are, where and which; the same of the pool."""
-    coded = encode(subject, corpus.tokens(group))
-    context = corpus.context_length
+    coded = codes.read(group)
     ids, values = coded.latents.ids.cpu().numpy(), coded.latents.values.float().cpu().numpy()
     token = np.repeat(np.arange(len(coded.rows)), np.diff(coded.latents.offsets.cpu().numpy()))
     chosen = np.flatnonzero((rank[ids] >= 0) & (values != 0))

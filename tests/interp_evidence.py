@@ -8,7 +8,6 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,14 @@ import pytest
 import torch
 from fakes import tiny_tokenizer
 
+from interp.codes import Coded
 from interp.corpus import INDEX, TOKENS, Corpus, corpus
 from interp.decode import Decoder
-from interp.evidence import Coded, gather
-from interp.evidence import encode as real  # noqa: F401
+from interp.evidence import gather
 from interp.examples import ExampleConfig, ExampleMaker
 from interp.latents import Evidence, Sizes
 from interp.windows import Plan, Visits, plan, visit
-from sae.coder import SparseCoder
-from sae.selection.topk import TopK
-from sae.spec import CoderSpec, Site, SparseLatents
+from sae.spec import SparseLatents
 from sae.store import ShardWriter
 from sae.text import TextConfig
 
@@ -58,10 +55,10 @@ def dense(tokens: np.ndarray, d_sae: int = D_SAE) -> np.ndarray:
     return out
 
 
-def planted(subject: Any, tokens: torch.Tensor) -> Coded:
-    """Stands in for `interp.evidence.encode`; some entries of the support are 0, as of a JumpReLU coder."""
+def planted(tokens: torch.Tensor, d_sae: int = D_SAE) -> Coded:
+    """Returns the codes of rows of text; some entries of the support are 0, as of a JumpReLU coder."""
     ids = tokens.numpy().astype(np.int64)
-    codes = dense(ids, subject.coder.spec.d_sae)
+    codes = dense(ids, d_sae)
     keep = ids >= FIRST_WORD
     keep[:, 0] = False
     rows, places = keep.nonzero()
@@ -78,21 +75,21 @@ def planted(subject: Any, tokens: torch.Tensor) -> Coded:
     return Coded(latents, rows, places)
 
 
-def plant(patch: Any) -> None:
-    """Has both passes read the planted codes."""
-    patch.setattr("interp.evidence.encode", planted)
-    patch.setattr("interp.windows.encode", planted)
+class PlantedCodes:
+    """The planted codes of a corpus; it may be told which pass reads them."""
 
+    d_sae = D_SAE
 
-class PlantedSubject:
-    """A subject whose coder only says how wide it is."""
+    def __init__(self, rows: Corpus, reader: str = "", seed: int = 0) -> None:
+        self.rows, self.reader, self.seed = rows, reader, seed
 
-    def __init__(self, d_sae: int = D_SAE, seed: int = 0) -> None:
-        torch.manual_seed(seed)
-        self.coder = SparseCoder(CoderSpec(2, 2, d_sae, TopK(1), reads=(Site("here"),), writes=(Site("here"),)))
-        with torch.no_grad():
-            self.coder.W_enc.normal_()
-        self.lm = SimpleNamespace(fingerprint=lambda: {"model": "planted"}, tokenizer=tokenizer())
+    def read(self, rows: np.ndarray) -> Coded:
+        """Returns the codes of rows."""
+        return planted(self.rows.tokens(rows))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns the seed, on which nothing depends."""
+        return {"coder": self.seed}
 
 
 def tokenizer(**options: Any) -> Any:
@@ -148,12 +145,12 @@ class Found:
     def __init__(
         self, folder: Path, rows: Corpus, latents: Any = None, should_stop: Callable[[], bool] = lambda: False
     ) -> None:
-        self.subject, self.rows = PlantedSubject(), rows
-        self.evidence: Evidence = gather(self.subject, rows, folder / "evidence", SIZES, should_stop=should_stop)
+        self.rows, first, self.codes = rows, PlantedCodes(rows, "evidence"), PlantedCodes(rows, "windows")
+        self.evidence: Evidence = gather(first, rows, folder / "evidence", SIZES, should_stop=should_stop)
         self.latents = np.arange(D_SAE) if latents is None else np.array(latents)
         near = [[(int(latent) + 40) % D_SAE, (int(latent) + 1) % D_SAE] for latent in self.latents]
         self.plan: Plan = plan(self.evidence, rows, self.latents, near, 0)
-        self.visits: Visits = visit(self.subject, rows, self.plan, folder / "evidence", should_stop)
+        self.visits: Visits = visit(self.codes, rows, self.plan, folder / "evidence", should_stop)
         self.maker = ExampleMaker(self.evidence, self.visits, rows, Decoder(tokenizer()), ExampleConfig(), 0)
 
 
@@ -170,6 +167,7 @@ def passes(source: Path, folder: Path, first: Any = None, latents: tuple[int, ..
 
     Blocks are small, and what is done is saved after every one of them.
     """
+    import interp.codes
     import interp.evidence
     import interp.windows
     from sae.distributed import process_group
@@ -177,8 +175,7 @@ def passes(source: Path, folder: Path, first: Any = None, latents: tuple[int, ..
 
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, process_group():
-        plant(patch)
-        patch.setattr(interp.evidence, "BLOCK_TOKENS", 512)
+        patch.setattr(interp.codes, "BLOCK_TOKENS", 512)
         patch.setattr(interp.evidence, "SAVE_EVERY_S", 0.0)
         patch.setattr(interp.evidence, "SAVING_SHARE", 1e9)
         patch.setattr(interp.windows, "SHARD_BLOCKS", 2)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 from children import Child, die, ranks
-from interp_evidence import passes, planted, result, write_documents
+from interp_evidence import PlantedCodes, passes, planted, result, write_documents
 
 import interp.evidence
 import interp.windows
@@ -43,16 +43,16 @@ def run(tmp_path, one):
 
 
 def at_block(number, module, act, patch) -> None:
-    """Has every rank act when it is about to encode a block for the given time."""
+    """Has every rank act when it is about to read a block for the given time."""
     calls = []
 
-    def encode(subject, tokens):
-        calls.append(None)
+    def read(codes, rows):
+        calls.extend([None] * (codes.reader == module))
         if len(calls) == number:
             act()
-        return planted(subject, tokens)
+        return planted(codes.rows.tokens(rows))
 
-    patch.setattr(f"interp.{module}.encode", encode)
+    patch.setattr(PlantedCodes, "read", read)
 
 
 def be_late(patch) -> None:
@@ -109,7 +109,7 @@ def test_a_stop_of_one_rank_stops_both(run):
 
 def fail_one(patch) -> None:
     if distributed.rank() == 1:
-        patch.setattr("interp.evidence.encode", lambda subject, tokens: 1 / 0)
+        patch.setattr(PlantedCodes, "read", lambda codes, rows: 1 / 0)
 
 
 def test_an_error_of_one_rank_ends_both(run):

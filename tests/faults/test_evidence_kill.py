@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from children import Child, die
-from interp_evidence import passes, planted, result, write_documents
+from interp_evidence import PlantedCodes, passes, planted, result, write_documents
 
 import interp.evidence
 import sae.files
@@ -48,14 +48,15 @@ def nth(number: int, act) -> object:
 
 
 def at_block(number: int, module: str, patch) -> None:
-    """Dies when a pass is about to encode a block for the given time."""
+    """Dies when a pass is about to read a block for the given time."""
     hit = nth(number, die)
 
-    def encode(subject, tokens):
-        hit()
-        return planted(subject, tokens)
+    def read(codes, rows):
+        if codes.reader == module:
+            hit()
+        return planted(codes.rows.tokens(rows))
 
-    patch.setattr(f"interp.{module}.encode", encode)
+    patch.setattr(PlantedCodes, "read", read)
 
 
 def at_call(where: object, name: str, number: int, chosen, patch) -> None:
@@ -106,12 +107,11 @@ def test_killed_at_a_moment_it_goes_on(tmp_path, source, whole, moment):
 
 
 def slowly(patch) -> None:
-    def encode(subject, tokens):
+    def read(codes, rows):
         time.sleep(0.01)
-        return planted(subject, tokens)
+        return planted(codes.rows.tokens(rows))
 
-    for module in ("evidence", "windows"):
-        patch.setattr(f"interp.{module}.encode", encode)
+    patch.setattr(PlantedCodes, "read", read)
 
 
 def test_killed_again_and_again_at_any_moment(tmp_path, source, whole):

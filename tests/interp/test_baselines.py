@@ -8,7 +8,7 @@ import torch
 from fakes import tiny_lm
 
 from interp.baselines import BASELINES, baseline, sample_of
-from interp.evidence import encode, read
+from interp.codes import activations, encode
 from interp.subject import Subject
 from sae import hub
 from sae.coder import SparseCoder, initialize
@@ -154,7 +154,7 @@ def test_they_are_read_and_coded_like_the_trained_coder():
     coder = trained()
     coder.spec = coder.spec.with_(mask=MaskSpec((0, 1, 2), 1, {"model.layers.1": 1e6}))
     subject = Subject(coder, lambda: lm)
-    everything = read(subject, rows)[0]
+    everything = activations(subject, rows)[0]
     assert len(everything) == corpus.n_tokens
     assert torch.allclose(sample_of(subject, corpus), everything)
     some = sample_of(subject, corpus, 100)

@@ -12,18 +12,20 @@ from interp_evidence import (
     DEAD,
     NEGATIVE,
     SIZES,
-    PlantedSubject,
+    PlantedCodes,
     dense,
     of_rows,
-    plant,
     planted,
     read_corpus,
     states_equal,
     write_documents,
 )
 
+import interp.codes
 import interp.evidence
-from interp.evidence import blocks, encode, gather, stored_codes
+from interp.codes import LiveCodes, StoredCodes, blocks, encode
+from interp.corpus import Corpus
+from interp.evidence import CODES, gather
 from interp.latents import Evidence, Sizes, Tally
 from interp.subject import Subject
 from sae.coder import SparseCoder, initialize
@@ -39,15 +41,14 @@ from sae.text import TextConfig, special_ids
 
 @pytest.fixture
 def rows(tmp_path, monkeypatch):
-    plant(monkeypatch)
-    monkeypatch.setattr(interp.evidence, "BLOCK_TOKENS", 1024)
+    monkeypatch.setattr(interp.codes, "BLOCK_TOKENS", 1024)
     return read_corpus(write_documents(tmp_path / "text.jsonl", [30, 64, 100, 700] * 12))
 
 
 def by_hand(corpus, sizes=SIZES, seed: int = 0) -> Evidence:
     """All rows at once, from the dense codes."""
     tally = Tally(D_SAE, corpus.context_length, sizes, seed)
-    coded = planted(PlantedSubject(), corpus.tokens(corpus.kept))
+    coded = planted(corpus.tokens(corpus.kept))
     of = corpus.kept
     tally.add(coded.latents, coded.rows, coded.places, corpus.name[of], corpus.split[of], of)
     return Evidence(tally.state())
@@ -57,17 +58,17 @@ def calls_of(monkeypatch) -> list[np.ndarray]:
     """Notes the rows that are encoded from now on."""
     seen = []
 
-    def noting(subject, tokens):
+    def noting(tokens):
         seen.append(tokens.numpy())
-        return planted(subject, tokens)
+        return planted(tokens)
 
-    monkeypatch.setattr("interp.evidence.encode", noting)
+    monkeypatch.setattr("interp_evidence.planted", noting)
     return seen
 
 
 def test_it_gathers_every_row_once(tmp_path, rows, monkeypatch):
     seen = calls_of(monkeypatch)
-    found = gather(PlantedSubject(), rows, tmp_path / "run", SIZES)
+    found = gather(PlantedCodes(rows), rows, tmp_path / "run", SIZES)
     states_equal(found, by_hand(rows))
     assert sum(map(len, seen)) == len(rows.kept)
     assert max(tokens.size for tokens in seen) <= 1024
@@ -76,12 +77,12 @@ def test_it_gathers_every_row_once(tmp_path, rows, monkeypatch):
     assert len(found.alive()) == D_SAE - 1
     assert not list((tmp_path / "run").glob("pass-*"))
     seen.clear()
-    states_equal(gather(PlantedSubject(), rows, tmp_path / "run", SIZES), found)
+    states_equal(gather(PlantedCodes(rows), rows, tmp_path / "run", SIZES), found)
     assert not seen  # it was all there
 
 
 def test_the_largest_value_of_a_cell_is_its_place(tmp_path, rows):
-    found = gather(PlantedSubject(), rows, tmp_path / "run", SIZES)
+    found = gather(PlantedCodes(rows), rows, tmp_path / "run", SIZES)
     for latent in (NEGATIVE, 9, 33):
         for split in ("explain", "test"):
             for position in found.places("sample", split, latent):
@@ -92,10 +93,10 @@ def test_the_largest_value_of_a_cell_is_its_place(tmp_path, rows):
 
 
 def test_other_blocks_in_another_order_give_the_same_bits(tmp_path, rows, monkeypatch):
-    found = gather(PlantedSubject(), rows, tmp_path / "run", SIZES)
+    found = gather(PlantedCodes(rows), rows, tmp_path / "run", SIZES)
     shuffled = np.random.default_rng(0).permutation(rows.kept)
     monkeypatch.setattr(interp.evidence, "blocks", lambda corpus, of: np.array_split(shuffled, 23))
-    states_equal(gather(PlantedSubject(), rows, tmp_path / "other", SIZES), found)
+    states_equal(gather(PlantedCodes(rows), rows, tmp_path / "other", SIZES), found)
 
 
 def test_blocks_hold_every_row_once_and_are_bounded(rows, monkeypatch):
@@ -104,7 +105,7 @@ def test_blocks_hold_every_row_once_and_are_bounded(rows, monkeypatch):
     sizes = [len(group) * int(rows.length[group].max()) for group in groups]
     assert max(sizes) <= 1024
     assert np.mean(sizes) > 800
-    monkeypatch.setattr(interp.evidence, "BLOCK_TOKENS", 10)  # less than a row
+    monkeypatch.setattr(interp.codes, "BLOCK_TOKENS", 10)  # less than a row
     assert all(len(group) == 1 for group in blocks(rows, rows.kept)[:5])
 
 
@@ -116,7 +117,9 @@ def test_stopped_again_and_again_it_ends_with_the_same_bits(tmp_path, rows, monk
     for _ in range(100):
         asked = iter(range(1000))
         try:
-            found = gather(PlantedSubject(), rows, tmp_path / "run", SIZES, should_stop=lambda it=asked: next(it) >= 1)
+            found = gather(
+                PlantedCodes(rows), rows, tmp_path / "run", SIZES, should_stop=lambda it=asked: next(it) >= 1
+            )
             break
         except Stopped:
             stops += 1
@@ -128,35 +131,35 @@ def test_stopped_again_and_again_it_ends_with_the_same_bits(tmp_path, rows, monk
 def test_files_that_were_merged_before_are_not_counted_twice(tmp_path, rows):
     run = tmp_path / "run"
     with pytest.raises(Stopped):
-        gather(PlantedSubject(), rows, run, SIZES, should_stop=lambda: True)
+        gather(PlantedCodes(rows), rows, run, SIZES, should_stop=lambda: True)
     first = (run / "pass-0.safetensors").read_bytes()
     asked = iter([False, True])
     with pytest.raises(Stopped):
-        gather(PlantedSubject(), rows, run, SIZES, should_stop=lambda: next(asked))
+        gather(PlantedCodes(rows), rows, run, SIZES, should_stop=lambda: next(asked))
     (run / "pass-1.safetensors").write_bytes(first)  # as if killed between merging it and deleting it
-    states_equal(gather(PlantedSubject(), rows, run, SIZES), by_hand(rows))
+    states_equal(gather(PlantedCodes(rows), rows, run, SIZES), by_hand(rows))
 
 
 def test_two_halves_by_two_passes_are_the_whole(tmp_path, rows, monkeypatch):
     run = tmp_path / "run"
     groups = blocks(rows, rows.kept)
     with pytest.raises(Stopped):
-        gather(PlantedSubject(), rows, run, SIZES, should_stop=lambda: True)
+        gather(PlantedCodes(rows), rows, run, SIZES, should_stop=lambda: True)
     tally = Tally(D_SAE, rows.context_length, SIZES, 0)
     done = np.zeros(len(groups), bool)
     done[1::2] = True  # what a second rank had when all were killed
     for group in groups[1::2]:
-        coded = planted(PlantedSubject(), rows.tokens(group))
+        coded = planted(rows.tokens(group))
         tally.add(coded.latents, coded.rows, coded.places, rows.name[group], rows.split[group], group)
     interp.evidence._save(run / "pass-1.safetensors", tally, done)
     seen = calls_of(monkeypatch)
-    states_equal(gather(PlantedSubject(), rows, run, SIZES), by_hand(rows))
+    states_equal(gather(PlantedCodes(rows), rows, run, SIZES), by_hand(rows))
     assert len(seen) == len(groups) - 1 - done.sum()
 
 
-def kept_codes(folder: Path) -> dict[tuple[int, int], dict[int, float]]:
+def kept_codes(folder: Path, rows: Corpus) -> dict[tuple[int, int], dict[int, float]]:
     found = {}
-    for block in stored_codes(folder):
+    for block in StoredCodes(folder / CODES, rows, D_SAE):
         places = zip(block["row"].tolist(), block["place"].tolist(), strict=True)
         offsets = block["offsets"].tolist()
         for number, place in enumerate(places):
@@ -172,9 +175,9 @@ def test_the_full_store_holds_all_codes(tmp_path, rows):
     run = tmp_path / "run"
     asked = iter([False, False, True])
     with pytest.raises(Stopped):
-        gather(PlantedSubject(), rows, run, SIZES, store=True, should_stop=lambda: next(asked))
-    gather(PlantedSubject(), rows, run, SIZES, store=True)
-    found = kept_codes(run)
+        gather(PlantedCodes(rows), rows, run, SIZES, store=True, should_stop=lambda: next(asked))
+    gather(PlantedCodes(rows), rows, run, SIZES, store=True)
+    found = kept_codes(run, rows)
     checked = 0
     for row in rows.kept.tolist():
         codes = dense(rows.tokens([row]).numpy())[0]
@@ -186,52 +189,59 @@ def test_the_full_store_holds_all_codes(tmp_path, rows):
     assert not found
 
 
+def test_the_full_store_is_read_as_the_codes_that_were_put_in(tmp_path, rows, monkeypatch):
+    gather(PlantedCodes(rows), rows, tmp_path / "run", SIZES, store=True)
+    codes = StoredCodes(tmp_path / "run" / CODES, rows, D_SAE)
+    monkeypatch.setattr(interp.codes, "BLOCK_TOKENS", 300)
+    groups = [*blocks(rows, rows.kept), np.random.default_rng(0).permutation(rows.kept)]
+    for group in groups:
+        found, wanted = codes.read(group), planted(rows.tokens(group))
+        assert np.array_equal(found.rows, wanted.rows)
+        assert np.array_equal(found.places, wanted.places)
+        assert torch.equal(found.latents.to_dense(), wanted.latents.to_dense())
+
+
+def test_a_row_that_is_not_in_use_is_in_no_store(tmp_path):
+    rows = of_rows(tmp_path / "corpus", [[0, 5, 6, 7]] * 4, [0, 1, -1, 2])
+    gather(PlantedCodes(rows), rows, tmp_path / "run", SIZES, store=True)
+    with pytest.raises(IndexError, match=r"row 2 .*not in use"):
+        StoredCodes(tmp_path / "run" / CODES, rows, D_SAE).read(np.array([0, 2]))
+
+
 def test_the_full_store_can_be_asked_for_later(tmp_path, rows, monkeypatch):
     run = tmp_path / "run"
     asked = iter([False, True])
     with pytest.raises(Stopped):
-        gather(PlantedSubject(), rows, run, SIZES, should_stop=lambda: next(asked))
-    gather(PlantedSubject(), rows, run, SIZES, store=True)
-    whole = kept_codes(run)
-    states_equal(gather(PlantedSubject(), rows, run, SIZES), by_hand(rows))
+        gather(PlantedCodes(rows), rows, run, SIZES, should_stop=lambda: next(asked))
+    gather(PlantedCodes(rows), rows, run, SIZES, store=True)
+    whole = kept_codes(run, rows)
+    states_equal(gather(PlantedCodes(rows), rows, run, SIZES), by_hand(rows))
     late = tmp_path / "late"
-    gather(PlantedSubject(), rows, late, SIZES)
+    gather(PlantedCodes(rows), rows, late, SIZES)
     seen = calls_of(monkeypatch)
-    states_equal(gather(PlantedSubject(), rows, late, SIZES, store=True), by_hand(rows))
-    assert kept_codes(late) == whole
+    states_equal(gather(PlantedCodes(rows), rows, late, SIZES, store=True), by_hand(rows))
+    assert kept_codes(late, rows) == whole
     assert sum(map(len, seen)) == len(rows.kept)
-
-
-def test_codes_too_large_for_half_precision_are_stored_whole(tmp_path, rows, monkeypatch):
-    def large(subject, tokens):
-        coded = planted(subject, tokens)
-        return coded._replace(latents=coded.latents.with_values(coded.latents.values * 1e5))
-
-    monkeypatch.setattr("interp.evidence.encode", large)
-    gather(PlantedSubject(), rows, tmp_path / "run", SIZES, store=True)
-    values = torch.cat([block["values"].float() for block in stored_codes(tmp_path / "run")])
-    assert values.isfinite().all()
-    assert values.max() > 7e5
 
 
 @pytest.mark.parametrize(
     ("changed", "name"),
     [
-        ({"subject": PlantedSubject(seed=1)}, "coder"),
-        ({"sizes": Sizes()}, "sizes"),
-        ({"seed": 1}, "seed"),
+        (lambda rows: {"codes": PlantedCodes(rows, seed=1)}, "coder"),
+        (lambda rows: {"sizes": Sizes()}, "sizes"),
+        (lambda rows: {"seed": 1}, "seed"),
     ],
 )
 def test_evidence_of_something_else_is_not_taken(tmp_path, rows, changed, name):
-    given = {"subject": PlantedSubject(), "corpus": rows, "folder": tmp_path / "run", "sizes": SIZES}
+    given = {"codes": PlantedCodes(rows), "corpus": rows, "folder": tmp_path / "run", "sizes": SIZES}
     with pytest.raises(Stopped):
         gather(**given, should_stop=lambda: True)
     with pytest.raises(DataError, match=f"made with another {name}; choose another run_dir"):
-        gather(**{**given, **changed})
+        gather(**{**given, **changed(rows)})
 
 
 def test_evidence_of_other_rows_or_another_version_is_not_taken(tmp_path, rows):
-    given = {"subject": PlantedSubject(), "folder": tmp_path / "run", "sizes": SIZES}
+    given = {"codes": PlantedCodes(rows), "folder": tmp_path / "run", "sizes": SIZES}
     gather(corpus=rows, **given)
     fewer = read_corpus(tmp_path / "text.jsonl", tokens=1000)
     with pytest.raises(DataError, match="made with another rows"):
@@ -247,8 +257,8 @@ def test_evidence_of_other_rows_or_another_version_is_not_taken(tmp_path, rows):
 
 def test_damage_is_named_and_repaired(tmp_path, rows, monkeypatch):
     run = tmp_path / "run"
-    found = gather(PlantedSubject(), rows, run, SIZES, store=True)
-    wanted, codes = by_hand(rows), kept_codes(run)
+    found = gather(PlantedCodes(rows), rows, run, SIZES, store=True)
+    wanted, codes = by_hand(rows), kept_codes(run, rows)
     states_equal(found, wanted)
     for part in ("latents", "codes"):
         shard = next((run / part).glob("shard-*.safetensors"))
@@ -256,43 +266,42 @@ def test_damage_is_named_and_repaired(tmp_path, rows, monkeypatch):
         data[-9] ^= 1
         shard.write_bytes(data)
         with pytest.raises(DataError, match=shard.name):
-            kept_codes(run) if part == "codes" else gather(PlantedSubject(), rows, run, SIZES)
+            kept_codes(run, rows) if part == "codes" else gather(PlantedCodes(rows), rows, run, SIZES)
         seen = calls_of(monkeypatch)
-        states_equal(gather(PlantedSubject(), rows, run, SIZES, store=True, repair=True), wanted)
-        assert kept_codes(run) == codes
+        states_equal(gather(PlantedCodes(rows), rows, run, SIZES, store=True, repair=True), wanted)
+        assert kept_codes(run, rows) == codes
         assert len(seen) == (1 if part == "codes" else len(blocks(rows, rows.kept)))
 
 
 def test_a_damaged_part_of_a_pass_is_named_and_repaired(tmp_path, rows):
     run = tmp_path / "run"
     with pytest.raises(Stopped):
-        gather(PlantedSubject(), rows, run, SIZES, should_stop=lambda: True)
+        gather(PlantedCodes(rows), rows, run, SIZES, should_stop=lambda: True)
     part = run / "pass-0.safetensors"
     part.write_bytes(part.read_bytes()[:1000])
     with pytest.raises(DataError, match=r"pass-0\.safetensors"):
-        gather(PlantedSubject(), rows, run, SIZES)
-    states_equal(gather(PlantedSubject(), rows, run, SIZES, repair=True), by_hand(rows))
+        gather(PlantedCodes(rows), rows, run, SIZES)
+    states_equal(gather(PlantedCodes(rows), rows, run, SIZES, repair=True), by_hand(rows))
 
 
 def test_another_process_is_waited_for(tmp_path, rows):
     with FolderLock(tmp_path / "run"), pytest.raises(Stopped, match="waiting"):
-        gather(PlantedSubject(), rows, tmp_path / "run", SIZES, should_stop=lambda: True)
+        gather(PlantedCodes(rows), rows, tmp_path / "run", SIZES, should_stop=lambda: True)
 
 
-def test_coders_that_cannot_be_read_are_refused(tmp_path, rows):
-    subject = PlantedSubject()
-    for reads, message in (((), "names no site"), ((Site("a", tag="second"),), "two language models")):
-        subject.coder.spec = subject.coder.spec.with_(reads=reads, writes=reads)
+def test_coders_that_cannot_be_read_are_refused(rows):
+    for reads, message in (((), "names no site"), ((Site("a", width=2, tag="second"),), "two language models")):
+        coder = SparseCoder(CoderSpec(2, 2, 4, TopK(1), reads=reads, writes=reads))
         with pytest.raises(ConfigError, match=message):
-            gather(subject, rows, tmp_path / "run", SIZES)
+            LiveCodes(Subject(coder, tiny_lm), rows)
 
 
 def test_more_places_than_can_be_told_apart_are_refused(tmp_path, rows, monkeypatch):
     monkeypatch.setattr(interp.evidence, "POSITIONS", rows.n_rows * rows.context_length)
-    gather(PlantedSubject(), rows, tmp_path / "run", SIZES)
+    gather(PlantedCodes(rows), rows, tmp_path / "run", SIZES)
     monkeypatch.setattr(interp.evidence, "POSITIONS", rows.n_rows * rows.context_length - 1)
     with pytest.raises(ConfigError, match=r"evidence.tokens: .* places"):
-        gather(PlantedSubject(), rows, tmp_path / "other", SIZES)
+        gather(PlantedCodes(rows), rows, tmp_path / "other", SIZES)
 
 
 def tiny_coder(lm, d_sae: int = 24, rule=None, reads: str = "model.layers.1", **fields) -> SparseCoder:
@@ -315,7 +324,7 @@ def documents_of_bytes(folder: Path, n: int = 12) -> Path:
 
 @pytest.mark.parametrize("rule", [TopK(4), JumpReLU()], ids=["topk", "jumprelu"])
 def test_a_real_model_row_by_row_says_the_same(tmp_path, monkeypatch, rule):
-    monkeypatch.setattr(interp.evidence, "BLOCK_TOKENS", 96)
+    monkeypatch.setattr(interp.codes, "BLOCK_TOKENS", 96)
     torch.set_num_threads(1)  # more would only wait for each other
     lm = tiny_lm()
     text = TextConfig(source=str(documents_of_bytes(tmp_path)), context_length=32)
@@ -329,7 +338,7 @@ def test_a_real_model_row_by_row_says_the_same(tmp_path, monkeypatch, rule):
     x = x[x.norm(dim=1) <= limit]
     mask = MaskSpec(tuple(special_ids(lm.tokenizer)), skip_positions=2, norm_limits={"model.layers.1": limit})
     coder = tiny_coder(lm, rule=rule, mask=mask)
-    found = gather(Subject(coder, lambda: lm), rows, tmp_path / "run", SIZES)
+    found = gather(LiveCodes(Subject(coder, lambda: lm), rows), rows, tmp_path / "run", SIZES)
     fired = (coder.encode(x).to_dense() != 0).sum(0)
     assert found.tokens == len(x) > 200
     assert found.state["fired"].tolist() == fired.tolist()
@@ -342,7 +351,7 @@ def test_rows_without_a_token_that_counts_are_no_trouble(tmp_path):
     rows = of_rows(tmp_path / "corpus", [[0]] * 4 + [[0, 5, 6, 7]] * 2, [0, 1, 2] * 2, context_length=8)
     coded = encode(Subject(tiny_coder(lm), lambda: lm), rows.tokens([0, 1]))
     assert (len(coded.latents), len(coded.rows)) == (0, 0)
-    assert gather(Subject(tiny_coder(lm), lambda: lm), rows, tmp_path / "run", SIZES).tokens == 6
+    assert gather(LiveCodes(Subject(tiny_coder(lm), lambda: lm), rows), rows, tmp_path / "run", SIZES).tokens == 6
 
 
 def test_numbers_that_are_none_are_an_error(tmp_path):
@@ -353,7 +362,7 @@ def test_numbers_that_are_none_are_an_error(tmp_path):
     rows = of_rows(tmp_path / "corpus", [[0, 5, 6, 7]] * 6, [0, 1, 2] * 2, context_length=8)
     for number, rule in enumerate((TopK(4), JumpReLU())):  # which takes what is not above its threshold for silent
         with pytest.raises(DataError, match=r"NaN or Inf .*model.dtype"):
-            gather(Subject(tiny_coder(lm, rule=rule), lambda: lm), rows, tmp_path / str(number), SIZES)
+            gather(LiveCodes(Subject(tiny_coder(lm, rule=rule), lambda: lm), rows), rows, tmp_path / str(number), SIZES)
 
 
 def test_the_quickstart_model(tmp_path):
@@ -367,7 +376,7 @@ def test_the_quickstart_model(tmp_path):
     copy.write_bytes((Path(__file__).parents[2] / "README.md").read_bytes())
     rows = interp.corpus.corpus(TextConfig(source=str(copy), context_length=32), lm.tokenizer, lm.source(), 3000)
     subject = Subject(coder, lambda: lm)
-    found = gather(subject, rows, tmp_path / "run", Sizes())
+    found = gather(LiveCodes(subject, rows), rows, tmp_path / "run", Sizes())
     assert rows.meta["split_by"] == "blocks"
     assert found.state["fired"].sum() == 8 * found.tokens  # TopK fires k times on every token
     assert found.state["histogram"].sum() == found.state["positions"].sum() == found.state["fired"].sum()

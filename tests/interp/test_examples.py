@@ -21,7 +21,6 @@ from interp_evidence import (
     Found,
     dense,
     drawn,
-    plant,
     read_corpus,
     tokenizer,
     write_documents,
@@ -41,7 +40,6 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples")
     lengths = [9, 20, 40, 64, 150, 200, 90, 1300] * 45
     with pytest.MonkeyPatch.context() as patch:
-        plant(patch)
         patch.setenv("SAE_CACHE", str(folder / "cache"))
         yield Found(folder, read_corpus(write_documents(folder / "text.jsonl", lengths)))
 
@@ -107,7 +105,6 @@ def test_no_window_repeats_what_another_part_shows(made):
 
 
 def test_text_that_repeats_is_shown_once(tmp_path, monkeypatch):
-    plant(monkeypatch)
     phrase = drawn(5, 30)
     phrase[10:14] = [WORDS[9], WORDS[49], WORDS[89], WORDS[129]]  # a latent fires on at least one of them
     lines = []
@@ -179,7 +176,7 @@ def test_a_tier_is_never_filled_from_another(found, made, tmp_path):
     assert "same_token" not in by_tier[RARE]  # it always fires on its one token
     assert by_tier[RARE]["random"] == by_tier[9]["random"] == 50
     alone = plan(found.evidence, found.rows, np.array([9]), [[]], 0)  # without neighbors
-    visits = visit(found.subject, found.rows, alone, tmp_path)
+    visits = visit(found.codes, found.rows, alone, tmp_path)
     examples = ExampleMaker(found.evidence, visits, found.rows, Decoder(tokenizer()), ExampleConfig(), 0).make(9)
     counts = Counter(item.tier for item in examples.test)
     assert counts.keys() == {ACTIVE, "random", "same_token"}
@@ -196,7 +193,6 @@ def test_too_few_windows_are_said_to_be(made):
 
 @pytest.mark.parametrize(("n", "sections", "missing"), [(9, 9, True), (12, 4, True), (12, 12, False)])
 def test_ten_windows_of_five_sections_are_the_least(tmp_path, monkeypatch, n, sections, missing):
-    plant(monkeypatch)
     silent = [w for w in WORDS[:-1] if int(w[1:]) % 40 != 9]
     draw = random.Random(0)
     lines = [[draw.choice(silent) for _ in range(40)] for _ in range(60)]
@@ -303,7 +299,6 @@ def test_deciles_of_distinct_strengths_are_equal_in_number(tmp_path, monkeypatch
         return real_dense(tokens, d_sae) * (1 + said[..., None] / 1e5).astype(np.float32)
 
     monkeypatch.setattr("interp_evidence.dense", distinct)
-    plant(monkeypatch)
     found = Found(tmp_path, read_corpus(write_documents(tmp_path / "text.jsonl", [150] * 150)), [9, 21])
     for latent in (9, 21):
         spots = found.visits.spots(latent)

@@ -2,7 +2,6 @@
 
 import json
 
-import interp_evidence
 import numpy as np
 import pytest
 import torch
@@ -19,15 +18,15 @@ from interp_evidence import (
     Found,
     dense,
     of_rows,
-    plant,
     planted,
     read_corpus,
     write_documents,
 )
 
+import interp.codes
 import interp.corpus
-import interp.evidence
 import interp.windows
+from interp.codes import LiveCodes
 from interp.evidence import gather
 from interp.records import SPLITS
 from interp.subject import Subject
@@ -44,9 +43,8 @@ def found(tmp_path_factory):
     """Both passes over documents of many lengths, in small blocks."""
     folder = tmp_path_factory.mktemp("windows")
     with pytest.MonkeyPatch.context() as patch:
-        plant(patch)
         patch.setenv("SAE_CACHE", str(folder / "cache"))
-        patch.setattr(interp.evidence, "BLOCK_TOKENS", 2048)
+        patch.setattr(interp.codes, "BLOCK_TOKENS", 2048)
         yield Found(folder, read_corpus(write_documents(folder / "text.jsonl", [3, 20, 40, 64, 150, 700] * 25)))
 
 
@@ -127,18 +125,18 @@ def test_the_pool_is_drawn_from_all_tokens_of_each_part(found):
 def test_no_row_is_read_twice_and_none_without_a_place(found, tmp_path, monkeypatch):
     seen = []
 
-    def noting(subject, tokens):
+    def noting(tokens):
         seen.extend(tuple(row) for row in tokens.tolist())
-        return planted(subject, tokens)
+        return planted(tokens)
 
-    monkeypatch.setattr("interp.windows.encode", noting)
+    monkeypatch.setattr("interp_evidence.planted", noting)
     few = plan(found.evidence, found.rows, np.array([9, 41]), [[10], [42]], 0)
-    visit(found.subject, found.rows, few, tmp_path)
+    visit(found.codes, found.rows, few, tmp_path)
     wanted = np.unique(np.concatenate([few.position, few.pool]) // CONTEXT_LENGTH)
     trimmed = sorted(tuple(i for i in row if i >= 0) for row in seen)
     assert trimmed == sorted(tuple(i for i in r if i >= 0) for r in found.rows.tokens(wanted).tolist())
     seen.clear()
-    visit(found.subject, found.rows, few, tmp_path)
+    visit(found.codes, found.rows, few, tmp_path)
     assert not seen
 
 
@@ -146,18 +144,18 @@ def test_stopped_and_continued_it_finds_the_same(found, tmp_path, monkeypatch):
     monkeypatch.setattr(interp.windows, "SHARD_BLOCKS", 2)
     seen = []
 
-    def noting(subject, tokens):
+    def noting(tokens):
         seen.append(len(tokens))
-        return planted(subject, tokens)
+        return planted(tokens)
 
-    monkeypatch.setattr("interp.windows.encode", noting)
+    monkeypatch.setattr("interp_evidence.planted", noting)
     chosen = np.array([CONTEXT, 9, 41])
     few = plan(found.evidence, found.rows, chosen, [[10], [10], [42]], 0)
     stops = 0
     for _ in range(100):
         asked = iter(range(1000))
         try:
-            again = visit(found.subject, found.rows, few, tmp_path, lambda it=asked: next(it) >= 3)
+            again = visit(found.codes, found.rows, few, tmp_path, lambda it=asked: next(it) >= 3)
             break
         except Stopped:
             stops += 1
@@ -165,7 +163,7 @@ def test_stopped_and_continued_it_finds_the_same(found, tmp_path, monkeypatch):
     total = len(np.unique(np.concatenate([few.position, few.pool]) // CONTEXT_LENGTH))
     assert total <= sum(seen) <= 1.7 * total  # at most the shard in hand is lost
     monkeypatch.setattr(interp.windows, "SHARD_BLOCKS", 1000)
-    whole = visit(found.subject, found.rows, few, tmp_path / "whole")
+    whole = visit(found.codes, found.rows, few, tmp_path / "whole")
     for latent in chosen.tolist():
         for name, a, b in zip(again.spots(9)._fields, again.spots(latent), whole.spots(latent), strict=True):
             assert np.array_equal(a, b), name
@@ -174,7 +172,7 @@ def test_stopped_and_continued_it_finds_the_same(found, tmp_path, monkeypatch):
 def test_other_latents_can_be_looked_at_later(found, tmp_path):
     for latents in ([9], [9, 41], [41]):
         some = plan(found.evidence, found.rows, np.array(latents), [[]] * len(latents), 0)
-        spots = visit(found.subject, found.rows, some, tmp_path).spots(latents[-1])
+        spots = visit(found.codes, found.rows, some, tmp_path).spots(latents[-1])
         usual = found.visits.spots(latents[-1])
         for kind in range(2):
             here, there = (s.values[s.kind == kind] for s in (spots, usual))
@@ -183,7 +181,7 @@ def test_other_latents_can_be_looked_at_later(found, tmp_path):
 
 def test_what_is_not_there_is_told(found, tmp_path):
     few = plan(found.evidence, found.rows, np.array([9, 41]), [[10], [42]], 0)
-    visits = visit(found.subject, found.rows, few, tmp_path)
+    visits = visit(found.codes, found.rows, few, tmp_path)
     for latent in (10, 8, 63):
         with pytest.raises(KeyError):
             visits.spots(latent)
@@ -196,19 +194,19 @@ def test_no_latents_are_no_trouble(found, tmp_path):
     none = plan(found.evidence, found.rows, np.zeros(0, np.int64), [], 0)
     assert len(none.position) == 0
     with pytest.raises(KeyError):
-        visit(found.subject, found.rows, none, tmp_path).spots(9)
+        visit(found.codes, found.rows, none, tmp_path).spots(9)
 
 
 def test_damage_is_named_and_repaired(found, tmp_path):
     few = plan(found.evidence, found.rows, np.array([9]), [[10]], 0)
-    wanted = visit(found.subject, found.rows, few, tmp_path).spots(9).values.copy()
+    wanted = visit(found.codes, found.rows, few, tmp_path).spots(9).values.copy()
     shard = next(tmp_path.rglob("shard-*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-9] ^= 1
     shard.write_bytes(data)
     with pytest.raises(DataError, match=shard.name):
-        visit(found.subject, found.rows, few, tmp_path)
-    assert np.array_equal(visit(found.subject, found.rows, few, tmp_path, repair=True).spots(9).values, wanted)
+        visit(found.codes, found.rows, few, tmp_path)
+    assert np.array_equal(visit(found.codes, found.rows, few, tmp_path, repair=True).spots(9).values, wanted)
 
 
 def test_places_of_a_token_are_a_sample_by_hash(tmp_path, monkeypatch):
@@ -248,9 +246,7 @@ def test_candidates_are_taken_in_turn_and_once():
 
 
 def test_a_real_model_in_other_blocks_says_the_same(tmp_path, monkeypatch):
-    for module in ("evidence", "windows"):
-        monkeypatch.setattr(f"interp.{module}.encode", interp_evidence.real)
-    monkeypatch.setattr(interp.evidence, "BLOCK_TOKENS", 200)
+    monkeypatch.setattr(interp.codes, "BLOCK_TOKENS", 200)
     torch.set_num_threads(1)  # more would only wait for each other
     lm, draw = tiny_lm(), np.random.default_rng(0)
     texts = ["".join(draw.choice(list("abcdefgh ij"), int(draw.integers(2, 150)))) for _ in range(20)]
@@ -261,11 +257,11 @@ def test_a_real_model_in_other_blocks_says_the_same(tmp_path, monkeypatch):
     mask = MaskSpec(tuple(special_ids(lm.tokenizer)))
     coder = SparseCoder(CoderSpec(16, 16, 32, TopK(3), reads=(site,), writes=(site,), mask=mask))
     initialize(coder, torch.zeros(16), 0, "test")
-    subject = Subject(coder, lambda: lm)
-    evidence = gather(subject, rows, tmp_path / "run", SIZES)
+    codes = LiveCodes(Subject(coder, lambda: lm), rows)
+    evidence = gather(codes, rows, tmp_path / "run", SIZES)
     latents = evidence.alive()
     few = plan(evidence, rows, latents, [[int(latents[0])]] * len(latents), 0)
-    visits = visit(subject, rows, few, tmp_path / "run")
+    visits = visit(codes, rows, few, tmp_path / "run")
     codes = {}
     for row in rows.kept.tolist():
         ids = rows.tokens([row])[:, : int(rows.length[row])].long()
