@@ -46,10 +46,9 @@ def take_in(argv: list[str]) -> int:
 
     from interp.delphi_results import EXPLAINER, SCORERS, read_explanations, read_scores
     from interp.flows import OK
-    from interp.journal import Journal
-    from interp.pipeline import EXPLAIN_KEY, SCORE_KEY, shard_folder
     from interp.records import Explanation
     from interp.results import lines, write_results
+    from interp.rundir import explained_in, scores_in, shard_folder
     from sae.files import check_writable
 
     source, run_dir = Path(options.results).expanduser(), Path(options.run_dir).expanduser()
@@ -61,8 +60,8 @@ def take_in(argv: list[str]) -> int:
         raise ConfigError(f"--hookpoint: {source} is of {', '.join(hookpoints) or 'none'}; {what}")
     check_writable(run_dir, "run_dir")
     folder = shard_folder(run_dir, (1, 1))
-    explained = Journal(folder / "journal-explain.jsonl", EXPLAIN_KEY)
-    scored = Journal(folder / "journal-score.jsonl", SCORE_KEY)
+    explained = explained_in(folder)
+    scored = scores_in(folder)
     for latent, text in sorted(explanations.get(chosen, {}).items()):
         row = {"latent": latent, "explainer": EXPLAINER, "by": "", "status": OK, "reason": ""}
         explained.append(row | {"explanation": Explanation(latent, text, EXPLAINER).to_json()})

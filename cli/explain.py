@@ -1,5 +1,6 @@
 """sae-explain: say what the latents of a sparse coder mean, and score it."""
 
+import asyncio
 import logging
 import sys
 from collections.abc import Callable
@@ -77,9 +78,10 @@ def command(argv: list[str]) -> int:
 
 
 def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> int:
-    from interp.pipeline import Pipeline, begin
+    from interp.pipeline import Pipeline, check
     from interp.preparing import prepare, resolved
     from interp.results import lines
+    from interp.rundir import begin
     from sae.distributed import process_group, rank
     from sae.stopping import stop_flag
 
@@ -93,6 +95,8 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> i
         begin(config)
         log.info("run folder   %s", config.run_dir)
         with process_group():
+            if rank() == 0:
+                asyncio.run(check(config, shard))
             prepared = prepare(config, stop, options.trust_remote_code, options.repair)
             first = rank() == 0
         if not first:
@@ -105,7 +109,8 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> i
         print(f"\nresults      {Path(config.run_dir) / 'results.parquet'}")
         print(f"summary      {Path(config.run_dir) / 'summary.json'}")
     if ended.cut_off:
-        print(f"error: {ended.cut_off}; what is missing goes on with the same command", file=sys.stderr)
+        hint = "" if "goes on" in ended.cut_off else "; the same command goes on with what is missing"
+        print(f"error: {ended.cut_off}{hint}", file=sys.stderr)
         code = PARTIAL
     elif ended.failed > config.fail_share * ended.latents:
         print(
@@ -142,7 +147,8 @@ def _merge(argv: list[str]) -> int:
 
 def _write(run_dir: Path) -> dict[str, Any]:
     from interp.config import ExplainConfig
-    from interp.results import shard_folders, write_results
+    from interp.results import write_results
+    from interp.rundir import shard_folders
     from sae.files import read_json
     from sae.settings import decode, read_yaml
 

@@ -4,9 +4,12 @@ Latents are matched one to one, so that the sum over pairs is largest (Hungarian
 - the cosine of their decoders, where both write a space of the same width,
 - co-activation: the Jaccard index of the tokens on which they fire, |A and B| / |A or B|,
 - meaning: the cosine of their explanations' embeddings.
-For every matching it is told how alike the explanations of a pair are, beside the same with pairs drawn at random (the
-null), as the paper does for coders of neighboring layers (arXiv 2410.13928). MMCS is the mean over latents of the
+For every matching it is told how alike the explanations of a pair are, beside the same of two latents that are no pair
+(the null), as the paper does for coders of neighboring layers (arXiv 2410.13928). MMCS is the mean over latents of the
 largest cosine to any latent of the other coder (Sharkey 2022), beside the same for random directions.
+
+Everything is compared with everything, in tables of explained latents by explained latents: for thousands of them, not
+for all of a wide coder. 20,000 by 20,000, the most that is taken, are 3 GB a table, and half a dozen are held at once.
 """
 
 import asyncio
@@ -28,10 +31,10 @@ from interp.config import ExplainConfig
 from interp.corpus import Corpus
 from interp.evidence import LATENTS
 from interp.latents import Evidence
-from interp.metrics import difference, mean
+from interp.metrics import mean
 from interp.preparing import read_from, resolved
-from interp.records import Measure
 from interp.results import explanations
+from interp.scorers.embedding import BATCH
 from interp.subject import Subject
 from sae.coder import CHUNK_ENTRIES, SparseCoder
 from sae.errors import ConfigError, nearest
@@ -40,7 +43,7 @@ from sae.seeding import generator
 from sae.settings import decode, read_yaml
 from sae.store import Shards
 
-NULL_DRAWS = 20
+MOST = 20_000  # explained latents of a coder
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def compare(
 
     Latents without an explanation take part in the MMCS alone. Co-activation is counted on `tokens` tokens of the text
     of `a`, and left out where the runs read different language models. Raises ConfigError if a run has no explanation
-    by `explainer` (default: llm, or the first one there), or the encoder fails.
+    by `explainer` (default: llm, or the first one there) or more than 20,000, or the encoder fails.
     """
     left, right = (_side(folder, explainer, trust_remote_code) for folder in (a, b))
     coders = left.subject.coder, right.subject.coder
@@ -104,7 +107,7 @@ def compare(
         codes = LiveCodes(left.subject, left.rows), LiveCodes(right.subject, left.rows)
         found = coactivation(codes, left.rows, left.latents, right.latents, tokens)
         alike["co-activation"] = found
-    matchings = {name: match(table, name) for name, table in alike.items() if table is not None}
+    matchings = {name: match(table) for name, table in alike.items() if table is not None}
     return {
         "a": str(a),
         "b": str(b),
@@ -134,16 +137,24 @@ def _side(folder: Path, explainer: str | None, trust_remote_code: bool) -> Side:
         raise ConfigError(
             f"--explainer: {folder} has no explanations by {name!r}.{nearest(name, found)} It has: {known}"
         )
+    if len(found[name]) > MOST:
+        raise ConfigError(
+            f"path: {folder} has {len(found[name]):,} explained latents; at most {MOST:,} can be compared"
+        )
     subject, rows, _ = read_from(config, trust_remote_code=trust_remote_code)
     return Side(folder, config, subject, rows, found[name])
 
 
 async def _embedded(encoder: EndpointConfig, texts: tuple[str, ...], cache: Path) -> Float[ndarray, "n d"]:
     async with Client({"encoder": encoder}, cache) as client:
-        reply = await client.ask(Embed("encoder", texts))
-    if not reply.ok:
-        raise ConfigError(f"--encoder: {encoder.model}: {reply.failure} {reply.detail}".rstrip())
-    return np.array(reply.vectors)
+        together = (await client.abilities("encoder")).fits_texts  # else a server may take so many at once only
+        size = len(texts) if together else BATCH
+        batches = [Embed("encoder", texts[start : start + size]) for start in range(0, len(texts), size)]
+        replies = await client.ask_all(batches)
+    for reply in replies:
+        if not reply.ok:
+            raise ConfigError(f"--encoder: {encoder.model}: {reply.failure} {reply.detail}".rstrip())
+    return np.array([vector for reply in replies for vector in reply.vectors])
 
 
 def _pairs(found: "Matching", similarity: Float[ndarray, "a b"], left: Side, right: Side) -> list[dict[str, Any]]:
@@ -160,17 +171,16 @@ def _pairs(found: "Matching", similarity: Float[ndarray, "a b"], left: Side, rig
 class Matching:
     """Pairs of latents, one to one."""
 
-    by: str
     pairs: Int[ndarray, "n 2"]
     """Places in the two lists of latents."""
     strength: Float[ndarray, "n"]
     """What the matching maximizes the sum of, by pair."""
 
 
-def match(alike: Float[ndarray, "a b"], by: str) -> Matching:
+def match(alike: Float[ndarray, "a b"]) -> Matching:
     """Returns the one-to-one matching whose sum is largest; min(a, b) pairs."""
     rows, columns = linear_sum_assignment(alike, maximize=True)
-    return Matching(by, np.stack([rows, columns], 1), alike[rows, columns])
+    return Matching(np.stack([rows, columns], 1), alike[rows, columns])
 
 
 def decoder_cosines(
@@ -233,19 +243,21 @@ def coactivation(
     return np.divide(both, either, out=np.zeros_like(both), where=either > 0)
 
 
-def semantic(matching: Matching, similarity: Float[ndarray, "a b"], seed: int = 0) -> dict[str, Any]:
-    """Returns how alike the explanations of matched latents are: `value`, `null` (the same latents in pairs drawn at
-    random) and their difference, `lift`, each with its interval over pairs.
+def semantic(matching: Matching, similarity: Float[ndarray, "a b"]) -> dict[str, Any]:
+    """Returns how alike the explanations of matched latents are: `value`, `null` (the mean over all ways to put a
+    latent of one pair beside that of another) and their difference, `lift`, each with its interval over pairs.
+
+    The n (n - 1) terms of the null are of 2 n latents. So its interval is that of the mean over pairs of what the two
+    latents of a pair contribute to it (the projection of a two-sample U statistic, Hoeffding 1948).
     """
-    rows, columns = matching.pairs.T
-    value = mean(similarity[rows, columns].tolist())
-    draws = []
-    for draw in range(NULL_DRAWS):
-        order = torch.randperm(len(columns), generator=generator(seed, "pairs", matching.by, draw)).numpy()
-        moved = order != np.arange(len(order))  # a pair drawn again is no null
-        draws.append(similarity[rows[moved], columns[order][moved]])
-    null = mean(np.concatenate(draws).tolist()) if len(columns) > 1 else Measure(None)
-    return {"value": asdict(value), "null": asdict(null), "lift": asdict(difference(value, null))}
+    table = similarity[np.ix_(*matching.pairs.T)]
+    own, n = np.diag(table), len(table)
+    others, lift = np.zeros(0), np.zeros(0)
+    if n > 1:
+        sums = (table.sum(0) + table.sum(1) - 2 * own) / (n - 1)  # of both latents' means over the other pairs
+        others = sums - sums.mean() / 2
+        lift = own - others
+    return {name: asdict(mean(values.tolist())) for name, values in (("value", own), ("null", others), ("lift", lift))}
 
 
 def cosines(vectors_a: Float[ndarray, "a d"], vectors_b: Float[ndarray, "b d"]) -> Float[ndarray, "a b"]:

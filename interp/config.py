@@ -126,8 +126,8 @@ class ExplainConfig:
     """Latents scored with another latent's explanation too, at most; -1: all of them, 0: none."""
     budget_usd: float | None = None
     """Nothing more is asked once this much is spent."""
-    in_flight: int = 64
-    """Latents worked on at once."""
+    in_flight: int = 256
+    """Latents worked on at once, half a MiB each; fewer than the requests allowed at once would hold these back."""
     fail_share: float = 0.0
     """Share of latents that may fail before the command ends with exit code 3."""
 
@@ -155,8 +155,17 @@ class ExplainConfig:
                 raise ConfigError(f"explainers.{name}: asks a language model; set models.explainer.model")
             if explainer.refines and "batch" in (self.models.explainer.via, self.endpoint("judge").via):
                 raise ConfigError(f"explainers.{name}.refine: true takes a wave of batches too many; use via: http")
-        if self.explanations and not Path(self.explanations).expanduser().is_file():
-            raise ConfigError(f"explanations: no such file: {self.explanations}")
+        for name, scorer in self.scorers.items():
+            if scorer.role == "judge" and not scorer.takes_rules and not self.endpoint("judge").model:
+                raise ConfigError(f"scorers.{name}: asks a judge; set models.judge.model or models.explainer.model")
+        if self.explanations:
+            path = Path(self.explanations).expanduser()
+            if not path.is_file():
+                raise ConfigError(f"explanations: no such file: {self.explanations}")
+            if path.stem in self.all_explainers():
+                raise ConfigError(
+                    f"explanations: {path.name} would be taken for what explainer {path.stem!r} says; rename the file"
+                )
 
     def endpoint(self, role: str) -> EndpointConfig:
         """Returns the model behind a role: the judge is the explainer, and the reader the subject, if not set."""
@@ -180,3 +189,14 @@ class ExplainConfig:
             return self.scorers
         found: dict[str, Scorer] = {"detection": Detection(), "embedding": Embedding()}
         return found | ({"fuzzing": Fuzzing()} if self.endpoint("judge").model else {})
+
+    def chooser(self) -> Detection:
+        """Returns the scorer by which explainers choose between candidates: the run's detection or fuzzing."""
+        return next((scorer for scorer in self.all_scorers().values() if isinstance(scorer, Detection)), Detection())
+
+    def roles_asked(self) -> list[str]:
+        """Returns the roles that are asked, as far as they have a model."""
+        roles = {scorer.role for scorer in self.all_scorers().values()} if self.only != "explain" else set()
+        if any(explainer.needs_llm for explainer in self.all_explainers().values()) and self.only != "score":
+            roles |= {"explainer", "judge"}
+        return sorted(role for role in roles if self.endpoint(role).model)

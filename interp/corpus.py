@@ -30,7 +30,7 @@ from sae.text import PIECE_CHARS, SHARD_TOKENS, encode, made_from, piece_end
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 2  # raise it whenever the same text would become other rows, another split or another file
+VERSION = 3  # raise it whenever the same text would become other rows, another split or another file
 SECTION_ROWS = 8
 SHARES = (0.4, 0.2, 0.4)
 FEW_SECTIONS = 50  # so few are dealt out by rank: chance might leave a part empty
@@ -46,15 +46,16 @@ TOKENS, INDEX = "tokens", "rows"  # folders: all tokens; what is known of every 
 class Corpus:
     """Rows of one section each, padded behind, with the part they belong to.
 
-    Attributes, one value a row: `section` (int32), `split` (int8: a place in `interp.records.SPLITS`), `length` (int32,
-    tokens without padding) and `name` (int64, a hash of document and place, the same on every machine).
+    Attributes, one value a row: `document` and `section` (int32), `split` (int8: a place in `interp.records.SPLITS`),
+    `length` (int32, tokens without padding) and `name` (int64, a hash of document and place, the same on every
+    machine).
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         self.shards = Shards(folder / TOKENS, TOKENS, fingerprint)
         index = Shards(folder / INDEX, INDEX, fingerprint).read(0)
-        self.section, self.split, self.length, self.name = (
-            index[key].numpy() for key in ("section", "split", "length", "name")
+        self.document, self.section, self.split, self.length, self.name = (
+            index[key].numpy() for key in ("document", "section", "split", "length", "name")
         )
         self.meta: dict[str, Any] = self.shards.meta
         self.context_length: int = self.meta["context_length"]
@@ -224,6 +225,7 @@ def _fill(
     place = np.arange(len(section)) - np.searchsorted(section, section)  # the row's place in its section
     hashes = np.array([int(uniform("section", name) * 2**63) for name in names], np.int64)
     index = {
+        "document": np.cumsum([name.endswith("#0") for name in names], dtype=np.int32)[section] - 1,
         "section": section,
         "split": split,
         "length": np.array(lengths, np.int32),

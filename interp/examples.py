@@ -32,7 +32,7 @@ MARK_SHARE = 0.3  # of its largest value: tokens at or above are marked in fuzzi
 GRAM = 4
 REPEATED = 0.5
 WITHOUT = 0.05  # of the shapes of active windows may be those of no silent one
-MIN_ACTIVE, MIN_SECTIONS = 10, 5
+MIN_ACTIVE, MIN_DOCUMENTS = 10, 5
 TOP_TOKENS = 10
 
 
@@ -101,10 +101,10 @@ class ExampleMaker:
         build = _Build(self, latent)
         sizes = {"explain": self.config.shown, "valid": self.config.valid, "test": self.config.test}
         active = {split: build.active(split, sizes[split]) for split in reversed(SPLITS)}  # the test chooses first
-        sections = {item.window.section for item in active["test"]}
-        missing = ""
-        if len(active["test"]) < MIN_ACTIVE or len(sections) < MIN_SECTIONS:
-            missing = f"insufficient: {len(active['test'])} active windows from {len(sections)} documents in test"
+        missing, sources = "", self._sources(active["test"])
+        if len(active["test"]) < MIN_ACTIVE or sources < MIN_DOCUMENTS:
+            of = "sections" if self.corpus.meta["split_by"] == "blocks" else "documents"
+            missing = f"insufficient: {len(active['test'])} active windows from {sources} {of} in test"
         elif not active["explain"]:
             missing = "insufficient: no active window to explain from"
         wanted = {
@@ -119,6 +119,12 @@ class ExampleMaker:
         if not missing and not any(item.tier == "random" for item in items["test"]):
             missing = "insufficient: it is silent in no random window of test"
         return Examples(latent, facts, **items, missing=missing)
+
+    def _sources(self, items: list[Item]) -> int:
+        """How many documents items are from; of a text without documents, how many sections."""
+        corpus = self.corpus
+        which = corpus.section if corpus.meta["split_by"] == "blocks" else corpus.document
+        return len({int(which[item.window.start // corpus.context_length]) for item in items})
 
     def _tokens(self, positions: Int[ndarray, "m"]) -> list[int]:
         return tokens_at(self.corpus, positions).tolist()

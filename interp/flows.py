@@ -8,7 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from interp.client.requests import RETRYABLE, Abilities, Reply, Request
+from interp.client.requests import RETRYABLE, Abilities, Chat, Reply, Request
 from interp.explainers import Explainer
 from interp.metrics import best_threshold
 from interp.records import Examples, Explanation, Judgement, Measure, Score, Task
@@ -16,7 +16,6 @@ from interp.scorers import Scorer
 
 Row = dict[str, Any]
 Flow = Generator[list[Request], list[Reply], Row]
-OUT_OF_FUNDS = ("budget", "quota")
 OK, NONE, PARTIAL, FAILED = "ok", "none", "partial", "failed"
 INSUFFICIENT, NOT_APPLICABLE = "insufficient", "n/a"
 AGAIN = (PARTIAL, FAILED)  # what asking once more may mend
@@ -95,6 +94,7 @@ def scored(
         "status": status,
         "reason": _counted(score.invalid),
         "by_rule": not requests,
+        "answers": _form(requests),
         "score": asdict(score),
         "threshold": threshold,
         "tasks": _columns(tasks),
@@ -112,9 +112,9 @@ def measure(row: Row, name: str) -> Measure:
 
 def _asked(requests: list[Request]) -> Generator[list[Request], list[Reply], list[Reply]]:
     replies = (yield requests) if requests else []
-    if any(reply.failure in OUT_OF_FUNDS for reply in replies):
-        name = next(reply.failure for reply in replies if reply.failure in OUT_OF_FUNDS)
-        raise CutOff(f"the {name} is spent")
+    for reply in replies:
+        if reply.cut_off:  # nobody is answered any more: this is no row's failure
+            raise CutOff(reply.cut_off)
     return replies
 
 
@@ -146,6 +146,13 @@ def _tried(explanation: Explanation, score: Score) -> Row:
 
 def _counted(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {name}" for name, n in reasons.items())
+
+
+def _form(requests: Sequence[Request]) -> str:
+    """How a judge was read: from probabilities, one window a request, or from its words."""
+    if not any(isinstance(request, Chat) for request in requests):
+        return ""
+    return "probabilities" if any(isinstance(one, Chat) and one.choices for one in requests) else "words"
 
 
 def _columns(tasks: Sequence[Task]) -> dict[str, list[Any]]:

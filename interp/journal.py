@@ -46,9 +46,9 @@ class Journal:
         """Returns the status of a row, "" if there is none."""
         return self._where[key][1] if key in self._where else ""
 
-    def keys(self) -> list[Any]:
-        """Returns the keys of all rows."""
-        return list(self._where)
+    def __iter__(self) -> Iterator[Any]:
+        """Yields the keys of all rows."""
+        return iter(list(self._where))
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row."""

@@ -9,7 +9,8 @@ writes them (utils/neuronpedia-utils/neuronpedia_utils/export-data.py at 1a80fe9
 `Activation` in apps/webapp/prisma/schema.prisma at 008d504) and reads them (apps/webapp/lib/db/import.ts at efd6e35).
 `layer` is the id of a source ("20-gemmascope-res-16k"), and `index`, a latent, is a string. `scores` is no column of
 these exports. Its entries are named as those which the API gives with a feature (`ExplanationScore` in the schema),
-and the importer leaves it out. It takes the columns from the first line, so every line has all of them.
+and the importer leaves it out. It takes the columns from the first line, so every line has all of them. Of a latent
+that fires below 0 too, `maxValue` is the value of the largest magnitude, with its sign.
 
 Before it imports them, an instance must have the latents (its `Neuron`), the user (`authorId`, `creatorId`), and the
 explainers and their models (`ExplanationType`, `ExplanationModelType`) by these names. Its importer puts a space for
@@ -25,10 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from interp.flows import measure
-from interp.journal import Journal
-from interp.pipeline import EXPLAIN_KEY, SCORE_KEY
 from interp.records import Examples, Window
-from interp.results import shard_folders
+from interp.rundir import explained_in, scores_in, shard_folders
 from interp.scorers import Scorer
 from sae.errors import ConfigError
 from sae.files import atomic_write
@@ -79,14 +78,14 @@ def _explanations(run_dir: Path, scorers: dict[str, Scorer], where: dict[str, st
     folders = shard_folders(run_dir)
     scores: dict[tuple[int, str, str], list[dict[str, Any]]] = defaultdict(list)
     for folder in folders:
-        for row in Journal(folder / "journal-score.jsonl", SCORE_KEY).rows():
+        for row in scores_in(folder).rows():
             if row["scorer"] in scorers and not row["null"]:
                 found = _score(row, scorers[row["scorer"]].headline)
                 if found is not None:
                     scores[row["latent"], row["explainer"], row["explanation"]].append(found)
     lines: dict[tuple[int, str], str] = {}
     for folder in folders:
-        for row in Journal(folder / "journal-explain.jsonl", EXPLAIN_KEY).rows():
+        for row in explained_in(folder).rows():
             if row["explanation"] is None:
                 continue
             latent, explainer, text = row["latent"], row["explainer"], row["explanation"]["text"]
@@ -126,7 +125,7 @@ def _activations(examples: Iterable[Examples], where: dict[str, str], origin: di
         named = {**where, "index": str(example.latent)}
         items = (*example.explain, *example.valid, *example.test)
         windows = {item.window.start: item.window for item in items if item.active}
-        strongest = sorted(windows.values(), key=lambda window: (-max(window.activations), window.start))
+        strongest = sorted(windows.values(), key=lambda window: (-window.strength, window.start))
         ids = (_identity(*named.values(), str(window.start), window.text) for window in strongest)
         lines[example.latent] = [
             _line({"id": identity, **named, **origin, **_activation(window)})
@@ -137,11 +136,12 @@ def _activations(examples: Iterable[Examples], where: dict[str, str], origin: di
 
 def _activation(window: Window) -> dict[str, Any]:
     values = [float(f"{value:.{DIGITS}g}") for value in window.activations]
+    peak = max(range(len(values)), key=lambda place: abs(values[place]))
     return {
         "tokens": window.pieces(),
         "values": values,
-        "maxValue": max(values),
-        "maxValueTokenIndex": values.index(max(values)),
+        "maxValue": values[peak],
+        "maxValueTokenIndex": peak,
         "minValue": min(values),
     }
 

@@ -4,50 +4,47 @@
     RUN/shards/i-of-n/journal-explain.jsonl   latent x explainer
     RUN/shards/i-of-n/journal-score.jsonl     latent x scorer x explanation, its null beside it
     RUN/shards/i-of-n/cache.sqlite            every answer that was paid for
+    RUN/shards/i-of-n/latents.json            which latents it is about
 
 A row is written when all its answers are there, so a run that ends at any moment goes on where it stopped; what it had
 asked meanwhile comes from the cache. Memory holds the examples of the latents in flight only.
 """
 
 import asyncio
-import json
 import logging
-import os
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import draccus
-import torch
 from threadpoolctl import threadpool_limits
 
 from interp import outside
 from interp.client import Client
-from interp.client.requests import ROLES, Abilities
+from interp.client.requests import ROLES, Abilities, Reply, Request
 from interp.config import ExplainConfig
 from interp.flows import AGAIN, FAILED, OK, CutOff, Flow, Row, explained, scored
 from interp.journal import Journal
 from interp.preparing import Prepared
 from interp.records import Examples, Explanation
+from interp.rundir import CACHE, LATENTS, explained_in, scores_in, shard_folder
 from interp.scorers import Scorer
-from sae.environment import versions
-from sae.errors import ConfigError, Stopped
-from sae.files import FolderLock, append, atomic_write, check_writable, write_json
+from sae.errors import Stopped
+from sae.files import FolderLock, write_json
 from sae.progress import Progress
-from sae.seeding import generator
-from sae.settings import flat, read_yaml, to_yaml
+from sae.seeding import uniform
 
 log = logging.getLogger(__name__)
-EXPLAIN_KEY = ("latent", "explainer")
-SCORE_KEY = ("latent", "scorer", "explainer", "null")
-FEWEST_FOR_NULL = 20
-WAVE = 2000  # latents whose questions go into one batch
+FEWEST_FOR_NULL = 20  # latents; of fewer, a null would be told by chance
+WAVE = 10_000  # latents whose questions go out together, about 0.1 MiB each
 FAILURES_IN_A_ROW = 100
 POLL_S = 60.0  # between two looks at the state of batches
 KEPT = 200  # examples that stay in memory, half a MiB each
+
 
 Work = tuple[Journal, Row, Flow]
 
@@ -83,10 +80,11 @@ class Pipeline:
         Raises Stopped when asked to stop; everything finished is kept.
         """
         with FolderLock(self.folder):
-            self.explained = Journal(self.folder / "journal-explain.jsonl", EXPLAIN_KEY)
-            self.scores = Journal(self.folder / "journal-score.jsonl", SCORE_KEY)
+            self.explained = explained_in(self.folder)
+            self.scores = scores_in(self.folder)
             self.ready = Journal(self.folder / "journal-prepared.jsonl", ("latent", "scorer"))
             self.again = AGAIN if retry_failed else ()
+            write_json(self.folder / LATENTS, self.latents)
             self._take_in_file()
             with threadpool_limits(1, "blas"):  # figures are small: more threads only wait for one another
                 spent = asyncio.run(self._run(should_stop))
@@ -109,30 +107,26 @@ class Pipeline:
 
     async def _run(self, should_stop: Callable[[], bool]) -> str:
         async with self._client(should_stop) as self.client:
-            roles = {scorer.role for scorer in self.scorers.values()} if self.config.only != "explain" else set()
-            if any(explainer.needs_llm for explainer in self.explainers.values()) and self.config.only != "score":
-                roles |= {"explainer", "judge"}
-            for role in sorted(role for role in roles if self.config.endpoint(role).model):
+            for role in self.config.roles_asked():
                 self.abilities[role] = await self.client.abilities(role)
             self.stopping = should_stop
             try:
                 if self.config.only != "score":
                     await self._phase("explaining", self.latents, self._explain)
                 if self.config.only != "explain":
-                    self.theirs = self._derangement()
+                    self.theirs = {explainer: self._partners(explainer) for explainer in self._sources()}
                     await self._phase("scoring", self.latents, self._score)
             except CutOff as error:
                 return str(error)
             finally:
                 self.spent = self.client.ledger.totals()
-                append(self.folder / "spent.jsonl", json.dumps(self.spent) + "\n")
         return ""
 
     @asynccontextmanager
     async def _client(self, should_stop: Callable[[], bool]) -> AsyncIterator[Client]:
         roles = {role: self.config.endpoint(role) for role in ROLES}
-        cache, budget = self.folder / "cache.sqlite", self.config.budget_usd
-        async with Client(roles, cache, budget, should_stop, POLL_S) as client:
+        cache, budget = self.folder / CACHE, self.config.budget_usd
+        async with Client(roles, cache, budget, should_stop, POLL_S, bool(self.again)) as client:
             yield client
 
     async def _phase(self, label: str, latents: list[int], work: Callable[[int], Awaitable[list[Work]]]) -> None:
@@ -149,7 +143,7 @@ class Pipeline:
                 if self.stopping() or errors:
                     return
                 try:
-                    await self._do([one for latent in group for one in await work(latent)])
+                    await (self._in_waves(group, work) if batched else self._do(await work(group[0])))
                 except Exception as error:  # the others end what they have begun
                     errors.append(error)
                 done += len(group)
@@ -163,42 +157,57 @@ class Pipeline:
         if self.stopping():
             raise Stopped(f"while {label}; the same command goes on")
 
+    async def _in_waves(self, latents: list[int], work: Callable[[int], Awaitable[list[Work]]]) -> None:
+        """Asks what all latents have to ask together, then begins each anew with the answers, until nobody asks more.
+
+        So no flow, with all the examples that it holds, waits for a batch.
+        """
+        answers: dict[Request, Reply] = {}
+        while True:
+            wanted: dict[Request, None] = {}
+            for latent in latents:
+                if self.stopping():
+                    return
+                for journal, row, flow in await work(latent):
+                    try:
+                        asked = next(flow)
+                        while all(request in answers for request in asked):
+                            asked = flow.send([answers[request] for request in asked])
+                        wanted |= dict.fromkeys(request for request in asked if request not in answers)
+                    except StopIteration as ended:
+                        self._end(journal, row | ended.value)
+            if not wanted:
+                return
+            answers |= zip(wanted, await self.client.ask_all(list(wanted)), strict=True)
+
     async def _do(self, work: list[Work]) -> None:
         """Answers flows side by side, all their requests at once, and writes down what they return."""
-        waiting: dict[int, list[Any]] = {}
         replies: dict[int, Any] = dict.fromkeys(range(len(work)))
         while replies:
+            waiting: dict[int, list[Request]] = {}
             for i, answers in replies.items():
                 journal, row, flow = work[i]
                 try:
                     waiting[i] = flow.send(answers)
                 except StopIteration as ended:
-                    journal.append(row | ended.value)
-                    self._notice(ended.value)
-            asked = list(waiting)
-            answers = await self.client.ask_all([request for i in asked for request in waiting[i]]) if asked else []
-            replies, start = {}, 0
-            for i in asked:
-                stop = start + len(waiting[i])
-                replies[i], start = answers[start:stop], stop
-            waiting = {}
+                    self._end(journal, row | ended.value)
+            found = iter(await self.client.ask_all([request for asked in waiting.values() for request in asked]))
+            replies = {i: list(islice(found, len(asked))) for i, asked in waiting.items()}
 
-    def _notice(self, row: Row) -> None:
-        """Ends the run where one piece of work after the other fails, before all the rest has failed too."""
-        if row["status"] != FAILED:
-            self.failed_in_a_row = 0
-            return
-        self.failed_in_a_row += 1
+    def _end(self, journal: Journal, row: Row) -> None:
+        """Writes a row down; ends the run where one after the other fails, before all the rest has failed too."""
+        journal.append(row)
+        self.failed_in_a_row = self.failed_in_a_row + 1 if row["status"] == FAILED else 0
         if self.failed_in_a_row >= FAILURES_IN_A_ROW:
-            raise CutOff(f"{self.failed_in_a_row} answers in a row failed ({row['reason']})")
+            reason = f"{self.failed_in_a_row} answers in a row failed ({row['reason']})"
+            raise CutOff(f"{reason}; once that is mended, --retry-failed goes on")
 
     async def _explain(self, latent: int) -> list[Work]:
         todo = [name for name in self.explainers if self._open(self.explained, (latent, name))]
         if not todo:
             return []
         examples = await self._examples(latent)
-        chooser = self.scorers.get("detection") or next(iter(self.scorers.values()), None)
-        found: list[Work] = []
+        chooser, found = self.config.chooser(), list[Work]()
         for name in todo:
             explainer = self.explainers[name]
             by = self.config.endpoint("explainer").model if explainer.needs_llm else ""
@@ -213,12 +222,13 @@ class Pipeline:
         ]
         for explainer in self._sources():
             own = self._explanation(latent, explainer)
-            other = self._explanation(self.theirs[latent], explainer) if latent in self.theirs else None
             for name, scorer in self.scorers.items():
-                if scorer.needs_explanation and own is not None:
-                    todo.append((name, scorer, explainer, False, own))
-                    if other is not None:
-                        todo.append((name, scorer, explainer, True, other))
+                if own is None or not scorer.needs_explanation or not self._has_judge(scorer, own):
+                    continue
+                todo.append((name, scorer, explainer, False, own))
+                other = self._other(latent, name, explainer)
+                if other is not None:
+                    todo.append((name, scorer, explainer, True, other))
         todo = [one for one in todo if self._open(self.scores, (latent, one[0], one[2], one[3]), one[4].text)]
         if not todo:
             return []
@@ -239,13 +249,16 @@ class Pipeline:
         row = journal.get(key) if explanation is not None else None
         return row is not None and row["explanation"] != explanation
 
+    def _has_judge(self, scorer: Scorer, explanation: Explanation) -> bool:
+        """Whether there is anybody to judge; without a judge, rules judge themselves and other texts go unjudged."""
+        return bool(self.config.endpoint(scorer.role).model) or (scorer.takes_rules and explanation.rule is not None)
+
     def _judge(self, scorer: Scorer) -> str:
         return Path(self.config.endpoint(scorer.role).model).name
 
     def _sources(self) -> list[str]:
         """The explainers of which explanations are there, and the file's."""
-        keys = self.explained.keys()
-        return list(dict.fromkeys([*self.explainers, *(name for _, name in keys)]))
+        return list(dict.fromkeys([*self.explainers, *(name for _, name in self.explained)]))
 
     def _explanation(self, latent: int, explainer: str) -> Explanation | None:
         row = self.explained.get((latent, explainer))
@@ -273,60 +286,34 @@ class Pipeline:
             self.ready.append(row)
         return row["prepared"]
 
-    def _derangement(self) -> dict[int, int]:
-        """By latent, whose explanation it is scored with for the null: one round through explained latents, drawn."""
-        keys = self.explained.keys()
-        explained = sorted({latent for latent, name in keys if self._explanation(latent, name)})
-        most = len(explained) if self.config.null_latents < 0 else self.config.null_latents
-        order = torch.randperm(len(explained), generator=generator(self.config.seed, "null")).tolist()[:most]
-        chosen = [explained[i] for i in order]
-        if len(chosen) < FEWEST_FOR_NULL:
+    def _partners(self, explainer: str) -> dict[int, int]:
+        """By latent, whose explanation it is scored with for the null: of explained latents in an order by hash, each
+        takes the next one's. A shard has its share of them.
+        """
+        texts = [latent for latent in self.latents if self._explanation(latent, explainer) is not None]
+        texts.sort(key=lambda latent: uniform("null", f"{self.config.seed} {latent}"))
+        share, most = len(self.latents) / max(1, len(self.prepared.latents)), self.config.null_latents
+        chosen = texts if most < 0 else texts[: math.ceil(most * share)]
+        if len(chosen) < max(2, FEWEST_FOR_NULL * share):
             return {}
         return dict(zip(chosen, [*chosen[1:], chosen[0]], strict=True))
+
+    def _other(self, latent: int, scorer: str, explainer: str) -> Explanation | None:
+        """Another latent's explanation, for the null: of the same one as before, where there was one."""
+        row = self.scores.get((latent, scorer, explainer, True))
+        of = row["of"] if row else self.theirs[explainer].get(latent)
+        return None if of is None else self._explanation(of, explainer)
 
     def _shown(self) -> dict[str, float]:
         accounts = self.client.ledger.accounts.values()
         asked = {"calls": sum(account.calls for account in accounts), "cached": sum(a.cached for a in accounts)}
-        usd = self.client.ledger.usd
+        usd = self.client.ledger.usd_in_all
         missing = sum(sum(account.failures.values()) for account in accounts)
         return asked | {"missing": missing} | ({} if usd is None else {"usd": usd})
 
 
-def shard_folder(run_dir: Path, shard: tuple[int, int]) -> Path:
-    """Returns the folder of shard i of n."""
-    return run_dir / "shards" / f"{shard[0]}-of-{shard[1]}"
-
-
-# What may differ when a run goes on: none of it changes a row that is written.
-FREE = ("latents", "only", "explanations", "null_latents", "budget_usd", "in_flight", "fail_share")
-FREE_OF_MODELS = ("base_urls", "api_key_env", "max_concurrency", "timeout_s", "max_tries", "price_in", "price_out")
-
-
-def begin(config: ExplainConfig) -> None:
-    """Writes config.yaml and env.json of a new run; ConfigError if the folder holds a run with other settings."""
-    folder = Path(config.run_dir)
-    check_writable(folder, "run_dir")
-    if int(os.environ.get("RANK", "0")):
-        return
-    now, path = draccus.encode(config), folder / "config.yaml"
-    if path.is_file():
-        there = read_yaml(path)
-        before, after = flat(there), flat(now)
-        for key in sorted(before.keys() | after.keys()):
-            if before.get(key) == after.get(key) or _is_free(key, now, there):
-                continue
-            raise ConfigError(
-                f"{key}: {after.get(key)!r}, but {folder} holds a run with {before.get(key)!r}; choose another run_dir"
-            )
-    atomic_write(path, to_yaml(config))
-    about = {"coder": config.coder.path, "baseline": config.coder.baseline, "model": config.model.name}
-    about |= {"text": config.text.source, "tokens": config.evidence.tokens, "seed": config.seed}
-    write_json(folder / "env.json", {**versions(), "about": about})
-
-
-def _is_free(key: str, now: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Whether a setting may differ: it changes no row, or belongs to an explainer or scorer that comes or goes."""
-    first, *rest = key.split(".")
-    if first in ("explainers", "scorers"):
-        return not rest or not (rest[0] in now[first] and rest[0] in before[first])
-    return first in FREE or (first == "models" and rest[-1] in FREE_OF_MODELS)
+async def check(config: ExplainConfig, shard: tuple[int, int]) -> None:
+    """Raises ConfigError in one line if a model that the run asks cannot be asked; before any long work starts."""
+    cache = shard_folder(Path(config.run_dir), shard) / CACHE
+    async with Client({role: config.endpoint(role) for role in ROLES}, cache, config.budget_usd) as client:
+        await client.check(config.roles_asked())

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from numpy import ndarray
 
+from interp import outside
 from interp.baselines import baseline, sample_of
 from interp.codes import KeyedCodes, LiveCodes, StoredCodes
 from interp.config import QUICKSTART_TOKENS, TOKENS, ExplainConfig
@@ -60,9 +61,10 @@ class Prepared:
 
 
 def resolved(config: ExplainConfig) -> ExplainConfig:
-    """Returns the config with the coder's own model and text where none are named, and the run's folder.
+    """Returns the config with the coder's own model and text, explainers and scorers where none are named, and the
+    run's folder.
 
-    Raises ConfigError if the coder cannot be loaded or does not say what it reads.
+    Raises ConfigError if the coder cannot be loaded or does not say what it reads, or it has no such latents.
     """
     folder = coder_folder(config)
     spec = hub.load(folder).spec
@@ -86,7 +88,11 @@ def resolved(config: ExplainConfig) -> ExplainConfig:
         evidence = replace(
             evidence, tokens=QUICKSTART_TOKENS if text.source == "quickstart" and not evidence.cache else TOKENS
         )
-    return replace(config, model=model, text=text, run_dir=run_dir, evidence=evidence)
+    asked_latents(config.latents, spec.d_sae)
+    if config.explanations:
+        outside.explanations(Path(config.explanations).expanduser(), spec.d_sae)
+    plugins = {"explainers": config.all_explainers(), "scorers": config.all_scorers()}
+    return replace(config, model=model, text=text, run_dir=run_dir, evidence=evidence, **plugins)
 
 
 def coder_folder(config: ExplainConfig) -> Path:
@@ -166,21 +172,33 @@ def read_from(
 
 
 def chosen_latents(typed: str, evidence: Evidence, seed: int) -> Int[ndarray, "n"]:
-    """Returns the latents meant by what was typed, ascending, each once.
-
-    "alive", "all", a number (so many alive ones at random), ids and ranges ("3,17,40-49"), or a file of ids.
-    """
+    """Returns the latents meant by what was typed, ascending (`asked_latents`)."""
     alive, d_sae = evidence.alive(), evidence.d_sae
     if not len(alive):
         raise ConfigError(f"latents: none of {d_sae} fires on the text; is the coder of this model and site?")
-    if typed in ("all", "alive"):
-        return alive if typed == "alive" else np.arange(d_sae)
-    if typed.strip().isdecimal():
-        n = int(typed)
-        if n < 1:
-            raise ConfigError(f"latents: {typed} is no number of latents; give at least 1 (one id is written {typed},)")
+    asked = asked_latents(typed, d_sae)
+    if asked == "alive":
+        return alive
+    if isinstance(asked, int):
         order = torch.randperm(len(alive), generator=generator(seed, "latents")).numpy()
-        return np.sort(alive[order[:n]])
+        return np.sort(alive[order[:asked]])
+    return np.array(asked)
+
+
+def asked_latents(typed: str, d_sae: int) -> list[int] | int | str:
+    """Returns what was typed for latents: ids, ascending, a number of alive ones to draw, or "alive".
+
+    Typed are "alive", "all", a number, ids and ranges ("3,17,40-49"), or a file of ids. ConfigError tells what is none
+    of these, out of range, or there twice.
+    """
+    if typed == "alive":
+        return typed
+    if typed == "all":
+        return list(range(d_sae))
+    if typed.strip().isdecimal():
+        if int(typed) < 1:
+            raise ConfigError(f"latents: {typed} is no number of latents; give at least 1 (one id is written {typed},)")
+        return int(typed)
     ids: set[int] = set()
     for word in _told(typed).replace(",", " ").split():
         first, dash, last = word.partition("-")
@@ -193,10 +211,13 @@ def chosen_latents(typed: str, evidence: Evidence, seed: int) -> Int[ndarray, "n
             raise ConfigError(f"latents: {word!r} is no range; its end comes before its beginning")
         if high >= d_sae:
             raise ConfigError(f"latents: {word[:40]} is out of range; the coder has latents 0 to {d_sae - 1}")
+        twice = ids & set(range(low, high + 1))
+        if twice:
+            raise ConfigError(f"latents: {min(twice)} is there twice")
         ids |= set(range(low, high + 1))
     if not ids:
         raise ConfigError(f"latents: none given; the coder has latents 0 to {d_sae - 1}")
-    return np.array(sorted(ids))
+    return sorted(ids)
 
 
 def _told(typed: str) -> str:

@@ -64,6 +64,11 @@ def atomic_write(path: Path | str, data: bytes | str) -> None:
     _replace(Path(path), lambda temp: temp.write_bytes(raw))
 
 
+def write_whole(path: Path | str, write: Callable[[Path], Any]) -> None:
+    """Writes a file whole or not at all by what writes it to a path that it is given; OSError names path and reason."""
+    _replace(Path(path), write)
+
+
 def append(path: Path | str, text: str) -> None:
     """Adds text to the end of a file; OSError names the path and reason."""
     with _explained(Path(path)), open(path, "a", encoding="utf-8") as file:

@@ -17,11 +17,12 @@ install_import_hook(
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+torch.set_num_threads(1)  # on tensors as small as these, more only wait for one another
+
 
 @pytest.fixture(autouse=True)
 def _seeded(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    torch.set_num_threads(2)
     monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
 
 
@@ -46,7 +47,6 @@ def quick(monkeypatch):
     nothing = SimpleNamespace(lines=list, disk=0)
     monkeypatch.setattr("sae.estimate.estimate", lambda config, trust_remote_code=False: nothing)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    torch.set_num_threads(1)  # more would only wait for each other
 
 
 @pytest.fixture

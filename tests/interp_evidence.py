@@ -128,6 +128,7 @@ def of_rows(folder: Path, rows: list[list[int]], splits: list[int], context_leng
         writer.write(number, {"tokens": torch.from_numpy(part.copy())})
     writer.finish({"context_length": context_length, "first": 1, "sections": len(rows), "split_by": "document"})
     index = {
+        "document": np.arange(len(rows), dtype=np.int32),
         "section": np.arange(len(rows), dtype=np.int32),
         "split": np.array(splits, np.int8),
         "length": np.array([len(row) for row in rows], np.int32),

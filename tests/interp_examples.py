@@ -127,12 +127,13 @@ def parts_of(content: str) -> list[tuple[str, str]]:
 
 def texts_of(chat: Chat) -> tuple[str, list[tuple[str, str]]]:
     """Returns the description in a judge's message, and the (id, text) pairs; the id of a single text is ""."""
-    (_, system), (role, content) = chat.messages
+    (_, system), *examples, (role, content) = chat.messages
+    assert [role for role, _ in examples] == ["user", "assistant"] * (len(examples) // 2)
     assert role == "user"
     assert system
     description = content.split("\n")[0].removeprefix("Description: ") if content.startswith("Description: ") else ""
     if "\n\nText: " in content:
-        return description, [("", content.split("\n\nText: ")[1])]
+        return description, [("", content.split("\n\nText: ")[1].split("\n\nDoes the description fit")[0])]
     return description, parts_of(content)
 
 

@@ -9,7 +9,7 @@ from the environment when a call goes out and stand nowhere else; what servers s
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,8 @@ from interp.client.abilities import PROBE_TRIES, Prober
 from interp.client.cache import Cache
 from interp.client.config import EndpointConfig
 from interp.client.failures import Outcome, scrub
-from interp.client.http import Endpoint
-from interp.client.ledger import Ledger
+from interp.client.http import Endpoint, reply_of
+from interp.client.ledger import Ledger, Usage
 from interp.client.requests import ROLES, Abilities, Chat, LogProb, Reply, Request, key
 from sae.errors import ConfigError, Stopped
 from sae.settings import choose
@@ -44,9 +44,13 @@ class Client:
     Args:
         endpoints: by role, of ROLES; a role without a model cannot be asked.
         cache: file of the answers so far.
-        budget_usd: what all roles together may spend from now on; None for no limit.
+        budget_usd: what all roles together may spend, with what stands in the cache file as spent before: the budget is
+            one of the file, however many commands work with it (with --shard, each shard has its own). None for no
+            limit.
         should_stop: polled; once it is true no call goes out any more, and whoever asks gets Stopped.
         poll_s: how often the state of batches is looked at.
+        retry_failed: whether questions whose stored answer is a failure (a refusal, an answer that does not parse) are
+            asked once more; the new answer then stands in its place.
     """
 
     def __init__(
@@ -56,12 +60,13 @@ class Client:
         budget_usd: float | None = None,
         should_stop: Callable[[], bool] | None = None,
         poll_s: float = 60.0,
+        retry_failed: bool = False,
     ) -> None:
         for role, config in endpoints.items():
             choose("role", role, ROLES)
             config.validate(role)
         self.endpoints, self.ledger = dict(endpoints), Ledger(endpoints, budget_usd)
-        self._path, self._poll_s = cache, poll_s
+        self._path, self._poll_s, self._retry_failed = cache, poll_s, retry_failed
         self._should_stop = should_stop or (lambda: False)
         self._watched = should_stop is not None
         self._holders: dict[EndpointConfig, Endpoint | LocalModel | WordEncoder] = {}
@@ -69,10 +74,15 @@ class Client:
         self._probing: dict[str, asyncio.Lock] = {role: asyncio.Lock() for role in endpoints}
         self._batches: dict[EndpointConfig, Any] = {}
         self._flights: dict[str, asyncio.Task[Reply]] = {}
+        self._retried: set[str] = set()
         self._watch: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Client":
         self._cache = Cache(self._path)
+        self.ledger.start_from(self._cache.spent())
+        for batch in self._cache.facts("batch ").values():
+            if batch["open"]:
+                self.ledger.hold(batch["role"], Usage(*batch["worst"]))
         if self._watched:
             self._watch = asyncio.create_task(self._halt_when_stopped())
         return self
@@ -84,7 +94,10 @@ class Client:
         await asyncio.gather(*tasks, return_exceptions=True)
         for holder in self._holders.values():
             await holder.close()
-        self._cache.close()
+        try:
+            await self._keep({})  # what calls cost that brought no answer
+        finally:
+            self._cache.close()
 
     def has(self, role: str) -> bool:
         """Returns whether there is a model for a role."""
@@ -103,6 +116,25 @@ class Client:
             if role not in self._abilities:
                 self._abilities[role] = await self._find_out(role)
         return self._abilities[role]
+
+    async def check(self, roles: Iterable[str]) -> None:
+        """Returns if these roles can be asked; else raises ConfigError in one line. For before any long work.
+
+        Keys must be set, and models in this process be there (none is loaded). A server is asked what it can do, and
+        must answer; what is found out is stored, and whoever finds it there asks no server. That the prices which a
+        budget needs are known is seen to when a client is made.
+        """
+        for role in roles:
+            config = self._config(role)
+            holder = self._holder(config) if self.has(role) else None
+            if isinstance(holder, Endpoint):
+                holder.clients()
+            if self.has(role) and config.via == "local" and config.model != "tfidf":
+                from interp.client.local import check
+
+                await asyncio.to_thread(check, config, role)
+            else:
+                await self.abilities(role)
 
     async def ask(self, request: Request) -> Reply:
         """Returns the reply to a request, or one that says why there is none.
@@ -186,6 +218,7 @@ class Client:
 
         async def send(path: str, body: dict[str, Any]) -> Outcome:
             outcome, _ = await holder.send(role, path, body, PROBE_TRIES, probing=True)
+            await self._keep({})
             return outcome
 
         found = await Prober(role, config.model, send, holder.where, config.thinking_tokens).find()
@@ -200,7 +233,7 @@ class Client:
         if lacking:
             return Reply(failure="unsupported", detail=f"{self._config(request.role).model} {lacking}")
         name = self._key(request, abilities)
-        stored = self._cache.reply(name)
+        stored = None if name in self._flights else await self._stored(name, request, abilities)
         if stored is None and name not in self._flights:
             task = asyncio.create_task(self._fetch(name, request, abilities))
             self._flights[name] = task
@@ -216,13 +249,36 @@ class Client:
         if isinstance(holder, Endpoint):
             async with holder.turns:  # a kill loses no more answers than calls may be out
                 reply = self._scrubbed(await holder.answer(request, abilities), holder)
-                await self._cache.keep({name: reply})
+                await self._keep({name: reply})
             return reply
         reply = await holder.answer(request)
         self.ledger.count_local(request.role, reply.tokens_in, reply.tokens_out)
-        if holder.keeps:
-            await self._cache.keep({name: reply})
+        await self._keep({name: reply} if holder.keeps else {})
         return reply
+
+    async def _stored(self, name: str, request: Request, abilities: Abilities) -> Reply | None:
+        """Returns the stored reply to a question, made now of what a batch answered to it before it was asked.
+
+        None where there is none, and of a failure that is to be tried again for the first time.
+        """
+        raw, reply = self._cache.raw(name), self._cache.reply(name)  # in this order: the one becomes the other
+        if raw is not None and reply is None:
+            tokens_in, tokens_out = raw.pop("tokens")
+            reply = reply_of(request, abilities, Outcome(**raw))
+            reply = replace(reply, tokens_in=tokens_in, tokens_out=tokens_out, cached=True)
+            await self._cache.keep({name: reply}, raw={name: None})
+        if reply is None or reply.ok or not self._retry_failed or name in self._retried:
+            return reply
+        if reply.failure == "parse" and isinstance(request, Chat):
+            repaired = self._cache.reply(self._key(bodies.repair(request, reply.text, reply.detail), abilities))
+            if repaired is not None and repaired.ok:
+                return reply
+        self._retried.add(name)
+        return None
+
+    async def _keep(self, replies: Mapping[str, Reply]) -> None:
+        """Stores replies with what has been spent."""
+        await self._cache.keep(replies, self.ledger.unsaved())
 
     async def _ask_batch(self, role: str, requests: Sequence[Request]) -> list[Reply]:
         """Returns the replies to a wave through the Batch API; there is no second try for what does not parse."""
@@ -234,8 +290,13 @@ class Client:
         if config not in self._batches:
             self._batches[config] = Batches(holder, self._cache, self._should_stop, self._poll_s)
         names = [self._key(request, abilities) for request in requests]
-        found = {name: stored for name in names if (stored := self._cache.reply(name)) is not None}
-        asked = {name: request for name, request in zip(names, requests, strict=True) if name not in found}
+        found: dict[str, Reply] = {}
+        asked = dict(zip(names, requests, strict=True))
+        for name in list(asked):
+            stored = await self._stored(name, asked[name], abilities)
+            if stored is not None:
+                found[name] = stored
+                del asked[name]
         self.ledger.accounts[role].cached += len(requests) - len(asked)
         if asked:
             found |= await self._batches[config].answer_all(role, asked, abilities)

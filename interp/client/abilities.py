@@ -7,7 +7,7 @@ question that begs for something else is answered by the schema, log-probabiliti
 prompt where a text that repeats itself is found likely.
 
 Errors that say no are findings; those that say nothing (no connection, too many requests, a refused key) are
-ConfigErrors, raised before any long work starts.
+ConfigErrors. They come when a role is first asked: `Client.check` has them come before any long work starts.
 """
 
 import json
@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from interp.client import answers
-from interp.client.bodies import payload
+from interp.client.bodies import SHORT, payload
 from interp.client.failures import Outcome
 from interp.client.requests import Abilities, Chat, Embed, LogProb
 from sae.errors import ConfigError
@@ -26,7 +26,6 @@ Send = Callable[[str, dict[str, Any]], Awaitable[Outcome]]
 PROBE_TRIES = 3
 ROOM_FOR_THOUGHT = 2048
 """Of a model that thinks though it was asked not to."""
-LIMIT = 16
 FINDINGS = (400, 404, 405, 413, 415, 422, 500, 501)
 """Statuses that tell of the question: the server runs, and does not do this."""
 QUIET = ({"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"})
@@ -89,12 +88,12 @@ class Prober:
         return replace(manner, thinking_tokens=self.room or ROOM_FOR_THOUGHT)
 
     def _count(self, manner: Abilities) -> tuple[str, dict[str, Any]]:
-        path, body = payload(self._chat("Count from 1 to 100.", max_tokens=LIMIT), self.model, manner)
+        path, body = payload(self._chat("Count from 1 to 100.", max_tokens=SHORT), self.model, manner)
         return path, body
 
     async def _takes_system(self, found: Abilities) -> bool:
         turns = (("system", "You are helpful."), ("user", "Say hello."))
-        chat = Chat(self.role, turns, max_tokens=LIMIT)
+        chat = Chat(self.role, turns, max_tokens=SHORT)
         return (await self._ask(*payload(chat, self.model, found))).body is not None
 
     async def _choices(self, found: Abilities) -> Abilities:
@@ -156,6 +155,8 @@ class Prober:
             raise self._error(outcome)
 
     def _error(self, outcome: Outcome) -> ConfigError:
+        if outcome.failure == "budget":
+            return ConfigError(f"budget_usd: {outcome.detail}")
         hint = "; do its addresses end in /v1?" if outcome.status in (200, 404, 405) else ""
         return ConfigError(
             f"{self.role}: the model {self.model!r} at {self.where} does not answer ({outcome.detail}){hint}"
@@ -165,7 +166,7 @@ class Prober:
 def _is_limited(body: dict[str, Any]) -> bool:
     """Returns whether an answer kept to the limit, which some servers ignore under a name that they do not know."""
     used = answers.usage(body)
-    return body["choices"][0].get("finish_reason") == "length" or (used is not None and 0 < used[1] <= LIMIT)
+    return body["choices"][0].get("finish_reason") == "length" or (used is not None and 0 < used[1] <= SHORT)
 
 
 def _thinks(body: dict[str, Any]) -> bool:

@@ -7,14 +7,14 @@ may be missing. What is missing because a batch expired or was cancelled, or bec
 into a next batch, three times at most; what was refused for good is a reply like any other.
 
 Nothing is submitted twice. A batch's id is stored, with its keys, once it is known; every batch carries the id of the
-cache file and a hash of its keys as metadata, so that one whose id was lost in a crash is found in the server's list,
-and its keys in its own input file. The same call after a crash adopts whatever is open.
+cache file as metadata, so that one whose id was lost in a crash is found in the server's list, and its keys in its own
+input file. The same call after a crash adopts whatever is open; what such a batch answers beyond that call is stored as
+it came, for when it is asked. Until a batch has ended, its worst case is set aside from the budget, over crashes too.
 
 There is no real Batch API to test against here: the tests use a double built from the published schema.
 """
 
 import asyncio
-import hashlib
 import json
 import logging
 import time
@@ -28,7 +28,7 @@ from interp.client.failures import Outcome, of_body, of_exception, of_status, sc
 from interp.client.http import Endpoint, reply_of, usage_of
 from interp.client.ledger import Usage, worst_case
 from interp.client.limiter import LONGEST_RETRY_AFTER_S, backoff
-from interp.client.requests import Abilities, Reply, Request
+from interp.client.requests import FINAL, Abilities, Reply, Request
 from sae.errors import Stopped
 
 MAX_LINES, MAX_BYTES = 50_000, 200 * 2**20
@@ -41,7 +41,8 @@ LISTED_DAYS = 8
 ENDED = ("completed", "failed", "expired", "cancelled")
 FULL = "token_limit_exceeded"
 """The organization's queue is full: wait until another batch has ended."""
-_TAG, _WAVE = "sae-interp", "wave"
+_TAG, _ROLE = "sae-interp", "role"
+_NOTHING = Usage(0, 0)
 
 log = logging.getLogger(__name__)
 
@@ -87,20 +88,24 @@ class Batches:
         try:
             await self._follow(role, lines, abilities)
         except _Failed as failed:
+            outcome = replace(failed.outcome, given_up=True)
             for line in lines.values():
-                line.reply = line.reply or reply_of(line.request, abilities, failed.outcome)
+                line.reply = line.reply or reply_of(line.request, abilities, outcome)
+        finally:
+            for line in lines.values():
+                self._release(role, line)
         return {key: line.reply or Reply(failure="expired") for key, line in lines.items()}
 
     async def _follow(self, role: str, lines: dict[str, _Line], abilities: Abilities) -> None:
         """Submits, waits and collects until every line has a reply."""
-        submitted = await self._adopted(lines)
+        submitted = await self._adopted(role, lines)
         cautious = False  # one batch at a time
         while True:
             under_way = {key for keys in submitted.values() for key in keys}
             waiting = {key: line for key, line in lines.items() if line.reply is None and key not in under_way}
             if waiting and not (cautious and submitted):
                 for part in self._parts(role, waiting):
-                    submitted |= await self._submit(part)
+                    submitted |= await self._submit(role, part)
                     if cautious:
                         break
             if not submitted:
@@ -112,12 +117,12 @@ class Batches:
                 log.info("batch %s: %s, %s", name, batch.status, batch.request_counts)
                 if batch.status not in ENDED:
                     continue
-                chosen = {key: lines[key] for key in submitted.pop(name) if key in lines}
+                keys = submitted.pop(name)
                 if batch.status == "failed" and _is_full(batch):
                     full = batch
-                    for line in chosen.values():
-                        line.rounds -= 1
-                await self._collect(role, batch, chosen, abilities)
+                    for key in keys & lines.keys():
+                        lines[key].rounds -= 1
+                await self._collect(role, batch, lines, abilities)
             if full is not None and cautious:
                 raise _Failed(Outcome(failure="quota", detail=scrub(_told(full), self.endpoint.secrets())))
             cautious = cautious or full is not None
@@ -131,7 +136,7 @@ class Batches:
             if line.reserved:
                 by_path.setdefault(line.path, {})[key] = line
             else:
-                line.reply = Reply(failure="budget", detail=f"{ledger.budget_usd} USD are spent")
+                line.reply = Reply(failure="budget", detail=ledger.refusal())
         for chosen in by_path.values():
             part: dict[str, _Line] = {}
             inputs = written = 0
@@ -145,13 +150,12 @@ class Batches:
             if part:
                 yield part
 
-    async def _submit(self, part: dict[str, _Line]) -> dict[str, list[str]]:
+    async def _submit(self, role: str, part: dict[str, _Line]) -> dict[str, set[str]]:
         """Returns {batch id: keys} of a file that is under way and will be found again."""
         text = b"".join(_written(key, line) for key, line in part.items())
-        wave = hashlib.sha256(repr(sorted((key, line.rounds) for key, line in part.items())).encode()).hexdigest()
         file = await self._call(lambda client: client.files.create(file=("wave.jsonl", text), purpose="batch"))
         path = "/v1" + next(iter(part.values())).path
-        metadata = {_TAG: self.cache.id, _WAVE: wave}
+        metadata = {_TAG: self.cache.id, _ROLE: role}
 
         def create(client: Any) -> Any:
             return client.batches.create(
@@ -159,52 +163,68 @@ class Batches:
             )
 
         async def lost() -> Any:
-            return next((found for found in await self._listed() if found.metadata.get(_WAVE) == wave), None)
+            return next((found for found in await self._listed() if found.input_file_id == file.id), None)
 
         batch = await self._call(create, lost)
-        await self.cache.note({f"batch {batch.id}": {"keys": list(part), "open": True}})
         for line in part.values():
+            self._release(role, line)  # from here on it is set aside as part of the batch
             line.rounds += 1
-        return {batch.id: list(part)}
+        await self._note(batch.id, role, {key: line.worst for key, line in part.items()})
+        return {batch.id: set(part)}
 
-    async def _adopted(self, lines: dict[str, _Line]) -> dict[str, list[str]]:
+    async def _note(self, batch: str, role: str, sent: dict[str, Usage]) -> None:
+        """Stores that a batch is open, and sets aside what it may cost."""
+        worst = [sum(used.tokens_in for used in sent.values()), sum(used.tokens_out for used in sent.values())]
+        self.endpoint.ledger.hold(role, Usage(worst[0], worst[1]))
+        await self.cache.note({f"batch {batch}": {"keys": list(sent), "open": True, "role": role, "worst": worst}})
+
+    def _release(self, role: str, line: _Line) -> None:
+        if line.reserved:
+            self.endpoint.ledger.release(role, line.worst)
+        line.reserved = False
+
+    async def _adopted(self, role: str, lines: dict[str, _Line]) -> dict[str, set[str]]:
         """Returns {batch id: keys} of earlier batches that may answer some of the lines."""
         if not self._found:
             known = self.cache.facts("batch ")
             for batch in await self._listed():
                 if f"batch {batch.id}" not in known:
                     sent = await self._content(batch.input_file_id)
-                    keys = [entry["custom_id"] for entry in _entries(sent)]
-                    await self.cache.note({f"batch {batch.id}": {"keys": keys, "open": True}})
+                    worst = {entry["custom_id"]: worst_case(entry["body"]) for entry in _entries(sent)}
+                    await self._note(batch.id, batch.metadata.get(_ROLE, role), worst)
             self._found = True
         stored = self.cache.facts("batch ")
-        open_ones = {name.removeprefix("batch "): fact["keys"] for name, fact in stored.items() if fact["open"]}
+        open_ones = {name.removeprefix("batch "): set(fact["keys"]) for name, fact in stored.items() if fact["open"]}
         return {name: keys for name, keys in open_ones.items() if not lines.keys().isdisjoint(keys)}
 
-    async def _collect(self, role: str, batch: Any, chosen: dict[str, _Line], abilities: Abilities) -> None:
-        """Gives a reply to every line that an ended batch answers for good, and stores it."""
-        outcomes: dict[str, Outcome] = {}
+    async def _collect(self, role: str, batch: Any, lines: dict[str, _Line], abilities: Abilities) -> None:
+        """Gives a reply to every line that an ended batch answers for good; stores these and all it answers besides."""
+        name = f"batch {batch.id}"
+        fact, path = self.cache.fact(name), batch.endpoint.removeprefix("/v1")
+        worst, outcomes = Usage(*fact["worst"]), dict[str, Outcome]()
         for file in (batch.output_file_id, batch.error_file_id):
             for entry in _entries(await self._content(file)) if file else ():
-                line = chosen.get(entry["custom_id"])
-                if line is not None:
-                    outcomes.setdefault(entry["custom_id"], self._outcome(entry, line.path))
+                outcomes.setdefault(entry["custom_id"], self._outcome(entry, path))
+        lost = Outcome(failure="expired", detail=f"batch {batch.status}", again=True)
         if batch.status == "failed" and not _is_full(batch):
-            given_up = Outcome(failure="server_error", detail=scrub(_told(batch), self.endpoint.secrets()))
-            outcomes |= dict.fromkeys(chosen.keys() - outcomes.keys(), given_up)
+            lost = Outcome(failure="server_error", detail=scrub(_told(batch), self.endpoint.secrets()))
         replies: dict[str, Reply] = {}
-        for key, line in chosen.items():
-            outcome = outcomes.get(key, Outcome(failure="expired", detail=f"batch {batch.status}", again=True))
-            used = Usage(0, 0)
+        raw: dict[str, Any] = {}
+        for key in fact["keys"]:
+            outcome, line, used = outcomes.get(key, lost), lines.get(key), _NOTHING
             if outcome.body is not None:
-                used = usage_of(outcome.body, line.path, line.worst.tokens_in)
-            self.endpoint.ledger.settle(role, line.worst if line.reserved else Usage(0, 0), used)
-            line.reserved = False
-            if not outcome.again or line.rounds >= MAX_ROUNDS:
+                bytes_in = line.worst.tokens_in if line else worst.tokens_in // len(fact["keys"])
+                used = usage_of(outcome.body, path, bytes_in)
+            self.endpoint.ledger.settle(role, _NOTHING, used)
+            if line is None and (outcome.body is not None or outcome.failure in FINAL):
+                tokens = [used.tokens_in, used.tokens_out]
+                raw[key] = {name: value for name, value in vars(outcome).items() if value} | {"tokens": tokens}
+            elif line is not None and (not outcome.again or line.rounds >= MAX_ROUNDS):
                 reply = reply_of(line.request, abilities, outcome)
                 line.reply = replies[key] = replace(reply, tokens_in=used.tokens_in, tokens_out=used.tokens_out)
-        await self.cache.keep(replies)
-        await self.cache.note({f"batch {batch.id}": {"keys": [], "open": False}})
+        self.endpoint.ledger.release(role, worst)
+        closed = {name: {"keys": [], "open": False}}
+        await self.cache.keep(replies, self.endpoint.ledger.unsaved(), closed, raw)
 
     def _outcome(self, entry: dict[str, Any], path: str) -> Outcome:
         """Returns what a line of an output or error file says."""

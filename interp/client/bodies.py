@@ -8,6 +8,8 @@ from interp.client.requests import Abilities, Chat, Embed, LogProb, Request
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/chat/completions", "/completions", "/embeddings"
 
+SHORT = 16
+"""Tokens of an answer of which only the existence is of interest."""
 _FOLLOW = "Answer with JSON alone, without any other text. It must follow this JSON schema:\n"
 
 
@@ -28,6 +30,17 @@ def payload(request: Request, model: str, abilities: Abilities) -> tuple[str, di
     if request.schema:
         body |= _format(json.loads(request.schema), abilities.structured)
     return CHAT, body | json.loads(abilities.quiet or "{}")
+
+
+def hello(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Returns a body like this one that asks next to nothing."""
+    plain = {name: value for name, value in body.items() if name not in ("response_format", "logprobs", "top_logprobs")}
+    if path == EMBEDDINGS:
+        return plain | {"input": ["hello"]}
+    plain |= {name: min(SHORT, plain[name]) for name in ("max_tokens", "max_completion_tokens") if name in plain}
+    if path == COMPLETIONS:
+        return plain | {"prompt": "hello"}
+    return plain | {"messages": [{"role": "user", "content": "Say hello."}]}
 
 
 def messages(request: Chat, abilities: Abilities) -> list[dict[str, str]]:

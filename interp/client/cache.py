@@ -1,7 +1,9 @@
 """The answers so far, on disk: one sqlite file, so that no question is paid twice.
 
 Only answers that are final are kept: those that hold something, and those whose failure (a refusal, an answer that does
-not parse) asking again would not change. The questions themselves are not stored, only hashes of them.
+not parse) asking again would hardly change. The questions themselves are not stored, only hashes of them. What a batch
+answers beyond what was asked this time is kept as the server gave it, until its question comes. With the answers, in
+the same transaction, goes what they cost.
 
 An answer is on disk before it is handed on. One thread writes: what comes in while it commits goes into the next
 transaction, so that neither the event loop nor the answers wait for each other's flush. In WAL mode with
@@ -18,9 +20,12 @@ import sqlite3
 import threading
 from array import array
 from base64 import b64decode, b64encode
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from interp.client.ledger import COUNTED
 from interp.client.requests import FINAL, Reply
 from sae.errors import ConfigError, DataError
 
@@ -30,11 +35,19 @@ BUSY_S = 60.0
 _TABLES = """
 CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS raw (key TEXT PRIMARY KEY, answer TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS spent (role TEXT PRIMARY KEY, calls INTEGER, cached INTEGER, tokens_in INTEGER,
+    tokens_out INTEGER, estimated INTEGER, usd REAL) WITHOUT ROWID;
 """
+_COLUMNS = {"replies": ("key", "reply"), "facts": ("name", "value"), "raw": ("key", "answer")}
 _STORE = "INSERT OR REPLACE INTO {} VALUES (?, ?)"
+_ADD = (
+    f"INSERT INTO spent (role, {', '.join(COUNTED)}) VALUES (?{', ?' * len(COUNTED)}) ON CONFLICT(role) DO UPDATE SET "
+    + ", ".join(f"{name} = {name} + excluded.{name}" for name in COUNTED)  # no price once: none in all
+)
 
 Row = tuple[str, str, str | None]
-"""Table, key, value; None to delete."""
+"""Table, key, value; None to delete. What is `spent` is added to what stands there."""
 
 
 class Cache:
@@ -76,15 +89,42 @@ class Cache:
         query = "SELECT name, value FROM facts WHERE substr(name, 1, ?) = ? ORDER BY name"
         return {name: json.loads(text) for name, text in self._reader.execute(query, (len(prefix), prefix))}
 
-    async def keep(self, replies: dict[str, Reply]) -> None:
-        """Returns when those of the replies that are final are on disk."""
-        final = {key: reply for key, reply in replies.items() if reply.ok or reply.failure in FINAL}
-        if final:
-            await self._put([("replies", key, to_json(reply)) for key, reply in final.items()])
+    def raw(self, key: str) -> Any:
+        """Returns what a server answered to a question that was not asked yet; None where there is nothing."""
+        text = self._get("raw", key)
+        return None if text is None else json.loads(text)
 
-    async def note(self, facts: dict[str, Any]) -> None:
+    def spent(self) -> dict[str, dict[str, Any]]:
+        """Returns by role what all commands so far have counted: the sums of the ledger's COUNTED."""
+        return _spent(self._reader)
+
+    async def keep(
+        self,
+        replies: Mapping[str, Reply],
+        spent: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        facts: Mapping[str, Any] = MappingProxyType({}),
+        raw: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Returns when those of the replies that are final are on disk with all the rest, or nothing is.
+
+        Args:
+            replies: by key.
+            spent: by role, what came to each of COUNTED since it was last told.
+            facts: by name; None forgets one.
+            raw: by key, what a server answered, as plain JSON values; None forgets it.
+        """
+        rows: list[Row] = [
+            ("spent", role, json.dumps([counts[name] for name in COUNTED])) for role, counts in spent.items()
+        ]
+        rows += [("replies", k, to_json(reply)) for k, reply in replies.items() if reply.ok or reply.failure in FINAL]
+        rows += [("facts", name, None if v is None else json.dumps(v)) for name, v in facts.items()]
+        rows += [("raw", key, None if v is None else json.dumps(v)) for key, v in raw.items()]
+        if rows:
+            await self._put(rows)
+
+    async def note(self, facts: Mapping[str, Any]) -> None:
         """Returns when facts are on disk, all or none; None forgets one."""
-        await self._put([("facts", name, None if v is None else json.dumps(v)) for name, v in facts.items()])
+        await self.keep({}, facts=facts)
 
     def close(self) -> None:
         """Writes what is left and closes the file."""
@@ -109,7 +149,7 @@ class Cache:
             raise DataError(f"{self.path} is no cache of answers, or damaged ({error}); move it away") from error
 
     def _get(self, table: str, key: str) -> str | None:
-        column, value = ("key", "reply") if table == "replies" else ("name", "value")
+        column, value = _COLUMNS[table]
         row = self._reader.execute(f"SELECT {value} FROM {table} WHERE {column} = ?", (key,)).fetchone()
         return row[0] if row else None
 
@@ -122,7 +162,9 @@ class Cache:
         with connection:
             for table, key, value in rows:
                 if value is None:
-                    connection.execute(f"DELETE FROM {table} WHERE name = ?", (key,))
+                    connection.execute(f"DELETE FROM {table} WHERE {_COLUMNS[table][0]} = ?", (key,))
+                elif table == "spent":
+                    connection.execute(_ADD, (key, *json.loads(value)))
                 else:
                     connection.execute(_STORE.format(table), (key, value))
 
@@ -145,6 +187,26 @@ class Cache:
                 if item:
                     _tell(item[1], error)
         connection.close()
+
+
+def spent_in(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns by role what all commands that worked with a cache file have counted: the sums of the ledger's COUNTED.
+
+    {} where there is no such file, or it was written before such sums were kept; DataError if it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    with contextlib.closing(sqlite3.connect(path, timeout=BUSY_S)) as connection:
+        try:
+            there = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'spent'").fetchone()
+            return _spent(connection) if there else {}
+        except sqlite3.DatabaseError as error:
+            raise DataError(f"{path} is no cache of answers, or damaged ({error}); move it away") from error
+
+
+def _spent(connection: sqlite3.Connection) -> dict[str, dict[str, Any]]:
+    rows = connection.execute(f"SELECT role, {', '.join(COUNTED)} FROM spent ORDER BY role")
+    return {role: dict(zip(COUNTED, counts, strict=True)) for role, *counts in rows}
 
 
 def to_json(reply: Reply) -> str:

@@ -38,6 +38,8 @@ class Outcome:
     """How long the server wants to be left alone."""
     paid: bool = False
     """Whether the server may have done the work although no answer came back."""
+    given_up: bool = False
+    """Whether the server answers nobody any more."""
 
 
 def scrub(text: str, secrets: Iterable[str] = ()) -> str:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from interp.client import answers
-from interp.client.bodies import COMPLETIONS, EMBEDDINGS, payload
+from interp.client.bodies import COMPLETIONS, EMBEDDINGS, hello, payload
 from interp.client.config import EndpointConfig
 from interp.client.failures import Outcome, of_exception, of_text
 from interp.client.ledger import Ledger, Usage, guessed, worst_case
@@ -34,6 +34,7 @@ class Endpoint:
         self.limiter = Limiter(config.max_concurrency)
         self.turns = asyncio.Semaphore(config.max_concurrency)
         """Held by whoever asks until the answer is stored."""
+        self._doubt = asyncio.Lock()
         self.urls = config.base_urls or (os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",)
         self.where = " ".join(sorted(url.rstrip("/") for url in self.urls))
         self._clients: list[Any] = []
@@ -51,7 +52,7 @@ class Endpoint:
         self, role: str, path: str, body: dict[str, Any], tries: int, probing: bool = False
     ) -> tuple[Outcome, Usage]:
         """Returns what comes of a body after at most so many tries, and the tokens of the last one."""
-        worst = worst_case(body)
+        worst, answered = worst_case(body), 0
         outcome, used = Outcome(), Usage(0, 0)
         for attempt in range(tries):
             if attempt:
@@ -61,12 +62,12 @@ class Endpoint:
             except Closed as closed:
                 if closed.failure == STOPPED:
                     raise Stopped("no more calls were made") from None
-                return Outcome(failure=closed.failure, detail=closed.detail), Usage(0, 0)
+                return Outcome(failure=closed.failure, detail=closed.detail, given_up=True), Usage(0, 0)
             try:
                 if self.should_stop():
                     raise Stopped("no more calls were made")
                 if not self.ledger.reserve(role, worst):
-                    return Outcome(failure="budget", detail=f"{self.ledger.budget_usd} USD are spent"), Usage(0, 0)
+                    return Outcome(failure="budget", detail=self.ledger.refusal()), Usage(0, 0)
                 used = worst  # should this task be cancelled: what was sent may be charged
                 try:
                     outcome, used = await self._once(path, body, worst)
@@ -76,10 +77,14 @@ class Endpoint:
             finally:
                 self.limiter.leave()
             if not outcome.again:
-                break
-        else:
-            if not probing:
-                self.limiter.gave_up(outcome.failure, outcome.detail)
+                return outcome, used
+            if attempt == 0:
+                answered = self.limiter.answered
+        if not probing and self.limiter.answered == answered:  # nobody was answered meanwhile
+            await self.limiter.rest(max(backoff(tries), outcome.wait_s or 0.0))
+            if self.should_stop():
+                raise Stopped("no more calls were made")
+            outcome = replace(outcome, given_up=await self._is_down(role, path, body, outcome))
         return outcome, used
 
     def halt(self) -> None:
@@ -110,6 +115,26 @@ class Endpoint:
         """Closes all connections."""
         for client in self._clients:
             await client.close()
+
+    async def _is_down(self, role: str, path: str, body: dict[str, Any], outcome: Outcome) -> bool:
+        """Returns whether the server answers nobody, rather than just not this question: a small one tells.
+
+        A question that breaks its server is to be noted as failed, or it would end every run that comes to it.
+        """
+        async with self._doubt:
+            small = hello(path, body)
+            worst = worst_case(small)
+            if self.limiter.closed or not self.ledger.reserve(role, worst):
+                return self.limiter.closed
+            started, used = asyncio.get_running_loop().time(), worst
+            try:
+                said, used = await self._once(path, small, worst)
+            finally:
+                self.ledger.settle(role, worst, used)
+            self._learn(said, started, probing=True)
+            if said.again:
+                self.limiter.down(outcome.failure, outcome.detail)
+            return said.again or said.stop
 
     async def _once(self, path: str, body: dict[str, Any], worst: Usage) -> tuple[Outcome, Usage]:
         """Sends a body once; returns the outcome and what it used, the worst case if that cannot be known."""
@@ -147,7 +172,7 @@ class Endpoint:
 def reply_of(request: Request, abilities: Abilities, outcome: Outcome) -> Reply:
     """Returns the reply that an outcome amounts to."""
     if outcome.body is None:
-        return Reply(failure=outcome.failure, detail=outcome.detail)
+        return Reply(failure=outcome.failure, detail=outcome.detail, given_up=outcome.given_up)
     return answers.read(request, abilities, outcome.body)
 
 

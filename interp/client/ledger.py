@@ -4,6 +4,11 @@ Before a call its worst case is set aside: a token for every byte that is sent, 
 spent plus set aside plus the next call's worst case would exceed the budget, no call goes out; the first call that
 does not fit ends spending for good, so that what is missing at the end is what was asked last. A call whose answer was
 lost on the way (a timeout, a connection that broke) may have been charged: its worst case counts as spent.
+
+The budget is one of a cache file, and so of a run's folder, not of a command: what earlier commands spent stands in the
+file, written in one transaction with the answers that it bought, and counts. Only what was under way when a process was
+killed, at most the requests that may be out at once, is not known. With --shard every shard has a file, and a budget,
+of its own.
 """
 
 import json
@@ -37,6 +42,10 @@ class Account:
     """Answers that are missing, by reason."""
 
 
+COUNTED = ("calls", "cached", "tokens_in", "tokens_out", "estimated", "usd")
+"""Fields of an account that are added up over commands."""
+
+
 @dataclass(frozen=True)
 class Usage:
     """Tokens of one call."""
@@ -47,7 +56,10 @@ class Usage:
 
 
 class Ledger:
-    """Counts by role, and guards the budget of all roles together."""
+    """Counts by role, and guards the budget of all roles together.
+
+    `accounts` are of this command, `before` of those that worked with the cache file earlier.
+    """
 
     def __init__(self, endpoints: Mapping[str, EndpointConfig], budget_usd: float | None = None) -> None:
         self.budget_usd, self.spent_out, self._reserved = budget_usd, False, 0.0
@@ -55,6 +67,8 @@ class Ledger:
         self.accounts = {
             role: Account(usd=None if price is None else 0.0) for role, price in sorted(self.prices.items())
         }
+        self.before: dict[str, Account] = {}
+        self._saved = {role: _counts(account) for role, account in self.accounts.items()}
         unknown = [role for role, price in self.prices.items() if price is None]
         if budget_usd is not None and unknown:
             raise ConfigError(
@@ -64,9 +78,30 @@ class Ledger:
 
     @property
     def usd(self) -> float | None:
-        """Returns what has been spent; None where a price is unknown."""
-        known = [account.usd for account in self.accounts.values()]
-        return sum(usd for usd in known if usd is not None) if None not in known else None
+        """Returns what this command has spent; None where a price is unknown."""
+        return _sum(self.accounts.values())
+
+    @property
+    def usd_in_all(self) -> float | None:
+        """Returns what has been spent by this command and those before; None where a price is unknown."""
+        return _sum([*self.before.values(), *self.accounts.values()])
+
+    def start_from(self, spent: Mapping[str, Mapping[str, Any]]) -> None:
+        """Takes over what earlier commands spent, by role; what had no price then is counted at that of now."""
+        self.before = {role: Account(**counts) for role, counts in spent.items()}
+        for role, account in self.before.items():
+            if account.usd is None:
+                account.usd = self.cost(role, Usage(account.tokens_in, account.tokens_out))
+
+    def unsaved(self) -> dict[str, dict[str, Any]]:
+        """Returns by role what has come since this was last asked: for the cache, which adds it up."""
+        found: dict[str, dict[str, Any]] = {}
+        for role, account in self.accounts.items():
+            now, saved = _counts(account), self._saved[role]
+            if now != saved:
+                found[role] = {name: None if now[name] is None else now[name] - saved[name] for name in COUNTED}
+                self._saved[role] = now
+        return found
 
     def cost(self, role: str, usage: Usage) -> float | None:
         """Returns USD for so many tokens; None where the price is unknown."""
@@ -75,17 +110,31 @@ class Ledger:
 
     def reserve(self, role: str, worst: Usage) -> bool:
         """Sets a call's worst case aside and returns whether the budget allows it."""
-        usd = self.cost(role, worst) or 0.0
         if self.budget_usd is not None:
-            self.spent_out = self.spent_out or (self.usd or 0.0) + self._reserved + usd > self.budget_usd
+            coming = self._reserved + (self.cost(role, worst) or 0.0)
+            self.spent_out = self.spent_out or (self.usd_in_all or 0.0) + coming > self.budget_usd
             if self.spent_out:
                 return False
-        self._reserved += usd
+        self.hold(role, worst)
         return True
+
+    def hold(self, role: str, worst: Usage) -> None:
+        """Sets aside what was sent earlier and has not been answered yet: the budget cannot forbid it any more."""
+        self._reserved += self.cost(role, worst) or 0.0
+
+    def release(self, role: str, worst: Usage) -> None:
+        """Ends a reserve."""
+        self._reserved -= self.cost(role, worst) or 0.0
+
+    def refusal(self) -> str:
+        """Returns why the budget allows no more calls, and what helps."""
+        spent = f"{self.usd_in_all or 0.0:.4g} USD are spent in all"
+        aside = f" and {self._reserved:.4g} set aside for calls under way" if self._reserved > 1e-9 else ""
+        return f"{spent}{aside}; more could break the budget of {self.budget_usd:g} USD; a higher --budget-usd goes on"
 
     def settle(self, role: str, worst: Usage, used: Usage) -> None:
         """Replaces a call's reserve by what it used."""
-        self._reserved -= self.cost(role, worst) or 0.0
+        self.release(role, worst)
         account = self.accounts[role]
         account.calls += 1
         account.tokens_in += used.tokens_in
@@ -108,9 +157,21 @@ class Ledger:
         return None if self.usd is None or not share_done > 0 else self.usd / share_done
 
     def totals(self) -> dict[str, Any]:
-        """Returns plain JSON values: by role what Account holds, and `usd` and `budget_usd` of all."""
+        """Returns plain JSON values: by role what Account holds, `usd` of all, and `budget_usd`.
+
+        They are of this command; `usd_in_all` is also of those before.
+        """
         roles = {role: asdict(account) for role, account in self.accounts.items()}
-        return {"roles": roles, "usd": self.usd, "budget_usd": self.budget_usd}
+        return {"roles": roles, "usd": self.usd, "usd_in_all": self.usd_in_all, "budget_usd": self.budget_usd}
+
+
+def _counts(account: Account) -> dict[str, Any]:
+    return {name: getattr(account, name) for name in COUNTED}
+
+
+def _sum(accounts: Iterable[Account]) -> float | None:
+    known = [account.usd for account in accounts]
+    return sum(usd for usd in known if usd is not None) if None not in known else None
 
 
 def worst_case(body: Mapping[str, Any]) -> Usage:

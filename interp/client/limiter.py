@@ -15,9 +15,8 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 LONGEST_RETRY_AFTER_S = 120.0
 """A server that asks for more is left alone: what waits fails at once and can be asked again later."""
-DOWN_AFTER = 3
-"""So many requests that used up all their tries in a row, with no success between, mean that a server is down."""
 DOWN_S = 30.0
+"""How long nothing is sent to a server that answers nobody."""
 _JITTER = random.Random()  # decides about time alone, never about a result
 
 
@@ -37,7 +36,7 @@ class Limiter:
         self._waiting: deque[asyncio.Future[float]] = deque()
         self._closed: Closed | None = None
         self._closed_until = self._resume_at = self._cut_at = 0.0
-        self._streak = self._exhausted = 0
+        self._streak = self.answered = 0
         self._shut = asyncio.Event()
 
     async def enter(self) -> float:
@@ -62,7 +61,8 @@ class Limiter:
 
     def succeeded(self) -> None:
         """Notes an answer."""
-        self._streak = self._exhausted = 0
+        self._streak = 0
+        self.answered += 1
         self.limit = min(self.most, self.limit + 1 / self.limit)
 
     def overloaded(self, started: float, wait_s: float | None, pause: bool) -> None:
@@ -83,12 +83,16 @@ class Limiter:
         if wait_s is not None or pause:
             self._pause(wait_s if wait_s is not None else backoff(self._streak))
 
-    def gave_up(self, failure: str, detail: str) -> None:
-        """Notes that a request has used up its tries."""
-        self._exhausted += 1
-        if self._exhausted >= DOWN_AFTER:
-            self._exhausted = DOWN_AFTER - 1  # afterwards one more failure suffices
+    def down(self, failure: str, detail: str) -> None:
+        """Notes that a server answers nobody."""
+        if not self.closed:
             self.close(failure, f"given up for {DOWN_S:.0f} s: {detail}", DOWN_S)
+
+    @property
+    def closed(self) -> bool:
+        """Returns whether nothing is sent at present."""
+        self._reopen()
+        return self._closed is not None
 
     def close(self, failure: str, detail: str, for_s: float = float("inf")) -> None:
         """Has everything that waits, and all that comes within `for_s`, fail at once."""

@@ -16,9 +16,10 @@ import torch
 
 from interp.client import prefix
 from interp.client.config import EndpointConfig
-from interp.client.model import Model, Prompt, Ready, Spans, Texts
+from interp.client.model import Model, Prompt, Ready, Spans, Texts, of_role
 from interp.client.requests import Abilities, Reply, Request
-from sae.errors import Stopped
+from sae.errors import ConfigError, Stopped
+from sae.models import load_config
 
 LINGER_S = 0.003
 """How long the thread waits for more questions once it has one: they come in flocks."""
@@ -31,6 +32,14 @@ class _Asked:
 
 
 Batch = list[tuple[_Asked, Ready]]
+
+
+def check(config: EndpointConfig, role: str) -> None:
+    """Raises ConfigError, naming the role's field, if there is no such model; loads nothing but its settings."""
+    try:
+        load_config(config.model)
+    except ConfigError as error:
+        raise of_role(error, role) from error
 
 
 class LocalModel:

@@ -63,6 +63,11 @@ class Texts:
 Ready = Spans | Prompt | Texts
 
 
+def of_role(error: ConfigError, role: str) -> ConfigError:
+    """Returns an error of a model's name as one of a role's model."""
+    return ConfigError(str(error).replace("model.name", f"{role}.model", 1))
+
+
 class Model:
     """A loaded model; ConfigError in one line, naming the role's field, if it cannot be had."""
 
@@ -71,7 +76,7 @@ class Model:
             lm = load_language_model(config.model)
             self.source = local_folder(config.model) or config.model
         except ConfigError as error:
-            raise ConfigError(str(error).replace("model.name", f"{role}.model", 1)) from error
+            raise of_role(error, role) from error
         self.config, self.causal = config, lm.is_causal
         self.lm: Any = lm.model
         self.tokenizer: Any = lm.tokenizer

@@ -74,6 +74,8 @@ class Reply:
     """Empty, or one of RETRYABLE or FINAL."""
     detail: str = ""
     """What the server said of the failure, without secrets."""
+    given_up: bool = False
+    """Of a failure: whether it is the server's, which answered nobody any more, and says nothing of this question."""
     tokens_in: int = 0
     tokens_out: int = 0
     cached: bool = False
@@ -83,6 +85,18 @@ class Reply:
     def ok(self) -> bool:
         """Returns whether there is an answer."""
         return not self.failure
+
+    @property
+    def cut_off(self) -> str:
+        """Returns in one line why no question gets an answer any more; "" where only this one failed, or none did.
+
+        Work that such a reply belongs to has not failed: it is to be left open, and asking on is of no use.
+        """
+        if self.failure == "budget":
+            return self.detail or "the budget is spent"
+        if self.failure == "quota":
+            return f"the quota is spent, or the key is refused ({self.detail})"
+        return f"the server does not answer any more ({self.detail})" if self.given_up else ""
 
 
 @dataclass(frozen=True)

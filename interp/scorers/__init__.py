@@ -28,6 +28,8 @@ class Scorer(Plugin):
     """The measure by which explanations are compared, and whose null and lift are told."""
     needs_explanation: ClassVar[bool] = True
     """Whether the score is one of an explanation; else it is one of the latent, and has no shuffled null."""
+    takes_rules: ClassVar[bool] = False
+    """Whether the rule of an explanation that has one decides, so that nobody need be asked."""
     tunes: ClassVar[bool] = False
     """Whether judgements have no natural threshold, so that one is tuned on the valid split, which is judged too."""
 

@@ -38,6 +38,7 @@ class Detection(Scorer):
     windows_per_request: int = 8
     """Of the layout batch."""
 
+    takes_rules: ClassVar[bool] = True
     question: ClassVar[str] = DETECTION
 
     def validate(self) -> None:
@@ -118,13 +119,20 @@ class Detection(Scorer):
 
 
 def _mixed(active: list[Item], silent: list[Item], size: int, source: torch.Generator) -> list[Item]:
-    """Returns all items in groups of `size`, each with a number of active ones that is uniform as far as they last."""
+    """Returns all items in groups of `size`. In each the number of the rarer kind is uniform from 0 to twice its share
+    of what is left: so it cannot be told, and neither kind runs out early, however many more there are of the other.
+    """
     mixed: list[Item] = []
-    while active or silent:
-        room = min(size, len(active) + len(silent))
-        least, most = max(0, room - len(silent)), min(room, len(active))
-        n = int(torch.randint(least, most + 1, (1,), generator=source))
-        group = active[:n] + silent[: room - n]
-        active, silent = active[n:], silent[room - n :]
+    kinds = active, silent
+    while any(kinds):
+        few, many = sorted(kinds, key=len)
+        total = len(few) + len(many)
+        room = min(size, total)
+        most, rest = divmod(2 * room * len(few), total)
+        most += int(torch.randint(total, (1,), generator=source)) < rest  # on average, twice its share
+        n = int(torch.randint(most + 1, (1,), generator=source))
+        n = min(max(n, room - len(many)), len(few))
+        group = few[:n] + many[: room - n]
+        kinds = few[n:], many[room - n :]
         mixed += [group[place] for place in torch.randperm(room, generator=source).tolist()]
     return mixed

@@ -33,7 +33,6 @@ def config(tmp_path, tiny_model, tiny_text):
 
 def test_a_run_leaves_a_folder_that_explains_itself_and_says_what_to_do_next(tmp_path, config, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
     assert main(["--config", config, "--name", "first", "--eval.every_steps=8"]) == 0
     run, printed = tmp_path / "runs" / "first", capsys.readouterr()
     for shown in ("model.layers.1", "FVU", "L0", "dead latents", "CE recovered", "steps with auxk active"):

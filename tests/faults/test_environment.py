@@ -76,12 +76,13 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, tiny_train, monkeypatch):
     assert_equal(tmp_path / "jumpy", tmp_path / "steady")
 
 
-def test_the_order_of_tokens_depends_on_no_thread(tmp_path, tiny_train, monkeypatch):
+def test_the_order_of_tokens_depends_on_no_thread(tmp_path, tiny_train, monkeypatch, request):
     """Values may differ in their last bits with the number of threads, which is where the promise of equal bits ends;
     reading ahead in a thread changes not even those.
     """
     seen: dict[str, list[torch.Tensor]] = {}
     original = CoderTrainer.step
+    request.addfinalizer(lambda: torch.set_num_threads(1))
     for name, threads, ahead in (("one", 1, 0), ("ahead", 1, 7), ("two", 2, 7)):
         with monkeypatch.context() as patch:
             batches = seen[name] = []

@@ -64,7 +64,8 @@ def obedient(chat):
     whole = "".join(f"<|im_start|>{role}\n{content}<|im_end|>" for role, content in chat.messages)
     _, *turns = whole.split("<|im_start|>")
     lines = [line for turn in turns for line in instructions(turn.split("\n", 1)[1].split("<|im_end|>")[0])]
-    doubled = any(whole.count(f"\n{name}: ") > 1 for name in ("Text", "Description", "User"))
+    asked = sum(role == "user" for role, _ in chat.messages)
+    doubled = any(whole.count(f"\n{name}: ") > asked for name in ("Text", "Description", "User"))
     if not any(ORDER in line for line in lines) and len(turns) == len(chat.messages) and not doubled:
         return judge(chat)
     ids = [name for name, _ in texts_of(chat)[1]] if chat.schema else []
@@ -110,7 +111,7 @@ def test_an_order_in_an_explanation_is_part_of_the_description(abilities, attack
     evil = f"fruit {attack}"
     tasks = Detection().tasks(EXAMPLES, "test", {})
     for request in Detection().requests(label(evil), tasks, facts(), abilities):
-        content = request.messages[1][1]
+        content = request.messages[-1][1]
         assert content.startswith("Description: fruit ")
         assert content.split("\n")[1] == ""
         assert obedient(request) == judge(request)

@@ -29,7 +29,7 @@ from fake_llm import (
 )
 
 from interp.client import Client, limiter
-from interp.client.requests import FINAL, RETRYABLE, Chat, Embed
+from interp.client.requests import FINAL, RETRYABLE, Chat, Embed, LogProb
 from sae.errors import ConfigError, Stopped
 
 SCHEMA = json.dumps(
@@ -136,7 +136,7 @@ def test_a_server_that_wants_to_be_left_alone_for_long_is(tmp_path):
         assert time.monotonic() - start < 60
     assert len(calls) == 1
     assert {reply.failure for reply in replies} == {"rate_limit"}
-    assert "300 s" in replies[-1].detail
+    assert all("wants to be left alone for 300 s" in reply.cut_off for reply in replies)
 
 
 def test_a_spent_quota_stops_the_endpoint_at_once(tmp_path):
@@ -165,8 +165,49 @@ def test_a_streak_of_server_errors_is_tried_again(status, tmp_path):
 def test_tries_are_bounded(tmp_path):
     with FakeLLM() as fake:
         replies, calls, _ = ask(fake, tmp_path, [question()], always=broken(), max_tries=4)
-    assert (replies[0].failure, len(calls)) == ("server_error", 4)
-    assert "HTTP 500" in replies[0].detail
+    assert (replies[0].failure, len(calls)) == ("server_error", 4 + 1)
+    assert "hello" in calls[-1].text  # is it the question or the server?
+    assert "HTTP 500" in replies[0].cut_off
+
+
+@pytest.mark.parametrize(
+    ("fault", "at_once"), [(broken(), 1), (broken(), 8), (rate_limited(), 8), (dropped(), 8), (hang(), 8)]
+)
+def test_a_question_that_breaks_its_server_is_alone_in_that(fault, at_once, tmp_path):
+    """All tries of some questions are used up, at the end of nothing but such: the server is not given up."""
+    with FakeLLM(lambda asked: fault if asked.text[-2:] in (" 2", " 7", " 8", " 9") else "hi") as fake:
+        patience = HURRY_S if fault.hangs else None
+        wave = [question(n) for n in range(10)]
+        replies, _, _ = ask(fake, tmp_path, wave, max_tries=2, max_concurrency=at_once, patience=patience)
+        assert [reply.ok for reply in replies] == [n not in (2, 7, 8, 9) for n in range(10)]
+        assert {reply.cut_off for reply in replies} == {""}
+        assert max(len(fake.asked(f"question {n}")) for n in range(10)) == 2
+
+
+def test_every_kind_of_call_has_a_small_one_that_tells_if_the_server_is_down(tmp_path):
+    asked = [question(schema=SCHEMA), LogProb("reader", "some text", ((0, 4),)), Embed("encoder", ("a text", "b"))]
+
+    async def run():
+        roles = dict.fromkeys(("judge", "reader", "encoder"), endpoint(fake, max_tries=1))
+        async with Client(roles, tmp_path / "cache") as client:
+            for role in roles:
+                await client.abilities(role)
+            fake.calls.clear()
+            found = []
+            for request in asked:
+                fake.faults.append(broken())
+                found.append(await client.ask(request))
+            return found, fake.calls
+
+    with FakeLLM() as fake:
+        replies, calls = asyncio.run(run())
+    assert [(reply.failure, reply.cut_off) for reply in replies] == [("server_error", "")] * 3
+    assert [call.path for call in calls] == [
+        path for path in ("/chat/completions", "/completions", "/embeddings") for _ in "12"
+    ]
+    for small in calls[1::2]:
+        assert "hello" in small.text
+        assert {"response_format", "logprobs", "schema"}.isdisjoint(small.body)
 
 
 def test_a_server_that_only_fails_is_given_up_for_a_while(tmp_path, monkeypatch):
@@ -176,6 +217,7 @@ def test_a_server_that_only_fails_is_given_up_for_a_while(tmp_path, monkeypatch)
         replies, calls, _ = ask(fake, tmp_path, requests, always=broken(), max_tries=2)
         assert {reply.failure for reply in replies} == {"server_error"}
         assert len(calls) < 60
+        assert all("HTTP 500" in reply.cut_off for reply in replies)  # also of those whose tries came to an end
         fake.always = None
 
         async def later():
@@ -205,6 +247,7 @@ def test_a_server_that_dies_is_a_reply_and_no_crash(dead, tmp_path, monkeypatch)
     with FakeLLM() as fake:
         replies, _, client = ask(fake, tmp_path, [question(n) for n in range(50)], between=gone, max_tries=3)
     assert {reply.failure for reply in replies} == {"connection"}
+    assert all(reply.cut_off.startswith("the server does not answer any more (") for reply in replies)
     assert client.ledger.accounts["judge"].failures == {"connection": 50}
     assert client.ledger.accounts["judge"].estimated == 0  # nothing can have been charged
 
@@ -230,12 +273,12 @@ def test_the_work_of_a_dead_server_goes_to_another(tmp_path):
 @pytest.mark.parametrize(
     ("fault", "failure", "calls"),
     [
-        (hang(), "timeout", 2),
-        (drip(), "timeout", 2),
-        (dropped(), "connection", 2),
-        (web_page(), "server_error", 2),
-        (truncated(), "server_error", 2),
-        (no_choices(), "server_error", 2),
+        (hang(), "timeout", 3),  # with the small question that tells if the server is down
+        (drip(), "timeout", 3),
+        (dropped(), "connection", 3),
+        (web_page(), "server_error", 3),
+        (truncated(), "server_error", 3),
+        (no_choices(), "server_error", 3),
         (error(400, "context too long"), "bad_request", 1),
         (error(413, "too large"), "bad_request", 1),
         (error(404, "no such model"), "server_error", 1),
@@ -262,6 +305,7 @@ def test_every_way_to_fail_has_its_name(fault, failure, calls, tmp_path):
         assert "\n" not in reply.detail
         assert KEY not in str(reply)
         assert client.ledger.accounts["judge"].failures == {failure: 1}
+        assert bool(reply.cut_off) == (calls == 3 or failure == "quota")
         # what is final is not asked again, the rest is
         replies, made, _ = ask(fake, tmp_path, [question()])
     assert (replies[0].ok, len(made)) == ((False, 0) if failure in FINAL else (True, 1))

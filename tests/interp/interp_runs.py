@@ -11,9 +11,9 @@ from interp_examples import judge
 
 from interp.client.requests import Chat
 from interp.config import ExplainConfig
-from interp.journal import Journal
-from interp.pipeline import EXPLAIN_KEY, SCORE_KEY, Ended, Pipeline, begin
+from interp.pipeline import Ended, Pipeline
 from interp.preparing import Prepared, prepare, resolved
+from interp.rundir import SCORE_KEY, begin, explained_in, scores_in
 from sae import hub
 from sae.coder import SparseCoder
 from sae.selection.topk import TopK
@@ -74,13 +74,13 @@ def run(config: ExplainConfig, prepared: Prepared | None = None, **options: Any)
 
 def explained(run_dir: Path, shard: str = "1-of-1") -> dict[Any, dict[str, Any]]:
     """Returns the rows of journal-explain by (latent, explainer)."""
-    journal = Journal(run_dir / "shards" / shard / "journal-explain.jsonl", EXPLAIN_KEY)
+    journal = explained_in(run_dir / "shards" / shard)
     return {(row["latent"], row["explainer"]): row for row in journal.rows()}
 
 
 def scores(run_dir: Path, shard: str = "1-of-1") -> dict[Any, dict[str, Any]]:
     """Returns the rows of journal-score by (latent, scorer, explainer, null)."""
-    journal = Journal(run_dir / "shards" / shard / "journal-score.jsonl", SCORE_KEY)
+    journal = scores_in(run_dir / "shards" / shard)
     return {tuple(row[name] for name in SCORE_KEY): row for row in journal.rows()}
 
 

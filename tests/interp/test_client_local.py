@@ -42,11 +42,6 @@ def other_folder(path, model):
     return path
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root, tokens = tmp_path_factory.mktemp("models"), len(tiny_tokenizer())

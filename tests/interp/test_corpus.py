@@ -48,6 +48,7 @@ def test_every_document_is_cut_into_rows_with_a_gap_between_sections(tmp_path, l
             assert words(rows, row) == text[start : start + BODY]
             assert rows.tokens([row])[0, 0] == tokenizer().bos_token_id
             assert rows.section[row] == section
+            assert rows.document[row] == number
             row += 1
         section += 1 if -(-n // BODY) % (SECTION_ROWS + 1) else 0
     assert rows.n_rows == row

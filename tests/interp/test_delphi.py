@@ -13,9 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from interp.delphi import LARGEST, DelphiCache, is_cache
 from interp.delphi_results import read_explanations, read_scores
-from interp.journal import Journal
-from interp.pipeline import SCORE_KEY
 from interp.results import write_results
+from interp.rundir import SCORE_KEY, scores_in
 from interp.scorers.detection import Detection
 from interp.scorers.fuzzing import Fuzzing
 from interp.scorers.simulation import Simulation
@@ -409,8 +408,7 @@ def test_simulations_without_silent_windows(run: Path) -> None:
 
 
 def test_rows_are_rows_of_the_journal(tmp_path: Path) -> None:
-    explained = tmp_path / "shards" / "1-of-1" / "journal-explain.jsonl"
-    journal = Journal(explained.with_name("journal-score.jsonl"), SCORE_KEY)
+    journal = scores_in(tmp_path / "shards" / "1-of-1")
     rows = list(read_scores(GOLDEN / "run"))
     for row in rows:
         journal.append(row)

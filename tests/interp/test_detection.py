@@ -63,6 +63,29 @@ def test_a_request_does_not_tell_how_many_of_its_windows_are_active():
     assert 15 < firsts < 45
 
 
+def actives_by_request(latent, n_silent):
+    """How many active windows each batch has, of 48 and so many silent ones."""
+    few = planted(latent, 48, ("random",)).test
+    more = [item for seed in range(1, 4) for item in planted(1000 * seed + latent, 48, ("random",)).test]
+    silent = [item for item in (*few, *more) if not item.active][:n_silent]
+    given = replace(planted(latent, 10), test=(*[item for item in few if item.active], *silent))
+    truths = [task.truth for task in Detection().tasks(given, "test", {})]
+    assert (sum(truths), len(truths)) == (48, 48 + n_silent)
+    return [sum(truths[start : start + 8]) for start in range(0, len(truths), 8)]
+
+
+@pytest.mark.parametrize(("n_silent", "numbers"), [(16, range(4, 9)), (48, range(9)), (144, range(5))])
+def test_active_windows_last_to_the_last_request(n_silent, numbers):
+    found = [actives_by_request(latent, n_silent) for latent in range(60)]
+    for turn in zip(*found, strict=True):  # 8 times their share, in the first requests as in the last
+        assert sum(turn) / len(turn) == pytest.approx(8 * 48 / (48 + n_silent), abs=1.25)
+    first = Counter(turn for turn, *_ in found)
+    assert set(first) == set(numbers)
+    assert max(first.values()) < 2.5 * 60 / len(numbers)
+    alike = sum(n in (0, 8) for turns in found for n in turns)
+    assert alike < 0.35 * sum(map(len, found))
+
+
 def test_probability_is_yes_against_no():
     tasks = Detection().tasks(EXAMPLES, "test", {})[:5]
     replies = [

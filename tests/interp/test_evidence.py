@@ -325,7 +325,6 @@ def documents_of_bytes(folder: Path, n: int = 12) -> Path:
 @pytest.mark.parametrize("rule", [TopK(4), JumpReLU()], ids=["topk", "jumprelu"])
 def test_a_real_model_row_by_row_says_the_same(tmp_path, monkeypatch, rule):
     monkeypatch.setattr(interp.codes, "BLOCK_TOKENS", 96)
-    torch.set_num_threads(1)  # more would only wait for each other
     lm = tiny_lm()
     text = TextConfig(source=str(documents_of_bytes(tmp_path)), context_length=32)
     rows = interp.corpus.corpus(text, lm.tokenizer, lm.source(), 10**9)
@@ -346,7 +345,6 @@ def test_a_real_model_row_by_row_says_the_same(tmp_path, monkeypatch, rule):
 
 
 def test_rows_without_a_token_that_counts_are_no_trouble(tmp_path):
-    torch.set_num_threads(1)  # more would only wait for each other
     lm = tiny_lm()
     rows = of_rows(tmp_path / "corpus", [[0]] * 4 + [[0, 5, 6, 7]] * 2, [0, 1, 2] * 2, context_length=8)
     coded = encode(Subject(tiny_coder(lm), lambda: lm), rows.tokens([0, 1]))
@@ -355,7 +353,6 @@ def test_rows_without_a_token_that_counts_are_no_trouble(tmp_path):
 
 
 def test_numbers_that_are_none_are_an_error(tmp_path):
-    torch.set_num_threads(1)  # more would only wait for each other
     lm = tiny_lm()
     with torch.no_grad():
         lm.model.model.layers[0].mlp.down_proj.weight[3, 3] = torch.nan
@@ -366,7 +363,6 @@ def test_numbers_that_are_none_are_an_error(tmp_path):
 
 
 def test_the_quickstart_model(tmp_path):
-    torch.set_num_threads(1)
     lm = load_language_model(str(model_folder()))
     site = Site("model.layers.2", width=lm.model.config.hidden_size)
     mask = MaskSpec(tuple(special_ids(lm.tokenizer)))

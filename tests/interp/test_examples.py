@@ -7,7 +7,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from interp_evidence import (
     CONTEXT,
     CONTEXT_LENGTH,
@@ -223,6 +222,24 @@ def test_ten_windows_of_five_sections_are_the_least(tmp_path, monkeypatch, n, se
     assert bool(examples.missing) == missing
 
 
+def test_sections_of_one_book_are_one_document(tmp_path):
+    silent = [w for w in WORDS[:-1] if int(w[1:]) % 40 != 9]
+    draw, before = random.Random(0), next(w for w in silent if (int(w[1:]) + 9) % 3)
+    book = [draw.choice(silent) for _ in range(20_000)]
+    for at in range(20, 20_000, 60):
+        book[at : at + 2] = [before, WORDS[9]]
+    texts = [[draw.choice(silent) for _ in range(40)] for _ in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": " ".join(t)}) + "\n" for t in [*texts, book]))
+    (tmp_path / "text.txt").write_text(" ".join(book))
+    documents, blocks = (
+        Found(tmp_path / kind, read_corpus(tmp_path / f"text.{kind}"), [9]).maker.make(9) for kind in ("jsonl", "txt")
+    )
+    sections = {item.window.section for item in documents.test if item.active}
+    assert len(sections) > 5
+    assert documents.missing.endswith("active windows from 1 documents in test")
+    assert not blocks.missing  # of a text without documents, sections are all there is
+
+
 def test_the_peak_lies_anywhere_within_the_window(found, made):
     def has_room(window) -> bool:
         """Whether the row has room for the window, wherever its place lies in it."""
@@ -390,7 +407,6 @@ def test_marks_and_shapes_do_not_tell_the_classes_apart(made, model):
         p = cross_val_predict(classifier, x, y, groups=groups, cv=GroupKFold(5), method="predict_proba")[:, 1]
         return float(roc_auc_score(y, p))
 
-    torch.set_num_threads(1)  # the trees' threads would wait for each other
     scored = [latent for latent in ORDINARY if not made[latent].missing]
     for tier in TIERS:
         rows = [(item, latent) for latent in scored for item in made[latent].test if item.tier in (ACTIVE, tier)]

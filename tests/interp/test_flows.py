@@ -12,7 +12,6 @@ from interp.flows import (
     NONE,
     NOT_APPLICABLE,
     OK,
-    OUT_OF_FUNDS,
     PARTIAL,
     CutOff,
     explained,
@@ -97,10 +96,15 @@ def test_what_stops_an_explanation_is_said():
     assert (row["status"], row["explanation"], waves) == (INSUFFICIENT, None, [])
     for failure in (*RETRYABLE, *FINAL):
         flow = explained(LanguageModelExplainer(), planted(), ABLE, None)
-        if failure in OUT_OF_FUNDS:
+        if failure in ("budget", "quota"):
             with pytest.raises(CutOff, match=failure):
                 drive(flow, explainers(Reply(failure=failure)))
             continue
+        with pytest.raises(CutOff, match="does not answer any more"):  # the server's, and nobody's row
+            drive(
+                explained(LanguageModelExplainer(), planted(), ABLE, None),
+                explainers(Reply(failure=failure, given_up=True)),
+            )
         row, _ = drive(flow, explainers(Reply(failure=failure)))
         assert (row["status"], row["reason"], row["explanation"]) == (FAILED, f"1 {failure}", None)
     row, _ = drive(explained(LanguageModelExplainer(), planted(), ABLE, None), explainers(" "))

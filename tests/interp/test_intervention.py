@@ -26,11 +26,6 @@ D = 16
 LAST = (Site("model.layers.2", width=D),)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)  # these models are so small that more would only wait for each other
-
-
 def subject(lm=None, sites=LAST, rows=None, bos="row"):
     """A coder whose latents' directions are rows of the unembedding: each promotes one letter."""
     lm = lm or tiny_lm()

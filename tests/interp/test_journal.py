@@ -32,13 +32,13 @@ def path(tmp_path):
 
 def test_the_last_row_of_a_key_counts(path):
     journal = Journal(path, KEY)
-    assert not journal.keys()
+    assert not list(journal)
     assert list(journal.rows()) == []
     assert journal.get((1, "a")) is None
     for number, status in ((1, "failed"), (2, "ok"), (1, "ok")):
         journal.append(row(number, status=status, text=f"{number} {status}"))
     for there in (journal, Journal(path, KEY)):
-        assert there.keys() == [(1, "a"), (2, "a")]
+        assert list(there) == [(1, "a"), (2, "a")]
         assert (1, "a") in there
         assert (1, "b") not in there
         assert there.status((1, "a")) == "ok"
@@ -67,7 +67,7 @@ def test_reading_by_key_and_reading_through_agree(tmp_path_factory, rows, reopen
         journal.append(row(latent, data=data))
         wanted[latent, "a"] = row(latent, data=data)
     for there in (journal, Journal(path, KEY)):
-        assert {key: plain(there.get(key)) for key in list(there.keys())} == wanted
+        assert {key: plain(there.get(key)) for key in there} == wanted
         found = list(there.rows())
         assert {(r["latent"], r["name"]): plain(r) for r in found} == wanted
         assert len(found) == len(wanted)
@@ -82,13 +82,13 @@ def test_a_torn_last_line_is_cut_off_and_the_rest_kept(path, cut):
     path.write_bytes(data[:-cut])
     torn = path.read_bytes()
     there = Journal(path, KEY)
-    assert there.keys() == [(0, "a"), (1, "a")]
+    assert list(there) == [(0, "a"), (1, "a")]
     assert len(list(there.rows())) == 2
     assert path.read_bytes() == torn  # it may be that of a run that goes on
     there.append(row(7))
     there.append(row(8))
     for again in (there, Journal(path, KEY)):
-        assert sorted(again.keys()) == [(0, "a"), (1, "a"), (7, "a"), (8, "a")]
+        assert sorted(again) == [(0, "a"), (1, "a"), (7, "a"), (8, "a")]
         assert [r["latent"] for r in again.rows()] == [0, 1, 7, 8]
     assert all(json.loads(line) for line in path.read_bytes().splitlines())
 
@@ -109,7 +109,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_line_leaves_the_rest_whole(path,
     assert (2, "a") not in journal
     journal.append(row(3))
     for there in (journal, Journal(path, KEY)):
-        assert there.keys() == [(1, "a"), (3, "a")]
+        assert list(there) == [(1, "a"), (3, "a")]
         assert [r["latent"] for r in there.rows()] == [1, 3]
 
 
@@ -119,7 +119,7 @@ def test_a_newer_version_is_refused_and_an_older_read(path):
     with pytest.raises(DataError, match=rf"{path.name}: version {VERSION + 1} is newer than {VERSION}; upgrade"):
         Journal(path, KEY)
     path.write_text(json.dumps(row(1)) + "\n")
-    assert Journal(path, KEY).keys() == [(1, "a")]
+    assert list(Journal(path, KEY)) == [(1, "a")]
 
 
 def test_damaged_lines_do_not_count(path):
@@ -130,7 +130,7 @@ def test_damaged_lines_do_not_count(path):
     lines[1] = b"\x00\xff garbage\n"
     path.write_bytes(b"".join([*lines, b"[1, 2]\n", b"\n"]))
     there = Journal(path, KEY)
-    assert there.keys() == [(0, "a"), (2, "a")]
+    assert list(there) == [(0, "a"), (2, "a")]
     assert [r["latent"] for r in there.rows()] == [0, 2]
     there.append(row(1))
     assert [r["latent"] for r in Journal(path, KEY).rows()] == [0, 1, 2]

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from interp.journal import Journal
 from interp.neuronpedia import AUTHOR, Exported, export
-from interp.pipeline import EXPLAIN_KEY, SCORE_KEY
 from interp.records import ACTIVE, Examples, Explanation, Facts, Item, Measure, Score, Window
+from interp.rundir import explained_in, scores_in
 from interp.scorers.detection import Detection
 from interp.scorers.simulation import Simulation
 from sae.errors import ConfigError
@@ -72,8 +71,8 @@ def made(run: Path, shards: int = 1, texts: dict[tuple[int, str], str] | None = 
         row: dict[str, Any] = {"latent": latent, "explainer": name, "by": by, "status": "ok", "explanation": None}
         if (latent, name) != (2, "llm"):
             row["explanation"] = Explanation(latent, text, name, by).to_json()
-        Journal(folder / "journal-explain.jsonl", EXPLAIN_KEY).append(row)
-        scores = Journal(folder / "journal-score.jsonl", SCORE_KEY)
+        explained_in(folder).append(row)
+        scores = scores_in(folder)
         told = {"latent": latent, "explainer": name, "explanation": text, "status": "ok"}
         ruled = name == "token_lookup"
         accuracy = Measure(0.75 + latent / 100, 0.5, 0.9)
@@ -128,7 +127,7 @@ def test_explanations_and_scores(tmp_path: Path) -> None:
 
 def test_scores_that_are_none_or_of_another_text(tmp_path: Path) -> None:
     run = made(tmp_path / "run")
-    journal = Journal(run / "shards" / "1-of-1" / "journal-score.jsonl", SCORE_KEY)
+    journal = scores_in(run / "shards" / "1-of-1")
     row = {**journal.get((0, "detection", "llm", False)), "score": score({"balanced_accuracy": Measure(None)})}
     journal.append(row)
     journal.append({**journal.get((0, "simulation", "llm", False)), "explanation": "an older one"})
@@ -140,20 +139,29 @@ def test_scores_that_are_none_or_of_another_text(tmp_path: Path) -> None:
 
 
 def test_activations(tmp_path: Path) -> None:
-    weak, strong = window([" a", "b", " c"], {1: 0.1}, 40), window([" x", " y"], {0: -0.5, 1: 1 / 3}, 10)
+    weak, strong = window([" a", "b", " c"], {1: 0.1}, 40), window([" x", " y"], {0: -1 / 3, 1: 0.5}, 10)
     given = [example(12, weak, strong, weak), example(3, strong)]
     count = export(made(tmp_path), tmp_path, SCORERS, "m", "s", iter(given), dataset="some/texts")
     assert count == Exported(7, 3)
     rows = read(tmp_path / "activations.jsonl", ACTIVATION)
-    assert [(row["index"], row["maxValue"]) for row in rows] == [("3", 0.333333), ("12", 0.333333), ("12", 0.1)]
+    assert [(row["index"], row["maxValue"]) for row in rows] == [("3", 0.5), ("12", 0.5), ("12", 0.1)]
     assert rows[0]["tokens"] == [" x", " y"]
-    assert rows[0]["values"] == [-0.5, 0.333333]
-    assert (rows[0]["maxValueTokenIndex"], rows[0]["minValue"]) == (1, -0.5)
+    assert rows[0]["values"] == [-0.333333, 0.5]
+    assert (rows[0]["maxValueTokenIndex"], rows[0]["minValue"]) == (1, -0.333333)
     assert (rows[0]["dataSource"], rows[0]["layer"]) == ("some/texts", "s")
     for row in rows:
         assert len(row["tokens"]) == len(row["values"])
         assert row["values"][row["maxValueTokenIndex"]] == row["maxValue"] == max(row["values"])
         assert row["minValue"] == min(row["values"])
+
+
+def test_a_latent_that_fires_below_zero_is_told_by_magnitude(tmp_path: Path) -> None:
+    strengths = (-0.5, -3.0, 2.0)
+    windows = [window("abc", {1: value, 2: 0.25}, start=100 * place) for place, value in enumerate(strengths)]
+    export(made(tmp_path), tmp_path, SCORERS, "m", "s", [example(0, *windows)])
+    rows = read(tmp_path / "activations.jsonl", ACTIVATION)
+    assert [(row["maxValue"], row["maxValueTokenIndex"]) for row in rows] == [(-3.0, 1), (2.0, 1), (-0.5, 1)]
+    assert [row["minValue"] for row in rows] == [-3.0, 0.0, -0.5]
 
 
 def test_tokens_that_are_parts_of_characters(tmp_path: Path) -> None:

@@ -94,10 +94,10 @@ def test_latents_by_name_number_and_range(tmp_path):
     assert chosen("all") == list(range(D_SAE))
     assert chosen("alive") == ALIVE.tolist()
     assert chosen("3,") == [3]
-    assert chosen("7,3, 3 40-43 41") == [3, 7, 40, 41, 42, 43]  # each once, ascending
+    assert chosen("7,3, 40-43 9") == [3, 7, 9, 40, 41, 42, 43]
     assert chosen("0-49") == list(range(D_SAE))
     file = tmp_path / "ids with a space.txt"
-    file.write_text("3\n7, 9-11\n\n3\n")
+    file.write_text("3\n7, 9-11\n\n")
     assert chosen(str(file)) == [3, 7, 9, 10, 11]
 
 
@@ -123,6 +123,8 @@ def test_a_number_draws_so_many_that_are_alive():
         ("3,x", "'x' is no latent id"),
         ("1.5", "'1.5' is no latent id"),
         ("layers/../3", "is no latent id"),
+        ("7,3,7", "7 is there twice"),
+        ("3,40-45,1-3", "3 is there twice"),
         ("", "none given"),
         (",", "none given"),
     ],
@@ -133,7 +135,10 @@ def test_latents_that_are_none_are_refused(typed, message):
 
 
 def test_a_list_may_be_longer_than_a_file_name():
-    assert len(chosen(",".join(map(str, [*range(40)] * 10)))) == 40
+    assert (
+        len(chosen_latents(",".join(map(str, range(1000))), SimpleNamespace(alive=lambda: ALIVE, d_sae=1000), 0))
+        == 1000
+    )
 
 
 @pytest.mark.parametrize("typed", ["3,9-5", "²"])

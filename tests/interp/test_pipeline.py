@@ -4,7 +4,6 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from fake_llm import FakeLLM, broken, error
 from fakes import tiny_model_folder, tiny_text_folder
 from interp_runs import coder_folder, explain_config, explained, run, scores, scripted, with_llm
@@ -36,7 +35,6 @@ def coder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(coder, tmp_path_factory):
     """The evidence of all runs here: they are of the same latents."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("evidence")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAE_CACHE", str(folder / "cache"))
@@ -138,8 +136,9 @@ def test_what_failed_is_counted_and_done_again_on_request(coder, prepared, tmp_p
         config = explain_config(coder, tmp_path / "run", changes)
         run(explain_config(coder, tmp_path / "probe", {**changes, "only": "explain"}), prepared)
         probes = len(server.calls) - len(asked(server))
-        server.faults.extend([None] * probes + [broken(500)] * 40)
+        server.faults.extend([None] * probes + [broken(500), None, None] * 20)
         _, ended = run(config, prepared)
+        assert not ended.cut_off  # others were answered
         failed = [key for key, row in explained(tmp_path / "run").items() if row["status"] in AGAIN]
         assert failed
         assert ended.failed >= len({latent for latent, _ in failed})
@@ -185,6 +184,12 @@ def test_a_budget_is_kept(coder, prepared, tmp_path):
         pipeline, ended = run(config, prepared)
         assert "budget" in ended.cut_off
         assert 0 < pipeline.spent["usd"] <= 0.05
+        pipeline, ended = run(config, prepared)
+        assert "a higher --budget-usd goes on" in ended.cut_off
+        assert pipeline.client.ledger.usd_in_all <= 0.05  # of both commands
+        changes["budget_usd"] = 50.0
+        _, ended = run(explain_config(coder, tmp_path / "run", changes), prepared)
+        assert not ended.cut_off
 
 
 def test_shards_put_together_are_the_whole(coder, prepared, tmp_path):

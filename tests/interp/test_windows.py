@@ -247,7 +247,6 @@ def test_candidates_are_taken_in_turn_and_once():
 
 def test_a_real_model_in_other_blocks_says_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(interp.codes, "BLOCK_TOKENS", 200)
-    torch.set_num_threads(1)  # more would only wait for each other
     lm, draw = tiny_lm(), np.random.default_rng(0)
     texts = ["".join(draw.choice(list("abcdefgh ij"), int(draw.integers(2, 150)))) for _ in range(20)]
     source = tmp_path / "text.jsonl"
