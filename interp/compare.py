@@ -103,8 +103,8 @@ def compare(
     similarity = cosines(vectors[: len(left.texts)], vectors[len(left.texts) :])
     alike = {"meaning": similarity, "decoder": decoder_cosines(*coders, left.latents, right.latents)}
     if left.config.model.name == right.config.model.name:
-        right.subject.lm = left.subject.lm
-        codes = LiveCodes(left.subject, left.rows), LiveCodes(right.subject, left.rows)
+        subjects = left.subject, Subject(coders[1], lambda: left.subject.lm)
+        codes = LiveCodes(subjects[0], left.rows), LiveCodes(subjects[1], left.rows)
         found = coactivation(codes, left.rows, left.latents, right.latents, tokens)
         alike["co-activation"] = found
     matchings = {name: match(table) for name, table in alike.items() if table is not None}

@@ -126,7 +126,8 @@ class Pipeline:
     async def _client(self, should_stop: Callable[[], bool]) -> AsyncIterator[Client]:
         roles = {role: self.config.endpoint(role) for role in ROLES}
         cache, budget = self.folder / CACHE, self.config.budget_usd
-        async with Client(roles, cache, budget, should_stop, POLL_S, bool(self.again)) as client:
+        shared = {self.config.model.name: self.prepared.subject}
+        async with Client(roles, cache, budget, should_stop, POLL_S, bool(self.again), shared) as client:
             yield client
 
     async def _phase(self, label: str, latents: list[int], work: Callable[[int], Awaitable[list[Work]]]) -> None:

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from functools import cached_property
 
 from sae.coder import SparseCoder
 from sae.models import LanguageModel
@@ -13,11 +12,14 @@ class Subject:
 
     def __init__(self, coder: SparseCoder, load: Callable[[], LanguageModel]) -> None:
         self.coder, self._load = coder, load
+        self._lm: LanguageModel | None = None
         self.lock = threading.RLock()
         """Held by whoever runs the model: hooks belong to it, not to a thread."""
 
-    @cached_property
+    @property
     def lm(self) -> LanguageModel:
         """Returns the language model."""
         with self.lock:
-            return self._load()
+            if self._lm is None:
+                self._lm = self._load()
+            return self._lm

@@ -26,7 +26,7 @@ from sae.errors import ConfigError, Stopped
 from sae.settings import choose
 
 if TYPE_CHECKING:
-    from interp.client.local import LocalModel
+    from interp.client.local import LocalModel, Shared
     from interp.client.words import WordEncoder
 
 __all__ = ["Client"]
@@ -51,6 +51,7 @@ class Client:
         poll_s: how often the state of batches is looked at.
         retry_failed: whether questions whose stored answer is a failure (a refusal, an answer that does not parse) are
             asked once more; the new answer then stands in its place.
+        shared: models that are loaded already, by name, for roles via local.
     """
 
     def __init__(
@@ -61,12 +62,14 @@ class Client:
         should_stop: Callable[[], bool] | None = None,
         poll_s: float = 60.0,
         retry_failed: bool = False,
+        shared: "Mapping[str, Shared] | None" = None,
     ) -> None:
         for role, config in endpoints.items():
             choose("role", role, ROLES)
             config.validate(role)
         self.endpoints, self.ledger = dict(endpoints), Ledger(endpoints, budget_usd)
         self._path, self._poll_s, self._retry_failed = cache, poll_s, retry_failed
+        self._shared = dict(shared or {})
         self._should_stop = should_stop or (lambda: False)
         self._watched = should_stop is not None
         self._holders: dict[EndpointConfig, Endpoint | LocalModel | WordEncoder] = {}
@@ -201,7 +204,7 @@ class Client:
             elif config.via == "local":
                 from interp.client.local import LocalModel
 
-                self._holders[config] = LocalModel(config, self._should_stop)
+                self._holders[config] = LocalModel(config, self._should_stop, self._shared.get(config.model))
             else:
                 self._holders[config] = Endpoint(config, self.ledger, self._should_stop)
         return self._holders[config]

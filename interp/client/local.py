@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -19,7 +20,7 @@ from interp.client.config import EndpointConfig
 from interp.client.model import Model, Prompt, Ready, Spans, Texts, of_role
 from interp.client.requests import Abilities, Reply, Request
 from sae.errors import ConfigError, Stopped
-from sae.models import load_config
+from sae.models import LanguageModel, load_config
 
 LINGER_S = 0.003
 """How long the thread waits for more questions once it has one: they come in flocks."""
@@ -42,13 +43,25 @@ def check(config: EndpointConfig, role: str) -> None:
         raise of_role(error, role) from error
 
 
+class Shared(Protocol):
+    """A model that others run too: whoever holds the lock may."""
+
+    lock: threading.RLock
+
+    @property
+    def lm(self) -> LanguageModel:
+        """Returns the model."""
+        ...
+
+
 class LocalModel:
-    """One model, its thread and its queue. Nothing is loaded before `load`."""
+    """One model, its thread and its queue. Nothing is loaded before `load`, and never what is there already."""
 
     keeps = True
 
-    def __init__(self, config: EndpointConfig, should_stop: Callable[[], bool]) -> None:
-        self.config, self.should_stop = config, should_stop
+    def __init__(self, config: EndpointConfig, should_stop: Callable[[], bool], shared: Shared | None = None) -> None:
+        self.config, self.should_stop, self._shared = config, should_stop, shared
+        self._turn = shared.lock if shared else contextlib.nullcontext()
         self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._model: Model | None = None
         self._lock, self._ending = threading.Lock(), False
@@ -96,7 +109,7 @@ class LocalModel:
     def _load(self, role: str) -> None:
         with self._lock:
             if self._model is None:
-                self._model = Model(self.config, role)
+                self._model = Model(self.config, role, self._shared.lm if self._shared else None)
                 self._thread.start()
 
     def _work(self) -> None:
@@ -146,7 +159,8 @@ class LocalModel:
                 asked.answer(Stopped("no more calls were made"))
             return
         try:
-            replies = self.model.replies([(asked.request, ready) for asked, ready in batch])
+            with self._turn:
+                replies = self.model.replies([(asked.request, ready) for asked, ready in batch])
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             if len(batch) > 1:

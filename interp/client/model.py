@@ -27,7 +27,7 @@ from interp.client.config import EndpointConfig
 from interp.client.requests import Abilities, Chat, Embed, LogProb, Reply, Request, key
 from interp.client.spans import OWN, spanned
 from sae.errors import ConfigError
-from sae.models import load_language_model, local_folder
+from sae.models import LanguageModel, load_language_model, local_folder
 from sae.seeding import generator
 
 CONTEXT_CHARS = 16
@@ -69,11 +69,11 @@ def of_role(error: ConfigError, role: str) -> ConfigError:
 
 
 class Model:
-    """A loaded model; ConfigError in one line, naming the role's field, if it cannot be had."""
+    """A model, loaded now or before (`lm`); ConfigError in one line, naming the role's field, if it cannot be had."""
 
-    def __init__(self, config: EndpointConfig, role: str) -> None:
+    def __init__(self, config: EndpointConfig, role: str, lm: LanguageModel | None = None) -> None:
         try:
-            lm = load_language_model(config.model)
+            lm = lm or load_language_model(config.model)
             self.source = local_folder(config.model) or config.model
         except ConfigError as error:
             raise of_role(error, role) from error

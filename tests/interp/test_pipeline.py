@@ -1,14 +1,15 @@
 """A run of sae-explain from evidence to results: resumed, in shards, in batches, with failing servers, out of funds."""
 
 import json
+from zlib import crc32
 
 import pyarrow.parquet as pq
 import pytest
-from fake_llm import FakeLLM, broken, error
+from fake_llm import Answer, FakeLLM, error
 from fakes import tiny_model_folder, tiny_text_folder
 from interp_runs import coder_folder, explain_config, explained, run, scores, scripted, with_llm
 
-from interp.flows import AGAIN, INSUFFICIENT, OK
+from interp.flows import AGAIN, FAILED, INSUFFICIENT, OK
 from interp.preparing import prepare
 from interp.results import lines, write_results
 from sae.errors import ConfigError, Stopped
@@ -28,7 +29,7 @@ def quick_retries(monkeypatch):
 @pytest.fixture(scope="module")
 def coder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
-    model = tiny_model_folder(folder / "model", num_hidden_layers=2, initializer_range=0.5)
+    model = tiny_model_folder(folder / "model", initializer_range=0.5, max_position_embeddings=4096)
     return coder_folder(folder / "coder", model, tiny_text_folder(folder / "text"))
 
 
@@ -130,27 +131,27 @@ def test_stopped_and_continued_is_the_same_and_pays_nothing_twice(coder, prepare
 
 
 def test_what_failed_is_counted_and_done_again_on_request(coder, prepared, tmp_path):
-    with FakeLLM(scripted, **ABLE) as server:
-        changes = with_llm(server.url)
-        changes["models.explainer"] = {**changes["models.explainer"], "max_tries": 1}
-        config = explain_config(coder, tmp_path / "run", changes)
-        run(explain_config(coder, tmp_path / "probe", {**changes, "only": "explain"}), prepared)
-        probes = len(server.calls) - len(asked(server))
-        server.faults.extend([None] * probes + [broken(500), None, None] * 20)
+    ill = [True]
+
+    def moody(asked):
+        refuses = ill and "=== " in asked.text and crc32(asked.text.encode()) % 3 == 0  # no probe, and some
+        return Answer(None, finish="content_filter") if refuses else scripted(asked)
+
+    with FakeLLM(moody, **ABLE) as server:
+        config = explain_config(coder, tmp_path / "run", with_llm(server.url))
         _, ended = run(config, prepared)
         assert not ended.cut_off  # others were answered
         failed = [key for key, row in explained(tmp_path / "run").items() if row["status"] in AGAIN]
         assert failed
         assert ended.failed >= len({latent for latent, _ in failed})
         assert {row["explanation"] for key, row in explained(tmp_path / "run").items() if key in failed} == {None}
-        server.faults.clear()
+        ill.clear()
         run(config, prepared)
         assert [key for key, row in explained(tmp_path / "run").items() if row["status"] in AGAIN] == failed
         _, ended = run(config, prepared, retry_failed=True)
     assert ended.failed == 0
     assert not [key for key, row in explained(tmp_path / "run").items() if row["status"] in AGAIN]
-    table = write_results(tmp_path / "run", config.all_scorers(), {})
-    assert all(one["coverage"] == 1 for one in table["scores"])
+    assert not [key for key, row in scores(tmp_path / "run").items() if row["status"] == FAILED]
 
 
 def test_an_exhausted_quota_ends_the_run_at_once_and_loses_nothing(coder, prepared, tmp_path):
@@ -269,3 +270,16 @@ def test_two_runs_do_not_write_to_one_shard(coder, prepared, tmp_path):
     config = explain_config(coder, tmp_path / "run")
     with FolderLock(tmp_path / "run" / "shards" / "1-of-1"), pytest.raises(ConfigError, match="in use by"):
         run(config, prepared)
+
+
+def test_the_model_that_the_coder_reads_is_not_loaded_again_to_read(coder, prepared, tmp_path, monkeypatch):
+    def loaded(*_args):
+        raise AssertionError("a second copy was loaded")
+
+    monkeypatch.setattr("interp.client.model.load_language_model", loaded)
+    config = explain_config(coder, tmp_path / "run", {"scorers": {"surprisal": {"type": "surprisal"}}})
+    _, ended = run(config, prepared)
+    assert not ended.failed
+    found = [row for row in scores(tmp_path / "run").values() if row["status"] == OK]
+    assert {row["judge"] for row in found} == {"model"}
+    assert len(found) > 5
