@@ -266,7 +266,7 @@ class FakeLLM:
             "_schema" if wanted.get("type") == "json_object" and "schema" in wanted else ""
         )
         rule = wanted.get("schema") or (wanted.get("json_schema") or {}).get("schema") or {"type": "object"}
-        if not wanted or rung not in self.schemas:
+        if not wanted or rung not in self.schemas or answer.message.get("refusal"):
             return answer
         if not schemas_of_answers.parse(str(answer.text), rule)[1]:
             return answer

@@ -135,7 +135,7 @@ def test_what_failed_is_counted_and_done_again_on_request(coder, prepared, tmp_p
 
     def moody(asked):
         refuses = ill and "=== " in asked.text and crc32(asked.text.encode()) % 3 == 0  # no probe, and some
-        return Answer(None, finish="content_filter") if refuses else scripted(asked)
+        return Answer(message={"refusal": "I would rather not."}) if refuses else scripted(asked)
 
     with FakeLLM(moody, **ABLE) as server:
         config = explain_config(coder, tmp_path / "run", with_llm(server.url))
