@@ -17,7 +17,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 from itertools import count, groupby
 
@@ -65,6 +65,7 @@ def quoted(text: str) -> str:
     return '"' + _harmless(_escaped(text, False, False)).replace('"', r"\"") + '"'
 
 
+@lru_cache(256)  # the same explanation is asked about window by window
 def prose(text: str, longest: int = 2000) -> str:
     """Returns an explanation on one line, its words as they are, cut at `longest` characters."""
     line = " ".join(text.split())

@@ -56,9 +56,7 @@ def test_from_a_coder_to_results(explain, tmp_path):
     code, _ = explain("one", *SMALL, "--run-dir", tmp_path / "run")
     assert code == 0
     after = {p: p.read_bytes() for p in before}
-    assert {p: b for p, b in after.items() if p.name != "spent.jsonl"} == {
-        p: b for p, b in before.items() if p.name != "spent.jsonl"
-    }
+    assert after == before
 
 
 def test_shards_are_merged_and_runs_compared_and_exported(explain, tmp_path, made):
@@ -145,6 +143,7 @@ def test_the_config_is_printed_and_read_back(explain, tmp_path):
         (["one", "--budget-usd", "1", "--models.explainer.model", "gpt-x"], "budget_usd"),
         (["one", "--budget-usd", "-1"], "budget_usd: -1"),
         (["one", "--price-in", "1"], "price_in"),
+        (["one", "--latents", "3,7,3"], "latents: 3 is there twice"),
         (["one", "--latents", "3,99"], "99 is out of range; the coder has latents 0 to 47"),
         (["one", "--latents", "-3"], "'-3' is no latent id"),
         (["one", "--latents", "0"], "latents: 0 is no number of latents"),
@@ -167,6 +166,35 @@ def test_bad_input_is_one_line(explain, tmp_path, arguments, said):
         small += ["--evidence.tokens", "30000"]
     code, printed = explain(*arguments[:1], *small, *arguments[1:]) if arguments[:1] == ["one"] else explain(*arguments)
     assert code == (1 if arguments[:1] == ["import"] else 2), printed
+    assert said in error_of(printed)
+
+
+SERVER = ["--models.explainer.model", "x", "--models.explainer.base_urls"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([*SERVER, "[http://127.0.0.1:9/v1]"], "explainer"),
+        ([*SERVER, "[http://192.0.2.1/v1]"], "OPENAI_API_KEY"),
+        (["--budget-usd", "1", *SERVER, "[http://192.0.2.1/v1]"], "budget_usd"),
+        (["--models.encoder.model", "/no/such/folder"], "encoder.model: no such folder"),
+        (["--latents", "48,"], "latents: 48 is out of range"),
+        (["--explanations", "LINES"], "LINES:1: not a line of JSON"),
+        (["--scorers.i.type", "intruder"], "scorers.i: asks a judge"),
+    ],
+)
+def test_what_must_fail_fails_before_the_long_work(explain, tmp_path, monkeypatch, arguments, said):
+    def begun(*_args):
+        raise AssertionError("the passes began")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("interp.preparing.read_from", begun)
+    monkeypatch.setattr("interp.client.limiter.FIRST_PAUSE_S", 0.001)
+    (tmp_path / "LINES").write_text("{")
+    code, printed = explain("one", *SMALL[:2], "--run-dir", tmp_path / "run", *arguments)
+    assert code == 2, printed
     assert said in error_of(printed)
 
 
