@@ -13,9 +13,8 @@ asked meanwhile comes from the cache. Memory holds the examples of the latents i
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -106,7 +105,10 @@ class Pipeline:
                 self.explained.append(row | {"explanation": explanation})
 
     async def _run(self, should_stop: Callable[[], bool]) -> str:
-        async with self._client(should_stop) as self.client:
+        roles = {role: self.config.endpoint(role) for role in ROLES}
+        cache, budget, again = self.folder / CACHE, self.config.budget_usd, bool(self.again)
+        shared = {self.config.model.name: self.prepared.subject}
+        async with Client(roles, cache, budget, should_stop, POLL_S, again, shared) as self.client:
             for role in self.config.roles_asked():
                 self.abilities[role] = await self.client.abilities(role)
             self.stopping = should_stop
@@ -121,14 +123,6 @@ class Pipeline:
             finally:
                 self.spent = self.client.ledger.totals()
         return ""
-
-    @asynccontextmanager
-    async def _client(self, should_stop: Callable[[], bool]) -> AsyncIterator[Client]:
-        roles = {role: self.config.endpoint(role) for role in ROLES}
-        cache, budget = self.folder / CACHE, self.config.budget_usd
-        shared = {self.config.model.name: self.prepared.subject}
-        async with Client(roles, cache, budget, should_stop, POLL_S, bool(self.again), shared) as client:
-            yield client
 
     async def _phase(self, label: str, latents: list[int], work: Callable[[int], Awaitable[list[Work]]]) -> None:
         """Does some work on every latent: live, so many at once; through the Batch API in waves."""

@@ -77,7 +77,8 @@ class Facts:
     positions: tuple[int, ...]
     """Tokens by place in the row, in sixteenths."""
     top_tokens: tuple[tuple[str, float], ...] = ()
-    """The tokens on which most of its activation lies in the explain split, with their shares."""
+    """The top of its token histogram: the tokens of the peaks in the uniform sample of the explain split, with their
+    shares of the activation."""
     promoted: tuple[str, ...] = ()
     """The tokens whose logits its direction raises most; empty where it does not reach the residual stream linearly."""
     suppressed: tuple[str, ...] = ()
