@@ -69,11 +69,8 @@ class EvidenceConfig:
             at_least("evidence.tokens", self.tokens, 1)
         for name in ("explain", "valid", "test", "top"):
             at_least(f"evidence.sizes.{name}", getattr(self.sizes, name), 1)
-        if self.cache and not Path(self.cache).expanduser().is_dir():
-            siblings = [p.name for p in Path(self.cache).expanduser().parent.glob("*")]
-            raise ConfigError(
-                f"evidence.cache: no such folder: {self.cache}.{nearest(Path(self.cache).name, siblings)}"
-            )
+        if self.cache:
+            must_be_folder("evidence.cache", self.cache)
 
 
 @dataclass(frozen=True)

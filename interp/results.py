@@ -107,7 +107,7 @@ class _Run:
                 ahead = next(by_latent, None)
             for pair in sorted(self.labels):
                 name = label(found[pair]) if pair in found else next(iter(self.labels[pair]))
-                yield self._flat(found.get(pair) or self._missing(latent, *pair), pair, name, nulls)
+                yield self._flat(found.get(pair) or self._missing(latent, pair[0]), pair, name, nulls)
 
     def _keys(self) -> Iterator[tuple[str, str]]:
         return ((explainer, name) for (explainer, _), names in self.labels.items() for name in names)
@@ -117,7 +117,7 @@ class _Run:
         rows = heapq.merge(*(journal.rows() for journal in self.scores), key=lambda row: row["latent"])
         return (row for row in rows if row["scorer"] in self.scorers)
 
-    def _missing(self, latent: int, explainer: str, scorer: str) -> Row:
+    def _missing(self, latent: int, explainer: str) -> Row:
         """What stands for a score that is not there: why there is no explanation, or that it was not come to."""
         status = max(journal.status((latent, explainer)) for journal in self.journals)  # one has it, if any
         return {"latent": latent, "status": MISSING if status in ("", OK) else status, "explanation": ""}
@@ -212,7 +212,6 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], measures: Iterabl
     with pq.ParquetWriter(path, schema) as writer:
         while some := list(islice(rows, ROWS_AT_ONCE)):
             columns = {name: [row.get(name) for row in some] for name in schema.names}
-            columns = {name: [row.get(name) for row in some] for name in schema.names}
             writer.write_table(pa.table(columns, schema))
 
 
@@ -255,7 +254,7 @@ def _spent(folders: list[Path]) -> dict[str, Any]:
     """By role, calls and tokens of all commands that worked on the run, and their cost in USD where it is known."""
     total: dict[str, Any] = {}
     for path in (folder / CACHE for folder in folders):
-        for role, account in (spent_in(path) if path.is_file() else {}).items():
+        for role, account in spent_in(path).items():
             kept = total.setdefault(role, dict.fromkeys(account, 0))
             for key, now in account.items():
                 kept[key] = None if now is None or kept[key] is None else kept[key] + now

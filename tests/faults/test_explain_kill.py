@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from children import Child
 from fake_llm import FakeLLM
-from fakes import tiny_model_folder, tiny_text_folder
 
 sys.path.append(str(Path(__file__).parents[1] / "interp"))
 
-from interp_runs import coder_folder, explained, scores, scripted
+from interp_runs import explained, scores, scripted, tiny_coder
 
 AT_ONCE = 3
 
@@ -39,8 +38,7 @@ def fields(data, prefix=""):
 @pytest.fixture(scope="module")
 def coder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    model = tiny_model_folder(folder / "model", num_hidden_layers=2, initializer_range=0.5)
-    return coder_folder(folder / "coder", model, tiny_text_folder(folder / "text"))
+    return tiny_coder(folder)
 
 
 @pytest.mark.slow

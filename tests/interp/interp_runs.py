@@ -7,6 +7,7 @@ from typing import Any
 
 import draccus
 import torch
+from fakes import tiny_model_folder, tiny_text_folder
 from interp_examples import judge
 
 from interp.client.requests import Chat
@@ -45,6 +46,12 @@ def coder_folder(folder: Path, model: Path, text: Path, width: int = 16) -> Path
         coder.W_dec.copy_(coder.W_enc / coder.W_enc.norm(dim=1, keepdim=True))
     hub.save(coder, folder)
     return folder
+
+
+def tiny_coder(folder: Path, documents: int = 40, **options: Any) -> Path:
+    """Saves a tiny model, text of so many documents and a coder of theirs, and returns the coder's folder."""
+    model = tiny_model_folder(folder / "model", initializer_range=0.5, **options)
+    return coder_folder(folder / "coder", model, tiny_text_folder(folder / "text", documents=documents))
 
 
 def explain_config(coder: Path, run_dir: Path, changes: dict[str, Any] | None = None) -> ExplainConfig:

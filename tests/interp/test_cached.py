@@ -8,8 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from fakes import tiny_model_folder, tiny_text_folder
-from interp_runs import D_SAE, coder_folder, explain_config, run, scores
+from interp_runs import D_SAE, explain_config, run, scores, tiny_coder
 from safetensors.numpy import save_file
 
 from interp import codes
@@ -26,9 +25,7 @@ HOOK = "layers.1"
 
 @pytest.fixture(scope="module")
 def coder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cached")
-    model = tiny_model_folder(folder / "model", num_hidden_layers=2, initializer_range=0.5)
-    return coder_folder(folder / "coder", model, tiny_text_folder(folder / "text"))
+    return tiny_coder(tmp_path_factory.mktemp("cached"))
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,9 @@ import re
 from dataclasses import replace
 
 import pytest
-import torch
 from fake_llm import FakeLLM
-from fakes import tiny_model_folder, tiny_text_folder
 from interp_examples import planted
-from interp_runs import coder_folder, explain_config, run, scripted, with_llm
+from interp_runs import explain_config, run, scripted, tiny_coder, with_llm
 
 from interp.estimate import _more, filled, lines
 from interp.examples import ExampleConfig
@@ -20,14 +18,11 @@ SIZES = ExampleConfig(shown=9, contrast=5, valid=7, test=11)
 
 @pytest.fixture(scope="module")
 def coder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("estimate")
-    model = tiny_model_folder(folder / "model", num_hidden_layers=2, initializer_range=0.5)
-    return coder_folder(folder / "coder", model, tiny_text_folder(folder / "text"))
+    return tiny_coder(tmp_path_factory.mktemp("estimate"))
 
 
 @pytest.fixture(scope="module")
 def prepared(coder, tmp_path_factory):
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("estimate-evidence")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAE_CACHE", str(folder / "cache"))

@@ -6,8 +6,7 @@ from zlib import crc32
 import pyarrow.parquet as pq
 import pytest
 from fake_llm import Answer, FakeLLM, error
-from fakes import tiny_model_folder, tiny_text_folder
-from interp_runs import coder_folder, explain_config, explained, run, scores, scripted, with_llm
+from interp_runs import explain_config, explained, run, scores, scripted, tiny_coder, with_llm
 
 from interp.flows import AGAIN, FAILED, INSUFFICIENT, OK
 from interp.preparing import prepare
@@ -28,9 +27,7 @@ def quick_retries(monkeypatch):
 
 @pytest.fixture(scope="module")
 def coder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline")
-    model = tiny_model_folder(folder / "model", initializer_range=0.5, max_position_embeddings=4096)
-    return coder_folder(folder / "coder", model, tiny_text_folder(folder / "text"))
+    return tiny_coder(tmp_path_factory.mktemp("pipeline"), max_position_embeddings=4096)
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,6 @@ class ScriptedClient:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """By label, scorer and whether it is the null: the means over latents of all measures."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("planted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAE_CACHE", str(folder / "cache"))

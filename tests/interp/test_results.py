@@ -7,8 +7,7 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 from fake_llm import FakeLLM
-from fakes import tiny_model_folder, tiny_text_folder
-from interp_runs import coder_folder, explain_config, explained, run, scores, scripted, with_llm
+from interp_runs import explain_config, explained, run, scores, scripted, tiny_coder, with_llm
 
 from interp.config import ExplainConfig
 from interp.flows import OK
@@ -23,9 +22,7 @@ ABLE = {"logprobs": 0, "schemas": ("json_schema",)}
 
 @pytest.fixture(scope="module")
 def coder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("results")
-    model = tiny_model_folder(folder / "model", num_hidden_layers=2, initializer_range=0.5)
-    return coder_folder(folder / "coder", model, tiny_text_folder(folder / "text", documents=120))
+    return tiny_coder(tmp_path_factory.mktemp("results"), documents=120)
 
 
 @pytest.fixture(scope="module")
