@@ -19,8 +19,9 @@ from torch import Tensor
 from interp.codes import activations, blocks
 from interp.corpus import Corpus
 from interp.subject import Subject
-from sae.coder import CHUNK_ENTRIES, SparseCoder, initialize
+from sae.coder import CHUNK_ENTRIES, SparseCoder
 from sae.errors import ConfigError
+from sae.initialization import initialize
 from sae.seeding import generator
 from sae.selection import Selection
 from sae.selection.relu import ReLU

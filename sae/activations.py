@@ -18,6 +18,7 @@ from sae.errors import ConfigError, Stopped
 from sae.models import DTYPES, LanguageModel
 from sae.packing import PADDING
 from sae.seeding import generator
+from sae.sites import located
 from sae.spec import SECOND, MaskSpec, Site
 from sae.store import Shards, ShardWriter
 from sae.text import TokenRows
@@ -97,15 +98,22 @@ def hooked(model: nn.Module, sites: list[Site], see: Callable[[Site, Tensor], Te
 
         return hook
 
+    def inside(site: Site) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = (*args, *kwargs.values())[0]
+            if see(site, before_gain(module, x, site)) is not None:
+                raise ConfigError(f"site {site.name}: what a norm makes before its gain can be read, not replaced")
+
+        return hook
+
     with ONE_AT_A_TIME:
         handles = []
         for site in sites:
-            try:
-                module = model.get_submodule(site.hook)
-            except AttributeError as error:
-                raise ConfigError(f"activations.sites: no module {site.hook!r} in this model") from error
-            if site.side == "input":
+            module, side = located(model, site)
+            if side == "input":
                 handles.append(module.register_forward_pre_hook(before(site), with_kwargs=True))
+            elif side == "normalized":
+                handles.append(module.register_forward_pre_hook(inside(site), with_kwargs=True))
             else:
                 handles.append(module.register_forward_hook(lambda m, args, out, site=site: swapped(site, out)))
         try:
@@ -113,6 +121,18 @@ def hooked(model: nn.Module, sites: list[Site], see: Callable[[Site, Tensor], Te
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def before_gain(norm: nn.Module, x: Float[Tensor, "*shape d"], site: Site) -> Float[Tensor, "*shape d"]:
+    """Returns what a layer norm or RMS norm makes of x before its gain and bias; ConfigError if it is neither."""
+    eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
+    kind = type(norm).__name__
+    if eps is None or not ("RMSNorm" in kind or "LayerNorm" in kind):
+        raise ConfigError(f"site {site.name}: {kind} is no layer norm or RMS norm; it has no side 'normalized'")
+    x = x.float()
+    if "RMSNorm" not in kind:
+        x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def capture(

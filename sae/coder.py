@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sae import kernels
 from sae.compressed import flat, offsets_of, rows_of
 from sae.normalization import Undo, undo
-from sae.seeding import generator
 from sae.selection import Support
 from sae.selection.largest import Entries
 from sae.spec import CoderSpec, SparseLatents
@@ -72,10 +71,11 @@ class Block(NamedTuple):
 class SparseCoder(nn.Module):
     """A sparse autoencoder, transcoder or crosscoder with one latent per row.
 
-    Tensors: W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; b_pre [d_in] and
-    W_skip [d_out, d_in] where `spec` has them; what its selection rule has for each latent, such as threshold [d_sae].
-    A cross-layer coder of L layers has W_enc [d_sae, d_in / L], and in W_dec [rows, d_out / L] as many rows for a
-    latent as there are layers it writes to, one after the other.
+    Tensors: W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; b_pre [d_in], W_skip [d_out, d_in]
+    and, of encoder "glu", W_glu [d_sae, d_in] and b_glu [d_sae] where `spec` has them; what its selection rule has for
+    each latent, such as threshold [d_sae]. A cross-layer coder of L layers has W_enc [d_sae, d_in / L], W_skip
+    [d_out, d_in / L], and in W_dec [rows, d_out / L] as many rows for a latent as there are layers it writes to, one
+    after the other. Matching pursuit chooses by W_dec; its W_enc is a copy of it, and its b_enc is zero.
     """
 
     def __init__(self, spec: CoderSpec, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -83,16 +83,14 @@ class SparseCoder(nn.Module):
         self.spec = spec
         layers = spec.n_blocks
         rows = spec.d_sae * (layers + 1) // 2  # a block writes to 1, 2, ..., L layers
-        shapes = {
-            "W_enc": (spec.d_sae, spec.d_in // layers),
-            "b_enc": (spec.d_sae,),
-            "W_dec": (rows, spec.d_out // layers),
-            "b_dec": (spec.d_out,),
-        }
+        encoder = {"W_enc": (spec.d_sae, spec.d_in // layers), "b_enc": (spec.d_sae,)}
+        if spec.encoder == "glu":
+            encoder |= {"W_glu": encoder["W_enc"], "b_glu": encoder["b_enc"]}
+        shapes = {**encoder, "W_dec": (rows, spec.d_out // layers), "b_dec": (spec.d_out,)}
         if spec.pre_bias == "own":
             shapes["b_pre"] = (spec.d_in,)
         if spec.skip:
-            shapes["W_skip"] = (spec.d_out, spec.d_in)
+            shapes["W_skip"] = (spec.d_out, spec.d_in // layers)
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)))
         for name, start in spec.selection.parameters(spec.d_sae).items():
@@ -100,12 +98,23 @@ class SparseCoder(nn.Module):
         for name, start in spec.selection.buffers(spec.d_sae).items():
             self.register_buffer(name, start.to(device))
 
+    def to_dtype(self, dtype: torch.dtype) -> "SparseCoder":
+        """Returns this coder with its matrices and biases in another precision; what selection compares with stays
+        float32.
+        """
+        own = {*self.spec.selection.parameters(0), *self.spec.selection.buffers(0)}
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            tensor.data = tensor.data.to(torch.float32 if name in own else dtype).contiguous()
+        return self
+
     W_enc: nn.Parameter
     b_enc: nn.Parameter
     W_dec: nn.Parameter
     b_dec: nn.Parameter
     b_pre: nn.Parameter
     W_skip: nn.Parameter
+    W_glu: nn.Parameter
+    b_glu: nn.Parameter
 
     @property
     def blocks(self) -> list[Block]:
@@ -145,7 +154,7 @@ class SparseCoder(nn.Module):
             looked = [None] * len(rows.split(size))
             beside = looked if gradients is None else gradients.reshape(-1, self.spec.d_out).to(rows).split(size)
             chunks = zip(rows.split(size), beside, strict=True)
-            parts = [self._inferred(self.look(chunk), g).latents for chunk, g in chunks] if len(rows) else []
+            parts = [self._inferred(chunk, g) for chunk, g in chunks] if len(rows) else []
         return _concatenate(parts, self.spec.d_sae, tuple(x.shape[:-1]), x)
 
     def decode(
@@ -170,7 +179,7 @@ class SparseCoder(nn.Module):
         rows = self._rows(x)
         beside = None if gradients is None else gradients.reshape(-1, self.spec.d_out).to(rows)
         if torch.is_grad_enabled() and len(rows):
-            latents = self._inferred(self.look(rows), beside).latents
+            latents = self._inferred(rows, beside)
         else:
             latents = self.encode(rows, beside)
         out = self.decode(latents, rows).reshape(*x.shape[:-1], self.spec.d_out)
@@ -179,8 +188,10 @@ class SparseCoder(nn.Module):
         return CoderOutput(out, replace(latents, shape=tuple(x.shape[:-1])))
 
     def skipped(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
-        """Returns what the skip path makes of raw inputs, x W_skip^T."""
-        return x.to(self.W_skip) @ self.W_skip.T
+        """Returns what the skip path makes of raw inputs, x W_skip^T; of a cross-layer coder, layer by layer."""
+        x, layers = x.to(self.W_skip), self.spec.n_blocks
+        parts = zip(x.chunk(layers, dim=-1), self.W_skip.chunk(layers), strict=True)
+        return torch.cat([part @ weight.T for part, weight in parts], dim=-1)
 
     def look(self, x: Float[Tensor, "n d_in"], product_dtype: torch.dtype | None = None) -> Look:
         """Returns rows x as selection sees them, differentiable in y.
@@ -189,10 +200,15 @@ class SparseCoder(nn.Module):
         again in the parameters' precision, so it can change which latents are kept only.
         """
         x = x.to(self.W_enc)
+        y, how = self.centered(x)
+        return Look(x, y, how, self.preactivations(y, product_dtype))
+
+    def centered(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n d_in"], Undo]:
+        """Returns N(x) - p, the encoder's input, and what undoes the normalization of an output."""
         y, how = self.spec.normalize(x)
         if self.spec.pre_bias != "none":
             y = y - (self.b_dec if self.spec.pre_bias == "decoder" else self.b_pre)
-        return Look(x, y, how, self.preactivations(y, product_dtype))
+        return y, how
 
     def run(self, look: Look, support: Support | None = None, exact: bool = True) -> Pass:
         """Returns one pass over what was looked at, differentiable in the parameters at the support.
@@ -215,11 +231,17 @@ class SparseCoder(nn.Module):
     def preactivations(
         self, y: Float[Tensor, "n d_in"], product_dtype: torch.dtype | None = None
     ) -> Float[Tensor, "n d_sae"]:
-        """Returns y W_enc^T + b_enc without gradient, the product taken in `product_dtype`."""
+        """Returns y W_enc^T + b_enc (times its gate) without gradient, the product taken in `product_dtype`."""
         dtype, layers = product_dtype or self.W_enc.dtype, self.spec.n_blocks
         weight, bias = self.W_enc.to(dtype), self.b_enc.to(dtype)
         if layers == 1:
-            return torch.nn.functional.linear(y.to(dtype), weight, bias).to(y.dtype)
+            product = torch.nn.functional.linear(y.to(dtype), weight, bias)
+            if self.spec.encoder == "glu":
+                product = (
+                    product
+                    * torch.nn.functional.linear(y.to(dtype), self.W_glu.to(dtype), self.b_glu.to(dtype)).sigmoid()
+                )
+            return product.to(y.dtype)
         seen = y.to(dtype).view(len(y), layers, -1).transpose(0, 1)
         product = torch.bmm(seen, weight.view(layers, -1, weight.shape[1]).transpose(1, 2))
         return (product.transpose(0, 1).reshape(len(y), -1) + bias).to(y.dtype)
@@ -231,8 +253,14 @@ class SparseCoder(nn.Module):
         ids: Int[Tensor, "nnz"],
         scores: Float[Tensor, "n d_sae"] | None = None,
     ) -> Float[Tensor, "nnz"]:
-        """Returns y W_enc^T + b_enc at a support, differentiable; `scores` is the product where it is there already."""
+        """Returns y W_enc^T + b_enc (times its gate) at a support, differentiable.
+
+        `scores` is the product where it is there already.
+        """
         layers, n = self.spec.n_blocks, len(y)
+        if self.spec.encoder == "glu":
+            gates = kernels.encode_at(y, self.W_glu, self.b_glu, offsets, ids).sigmoid()
+            return kernels.encode_at(y, self.W_enc, self.b_enc, offsets, ids) * gates
         if scores is not None:
             scores = scores.reshape(-1).index_select(0, flat(offsets, ids, scores.shape[1]))
         if layers > 1:  # a row for each (token, layer): ids ascend, so the order of the entries stays
@@ -317,50 +345,22 @@ class SparseCoder(nn.Module):
         tokens, ids = (torch.cat(members) for members in zip(*parts, strict=True))
         return Entries(tokens, ids, ids).to_support(len(scores))
 
-    def _inferred(self, look: Look, gradients: Tensor | None) -> Pass:
+    def _inferred(self, x: Float[Tensor, "n d_in"], gradients: Tensor | None) -> SparseLatents:
         if getattr(self.spec.selection, "inference", "plain") == "gradient":
             if gradients is None:
                 raise ValueError("gradients: this coder's selection.inference is 'gradient'; pass those of the loss")
         elif gradients is not None:
             raise ValueError("gradients: this coder's inference looks at none; leave them out")
-        return self.run(look, self.support(self.compared(look, gradients)))
+        if self.spec.selection.pursues:
+            (offsets, ids), values = self.spec.selection.pursue(self.centered(x)[0], self.W_dec)
+            return SparseLatents(offsets, ids, values, self.spec.d_sae, (len(x),))
+        look = self.look(x)
+        return self.run(look, self.support(self.compared(look, gradients))).latents
 
     def _rows(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "n d_in"]:
         if x.shape[-1] != self.spec.d_in:
             raise ValueError(f"x: last dimension is {x.shape[-1]}, but this coder has d_in = {self.spec.d_in}")
         return x.reshape(-1, self.spec.d_in).to(self.W_enc)
-
-
-def initialize(
-    coder: SparseCoder,
-    center: Float[Tensor, "d_out"],
-    seed: int,
-    *key: str | int,
-    input_center: Float[Tensor, "d_in"] | None = None,
-    spread: float = 1.0,
-) -> None:
-    """Starts a coder as TopK scaling does (Gao 2024, arXiv 2406.04093, appendix A).
-
-    Rows of W_enc are random unit vectors, b_enc is zero and b_dec is `center`, the mean or geometric median of the
-    normalized training activations. An autoencoder's W_dec is a copy of W_enc (the tied start keeps latents alive). A
-    transcoder's W_dec is zero, so that it starts by predicting the mean output; its encoder is centered on
-    `input_center`, by b_pre or, without one, by b_enc (Paulo 2025, arXiv 2501.18823). `spread`, the standard deviation
-    of an input's component, is that of the pre-activations, from which trained thresholds start.
-    """
-    spec = coder.spec
-    rows = torch.randn(coder.W_enc.shape, generator=generator(seed, "init", *key))
-    rows = rows / rows.norm(dim=1, keepdim=True)
-    with torch.no_grad():
-        coder.W_enc.copy_(rows)
-        coder.b_dec.copy_(center)
-        if spec.is_autoencoder and not spec.cross_layer:
-            coder.W_dec.copy_(rows)
-        elif input_center is not None and spec.pre_bias == "own":
-            coder.b_pre.copy_(input_center)
-        elif input_center is not None and spec.pre_bias == "none":
-            coder.b_enc.copy_(-(coder.preactivations(input_center[None].to(coder.W_enc)) - coder.b_enc)[0])
-        for name, start in spec.selection.parameters(spec.d_sae, spread).items():
-            getattr(coder, name).copy_(start)
 
 
 def _concatenate(parts: list[SparseLatents], d_sae: int, shape: tuple[int, ...], like: Tensor) -> SparseLatents:

@@ -1,58 +1,180 @@
-"""Coders by name: load one from a folder, save one to a folder."""
+"""Coders by name: load one, or all of a repository, from wherever they were released; save one to a folder.
 
+An address is a folder or weight file, "owner/repo" on the hub with a path below it, or a name by which a released coder
+is known: SAELens' "release/sae_id" and Neuronpedia's "model/source" (`sae/releases.py`).
+"""
+
+import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from sae import formats
 from sae.coder import SparseCoder
 from sae.errors import ConfigError, DataError, nearest
 from sae.formats import native
+from sae.places import Files, Hints, LocalFiles, Place, finite
+from sae.remote import HubFiles
+from sae.spec import CoderSpec
+
+Address = str | Path | tuple[str, str]
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SparseCoder:
-    """Returns the coder saved in a folder, or the single coder of a training run's folder.
+def load(
+    path: Address,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    lazy: bool = False,
+    **hints: Any,
+) -> SparseCoder:
+    """Returns the one coder at an address, without gradients.
 
-    Raises ConfigError if there is none (naming those below it) and DataError naming a tensor that is missing, of the
-    wrong shape, unknown, or not finite.
+    The format is found by file names, tensor names and shapes (`sae/formats/`). Thresholds stay float32 whatever the
+    dtype. `lazy` maps the tensors into memory, in the precision they are stored in, and reads what is looked at. `hints`
+    say what the files do not (`sae.places.Hints`: model, site, pre_bias, scale, format). `spec.training["source"]` says
+    where it came from.
+
+    Raises ConfigError if there is no coder or several (naming them), a format is unknown or ambiguous, or a hint is
+    needed; DataError naming the file or tensor that is missing, damaged, of the wrong shape, unknown, or not finite.
     """
-    folder = _coder_folder(Path(path).expanduser())
-    spec, tensors = native.read(folder)
-    coder = SparseCoder(spec, device, dtype)
-    expected = {name: tuple(parameter.shape) for name, parameter in coder.state_dict().items()}
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise DataError(f"{folder}: tensor {name} is missing.{nearest(name, tensors)}")
-        if tuple(tensors[name].shape) != shape:
-            raise DataError(f"{folder}: tensor {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
-    for name, tensor in tensors.items():
-        if name not in expected:
-            raise DataError(f"{folder}: tensor {name} is not part of this coder.{nearest(name, expected)}")
-        if not torch.isfinite(tensor).all():
-            raise DataError(f"{folder}: tensor {name} holds NaN or Inf")
-    coder.load_state_dict(tensors)
-    return coder.requires_grad_(False)
+    files, below, known = locate(path, revision, cache_dir)
+    place = _one(files, below, _merged(known, hints))
+    return read(replace(place, lazy=lazy), device, dtype)
+
+
+def load_all(
+    repo: Address,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    lazy: bool = False,
+    **hints: Any,
+) -> dict[str, SparseCoder]:
+    """Returns every coder at or below an address by its name there; arguments and errors as those of `load`."""
+    files, below, known = locate(repo, revision, cache_dir)
+    found = places(files, below, _merged(known, hints))
+    if not found:
+        raise ConfigError(f"path: {_none_in(files, below)}")
+    return {name: read(replace(place, lazy=lazy), device, dtype) for name, place in found.items()}
 
 
 def save(coder: SparseCoder, folder: str | Path) -> None:
     """Writes a coder to a folder that `load` reads back bit for bit."""
-    native.write(Path(folder).expanduser(), coder.spec, coder.state_dict())
+    native.write(Path(folder).expanduser(), coder)
+
+
+def locate(
+    path: Address, revision: str | None = None, cache_dir: str | Path | None = None
+) -> tuple[Files, str, dict[str, Any]]:
+    """Returns (files, name below them, hints) of an address; nothing is fetched but the list of a repository's files.
+
+    Raises ConfigError if there is no such folder, repository or release, naming the nearest.
+    """
+    from sae import releases
+
+    text = "/".join(path) if isinstance(path, tuple) else str(path)
+    local = Path(text).expanduser()
+    if not isinstance(path, tuple) and local.exists():
+        return (LocalFiles(local), "", {}) if local.is_dir() else (LocalFiles(local.parent), local.name, {})
+    release = releases.find(text)
+    if release is not None:
+        return HubFiles(release.repo, revision, cache_dir), release.path, release.hints()
+    if local.is_absolute() or text.startswith((".", "~")) or text.count("/") < 1:
+        siblings = [p.name for p in local.parent.iterdir()] if local.parent.is_dir() else []
+        close = nearest(local.name, siblings) or nearest(text, releases.names())
+        raise ConfigError(f"path: no such folder: {text}.{close}")
+    owner, name, *below = text.removeprefix("hf://").strip("/").split("/")
+    return HubFiles(f"{owner}/{name}", revision, cache_dir), "/".join(below), {}
+
+
+def places(files: Files, below: str = "", hints: Hints | None = None) -> dict[str, Place]:
+    """Returns the coders at or below a name, by their own names there: folders or, where those hold several, files."""
+    found = [place for place in formats.named(files, below, hints) if formats.detected(place)]
+    alone = {place.folder for place in found if sum(other.folder == place.folder for other in found) == 1}
+    start = f"{below}/" if below else ""
+    names = [place.folder if place.folder in alone else place.weights for place in found]
+    return {name.removeprefix(start) or place.name: place for name, place in zip(names, found, strict=True)}
+
+
+def read(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SparseCoder:
+    """Returns the coder at a place."""
+    name, spec, tensors = formats.read(place)
+    source = {"format": name, "file": place.weights, "from": place.files.identity, "revision": place.files.revision}
+    if name != "native":
+        spec = spec.with_(training={**spec.training, "source": source})
+    coder = made(spec, tensors, str(place), place.lazy)
+    return coder if place.lazy else coder.to(device).to_dtype(dtype)
+
+
+def made(spec: CoderSpec, tensors: dict[str, Tensor], source: str, lazy: bool = False) -> SparseCoder:
+    """Returns the coder of a spec with these tensors; DataError names one that does not belong, or is not finite.
+
+    Nothing is allocated before the shapes are known to fit: a config may declare any size.
+    """
+    with torch.device("meta"):
+        coder = SparseCoder(spec, "meta")
+    expected = {name: tuple(parameter.shape) for name, parameter in coder.state_dict().items()}
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise DataError(f"{source}: tensor {name} is missing.{nearest(name, tensors)}")
+        if tuple(tensors[name].shape) != shape:
+            raise DataError(f"{source}: tensor {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
+        if not tensors[name].is_floating_point():
+            raise DataError(f"{source}: tensor {name} holds {tensors[name].dtype}, expected floating-point numbers")
+    for name in tensors:
+        if name not in expected:
+            raise DataError(f"{source}: tensor {name} is not part of this coder.{nearest(name, expected)}")
+    if not lazy:
+        finite(tensors, source)
+    coder.load_state_dict(dict(tensors), assign=True)
+    return coder.requires_grad_(False).eval()
 
 
 def coder_folders(path: Path) -> list[Path]:
-    """Returns the folders at or below `path` that hold a coder."""
-    return sorted(p.parent for p in path.rglob(native.CONFIG) if native.detect(p.parent))
+    """Returns the folders at or below `path` that hold a coder of ours."""
+    return sorted({path / place.folder for place in places(LocalFiles(path)).values()}) if path.is_dir() else []
 
 
-def _coder_folder(path: Path) -> Path:
-    if native.detect(path):
-        return path
-    if not path.is_dir():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ConfigError(f"path: no such folder: {path}.{nearest(path.name, siblings)}")
-    below = coder_folders(path)
-    if len(below) == 1:
-        return below[0]
-    found = (
-        f"it holds {len(below)}: {', '.join(str(p.relative_to(path)) for p in below[:6])}" if below else "found none"
-    )
-    raise ConfigError(f"path: {path} is not the folder of one coder; {found}")
+def _one(files: Files, below: str, hints: Hints) -> Place:
+    named = formats.named(files, below, hints)
+    own = [place for place in named if place.weights == below] or [p for p in named if p.folder == below] or named
+    if len(own) > 1 and len({place.folder for place in own}) == 1 and len(own) <= MOST_OPENED:
+        own = [place for place in own if formats.detected(place)] or own
+    if len(own) == 1:
+        return own[0]
+    if not own:
+        raise ConfigError(f"path: {_none_in(files, below)}")
+    listed = ", ".join(place.weights for place in own[:6]) + (", ..." if len(own) > 6 else "")
+    raise ConfigError(f"path: {files.label}/{below} is not one coder; it holds {len(own)}: {listed}")
+
+
+MOST_OPENED = 16  # files beside each other that are looked into to tell which of them is a coder
+
+
+def _none_in(files: Files, below: str) -> str:
+    names = files.names()
+    there = [name for name in names if name == below or name.startswith(f"{below}/")] if below else names
+    if below and not there:
+        return f"{files.label} has no {below!r}.{nearest(below, {n.rpartition('/')[0] for n in names} | set(names))}"
+    return f"{files.label}/{below} holds no coder in a known format; its files are {', '.join(there[:6]) or 'none'}"
+
+
+def _merged(known: dict[str, Any], said: dict[str, Any]) -> Hints:
+    allowed = Hints.__dataclass_fields__
+    for name in said:
+        if name not in allowed:
+            raise ConfigError(
+                f"{name}: not something to say of a coder; allowed: {', '.join(allowed)}.{nearest(name, allowed)}"
+            )
+    return Hints(**{**known, **{name: value for name, value in said.items() if value is not None}})
+
+
+def offline() -> bool:
+    """Returns whether the hub must not be asked."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")

@@ -9,7 +9,7 @@ from torch import Tensor
 from sae.errors import ConfigError, nearest
 
 Undo = tuple[Tensor | float, Tensor | float]
-KINDS = ("none", "scalar", "layer_norm", "l2")
+KINDS = ("none", "scalar", "layer_norm", "l2", "center")
 
 
 @dataclass(frozen=True)
@@ -17,18 +17,21 @@ class Normalization:
     """One input normalization. With it, the coder's weights and its training loss live in the normalized space."""
 
     kind: str = "none"
-    """none | scalar (x * scale, so that E|x|^2 = d) | layer_norm (per token) | l2 (per token, to norm sqrt(d))."""
+    """none | scalar (x * scale, so that E|x|^2 = d) | layer_norm (per token) | l2 (per token, to norm sqrt(d)) | center
+    (per token, the mean over its components is taken out, as in a model whose writing weights are centered)."""
     scale: float = 1.0
     """The factor of kind "scalar"; measured on training tokens when training starts from 1."""
     eps: float = 1e-5
     """Added to the per-token standard deviation or norm."""
     unbiased: bool = True
     """Whether layer_norm's standard deviation divides by d - 1 (as OpenAI's and SAELens' coders do) or by d."""
+    undo_eps: bool = True
+    """Whether eps is also part of what undoes it; in OpenAI's and SAELens' coders it is not."""
 
     @property
     def per_token(self) -> bool:
         """Returns whether it is undone with numbers measured at the token itself."""
-        return self.kind in ("layer_norm", "l2")
+        return self.kind in ("layer_norm", "l2", "center")
 
     def validate(self, field: str) -> None:
         """Raises ConfigError naming `field` if a value is out of range."""
@@ -40,18 +43,22 @@ class Normalization:
             raise ConfigError(f"{field}.scale: {self.scale} must be positive")
 
     def apply(self, x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Undo]:
-        """Returns (N(x), (shift, spread)) such that x = N(x) * spread + shift."""
+        """Returns (N(x), (shift, spread)): x = N(x) * spread + shift, but for eps where `undo_eps` is false."""
         if self.kind == "none":
             return x, (0.0, 1.0)
         if self.kind == "scalar":
             return x * self.scale, (0.0, 1.0 / self.scale)
+        if self.kind == "center":
+            shift = x.mean(-1, keepdim=True)
+            return x - shift, (shift, 1.0)
         if self.kind == "layer_norm":
             shift = x.mean(-1, keepdim=True)
-            spread = x.std(-1, keepdim=True, correction=int(self.unbiased)) + self.eps
+            spread = x.std(-1, keepdim=True, correction=int(self.unbiased))
         else:
             shift = torch.zeros_like(x[..., :1])
-            spread = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5 + self.eps
-        return (x - shift) / spread, (shift, spread)
+            spread = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        divisor = (spread + self.eps).clamp_min(torch.finfo(x.dtype).tiny)  # eps may be 0
+        return (x - shift) / divisor, (shift, divisor if self.undo_eps else spread)
 
 
 def by_site(

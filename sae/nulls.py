@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
+from sae.initialization import initialize
 from sae.metrics import fvu
 from sae.selection.topk import TopK
 

@@ -55,7 +55,7 @@ class Planned:
         """Returns the number of trained parameters."""
         spec, layers = self.spec, self.spec.n_blocks
         encoder, decoder = self.d_sae * self.d_in // layers, self.d_sae * (layers + 1) * self.d_out // (2 * layers)
-        extra = len(spec.selection.parameters(0)) * self.d_sae + self.d_in * self.d_out * spec.skip
+        extra = len(spec.selection.parameters(0)) * self.d_sae + self.d_in * self.d_out * spec.skip // layers
         return encoder + decoder + extra + self.d_sae + self.d_out + self.d_in * (spec.pre_bias == "own")
 
 

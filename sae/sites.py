@@ -9,7 +9,7 @@ from torch import nn
 from sae.errors import ConfigError, nearest
 from sae.spec import Site
 
-SIDES = ("output", "input")
+SIDES = ("output", "input", "normalized")
 LAYER_LISTS = (
     "model.layers",
     "transformer.h",
@@ -31,10 +31,29 @@ ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
     "hook_resid_mid": (("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"), "input"),
     "hook_mlp_out": (("post_feedforward_layernorm", "post_mlp_layernorm", "mlp", "feed_forward"), "output"),
     "hook_attn_out": (("post_self_attn_layernorm", *ATTENTION), "output"),
+    "hook_mlp_in": (("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"), "input"),
+    "ln1.hook_normalized": (("input_layernorm", "ln_1"), "normalized"),
+    "ln2.hook_normalized": (("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"), "normalized"),
     "mlp.hook_in": (("mlp", "feed_forward"), "input"),
+    "mlp.hook_out": (("mlp", "feed_forward"), "output"),
     "attn.hook_z": (tuple(f"{a}.{o}" for a in ATTENTION for o in ATTENTION_OUT), "input"),
     "mlp.hook_post": (tuple(f"mlp.{name}" for name in MLP_OUT), "input"),
 }
+
+
+ALIAS = re.compile(r"blocks\.(\d+|\*)\.(.+)")
+EMBEDDINGS = ("model.embed_tokens", "transformer.wte", "gpt_neox.embed_in", "embed_tokens", "wte", "embed_in")
+
+
+def located(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
+    """Returns the module of a site and the side of it; ConfigError if this model has none of that name."""
+    hook, side = site.hook, site.side
+    if ALIAS.fullmatch(hook) or hook == "hook_embed":
+        ((hook, side),) = _matches(hook, {path: module for path, module in model.named_modules() if path})
+    try:
+        return model.get_submodule(hook), side
+    except AttributeError as error:
+        raise ConfigError(f"activations.sites: no module {hook!r} in this model") from error
 
 
 def resolve(
@@ -67,10 +86,15 @@ def _matches(text: str, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
     path, _, side = text.partition(":")
     side = side or "output"
     if side not in SIDES:
-        raise ConfigError(f"{text!r} ends in {side!r}; the side is input or output")
-    alias = re.fullmatch(r"blocks\.(\d+|\*)\.(.+)", path)
+        raise ConfigError(f"{text!r} ends in {side!r}; the side is one of {', '.join(SIDES)}")
+    alias = ALIAS.fullmatch(path)
     if alias and path not in modules:
         return _aliased(text, alias[1], alias[2], modules)
+    if path == "hook_embed":
+        found = [name for name in EMBEDDINGS if name in modules]
+        if not found:
+            raise ConfigError(f"{text!r}: this model has no known embedding; write the module path")
+        return [(found[0], "output")]
     if path in modules:
         return [(path, side)]
     found = [name for name in modules if _fits(name, path)]
@@ -122,3 +146,29 @@ def _heads(model: nn.Module, hook: str, side: str) -> int | None:
     config = getattr(model, "config", None)
     is_out = hook.endswith(tuple(f"{attention}.{out}" for attention in ATTENTION for out in ATTENTION_OUT))
     return getattr(config, "num_attention_heads", None) if side == "input" and is_out else None
+
+
+# TransformerLens' short names of the models for which coders have been released, by hub id.
+MODELS = {
+    "gpt2-small": "openai-community/gpt2",
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gemma-2b": "google/gemma-2b",
+    "gemma-2b-it": "google/gemma-2b-it",
+    "gemma-2-2b": "google/gemma-2-2b",
+    "gemma-2-2b-it": "google/gemma-2-2b-it",
+    "gemma-2-9b": "google/gemma-2-9b",
+    "gemma-2-9b-it": "google/gemma-2-9b-it",
+    "gemma-2-27b": "google/gemma-2-27b",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.1",
+    "pythia-70m": "EleutherAI/pythia-70m",
+    "pythia-70m-deduped": "EleutherAI/pythia-70m-deduped",
+    "pythia-160m-deduped": "EleutherAI/pythia-160m-deduped",
+    "tiny-stories-1L-21M": "roneneldan/TinyStories-1Layer-21M",
+}
+
+
+def model_id(name: str) -> str:
+    """Returns the hub id of a model that goes by its TransformerLens name; any other name as it is."""
+    return MODELS.get(name, name)

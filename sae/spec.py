@@ -27,11 +27,12 @@ from sae.normalization import Normalization, Undo, by_site
 from sae.selection import Selection
 from sae.settings import choose
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PRE_BIASES = ("none", "decoder", "own")
 DECODER_NORMS = ("unit", "free")
 SECOND = "second"  # tag of the sites of a second model
 BUDGETS = ("block", "shared")
+ENCODERS = ("linear", "glu", "matching_pursuit")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,11 @@ class Site:
     """A place in a language model: one side of one module."""
 
     hook: str
-    """Module path as in `model.named_modules()`, e.g. "model.layers.15"."""
+    """Module path as in `model.named_modules()`, e.g. "model.layers.15", or a TransformerLens name, such as
+    "blocks.15.hook_resid_post", which says the side as well."""
     side: str = "output"
-    """Which tensor of that module: "input" (its first argument) or "output" (its first result)."""
+    """Which tensor of that module: "input" (its first argument), "output" (its first result) or, of a norm,
+    "normalized" (what it makes before gain and bias)."""
     model: str = ""
     """Hub id or folder of the language model."""
     revision: str | None = None
@@ -93,6 +96,8 @@ class CoderSpec:
     reads: tuple[Site, ...] = ()
     writes: tuple[Site, ...] = ()
     encoder: str = "linear"
+    """linear | glu (h is multiplied by sigmoid(y W_glu^T + b_glu), as in OpenMOSS' coders) | matching_pursuit (latents
+    are chosen one after the other by the residual that is left; selection says when to stop)."""
     pre_bias: str = "decoder"
     """p above: "none", "decoder" (b_dec is subtracted) or "own" (a tensor b_pre)."""
     normalization: Normalization = field(default_factory=Normalization)
@@ -124,7 +129,7 @@ class CoderSpec:
         for name in ("d_in", "d_out", "d_sae"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is not a width; it must be at least 1")
-        choices = {"pre_bias": PRE_BIASES, "decoder_norm": DECODER_NORMS, "encoder": ("linear",), "budget": BUDGETS}
+        choices = {"pre_bias": PRE_BIASES, "decoder_norm": DECODER_NORMS, "encoder": ENCODERS, "budget": BUDGETS}
         for name, allowed in choices.items():
             choose(name, getattr(self, name), allowed)
         if self.pre_bias == "decoder" and self.d_in != self.d_out:
@@ -142,6 +147,8 @@ class CoderSpec:
             raise ConfigError(
                 "select_by_decoder_norm: true does not go with trained thresholds, which are of raw latents"
             )
+        if (self.encoder == "matching_pursuit") != (self.selection.pursues):
+            raise ConfigError("encoder: matching_pursuit and the selection of that name go together")
         if self.cross_layer:
             self._check_cross_layer()
         self.rule.validate(self.d_sae // (1 if self.budget == "shared" else self.n_blocks))
@@ -153,8 +160,8 @@ class CoderSpec:
             raise ConfigError("cross_layer: the sites that are read must have one width, and those written too")
         if self.d_sae % len(self.reads):
             raise ConfigError(f"d_sae: {self.d_sae} latents cannot be shared equally by {len(self.reads)} layers")
-        if self.skip or self.pre_bias == "decoder":
-            name = "skip: true" if self.skip else "pre_bias: 'decoder'"
+        if self.encoder != "linear" or self.pre_bias == "decoder":
+            name = "pre_bias: 'decoder'" if self.pre_bias == "decoder" else f"encoder: {self.encoder!r}"
             raise ConfigError(f"{name} does not go with cross_layer")
 
     @property
@@ -203,7 +210,7 @@ class CoderSpec:
             if name not in known:
                 raise DataError(f"{name}: not a field of a coder spec.{nearest(name, known)}")
         try:
-            return draccus.decode(CoderSpec, data)
+            return draccus.decode(CoderSpec, {**data, "format_version": FORMAT_VERSION})
         except draccus.ParsingError as error:
             raise DataError(f"coder spec: {error}") from error
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from sae import distributed, hub
 from sae.choosing import Chooser
-from sae.coder import Pass, SparseCoder, initialize
+from sae.coder import Pass, SparseCoder
 from sae.config import CoderConfig
 from sae.errors import ConfigError
+from sae.initialization import initialize
 from sae.measuring import Statistics
 from sae.normalization import undo
 from sae.objectives import Objective, Spliced, Step

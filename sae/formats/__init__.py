@@ -1,1 +1,65 @@
-"""Formats: how coders lie on disk. One format a file, each with `detect(folder)` and `read(folder)`."""
+"""Formats: how coders lie on disk. One format a file, found by being there.
+
+Each module has
+
+    WEIGHTS   a regular expression on the whole name of its weight file: "params\\.npz"
+    detect(place) -> bool               by configs, tensor names and shapes; no tensor is read
+    read(place) -> (spec, tensors)      in this toolkit's terms (`sae/spec.py`); no fold, no guess
+
+and those that can be written `write(folder, coder)`. What a file is silent about, `read` asks of the user by
+`place.need`; what it does not know it refuses, naming the field or tensor.
+"""
+
+import re
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+
+from torch import Tensor
+
+from sae import weights
+from sae.errors import ConfigError, nearest
+from sae.places import Files, Hints, Place
+from sae.spec import CoderSpec
+
+
+@cache
+def formats() -> dict[str, ModuleType]:
+    """Returns {name: module} of all formats."""
+    return {module.name: import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)}
+
+
+def named(files: Files, below: str = "", hints: Hints | None = None) -> list[Place]:
+    """Returns the weight files at or below a folder (or that one file) whose names are those of a format, sorted."""
+    patterns = [re.compile(module.WEIGHTS) for module in formats().values()]
+    start = f"{below}/" if below else ""
+    names = [name for name in files.names() if name == below or name.startswith(start)]
+    found = [name for name in names if any(p.fullmatch(name.rpartition("/")[2]) for p in patterns)]
+    return [Place(files, name, hints or Hints()) for name in sorted(found)]
+
+
+def detected(place: Place) -> list[str]:
+    """Returns the names of the formats that a place may be in: the one asked for, or all that recognize it."""
+    asked = place.hints.format
+    if asked is not None:
+        if asked not in formats():
+            raise ConfigError(f"format: {asked!r} is not one of {', '.join(formats())}.{nearest(asked, formats())}")
+        return [asked]
+    fitting = {n: m for n, m in formats().items() if re.fullmatch(m.WEIGHTS, place.name)}
+    return [name for name, module in fitting.items() if module.detect(place)]
+
+
+def read(place: Place) -> tuple[str, CoderSpec, dict[str, Tensor]]:
+    """Returns (format, spec, tensors) of a place; ConfigError if it is in no known format, or may be in several."""
+    found = detected(place)
+    if len(found) > 1:
+        raise ConfigError(f"format: {place} may be {' or '.join(found)}; say which with format=")
+    if not found:
+        shapes = weights.shapes(place.files.path(place.weights))
+        listed = ", ".join(f"{name} {list(shape)}" for name, shape in list(shapes.items())[:6])
+        raise ConfigError(f"path: {place} is in no known format; it holds {listed or 'no tensors'}")
+    spec, tensors = formats()[found[0]].read(place)
+    for opened in place.opened:
+        opened.finish()
+    return found[0], spec, tensors

@@ -1,34 +1,46 @@
-"""This toolkit's own format: a folder with `cfg.json` (the spec) and `sae.safetensors` (tensors as in spec.py)."""
+"""This toolkit's own format: a folder with `cfg.json` (the spec) and `sae.safetensors` (tensors as in spec.py).
+
+Version 2 adds the digest of the weights to `cfg.json`; version 1 has none. Newer versions are refused.
+"""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sae.coder import SparseCoder
 from sae.errors import DataError
-from sae.files import load_tensors, read_json, save_tensors, write_json
+from sae.files import save_tensors, sha256_file, write_json
+from sae.places import Place
 from sae.spec import CoderSpec
 
-CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+CONFIG, FILE = "cfg.json", "sae.safetensors"
+WEIGHTS = r"sae\.safetensors"
 
 
-def detect(folder: Path) -> bool:
-    """Returns whether `folder` holds a coder in this format."""
-    return (
-        (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file() and "format_version" in read_json(folder / CONFIG)
-    )
+def detect(place: Place) -> bool:
+    """Returns whether the config says a version of ours."""
+    return "format_version" in place.config(CONFIG)
 
 
-def read(folder: Path) -> tuple[CoderSpec, dict[str, Tensor]]:
+def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     """Returns (spec, tensors); DataError names a file or tensor that is damaged."""
-    return CoderSpec.from_json(read_json(folder / CONFIG)), load_tensors(folder / WEIGHTS)
+    config = dict(place.config(CONFIG))
+    digest = config.pop("sha256", None)
+    spec = CoderSpec.from_json(config)
+    if digest is not None and not place.lazy and digest != sha256_file(place.path(FILE)):
+        raise DataError(f"{place} is damaged: its sha256 differs from the one in {CONFIG}")
+    return spec, dict(place.tensors().all())
 
 
-def write(folder: Path, spec: CoderSpec, tensors: dict[str, Tensor]) -> None:
+def write(folder: Path, coder: SparseCoder) -> None:
     """Writes a coder; weights first, so that a folder with a config is whole."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in coder.state_dict().items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise DataError(f"{name}: holds NaN or Inf; not saved to {folder}")
+    if coder.spec.selection.pursues:
+        tensors["W_enc"] = tensors["W_enc"].clone()  # it may be W_dec, and a file holds no tensor twice
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / WEIGHTS, {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
-    write_json(folder / CONFIG, spec.to_json())
+    save_tensors(folder / FILE, tensors)
+    write_json(folder / CONFIG, {**coder.spec.to_json(), "sha256": sha256_file(folder / FILE)})

@@ -51,6 +51,8 @@ class Selection(Plugin):
     """Whether the gradient of a loss at the site takes part in the choice, in training."""
     signed: ClassVar[bool] = False
     """Whether codes may be negative."""
+    pursues: ClassVar[bool] = False
+    """Whether it chooses by what earlier choices leave of the input (`pursue`), not by pre-activations."""
     needs: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Loss terms without which the rule does not train or its codes are not sparse: one of each group must be there."""
 
@@ -89,6 +91,10 @@ class Selection(Plugin):
     ) -> Float[Tensor, "nnz"]:
         """Returns the latents' values from their pre-activations at the support."""
         return torch.relu(kept)
+
+    def pursue(self, y: Float[Tensor, "n d"], weight: Float[Tensor, "m d"]) -> tuple[Support, Float[Tensor, "nnz"]]:
+        """Returns the support and its values, for a rule that `pursues`, of inputs and the decoder."""
+        raise NotImplementedError
 
     def start(self, m: int) -> dict[str, Tensor]:
         """Returns what the rule remembers of m latents before the first step."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sae import plugins
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
+from sae.initialization import initialize
 from sae.objectives import Objective
 from sae.optim import OptimConfig
 from sae.selection import Selection

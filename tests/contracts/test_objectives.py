@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sae import plugins, zipf
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
 from sae.errors import ConfigError
+from sae.initialization import initialize
 from sae.normalization import undo
 from sae.objectives import Objective, Spliced, Step
 from sae.objectives.aux_zipf import AuxZipf, shortfall

@@ -8,8 +8,9 @@ import torch
 
 from sae import plugins
 from sae.choosing import Chooser
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
 from sae.errors import ConfigError
+from sae.initialization import initialize
 from sae.selection import Selection
 from sae.spec import CoderSpec
 from sae.trainer import Batch, CoderTrainer, Schedule

@@ -15,8 +15,9 @@ from cli.train import command
 from interp.config import ExplainConfig
 from interp.explainers import Explainer
 from interp.scorers import Scorer
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
 from sae.config import TrainConfig
+from sae.initialization import initialize
 from sae.plugins import names as plugins
 from sae.selection.topk import TopK
 from sae.spec import CoderSpec, Site

@@ -11,8 +11,9 @@ from interp.baselines import BASELINES, baseline, sample_of
 from interp.codes import activations, encode
 from interp.subject import Subject
 from sae import hub
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
 from sae.errors import ConfigError
+from sae.initialization import initialize
 from sae.normalization import Normalization
 from sae.packing import PADDING
 from sae.selection.jumprelu import JumpReLU

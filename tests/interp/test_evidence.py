@@ -28,9 +28,10 @@ from interp.corpus import Corpus
 from interp.evidence import CODES, gather
 from interp.latents import Evidence, Sizes, Tally
 from interp.subject import Subject
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
 from sae.errors import ConfigError, DataError, Stopped
 from sae.files import FolderLock, write_json
+from sae.initialization import initialize
 from sae.models import load_language_model
 from sae.quickstart import model_folder
 from sae.selection.jumprelu import JumpReLU

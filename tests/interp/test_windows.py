@@ -31,8 +31,9 @@ from interp.evidence import gather
 from interp.records import SPLITS
 from interp.subject import Subject
 from interp.windows import CANDIDATES, KINDS, PLACES_OF_TOKEN, POOL, REACH, SPAN, plan, visit
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
 from sae.errors import DataError, Stopped
+from sae.initialization import initialize
 from sae.selection.topk import TopK
 from sae.spec import CoderSpec, MaskSpec, Site
 from sae.text import TextConfig, special_ids

@@ -8,10 +8,11 @@ from fakes import measured, tiny_lm
 from sae import hub, zipf
 from sae.activations import capture_with_gradients, hooked
 from sae.choosing import Chooser
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
 from sae.config import CoderConfig
 from sae.errors import ConfigError
 from sae.files import save_tensors
+from sae.initialization import initialize
 from sae.normalization import Normalization
 from sae.objectives.l1 import L1
 from sae.objectives.reconstruction import Reconstruction

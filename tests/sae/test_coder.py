@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
 from sae.errors import ConfigError
+from sae.initialization import initialize
 from sae.normalization import Normalization, undo
 from sae.selection import by_rows
 from sae.selection.topk import TopK

@@ -11,8 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import sae
 from sae.activations import capture, norm_mask
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
 from sae.evaluation import evaluate
+from sae.initialization import initialize
 from sae.models import LanguageModel
 from sae.normalization import undo
 from sae.objectives import Step

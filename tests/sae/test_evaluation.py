@@ -5,9 +5,10 @@ import torch
 from fakes import sampled_rows, tiny_lm, tiny_tokenizer
 from transformers import BertConfig, BertModel
 
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
 from sae.errors import ConfigError, Stopped
 from sae.evaluation import evaluate
+from sae.initialization import initialize
 from sae.intervene import replace_at, splice
 from sae.models import LanguageModel
 from sae.selection.topk import TopK

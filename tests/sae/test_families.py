@@ -9,10 +9,11 @@ from fakes import sampled_rows, tiny_lm
 from sae import plugins
 from sae.activations import capture
 from sae.choosing import Chooser
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
 from sae.config import CoderConfig
 from sae.errors import ConfigError
 from sae.evaluation import evaluate
+from sae.initialization import initialize
 from sae.intervene import ablate, reads_ahead, splice
 from sae.measuring import measure
 from sae.metrics import fvu

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sae
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
 from sae.errors import ConfigError, DataError
+from sae.initialization import initialize
 from sae.normalization import Normalization
 from sae.selection.topk import TopK
 from sae.spec import CoderSpec, MaskSpec, Site

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from sae.coder import SparseCoder, initialize
+from sae.coder import SparseCoder
 from sae.errors import ConfigError
+from sae.initialization import initialize
 from sae.optim import Average, OptimConfig, adam, normalize_decoder, project_decoder_gradient
 from sae.selection.topk import TopK
 from sae.spec import CoderSpec

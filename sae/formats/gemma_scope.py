@@ -1,0 +1,81 @@
+"""Gemma Scope 1: a folder .../layer_12/width_16k/average_l0_82 with `params.npz`, and no config (2408.05147).
+
+    a = h 1[h > threshold],   h = x W_enc + b_enc,   out = a W_dec + b_dec
+
+W_enc is stored as [d_in, d_sae]; there is no pre-bias and no normalization. Repository and path say the rest. `res`
+coders read and write the residual stream after the layer, `mlp` what the MLP adds to it (after the norm that follows),
+`att` the concatenated heads. Embedding coders are of the embedding as it is stored, without Gemma's factor sqrt(d).
+Transcoders read the MLP's norm; the paper does not say whether before or after its gain, so `site` must.
+"""
+
+import re
+
+from torch import Tensor
+
+from sae.errors import DataError
+from sae.places import Place
+from sae.selection.jumprelu import JumpReLU
+from sae.spec import CoderSpec, MaskSpec, Site
+
+WEIGHTS = r"params\.npz"
+HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+TENSORS = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
+REPOSITORY = re.compile(r"gemma-scope-(?P<size>\d+b)-(?P<tuning>pt|it)-(?P<kind>res|mlp|att|transcoders)")
+
+
+def detect(place: Place) -> bool:
+    """Returns whether the archive holds a JumpReLU coder's five tensors."""
+    return TENSORS <= {name.lower() for name in place.shapes()}
+
+
+def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
+    """Returns (spec, tensors)."""
+    opened = place.tensors()
+    found = {name.lower(): opened[name] for name in opened}
+    (d_sae,), (d_out,) = found["b_enc"].shape, found["b_dec"].shape
+    d_in = sum(found["w_enc"].shape) - d_sae
+    lower = place.taken(found)
+    tensors = {
+        "W_enc": lower.matrix("w_enc", d_sae, d_in, transposed=True),
+        "W_dec": lower.matrix("w_dec", d_sae, d_out),
+        "b_enc": lower["b_enc"],
+        "b_dec": lower["b_dec"],
+        "threshold": lower.take("threshold", d_sae),
+    }
+    reads, writes = _sites(place)
+    l0 = re.search(r"average_l0_(\d+)", place.identity)
+    spec = CoderSpec(
+        d_in,
+        d_out,
+        d_sae,
+        JumpReLU(),
+        reads,
+        writes,
+        pre_bias="none",
+        decoder_norm="free",
+        mask=MaskSpec(skip_positions=1),  # trained without BOS, which must be there all the same
+        context_length=1024,
+        metrics={"advertised": {"l0": float(l0[1])}} if l0 else {},
+    )
+    return spec, tensors
+
+
+def _sites(place: Place) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+    known, layer = REPOSITORY.search(place.identity), re.search(r"(?:^|/)layer_(\d+)/", place.identity)
+    embedding = "/embedding/" in place.identity
+    if not known or not (layer or embedding):
+        return (), ()
+    model = place.hints.model or f"google/gemma-2-{known['size']}" + ("-it" if known["tuning"] == "it" else "")
+    if embedding:
+        site = Site("model.embed_tokens", model=model)
+        return (site,), (site,)
+    if known["kind"] == "transcoders":
+        why = "it is known to read the norm before the MLP, but not on which side of that norm's gain"
+        before = f"blocks.{layer[1]}.ln2.hook_normalized"
+        after = f"model.layers.{layer[1]}.pre_feedforward_layernorm"
+        said = place.need("site", why, f"{before!r} or {after!r}")
+        if said not in (before, after):
+            raise DataError(f"site: {said!r} is not where {place} reads; allowed: {before}, {after}")
+        return (Site(said, model=model),), (Site(f"blocks.{layer[1]}.hook_mlp_out", model=model),)
+    site = Site(f"blocks.{layer[1]}.{HOOKS[known['kind']]}", model=model)
+    return (site,), (site,)
