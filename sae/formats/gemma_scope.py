@@ -12,7 +12,7 @@ import re
 
 from torch import Tensor
 
-from sae.errors import DataError
+from sae.errors import ConfigError
 from sae.places import Place
 from sae.selection.jumprelu import JumpReLU
 from sae.spec import CoderSpec, MaskSpec, Site
@@ -75,7 +75,7 @@ def _sites(place: Place) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
         after = f"model.layers.{layer[1]}.pre_feedforward_layernorm"
         said = place.need("site", why, f"{before!r} or {after!r}")
         if said not in (before, after):
-            raise DataError(f"site: {said!r} is not where {place} reads; allowed: {before}, {after}")
+            raise ConfigError(f"site: {said!r} is not where {place} reads; allowed: {before}, {after}")
         return (Site(said, model=model),), (Site(f"blocks.{layer[1]}.hook_mlp_out", model=model),)
     site = Site(f"blocks.{layer[1]}.{HOOKS[known['kind']]}", model=model)
     return (site,), (site,)

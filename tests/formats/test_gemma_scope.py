@@ -1,0 +1,67 @@
+"""Gemma Scope 1, from its paths and archives alone."""
+
+import numpy as np
+import pytest
+from rig import D_IN, D_SAE, Draw, loads, relu
+
+import sae
+from sae.errors import ConfigError
+
+
+def write(root, path, d_in=D_IN, d_out=D_IN, upper=True):
+    draw, folder = Draw(), root / path
+    folder.mkdir(parents=True)
+    tensors = {
+        "W_enc": draw(d_in, D_SAE),
+        "W_dec": draw(D_SAE, d_out),
+        "b_enc": draw(D_SAE),
+        "b_dec": draw(d_out),
+        "threshold": draw.positive(D_SAE),
+    }
+    np.savez(folder / "params.npz", **{n if upper else n.lower(): t for n, t in tensors.items()})
+    return folder, lambda x: reference(x, **{n: t.astype(np.float64) for n, t in tensors.items()})
+
+
+def reference(x, W_enc, W_dec, b_enc, b_dec, threshold):
+    h = x @ W_enc + b_enc
+    acts = relu(h) * (h > threshold)
+    return acts, acts @ W_dec + b_dec, np.abs(h - threshold).min(1)
+
+
+@pytest.mark.parametrize("upper", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "hook"),
+    [
+        ("res", "blocks.12.hook_resid_post"),
+        ("mlp", "blocks.12.hook_mlp_out"),
+        ("att", "blocks.12.attn.hook_z"),
+    ],
+)
+def test_sites_come_from_the_path(tmp_path, kind, hook, upper):
+    folder, wanted = write(tmp_path, f"google/gemma-scope-9b-it-{kind}/layer_12/width_16k/average_l0_82", upper=upper)
+    coder = loads(folder, wanted)
+    site = coder.spec.reads[0]
+    assert (site.hook, site.model) == (hook, "google/gemma-2-9b-it")
+    assert coder.spec.writes == coder.spec.reads
+    assert coder.spec.metrics["advertised"] == {"l0": 82.0}
+
+
+def test_embeddings_are_read_as_they_are_stored(tmp_path):
+    folder, wanted = write(tmp_path, "google/gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6")
+    assert loads(folder, wanted).spec.reads[0].hook == "model.embed_tokens"
+
+
+def test_the_side_of_a_transcoders_gain_is_asked_for(tmp_path):
+    path = "google/gemma-scope-2b-pt-transcoders/layer_7/width_16k/average_l0_11"
+    folder, wanted = write(tmp_path, path, d_out=5)
+    with pytest.raises(ConfigError, match=r"^site: .*params\.npz does not say it.*blocks\.7\.ln2\.hook_normalized"):
+        sae.load(folder)
+    with pytest.raises(ConfigError, match="site: 'layers.7' is not where"):
+        sae.load(folder, site="layers.7")
+    coder = loads(folder, wanted, site="blocks.7.ln2.hook_normalized")
+    assert coder.spec.writes[0].hook == "blocks.7.hook_mlp_out"
+
+
+def test_a_square_coder_is_read_as_documented(tmp_path):
+    folder, wanted = write(tmp_path, "x", d_in=D_SAE, d_out=D_SAE)
+    assert loads(folder, wanted).spec.reads == ()
