@@ -89,6 +89,20 @@ def print_tables(results: dict[str, dict[str, Any]]) -> None:
         print("\n".join(["", name, *(f"  {label:{width}}{text}" for label, text in rows)]))
 
 
+def add_hints(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say of a released coder what its files do not, and which commit is meant."""
+    parser.add_argument("--revision", metavar="COMMIT", help="commit, branch or tag on the hub")
+    parser.add_argument("--site", metavar="HOOK", help="where it reads, if its files do not say")
+    parser.add_argument("--pre-bias", choices=("none", "decoder", "own"), help="what is subtracted before the encoder")
+    parser.add_argument("--scale", type=float, metavar="S", help="factor on its inputs, where no file has it")
+    parser.add_argument("--format", metavar="NAME", help="its format, of files that look like several")
+
+
+def hints(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns what was typed for the options of `add_hints`, as `sae.load` takes it."""
+    return {name: getattr(options, name) for name in ("site", "pre_bias", "scale", "format")}
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ConfigErrors, so that every command fails in the same way."""
 

@@ -1,4 +1,4 @@
-"""sae-eval: held-out metrics of a saved coder, or of every coder of a run, as a table and one JSON."""
+"""sae-eval: held-out metrics of a coder, or of every coder of a run or repository, as a table and one JSON."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.common import DONE, Parser, print_tables, read_config, run
+from cli.common import DONE, Parser, add_hints, hints, print_tables, read_config, run
 from sae.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,43 +23,44 @@ def main(argv: list[str] | None = None) -> int:
 def command(argv: list[str]) -> int:
     """Parses and acts."""
     parser = Parser("sae-eval", description=__doc__)
-    parser.add_argument("path", help="a run folder, or the folder of one coder")
+    parser.add_argument("path", help="a run folder, a coder, or whatever else `sae.load` takes")
     parser.add_argument("--tokens", type=int, default=65_536, help="held-out tokens (default: %(default)s)")
     parser.add_argument("--nulls", action="store_true", help="also an untrained dictionary and PCA at the same L0")
     parser.add_argument("--json", metavar="FILE", help="write the metrics here (default: below the run folder)")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
     parser.add_argument("--repair", action="store_true", help="verify the cached text and make it again if damaged")
+    add_hints(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options, overrides = parser.parse_known_args(argv)
     if options.tokens < 1:
         raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
-    path = Path(options.path).expanduser()
 
     from sae import hub
     from sae.config import ModelConfig, TrainConfig
     from sae.evaluation import evaluate, text_of
     from sae.files import check_writable, write_json
-    from sae.formats import native
     from sae.models import load_language_model
     from sae.stopping import stop_flag
     from sae.text import tokenize
 
-    folders = hub.coder_folders(path)
-    if not folders:
-        raise ConfigError(f"path: {path} holds no saved coder (a folder with {native.CONFIG} and {native.WEIGHTS})")
-    target = Path(options.json) if options.json else path / "sae-eval.json"
+    path = Path(options.path).expanduser()
+    target = Path(options.json) if options.json else (path if path.is_dir() else Path()) / "sae-eval.json"
     check_writable(target.parent, "--json")
-    runs = [p.parent / "config.yaml" for p in folders[0].resolve().parents if p.name == "coders"]
-    run_config = next((p for p in runs if p.is_file()), None)
-    coders = {str(f.relative_to(path)) if f != path else f.name: hub.load(f) for f in folders}
+    coders = hub.load_all(options.path, revision=options.revision, **hints(options))
     spec = next(iter(coders.values())).spec
+    beside = [path.resolve() / next(iter(coders)), *(path.resolve() / next(iter(coders))).parents]
+    runs = [p.parent / "config.yaml" for p in beside if p.name == "coders"]
+    run_config = next((p for p in runs if p.is_file()), None)
     for name, coder in coders.items():
         if _subject(coder.spec) != _subject(spec):
             raise ConfigError(f"path: {name} reads another model or text than {next(iter(coders))}; evaluate one run")
+    if not (spec.reads and spec.reads[0].model) and not any(word.startswith("--model.name") for word in overrides):
+        raise ConfigError("--model.name: the coder does not say which language model it reads; name it")
     trained = TrainConfig()
-    if spec.reads and "text" in spec.training:
+    if spec.reads and spec.reads[0].model:
         site = spec.reads[0]
-        trained = TrainConfig(model=ModelConfig(name=site.model, revision=site.revision), text=text_of(spec))
+        text = text_of(spec) if "text" in spec.training else trained.text
+        trained = TrainConfig(model=ModelConfig(name=site.model, revision=site.revision), text=text)
     config = read_config(TrainConfig, run_config, overrides, trained)
     for word in overrides:
         if word.startswith("--") and not word.replace("second-model", "second_model").startswith(READ):

@@ -16,6 +16,7 @@ from interp.scorers.embedding import Embedding
 from interp.scorers.fuzzing import Fuzzing
 from sae.config import ModelConfig
 from sae.errors import ConfigError, nearest
+from sae.places import Hints
 from sae.settings import at_least, choose
 from sae.text import TextConfig
 
@@ -35,9 +36,13 @@ class CoderConfig:
     """The coder whose latents are explained."""
 
     path: str = ""
-    """Folder of a training run or of one coder."""
+    """Folder of a training run or of a coder, hub id, or the name of a released one: whatever `sae.load` takes."""
     name: str = ""
-    """Which coder of a run that has several: its folder below coders/."""
+    """Which coder, where there are several: its folder below coders/, or its name in the repository."""
+    revision: str | None = None
+    """Commit, branch or tag on the hub."""
+    hints: Hints = field(default_factory=Hints)
+    """What the files of a released coder do not say."""
     baseline: str = "none"
     """Explain a stand-in for it on the same text: neurons and topk_neurons (of the site it reads), random_direction,
     random_init."""
@@ -47,7 +52,6 @@ class CoderConfig:
         choose("coder.baseline", self.baseline, BASELINES)
         if not self.path:
             raise ConfigError("coder.path: empty; name the folder of a run or of a coder: sae-explain FOLDER")
-        must_be_folder("coder.path", self.path)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """From a config to examples: coder, model and text, both passes, and which latents it is about."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +26,11 @@ from interp.records import Examples
 from interp.subject import Subject
 from interp.windows import plan, visit
 from sae import distributed, hub
-from sae.coder import SparseCoder
-from sae.errors import ConfigError, nearest
+from sae.errors import ConfigError
 from sae.evaluation import text_of
 from sae.files import write_json
-from sae.models import load_language_model, resolve_device
+from sae.models import load_language_model, load_tokenizer, resolve_device
+from sae.places import Place
 from sae.progress import Progress
 from sae.seeding import generator
 from sae.text import TextConfig
@@ -66,21 +67,26 @@ def resolved(config: ExplainConfig) -> ExplainConfig:
 
     Raises ConfigError if the coder cannot be loaded or does not say what it reads, or it has no such latents.
     """
-    folder = coder_folder(config)
-    spec = hub.load(folder).spec
+    spec = hub.read(replace(coder_place(config), lazy=True)).spec
     if not spec.reads:
-        raise ConfigError(f"coder.path: the coder in {folder} names no site to read, so it cannot be explained")
+        raise ConfigError(f"coder.path: the coder in {config.coder.path} names no site to read; say coder.hints.site")
     model, text, run_dir = config.model, config.text, config.run_dir
     if not model.name:
         site = spec.reads[0]
+        if not site.model:
+            raise ConfigError("model.name: the coder does not say which language model it reads; name it")
         model = replace(model, name=site.model, revision=model.revision or site.revision)
     if not text.source:
+        if "text" not in spec.training:
+            raise ConfigError("text.source: the coder does not say what text it was trained on; name one")
         found = text_of(spec)
         changed = {k: v for k, v in vars(text).items() if v != vars(TextConfig(source=""))[k]}
         text = replace(found, max_tokens=None, **changed)
     if not run_dir:
         label = "" if config.coder.baseline == "none" else f"-{config.coder.baseline}"
-        run_dir = str(Path(config.coder.path).expanduser() / f"explain{label}")
+        path = Path(config.coder.path).expanduser()
+        beside = path if path.is_dir() else Path("runs", re.sub(r"[^\w.-]+", "-", config.coder.path))
+        run_dir = str(beside / f"explain{label}")
         if config.coder.name:
             run_dir = str(Path(run_dir) / config.coder.name)
     evidence = config.evidence
@@ -95,24 +101,13 @@ def resolved(config: ExplainConfig) -> ExplainConfig:
     return replace(config, model=model, text=text, run_dir=run_dir, evidence=evidence, **plugins)
 
 
-def coder_folder(config: ExplainConfig) -> Path:
-    """Returns the folder of the one coder that is meant."""
-    path = Path(config.coder.path).expanduser()
-    if not config.coder.name:
-        found = hub.coder_folders(path)
-        if len(found) > 1:
-            names = ", ".join(sorted(f.name for f in found))
-            raise ConfigError(f"coder.name: {path} holds {len(found)} coders; choose one: {names}")
-        if not found:
-            raise ConfigError(f"coder.path: {path} holds no saved coder")
-        return found[0]
-    found = {str(f.relative_to(path / "coders")): f for f in hub.coder_folders(path / "coders")}
-    if config.coder.name not in found:
-        known = ", ".join(sorted(found))
-        raise ConfigError(
-            f"coder.name: no {config.coder.name!r} in {path}.{nearest(config.coder.name, found)} It has: {known}"
-        )
-    return found[config.coder.name]
+def coder_place(config: ExplainConfig) -> Place:
+    """Returns where the one coder lies that is meant."""
+    asked = config.coder
+    try:
+        return hub.pick(asked.path, asked.name, asked.revision, **vars(asked.hints))
+    except ConfigError as error:
+        raise ConfigError(f"coder.{error}") from None
 
 
 def prepare(
@@ -149,8 +144,10 @@ def read_from(
     repair: bool = False,
 ) -> tuple[Subject, Corpus, KeyedCodes]:
     """Returns the coder (or its baseline) with its language model, the text of a resolved config, and its codes."""
-    coder: SparseCoder = hub.load(coder_folder(config)).to(resolve_device(config.model.device))
+    coder = hub.read(coder_place(config), resolve_device(config.model.device))
     options = {**vars(config.model), "trust_remote_code": trust_remote_code}
+    if hub.RELEASED in coder.spec.training:
+        coder = hub.fitted(coder, load_tokenizer(config.model.name, config.model.revision, trust_remote_code))
     subject, tokens = Subject(coder, lambda: load_language_model(**options)), config.evidence.tokens or TOKENS
     if config.evidence.cache:
         cache = DelphiCache(Path(config.evidence.cache).expanduser(), coder.spec.mask)

@@ -13,7 +13,7 @@ from sae.objectives import Objective
 from sae.objectives.auxk import AuxK
 from sae.objectives.reconstruction import Reconstruction
 from sae.optim import OptimConfig
-from sae.selection import Selection
+from sae.selection import Selection, trainable
 from sae.selection.topk import TopK
 from sae.settings import at_least, choose, decode, merge, set_dotted
 from sae.spec import BUDGETS, DECODER_NORMS, PRE_BIASES, CoderSpec, Site
@@ -148,6 +148,11 @@ class CoderConfig:
         if not any(term.weight for term in self.objectives.values()):
             raise ConfigError("coder.objectives: no term has a weight; at least one is needed, such as reconstruction")
         terms = [Objective.get_choice_name(type(term)) for term in self.objectives.values() if term.weight]
+        if self.selection.pursues:
+            raise ConfigError(
+                f"coder.selection.type: {Selection.get_choice_name(type(self.selection))!r} is for coders that are "
+                f"loaded; training takes {', '.join(trainable())}"
+            )
         for group in self.selection.needs:
             if not set(group) & set(terms):
                 rule = Selection.get_choice_name(type(self.selection))

@@ -30,6 +30,7 @@ from sae.activations import (
 )
 from sae.coder import SparseCoder
 from sae.errors import ConfigError, Stopped
+from sae.hub import fitted
 from sae.intervene import ablate, reads_ahead, splice
 from sae.metrics import Moments, Reconstruction, head_shares, kl_divergence, recovered
 from sae.models import LanguageModel, load_language_model
@@ -71,6 +72,7 @@ def evaluate(
     spec = next(iter(several.values())).spec
     device = next(iter(several.values())).W_enc.device
     lm = lm or load_language_model(spec.reads[0].model, spec.reads[0].revision, device=str(device))
+    several = {name: fitted(coder, lm.tokenizer) for name, coder in several.items()}
     models = {"": lm}
     tagged = [site for coder in several.values() for site in coder.spec.reads if site.tag]
     if tagged:

@@ -4,10 +4,10 @@ An address is a folder or weight file, "owner/repo" on the hub with a path below
 is known: SAELens' "release/sae_id" and Neuronpedia's "model/source" (`sae/releases.py`).
 """
 
-import os
+import copy
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,12 @@ from sae.formats import native
 from sae.places import Files, Hints, LocalFiles, Place, finite
 from sae.remote import HubFiles
 from sae.spec import CoderSpec
+from sae.text import special_ids
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RELEASED = "released"  # of `spec.training`: where a coder that was not trained here comes from
 Address = str | Path | tuple[str, str]
 
 
@@ -36,8 +41,8 @@ def load(
 
     The format is found by file names, tensor names and shapes (`sae/formats/`). Thresholds stay float32 whatever the
     dtype. `lazy` maps the tensors into memory, in the precision they are stored in, and reads what is looked at. `hints`
-    say what the files do not (`sae.places.Hints`: model, site, pre_bias, scale, format). `spec.training["source"]` says
-    where it came from.
+    say what the files do not (`sae.places.Hints`: model, site, pre_bias, scale, format). `spec.training["released"]`
+    says where it came from.
 
     Raises ConfigError if there is no coder or several (naming them), a format is unknown or ambiguous, or a hint is
     needed; DataError naming the file or tensor that is missing, damaged, of the wrong shape, unknown, or not finite.
@@ -45,6 +50,36 @@ def load(
     files, below, known = locate(path, revision, cache_dir)
     place = _one(files, below, _merged(known, hints))
     return read(replace(place, lazy=lazy), device, dtype)
+
+
+def pick(
+    path: Address, name: str = "", revision: str | None = None, cache_dir: str | Path | None = None, **hints: Any
+) -> Place:
+    """Returns the place of the one coder at an address, or of the one called `name` among several there.
+
+    A name is that of `load_all`, or its last part, or what follows "coders/" in a run's folder.
+    """
+    files, below, known = locate(path, revision, cache_dir)
+    said = _merged(known, hints)
+    if not name:
+        return _one(files, below, said)
+    found = places(files, below, said)
+    for fitting in ([name], [f"coders/{name}"], [full for full in found if full.endswith(f"/{name}")]):
+        if len(fitting) == 1 and fitting[0] in found:
+            return found[fitting[0]]
+    raise ConfigError(f"name: no {name!r} in {path}.{nearest(name, found)} It has: {', '.join(found) or 'no coder'}")
+
+
+def fitted(coder: SparseCoder, tokenizer: "PreTrainedTokenizerBase") -> SparseCoder:
+    """Returns a coder of others, which does not say what it masked, with the special tokens of its model masked.
+
+    A coder trained here says it, and comes back as it is; the tensors are shared.
+    """
+    if RELEASED not in coder.spec.training or coder.spec.mask.special_ids:
+        return coder
+    fitted = copy.copy(coder)
+    fitted.spec = coder.spec.with_(mask=replace(coder.spec.mask, special_ids=tuple(sorted(special_ids(tokenizer)))))
+    return fitted
 
 
 def load_all(
@@ -98,8 +133,9 @@ def places(files: Files, below: str = "", hints: Hints | None = None) -> dict[st
     found = [place for place in formats.named(files, below, hints) if formats.detected(place)]
     alone = {place.folder for place in found if sum(other.folder == place.folder for other in found) == 1}
     start = f"{below}/" if below else ""
+    own = PurePosixPath(below or files.identity).name  # of the coder that lies in the folder itself
     names = [place.folder if place.folder in alone else place.weights for place in found]
-    return {name.removeprefix(start) or place.name: place for name, place in zip(names, found, strict=True)}
+    return {own if n in ("", below) else n.removeprefix(start): p for n, p in zip(names, found, strict=True)}
 
 
 def read(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SparseCoder:
@@ -107,7 +143,7 @@ def read(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = 
     name, spec, tensors = formats.read(place)
     source = {"format": name, "file": place.weights, "from": place.files.identity, "revision": place.files.revision}
     if name != "native":
-        spec = spec.with_(training={**spec.training, "source": source})
+        spec = spec.with_(training={**spec.training, RELEASED: source})
     coder = made(spec, tensors, str(place), place.lazy)
     return coder if place.lazy else coder.to(device).to_dtype(dtype)
 
@@ -174,7 +210,3 @@ def _merged(known: dict[str, Any], said: dict[str, Any]) -> Hints:
             )
     return Hints(**{**known, **{name: value for name, value in said.items() if value is not None}})
 
-
-def offline() -> bool:
-    """Returns whether the hub must not be asked."""
-    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")

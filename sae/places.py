@@ -20,7 +20,6 @@ from sae.files import read_json, safe_join
 from sae.settings import read_yaml
 from sae.weights import Shapes
 
-
 ABOVE = re.compile(r"\.\./[\w.-]+\.(json|ya?ml)")  # the only way up: a config of the whole run or repository
 
 
@@ -124,6 +123,9 @@ class Tensors(Mapping[str, Tensor]):
             raise DataError(f"{self.source}: tensor {name} is missing.{nearest(name, self._found)}")
         self._left.pop(name, None)
         return self._found[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._found
 
     def __iter__(self) -> Any:
         return iter(self._found)

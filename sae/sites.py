@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -46,14 +47,23 @@ EMBEDDINGS = ("model.embed_tokens", "transformer.wte", "gpt_neox.embed_in", "emb
 
 
 def located(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
-    """Returns the module of a site and the side of it; ConfigError if this model has none of that name."""
-    hook, side = site.hook, site.side
-    if ALIAS.fullmatch(hook) or hook == "hook_embed":
-        ((hook, side),) = _matches(hook, {path: module for path, module in model.named_modules() if path})
+    """Returns the module of a site and the side of it; ConfigError if this model has none of that name, or several.
+
+    As in `resolve`, the end of a module path will do where it is unique: coders of others may be named below the base
+    model ("layers.3.mlp").
+    """
+    alias = ALIAS.fullmatch(site.hook) or site.hook == "hook_embed"
+    if not alias:
+        with suppress(AttributeError):
+            return model.get_submodule(site.hook), site.side
     try:
-        return model.get_submodule(hook), side
-    except AttributeError as error:
-        raise ConfigError(f"activations.sites: no module {hook!r} in this model") from error
+        found = _matches(site.hook, {path: module for path, module in model.named_modules() if path})
+    except ConfigError as error:
+        raise ConfigError(f"activations.sites: {error}") from None
+    if len(found) > 1:
+        raise ConfigError(f"activations.sites: {site.hook!r} means {len(found)} modules; write one in full")
+    [(path, side)] = found
+    return model.get_submodule(path), side if alias else site.side
 
 
 def resolve(

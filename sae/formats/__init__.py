@@ -1,4 +1,4 @@
-"""Formats: how coders lie on disk. One format a file, found by being there.
+r"""Formats: how coders lie on disk. One format a file, found by being there.
 
 Each module has
 

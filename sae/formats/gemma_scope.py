@@ -4,8 +4,9 @@
 
 W_enc is stored as [d_in, d_sae]; there is no pre-bias and no normalization. Repository and path say the rest. `res`
 coders read and write the residual stream after the layer, `mlp` what the MLP adds to it (after the norm that follows),
-`att` the concatenated heads. Embedding coders are of the embedding as it is stored, without Gemma's factor sqrt(d).
-Transcoders read the MLP's norm; the paper does not say whether before or after its gain, so `site` must.
+`att` the concatenated heads. Two questions no source settles, so the user must: embedding coders are of the embedding
+with Gemma's factor sqrt(d) or without (`scale`); transcoders read the norm before the MLP, before or after its gain
+(`site`).
 """
 
 import re
@@ -13,6 +14,7 @@ import re
 from torch import Tensor
 
 from sae.errors import ConfigError
+from sae.normalization import Normalization
 from sae.places import Place
 from sae.selection.jumprelu import JumpReLU
 from sae.spec import CoderSpec, MaskSpec, Site
@@ -25,7 +27,7 @@ REPOSITORY = re.compile(r"gemma-scope-(?P<size>\d+b)-(?P<tuning>pt|it)-(?P<kind>
 
 def detect(place: Place) -> bool:
     """Returns whether the archive holds a JumpReLU coder's five tensors."""
-    return TENSORS <= {name.lower() for name in place.shapes()}
+    return {name.lower() for name in place.shapes()} >= TENSORS
 
 
 def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
@@ -43,6 +45,11 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         "threshold": lower.take("threshold", d_sae),
     }
     reads, writes = _sites(place)
+    normalization = Normalization()
+    if "/embedding/" in place.identity:
+        why = "hook_embed has Gemma's factor sqrt(d), and the coder may be of embeddings without it"
+        scale = float(place.need("scale", why, f"1 or {d_in**-0.5:.6g}"))
+        normalization = normalization if scale == 1 else Normalization("scalar", scale)
     l0 = re.search(r"average_l0_(\d+)", place.identity)
     spec = CoderSpec(
         d_in,
@@ -52,6 +59,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         reads,
         writes,
         pre_bias="none",
+        normalization=normalization,
         decoder_norm="free",
         mask=MaskSpec(skip_positions=1),  # trained without BOS, which must be there all the same
         context_length=1024,
@@ -67,7 +75,7 @@ def _sites(place: Place) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
         return (), ()
     model = place.hints.model or f"google/gemma-2-{known['size']}" + ("-it" if known["tuning"] == "it" else "")
     if embedding:
-        site = Site("model.embed_tokens", model=model)
+        site = Site("hook_embed", model=model)
         return (site,), (site,)
     if known["kind"] == "transcoders":
         why = "it is known to read the norm before the MLP, but not on which side of that norm's gain"

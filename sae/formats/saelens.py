@@ -6,33 +6,45 @@
     gated                                     1[y W_enc + b_gate > 0] ReLU(y (W_enc exp(r_mag)) + b_mag)
     matching_pursuit                          `sae/selection/matching_pursuit.py`
 
-W_enc is stored as [d_in, d_sae]. Configs from before version 6 name things differently, and say TopK only by
-`activation_fn`. Checkpoints of training hold the cut of BatchTopK (`topk_threshold`) or `log_threshold`, and what was
-done to the inputs in files beside the weights. Temporal coders are told apart, and refused: they look at the context.
+W_enc is stored as [d_in, d_sae]; n are the norms of W_dec's rows. Configs from before version 6 name things
+differently, and say TopK only by `activation_fn`. Checkpoints of training hold the cut of BatchTopK
+(`topk_threshold`) or `log_threshold`, and what was done to the inputs in files beside the weights. Temporal coders are
+told apart, and refused: they look at the context.
+
+Activations are those of a TransformerLens model loaded without processing, plus `model_from_pretrained_kwargs`. Where
+these center the weights that write to the residual stream, what is read there lacks its mean over components, and N
+takes it out of a raw activation. (RMSNorm's models are never centered; TransformerLens skips them.)
 """
 
+import logging
+import re
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae import folds
+from sae import exporting, folds
+from sae.coder import SparseCoder
 from sae.errors import ConfigError, DataError
+from sae.files import save_tensors, write_json
 from sae.normalization import Normalization
-from sae.places import Place, Tensors, as_int, one_of
-from sae.selection import Selection
+from sae.places import Place, Tensors, as_int, finite, one_of
+from sae.selection import Budget, Selection
 from sae.selection.gated import Gated
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.matching_pursuit import MatchingPursuit
-from sae.selection.mutual_choice import MutualChoice
 from sae.selection.relu import ReLU
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
-from sae.sites import model_id
-from sae.spec import CoderSpec, Site
+from sae.sites import ALIAS, model_id
+from sae.spec import CoderSpec, MaskSpec, Site
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = r"sae_weights\.safetensors"
-CONFIG = "cfg.json"
+CONFIG, FILE, VERSION = "cfg.json", "sae_weights.safetensors", "6.54.12"
 OLD_NAMES = {
     "hook_point": "hook_name",
     "hook_point_head_index": "hook_head_index",
@@ -48,6 +60,23 @@ ARCHITECTURES = (
     *("standard", "gated", "topk", "jumprelu", "abstopk", "matching_pursuit", *BATCH),
     *("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder", "temporal"),
 )
+SINCE_UNPROCESSED = (3, 19, 2)  # training before read models with TransformerLens' processing (SAELens#279)
+CENTERED = re.compile(r"(blocks\.\d+\.)?hook_(resid_\w+|mlp_out|attn_out|mlp_in|attn_in|embed|pos_embed)")
+RMS_NORM = re.compile(r"llama|gemma|mi[sx]tral|qwen|gpt-oss|phi-?3|apertus|olmo-?[23]|olmoe|deepseek|yi-", re.I)
+
+KINDS = {"layer_norm": "layer_norm", "l2": "constant_norm_rescale"}  # our kinds of normalization in their words
+UNIT = 1e-6  # how far from 1 the norm of a normalized decoder may be, in float32
+RULES = {  # our rules by what they do in inference
+    "relu": "standard",
+    "topk": "topk",
+    "gradient_topk": "topk",
+    "signed_topk": "abstopk",
+    "jumprelu": "jumprelu",
+    "mutual_choice": "jumprelu",
+    "feature_choice": "jumprelu",
+    "gated": "gated",
+    "matching_pursuit": "matching_pursuit",
+}
 
 
 def detect(place: Place) -> bool:
@@ -58,33 +87,33 @@ def detect(place: Place) -> bool:
 
 def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     """Returns (spec, tensors)."""
-    config = migrated(place.config(CONFIG))
-    architecture = one_of(config["architecture"], ARCHITECTURES, "architecture", place)
+    config = migrated(place.config(CONFIG), place)
+    architecture = one_of(config.get("architecture"), ARCHITECTURES, "architecture", place)
     if architecture == "temporal":
         raise ConfigError(
             f"architecture: {place} is a temporal SAE, whose codes depend on the whole context by attention; a coder "
             "here maps each activation by itself"
         )
+    d_in, d_sae = (as_int(config.get(name), name, place) for name in ("d_in", "d_sae"))
+    transcodes, subtracts = "transcoder" in architecture, config["apply_b_dec_to_input"]
+    d_out = as_int(config.get("d_out"), "d_out", place) if transcodes else d_in
+    if transcodes and subtracts:
+        raise DataError(f"{place}: apply_b_dec_to_input is true, but a transcoder's decoder bias is of its output")
     found = place.tensors()
-    d_in, d_sae = as_int(config["d_in"], "d_in", place), as_int(config["d_sae"], "d_sae", place)
-    transcodes = "transcoder" in architecture
-    d_out = as_int(config.get("d_out", d_in), "d_out", place)
-    pre_bias = "decoder" if not transcodes and config.get("apply_b_dec_to_input") else "none"
-    reads, writes = _sites(place, config.get("metadata", {}), transcodes)
     tensors = {"W_dec": found.take("W_dec", d_sae, d_out), "b_dec": found.take("b_dec", d_out)}
     if architecture == "matching_pursuit":
-        found.ignore("W_enc", "b_enc")
         tensors |= {"W_enc": tensors["W_dec"], "b_enc": tensors["W_dec"].new_zeros(d_sae)}
-        if pre_bias == "none":  # SAELens adds the bias only where it subtracts it
+        if not subtracts:  # SAELens adds the bias only where it subtracts it
             tensors["b_dec"] = torch.zeros_like(tensors["b_dec"])
     else:
         tensors["W_enc"] = found.take("W_enc", d_in, d_sae).T
         tensors["b_enc"] = found.take("b_gate" if architecture == "gated" else "b_enc", d_sae)
-    selection = _selection(place, config, architecture, found, tensors, d_sae)
     if "skip" in architecture:
         tensors["W_skip"] = found.take("W_skip", d_out, d_in)
     _finetuned(config, found, tensors, place)
-    metadata = config.get("metadata", {})
+    selection, own = _selection(place, config, architecture, found, d_sae)
+    metadata = config["metadata"]
+    reads, writes = _sites(place, metadata, transcodes)
     spec = CoderSpec(
         d_in,
         d_out,
@@ -92,109 +121,260 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         selection,
         reads,
         writes,
-        encoder="matching_pursuit" if architecture == "matching_pursuit" else "linear",
-        pre_bias=pre_bias,
+        encoder="matching_pursuit" if selection.pursues else "linear",
+        pre_bias="decoder" if subtracts else "none",
         decoder_norm="free",
         skip="skip" in architecture,
+        mask=_mask(metadata),
         context_length=as_int(metadata.get("context_size") or 0, "context_size", place),
         bos="row" if metadata.get("prepend_bos", True) else "none",
         training={"architecture": architecture, "dataset": metadata.get("dataset_path")},
     )
-    if config.get("rescale_acts_by_decoder_norm"):  # its latents are h n: the same coder with a unit decoder
+    if config.get(
+        "rescale_acts_by_decoder_norm"
+    ):  # its latents are h n, and so is its cut: a unit decoder says the same
         spec, tensors = folds.rescale_latents(spec, tensors, tensors["W_dec"].float().norm(dim=1).clamp_min(1e-8))
-    return _normalized(place, config["normalize_activations"], spec, tensors)
+    spec, tensors = _normalized(place, config["normalize_activations"], transcodes, spec, tensors | own)
+    return _of_raw_activations(place, metadata, spec, tensors)
 
 
-def migrated(config: dict[str, Any]) -> dict[str, Any]:
+def migrated(config: dict[str, Any], source: object = CONFIG) -> dict[str, Any]:
     """Returns a config in the terms of version 6, with every default that bears on the map."""
     new = {OLD_NAMES.get(name, name): value for name, value in config.items()}
-    version = str(new.get("sae_lens_version") or new.get("metadata", {}).get("sae_lens_version") or "0")
-    if version.split(".")[0].isdigit() and int(version.split(".")[0]) < 6:
-        kwargs = new.get("activation_fn_kwargs") or {}
-        new.setdefault("apply_b_dec_to_input", True)
+    if _version(new, "sae_lens_version") < (6, 0, 0):
         new.setdefault("architecture", "standard")
-        if str(new.get("activation_fn")).startswith("topk"):
-            new |= {"architecture": "topk", "k": kwargs.get("k", new.get("k"))}
-        elif new.get("activation_fn", "relu") not in ("relu", None):
-            raise ConfigError(f"activation_fn: {new['activation_fn']!r} is not known; known are relu and topk")
-        new["metadata"] = {"prepend_bos": True, **new, **new.get("metadata", {})}
+        activation, kind = new.get("activation_fn") or "relu", new["architecture"]
+        if activation != "relu" and (activation != "topk" or kind not in ("standard", "topk")):
+            raise DataError(f"{source}: activation_fn is {activation!r} of a coder that is {kind!r}; not known")
+        if activation == "topk":
+            new |= {"architecture": "topk", "k": (new.get("activation_fn_kwargs") or {}).get("k", new.get("k"))}
+        new["metadata"] = {**new, **(new.get("metadata") or {})}
+    new.setdefault("metadata", {})
+    new.setdefault("apply_b_dec_to_input", "transcoder" not in str(new.get("architecture")))
     said = new.get("normalize_activations")
     if said is None or isinstance(said, bool):
         new["normalize_activations"] = "expected_average_only_in" if said else "none"
-    new.setdefault("architecture", "standard")
     return new
 
 
+def _version(config: dict[str, Any], name: str) -> tuple[int, ...]:
+    said = config.get(name) or (config.get("metadata") or {}).get(name)
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", str(said))
+    return tuple(map(int, found.groups())) if found else (0, 0, 0)
+
+
 def _selection(
-    place: Place, config: dict[str, Any], architecture: str, found: Tensors, tensors: dict[str, Tensor], d_sae: int
-) -> Selection:
-    """Returns the rule, and puts its own tensors beside the others."""
+    place: Place, config: dict[str, Any], architecture: str, found: Tensors, d_sae: int
+) -> tuple[Selection, dict[str, Tensor]]:
+    """Returns the rule, and its own tensors."""
     if architecture in ("topk", "abstopk"):
         k = as_int(config.get("k"), "k", place)
-        return TopK(k) if architecture == "topk" else SignedTopK(k)
+        return (TopK(k) if architecture == "topk" else SignedTopK(k)), {}
     if architecture in BATCH:
         cut = found.number("topk_threshold")
         if not cut > 0:
-            return MutualChoice(as_int(config.get("k"), "k", place))
-        tensors["threshold"] = torch.full((d_sae,), cut)
-        return JumpReLU()
+            raise DataError(f"{place}: topk_threshold is {cut}: it was not trained yet, and no cut is known")
+        return JumpReLU(), {"threshold": torch.full((d_sae,), cut)}
     if architecture.startswith("jumprelu"):
         older = "log_threshold" in found
-        tensors["threshold"] = found.take("log_threshold", d_sae).exp() if older else found.take("threshold", d_sae)
-        return JumpReLU()
+        threshold = found.take("log_threshold", d_sae).exp() if older else found.take("threshold", d_sae)
+        return JumpReLU(), {"threshold": threshold}
     if architecture == "gated":
-        tensors |= {"r_mag": found.take("r_mag", d_sae), "b_mag": found.take("b_mag", d_sae)}
-        return Gated()
+        return Gated(), {name: found.take(name, d_sae) for name in ("r_mag", "b_mag")}
     if architecture == "matching_pursuit":
         names = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
-        return MatchingPursuit(**{name: config[name] for name in names if name in config})
-    return ReLU()
+        return MatchingPursuit(**{name: config[name] for name in names if name in config}), {}
+    return ReLU(), {}
 
 
 def _finetuned(config: dict[str, Any], found: Tensors, tensors: dict[str, Tensor], place: Place) -> None:
     """Applies factors on the latents before the decoder, which were fine-tuned; for a time all files held ones."""
-    if "scaling_factor" not in found:
-        return
-    factor = found.take("scaling_factor", len(tensors["W_dec"])).float()
-    if torch.allclose(factor, torch.ones_like(factor)):
-        return
-    if not config.get("finetuning_scaling_factor"):
-        raise DataError(
-            f"{place}: tensor scaling_factor is not all ones, but the config has no finetuning_scaling_factor"
-        )
-    tensors["W_dec"] = tensors["W_dec"].float() * factor[:, None]
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        if name in found:
+            factor = found.take(name, len(tensors["W_dec"])).float()
+            if torch.allclose(factor, torch.ones_like(factor)):
+                continue
+            if not config.get("finetuning_scaling_factor"):
+                raise DataError(f"{place}: tensor {name} is not all ones, but finetuning_scaling_factor is not set")
+            tensors["W_dec"] = tensors["W_dec"].float() * factor[:, None]
 
 
 def _normalized(
-    place: Place, kind: str, spec: CoderSpec, tensors: dict[str, Tensor]
+    place: Place, kind: str, transcodes: bool, spec: CoderSpec, tensors: dict[str, Tensor]
 ) -> tuple[CoderSpec, dict[str, Tensor]]:
     known = (*NORMALIZATIONS, "expected_average_only_in", "covariance_whitening")
     one_of(kind, known, "normalize_activations", place)
     if kind == "covariance_whitening":  # a checkpoint of training: inference files have it folded
+        if spec.selection.pursues or transcodes:
+            raise ConfigError(f"normalize_activations: {place} is of whitened inputs, which this kind cannot fold")
         if not place.has("activation_whitening.safetensors"):
-            raise DataError(
-                f"{place}: trained on whitened inputs, but activation_whitening.safetensors is not beside it"
-            )
+            raise DataError(f"{place}: it is of whitened inputs, but activation_whitening.safetensors is not beside it")
         how = place.tensors("activation_whitening.safetensors")
         shape = (spec.d_in, spec.d_in)
-        return folds.whitening(
-            spec, tensors, how.take("mean", spec.d_in), how.take("matrix", *shape), how.take("inverse_matrix", *shape)
+        mean, matrix, inverse = (
+            how.take("mean", spec.d_in),
+            how.take("matrix", *shape),
+            how.take("inverse_matrix", *shape),
         )
+        return folds.whitening(spec, tensors, mean, matrix, inverse)
     normalization = NORMALIZATIONS.get(kind)
     if normalization is None:
         scale = place.config("activation_scaler.json").get("scaling_factor") or place.hints.scale
         why = "it was trained on inputs scaled to a mean norm of sqrt(d_in)"
-        scale = scale or place.need("scale", why, "sqrt(d_in) / E|x|")
-        normalization = Normalization("scalar", float(scale))
+        normalization = Normalization("scalar", float(scale or place.need("scale", why, "sqrt(d_in) / E|x|")))
+    if transcodes and normalization.per_token:
+        raise ConfigError(f"normalize_activations: {place} is a transcoder that does not undo {kind!r}")
     return spec.with_(normalization=normalization), tensors
 
 
+def _of_raw_activations(
+    place: Place, metadata: dict[str, Any], spec: CoderSpec, tensors: dict[str, Tensor]
+) -> tuple[CoderSpec, dict[str, Tensor]]:
+    """Returns the coder of raw activations, where its own are those of a processed TransformerLens model."""
+    how = metadata.get("model_from_pretrained_kwargs") or {}
+    said = getattr(place.hints, "processed", None)
+    processed = how.get("center_writing_weights", False) if said is None else said
+    hooks = [site.hook for site in (*spec.reads, *spec.writes)]
+    if (said or how.get("fold_value_biases")) and any(hook.endswith(("hook_z", "hook_v")) for hook in hooks):
+        log.warning("%s is of heads without their value biases, which are not taken out of what it reads here", place)
+    if RMS_NORM.search(metadata.get("model_name") or "") or not any(map(CENTERED.fullmatch, hooks)):
+        return spec, tensors
+    if not processed:
+        trained = _version(metadata, "sae_lens_training_version")
+        if "center_writing_weights" not in how and said is None and (0, 0, 0) < trained < SINCE_UNPROCESSED:
+            log.warning(
+                "%s was trained by SAELens %s, which by default read models with centered weights, and does not say "
+                "whether this one was; it reads raw activations here",
+                place,
+                ".".join(map(str, trained)),
+            )
+        return spec, tensors
+    if spec.reads != spec.writes:
+        raise ConfigError(f"center_writing_weights: {place} is a transcoder of a model whose outputs lack their mean")
+    if spec.normalization.kind == "layer_norm":  # it takes the mean out and puts it back by itself
+        return spec, tensors
+    if spec.normalization.kind not in ("none", "scalar") or (
+        spec.selection.pursues and spec.normalization.kind != "none"
+    ):
+        kind = spec.normalization.kind
+        raise ConfigError(f"center_writing_weights: {place} is of centered inputs, with normalization {kind!r} on top")
+    spec, tensors = _unscaled(spec, tensors)
+    return spec.with_(normalization=Normalization("center")), tensors
+
+
+def _unscaled(spec: CoderSpec, tensors: dict[str, Tensor]) -> tuple[CoderSpec, dict[str, Tensor]]:
+    """Returns the coder of raw inputs with the same latents, of one of inputs times s: W_enc s, W_dec / s, b_dec / s."""
+    if spec.normalization.kind != "scalar":
+        return spec, tensors
+    s_in, s_out = (spec.normalization.scale * (s[0].scale if s else 1.0) for s in (spec.reads, spec.writes))
+    factors = {"W_enc": s_in, "W_dec": 1 / s_out, "b_dec": 1 / s_out}
+    changed = {name: tensors[name].float() * factor for name, factor in factors.items()}
+    return spec.with_(normalization=Normalization()), tensors | changed
+
+
 def _sites(place: Place, metadata: dict[str, Any], transcodes: bool) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
-    hook, written = metadata.get("hook_name"), metadata.get("hook_name_out")
+    hook, written = (str(metadata.get(name) or "") for name in ("hook_name", "hook_name_out"))
     model = place.hints.model or model_id(metadata.get("model_name") or "")
     if not hook or (transcodes and not written):
         return (), ()
-    if metadata.get("hook_head_index") is not None:
-        raise ConfigError(f"hook_head_index: {place} reads one head of {hook}; only whole activations are read here")
+    for name in ("hook_head_index", "hook_head_index_out"):
+        if metadata.get(name) is not None:
+            raise ConfigError(f"{name}: {place} is of one head of {hook}; only whole activations are read here")
     reads = (Site(hook, model=model),)
     return reads, (Site(written, model=model),) if transcodes else reads
+
+
+def _mask(metadata: dict[str, Any]) -> MaskSpec:
+    first = slice(*(metadata.get("seqpos_slice") or [None])).start  # one number alone is where it stops
+    special = metadata.get("exclude_special_tokens")
+    return MaskSpec(tuple(special) if isinstance(special, list) else (), max(1, first or 0))
+
+
+def write(folder: Path, coder: SparseCoder) -> None:
+    """Writes a coder that SAELens 6 loads with `SAE.load_from_disk`, whose latents and output are the same.
+
+    A scale on the inputs is folded into the weights, as SAELens does itself. ConfigError names what it cannot say.
+    """
+    spec, tensors = coder.spec, {name: t.detach().float().cpu() for name, t in coder.state_dict().items()}
+    finite(tensors, folder)
+    norms = coder.decoder_norms().detach().float().cpu()
+    config = _config(spec, tensors, norms)
+    if config["architecture"].startswith("jumprelu"):
+        cut = tensors["threshold"] if "threshold" in tensors else torch.full((spec.d_sae,), spec.calibration[0])
+        cut = cut / norms.clamp_min(1e-30) if spec.select_by_decoder_norm else cut
+        tensors["threshold"] = cut.clamp_max(torch.finfo(torch.float32).max)
+    tensors = _unscaled(spec, tensors)[1]
+    if spec.selection.pursues:
+        tensors = {name: tensors[name] for name in ("W_dec", "b_dec")}
+    else:
+        tensors["W_enc"] = tensors["W_enc"].T
+    if config["architecture"] == "gated":
+        tensors["b_gate"] = tensors.pop("b_enc")
+    save_tensors(folder / FILE, tensors)
+    write_json(folder / CONFIG, config)  # last, so that a folder with a config is whole
+
+
+def _config(spec: CoderSpec, tensors: dict[str, Tensor], norms: Tensor) -> dict[str, Any]:
+    """Returns the config of a coder; ConfigError names what it cannot say."""
+    transcodes, rule = not spec.is_autoencoder or spec.skip, spec.selection
+    exporting.check(
+        "SAELens",
+        spec,
+        encoder=("matching_pursuit",),
+        pre_bias=() if transcodes else ("decoder",),
+        normalization=[*([] if rule.pursues else ["scalar"]), *([] if transcodes else KINDS)],
+        selection=[name for name, kind in RULES.items() if not transcodes or kind in ("standard", "jumprelu")],
+        select_by_decoder_norm=(True,),
+        skip=(True,),
+    )
+    kind, normalizes = RULES[exporting.properties(spec)["selection"]], KINDS.get(spec.normalization.kind, "none")
+    top, wanted = kind in ("topk", "abstopk"), NORMALIZATIONS[normalizes]
+    _only("selection.inference", getattr(rule, "inference", "plain"), "plain")
+    if normalizes != "none":
+        for field in ("eps", "unbiased", "undo_eps") if wanted.eps else ("eps",):
+            _only(f"normalization.{field}", getattr(spec.normalization, field), getattr(wanted, field))
+    if kind == "jumprelu" and "threshold" not in tensors and not spec.calibration:
+        raise ConfigError("calibration: SAELens needs a threshold, and this rule's was not found yet")
+    if top and spec.select_by_decoder_norm and (norms - 1).abs().max() > UNIT:
+        raise ConfigError(
+            "select_by_decoder_norm: SAELens' latents are then in units of the decoder's norms, here not 1; fold them"
+        )
+    if rule.pursues and spec.pre_bias == "none" and tensors["b_dec"].any():
+        raise ConfigError("pre_bias: SAELens' matching pursuit adds b_dec only where it subtracts it, not with 'none'")
+    config = {
+        "architecture": f"{'jumprelu_' * (kind == 'jumprelu')}{'skip_' * spec.skip}transcoder" if transcodes else kind,
+        "d_in": spec.d_in,
+        "d_sae": spec.d_sae,
+        **({"d_out": spec.d_out} if transcodes else {}),
+        **({"k": rule.k, "rescale_acts_by_decoder_norm": False} if top and isinstance(rule, Budget) else {}),
+        **(asdict(rule) if isinstance(rule, MatchingPursuit) else {}),
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": spec.pre_bias == "decoder",
+        "normalize_activations": normalizes,
+        "reshape_activations": "hook_z" if spec.reads and spec.reads[0].hook.endswith("hook_z") else "none",
+    }
+    return {**config, "metadata": _metadata(spec, transcodes)}
+
+
+def _only(name: str, said: Any, allowed: Any) -> None:
+    if said != allowed:
+        raise ConfigError(f"{name}: SAELens cannot say {said!r}, which would be lost; it can say {allowed!r}")
+
+
+def _metadata(spec: CoderSpec, transcodes: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "sae_lens_version": VERSION,
+        "sae_lens_training_version": None,  # it was not trained by SAELens
+        "prepend_bos": spec.bos != "none",
+        "context_size": spec.context_length,
+        "seqpos_slice": [spec.mask.skip_positions, None],
+        "exclude_special_tokens": list(spec.mask.special_ids),
+    }
+    for name, site in [*zip(["hook_name"], spec.reads), *zip(["hook_name_out"], spec.writes if transcodes else ())]:
+        lens = bool(ALIAS.fullmatch(site.hook)) or site.hook == "hook_embed"
+        if not lens and site.side != "output":
+            raise ConfigError(f"{name}: SAELens can say a TransformerLens name or a module's output, not {site.name!r}")
+        found |= {name: site.hook, "model_class_name": "HookedTransformer" if lens else "AutoModelForCausalLM"}
+        found["model_name"] = site.model
+    return found

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sae.compressed import offsets_of
 from sae.errors import ConfigError
-from sae.plugins import Plugin, discover
+from sae.plugins import Plugin, discover, names
 from sae.selection.largest import Entries
 
 if TYPE_CHECKING:
@@ -182,6 +182,11 @@ def where(kept: Tensor) -> Support:
     counts = kept.sum(1)
     places = kept.reshape(-1).nonzero()[:, 0]  # half of the memory that rows and columns take
     return offsets_of(counts), places.remainder_(kept.shape[1])
+
+
+def trainable() -> dict[str, type[Selection]]:
+    """Returns {name: class} of the rules that training can use; the others are of coders that are loaded."""
+    return {name: kind for name, kind in names(Selection).items() if not kind.pursues}
 
 
 discover(__name__, __path__)

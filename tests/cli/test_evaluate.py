@@ -7,7 +7,9 @@ import signal
 
 import pytest
 from runs import files
+from safetensors.torch import save_file
 
+import sae
 import sae.evaluation
 from cli.evaluate import main
 
@@ -46,6 +48,38 @@ def test_one_coder_is_enough_and_needs_no_run_around_it(tmp_path, run, capsys):
         assert "sae-eval.json" not in files(folder)
 
 
+def as_saelens(ours, folder, **metadata):
+    """Writes a TopK coder of ours as SAELens would have saved it."""
+    coder = sae.load(ours)
+    assert coder.spec.pre_bias == "decoder"
+    folder.mkdir(parents=True)
+    named = {"model_name": coder.spec.reads[0].model, "hook_name": "blocks.1.hook_resid_post", **metadata}
+    config = {"architecture": "topk", "d_in": coder.spec.d_in, "d_sae": coder.spec.d_sae, "k": coder.spec.selection.k}
+    config |= {"apply_b_dec_to_input": True, "normalize_activations": "none"}
+    config |= {"metadata": {"sae_lens_version": "6.0.0", **named}}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    tensors = {name: tensor.contiguous() for name, tensor in coder.state_dict().items()}
+    save_file(tensors | {"W_enc": tensors["W_enc"].T.contiguous()}, folder / "sae_weights.safetensors")
+    return coder.spec.training["text"]
+
+
+def test_a_coder_in_another_format_is_measured_like_the_same_one_of_ours(tmp_path, run, capsys):
+    inside = run / "coders" / "model.layers.1" / "k=4"
+    text = as_saelens(inside, tmp_path / "theirs")
+    options = ["--tokens", "256", *(f"--text.{key}={value}" for key, value in text.items() if value)]
+    found = []
+    for folder in (inside, tmp_path / "theirs"):
+        assert main([str(folder), *options, "--json", str(tmp_path / "found.json")]) == 0, capsys.readouterr()
+        (one,) = json.loads((tmp_path / "found.json").read_text()).values()
+        found.append(one)
+    for part in ("reconstruction_unfiltered", "loss"):
+        assert found[1][part] == pytest.approx(found[0][part], rel=1e-5)
+    capsys.readouterr()
+    as_saelens(inside, tmp_path / "nameless", model_name=None)
+    assert main([str(tmp_path / "nameless"), *options]) == 2
+    assert "--model.name: the coder does not say which language model it reads" in capsys.readouterr().err
+
+
 def test_more_tokens_other_text_and_nulls(tmp_path, run, capsys):
     (tmp_path / "other.txt").write_text("some other text, and then some more of it\n\n" * 200)
     options = ["--tokens", "512", "--nulls", "--text.source", str(tmp_path / "other.txt")]
@@ -65,8 +99,8 @@ def test_more_tokens_other_text_and_nulls(tmp_path, run, capsys):
         (["{run}", "--model.name", "./nowhere"], "model.name: no such folder: ./nowhere."),
         (["{run}", "--text.source", "./nowhere"], "text.source: no such file or folder: './nowhere'."),
         (["{run}", "--json", "{run}/config.yaml/found.json"], "--json: cannot write to {run}/config.yaml: "),
-        (["{run}/checkpoints"], "path: {run}/checkpoints holds no saved coder"),
-        (["{run}/nowhere"], "path: {run}/nowhere holds no saved coder"),
+        (["{run}/checkpoints"], "path: {run}/checkpoints/ holds no coder in a known format; its files are "),
+        (["{run}/nowhere"], "path: no such folder: {run}/nowhere."),
         ([], "the following arguments are required: path"),
     ],
 )

@@ -10,11 +10,11 @@ from sae.coder import SparseCoder
 from sae.initialization import initialize
 from sae.objectives import Objective
 from sae.optim import OptimConfig
-from sae.selection import Selection
+from sae.selection import trainable
 from sae.spec import CoderSpec, Site
 from sae.trainer import Batch, CoderTrainer, Schedule
 
-RULES = plugins.names(Selection)
+RULES = trainable()
 ONE, OTHER = (Site("a", width=12),), (Site("b", width=8),)
 READS, WRITES = (tuple(Site(f"{side}.{i}", width=4) for i in range(3)) for side in ("read", "write"))
 FREE = {"pre_bias": "own", "decoder_norm": "free"}

@@ -10,12 +10,12 @@ from sae import plugins
 from sae.config import CoderConfig
 from sae.objectives import Objective, Spliced
 from sae.optim import OptimConfig
-from sae.selection import Selection
+from sae.selection import trainable
 from sae.selection.topk import TopK
 from sae.trainer import Batch, CoderTrainer, Schedule, new_coder
 
 D, M, N, STEPS = 8, 24, 48, 10
-RULES, TERMS = plugins.names(Selection), plugins.names(Objective)
+RULES, TERMS = trainable(), plugins.names(Objective)
 # what to change a field to where its type does not say; all others are moved by `changed`
 CHANGED = {
     ("gradient_topk", "loss"): None,  # what the language model is asked for, before any coder: tests/cli/test_fields.py

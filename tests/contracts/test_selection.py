@@ -11,11 +11,11 @@ from sae.choosing import Chooser
 from sae.coder import SparseCoder
 from sae.errors import ConfigError
 from sae.initialization import initialize
-from sae.selection import Selection
+from sae.selection import trainable
 from sae.spec import CoderSpec
 from sae.trainer import Batch, CoderTrainer, Schedule
 
-RULES = plugins.names(Selection)
+RULES = trainable()
 D, M, N, K = 16, 64, 24, 4
 
 

@@ -40,9 +40,9 @@ def top(h, k):
     return kept, np.minimum(margin, np.abs(h).min(1))
 
 
-def agrees(coder, reference, seed=1, tokens=TOKENS, scale=1.0):
+def agrees(coder, reference, seed=1, tokens=TOKENS, x_scale=1.0):
     """Asserts that a coder's latents and output are those of the reference: equal supports, 1e-5 relative to 1."""
-    x = scale * np.random.default_rng(seed).standard_normal((tokens, coder.spec.d_in)).astype(np.float32)
+    x = x_scale * np.random.default_rng(seed).standard_normal((tokens, coder.spec.d_in)).astype(np.float32)
     acts, out, margin = reference(x.astype(np.float64))
     clear = margin > MARGIN
     assert clear.sum() >= 8, f"only {clear.sum()} of {tokens} tokens are clear of thresholds and ties"
@@ -58,10 +58,10 @@ def agrees(coder, reference, seed=1, tokens=TOKENS, scale=1.0):
     np.testing.assert_array_equal(decoded.to_dense().double().numpy(), mine)
 
 
-def loads(folder, reference, seed=1, scale=1.0, **hints):
+def loads(folder, reference, seed=1, x_scale=1.0, **hints):
     """Loads what lies in a folder, asserts that it agrees with the reference, and returns it."""
     coder = sae.load(folder, **hints)
-    agrees(coder, reference, seed, scale=scale)
+    agrees(coder, reference, seed, x_scale=x_scale)
     return coder
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from fakes import sampled_rows, tiny_lm
 
-from sae import plugins
 from sae.activations import capture
 from sae.choosing import Chooser
 from sae.coder import SparseCoder
@@ -22,7 +21,7 @@ from sae.objectives.auxk import AuxK
 from sae.objectives.reconstruction import Reconstruction
 from sae.optim import OptimConfig
 from sae.planning import paired
-from sae.selection import Budget, Selection
+from sae.selection import Budget, trainable
 from sae.selection.feature_choice import FeatureChoice
 from sae.selection.gradient_topk import GradientTopK
 from sae.selection.jumprelu import JumpReLU
@@ -429,7 +428,7 @@ def test_ablating_several_sites_at_once(lm, rows):
 BAD_SPECS = [
     ({"reads": READS[:2]}, "cross_layer: 2 sites read and 3 written"),
     ({"d_sae": 25}, "d_sae: 25 latents cannot be shared equally by 3 layers"),
-    ({"skip": True}, "skip: true does not go with cross_layer"),
+    ({"encoder": "glu"}, "encoder: 'glu' does not go with cross_layer"),
     ({"pre_bias": "decoder"}, "pre_bias: 'decoder' does not go with cross_layer"),
     ({"d_in": 47}, "d_in: 47 is not the sum of the sites' widths 16"),
     ({"budget": "all"}, "budget: 'all' is not one of block, shared"),
@@ -473,7 +472,7 @@ def test_what_reads_ahead_is_what_competes_over_layers():
         made = CoderSpec(3 * D, 3 * D, 48, rule, READS, WRITES, "linear", "own", cross_layer=True, budget=budget)
         return made.with_(calibration=calibration)
 
-    for rule in plugins.names(Selection).values():
+    for rule in trainable().values():
         made = rule(k=2) if "k" in rule.__dataclass_fields__ else rule()
         assert not reads_ahead(spec(made, "block")), rule
         expected = isinstance(made, Budget) and rule is not FeatureChoice
@@ -483,10 +482,10 @@ def test_what_reads_ahead_is_what_competes_over_layers():
 
 
 @pytest.mark.parametrize("budget", ["block", "shared"])
-@pytest.mark.parametrize("rule", plugins.names(Selection))
+@pytest.mark.parametrize("rule", trainable())
 def test_a_spliced_cross_layer_coder_puts_out_what_it_makes_of_its_true_inputs(lm, rule, budget):
     """At the first site written nothing before it has changed, so the inputs are those of the model as it is."""
-    kind = plugins.names(Selection)[rule]
+    kind = trainable()[rule]
     made = SparseCoder(
         CoderSpec(
             3 * D,

@@ -96,7 +96,7 @@ def test_what_is_typed_is_found(kind, typed, expected):
         ("model.layer.3", r"no module 'model\.layer\.3' in this model\. Did you mean 'model\.layers\.3'"),
         ("layers.3.mpl", r"Did you mean .*layers\.3\.mlp"),
         ("layers.12", r"no module 'layers\.12'"),
-        ("layers.3:inptu", r"the side is input or output"),
+        ("layers.3:inptu", r"the side is one of output, input, normalized"),
         ("mlp", r"'mlp' is ambiguous: model\.layers\.0\.mlp, .*; write one in full"),
         ("blocks.3.hook_resid_psot", r"Did you mean 'hook_resid_post'"),
         ("blocks.12.hook_resid_post", r"none of model\.layers\.12 is in this model"),

@@ -46,9 +46,17 @@ def test_sites_come_from_the_path(tmp_path, kind, hook, upper):
     assert coder.spec.metrics["advertised"] == {"l0": 82.0}
 
 
-def test_embeddings_are_read_as_they_are_stored(tmp_path):
+def test_the_factor_of_embeddings_is_asked_for(tmp_path):
     folder, wanted = write(tmp_path, "google/gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6")
-    assert loads(folder, wanted).spec.reads[0].hook == "model.embed_tokens"
+    with pytest.raises(ConfigError, match=r"^scale: .*params\.npz does not say it .*pass scale=1 or 0\.408248"):
+        sae.load(folder)
+    assert loads(folder, wanted, scale=1).spec.reads[0].hook == "hook_embed"
+
+    def scaled(x):
+        acts, out, margin = wanted(x * D_IN**-0.5)
+        return acts, out * D_IN**0.5, margin
+
+    loads(folder, scaled, scale=D_IN**-0.5)
 
 
 def test_the_side_of_a_transcoders_gain_is_asked_for(tmp_path):

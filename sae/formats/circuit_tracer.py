@@ -1,0 +1,196 @@
+"""circuit-tracer's per-layer transcoders: `layer_{i}.safetensors` for every layer, and one `config.yaml` beside them.
+
+    a = act(x W_enc^T + b_enc),   out = a W_dec + b_dec [+ x W_skip^T]
+
+W_enc is [d_sae, d], W_dec [d_sae, d], or [d, d_sae] in the files of June 2025; W_skip is [d_out, d_in]. The config says
+model, hooks below "blocks.{i}." and `activation`: "relu", or "topk" with `k`. Without it a threshold makes it JumpReLU,
+h 1[h > threshold], and none makes it ReLU. Its TopK keeps what is negative among the k largest, which here is 0; the two
+differ at tokens with fewer than k positive pre-activations. Version 0.5.0 on PyPI reads no `activation`; later ones do.
+
+Its cross-layer folders are another format, `cross_layer_transcoder`, which shares what is below. A config's list
+`transcoders` points to files elsewhere: it is reported in `spec.training` and never followed.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sae.coder import SparseCoder
+from sae.errors import ConfigError, DataError
+from sae.exporting import check
+from sae.files import atomic_write, save_tensors
+from sae.places import Place, Tensors, as_int, finite, one_of
+from sae.selection import Selection
+from sae.selection.jumprelu import JumpReLU
+from sae.selection.relu import ReLU
+from sae.selection.topk import TopK
+from sae.settings import read_yaml, to_yaml
+from sae.sites import ALIAS, ALIASES, model_id
+from sae.spec import CoderSpec, Site
+
+WEIGHTS = r"layer_\d+\.safetensors"
+CONFIG, KIND, THRESHOLD = "config.yaml", "transcoder_set", "activation_function.threshold"
+TENSORS = {"W_enc", "W_dec", "b_enc", "b_dec"}
+CRV = "facebook/crv-8b-instruct-transcoders"  # TopK of 128, which at first only circuit-tracer itself knew
+QWEN = re.compile(r"mwhanna/qwen3-(\d+(?:\.\d+)?)b-transcoders")  # ReLU; those of the 14B have no config.yaml
+Sites = tuple[tuple[Site, ...], tuple[Site, ...]]
+
+
+def detect(place: Place) -> bool:
+    """Returns whether the file holds the four tensors of a transcoder."""
+    return place.shapes().keys() >= TENSORS
+
+
+def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
+    """Returns (spec, tensors)."""
+    config = described(place, KIND)
+    found = place.tensors()
+    d_sae, d_out = found["b_enc"].numel(), found["b_dec"].numel()
+    d_in = found["W_enc"].numel() // max(1, d_sae)
+    tensors = {
+        "W_enc": found.take("W_enc", d_sae, d_in),
+        "W_dec": found.matrix("W_dec", d_sae, d_out),
+        "b_enc": found.take("b_enc", d_sae),
+        "b_dec": found.take("b_dec", d_out),
+    }
+    if "W_skip" in found:
+        tensors["W_skip"] = found.take("W_skip", d_out, d_in)
+    selection = _selection(place, config, found)
+    if isinstance(selection, JumpReLU):
+        tensors["threshold"] = thresholds(found, THRESHOLD, d_sae)
+    reads, writes = sites(place, config, [int(re.sub(r"\D", "", place.name))])
+    training = {"transcoders": list(map(str, config["transcoders"]))} if config.get("transcoders") else {}
+    spec = CoderSpec(
+        d_in,
+        d_out,
+        d_sae,
+        selection,
+        reads,
+        writes,
+        pre_bias="none",
+        decoder_norm="free",
+        skip="W_skip" in tensors,
+        training=training,
+    )
+    return spec, tensors
+
+
+def described(place: Place, kind: str) -> dict[str, Any]:
+    """Returns the config of a folder whose `model_kind`, if it says one, is `kind`; DataError otherwise.
+
+    Of the one released set that has none it is what SAELens' table of releases knows.
+    """
+    config = place.config(CONFIG)
+    one_of(config.get("model_kind", kind), (kind,), "model_kind", place)
+    qwen = QWEN.search(place.identity)
+    if not config and qwen:
+        config = {"model_name": f"Qwen/Qwen3-{qwen[1]}B", "activation": "relu"}
+        config |= {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
+    return config
+
+
+def sites(place: Place, config: Mapping[str, Any], layers: Iterable[int], widths: tuple[int, int] = (0, 0)) -> Sites:
+    """Returns (reads, writes), one site a layer; none if neither the config nor the user says where."""
+    said, model = place.hints.site, place.hints.model or model_id(str(config.get("model_name") or ""))
+    if said is not None:
+        hooks = tuple(said.split("->"))
+        if len(hooks) != 2:
+            example = "blocks.*.hook_resid_mid->blocks.*.hook_mlp_out"
+            raise ConfigError(f"site: {said!r} is not READ->WRITTEN, where * is the layer, such as {example!r}")
+    elif "feature_input_hook" in config or "feature_output_hook" in config:
+        names = ("feature_input_hook", "feature_output_hook")
+        hooks = tuple(f"blocks.*.{one_of(config.get(name), ALIASES, name, place)}" for name in names)
+    else:
+        return (), ()
+    reads, writes = (
+        tuple(_site(hook.strip().replace("*", str(layer)), model, width) for layer in layers)
+        for hook, width in zip(hooks, widths, strict=True)
+    )
+    return reads, writes
+
+
+def _site(typed: str, model: str, width: int) -> Site:
+    hook, _, side = typed.partition(":")
+    return Site(hook, side or "output", model, width=width)
+
+
+def thresholds(found: Tensors, name: str, d_sae: int) -> Tensor:
+    """Returns the thresholds of h 1[h > threshold]; DataError if one is negative, for then codes would be too."""
+    threshold = found.take(name, d_sae)
+    if (threshold < 0).any():
+        raise DataError(
+            f"{found.source}: tensor {name} has negative thresholds, at which latents of this format fire "
+            "with negative values; such coders are not read"
+        )
+    return threshold
+
+
+def _selection(place: Place, config: Mapping[str, Any], found: Tensors) -> Selection:
+    crv = CRV in place.identity
+    activation = config.get("activation", "topk" if crv else None)
+    if activation is None:
+        return JumpReLU() if THRESHOLD in found else ReLU()
+    if one_of(activation, ("relu", "topk"), "activation", place) == "relu":
+        return ReLU()
+    said = [as_int(config["k"], "k", place)] if config.get("k") is not None else []
+    said += [as_int(found.number("k"), "k", place)] if "k" in found else []
+    said = said or ([128] if crv else [])
+    if len(set(said)) != 1:
+        what = f"given as {said[0]} and as {said[1]}" if said else f"missing; activation 'topk' needs it in {CONFIG}"
+        raise DataError(f"{place}: k is {what}")
+    return TopK(said[0])
+
+
+def write(folder: Path, coder: SparseCoder) -> None:
+    """Writes a transcoder as the one of its layer in a set; ConfigError names what the format cannot say.
+
+    The folder may hold other layers' already, if their config is the same. Thresholds are written as they act, from 0.
+    """
+    spec = coder.spec
+    check("circuit-tracer", spec, selection=("relu", "jumprelu", "topk"), skip=(True,))
+    if spec.d_in != spec.d_out:
+        raise ConfigError(
+            f"d_out: circuit-tracer cannot say {spec.d_out} beside d_in = {spec.d_in}; they must be equal"
+        )
+    if not spec.reads or not spec.writes:
+        raise ConfigError("reads: circuit-tracer needs to know where the coder reads and writes, which it does not say")
+    (layer, read_hook), (other, written_hook) = _named(spec.reads[0]), _named(spec.writes[0])
+    if layer != other:
+        raise ConfigError(f"writes: circuit-tracer cannot say layer {other} of a transcoder that reads layer {layer}")
+    config = {"model_name": spec.writes[0].model} if spec.writes[0].model else {}
+    config |= {"model_kind": KIND, "feature_input_hook": read_hook, "feature_output_hook": written_hook}
+    if isinstance(spec.selection, TopK):
+        config |= {"activation": "topk", "k": spec.selection.k}
+    elif isinstance(spec.selection, ReLU):
+        config |= {"activation": "relu"}
+    tensors = {name: tensor.detach().cpu() for name, tensor in coder.state_dict().items()}
+    if "threshold" in tensors:
+        tensors[THRESHOLD] = tensors.pop("threshold").clamp_min(0)
+    finite(tensors, f"the coder for {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / CONFIG
+    if path.exists() and read_yaml(path) != config:
+        raise ConfigError(f"folder: {path} describes another set of transcoders; choose an empty folder")
+    save_tensors(folder / f"layer_{layer}.safetensors", tensors)
+    atomic_write(path, to_yaml(config))
+
+
+def _named(site: Site) -> tuple[int, str]:
+    """Returns (layer, TransformerLens' name below it) of a site, if a name means that place in every model."""
+    alias = ALIAS.fullmatch(site.hook)
+    if alias and alias[1] != "*":
+        return int(alias[1]), alias[2]
+    parts = site.hook.split(".")
+    layer = next((n for n, part in enumerate(parts) if part.isdigit()), None)
+    if layer is not None:
+        place = (".".join(parts[layer + 1 :]), site.side)
+        gained = ("pre_feedforward_layernorm", "output")  # only models with a norm on both sides of the MLP have it
+        names = {(paths[0], side): name for name, (paths, side) in reversed(ALIASES.items())} | {gained: "mlp.hook_in"}
+        if place in names:
+            return int(parts[layer]), names[place]
+    raise ConfigError(
+        f"site: circuit-tracer cannot say {site.name!r} without its model; name it as TransformerLens does: {', '.join(ALIASES)}"
+    )

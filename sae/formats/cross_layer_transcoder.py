@@ -1,0 +1,98 @@
+"""circuit-tracer's cross-layer transcoders: a folder with `W_enc_{i}` and `W_dec_{i}` for each of L layers.
+
+    a_i = act(x_i W_enc_i^T + b_enc_i),   out_j = b_dec_j + sum over i <= j of a_i W_dec_i[:, j - i] [+ x_j W_skip_j]
+
+`W_enc_{i}.safetensors` holds W_enc_i [M, d_in], b_enc_i, b_dec_i (of the layer written), threshold_i where it is JumpReLU
+(ReLU otherwise), and W_skip_i [d_in, d_out] where there is a skip path; `W_dec_{i}.safetensors` W_dec_i [M, L - i, d_out].
+`config.yaml` says model and hooks, as for per-layer transcoders. The whole folder is one coder; it goes by its W_enc_0.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sae.errors import DataError
+from sae.formats.circuit_tracer import described, sites, thresholds
+from sae.places import Place, one_of
+from sae.selection.jumprelu import JumpReLU
+from sae.selection.relu import ReLU
+from sae.spec import CoderSpec
+
+WEIGHTS = r"W_enc_0\.safetensors"
+KIND = "cross_layer_transcoder"
+
+
+def detect(place: Place) -> bool:
+    """Returns whether the file holds the encoder of a first layer."""
+    return place.shapes().keys() >= {"W_enc_0", "b_enc_0", "b_dec_0"}
+
+
+def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
+    """Returns (spec, tensors) of the whole folder; DataError if a layer is missing or there is one too many."""
+    config = described(place, KIND)
+    m, n_layers, d_out = _decoder(place)
+    d_in, jumps, skips = 0, False, False
+    layers = []
+    for i in range(n_layers):
+        found = place.tensors(f"W_enc_{i}.safetensors", f"W_dec_{i}.safetensors")
+        if i == 0:
+            d_in = found["W_enc_0"].numel() // m
+            jumps, skips = "threshold_0" in found, "W_skip_0" in found
+        layer = {
+            "W_enc": found.take(f"W_enc_{i}", m, d_in),
+            "b_enc": found.take(f"b_enc_{i}", m),
+            "W_dec": found.take(f"W_dec_{i}", m, n_layers - i, d_out),
+            "b_dec": found.take(f"b_dec_{i}", d_out),
+        }
+        if jumps:
+            layer["threshold"] = thresholds(found, f"threshold_{i}", m)
+        if skips:
+            layer["W_skip"] = found.take(f"W_skip_{i}", d_in, d_out).T
+        layers.append(layer)
+    if "activation" in config:
+        one_of(config["activation"], () if jumps else ("relu",), "activation", place)
+    reads, writes = sites(place, config, range(n_layers), (d_in, d_out))
+    if not reads:
+        where = "'blocks.*.hook_resid_mid->blocks.*.hook_mlp_out' or the like, where * is the layer"
+        place.need("site", "it has no config.yaml with hooks", where)
+    spec = CoderSpec(
+        n_layers * d_in,
+        n_layers * d_out,
+        n_layers * m,
+        JumpReLU() if jumps else ReLU(),
+        reads,
+        writes,
+        pre_bias="none",
+        cross_layer=True,
+        decoder_norm="free",
+        skip=skips,
+    )
+    return spec, stacked(layers)
+
+
+def stacked(layers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns a cross-layer coder's tensors from those of each layer, whose W_dec is [M, layers at or after it, d_out].
+
+    The decoders, which are most of it, are copied once.
+    """
+    n, (m, _, d_out) = len(layers), layers[0]["W_dec"].shape
+    W_dec = torch.empty(m * n * (n + 1) // 2, d_out, dtype=layers[0]["W_dec"].dtype)
+    parts = W_dec.split([m * (n - i) for i in range(n)])
+    for part, layer in zip(parts, layers, strict=True):
+        part.view(m, -1, d_out).copy_(layer["W_dec"])
+    others = {name: torch.cat([layer[name] for layer in layers]) for name in layers[0] if name != "W_dec"}
+    return {**others, "W_dec": W_dec}
+
+
+def _decoder(place: Place) -> tuple[int, int, int]:
+    """Returns (M, L, d_out) of the first decoder; DataError if the folder's files are not those of L layers."""
+    shape = place.shapes("W_dec_0.safetensors").get("W_dec_0", ())
+    if len(shape) != 3 or 0 in shape:
+        raise DataError(f"{place}: tensor W_dec_0 has shape {shape}, expected (M, layers, d_out)")
+    expected = {f"W_{kind}_{i}.safetensors" for kind in ("enc", "dec") for i in range(shape[1])}
+    there = set(place.beside(r"W_(enc|dec)_\d+\.safetensors"))
+    for name in sorted(expected ^ there):
+        what = "missing" if name in expected else "one too many"
+        raise DataError(f"{place}: {name} is {what}; W_dec_0 writes to {shape[1]} layers")
+    return shape
