@@ -14,16 +14,19 @@ if TYPE_CHECKING:
     from sae.coder import SparseCoder
     from sae.config import TrainConfig
     from sae.evaluation import evaluate
-    from sae.hub import load, save
+    from sae.hub import load, load_all, save
     from sae.intervene import splice
     from sae.models import load_language_model
+    from sae.releases import list_released
     from sae.training import train
 
 _HOMES = {
     "SparseCoder": "sae.coder",
     "TrainConfig": "sae.config",
     "evaluate": "sae.evaluation",
+    "list_released": "sae.releases",
     "load": "sae.hub",
+    "load_all": "sae.hub",
     "load_language_model": "sae.models",
     "save": "sae.hub",
     "splice": "sae.intervene",
@@ -34,7 +37,9 @@ __all__ = [
     "SparseCoder",
     "TrainConfig",
     "evaluate",
+    "list_released",
     "load",
+    "load_all",
     "load_language_model",
     "save",
     "splice",

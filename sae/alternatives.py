@@ -5,6 +5,7 @@ model only, so that one pass of it can capture the sites of all; the others look
 """
 
 import contextlib
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,9 +15,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sae.activations import before_gain
 from sae.coder import SparseCoder
 from sae.errors import ConfigError
+from sae.metrics import fvu
 from sae.normalization import Normalization
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU
@@ -75,7 +76,7 @@ def _specs(spec: CoderSpec, *changes: dict[str, Any]) -> Iterator[CoderSpec]:
 def neighbors(model: nn.Module, spec: CoderSpec) -> Iterator[CoderSpec]:
     """Yields the coder one layer earlier and one later."""
     for step in (-1, 1):
-        yield from _placed(model, spec, lambda site, step=step: _moved(site, step), both=True)
+        yield from _placed(model, spec, lambda site, step=step: _moved(site, step), "reads", "writes")
 
 
 def other_sides(model: nn.Module, spec: CoderSpec) -> Iterator[CoderSpec]:
@@ -84,10 +85,12 @@ def other_sides(model: nn.Module, spec: CoderSpec) -> Iterator[CoderSpec]:
     def flip(site: Site) -> Site | None:
         return replace(site, side=FLIPPED[site.side]) if site.side in FLIPPED else None
 
-    yield from _placed(model, spec, flip, both=spec.is_autoencoder)
     if not spec.is_autoencoder:
-        yield from _placed(model, spec, flip, both=False, writes=True)
-    elif all(site.side in FLIPPED for site in spec.reads):
+        yield from _placed(model, spec, flip, "reads")
+        yield from _placed(model, spec, flip, "writes")
+        return
+    yield from _placed(model, spec, flip, "reads", "writes")
+    if all(site.side in FLIPPED and not site.hook[-1].isdigit() for site in spec.reads):  # a transcoder of a sublayer
         sides = {side: tuple(replace(site, side=side) for site in spec.reads) for side in FLIPPED}
         yield from _specs(spec, {"reads": sides["input"], "writes": sides["output"]})
 
@@ -96,21 +99,18 @@ def other_gain(model: nn.Module, spec: CoderSpec) -> Iterator[CoderSpec]:
     """Yields the coder on the other side of the gain of the norm that it reads, or reads behind."""
 
     def flip(site: Site) -> Site | None:
-        module, _ = located(model, site)
+        layer, norm = LAYER.search(site.hook), NORM_BEFORE.get(site.hook.rpartition(".")[2])
         if site.side == "normalized":
             return replace(site, side="output")
-        if site.side == "output":
-            with contextlib.suppress(ConfigError, AttributeError):
-                before_gain(module, torch.zeros(1, 1, next(module.parameters()).numel()), site)
-                return replace(site, side="normalized")
-        layer, norm = LAYER.search(site.hook), NORM_BEFORE.get(site.hook.rpartition(".")[2])
+        if site.side == "output" and "Norm" in type(located(model, site)[0]).__name__:
+            return replace(site, side="normalized")
         if site.side == "input" and layer and norm:
             with contextlib.suppress(ConfigError):
-                found = resolve(model, [f"blocks.{layer[0]}.{norm}.hook_normalized"])[0]
+                (found,) = resolve(model, [f"blocks.{layer[0]}.{norm}.hook_normalized"])
                 return replace(site, hook=found.hook, side=found.side)
         return None
 
-    yield from _placed(model, spec, flip, both=spec.is_autoencoder)
+    yield from _placed(model, spec, flip, *(("reads", "writes") if spec.is_autoencoder else ("reads",)))
 
 
 def _moved(site: Site, step: int) -> Site | None:
@@ -122,22 +122,16 @@ def _moved(site: Site, step: int) -> Site | None:
 
 
 def _placed(
-    model: nn.Module, spec: CoderSpec, change: Callable[[Site], Site | None], both: bool, writes: bool = False
+    model: nn.Module, spec: CoderSpec, change: Callable[[Site], Site | None], *names: str
 ) -> Iterator[CoderSpec]:
-    """Yields the coder with the sites it reads (or else writes; or both) changed, where this model has them all."""
-    found = {}
-    for name in ("reads", "writes") if both else ("writes",) if writes else ("reads",):
-        sites = [change(site) for site in getattr(spec, name)]
-        kept = tuple(site for site in sites if site is not None)
-        if len(kept) < len(sites):
-            return
-        found[name] = kept
-    try:
-        for site in (site for sites in found.values() for site in sites):
-            located(model, site)
-    except ConfigError:
+    """Yields the coder with the sites that it "reads" or "writes" changed, if this model has them all."""
+    found = {name: tuple(filter(None, map(change, getattr(spec, name)))) for name in names}
+    if any(len(sites) < len(getattr(spec, name)) for name, sites in found.items()):
         return
-    yield from _specs(spec, found)
+    with contextlib.suppress(ConfigError):
+        for site in itertools.chain(*found.values()):
+            located(model, site)
+        yield from _specs(spec, found)
 
 
 # ---- map: what is done with it
@@ -170,29 +164,37 @@ def scales(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
 
 
 def pre_biases(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
-    """Yields the coder without its pre-bias, or with the decoder's."""
-    for kind in ("none", "decoder"):
-        if kind != coder.spec.pre_bias:
-            yield from (rebuilt(coder, s) for s in _specs(coder.spec, {"pre_bias": kind}))
+    """Yields the coder without the decoder's bias as pre-bias, or with it."""
+    other = {"none": "decoder", "decoder": "none"}.get(coder.spec.pre_bias)
+    if other:
+        yield from (rebuilt(coder, s) for s in _specs(coder.spec, {"pre_bias": other}))
 
 
 def selections(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
-    """Yields, of a coder that keeps all that is positive or above its thresholds, those that keep a number of latents.
+    """Yields, of a coder that keeps all that is positive, those that keep few: by TopK or one threshold for all.
 
-    By TopK, or by one threshold for all latents; so many as advertised, or each of `KS`.
+    So many as advertised or else, of `KS`, the fewest with an FVU within a tenth of the best. These are few choices for
+    thousands of numbers, so the best of them is no product of chance; but it says about how many.
     """
     spec = coder.spec
-    if not isinstance(spec.selection, ReLU | JumpReLU):
+    if not isinstance(spec.selection, ReLU):
         return
-    if isinstance(spec.selection, JumpReLU):
-        yield from (rebuilt(coder, s) for s in _specs(spec, {"selection": ReLU()}))
-    x = subject.columns(spec.reads)[:THRESHOLD_TOKENS].to(coder.W_enc)
+    x, target = (subject.columns(sites)[:THRESHOLD_TOKENS].to(coder.W_enc) for sites in (spec.reads, spec.writes))
     scores = coder.look(x).scores.flatten().sort(descending=True).values
-    for k in [round(subject.l0)] if subject.l0 else [k for k in KS if k < spec.d_sae]:
-        yield from (rebuilt(coder, s) for s in _specs(spec, {"selection": TopK(k=max(1, k))}))
-        threshold = scores[min(k * len(x), len(scores) - 1)].clamp_min(0).float().expand(spec.d_sae)
+    ks = [max(1, round(subject.l0))] if subject.l0 else [k for k in KS if k < spec.d_sae]
+
+    def topk(k: int) -> Iterator[SparseCoder]:
+        yield from (rebuilt(coder, s) for s in _specs(spec, {"selection": TopK(k=k)}))
+
+    def threshold(k: int) -> Iterator[SparseCoder]:
+        lowest = scores[min(k * len(x), len(scores) - 1)].clamp_min(0).float()
         for other in _specs(spec, {"selection": JumpReLU()}):
-            yield rebuilt(coder, other, threshold=threshold.clone())
+            yield rebuilt(coder, other, threshold=lowest.repeat(spec.d_sae))
+
+    for rule in (topk, threshold):
+        found = [other for k in ks for other in rule(k)]
+        errors = [fvu(target, other(x).out) for other in found] if len(found) > 1 else [0.0] * len(found)
+        yield from [other for other, error in zip(found, errors, strict=True) if error <= 1.1 * min(errors)][:1]
 
 
 def centerings(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
@@ -210,11 +212,11 @@ def _scale(x: Float[Tensor, "n d"], power: int) -> float:
 PLACES: dict[str, Callable[[nn.Module, CoderSpec], Iterator[CoderSpec]]] = {
     "input and output swapped": other_sides,
     "layer off by one": neighbors,
-    "other side of the norm's gain": other_gain,
+    "norm's gain (processed weights)": other_gain,
 }
 MAPS: dict[str, Callable[[SparseCoder, Subject], Iterator[SparseCoder]]] = {
     "input scale": scales,
     "pre-bias": pre_biases,
     "selection": selections,
-    "processed or raw model": centerings,
+    "centering (processed weights)": centerings,
 }

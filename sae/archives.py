@@ -1,39 +1,16 @@
-"""Files of strangers, and zip archives among them: what they declare is checked before memory is asked for."""
+"""Zip archives of others (npz, torch's .pt): what they declare is checked before memory is asked for."""
 
-import stat
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from sae.errors import DataError
+from sae.foreign import shown
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 BOMB_BYTES, BOMB_RATIO = 64 * 2**20, 20  # weights do not shrink by more, when they are compressed
 LOCAL_HEADER = 30  # bytes, before the member's name
-
-
-@contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
-    """Makes whatever goes wrong inside one DataError that names the file; one that is no file is not opened."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{path} is a folder, a device or a pipe, not a file of tensors")
-        yield
-    except DataError:
-        raise
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # a damaged file breaks its reader in any way
-        raise DataError(f"{path} is damaged or no {what}: {shown(error)}") from error
-
-
-def shown(value: object) -> str:
-    """Returns something that a file says as a short piece of one line."""
-    text = str(value) or type(value).__name__
-    return text if text.isprintable() and len(text) <= 200 else ascii(text)[:200]
 
 
 def allowance(path: Path) -> int:
@@ -67,7 +44,7 @@ class Archive:
                 raise DataError(
                     f"{path} is refused: {self.size:,} bytes unpack to {unpacked:,}, far more than weights can"
                 )
-        except DataError:
+        except BaseException:
             self._zip.close()
             raise
 
@@ -92,7 +69,7 @@ class Archive:
                 raise DataError(f"{self.path} is refused: its member {shown(info.filename)} {what}")
 
     def read(self, name: str) -> Bytes:
-        """Returns a member's bytes, which may be written to: memory-mapped (and copied where written) if it is stored."""
+        """Returns a member's bytes, to be written to: memory-mapped, and copied where written, if it is stored."""
         info = self.members[name]
         with self._zip.open(info) as member:  # which compares the member's own header with the archive's
             if info.compress_type != zipfile.ZIP_STORED:

@@ -1,19 +1,24 @@
 """SparseCoder: encode, decode, forward. The map itself is written at the head of `sae/spec.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae import kernels
+from sae import kernels, partial
 from sae.compressed import flat, offsets_of, rows_of
+from sae.folds import Folding
 from sae.normalization import Undo, undo
 from sae.selection import Support
 from sae.selection.largest import Entries
 from sae.spec import CoderSpec, SparseLatents
+
+if TYPE_CHECKING:
+    from sae.doctor import Report
+    from sae.models import LanguageModel
 
 CHUNK_ENTRIES = 2**26  # largest [tokens, d_sae] product held at once outside training: 256 MiB in float32
 
@@ -68,7 +73,7 @@ class Block(NamedTuple):
     """Of the output."""
 
 
-class SparseCoder(nn.Module):
+class SparseCoder(Folding):
     """A sparse autoencoder, transcoder or crosscoder with one latent per row.
 
     Tensors: W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; b_pre [d_in], W_skip [d_out, d_in]
@@ -142,13 +147,28 @@ class SparseCoder(nn.Module):
         """Returns the norm of each latent's decoder over all the columns that it writes."""
         return torch.cat([part.norm(dim=1) for part in self.decoders()])
 
+    def encoder_rows(self, latents: Sequence[int] | Int[Tensor, "m"]) -> Float[Tensor, "m d_in"]:
+        """Returns the encoder rows of some latents, in float32; zero in columns that a latent does not read."""
+        return partial.encoder_rows(self, latents)
+
+    def decoder_rows(self, latents: Sequence[int] | Int[Tensor, "m"]) -> Float[Tensor, "m d_out"]:
+        """Returns the decoder rows of some latents, in float32; zero in columns that a latent does not write."""
+        return partial.decoder_rows(self, latents)
+
     def encode(
-        self, x: Float[Tensor, "*shape d_in"], gradients: Float[Tensor, "*shape d_out"] | None = None
+        self,
+        x: Float[Tensor, "*shape d_in"],
+        gradients: Float[Tensor, "*shape d_out"] | None = None,
+        latents: Sequence[int] | Int[Tensor, "m"] | None = None,
     ) -> SparseLatents:
         """Returns the codes of x by the per-token inference rule, without gradient; token order as x flattened.
 
         `gradients` is what a rule whose inference is "gradient" looks at beside x (ValueError without), and no other.
+        With `latents`, some ids, their entries alone, to rounding; no more is read than that takes (`sae/partial.py`).
         """
+        if latents is not None:
+            rows = self._rows(x, torch.promote_types(self.W_enc.dtype, torch.float32))
+            return replace(partial.encode(self, rows, latents, gradients), shape=tuple(x.shape[:-1]))
         with torch.no_grad():
             rows, size = self._rows(x), max(1, CHUNK_ENTRIES // self.spec.d_sae)
             looked = [None] * len(rows.split(size))
@@ -345,6 +365,12 @@ class SparseCoder(nn.Module):
         tokens, ids = (torch.cat(members) for members in zip(*parts, strict=True))
         return Entries(tokens, ids, ids).to_support(len(scores))
 
+    def doctor(self, model: "LanguageModel | str") -> "Report":
+        """Returns whether this coder fits a model (or its name), and if not what would; see `sae.doctor`."""
+        from sae.doctor import diagnose
+
+        return diagnose(self, model)
+
     def _inferred(self, x: Float[Tensor, "n d_in"], gradients: Tensor | None) -> SparseLatents:
         if getattr(self.spec.selection, "inference", "plain") == "gradient":
             if gradients is None:
@@ -357,10 +383,10 @@ class SparseCoder(nn.Module):
         look = self.look(x)
         return self.run(look, self.support(self.compared(look, gradients))).latents
 
-    def _rows(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "n d_in"]:
+    def _rows(self, x: Float[Tensor, "*shape d_in"], dtype: torch.dtype | None = None) -> Float[Tensor, "n d_in"]:
         if x.shape[-1] != self.spec.d_in:
             raise ValueError(f"x: last dimension is {x.shape[-1]}, but this coder has d_in = {self.spec.d_in}")
-        return x.reshape(-1, self.spec.d_in).to(self.W_enc)
+        return x.reshape(-1, self.spec.d_in).to(self.W_enc.device, dtype or self.W_enc.dtype)
 
 
 def _concatenate(parts: list[SparseLatents], d_sae: int, shape: tuple[int, ...], like: Tensor) -> SparseLatents:

@@ -4,10 +4,11 @@ About two thousand tokens go through the language model once, which captures the
 mistake of loading (`sae/alternatives.py`) turned into the coder that was meant. All are measured on the same tokens and
 ranked by
 
-    score = ln FVU + |ln(L0 / L0*)|        lower is better; L0* is the advertised L0
+    score = ln FVU + max(0, |ln(L0 / L0*)| - ln 2) + 0.05 for every change made        lower is better
 
-so that a code twice too dense or too sparse must halve the error to be worth it. Without an advertised L0 the second
-term is a tenth of ln L0: sparser is better where the error is the same.
+L0* is the advertised L0; where there is none, the second term is left out. On other text an L0 easily differs by less
+than a factor of two; what goes beyond counts as much as an error that is larger by that factor. So a change is believed
+if it lowers the error by five percent or brings the L0 back, and a second one if it does so again.
 """
 
 import contextlib
@@ -34,13 +35,14 @@ from sae.spec import CoderSpec, MaskSpec, Site
 from sae.text import CHARS_PER_TOKEN, encode, special_ids
 
 LEAST_EV = 0.2
-MOST_L0_FACTOR = 2.0
-MARGIN = 0.05
-CONTEXT = 256
-NORM_FILTER = 10.0
+PRICE = 0.05
+NORM_FILTER = 10.0  # times the median norm, as in training
+CONTEXT = 256  # rows are no longer: many short ones show more of the text
+ROWS, PART = 8, 1024  # rows in one pass of the model, tokens in one of the coder
 SHOWN = 6
-ROWS, PART = 8, 1024
-LEAST_L0, LEAST_FVU, PRICE = 0.01, 1e-9, 0.1
+BOTH = " + "
+MISTAKES = [*PLACES, *MAPS]
+LEAST_L0, LEAST_FVU = 0.01, 1e-9  # so that logarithms exist
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ def diagnose(coder: SparseCoder, lm: LanguageModel | str, tokens: int = 2048, te
 
     The model is a loaded one or its name. The text is that of a source as in `TextConfig.source`: a file, a folder or a
     hub id; by default the Python documentation on this machine. Healthy is an EV of at least 0.2, an L0 within a factor
-    of two of the advertised one where there is one, and no single change with a score better by 0.05. Two changes at a
-    time are tried where no single one is well.
+    of two of the advertised one where there is one, and no change with a better score. A second change is tried on top
+    of a change that helps, and every pair where no single one makes the coder well.
 
     Raises ConfigError for a coder of no known site, of two models, or that needs gradients; and if a site is missing or
     of another width.
@@ -109,19 +111,26 @@ def diagnose(coder: SparseCoder, lm: LanguageModel | str, tokens: int = 2048, te
     lm = load_language_model(lm, device=str(coder.W_enc.device)) if isinstance(lm, str) else lm
     coder = rebuilt(coder, _resolved(coder.spec, lm))
     subject = observe(lm, coder.spec, rows_of_text(lm, coder.spec, tokens, text))
-    own = _measured("", coder, coder, subject)
-    single = list(_suspects(lm.model, coder, subject))
-    candidates = _merged([own, *(_measured(name, coder, other, subject) for name, other in single)])
-    if not any(_well(candidate, subject.l0) for candidate in candidates):
-        order = [*PLACES, *MAPS]
-        pairs = (
-            _measured(f"{first} + {second}", coder, both, subject)
-            for first, other in single
-            for second, both in _suspects(lm.model, other, subject)
-            if order.index(second) > order.index(first)
-        )
-        candidates = _merged([*candidates, *pairs])
-    return _report(own, candidates[1:], coder, subject)
+
+    def undone(of: Candidate, later: bool = False) -> Iterator[Candidate]:
+        known = [number for number, mistake in enumerate(MISTAKES) if mistake in of.mistake]
+        for mistake, fixed in _suspects(lm.model, of.coder, subject, MISTAKES[max(known) :] if later else MISTAKES):
+            if mistake not in of.mistake:
+                name = f"{of.mistake}{BOTH}{mistake}" if of.mistake else mistake
+                yield _candidate(name, _change(coder, fixed), fixed, _figures(fixed, subject), subject.l0)
+
+    usual = _figures(coder, subject)
+    own = _candidate("", "", coder, usual, subject.l0)
+    candidates = _distinct([own, *undone(own)])
+    best = min(candidates, key=_score)
+    pairs = []
+    if not _well(best, subject.l0):
+        pairs = [pair for one in candidates[1:] for pair in undone(one, later=True)]
+    elif best is not own:  # there may be a second mistake
+        pairs = list(undone(best))
+    candidates += [pair for pair in pairs if pair.score < best.score]
+    candidates = sorted(_distinct(candidates), key=_score)
+    return _report(own, candidates, usual, _figures(coder, subject, every=True), subject.l0)
 
 
 def rows_of_text(
@@ -204,77 +213,86 @@ def _sites(model: nn.Module, spec: CoderSpec) -> Iterator[Site]:
         yield from (*other.reads, *other.writes)
 
 
-def _suspects(model: nn.Module, coder: SparseCoder, subject: Subject) -> Iterator[tuple[str, SparseCoder]]:
-    """Yields (mistake, the coder without it) for every usual mistake."""
-    for name, places in PLACES.items():
-        yield from ((name, rebuilt(coder, spec)) for spec in places(model, coder.spec) if subject.has(spec))
-    for name, maps in MAPS.items():
-        yield from ((name, other) for other in maps(coder, subject))
-
-
-def _measured(mistake: str, before: SparseCoder, coder: SparseCoder, subject: Subject) -> Candidate:
-    found = _figures(coder, subject)
-    score = _score(found, subject.l0)
-    return Candidate(mistake, _change(before, coder), found["ev"], found["l0"], score, coder)
+def _suspects(
+    model: nn.Module, coder: SparseCoder, subject: Subject, mistakes: list[str]
+) -> Iterator[tuple[str, SparseCoder]]:
+    """Yields (mistake, the coder without it) for each of some usual mistakes."""
+    for name in mistakes:
+        if name in PLACES:
+            specs = PLACES[name](model, coder.spec)
+            yield from ((name, rebuilt(coder, spec)) for spec in specs if subject.has(spec))
+        else:
+            yield from ((name, other) for other in MAPS[name](coder, subject))
 
 
 @torch.no_grad()
 def _figures(coder: SparseCoder, subject: Subject, every: bool = False) -> dict[str, Any]:
-    x, target = (subject.columns(sites, every).to(coder.W_enc.device) for sites in (coder.spec.reads, coder.spec.writes))
+    x, target = (
+        subject.columns(sites, every).to(coder.W_enc.device) for sites in (coder.spec.reads, coder.spec.writes)
+    )
     total = Reconstruction(coder.spec.d_sae)
     for part, wanted in zip(x.split(PART), target.split(PART), strict=True):
         total.update(wanted, *coder(part))
     return total.result()
 
 
-def _score(found: dict[str, Any], advertised: float | None) -> float:
-    fvu, l0 = found["fvu"], max(found["l0"], LEAST_L0)
-    if fvu is None or not math.isfinite(fvu):
-        return math.inf
-    distance = abs(math.log(l0 / advertised)) if advertised else PRICE * math.log(l0)
-    return math.log(max(fvu, LEAST_FVU)) + distance
+def _candidate(
+    mistake: str, change: str, coder: SparseCoder, found: dict[str, Any], advertised: float | None
+) -> Candidate:
+    """Returns a candidate with its score, as at the head of this module."""
+    fvu, changes = found["fvu"], len(mistake.split(BOTH)) if mistake else 0
+    error = math.inf if fvu is None or not math.isfinite(fvu) else math.log(max(fvu, LEAST_FVU))
+    score = error + _beyond(found["l0"], advertised) + PRICE * changes
+    return Candidate(mistake, change, found["ev"], found["l0"], score, coder)
 
 
-def _merged(candidates: list[Candidate]) -> list[Candidate]:
-    """Returns the candidates, each coder once: what comes to the same is one, under all names and the shortest change.
+def _beyond(l0: float, advertised: float | None) -> float:
+    """Returns how far an L0 is from the advertised one, beyond a factor of two, in nats."""
+    if advertised is None:
+        return 0.0
+    return max(0.0, abs(math.log(max(l0, LEAST_L0) / advertised)) - math.log(2))
 
-    The block before a layer and the input of that layer are one tensor, for example.
+
+def _score(candidate: Candidate) -> float:
+    return candidate.score
+
+
+def _well(candidate: Candidate, advertised: float | None) -> bool:
+    return candidate.ev is not None and candidate.ev >= LEAST_EV and not _beyond(candidate.l0, advertised)
+
+
+def _distinct(candidates: list[Candidate]) -> list[Candidate]:
+    """Returns each coder once: single changes that come to the same are one, under all names and the shortest change.
+
+    The output of a layer and the input of the next are one tensor, for example.
     """
     found: dict[tuple[Any, ...], Candidate] = {}
     for new in candidates:
-        key = (new.l0, f"{new.score:.9g}")
+        key = (new.l0, None if new.ev is None else f"{new.ev:.9g}")
         old = found.setdefault(key, new)
-        if new.mistake not in old.mistake and old.mistake:
+        if old.mistake and BOTH not in new.mistake and new.mistake not in old.mistake:
             change = min(old.change, new.change, key=len)
             found[key] = replace(old, mistake=f"{old.mistake} or {new.mistake}", change=change)
     return list(found.values())
 
 
-def _well(candidate: Candidate, advertised: float | None) -> bool:
-    near = advertised is None or abs(math.log(max(candidate.l0, LEAST_L0) / advertised)) <= math.log(MOST_L0_FACTOR)
-    return candidate.ev is not None and candidate.ev >= LEAST_EV and near
-
-
-def _report(own: Candidate, candidates: list[Candidate], coder: SparseCoder, subject: Subject) -> Report:
-    candidates = sorted(candidates, key=lambda c: c.score)
-    usual, every = _figures(coder, subject), _figures(coder, subject, every=True)
-    best = candidates[0] if candidates and candidates[0].score < own.score - MARGIN else own
-    well = _well(own, subject.l0)
-    healthy = best is own and well
+def _report(
+    own: Candidate, ranked: list[Candidate], usual: dict[str, Any], every: dict[str, Any], advertised: float | None
+) -> Report:
+    best, now = ranked[0], f"EV {_number(own.ev)}, L0 {own.l0:.4g}"
+    healthy = best is own and _well(own, advertised)
+    found = f"{best.mistake}: {best.change} gives EV {_number(best.ev)}, L0 {best.l0:.4g}"
     if healthy:
-        verdict = f"healthy: EV {_number(own.ev)}, L0 {own.l0:.4g}"
-    elif best is own:
-        verdict = f"unwell: EV {_number(own.ev)}, L0 {own.l0:.4g}; none of the usual mistakes explains it"
+        verdict = f"healthy: {now}"
+    elif best is not own and _well(best, advertised):
+        verdict = f"{found}; as it is {now}"
     else:
-        doubt = "" if _well(best, subject.l0) else ", which is still not well"
-        verdict = (
-            f"{best.mistake}: {best.change} gives EV {_number(best.ev)}, L0 {best.l0:.4g}{doubt}; "
-            f"as it is EV {_number(own.ev)}, L0 {own.l0:.4g}"
-        )
+        nearest = f" (nearest: {found})" if best is not own else ""
+        verdict = f"unwell: {now}; none of the usual mistakes explains it{nearest}"
     return Report(
         tokens=usual["tokens"],
         l0=own.l0,
-        advertised_l0=subject.l0,
+        advertised_l0=advertised,
         ev=own.ev,
         ev_with_sinks=every["ev"],
         cosine=usual["cosine"],
@@ -282,21 +300,21 @@ def _report(own: Candidate, candidates: list[Candidate], coder: SparseCoder, sub
         score=own.score,
         healthy=healthy,
         verdict=verdict,
-        candidates=candidates,
+        candidates=[candidate for candidate in ranked if candidate is not own],
     )
 
 
 def _change(before: SparseCoder, after: SparseCoder) -> str:
-    """Returns what tells one coder from another, as what to say when loading or to set in the spec."""
+    """Returns what is new in a coder, as what to say when loading it or to set in its spec."""
     old, new, parts = before.spec, after.spec, []
     if _place(old) != _place(new):
-        parts.append(f'site="{_place(new)}" instead of "{_place(old)}"')
+        parts.append(f'site="{_place(new)}"')
     if (old.normalization, _scales(old)) != (new.normalization, _scales(new)):
-        parts.append(f"{_normalization(new)} instead of {_normalization(old)}")
+        parts.append(_normalization(new))
     if old.pre_bias != new.pre_bias:
-        parts.append(f'pre_bias="{new.pre_bias}" instead of "{old.pre_bias}"')
+        parts.append(f'pre_bias="{new.pre_bias}"')
     if old.selection != new.selection:
-        parts.append(f"selection {_selection(after)} instead of {_selection(before)}")
+        parts.append(f"selection {_selection(after)}")
     return ", ".join(parts)
 
 
@@ -320,9 +338,8 @@ def _selection(coder: SparseCoder) -> str:
     name = Selection.get_choice_name(type(rule))
     if isinstance(rule, Budget):
         return f"{name} (k={rule.k})"
-    thresholds = getattr(coder, "threshold", None)
-    one = thresholds is not None and bool((thresholds == thresholds[0]).all())
-    return f"{name} (threshold={float(thresholds[0]):.4g})" if one else name
+    thresholds = coder.per_latent().get("threshold", torch.zeros(0))
+    return f"{name} (threshold={float(thresholds[0]):.4g})" if thresholds.unique().numel() == 1 else name
 
 
 def _number(value: float | None) -> str:

@@ -40,7 +40,7 @@ def load(
     """Returns the one coder at an address, without gradients.
 
     The format is found by file names, tensor names and shapes (`sae/formats/`). Thresholds stay float32 whatever the
-    dtype. `lazy` maps the tensors into memory, in the precision they are stored in, and reads what is looked at. `hints`
+    dtype. `lazy` maps the tensors into memory, in the precision they are stored in; it reads what is looked at. `hints`
     say what the files do not (`sae.places.Hints`: model, site, pre_bias, scale, format). `spec.training["released"]`
     says where it came from.
 
@@ -144,12 +144,16 @@ def read(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = 
     source = {"format": name, "file": place.weights, "from": place.files.identity, "revision": place.files.revision}
     if name != "native":
         spec = spec.with_(training={**spec.training, RELEASED: source})
-    coder = made(spec, tensors, str(place), place.lazy)
-    return coder if place.lazy else coder.to(device).to_dtype(dtype)
+    coder = made(spec, tensors, str(place))
+    if place.lazy:
+        return coder
+    coder = coder.to(device).to_dtype(dtype)
+    finite(coder.state_dict(), place)  # in the precision asked for: float16 ends at 65,504
+    return coder
 
 
-def made(spec: CoderSpec, tensors: dict[str, Tensor], source: str, lazy: bool = False) -> SparseCoder:
-    """Returns the coder of a spec with these tensors; DataError names one that does not belong, or is not finite.
+def made(spec: CoderSpec, tensors: dict[str, Tensor], source: str) -> SparseCoder:
+    """Returns the coder of a spec with these tensors; DataError names one that does not belong.
 
     Nothing is allocated before the shapes are known to fit: a config may declare any size.
     """
@@ -166,8 +170,6 @@ def made(spec: CoderSpec, tensors: dict[str, Tensor], source: str, lazy: bool = 
     for name in tensors:
         if name not in expected:
             raise DataError(f"{source}: tensor {name} is not part of this coder.{nearest(name, expected)}")
-    if not lazy:
-        finite(tensors, source)
     coder.load_state_dict(dict(tensors), assign=True)
     return coder.requires_grad_(False).eval()
 
@@ -209,4 +211,3 @@ def _merged(known: dict[str, Any], said: dict[str, Any]) -> Hints:
                 f"{name}: not something to say of a coder; allowed: {', '.join(allowed)}.{nearest(name, allowed)}"
             )
     return Hints(**{**known, **{name: value for name, value in said.items() if value is not None}})
-

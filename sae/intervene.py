@@ -84,12 +84,7 @@ def add(
 @torch.no_grad()
 def written(coder: SparseCoder, latents: Int[Tensor, "m"]) -> Float[Tensor, "m d_out"]:
     """Returns the decoder rows of some latents, in float32; zero in columns that a latent does not write."""
-    latents = latents.to(coder.W_dec.device)
-    out = torch.zeros(len(latents), coder.spec.d_out, device=latents.device)
-    for block, weight in zip(coder.blocks, coder.decoders(frozen=True), strict=True):
-        mine = (latents >= block.latents.start) & (latents < block.latents.stop)
-        out[mine, block.columns] = weight[latents[mine] - block.latents.start].float()
-    return out
+    return coder.decoder_rows(latents)
 
 
 @torch.no_grad()

@@ -16,17 +16,21 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sae.archives import BOMB_BYTES, Archive, Bytes, allowance, is_archive, reading, shown
+from sae.archives import Archive, Bytes, allowance, is_archive
 from sae.errors import DataError
+from sae.foreign import reading, shown
+
+T = TypeVar("T")
 
 MAGIC = 0x1950A86A20F9469CFC6C
-MOST_STEPS = 2_000_000  # instructions in one file: a hundred thousand tensors have fewer
+MOST_STEPS = 500_000  # instructions in one file; a tensor takes about thirty
+MOST_ARGUMENTS, MOST_AXES = 8, 8
 LONGEST_LINE = 4096
 STORAGES = {
     **{"torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16},
@@ -35,9 +39,8 @@ STORAGES = {
     **{"torch.BoolStorage": torch.bool, "torch.storage.UntypedStorage": torch.uint8},
 }
 LITERALS = (
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
 )
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -115,12 +118,12 @@ class _Reader:
 
     def __init__(self, path: Path, inert: tuple[str, ...]) -> None:
         self.path, self.inert = path, inert
-        self.steps, self.bytes = MOST_STEPS, allowance(path) + BOMB_BYTES
+        self.steps, self.bytes = MOST_STEPS, allowance(path)
         self.calls: dict[str, Callable[..., Any]] = {
-            "collections.OrderedDict": self._ordered,
-            "_codecs.encode": lambda text, code: text.encode({"latin1": "latin1"}[code]),
-            "torch.Size": lambda sizes=(): sizes,
-            "torch.device": lambda *parts: ":".join(map(str, parts)),
+            "collections.OrderedDict": lambda: OrderedDict(),
+            "_codecs.encode": self._encoded,
+            "torch.Size": lambda sizes: sizes,
+            "torch.device": lambda name, *_: name,
             "torch.storage._load_from_bytes": self._nested,
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": lambda *args: self._tensor(*args[:4]),
@@ -142,7 +145,7 @@ class _Reader:
             raise self.refused("its numbers are not little-endian")
         storages: dict[str, Bytes] = {}
 
-        def storage(kind: str, size: int, key: str, *_: Any) -> _Storage:
+        def storage(kind: str, size: int, key: str) -> _Storage:
             if key not in storages:
                 storages[key] = archive.read(f"{tops[0]}/data/{key}")
             return self._typed(storages[key], kind, size)
@@ -152,21 +155,32 @@ class _Reader:
     def sequence(self, source: _Source) -> Any:
         """Returns the values in a file of the older layout, or in a plain pickle."""
         first = self.run(source)
-        if first != MAGIC:
+        if not isinstance(first, int) or first != MAGIC:
+            self._end(source)
             return first
         self.run(source)
         if not self.run(source)["little_endian"]:
             raise self.refused("its numbers are not little-endian")
-        start, sizes = source.at, dict[str, tuple[str, int]]()
-        self.run(source, lambda kind, size, key, *_: _Storage(sizes.setdefault(key, (kind, size)) and None))
+        start, declared = source.at, dict[str, tuple[str, int]]()
+
+        def declare(kind: str, size: int, key: str) -> _Storage:
+            declared[key] = kind, size
+            return _Storage(None)
+
+        self.run(source, declare)
         storages: dict[str, _Storage] = {}
         for key in self.run(source):
-            kind, size = sizes[key]
+            kind, size = declared[key]
             if int.from_bytes(source.read(8), "little") != size:
                 raise self.refused(f"storage {shown(key)} does not have the length that is declared")
             storages[key] = self._typed(source.take(size * STORAGES[kind].itemsize), kind, size)
-        source.at = start
-        return self.run(source, lambda kind, size, key, *_: storages[key])
+        self._end(source)
+        source.at = start  # the values once more, now that there is something to look at
+        return self.run(source, lambda kind, size, key: storages[key])
+
+    def _end(self, source: _Source) -> None:
+        if source.at < len(source.raw):
+            raise self.refused(f"{len(source.raw) - source.at:,} bytes follow that belong to nothing")
 
     def run(self, source: _Source, storage: Callable[..., _Storage] | None = None) -> Any:
         """Returns the value that one pickle builds; `storage(kind, size, key)` is asked for what it refers to."""
@@ -180,11 +194,9 @@ class _Reader:
             del stack[start:]
             return found
 
-        for opcode, arg, _ in pickletools.genops(source):
-            self.steps -= 1
-            if self.steps < 0:
-                raise self.refused(f"it has more than {MOST_STEPS:,} instructions")
-            name: str = opcode.name
+        for opcode, value, _ in pickletools.genops(cast(Any, source)):
+            self._step()
+            name, arg = opcode.name, cast(Any, value)
             if name in LITERALS:
                 stack.append(arg)
             elif name in CONSTANTS:
@@ -195,25 +207,19 @@ class _Reader:
                 stack.append({})
             elif name == "MARK":
                 marks.append(len(stack))
-            elif name == "POP":
-                stack.pop()
             elif name == "TUPLE" or name in TUPLES:
                 stack.append(tuple(pop(TUPLES.get(name))))
-            elif name == "LIST":
-                stack.append(pop())
-            elif name == "DICT":
-                stack.append(self._filled({}, pop()))
             elif name in ("APPEND", "APPENDS"):
                 items = pop(1 if name == "APPEND" else None)
-                self._container(stack[-1], list).extend(items)
+                self._of(list, stack[-1]).extend(items)
             elif name in ("SETITEM", "SETITEMS"):
                 items = pop(2 if name == "SETITEM" else None)
-                self._filled(self._container(stack[-1], dict), items)
+                self._fill(self._of(dict, stack[-1]), items)
             elif name == "MEMOIZE":
                 memo[len(memo)] = stack[-1]
-            elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            elif name in ("BINPUT", "LONG_BINPUT"):
                 memo[arg] = stack[-1]
-            elif name in ("GET", "BINGET", "LONG_BINGET"):
+            elif name in ("BINGET", "LONG_BINGET"):
                 stack.append(memo[arg])
             elif name == "GLOBAL":
                 stack.append(self._named(*arg.split(" ", 1)))
@@ -225,10 +231,7 @@ class _Reader:
                 (state,) = pop(1)
                 self._build(stack[-1], state)
             elif name == "BINPERSID" and storage:
-                what, kind, key, _, size, *view = stack.pop()
-                if what != "storage" or not isinstance(kind, _Name) or any(view):
-                    raise self.refused("it refers to something that is no storage of tensors")
-                stack.append(storage(kind.full, size, key))
+                stack.append(storage(*self._referred(stack.pop())))
             elif name == "STOP":
                 return stack.pop()
             elif name not in ("PROTO", "FRAME"):
@@ -237,46 +240,65 @@ class _Reader:
 
     def _named(self, module: str, name: str) -> Any:
         """Returns a dtype, or a name that is known; DataError tells any other."""
-        full = f"{module}.{name}"
+        full = f"{self._of(str, module)}.{self._of(str, name)}"
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
         if full in self.calls or full in STORAGES or full.startswith(self.inert or ("\0",)):
             return _Name(full)
         raise self.refused(f"it wants to import {shown(full)}, which no file of tensors needs")
 
-    def _called(self, what: Any, args: tuple[Any, ...]) -> Any:
-        if isinstance(what, _Name) and what.full in self.calls:
-            return self.calls[what.full](*args)
-        if isinstance(what, _Name) and what.full not in STORAGES:
-            return Inert()
-        raise self.refused(f"it wants to call {shown(type(what).__name__)}")
+    def _called(self, what: Any, args: Any) -> Any:
+        name = self._of(_Name, what).full
+        if name in self.calls and len(self._of(tuple, args)) <= MOST_ARGUMENTS:
+            return self.calls[name](*args)
+        if name in self.calls or name in STORAGES:
+            raise self.refused(f"it wants to call {name} in a way that files of tensors do not")
+        return Inert()
+
+    def _referred(self, to: Any) -> tuple[str, int, str]:
+        """Returns (kind, size, key) of the storage that a reference means."""
+        if len(self._of(tuple, to)) not in (5, 6) or to[0] != "storage" or any(to[5:]):
+            raise self.refused("it refers to something that is no storage of tensors")
+        kind = self._of(_Name, to[1]).full
+        if kind not in STORAGES:
+            raise self.refused(f"it takes {kind} for a storage")
+        return kind, self._of(int, to[4]), self._of(str, to[2])
 
     def _build(self, target: Any, state: Any) -> None:
         """Gives an object its attributes; those of a module's dictionary of tensors tell its versions only."""
         if isinstance(target, Inert):
-            state = state[0] if isinstance(state, tuple) else state
-            vars(target).update(self._container(state, dict))
+            fields = self._of(dict, state[0] if isinstance(state, tuple) else state)
+            self._step(len(fields))
+            vars(target).update(fields)
         elif not isinstance(target, OrderedDict):
             raise self.refused(f"it wants to change a {type(target).__name__}")
 
-    def _container(self, value: Any, kind: type) -> Any:
+    def _of(self, kind: type[T], value: Any) -> T:
         if not isinstance(value, kind):
             raise self.refused(f"it takes a {type(value).__name__} for a {kind.__name__}")
         return value
 
-    def _filled(self, into: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
+    def _step(self, count: int = 1) -> None:
+        self.steps -= count
+        if self.steps < 0:
+            raise self.refused(f"it has more than {MOST_STEPS:,} instructions")
+
+    def _fill(self, into: dict[Any, Any], items: list[Any]) -> None:
         """Puts keys and values that follow each other into a dict; nested keys could take for ever to compare."""
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < 2**60):
                 raise self.refused(f"a {type(key).__name__} is no name of a tensor or a field")
             into[key] = value
-        return into
 
-    def _ordered(self, pairs: Any = ()) -> Any:
-        return self._filled(OrderedDict(), [item for pair in pairs for item in pair])
+    def _encoded(self, text: str, code: str) -> bytes:
+        """Returns bytes, which older pickles write as text."""
+        self._spend(len(self._of(str, text)))
+        if code != "latin1":
+            raise self.refused("it wants to encode text")
+        return text.encode("latin1")
 
     def _nested(self, raw: bytes) -> Any:
-        self._spend(len(raw))
+        self._spend(len(self._of(bytes, raw)))
         return self.sequence(_Source(np.frombuffer(bytearray(raw), np.uint8)))
 
     def _spend(self, size: int) -> None:
@@ -288,7 +310,7 @@ class _Reader:
         dtype = STORAGES[kind]
         if len(raw) != size * dtype.itemsize:
             raise self.refused(f"a storage declares {size * dtype.itemsize:,} bytes but holds {len(raw):,}")
-        return _Storage(torch.from_numpy(np.asarray(raw)).view(dtype))
+        return _Storage(torch.from_numpy(np.asarray(raw)).view(dtype) if size else torch.empty(0, dtype=dtype))
 
     def _tensor(
         self,
@@ -299,11 +321,15 @@ class _Reader:
         dtype: torch.dtype | None = None,
     ) -> Tensor | None:
         """Returns a view of a storage; DataError if it is not within it."""
-        if storage.flat is None:
+        if max(len(self._of(tuple, shape)), len(self._of(tuple, stride))) > MOST_AXES:
+            raise self.refused(f"a tensor has more than {MOST_AXES} axes")
+        numbers = [self._of(int, n) for n in (offset, *shape, *stride)]
+        flat = self._of(_Storage, storage).flat
+        if flat is None:
             return None
-        flat = storage.flat if dtype is None else storage.flat.view(dtype)
+        flat = flat if dtype is None else flat.view(dtype)
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        if min(offset, *shape, *stride) < 0 or (math.prod(shape) and last >= len(flat)):
+        if min(numbers) < 0 or (math.prod(shape) and last >= len(flat)):
             raise self.refused(f"a tensor of shape {shown(shape)} lies outside of its storage of {len(flat):,} numbers")
         self._spend(math.prod(shape) * flat.element_size())
         return flat.as_strided(shape, stride, offset)

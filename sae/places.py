@@ -4,7 +4,7 @@ A format asks a `Place` for names, headers, configs and tensors, and never learn
 the hub; a file is fetched when it is first opened. What the files do not say comes as `Hints` from the user.
 """
 
-import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from sae import weights
 from sae.errors import ConfigError, DataError, nearest
-from sae.files import read_json, safe_join
-from sae.settings import read_yaml
+from sae.files import safe_join
+from sae.foreign import read_config, shown
 from sae.weights import Shapes
 
 ABOVE = re.compile(r"\.\./[\w.-]+\.(json|ya?ml)")  # the only way up: a config of the whole run or repository
+LARGEST = 2**40  # no width or count of a coder is larger
+FINITE_CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class Hints:
     """none | decoder | own."""
     scale: float | None = None
     """Factor on its inputs, of a coder trained on scaled activations whose files leave it out."""
+    processed: bool | None = None
+    """Whether its activations were those of a TransformerLens model with centered writing weights."""
+    normalization: str | None = None
+    """What SAELens' config should say for normalize_activations, where a release is known to have it wrong."""
     format: str | None = None
     """Name of the format, of files that look like several."""
 
@@ -75,35 +81,34 @@ class LocalFiles:
     revision: str | None = None
 
     def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
+        self.root = Path(os.path.abspath(root))
         self.label = self.identity = self.root.as_posix()
-        cached = next((p for p in (self.root, *self.root.parents) if p.parent.name == "snapshots"), None)
+        cached = next((p for p in (self.root, *self.root.parents) if _is_snapshot(p)), None)
         self.within = cached.parent.parent if cached else self.root  # snapshots link to blobs beside them
-        if cached and self.within.name.startswith("models--"):
+        if cached:
             self.revision = cached.name
             below = self.root.relative_to(cached).as_posix()
             self.identity = "/".join([*self.within.name.split("--")[1:], *([] if below == "." else [below])])
 
     def names(self) -> list[str]:
-        """Returns the names of all files that are not hidden."""
-        found = (path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
-        return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
+        """Returns the names of all files that are not hidden and can be printed."""
+        found = (path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if os.path.isfile(path))
+        open_ones = (name for name in found if not any(part.startswith(".") for part in name.split("/")))
+        return sorted(name for name in open_ones if name.isprintable())
 
     def has(self, name: str) -> bool:
         """Returns whether there is a file of that name."""
-        return (self.root / name).is_file()
+        return os.path.isfile(self.root / name)
 
     def path(self, name: str) -> Path:
         """Returns the file; DataError if the name leaves the folder or is missing."""
-        path = self.root / name
+        folder = self.root
         if ABOVE.fullmatch(name):
-            path = self.root.parent / name.removeprefix("../")
-        elif self.within == self.root:
-            path = safe_join(self.root, name)
-        elif ".." in PurePosixPath(name).parts or not path.resolve().is_relative_to(self.within.resolve()):
-            raise DataError(f"{name!r} is refused: it points outside of {self.within}")
-        if not path.is_file():
-            raise DataError(f"{path} is missing")
+            folder, name = self.root.parent, name.removeprefix("../")
+        within = folder if self.within == self.root else self.within
+        path = safe_join(within, (folder.relative_to(within) / name).as_posix())
+        if not os.path.isfile(path):
+            raise DataError(f"{path} is missing, or no file")
         return path
 
     def shapes(self, name: str) -> Shapes:
@@ -141,17 +146,18 @@ class Tensors(Mapping[str, Tensor]):
         return tensor
 
     def matrix(self, name: str, rows: int, columns: int, transposed: bool = False) -> Tensor:
-        """Returns a matrix as [rows, columns], whichever way it is stored; a square one as the format documents it, which
-        is `transposed` or not.
+        """Returns a matrix as [rows, columns], whichever way it is stored.
 
-        Its orientation follows from the lengths of the biases: DataError if neither way fits.
+        A square one is taken as the format documents it, which is `transposed` or not; else the orientation follows
+        from the lengths of the biases. DataError if neither way fits.
         """
         tensor = self[name]
-        if tuple(tensor.shape) not in ((rows, columns), (columns, rows)):
+        shape = tuple(tensor.shape)
+        if shape not in ((rows, columns), (columns, rows)):
             raise DataError(
-                f"{self.source}: tensor {name} has shape {tuple(tensor.shape)}, expected {(rows, columns)} or its transpose"
+                f"{self.source}: tensor {name} has shape {shape}, expected {(rows, columns)} or its transpose"
             )
-        flip = transposed if rows == columns else tuple(tensor.shape) == (columns, rows)
+        flip = transposed if rows == columns else shape == (columns, rows)
         return tensor.T if flip else tensor
 
     def all(self) -> dict[str, Tensor]:
@@ -159,10 +165,11 @@ class Tensors(Mapping[str, Tensor]):
         return {name: self[name] for name in self._found}
 
     def number(self, name: str) -> float:
-        """Returns a tensor of one value as a number."""
+        """Returns a tensor of one value as a number; DataError names it if it is none."""
         tensor = self[name]
         if tensor.numel() != 1:
             raise DataError(f"{self.source}: tensor {name} has shape {tuple(tensor.shape)}, expected one number")
+        finite({name: tensor}, self.source)
         return float(tensor)
 
     def ignore(self, *names: str) -> None:
@@ -232,11 +239,7 @@ class Place:
         """Returns the first JSON or YAML file of these that is there, {} if none is; DataError if it is no mapping."""
         for name in names:
             if self.has(name):
-                path = self.path(name)
-                found = read_yaml(path) if name.endswith((".yaml", ".yml")) else read_json(path)
-                if not isinstance(found, dict):
-                    raise DataError(f"{path} holds a {type(found).__name__}, expected an object")
-                return found
+                return read_config(self.path(name))
         return {}
 
     def shapes(self, name: str | None = None) -> Shapes:
@@ -250,7 +253,10 @@ class Place:
             path = self.path(name)
             if not self.lazy:
                 weights.verify(path)
-            found |= weights.tensors(path)
+            more = weights.tensors(path)
+            if twice := found.keys() & more.keys():
+                raise DataError(f"{path}: tensor {min(twice)} is in another file as well")
+            found |= more
         self.opened.append(Tensors(str(self) if len(names) < 2 else f"{self.files.label}/{self.folder}", found))
         return self.opened[-1]
 
@@ -270,9 +276,10 @@ class Place:
 
 
 def as_int(value: Any, name: str, source: object) -> int:
-    """Returns a whole number of a config; DataError names the field if it is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
-        raise DataError(f"{source}: {name} is {value!r}, expected a whole number")
+    """Returns a whole number of a config, 0 or more; DataError names the field if it is none."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LARGEST
+    if not fits or value != int(value):
+        raise DataError(f"{source}: {name} is {_said(value)}, expected a whole number")
     return int(value)
 
 
@@ -280,20 +287,25 @@ def one_of(value: Any, allowed: Iterable[str], name: str, source: object) -> str
     """Returns a word of a config that must be one of these; DataError names the field, the value and the nearest."""
     words = list(allowed)
     if value not in words:
-        raise DataError(f"{source}: {name} is {value!r}; known are {', '.join(words)}.{nearest(str(value), words)}")
+        close = nearest(value, words) if isinstance(value, str) and len(value) < 100 else ""
+        raise DataError(f"{source}: {name} is {_said(value)}; known are {', '.join(words)}.{close}")
     return value
+
+
+def _said(value: Any) -> str:
+    return shown(repr(value)) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def finite(tensors: Mapping[str, Tensor], source: object) -> None:
     """Raises DataError naming a tensor with NaN or infinity."""
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise DataError(f"{source}: tensor {name} holds NaN or Inf")
+        rows = tensor if tensor.dim() else tensor[None]
+        at_once = max(1, FINITE_CHUNK * len(rows) // max(1, rows.numel()))
+        for part in rows.split(at_once):  # what isfinite makes of it takes more room than the tensor
+            if not torch.isfinite(part.float() if part.element_size() == 1 else part).all():
+                raise DataError(f"{source}: tensor {name} holds NaN or Inf, read as {tensor.dtype}")
 
 
-def parse_json(text: str, source: object) -> Any:
-    """Returns the value of a JSON text."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{source} is not valid JSON: {error}") from error
+def _is_snapshot(path: Path) -> bool:
+    """Returns whether a folder is a commit in the hub's own cache: models--owner--name/snapshots/<commit>."""
+    return path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")

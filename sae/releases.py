@@ -1,7 +1,7 @@
 """The table of released coders: names by which they are known, and where they lie.
 
-`assets/releases.json` was derived by `sae/releases_table.py`; nothing of it is checked against the repositories unless a
-row says `verified`. It says nothing of weights: `sae.load` reads those, and refuses what does not fit.
+`assets/releases.json` was derived by `sae/releases_table.py`; nothing of it was compared with the repositories unless a
+row says `verified`. `sae.load` reads the files themselves, and refuses what does not fit.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 from sae.errors import ConfigError, nearest
 
 LAYERS = (r"layers?[_.]?(\d+)", r"blocks\.(\d+)\.", r"(?:^|/)l(\d+)(?:r|a|m|tc)_", r"/(\d+)-")
-WIDTHS = (r"width_(\d+[km])", r"width-2pow(\d+)", r"[-_](\d+[km])(?:[-_/]|$)", r"[-_](\d+x)(?:[-_/]|$)")
+WIDTHS = (r"width_(\d+[km])", r"width-2pow(\d+)", r"[-_]w?(\d+k)(?:[-_/]|$)", r"[-_](\d+x)(?:[-_/]|$)")
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,23 @@ class Release:
         return f"{self.name}/{self.id}" if self.id else self.name
 
     def hints(self) -> dict[str, Any]:
-        """Returns what the table knows that files may be silent about, as `sae.places.Hints` calls it."""
-        return {name: value for name, value in (("model", self.model), ("scale", self.scale)) if value}
+        """Returns what the table knows that files may be silent about, as `sae.places.Hints` calls it.
+
+        ConfigError if that is something without which the coder is another, and which cannot be said.
+        """
+        from sae.places import Hints
+
+        loaded = self.overrides.get("model_from_pretrained_kwargs", {})
+        stated = {
+            "model": self.model,
+            "scale": self.scale,
+            "processed": loaded.get("center_writing_weights"),
+            "normalization": self.overrides.get("normalize_activations"),
+        }
+        said = {name: value for name, value in stated.items() if value}
+        for name in said.keys() - Hints.__dataclass_fields__.keys():
+            raise ConfigError(f"path: {self.address} needs {name} = {said[name]!r}, which cannot be said of a coder")
+        return said
 
 
 @dataclass(frozen=True)
@@ -137,9 +152,9 @@ def coders(name: str) -> list[Release]:
 
 
 def about(repo: str, path: str) -> Release | None:
-    """Returns what the table says of a coder at a path of a repository (its folder, its weight file, or a file below).
+    """Returns what the table says of the coder at a path of a repository (its folder or weight file), None if nothing.
 
-    None if it says nothing, or if the repository has the folder but says different things of it.
+    Where it has several names, that of its page on Neuronpedia comes first.
     """
     parts = [part for part in path.split("/") if part]
     paths = {"/".join(parts[:end]) for end in range(1, len(parts) + 1)}

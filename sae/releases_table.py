@@ -3,8 +3,8 @@
     python -m sae.releases_table PATH/TO/sae_lens/pretrained_saes.yaml --out sae/assets/releases.json
 
 Only facts are taken: names, repositories, paths and numbers. Coders of a release whose names differ in numbers alone
-become one pattern: texts with {0}, {1}, ... and, for each of these, a column of numbers with one entry a coder. `--check`
-asserts that the table, read back, has every coder of the package with the same repository, path and numbers.
+are one pattern: texts with {0}, {1}, ... and, for each of these, a column of numbers, one a coder. The table is read
+back and every coder of the package looked for, by repository, path and numbers; `--check` does that alone.
 """
 
 import argparse
@@ -83,7 +83,6 @@ ADDED: list[dict[str, Any]] = [
                     "id": f"l{{0}}tc_{width}x",
                     "path": f"Llama3_1-8B-Base-L{{0}}TC-{width}x",
                     "columns": ["0-31"],
-                    "l0": 50,
                 }
             ],
         }
@@ -93,7 +92,7 @@ ADDED: list[dict[str, Any]] = [
         "name": "gpt2-transcoders",
         "repo": "pchlenski/gpt2-transcoders",
         "model": "openai-community/gpt2",
-        "format": "transcoder_circuits",
+        "format": "dunefsky",
         "coders": [
             {
                 "id": "blocks.{0}.ln2.hook_normalized",

@@ -166,6 +166,10 @@ def _check_keys(kind: Any, data: Any, where: str) -> None:
 
 def _check_type(hint: Any, value: Any, where: str) -> None:
     """Refuses what the decoder would bend into shape or pass on: null, truth values, infinite numbers, letters."""
+    if dataclasses.is_dataclass(hint):
+        return _check_keys(hint, value, where)
+    if hint is Any:
+        return
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if value is None and NoneType in kinds:
         return

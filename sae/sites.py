@@ -13,6 +13,9 @@ from sae.spec import Site
 SIDES = ("output", "input", "normalized")
 LAYER_LISTS = (
     "model.layers",
+    "model.language_model.layers",
+    "language_model.model.layers",
+    "language_model.layers",
     "transformer.h",
     "gpt_neox.layers",
     "model.decoder.layers",

@@ -13,7 +13,7 @@ writes to the l-th site and all later ones, so its rows of W_dec are shorter the
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import draccus
@@ -22,10 +22,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.compressed import rows_of
-from sae.errors import ConfigError, DataError, nearest
+from sae.errors import ConfigError, DataError
 from sae.normalization import Normalization, Undo, by_site
 from sae.selection import Selection
-from sae.settings import choose
+from sae.settings import choose, decode
 
 FORMAT_VERSION = 2
 PRE_BIASES = ("none", "decoder", "own")
@@ -33,6 +33,7 @@ DECODER_NORMS = ("unit", "free")
 SECOND = "second"  # tag of the sites of a second model
 BUDGETS = ("block", "shared")
 ENCODERS = ("linear", "glu", "matching_pursuit")
+WIDEST = 2**30
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,11 @@ class CoderSpec:
 
     def __post_init__(self) -> None:
         for name in ("d_in", "d_out", "d_sae"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} is not a width; it must be at least 1")
+            if not 1 <= getattr(self, name) <= WIDEST:
+                raise ConfigError(
+                    f"{name}: {getattr(self, name)} is not a width; it must be at least 1, at most {WIDEST}"
+                )
+        self.normalization.validate("normalization")
         choices = {"pre_bias": PRE_BIASES, "decoder_norm": DECODER_NORMS, "encoder": ENCODERS, "budget": BUDGETS}
         for name, allowed in choices.items():
             choose(name, getattr(self, name), allowed)
@@ -201,18 +205,18 @@ class CoderSpec:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "CoderSpec":
-        """Returns the spec written by `to_json`; a newer version or an unknown field is a DataError."""
-        version = data.get("format_version", 0)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        """Returns the spec that `to_json` wrote, of this version or an older one; DataError names what is wrong."""
+        version = data.get("format_version")
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise DataError(f"format_version: {version!r} is not a version")
+        if version > FORMAT_VERSION:
             raise DataError(f"format_version: {version} is newer than {FORMAT_VERSION}; upgrade sae-interp to read it")
-        known = [f.name for f in fields(CoderSpec)]
-        for name in data:
-            if name not in known:
-                raise DataError(f"{name}: not a field of a coder spec.{nearest(name, known)}")
         try:
-            return draccus.decode(CoderSpec, {**data, "format_version": FORMAT_VERSION})
-        except draccus.ParsingError as error:
-            raise DataError(f"coder spec: {error}") from error
+            return decode(CoderSpec, {**data, "format_version": FORMAT_VERSION})
+        except ConfigError as error:
+            decoding = error.__cause__  # which hides what the spec says of values that do not go together
+            why = decoding.__cause__ if decoding and isinstance(decoding.__cause__, ConfigError) else error
+            raise DataError(f"coder spec: {why}") from error
 
     def with_(self, **changes: Any) -> "CoderSpec":
         """Returns a copy with some fields replaced."""

@@ -4,13 +4,14 @@
 
 W_enc is [d_sae, d], W_dec [d_sae, d], or [d, d_sae] in the files of June 2025; W_skip is [d_out, d_in]. The config says
 model, hooks below "blocks.{i}." and `activation`: "relu", or "topk" with `k`. Without it a threshold makes it JumpReLU,
-h 1[h > threshold], and none makes it ReLU. Its TopK keeps what is negative among the k largest, which here is 0; the two
-differ at tokens with fewer than k positive pre-activations. Version 0.5.0 on PyPI reads no `activation`; later ones do.
+h 1[h > threshold], and none makes it ReLU. Its TopK keeps the k largest as they are, negative ones too. Version 0.5.0
+reads neither `activation` nor `k` yet, and takes such a coder for ReLU.
 
 Its cross-layer folders are another format, `cross_layer_transcoder`, which shares what is below. A config's list
 `transcoders` points to files elsewhere: it is reported in `spec.training` and never followed.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,11 +27,12 @@ from sae.places import Place, Tensors, as_int, finite, one_of
 from sae.selection import Selection
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU
-from sae.selection.topk import TopK
+from sae.selection.unrectified_topk import UnrectifiedTopK
 from sae.settings import read_yaml, to_yaml
 from sae.sites import ALIAS, ALIASES, model_id
 from sae.spec import CoderSpec, Site
 
+log = logging.getLogger(__name__)
 WEIGHTS = r"layer_\d+\.safetensors"
 CONFIG, KIND, THRESHOLD = "config.yaml", "transcoder_set", "activation_function.threshold"
 TENSORS = {"W_enc", "W_dec", "b_enc", "b_dec"}
@@ -106,14 +108,15 @@ def sites(place: Place, config: Mapping[str, Any], layers: Iterable[int], widths
     else:
         return (), ()
     reads, writes = (
-        tuple(_site(hook.strip().replace("*", str(layer)), model, width) for layer in layers)
+        tuple(typed(hook.replace("*", str(layer)), model, width) for layer in layers)
         for hook, width in zip(hooks, widths, strict=True)
     )
     return reads, writes
 
 
-def _site(typed: str, model: str, width: int) -> Site:
-    hook, _, side = typed.partition(":")
+def typed(text: str, model: str, width: int = 0) -> Site:
+    """Returns the site that a user means by "blocks.3.hook_resid_mid" or "model.layers.3.mlp:input"."""
+    hook, _, side = text.strip().partition(":")
     return Site(hook, side or "output", model, width=width)
 
 
@@ -141,16 +144,17 @@ def _selection(place: Place, config: Mapping[str, Any], found: Tensors) -> Selec
     if len(set(said)) != 1:
         what = f"given as {said[0]} and as {said[1]}" if said else f"missing; activation 'topk' needs it in {CONFIG}"
         raise DataError(f"{place}: k is {what}")
-    return TopK(said[0])
+    return UnrectifiedTopK(said[0])
 
 
 def write(folder: Path, coder: SparseCoder) -> None:
     """Writes a transcoder as the one of its layer in a set; ConfigError names what the format cannot say.
 
     The folder may hold other layers' already, if their config is the same. Thresholds are written as they act, from 0.
+    Scale and pre-bias are not folded here: `SparseCoder.fold_scale` and `fold_pre_bias` do that.
     """
     spec = coder.spec
-    check("circuit-tracer", spec, selection=("relu", "jumprelu", "topk"), skip=(True,))
+    check("circuit-tracer", spec, selection=("relu", "jumprelu", "unrectified_topk"), skip=(True,))
     if spec.d_in != spec.d_out:
         raise ConfigError(
             f"d_out: circuit-tracer cannot say {spec.d_out} beside d_in = {spec.d_in}; they must be equal"
@@ -162,7 +166,10 @@ def write(folder: Path, coder: SparseCoder) -> None:
         raise ConfigError(f"writes: circuit-tracer cannot say layer {other} of a transcoder that reads layer {layer}")
     config = {"model_name": spec.writes[0].model} if spec.writes[0].model else {}
     config |= {"model_kind": KIND, "feature_input_hook": read_hook, "feature_output_hook": written_hook}
-    if isinstance(spec.selection, TopK):
+    if isinstance(spec.selection, UnrectifiedTopK):
+        log.warning(
+            "%s: circuit-tracer 0.5.0 takes TopK for ReLU; a newer one is needed", folder
+        )
         config |= {"activation": "topk", "k": spec.selection.k}
     elif isinstance(spec.selection, ReLU):
         config |= {"activation": "relu"}
@@ -181,7 +188,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
 def _named(site: Site) -> tuple[int, str]:
     """Returns (layer, TransformerLens' name below it) of a site, if a name means that place in every model."""
     alias = ALIAS.fullmatch(site.hook)
-    if alias and alias[1] != "*":
+    if alias and alias[1] != "*" and alias[2] in ALIASES:
         return int(alias[1]), alias[2]
     parts = site.hook.split(".")
     layer = next((n for n, part in enumerate(parts) if part.isdigit()), None)
@@ -192,5 +199,6 @@ def _named(site: Site) -> tuple[int, str]:
         if place in names:
             return int(parts[layer]), names[place]
     raise ConfigError(
-        f"site: circuit-tracer cannot say {site.name!r} without its model; name it as TransformerLens does: {', '.join(ALIASES)}"
+        f"site: circuit-tracer has no name for {site.name!r} that fits every model; name the coder's site "
+        f"blocks.N and one of {', '.join(ALIASES)}"
     )

@@ -2,8 +2,8 @@
 
     a_i = act(x_i W_enc_i^T + b_enc_i),   out_j = b_dec_j + sum over i <= j of a_i W_dec_i[:, j - i] [+ x_j W_skip_j]
 
-`W_enc_{i}.safetensors` holds W_enc_i [M, d_in], b_enc_i, b_dec_i (of the layer written), threshold_i where it is JumpReLU
-(ReLU otherwise), and W_skip_i [d_in, d_out] where there is a skip path; `W_dec_{i}.safetensors` W_dec_i [M, L - i, d_out].
+`W_enc_{i}.safetensors` holds W_enc_i [M, d_in], b_enc_i, b_dec_i (of the layer written), threshold_i where the rule is
+JumpReLU (else ReLU) and W_skip_i [d_in, d_out] where it has a skip; `W_dec_{i}.safetensors` W_dec_i [M, L - i, d_out].
 `config.yaml` says model and hooks, as for per-layer transcoders. The whole folder is one coder; it goes by its W_enc_0.
 """
 
@@ -50,8 +50,8 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         if skips:
             layer["W_skip"] = found.take(f"W_skip_{i}", d_in, d_out).T
         layers.append(layer)
-    if "activation" in config:
-        one_of(config["activation"], () if jumps else ("relu",), "activation", place)
+    rule = "jump_relu" if jumps else "relu"
+    one_of(config.get("activation", rule), (rule,), "activation", place)
     reads, writes = sites(place, config, range(n_layers), (d_in, d_out))
     if not reads:
         where = "'blocks.*.hook_resid_mid->blocks.*.hook_mlp_out' or the like, where * is the layer"

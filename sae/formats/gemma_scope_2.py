@@ -5,9 +5,9 @@
 w_enc is [d_in, d_sae]; there is no pre-bias and no normalization. The config says where it reads and writes in Hugging
 Face terms; where it is missing, repository and path do. Transcoders read the norm before the MLP after its gain.
 
-A cross-layer transcoder (clt/width_262k_l0_big_affine) or crosscoder (crosscoder/layer_7_13_17_22_width_65k_l0_medium)
-has `params_layer_{i}.safetensors` for each of its L layers, counted from 0: latents that read that layer alone, with
-w_dec [M, L, d_out]. Both are causal, so rows for layers before a latent's own are 0; that is checked. Each is one coder.
+A cross-layer transcoder (clt/width_262k_l0_big) and a crosscoder (crosscoder/layer_7_13_17_22_width_65k_l0_medium) are
+`params_layer_{i}.safetensors` for each of L layers, counted from 0: latents that read that layer alone, with w_dec
+[M, L, d_out]. Both are causal: the rows for layers before a latent's own are 0, which is checked. Each is one coder.
 """
 
 import re
@@ -17,8 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from sae.errors import ConfigError, DataError
+from sae.formats.circuit_tracer import typed
 from sae.formats.cross_layer_transcoder import stacked
-from sae.places import Place, Tensors, as_int, one_of
+from sae.places import Place, Tensors, one_of
 from sae.selection.jumprelu import JumpReLU
 from sae.spec import CoderSpec, MaskSpec, Site
 
@@ -59,11 +60,13 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     n, m = len(layers), len(layers[0]["b_enc"])
     model = place.hints.model or _model(config)
     ends = (("hf_hook_point_in", d_in), ("hf_hook_point_out", d_out))
-    reads, writes = (_sites(place, config, name, n, model, width if several else 0) for name, width in ends)
+    if place.hints.site and not several:
+        read, _, written = place.hints.site.partition("->")
+        reads, writes = (typed(read, model),), (typed(written or read, model),)
+    else:
+        reads, writes = (_sites(place, config, name, n, model, width if several else 0) for name, width in ends)
     if several and not reads:
-        raise ConfigError(
-            f"path: {place} does not say at which layers it reads; its config.json, or the folder's name as released, does"
-        )
+        raise ConfigError(f"path: {place} does not say which layers it reads; put its config.json beside it")
     spec = CoderSpec(
         n * d_in,
         n * d_out,
@@ -93,11 +96,10 @@ def _described(place: Place) -> dict[str, Any]:
         points = zip(("hf_hook_point_in", "hf_hook_point_out"), KINDS[folder["kind"]], strict=True)
         said |= {name: f"model.layers.{layers}.{point}" for name, point in points}
         said |= {"affine_connection": bool(folder["affine"])}
-    l0 = config.get("l0")
-    if l0 is None:
-        advertised = {"l0_range": L0S[folder["l0"]]} if folder else {}
+    if isinstance(config.get("l0"), (int, float)):
+        advertised = {"l0": float(config["l0"])}
     else:
-        advertised = {"l0": float(as_int(l0, "l0", place))}
+        advertised = {"l0_range": L0S[folder["l0"]]} if folder else {}
     return {**said, **config, "advertised": advertised}
 
 
@@ -120,7 +122,8 @@ def _layers(place: Place, config: dict[str, Any]) -> tuple[list[dict[str, Tensor
     layers, d_in = [], 0
     for i in range(n):
         found = replace(place, weights=place.sibling(f"params_layer_{i}.safetensors")).tensors()
-        d_in = d_in or found["w_enc"].numel() // m
+        if i == 0:
+            d_in, config = found["w_enc"].numel() // m, {"affine_connection": SKIP in found, **config}
         W_dec = found.take("w_dec", m, n, d_out)
         if not place.lazy and W_dec[:, :i].any():
             raise DataError(f"{found.source}: tensor w_dec writes to layers before its own; such coders are not read")

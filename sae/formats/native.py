@@ -27,7 +27,10 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     """Returns (spec, tensors); DataError names a file or tensor that is damaged."""
     config = dict(place.config(CONFIG))
     digest = config.pop("sha256", None)
-    spec = CoderSpec.from_json(config)
+    try:
+        spec = CoderSpec.from_json(config)
+    except DataError as error:
+        raise DataError(f"{place.path(CONFIG)}: {error}") from error
     if digest is not None and not place.lazy and digest != sha256_file(place.path(FILE)):
         raise DataError(f"{place} is damaged: its sha256 differs from the one in {CONFIG}")
     return spec, dict(place.tensors().all())

@@ -44,11 +44,21 @@ from sae.spec import CoderSpec, MaskSpec, Site
 log = logging.getLogger(__name__)
 
 WEIGHTS = r"sae_weights\.safetensors"
-CONFIG, FILE, VERSION = "cfg.json", "sae_weights.safetensors", "6.54.12"
+CONFIG, FILE, SCALER, VERSION = "cfg.json", "sae_weights.safetensors", "activation_scaler.json", "6.54.12"
 OLD_NAMES = {
     "hook_point": "hook_name",
     "hook_point_head_index": "hook_head_index",
     "activation_fn_str": "activation_fn",
+}
+NUMBER, LARGEST = (int, float), 1e30
+TYPES: dict[str, type | tuple[type, ...]] = {  # of what is read of a config, beside whole numbers
+    **dict.fromkeys(("metadata", "model_from_pretrained_kwargs", "activation_fn_kwargs"), dict),
+    **dict.fromkeys(("model_name", "hook_name", "hook_name_out", "activation_fn", "dataset_path"), str),
+    **dict.fromkeys(("sae_lens_version", "sae_lens_training_version"), str),
+    **dict.fromkeys(("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "finetuning_scaling_factor"), bool),
+    **dict.fromkeys(("prepend_bos", "stop_on_duplicate_support"), bool),
+    **dict.fromkeys(("residual_threshold", "scaling_factor"), NUMBER),
+    **{"seqpos_slice": list, "exclude_special_tokens": (bool, list)},
 }
 NORMALIZATIONS = {
     "none": Normalization(),
@@ -99,6 +109,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     d_out = as_int(config.get("d_out"), "d_out", place) if transcodes else d_in
     if transcodes and subtracts:
         raise DataError(f"{place}: apply_b_dec_to_input is true, but a transcoder's decoder bias is of its output")
+    one_of(config.get("reshape_activations", "none"), ("none", "hook_z"), "reshape_activations", place)
     found = place.tensors()
     tensors = {"W_dec": found.take("W_dec", d_sae, d_out), "b_dec": found.take("b_dec", d_out)}
     if architecture == "matching_pursuit":
@@ -111,6 +122,10 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     if "skip" in architecture:
         tensors["W_skip"] = found.take("W_skip", d_out, d_in)
     _finetuned(config, found, tensors, place)
+    if config.get("rescale_acts_by_decoder_norm"):  # its latents are h n, and its cut is of these: a unit decoder
+        norms = tensors["W_dec"].float().norm(dim=1)
+        tensors |= {"W_enc": tensors["W_enc"] * norms[:, None], "b_enc": tensors["b_enc"] * norms}
+        tensors["W_dec"] = tensors["W_dec"] / torch.where(norms > 0, norms, 1.0)[:, None]
     selection, own = _selection(place, config, architecture, found, d_sae)
     metadata = config["metadata"]
     reads, writes = _sites(place, metadata, transcodes)
@@ -125,41 +140,44 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         pre_bias="decoder" if subtracts else "none",
         decoder_norm="free",
         skip="skip" in architecture,
-        mask=_mask(metadata),
-        context_length=as_int(metadata.get("context_size") or 0, "context_size", place),
+        mask=_mask(place, metadata),
+        context_length=as_int(metadata.get("context_size", 0), "context_size", place),
         bos="row" if metadata.get("prepend_bos", True) else "none",
         training={"architecture": architecture, "dataset": metadata.get("dataset_path")},
     )
-    if config.get(
-        "rescale_acts_by_decoder_norm"
-    ):  # its latents are h n, and so is its cut: a unit decoder says the same
-        spec, tensors = folds.rescale_latents(spec, tensors, tensors["W_dec"].float().norm(dim=1).clamp_min(1e-8))
-    spec, tensors = _normalized(place, config["normalize_activations"], transcodes, spec, tensors | own)
-    return _of_raw_activations(place, metadata, spec, tensors)
+    normalizes = getattr(place.hints, "normalization", None) or config["normalize_activations"]
+    spec, tensors = _normalized(place, normalizes, transcodes, spec, tensors | own)
+    return _of_raw_activations(place, metadata, transcodes, spec, tensors)
 
 
 def migrated(config: dict[str, Any], source: object = CONFIG) -> dict[str, Any]:
-    """Returns a config in the terms of version 6, with every default that bears on the map."""
-    new = {OLD_NAMES.get(name, name): value for name, value in config.items()}
-    if _version(new, "sae_lens_version") < (6, 0, 0):
-        new.setdefault("architecture", "standard")
-        activation, kind = new.get("activation_fn") or "relu", new["architecture"]
-        if activation != "relu" and (activation != "topk" or kind not in ("standard", "topk")):
-            raise DataError(f"{source}: activation_fn is {activation!r} of a coder that is {kind!r}; not known")
-        if activation == "topk":
-            new |= {"architecture": "topk", "k": (new.get("activation_fn_kwargs") or {}).get("k", new.get("k"))}
-        new["metadata"] = {**new, **(new.get("metadata") or {})}
-    new.setdefault("metadata", {})
+    """Returns a config in the terms of version 6, with every default that bears on the map; DataError names a field."""
+    new = _typed({OLD_NAMES.get(name, name): value for name, value in config.items()}, source)
+    metadata = _typed(new.get("metadata", {}), source)
+    if _version(metadata | new, "sae_lens_version") < (6, 0, 0):
+        activation, kind = new.get("activation_fn", "relu"), new.setdefault("architecture", "standard")
+        if one_of(activation, ("relu", "topk"), "activation_fn", source) == "topk":
+            one_of(kind, ("standard", "topk"), "architecture, with activation_fn 'topk',", source)
+            new |= {"architecture": "topk", "k": new.get("activation_fn_kwargs", {}).get("k", new.get("k"))}
+        metadata = new | metadata
     new.setdefault("apply_b_dec_to_input", "transcoder" not in str(new.get("architecture")))
-    said = new.get("normalize_activations")
-    if said is None or isinstance(said, bool):
-        new["normalize_activations"] = "expected_average_only_in" if said else "none"
-    return new
+    said = new.get("normalize_activations", False)
+    normalizes = ("expected_average_only_in" if said else "none") if isinstance(said, bool) else said
+    return {**new, "metadata": metadata, "normalize_activations": normalizes}
+
+
+def _typed(config: dict[str, Any], source: object) -> dict[str, Any]:
+    """Returns what a config says that is not null; DataError names a field whose value is of another type."""
+    for name, value in config.items():
+        allowed = TYPES.get(name)
+        fits = value is None or not allowed or isinstance(value, allowed)
+        if not fits or (allowed == NUMBER and value is not None and (value is True or not abs(value) < LARGEST)):
+            raise DataError(f"{source}: {name} has a value of type {type(value).__name__} that it cannot have")
+    return {name: value for name, value in config.items() if value is not None}
 
 
 def _version(config: dict[str, Any], name: str) -> tuple[int, ...]:
-    said = config.get(name) or (config.get("metadata") or {}).get(name)
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", str(said))
+    found = re.match(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", config.get(name, ""))
     return tuple(map(int, found.groups())) if found else (0, 0, 0)
 
 
@@ -182,8 +200,10 @@ def _selection(
     if architecture == "gated":
         return Gated(), {name: found.take(name, d_sae) for name in ("r_mag", "b_mag")}
     if architecture == "matching_pursuit":
-        names = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
-        return MatchingPursuit(**{name: config[name] for name in names if name in config}), {}
+        rule = MatchingPursuit()  # whose defaults are theirs
+        most = as_int(config["max_iterations"], "max_iterations", place) if "max_iterations" in config else None
+        least = float(config.get("residual_threshold", rule.residual_threshold))
+        return MatchingPursuit(least, most, config.get("stop_on_duplicate_support", True)), {}
     return ReLU(), {}
 
 
@@ -204,40 +224,35 @@ def _normalized(
 ) -> tuple[CoderSpec, dict[str, Tensor]]:
     known = (*NORMALIZATIONS, "expected_average_only_in", "covariance_whitening")
     one_of(kind, known, "normalize_activations", place)
+    if transcodes and kind not in ("none", "expected_average_only_in"):
+        raise ConfigError(f"normalize_activations: {place} is a transcoder, whose output {kind!r} does not undo")
     if kind == "covariance_whitening":  # a checkpoint of training: inference files have it folded
-        if spec.selection.pursues or transcodes:
-            raise ConfigError(f"normalize_activations: {place} is of whitened inputs, which this kind cannot fold")
-        if not place.has("activation_whitening.safetensors"):
-            raise DataError(f"{place}: it is of whitened inputs, but activation_whitening.safetensors is not beside it")
-        how = place.tensors("activation_whitening.safetensors")
-        shape = (spec.d_in, spec.d_in)
-        mean, matrix, inverse = (
-            how.take("mean", spec.d_in),
-            how.take("matrix", *shape),
-            how.take("inverse_matrix", *shape),
-        )
+        name, d = "activation_whitening.safetensors", spec.d_in
+        if not place.has(name):
+            raise DataError(f"{place}: it is of whitened inputs, but {name} is not beside it")
+        how = place.tensors(name)
+        mean, matrix, inverse = how.take("mean", d), how.take("matrix", d, d), how.take("inverse_matrix", d, d)
         return folds.whitening(spec, tensors, mean, matrix, inverse)
     normalization = NORMALIZATIONS.get(kind)
     if normalization is None:
-        scale = place.config("activation_scaler.json").get("scaling_factor") or place.hints.scale
+        scale = _typed(place.config(SCALER), f"{place.files.label}/{SCALER}").get("scaling_factor", place.hints.scale)
         why = "it was trained on inputs scaled to a mean norm of sqrt(d_in)"
-        normalization = Normalization("scalar", float(scale or place.need("scale", why, "sqrt(d_in) / E|x|")))
-    if transcodes and normalization.per_token:
-        raise ConfigError(f"normalize_activations: {place} is a transcoder that does not undo {kind!r}")
+        scale = place.need("scale", why, "sqrt(d_in) / E|x|") if scale is None else scale
+        normalization = Normalization("scalar", float(scale))
     return spec.with_(normalization=normalization), tensors
 
 
 def _of_raw_activations(
-    place: Place, metadata: dict[str, Any], spec: CoderSpec, tensors: dict[str, Tensor]
+    place: Place, metadata: dict[str, Any], transcodes: bool, spec: CoderSpec, tensors: dict[str, Tensor]
 ) -> tuple[CoderSpec, dict[str, Tensor]]:
     """Returns the coder of raw activations, where its own are those of a processed TransformerLens model."""
-    how = metadata.get("model_from_pretrained_kwargs") or {}
+    how = metadata.get("model_from_pretrained_kwargs", {})
     said = getattr(place.hints, "processed", None)
     processed = how.get("center_writing_weights", False) if said is None else said
-    hooks = [site.hook for site in (*spec.reads, *spec.writes)]
+    hooks = [metadata[name] for name in ("hook_name", "hook_name_out")[: 1 + transcodes] if name in metadata]
     if (said or how.get("fold_value_biases")) and any(hook.endswith(("hook_z", "hook_v")) for hook in hooks):
         log.warning("%s is of heads without their value biases, which are not taken out of what it reads here", place)
-    if RMS_NORM.search(metadata.get("model_name") or "") or not any(map(CENTERED.fullmatch, hooks)):
+    if RMS_NORM.search(metadata.get("model_name", "")) or (hooks and not any(map(CENTERED.fullmatch, hooks))):
         return spec, tensors
     if not processed:
         trained = _version(metadata, "sae_lens_training_version")
@@ -249,45 +264,36 @@ def _of_raw_activations(
                 ".".join(map(str, trained)),
             )
         return spec, tensors
-    if spec.reads != spec.writes:
-        raise ConfigError(f"center_writing_weights: {place} is a transcoder of a model whose outputs lack their mean")
-    if spec.normalization.kind == "layer_norm":  # it takes the mean out and puts it back by itself
+    kind = spec.normalization.kind
+    if transcodes or kind == "l2" or not hooks:
+        what = "is a transcoder, and the mean of its output is not known" if transcodes else "does not say where"
+        what = "is of inputs scaled by token" if kind == "l2" else what
+        raise ConfigError(f"center_writing_weights: {place} reads a model with centered weights, but {what}")
+    if kind == "layer_norm":  # it takes the mean out and puts it back by itself
         return spec, tensors
-    if spec.normalization.kind not in ("none", "scalar") or (
-        spec.selection.pursues and spec.normalization.kind != "none"
-    ):
-        kind = spec.normalization.kind
-        raise ConfigError(f"center_writing_weights: {place} is of centered inputs, with normalization {kind!r} on top")
-    spec, tensors = _unscaled(spec, tensors)
+    spec, tensors = folds.scale(spec, tensors)
     return spec.with_(normalization=Normalization("center")), tensors
 
 
-def _unscaled(spec: CoderSpec, tensors: dict[str, Tensor]) -> tuple[CoderSpec, dict[str, Tensor]]:
-    """Returns the coder of raw inputs with the same latents, of one of inputs times s: W_enc s, W_dec / s, b_dec / s."""
-    if spec.normalization.kind != "scalar":
-        return spec, tensors
-    s_in, s_out = (spec.normalization.scale * (s[0].scale if s else 1.0) for s in (spec.reads, spec.writes))
-    factors = {"W_enc": s_in, "W_dec": 1 / s_out, "b_dec": 1 / s_out}
-    changed = {name: tensors[name].float() * factor for name, factor in factors.items()}
-    return spec.with_(normalization=Normalization()), tensors | changed
-
-
 def _sites(place: Place, metadata: dict[str, Any], transcodes: bool) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
-    hook, written = (str(metadata.get(name) or "") for name in ("hook_name", "hook_name_out"))
-    model = place.hints.model or model_id(metadata.get("model_name") or "")
+    for name in ("hook_head_index", "hook_head_index_out"):
+        if name in metadata:
+            raise ConfigError(f"{name}: {place} is of one head; only whole activations are read here")
+    hook, written = metadata.get("hook_name", ""), metadata.get("hook_name_out", "")
+    model = place.hints.model or model_id(metadata.get("model_name", ""))
     if not hook or (transcodes and not written):
         return (), ()
-    for name in ("hook_head_index", "hook_head_index_out"):
-        if metadata.get(name) is not None:
-            raise ConfigError(f"{name}: {place} is of one head of {hook}; only whole activations are read here")
     reads = (Site(hook, model=model),)
     return reads, (Site(written, model=model),) if transcodes else reads
 
 
-def _mask(metadata: dict[str, Any]) -> MaskSpec:
-    first = slice(*(metadata.get("seqpos_slice") or [None])).start  # one number alone is where it stops
-    special = metadata.get("exclude_special_tokens")
-    return MaskSpec(tuple(special) if isinstance(special, list) else (), max(1, first or 0))
+def _mask(place: Place, metadata: dict[str, Any]) -> MaskSpec:
+    positions, special = metadata.get("seqpos_slice", [None]), metadata.get("exclude_special_tokens")
+    if not 1 <= len(positions) <= 3:
+        raise DataError(f"{place}: seqpos_slice has {len(positions)} numbers, expected 1 to 3")
+    first = slice(*positions).start or 0  # one number alone is where it stops
+    tokens = [as_int(token, "exclude_special_tokens", place) for token in special] if isinstance(special, list) else []
+    return MaskSpec(tuple(tokens), max(1, as_int(first, "seqpos_slice", place)))
 
 
 def write(folder: Path, coder: SparseCoder) -> None:
@@ -303,7 +309,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
         cut = tensors["threshold"] if "threshold" in tensors else torch.full((spec.d_sae,), spec.calibration[0])
         cut = cut / norms.clamp_min(1e-30) if spec.select_by_decoder_norm else cut
         tensors["threshold"] = cut.clamp_max(torch.finfo(torch.float32).max)
-    tensors = _unscaled(spec, tensors)[1]
+    tensors = folds.scale(spec, tensors)[1] if spec.normalization.kind == "scalar" else tensors
     if spec.selection.pursues:
         tensors = {name: tensors[name] for name in ("W_dec", "b_dec")}
     else:
@@ -371,7 +377,8 @@ def _metadata(spec: CoderSpec, transcodes: bool) -> dict[str, Any]:
         "seqpos_slice": [spec.mask.skip_positions, None],
         "exclude_special_tokens": list(spec.mask.special_ids),
     }
-    for name, site in [*zip(["hook_name"], spec.reads), *zip(["hook_name_out"], spec.writes if transcodes else ())]:
+    named = {"hook_name": spec.reads, "hook_name_out": spec.writes if transcodes else ()}
+    for name, site in ((name, site) for name, sites in named.items() for site in sites):
         lens = bool(ALIAS.fullmatch(site.hook)) or site.hook == "hook_embed"
         if not lens and site.side != "output":
             raise ConfigError(f"{name}: SAELens can say a TransformerLens name or a module's output, not {site.name!r}")

@@ -7,6 +7,8 @@ are, have no ReLU and take the k of largest magnitude. W_dec is stored with one 
 torch's Linear. Autoencoders are of a module's output, and y = x - b_dec. Transcoders (`transcode`) go from its input to
 its output. Until February 2025 they subtracted b_dec as well; the change that ended it (pull request 49) brought the
 field `activation`, so without this field the user has to say. Module names are relative to the base model.
+
+The map is sparsify's decode(encode(x)); under `multi_topk`, a loss, its forward returns what 4 k latents make.
 """
 
 import re
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from sae import exporting
 from sae.coder import SparseCoder
-from sae.errors import ConfigError, DataError
+from sae.errors import ConfigError
 from sae.files import save_tensors, write_json
 from sae.places import Place, as_int, finite, one_of
 from sae.selection import Selection
@@ -26,6 +28,7 @@ from sae.selection.groupmax import GroupMax
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
 from sae.settings import choose
+from sae.sites import ALIAS
 from sae.spec import CoderSpec, Site
 
 CONFIG, FILE, RUN = "cfg.json", "sae.safetensors", "config.json"
@@ -37,7 +40,7 @@ RULES: dict[tuple[str, bool], type[TopK] | type[SignedTopK] | type[GroupMax]] = 
 }
 MAP = {"activation", "signed", "k", "d_in", "d_sae", "num_latents", "expansion_factor", "skip_connection", "transcode"}
 TRAINING = {"normalize_decoder", "multi_topk", "naive_decoder", "lookup_max_order"}  # of no effect on the map
-HOOK = re.compile(r"([A-Za-z_]\w*\.)+\d+(\.\w+)*|h\.\d+(\.\w+)*|embed_tokens|embed_in|wte")
+HOOK = re.compile(r"([A-Za-z_]\w*\.)+\d+(\.\w+)*|(\w+\.)*(embed_tokens|embed_in|wte)")
 
 
 def detect(place: Place) -> bool:
@@ -101,20 +104,26 @@ def write(folder: Path, coder: SparseCoder) -> None:
         raise ConfigError(f"pre_bias: sparsify cannot say {spec.pre_bias!r} of {kind}, which has {wanted!r}")
     if spec.reads:
         (read,), (written,) = spec.reads, spec.writes
-        if read.hook != written.hook or (read.side, written.side) != ("input" if transcodes else "output", "output"):
+        sides = ("input" if transcodes else "output", "output")
+        if read.hook != written.hook or (read.side, written.side) != sides or ALIAS.fullmatch(read.hook):
             raise ConfigError(
-                f"reads: sparsify cannot say {read.name!r} to {written.name!r}; it knows a module's output, or its "
-                "input to its output"
+                f"reads: sparsify cannot say {read.name!r} to {written.name!r}; it knows the output of a module path "
+                "such as 'layers.3', or its input to its output"
             )
     names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
     tensors = {names.get(name, name): tensor for name, tensor in coder.state_dict().items()}
     finite(tensors, folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / FILE, tensors)
-    if spec.reads:
-        site, data = spec.reads[0], {"ctx_len": spec.context_length, "dataset": spec.training.get("dataset")}
-        where = {"model": site.model, "revision": site.revision, "hookpoints": [site.hook]}
-        write_json(folder / RUN, where | {name: value for name, value in data.items() if value})
+    site = spec.reads[0] if spec.reads else Site("")
+    run = {
+        "model": site.model,
+        "revision": site.revision,
+        "hookpoints": [site.hook] if site.hook else [],
+        "ctx_len": spec.context_length,
+        "dataset": spec.training.get("dataset"),
+    }
+    write_json(folder / RUN, {name: value for name, value in run.items() if value})
     config = {
         "activation": exporting.properties(spec)["selection"],
         "d_in": spec.d_in,
@@ -135,7 +144,7 @@ def _run(place: Place) -> dict[str, Any]:
 
 
 def _selection(place: Place, config: dict[str, Any]) -> Selection:
-    activation = one_of(config.get("activation", "topk"), {name for name, _ in RULES}, "activation", place)
+    activation = one_of(config.get("activation", "topk"), ("topk", "groupmax"), "activation", place)
     rule = RULES.get((activation, bool(config.get("signed"))))
     if rule is None:
         raise ConfigError(f"signed: {place} is signed, which sparsify knows of topk alone, not of {activation}")
@@ -153,11 +162,12 @@ def _pre_bias(place: Place, config: dict[str, Any]) -> str:
 
 
 def _sites(place: Place, run: dict[str, Any], transcodes: bool) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
-    """Returns the sites: the only one that a config beside the weights names, else the folder's, else the user's."""
+    """Returns the sites: the only one that a config beside the weights names, else the user's, else the folder's."""
     *_, above, name = ["", "", *place.identity.split("/")[:-1]]
     folder = above if re.fullmatch(r"seed\d+", name) else name
     listed = run.get("hookpoints") if place.has(RUN) else None
-    hook = listed[0] if listed and len(listed) == 1 else folder if HOOK.fullmatch(folder) else place.hints.site
+    said = listed[0] if listed and len(listed) == 1 else place.hints.site
+    hook = said or (folder if HOOK.fullmatch(folder) else "")
     if not hook:
         return (), ()
     read, _, written = hook.partition("->")

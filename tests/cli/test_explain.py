@@ -8,11 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 from fakes import tiny_model_folder, tiny_text_folder
 from runs import error_of
+from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parents[1] / "interp"))
 
 from interp_runs import coder_folder
 
+import sae
 from cli.explain import main
 from sae.settings import read_yaml
 
@@ -40,6 +42,25 @@ def explain(made, tmp_path, capsys):
         return code, printed.out + printed.err
 
     return run
+
+
+def test_a_coder_in_another_format_is_explained_like_the_same_one_of_ours(made, explain, tmp_path):
+    coder, folder = sae.load(made / "one"), tmp_path / "theirs"
+    folder.mkdir()
+    spec, tensors = coder.spec, {name: tensor.contiguous() for name, tensor in coder.state_dict().items()}
+    where = {"model_name": spec.reads[0].model, "hook_name": "blocks.1.hook_resid_post", "sae_lens_version": "6.0.0"}
+    config = {"architecture": "topk", "d_in": spec.d_in, "d_sae": spec.d_sae, "k": spec.selection.k, "metadata": where}
+    (folder / "cfg.json").write_text(json.dumps(config | {"apply_b_dec_to_input": True}))
+    save_file(tensors | {"W_enc": tensors["W_enc"].T.contiguous()}, folder / "sae_weights.safetensors")
+    text = [f"--text.{key}={value}" for key, value in spec.training["text"].items() if value]
+    for name, path in (("ours", "one"), ("other", folder)):
+        code, printed = explain(path, *SMALL, *text, "--run-dir", tmp_path / name)
+        assert code == 0, printed
+    ours, other = (pq.read_table(tmp_path / name / "results.parquet").to_pylist() for name in ("ours", "other"))
+    assert [(row["latent"], row["explanation"]) for row in other] == [(r["latent"], r["explanation"]) for r in ours]
+    code, printed = explain(folder, *SMALL, "--run-dir", tmp_path / "none")
+    assert code == 2
+    assert error_of(printed).startswith("text.source: the coder does not say what text it was trained on")
 
 
 def test_from_a_coder_to_results(explain, tmp_path):

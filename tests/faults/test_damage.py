@@ -78,6 +78,8 @@ def test_nan_in_saved_weights_names_the_tensor(tmp_path, made, capsys, name):
     tensors = {key: value.clone() for key, value in load_tensors(folder / "sae.safetensors").items()}
     tensors[name].view(-1)[-1] = torch.nan
     save_tensors(folder / "sae.safetensors", tensors)
+    config = json.loads((folder / "cfg.json").read_text())
+    write_json(folder / "cfg.json", {**config, "sha256": sha256_file(folder / "sae.safetensors")})
     with pytest.raises(DataError, match=f"tensor {name} holds NaN or Inf"):
         sae.load(folder)
     assert sae_eval([str(folder)]) == 1

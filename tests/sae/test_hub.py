@@ -64,7 +64,9 @@ def test_precision_and_the_folder_of_a_run(coder, folder):
     assert sae.load(folder, dtype=torch.bfloat16).W_enc.dtype == torch.bfloat16
     assert sae.load(folder.parent).spec == coder.spec
     sae.save(coder, folder.parent / "other")
-    with pytest.raises(ConfigError, match="not the folder of one coder; it holds 2: coder, other"):
+    with pytest.raises(
+        ConfigError, match=r"is not one coder; it holds 2: coder/sae\.safetensors, other/sae\.safetensors"
+    ):
         sae.load(folder.parent)
 
 
@@ -72,14 +74,25 @@ def test_folders_without_a_coder(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"no such folder: .*codr\. Did you mean 'coder'\?"):
         sae.load(tmp_path / "codr")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="found none"):
+    with pytest.raises(ConfigError, match="holds no coder in a known format; its files are none"):
         sae.load(tmp_path / "empty")
+
+
+def changed_config(folder, **changes):
+    path = folder / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def changed_tensors(folder, change):
     tensors = load_file(folder / "sae.safetensors")
     change(tensors)
     save_file(tensors, folder / "sae.safetensors")
+
+
+def test_weights_that_are_not_those_of_the_config_are_damaged(folder):
+    changed_tensors(folder, lambda tensors: tensors["b_dec"].add_(1))
+    with pytest.raises(DataError, match=r"sae\.safetensors is damaged: its sha256 differs from the one in cfg\.json"):
+        sae.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +108,7 @@ def changed_tensors(folder, change):
 )
 def test_tensors_that_do_not_fit_are_named(folder, change, message):
     changed_tensors(folder, change)
+    changed_config(folder, sha256=None)  # or the change is found before it is looked at
     with pytest.raises(DataError, match=message):
         sae.load(folder)
 
@@ -102,16 +116,17 @@ def test_tensors_that_do_not_fit_are_named(folder, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 99}, "format_version: 99 is newer than 1; upgrade sae-interp"),
-        ({"d_ina": 3}, "d_ina: not a field of a coder spec. Did you mean 'd_in'"),
-        ({"selection": {"type": "tokp", "k": 3}}, "coder spec"),
-        ({"d_in": "six"}, "coder spec"),
+        ({"format_version": 99}, r"cfg\.json: format_version: 99 is newer than 2; upgrade sae-interp"),
+        ({"d_ina": 3}, "coder spec: d_ina: no such field. Did you mean 'd_in'"),
+        ({"selection": {"type": "tokp", "k": 3}}, "selection.type: 'tokp' is not one of .* Did you mean 'topk'"),
+        ({"d_in": "six"}, "coder spec: d_in: 'six' is not a whole number"),
+        ({"d_sae": 10**12}, "coder spec: d_sae: 1000000000000 is not a width"),
+        ({"normalization": {"kind": "scaler"}}, "normalization.kind: 'scaler' is not one of .* Did you mean 'scalar'"),
     ],
-    ids=["newer", "unknown", "selection", "type"],
+    ids=["newer", "unknown", "selection", "type", "huge", "normalization"],
 )
 def test_a_spec_that_is_not_ours_is_named(folder, change, message):
-    path = folder / "cfg.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    changed_config(folder, **change)
     with pytest.raises(DataError, match=message):
         sae.load(folder)
 

@@ -1,0 +1,277 @@
+"""sae-load: find released coders, look at them, fetch, convert, publish and check them."""
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli.common import DONE, ERROR, Parser, add_hints, hints, run
+from sae.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sae.outline import Outline
+    from sae.places import Files, Hints, Place
+    from sae.releases import Listed, Release
+    from sae.remote import HubFiles
+
+EPILOG = """ID is what sae.load takes: a folder or file, OWNER/REPO[/FOLDER] on the hub, SAELens' RELEASE/SAE_ID, or
+Neuronpedia's MODEL/SOURCE.
+Examples:
+  sae-load list --model gemma-2-2b                                 what has been released
+  sae-load show gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82    one coder, without its weights
+  sae-load fetch gpt2-small-res-jb/blocks.8.hook_resid_pre --to models    for a machine without a network
+  sae-load convert runs/quickstart/coders/model.layers.2 --to saelens exported
+  sae-load push exported ME/MY-CODER --private
+  sae-load doctor OWNER/REPO --model MODEL                         does it fit the model's activations?
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run(command, argv)
+
+
+def command(argv: list[str]) -> int:
+    """Parses and acts."""
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = Parser("sae-load", description=__doc__, epilog=EPILOG, formatter_class=kind)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def added(name: str, act: Any, path: str = "ID") -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=act.__doc__, description=act.__doc__)
+        found.set_defaults(act=act)
+        if path:
+            found.add_argument("id", metavar=path, help="a folder, a hub address or a released name")
+            add_hints(found)
+            found.add_argument("--model-name", metavar="MODEL", help="the language model, if its files do not say")
+            found.add_argument("--cache-dir", metavar="FOLDER", help="instead of huggingface_hub's cache")
+        found.add_argument("--debug", action="store_true", help="show tracebacks")
+        return found
+
+    listing = added("list", _list, "")
+    listing.add_argument("--model", help="only coders of this language model: a hub id, or the end of one")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    added("show", _show)
+    fetch = added("fetch", _fetch)
+    fetch.add_argument("--to", metavar="FOLDER", help="put the files below this folder instead of the cache")
+    convert = added("convert", _convert, "A")
+    convert.add_argument("--to", metavar="FORMAT", required=True, help="native, saelens, ...")
+    convert.add_argument("folder", metavar="B", help="a folder that does not exist yet, or is empty")
+    push = added("push", _push, "A")
+    push.add_argument("repo", metavar="REPO", help="OWNER/NAME on the hub; it is made if need be")
+    push.add_argument("--private", action="store_true", help="if it is made, only for the owner")
+    doctor = added("doctor", _doctor)
+    doctor.add_argument("--model", help="hub id or folder of the language model (default: what the coder says)")
+    doctor.add_argument("--tokens", type=int, default=2048, help="tokens to look at (default: %(default)s)")
+    doctor.add_argument("--text", metavar="SOURCE", help="a file, folder or hub id (default: Python's documentation)")
+    doctor.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
+    options = parser.parse_args(argv)
+    return options.act(options)
+
+
+def _list(options: argparse.Namespace) -> int:
+    """List the releases that are known by name."""
+    from sae.releases import list_released
+
+    rows = list_released(options.model)
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return DONE
+    head = ("release", "model", "coders", "layers", "widths", "L0", "format", "verified")
+    _print_table([head, *map(_listed, rows)])
+    print(f"\n{len(rows)} releases, {sum(row.coders or 0 for row in rows):,} coders; sae-load show RELEASE lists them")
+    return DONE
+
+
+def _show(options: argparse.Namespace) -> int:
+    """Show what a coder is, without fetching its weights; list them where there are several."""
+    members = _members(options.id)
+    if members:
+        head = ("coder", "in the repository", "L0", "Neuronpedia")
+        _print_table([head, *((c.address, c.path, _figure(c.l0), c.neuronpedia or "") for c in members)])
+        print(f"\n{len(members)} coders in hf://{members[0].repo}, expected in the format {members[0].format}")
+        return DONE
+    from sae.outline import coders_at, outline
+
+    files, below, hints = _located(options)
+    found = coders_at(files, below, hints)
+    if len(found) == 1:
+        _print_table(_rows(options.id, outline(found[0])))
+        return DONE
+    folders = [place.folder for place in found]
+    for place in found:
+        alone = place.folder and folders.count(place.folder) == 1
+        print(f"{files.identity}/{place.folder if alone else place.weights}")
+    print(f"\n{len(found)} coders; sae-load show says more of each")
+    return DONE
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    """Fetch the files of a coder, of all coders of a release, or of a whole repository."""
+    from sae.outline import coders_at, needed, outline
+    from sae.remote import HubFiles
+
+    members = _members(options.id)
+    if members:
+        files, below = HubFiles(members[0].repo, options.revision, options.cache_dir), ""
+        parts = tuple(f"{member.path}/" for member in members)
+        names = [name for name in files.names() if f"{name}/".startswith(parts)]
+    else:
+        files, below, hints = _located(options)
+        if not isinstance(files, HubFiles):
+            print(f"on this disk {Path(files.identity, below)}")
+            return DONE
+        found = coders_at(files, below, hints)
+        whole = [name for name in files.names() if not below or f"{name}/".startswith(f"{below}/")]
+        names = needed(outline(found[0])) if len(found) == 1 else whole
+    target = Path(options.to).expanduser() / files.identity if options.to else None
+    _download(files, names, target)
+    print(f"in           {(target or files.snapshot) / below}")
+    return DONE
+
+
+def _download(files: "HubFiles", names: list[str], target: Path | None) -> None:
+    """Fetches files into the cache or a folder, after saying how much that is."""
+    left = [name for name in names if target or not files.is_cached(name)]
+    sizes = files.sizes(left)
+    total, root = sum(sizes.values()), target or files.folder
+    print(f"to fetch     {len(left)} of {len(names)} files, {_bytes(total)}, of commit {files.revision}")
+    free = shutil.disk_usage(next(path for path in [root, *root.absolute().parents] if path.exists())).free
+    if total > free:
+        raise ConfigError(f"{'--to' if target else '--cache-dir'}: {_bytes(total)} are needed, {_bytes(free)} are free")
+    for number, name in enumerate(left, 1):
+        print(f"{f'{number}/{len(left)}':12} {name}  {_bytes(sizes.get(name, 0))}", flush=True)
+        files.copied(name, target) if target else files.path(name)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    """Write a coder in another format; what that format cannot say is named, and then nothing is written."""
+    from sae import hub
+    from sae.converting import convert
+
+    coder = hub.load(options.id, **_how(options))
+    changed = convert(coder, options.to, options.folder)
+    print(f"written      {Path(options.folder).expanduser()}, in the format {options.to}")
+    if changed:
+        print(f"not kept     {', '.join(changed)}: said otherwise or not at all; the map is the same")
+    return DONE
+
+
+def _push(options: argparse.Namespace) -> int:
+    """Put a coder, or all coders of a folder, into a repository on the hub, with a model card."""
+    from sae import hub
+    from sae.card import push
+
+    coders = hub.load_all(options.id, **_how(options))
+    if len(coders) == 1:
+        coders = {"": next(iter(coders.values()))}
+    print(f"pushed       {push(coders, options.repo, options.private)}")
+    return DONE
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """Check a coder against a language model and name the usual mistake that explains a bad fit (exit code 1)."""
+    if options.tokens < 1:
+        raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
+    from sae import hub
+    from sae.doctor import diagnose
+    from sae.models import load_language_model
+
+    coder = hub.load(options.id, **_how(options))
+    model = options.model or next((site.model for site in coder.spec.reads if site.model), "")
+    if not model:
+        raise ConfigError(f"--model: {options.id} does not say which language model it reads; pass it")
+    lm = load_language_model(model, trust_remote_code=options.trust_remote_code)
+    report = diagnose(coder, lm, options.tokens, options.text)
+    print("\n".join(report.lines()))
+    return DONE if report.healthy else ERROR
+
+
+def _how(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns what was typed as `sae.load` takes it."""
+    said = {**hints(options), "model": options.model_name}
+    return {"revision": options.revision, "cache_dir": options.cache_dir, **said}
+
+
+def _located(options: argparse.Namespace) -> "tuple[Files, str, Hints]":
+    from sae import hub
+    from sae.places import Hints
+
+    files, below, known = hub.locate(options.id, options.revision, options.cache_dir)
+    said = {name: value for name, value in {**hints(options), "model": options.model_name}.items() if value is not None}
+    return files, below, Hints(**{**known, **said})
+
+
+def _members(typed: str) -> "list[Release]":
+    """Returns the coders of a release that has several; [] for any other address."""
+    from sae import releases
+
+    found = releases.coders(typed) if typed in releases.names() and not Path(typed).exists() else []
+    return found if len(found) > 1 else []
+
+
+def _rows(typed: str, known: "Outline") -> list[tuple[str, str]]:
+    from sae.card import described
+
+    place = known.place
+    commit = f", commit {place.files.revision}" if place.files.revision else ""
+    rows = [("address", typed), ("files", f"{place.files.label}{commit}"), ("weights", place.weights)]
+    rows.append(("format", known.format or "not known"))
+    rows += [("tensor", f"{name} {dtype} {list(shape)}") for name, (dtype, shape) in known.tensors.items()]
+    rows += described(known.spec) if known.spec else [("spec", f"not known: {known.why}")]
+    return rows + _stated(place)
+
+
+def _stated(place: "Place") -> list[tuple[str, str]]:
+    """Returns what the table of releases says of a coder."""
+    from sae import releases
+
+    said = releases.about(place.files.identity, place.weights)
+    if said is None:
+        return []
+    rows = [
+        ("released as", said.address),
+        ("verified", "yes" if said.verified else "no, its files were never loaded here"),
+    ]
+    rows += [("stated L0", _figure(said.l0))] if said.l0 else []
+    rows += [("stated scale", f"{said.scale:g}")] if said.scale else []
+    rows += [("Neuronpedia", said.neuronpedia)] if said.neuronpedia else []
+    return rows
+
+
+def _listed(row: "Listed") -> tuple[str, ...]:
+    l0 = f"{row.l0[0]:g}-{row.l0[1]:g}" if row.l0 and row.l0[0] != row.l0[1] else _figure(row.l0[0] if row.l0 else None)
+    coders = "?" if row.coders is None else str(row.coders)
+    verified = "yes" if row.verified else "no"
+    return row.name, row.model, coders, _span(row.layers), ",".join(row.widths), l0, row.format, verified
+
+
+def _span(layers: tuple[int, ...]) -> str:
+    if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ",".join(map(str, layers))
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _print_table(rows: list[Any]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

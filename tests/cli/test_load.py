@@ -1,0 +1,381 @@
+"""sae-load: what it lists, shows, fetches, converts, pushes and checks; usage errors are one line and exit code 2."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from fake_hub import COMMIT, Faults, fake_hub, reached_from_here
+from hub_coders import GEMMA, gemma, native, saelens
+
+import sae
+from cli.load import main
+from sae.places import Hints
+
+ROOT = Path(__file__).parents[2]
+AJT = "neuronpedia/gpt2-small__res_sce-ajt"
+RELEASE = "gpt2-small-res_sce-ajt"
+
+
+@pytest.fixture
+def faults():
+    return Faults()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, faults):
+    root = tmp_path / "hub"
+    for number in (2, 6, 10):
+        saelens(root, f"{AJT}/{number}-res_sce-ajt", seed=number)
+    (root / "models" / AJT / "README.md").write_text("# A release\n")
+    gemma(root)
+    with fake_hub(root, tmp_path / "home", faults) as (environment, asked):
+        reached_from_here(monkeypatch, environment)
+        yield root, asked
+
+
+@pytest.fixture
+def load(capsys):
+    """Returns sae-load: words -> (exit code, lines printed, last line of errors)."""
+
+    def run(*words):
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        printed = capsys.readouterr()
+        return code, printed.out.splitlines(), (printed.err.splitlines() or [""])[-1]
+
+    return run
+
+
+def table(lines):
+    """The rows of `sae-load show` by name."""
+    found = {}
+    for line in lines:
+        name, _, text = line.partition("  ")
+        found.setdefault(name, []).append(text.strip())
+    return found
+
+
+def weights_fetched(asked):
+    gets = [request.split() for request in asked if request.startswith("GET") and "/resolve/" in request]
+    return [words[1] for words in gets if len(words) == 2 and words[1].endswith((".npz", ".safetensors", ".pt"))]
+
+
+def test_list_is_a_line_a_release(load):
+    code, lines, _ = load("list", "--model", "gpt2")
+    assert code == 0
+    assert lines[0].split() == ["release", "model", "coders", "layers", "widths", "L0", "format", "verified"]
+    row = next(line for line in lines if line.startswith("gpt2-small-res-jb "))
+    assert row.split() == ["gpt2-small-res-jb", "openai-community/gpt2", "13", "0-11", "10-70", "saelens", "no"]
+    assert lines[-1].endswith("coders; sae-load show RELEASE lists them")
+    code, everything, _ = load("list")
+    assert code == 0
+    assert len(everything) > 180
+    code, lines, _ = load("list", "--model", "gpt2", "--json")
+    rows = json.loads("\n".join(lines))
+    assert next(row for row in rows if row["name"] == RELEASE)["layers"] == [2, 6, 10]
+
+
+def test_show_of_a_release_lists_its_coders_from_the_table_alone(load, hub):
+    _, asked = hub
+    code, lines, _ = load("show", RELEASE)
+    assert code == 0
+    assert lines[1].split() == [f"{RELEASE}/blocks.2.hook_resid_pre", "2-res_sce-ajt", "gpt2-small/2-res_sce-ajt"]
+    assert lines[-1] == f"3 coders in hf://{AJT}, expected in the format saelens"
+    assert asked == []
+
+
+def test_show_of_a_repository_lists_addresses_that_can_be_shown(load, hub):
+    _, asked = hub
+    code, lines, _ = load("show", AJT)
+    assert (code, lines[-1]) == (0, "3 coders; sae-load show says more of each")
+    assert lines[:3] == [f"{AJT}/{number}-res_sce-ajt" for number in (10, 2, 6)]
+    assert load("show", lines[0])[0] == 0
+    assert weights_fetched(asked) == []
+
+
+def test_show_of_one_says_what_it_is_without_its_weights(load, hub):
+    _, asked = hub
+    code, lines, _ = load("show", f"{RELEASE}/blocks.2.hook_resid_pre")
+    assert code == 0
+    assert weights_fetched(asked) == []
+    found = table(lines)
+    assert found["files"] == [f"hf://{AJT}, commit {COMMIT}"]
+    assert found["weights"] == ["2-res_sce-ajt/sae_weights.safetensors"]
+    assert found["format"] == ["saelens"]
+    assert "W_enc float32 [6, 20]" in found["tensor"]
+    assert found["reads"] == ["blocks.2.hook_resid_pre of openai-community/gpt2"]
+    assert (found["selection"], found["pre-bias"], found["normalization"]) == (["relu"], ["decoder"], ["none"])
+    assert found["released as"] == [f"{RELEASE}/blocks.2.hook_resid_pre"]
+    assert found["verified"] == ["no, its files were never loaded here"]
+    assert found["Neuronpedia"] == ["gpt2-small/2-res_sce-ajt"]
+
+
+def test_show_of_an_archive_and_of_a_folder(load, hub, tmp_path):
+    code, lines, _ = load("show", f"{GEMMA}/layer_3")
+    assert (code, table(lines)["advertised L0"]) == (0, ["59"])
+    folder = native(tmp_path / "mine", k=3)
+    code, lines, _ = load("show", folder)
+    found = table(lines)
+    assert (code, found["format"], found["selection"]) == (0, ["native"], ["topk of 3"])
+    assert found["reads"] == ["model.layers.1 of tiny/llama"]
+    native(tmp_path / "both" / "a")
+    native(tmp_path / "both" / "b")
+    code, lines, _ = load("show", tmp_path / "both")
+    assert lines[:2] == [f"{tmp_path}/both/a", f"{tmp_path}/both/b"]
+
+
+def test_show_says_what_has_to_be_said(load, hub):
+    root, _ = hub
+    saelens(root, "own/scaled", normalize_activations="expected_average_only_in")
+    code, lines, _ = load("show", "own/scaled")
+    assert code == 0
+    assert table(lines)["spec"][0].startswith(
+        "not known: scale: hf://own/scaled/sae_weights.safetensors does not say it"
+    )
+    code, lines, _ = load("show", "own/scaled", "--scale", "2.5", "--model-name", "some/model")
+    assert table(lines)["normalization"] == ["scalar, times 2.5"]
+    assert table(lines)["reads"] == ["blocks.2.hook_resid_pre of some/model"]
+
+
+def test_show_of_a_pickle_does_not_fetch_it(load, hub):
+    root, asked = hub
+    folder = root / "models" / "own" / "pickled"
+    folder.mkdir(parents=True)
+    torch.save({"encoder.weight": torch.zeros(20, 6)}, folder / "ae.pt")
+    (folder / "config.json").write_text("{}")
+    code, lines, _ = load("show", "own/pickled")
+    assert code == 0
+    assert table(lines)["spec"] == ["not known: ae.pt would have to be fetched"]
+    assert weights_fetched(asked) == []
+
+
+def test_fetch_takes_what_one_coder_needs_and_says_where_it_is(load, hub):
+    _, asked = hub
+    code, lines, _ = load("fetch", f"{RELEASE}/blocks.2.hook_resid_pre")
+    assert code == 0
+    assert lines[0].startswith("to fetch     1 of 2 files, 1.3 kB, of commit ")  # its config was looked at before
+    assert lines[1].split() == ["1/1", "2-res_sce-ajt/sae_weights.safetensors", "1.3", "kB"]
+    folder = lines[-1].split()[1]
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    assert sae.load(folder).spec.reads == sae.load(f"{AJT}/2-res_sce-ajt").spec.reads
+    code, lines, _ = load("fetch", f"{AJT}/2-res_sce-ajt")
+    assert lines[0].startswith("to fetch     0 of 2 files, 0 bytes")
+
+
+def test_fetch_into_a_folder_for_a_machine_without_a_network(load, hub, tmp_path):
+    code, lines, _ = load("fetch", "gemma-2-2b/3-gemmascope-res-16k", "--to", tmp_path / "models")
+    assert code == 0
+    folder = tmp_path / "models" / GEMMA / "layer_3/width_16k/average_l0_59"
+    assert lines[-1] == f"in           {folder}"
+    found = sae.load(folder)
+    assert found.spec.reads[0].hook == "blocks.3.hook_resid_post"
+    assert not folder.joinpath("params.npz").is_symlink()
+
+
+def test_fetch_of_a_release_or_repository_takes_all_of_it(load, hub, tmp_path):
+    root, _ = hub
+    saelens(root, f"{AJT}/unlisted")
+    code, lines, _ = load("fetch", RELEASE, "--to", tmp_path / "release")
+    assert (code, len(sae.load_all(tmp_path / "release"))) == (0, 3)
+    assert lines[0].startswith("to fetch     9 of 9 files")
+    code, lines, _ = load("fetch", AJT, "--to", tmp_path / "all")
+    assert (code, len(sae.load_all(tmp_path / "all"))) == (0, 4)
+    assert (tmp_path / "all" / AJT / "README.md").is_file()
+
+
+def test_fetch_of_what_is_here_says_so(load, tmp_path):
+    folder = native(tmp_path / "mine")
+    assert load("fetch", folder)[:2] == (0, [f"on this disk {folder}"])
+
+
+def test_fetch_does_not_begin_what_the_disk_cannot_hold(load, hub, monkeypatch):
+    _, asked = hub
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    code, _, error = load("fetch", f"{AJT}/2-res_sce-ajt")
+    assert (code, error) == (2, "error: --cache-dir: 1.3 kB are needed, 1.0 kB are free")
+    assert weights_fetched(asked) == []
+
+
+def test_fetch_that_breaks_off_names_the_file(load, hub, faults):
+    faults.cut["2-res_sce-ajt/sae_weights.safetensors"] = 10
+    code, _, error = load("fetch", f"{AJT}/2-res_sce-ajt")
+    assert code == 1
+    assert error.startswith(
+        f"error: hf://{AJT}/2-res_sce-ajt/sae_weights.safetensors is not cached and cannot be fetched"
+    )
+
+
+def test_convert_writes_the_same_map_and_says_what_it_does_not_keep(load, hub, tmp_path):
+    code, lines, _ = load("convert", f"{AJT}/2-res_sce-ajt", "--to", "native", tmp_path / "native")
+    assert (code, lines) == (0, [f"written      {tmp_path}/native, in the format native"])
+    assert sae.load(tmp_path / "native").spec == sae.load(f"{AJT}/2-res_sce-ajt").spec
+    (tmp_path / "there").mkdir()
+    code, lines, _ = load("convert", tmp_path / "native", "--to", "saelens", tmp_path / "there")
+    assert code == 0
+    assert lines[1].startswith("not kept     training")
+    x = torch.randn(5, 6)
+    assert torch.equal(sae.load(tmp_path / "there")(x).out, sae.load(tmp_path / "native")(x).out)
+
+
+def test_convert_refuses_what_would_be_lost_and_leaves_nothing(load, tmp_path):
+    from sae.coder import SparseCoder
+    from sae.initialization import initialize
+    from sae.selection.groupmax import GroupMax
+    from sae.spec import CoderSpec
+
+    coder = SparseCoder(CoderSpec(6, 6, 20, GroupMax(4)))
+    initialize(coder, torch.zeros(6), 0)
+    sae.save(coder, tmp_path / "mine")
+    code, _, error = load("convert", tmp_path / "mine", "--to", "saelens", tmp_path / "new")
+    assert code == 2
+    assert error.startswith("error: selection: SAELens cannot say 'groupmax', which would be lost")
+    assert not (tmp_path / "new").exists()
+
+
+def test_convert_looks_at_what_it_has_written(load, tmp_path, monkeypatch):
+    from sae.formats import saelens as written
+
+    folder, original = native(tmp_path / "mine"), written.write
+
+    def twice(target, coder):
+        original(target, coder)
+        raw = bytearray((target / "sae_weights.safetensors").read_bytes())
+        raw[-400:] = bytes(400)
+        (target / "sae_weights.safetensors").write_bytes(raw)
+
+    monkeypatch.setattr(written, "write", twice)
+    (tmp_path / "there").mkdir()
+    for target in (tmp_path / "new", tmp_path / "there"):
+        code, _, error = load("convert", folder, "--to", "saelens", target)
+        assert code == 1
+        assert error.startswith("error: what was written is another map: outputs differ by ")
+    assert not (tmp_path / "new").exists()
+    assert not any((tmp_path / "there").iterdir())
+
+
+def test_push_puts_a_coder_and_its_card_where_load_finds_it(load, hub, tmp_path, monkeypatch):
+    root, asked = hub
+    folder = native(tmp_path / "mine", k=3, metrics={"advertised": {"l0": 3.0}})
+    code, _, error = load("push", folder, "me/coder")
+    assert (code, error) == (
+        2,
+        "error: repo: pushing needs a token; run `hf auth login`, or set the variable HF_TOKEN",
+    )
+    assert asked == []
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    code, lines, _ = load("push", folder, "me/coder", "--private")
+    assert code == 0
+    assert lines[0].startswith("pushed       http://")
+    assert "private: True" in asked
+    assert any(request.startswith("POST /api/models/me/coder/commit/main Bearer hf_secret") for request in asked)
+    assert sae.load("me/coder").spec == sae.load(folder).spec
+    readme = (root / "models" / "me" / "coder" / "README.md").read_text()
+    front = yaml.safe_load(readme.split("---\n")[1])
+    assert front == {
+        "library_name": "sae-interp",
+        "base_model": ["tiny/llama"],
+        "tags": ["mechanistic-interpretability", "sparse-autoencoder"],
+    }
+    assert "| reads | model.layers.1 of tiny/llama |" in readme
+    assert "| selection | topk of 3 |" in readme
+    assert "| advertised L0 | 3 |" in readme
+    assert 'coder = sae.load("me/coder")' in readme
+
+
+def test_push_of_several_keeps_their_names_and_figures(load, hub, tmp_path, monkeypatch, tiny_train):
+    root, asked = hub
+    folder = tmp_path / "run"
+    code, printed = tiny_train({"tokens": 256, "grid": {"coder.selection.k": [2, 4]}}, folder=folder)
+    assert code == 0, printed
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert load("push", folder / "coders", "me/run")[0] == 0
+    assert "private: False" in asked
+    found = sae.load_all("me/run")
+    assert [*found] == ["model.layers.1/k=2", "model.layers.1/k=4"]
+    readme = (root / "models" / "me" / "run" / "README.md").read_text()
+    assert "## model.layers.1/k=4" in readme
+    fvu = sae.load(folder / "coders/model.layers.1/k=2").spec.metrics["reconstruction"]["fvu"]
+    assert f"| FVU | {fvu:.4f} |" in readme
+    assert 'sae.load("me/run/model.layers.1/k=2")' in readme
+
+
+def test_a_token_that_is_not_allowed_to_is_one_line(load, hub, faults, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr("fake_hub._Handler._write", lambda self, parts, sent: self._error("", 403))
+    code, _, error = load("push", native(tmp_path / "mine"), "me/coder")
+    assert code == 2
+    assert error.startswith("error: repo: me/coder cannot be written to: ")
+    assert "hf_secret" not in error
+
+
+def test_doctor_tells_what_it_finds_and_its_exit_code_too(load, tmp_path, monkeypatch):
+    folder, seen = native(tmp_path / "mine"), []
+
+    def diagnose(coder, lm, tokens, text):
+        seen.append((coder.spec.d_sae, lm, tokens, text))
+        return SimpleNamespace(lines=lambda: ["well or not"], healthy=lm == "tiny/llama")
+
+    monkeypatch.setattr("sae.models.load_language_model", lambda name, trust_remote_code: name)
+    monkeypatch.setattr("sae.doctor.diagnose", diagnose)
+    assert load("doctor", folder)[:2] == (0, ["well or not"])
+    assert load("doctor", folder, "--model", "other/model", "--tokens", "64", "--text", "x.txt")[0] == 1
+    assert seen == [(20, "tiny/llama", 2048, None), (20, "other/model", 64, "x.txt")]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["lsit"], "argument COMMAND: invalid choice: 'lsit'"),
+        (["show"], "the following arguments are required: ID"),
+        (["show", "./nowhere"], "path: no such folder: ./nowhere."),
+        (["show", "gpt2-small-res-jb/blocks.8.hook_resid"], "path: the release gpt2-small-res-jb has no coder"),
+        (["list", "--model", "gtp2"], "model: no coder of 'gtp2' is known. Did you mean 'gpt2'?"),
+        (["show", "{mine}", "--pre-bias", "some"], "argument --pre-bias: invalid choice: 'some'"),
+        (["show", "{mine}", "--format", "saelnes"], "format: 'saelnes' is not one of"),
+        (["show", "{mine}", "--depth", "3"], "unrecognized arguments: --depth 3"),
+        (["fetch", "own/none"], "path: no folder and no hub repository 'own/none'"),
+        (["fetch", AJT + "/7"], f"path: hf://{AJT} holds no coder in a known format there; no '7'."),
+        (["convert", "{mine}", "{mine}/new"], "the following arguments are required: --to"),
+        (["convert", "{mine}", "--to", "natve", "{mine}/new"], "format: 'natve' is not one of"),
+        (["convert", "{mine}", "--to", "native", "{mine}"], "folder: {mine} exists and is not empty"),
+        (["convert", "{mine}", "--to", "native", "{mine}/cfg.json"], "folder: {mine}/cfg.json exists and is not empty"),
+        (["push", "{mine}", "name"], "repo: 'name' is not OWNER/NAME"),
+        (["doctor", "{mine}", "--tokens", "0"], "--tokens: 0 must be at least 1"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(load, hub, tmp_path, words, named):
+    mine = native(tmp_path / "mine")
+    code, _, error = load(*(word.format(mine=mine) for word in words))
+    assert (code, error.startswith(f"error: {named.format(mine=mine)}")) == (2, True), error
+
+
+def test_every_hint_that_releases_do_not_give_themselves_is_an_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["show", "--help"])
+    text = capsys.readouterr().out
+    for field in Hints.__dataclass_fields__.keys() - {"processed", "normalization"}:
+        assert ("--model-name" if field == "model" else f"--{field.replace('_', '-')}") in text, field
+
+
+def test_help_and_list_load_nothing_heavy():
+    heavy = ("torch", "transformers", "datasets", "openai", "accelerate", "matplotlib", "huggingface_hub")
+    code = f"""
+import sys
+from cli.load import main
+main(["list"])
+try:
+    main(["--help"])
+except SystemExit as ended:
+    assert ended.code == 0
+print("LOADED", *[name for name in {heavy!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "usage: sae-load" in done.stdout
+    assert done.stdout.splitlines()[-1] == "LOADED"

@@ -1,0 +1,300 @@
+"""The doctor: every mistake planted on a small coder that was fit to its place, and what it says of a healthy one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from fakes import tiny_lm, tiny_text_folder, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sae.alternatives import rebuilt
+from sae.coder import SparseCoder
+from sae.doctor import diagnose, observe, rows_of_text
+from sae.documents import TextConfig
+from sae.errors import ConfigError
+from sae.metrics import fvu
+from sae.models import LanguageModel
+from sae.normalization import Normalization
+from sae.selection.gradient_topk import GradientTopK
+from sae.selection.jumprelu import JumpReLU
+from sae.selection.relu import ReLU
+from sae.selection.topk import TopK
+from sae.spec import SECOND, CoderSpec, Site
+
+D, LATENTS, K, TOKENS = 16, 64, 4, 1024
+BLOCK, MLP, MLP_IN = Site("model.layers.1"), Site("model.layers.1.mlp"), Site("model.layers.1.mlp", "input")
+BARE = Site("model.layers.1.post_attention_layernorm", "normalized")
+LAYER, SIDE, SCALE, BIAS, SELECTION = (
+    "layer off by one",
+    "input and output swapped",
+    "input scale",
+    "pre-bias",
+    "selection",
+)
+GAIN, CENTER = "norm's gain (processed weights)", "centering (processed weights)"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return str(tiny_text_folder(tmp_path_factory.mktemp("text"), documents=100))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    made = tiny_lm()
+    for name, parameter in made.model.named_parameters():
+        if "norm" in name:  # gains that matter
+            parameter.copy_(torch.linspace(0.1, 1.7, len(parameter)))
+    return made
+
+
+def fit(lm, text, reads, writes=None, steps=120, l1=0.0, **spec):
+    """A coder trained for a moment on the very text that the doctor reads."""
+    torch.manual_seed(0)
+    writes = writes or reads
+    spec = {"selection": TopK(K), "reads": (reads,), "writes": (writes,)} | spec
+    coder = SparseCoder(CoderSpec(D, D, LATENTS, **spec))
+    subject = observe(lm, coder.spec, rows_of_text(lm, coder.spec, 2 * TOKENS, text))
+    x, target = subject.columns((reads,)), subject.columns((writes,))
+    with torch.no_grad():
+        y, wanted = coder.spec.normalize(x)[0], coder.spec.normalize_target(target)
+        coder.W_enc.copy_(torch.nn.functional.normalize(torch.randn(LATENTS, D), dim=1))
+        coder.W_dec.copy_(coder.W_enc)
+        coder.b_dec.copy_(wanted.mean(0))
+        if coder.spec.pre_bias == "none":
+            coder.b_enc.copy_(-coder.W_enc @ y.mean(0))
+    optimizer = torch.optim.Adam(coder.parameters(), 5e-3)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (128,))
+        out, latents = coder(x[rows])
+        errors = coder.spec.normalize_target(out - target[rows]).square().mean()
+        loss = errors + l1 * latents.values.sum() / len(rows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return coder.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def coders(lm, text):
+    return {
+        "block": fit(lm, text, BLOCK),
+        "biasless": fit(lm, text, BLOCK, pre_bias="none"),
+        "scaled": fit(lm, text, BLOCK, normalization=Normalization("scalar", 0.0205)),
+        "relu": fit(lm, text, BLOCK, selection=ReLU(), l1=0.02, normalization=Normalization("scalar", 0.0205)),
+        "mlp": fit(lm, text, MLP),
+        "transcoder": fit(lm, text, MLP_IN, MLP, 300, pre_bias="none"),
+        "processed": fit(lm, text, BARE, MLP, 300, pre_bias="none"),
+        "own": fit(lm, text, MLP_IN, MLP, pre_bias="own"),
+    }
+
+
+@pytest.fixture(autouse=True)
+def small_ks(monkeypatch):
+    monkeypatch.setattr("sae.alternatives.KS", (2, 4, 8, 16))
+
+
+def planted(coder, **changes):
+    return rebuilt(coder, coder.spec.with_(**changes))
+
+
+def at(name, side="output"):
+    return {"reads": (Site(name, side),), "writes": (Site(name, side),)}
+
+
+@pytest.mark.parametrize("name", ["block", "biasless", "scaled", "relu", "mlp", "transcoder", "processed", "own"])
+def test_a_coder_where_it_belongs_is_healthy(coders, lm, text, name):
+    report = diagnose(coders[name], lm, TOKENS, text)
+    assert report.healthy, report.verdict
+    assert report.verdict.startswith("healthy")
+    assert report.score < min(candidate.score for candidate in report.candidates)
+    assert report.advertised_l0 == (None if name == "relu" else K)
+
+
+PLANTS = [
+    ("block", at("model.layers.0"), LAYER, 'site="model.layers.1"'),
+    ("block", at("model.layers.2"), LAYER, 'site="model.layers.1"'),
+    ("block", at("model.layers.1", "input"), SIDE, 'site="model.layers.1"'),
+    ("mlp", at("model.layers.1.mlp", "input"), SIDE, 'site="model.layers.1.mlp"'),
+    ("mlp", at("model.layers.2.mlp"), LAYER, 'site="model.layers.1.mlp"'),
+    ("transcoder", at("model.layers.1.mlp"), SIDE, 'site="model.layers.1.mlp:input->model.layers.1.mlp"'),
+    ("scaled", {"normalization": Normalization()}, SCALE, "scale=0.0"),
+    ("block", {"normalization": Normalization("scalar", 0.02)}, SCALE, "normalization none"),
+    ("block", {"pre_bias": "none"}, BIAS, 'pre_bias="decoder"'),
+    ("biasless", {"pre_bias": "decoder"}, BIAS, 'pre_bias="none"'),
+    ("transcoder", {"pre_bias": "decoder"}, BIAS, 'pre_bias="none"'),
+    ("block", {"selection": ReLU()}, SELECTION, "selection topk (k="),
+    ("processed", {"reads": (MLP_IN,)}, GAIN, 'site="model.layers.1.post_attention_layernorm:normalized->'),
+    ("transcoder", {"reads": (BARE,)}, GAIN, 'site="model.layers.1.post_attention_layernorm->'),
+]
+
+
+@pytest.mark.parametrize("advertised", [True, False])
+@pytest.mark.parametrize(("name", "changes", "mistake", "change"), PLANTS)
+def test_a_planted_mistake_is_found(coders, lm, text, name, changes, mistake, change, advertised):
+    metrics = {"advertised": {"l0": K}} if advertised else {}
+    report = diagnose(planted(coders[name], metrics=metrics, **changes), lm, TOKENS, text)
+    best = report.candidates[0]
+    assert not report.healthy
+    assert mistake in best.mistake.split(" or "), report.lines()
+    assert change in best.change
+    assert report.verdict.startswith(f"{best.mistake}: {best.change} gives EV")
+    assert best.ev == pytest.approx(diagnose(coders[name], lm, TOKENS, text).ev, abs=0.1)
+    assert diagnose(best.coder, lm, TOKENS, text).healthy
+
+
+def test_k_is_the_advertised_one_and_else_about_right(coders, lm, text):
+    relu = planted(coders["block"], selection=ReLU(), metrics={"advertised": {"l0": K}})
+    assert diagnose(relu, lm, TOKENS, text).candidates[0].coder.spec.selection == TopK(k=K)
+    found = diagnose(planted(relu, metrics={}), lm, TOKENS, text).candidates[0]
+    assert K <= found.coder.spec.selection.k <= 2 * K
+
+
+def test_a_threshold_for_all_latents_has_the_advertised_l0(coders, lm, text):
+    relu = planted(coders["block"], selection=ReLU(), metrics={"advertised": {"l0": 6}})
+    rules = {
+        type(c.coder.spec.selection): c for c in diagnose(relu, lm, TOKENS, text).candidates if c.mistake == SELECTION
+    }
+    assert rules.keys() == {TopK, JumpReLU}
+    assert rules[JumpReLU].l0 == pytest.approx(6, rel=0.1)
+    assert "threshold=" in rules[JumpReLU].change
+
+
+def test_the_scale_that_was_lost_is_measured(coders, lm, text):
+    x = observe(lm, coders["scaled"].spec, rows_of_text(lm, coders["scaled"].spec, TOKENS, text)).columns((BLOCK,))
+    norms = x.norm(dim=1)
+    found = diagnose(planted(coders["scaled"], normalization=Normalization()), lm, TOKENS, text).candidates
+    scales = {c.coder.spec.reads[0].scale for c in found if c.coder.spec.normalization.kind == "scalar"}
+    for wanted in (D**0.5 / float(norms.mean()), (D / float(norms.square().mean())) ** 0.5):
+        assert any(scale == pytest.approx(wanted, rel=0.02) for scale in scales)
+
+
+def test_what_comes_to_the_same_coder_is_named_once(coders, lm, text):
+    report = diagnose(planted(coders["block"], **at("model.layers.1", "input")), lm, TOKENS, text)
+    assert report.candidates[0].mistake == f"{SIDE} or {LAYER}"  # the input of a layer is the output of the one before
+    assert report.candidates[0].change == 'site="model.layers.1"'
+    figures = [(candidate.ev, candidate.l0) for candidate in report.candidates]
+    assert len(set(figures)) == len(figures)
+
+
+def test_centered_weights_are_told_from_raw_ones(text):
+    torch.manual_seed(1)
+    tokenizer = tiny_tokenizer()
+    sizes = {"n_embd": D, "n_layer": 3, "n_head": 2, "n_positions": 64, "initializer_range": 0.5}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=len(tokenizer))).eval().requires_grad_(False)
+    embeddings = model.transformer.wte.weight  # layer norms do not see what is added to all components alike
+    embeddings += 3 * torch.randn(len(embeddings), 1)
+    lm, site = LanguageModel(model, tokenizer, "gpt2", None, True), Site("transformer.h.1")
+    coder = fit(lm, text, site, normalization=Normalization("center"))
+    assert diagnose(coder, lm, TOKENS, text).healthy
+    report = diagnose(planted(coder, normalization=Normalization()), lm, TOKENS, text)
+    assert not report.healthy
+    assert report.candidates[0].mistake == CENTER
+    assert report.candidates[0].change == "normalization center"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**at("model.layers.0"), "pre_bias": "none"},
+        {**at("model.layers.0"), "selection": ReLU(), "metrics": {"advertised": {"l0": K}}},
+        {"pre_bias": "none", "selection": ReLU(), "metrics": {"advertised": {"l0": K}}},
+        {**at("model.layers.2"), "normalization": Normalization("scalar", 0.02)},
+    ],
+)
+def test_two_mistakes_at_once_are_found(coders, lm, text, changes):
+    report = diagnose(planted(coders["block"], **changes), lm, TOKENS, text)
+    assert not report.healthy
+    assert " + " in report.candidates[0].mistake, report.lines()
+    assert diagnose(report.candidates[0].coder, lm, TOKENS, text).healthy
+
+
+def test_a_coder_of_something_else_is_unwell(lm, text):
+    torch.manual_seed(3)
+    spec = CoderSpec(D, D, LATENTS, TopK(K), (BLOCK,), (BLOCK,))
+    stranger = SparseCoder(spec).requires_grad_(False)
+    for parameter in stranger.parameters():
+        parameter.copy_(torch.randn(parameter.shape))
+    report = diagnose(stranger, lm, TOKENS, text)
+    assert not report.healthy
+    assert report.verdict.startswith("unwell: EV")
+    assert "none of the usual mistakes explains it" in report.verdict
+
+
+def test_an_l0_far_from_the_advertised_one_is_unwell(coders, lm, text):
+    own = diagnose(coders["relu"], lm, TOKENS, text).l0
+    for factor, healthy in ((1.6, True), (0.6, True), (0.2, False)):
+        told = planted(coders["relu"], metrics={"advertised": {"l0": own * factor}})
+        report = diagnose(told, lm, TOKENS, text)
+        assert report.healthy == healthy, report.lines()
+        assert report.advertised_l0 == own * factor
+
+
+def test_figures_are_over_usual_tokens_and_sinks_are_told_apart(coders, lm, text):
+    coder, rows = coders["block"], rows_of_text(lm, coders["block"].spec, TOKENS, text)
+    special = (rows == lm.tokenizer.eos_token_id) | (rows == lm.tokenizer.bos_token_id)
+    special[:, 0] = True
+    embedding = lm.model.get_input_embeddings().weight[lm.tokenizer.bos_token_id]
+    before = embedding.clone()
+    try:
+        embedding *= 1e4
+        report = diagnose(coder, lm, TOKENS, text)
+        subject = observe(lm, coder.spec, rows)
+    finally:
+        embedding.copy_(before)
+    usual, every = subject.columns((BLOCK,)), subject.columns((BLOCK,), every=True)
+    assert report.tokens == len(usual) == int((~special).sum())
+    assert report.ev == pytest.approx(1 - fvu(usual, coder(usual).out), abs=1e-6)
+    assert report.ev_with_sinks == pytest.approx(1 - fvu(every, coder(every).out), abs=1e-6)
+    assert report.ev - report.ev_with_sinks > 0.1
+
+
+def test_rows_begin_with_bos_and_no_document_fills_more_than_one(lm, text):
+    spec = CoderSpec(D, D, LATENTS, TopK(K), (BLOCK,), (BLOCK,), context_length=32)
+    rows = rows_of_text(lm, spec, 300, text)
+    assert rows.shape == (10, 32)
+    assert bool((rows[:, 0] == lm.tokenizer.bos_token_id).all())
+    ends = (rows.flatten() == lm.tokenizer.eos_token_id).nonzero()[:, 0]
+    assert int(ends.diff().max()) <= 34
+    assert not bool((rows_of_text(lm, spec.with_(bos="none"), 300, text) == lm.tokenizer.bos_token_id).any())
+
+
+def test_the_coder_has_a_doctor_and_is_left_as_it_was(coders, tiny_model, lm, text, monkeypatch):
+    coder, before = coders["block"], {name: t.clone() for name, t in coders["block"].state_dict().items()}
+    spec = coder.spec
+    monkeypatch.setattr("sae.doctor.TextConfig", lambda source: TextConfig(text))
+    assert coder.doctor(lm).healthy
+    assert coder.spec is spec
+    assert all(torch.equal(tensor, before[name]) for name, tensor in coder.state_dict().items())
+    named = coder.doctor(str(tiny_model))  # another model of the same shape
+    assert not named.healthy
+
+
+def test_the_report_is_read_from_its_lines(coders, lm, text):
+    report = diagnose(planted(coders["block"], **at("model.layers.0")), lm, TOKENS, text)
+    lines = report.lines()
+    assert lines[0] == report.verdict
+    assert f"L0 {report.l0:.4g} (advertised 4)" in lines[1]
+    assert LAYER in lines[3]
+    assert all("\n" not in line for line in lines)
+
+
+def test_transformerlens_names_are_understood(coders, lm, text):
+    report = diagnose(planted(coders["block"], **at("blocks.0.hook_resid_post")), lm, TOKENS, text)
+    assert report.candidates[0].change == 'site="model.layers.1"'
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reads": (), "writes": ()}, "names no site"),
+        (at("model.layers.9"), "no module"),
+        (at("model.layers.1.mlp.gate_proj"), "to have width 16; in tiny it has 32"),
+        ({"reads": (replace(BLOCK, tag=SECOND),), "writes": (replace(BLOCK, tag=SECOND),)}, "two models"),
+        ({"selection": GradientTopK(k=K, inference="gradient")}, "set plain"),
+    ],
+)
+def test_what_cannot_be_diagnosed_is_one_line(coders, lm, text, changes, message):
+    with pytest.raises(ConfigError, match=message) as raised:
+        diagnose(planted(coders["block"], **changes), lm, TOKENS, text)
+    assert "\n" not in str(raised.value)
