@@ -131,6 +131,9 @@ def run(command: Callable[[list[str]], int], argv: list[str] | None = None) -> i
         return stopped.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output has seen enough; flushing the rest at exit must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except Exception as error:
         if debug:
             traceback.print_exc()

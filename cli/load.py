@@ -93,6 +93,7 @@ def _show(options: argparse.Namespace) -> int:
         head = ("coder", "in the repository", "L0", "Neuronpedia")
         _print_table([head, *((c.address, c.path, _figure(c.l0), c.neuronpedia or "") for c in members)])
         print(f"\n{len(members)} coders in hf://{members[0].repo}, expected in the format {members[0].format}")
+        print(members[0].notes, end="\n" if members[0].notes else "")
         return DONE
     from sae.outline import coders_at, outline
 
@@ -111,22 +112,22 @@ def _show(options: argparse.Namespace) -> int:
 
 def _fetch(options: argparse.Namespace) -> int:
     """Fetch the files of a coder, of all coders of a release, or of a whole repository."""
-    from sae.outline import coders_at, needed, outline
+    from sae.outline import coders_at, needed, outline, with_configs
     from sae.remote import HubFiles
 
     members = _members(options.id)
     if members:
         files, below = HubFiles(members[0].repo, options.revision, options.cache_dir), ""
         parts = tuple(f"{member.path}/" for member in members)
-        names = [name for name in files.names() if f"{name}/".startswith(parts)]
+        names = with_configs(files, [name for name in files.names() if f"{name}/".startswith(parts)])
     else:
         files, below, hints = _located(options)
         if not isinstance(files, HubFiles):
             print(f"on this disk {Path(files.identity, below)}")
             return DONE
         found = coders_at(files, below, hints)
-        whole = [name for name in files.names() if not below or f"{name}/".startswith(f"{below}/")]
-        names = needed(outline(found[0])) if len(found) == 1 else whole
+        whole = [name for name in files.names() if not below or name.startswith(f"{below}/")]
+        names = needed(outline(found[0])) if len(found) == 1 else with_configs(files, whole)
     target = Path(options.to).expanduser() / files.identity if options.to else None
     _download(files, names, target)
     print(f"in           {(target or files.snapshot) / below}")
@@ -134,7 +135,9 @@ def _fetch(options: argparse.Namespace) -> int:
 
 
 def _download(files: "HubFiles", names: list[str], target: Path | None) -> None:
-    """Fetches files into the cache or a folder, after saying how much that is."""
+    """Fetches files into the cache or a folder, after saying how much that is, and compares them with their digests."""
+    from sae import digests
+
     left = [name for name in names if target or not files.is_cached(name)]
     sizes = files.sizes(left)
     total, root = sum(sizes.values()), target or files.folder
@@ -144,7 +147,7 @@ def _download(files: "HubFiles", names: list[str], target: Path | None) -> None:
         raise ConfigError(f"{'--to' if target else '--cache-dir'}: {_bytes(total)} are needed, {_bytes(free)} are free")
     for number, name in enumerate(left, 1):
         print(f"{f'{number}/{len(left)}':12} {name}  {_bytes(sizes.get(name, 0))}", flush=True)
-        files.copied(name, target) if target else files.path(name)
+        digests.verify(files.copied(name, target) if target else files.path(name))
 
 
 def _convert(options: argparse.Namespace) -> int:

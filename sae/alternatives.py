@@ -63,11 +63,14 @@ def rebuilt(coder: SparseCoder, spec: CoderSpec, **tensors: Tensor) -> SparseCod
     return other.requires_grad_(False).eval()
 
 
-def _specs(spec: CoderSpec, *changes: dict[str, Any]) -> Iterator[CoderSpec]:
-    """Yields the spec under each of some changes, but for those that do not go together with the rest of it."""
-    for change in changes:
-        with contextlib.suppress(ConfigError):
-            yield spec.with_(**change)
+def _specs(spec: CoderSpec, **changes: Any) -> Iterator[CoderSpec]:
+    """Yields the spec with some changes, unless they do not go together with the rest of it."""
+    with contextlib.suppress(ConfigError):
+        yield spec.with_(**changes)
+
+
+def _coders(coder: SparseCoder, **changes: Any) -> Iterator[SparseCoder]:
+    yield from (rebuilt(coder, spec) for spec in _specs(coder.spec, **changes))
 
 
 # ---- place: which tensor
@@ -92,7 +95,7 @@ def other_sides(model: nn.Module, spec: CoderSpec) -> Iterator[CoderSpec]:
     yield from _placed(model, spec, flip, "reads", "writes")
     if all(site.side in FLIPPED and not site.hook[-1].isdigit() for site in spec.reads):  # a transcoder of a sublayer
         sides = {side: tuple(replace(site, side=side) for site in spec.reads) for side in FLIPPED}
-        yield from _specs(spec, {"reads": sides["input"], "writes": sides["output"]})
+        yield from _specs(spec, reads=sides["input"], writes=sides["output"])
 
 
 def other_gain(model: nn.Module, spec: CoderSpec) -> Iterator[CoderSpec]:
@@ -131,7 +134,7 @@ def _placed(
     with contextlib.suppress(ConfigError):
         for site in itertools.chain(*found.values()):
             located(model, site)
-        yield from _specs(spec, found)
+        yield from _specs(spec, **found)
 
 
 # ---- map: what is done with it
@@ -147,7 +150,7 @@ def scales(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
         return
     tried = [spec.normalization.scale * spec.reads[0].scale] if spec.normalization.kind == "scalar" else []
     if spec.normalization.kind != "none":
-        yield from (rebuilt(coder, s) for s in _specs(spec, {"normalization": Normalization()}))
+        yield from _coders(coder, normalization=Normalization())
     for every in (False, True):
         for power in (1, 2):
             reads, writes = (
@@ -156,18 +159,17 @@ def scales(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
             )
             if all(abs(reads[0].scale / other - 1) > ALIKE for other in tried):
                 tried.append(reads[0].scale)
-                change = {"normalization": Normalization("scalar"), "reads": reads, "writes": writes}
-                yield from (rebuilt(coder, s) for s in _specs(spec, change))
+                yield from _coders(coder, normalization=Normalization("scalar"), reads=reads, writes=writes)
     for kind in ("layer_norm", "l2"):
         if kind != spec.normalization.kind:
-            yield from (rebuilt(coder, s) for s in _specs(spec, {"normalization": Normalization(kind)}))
+            yield from _coders(coder, normalization=Normalization(kind))
 
 
 def pre_biases(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
     """Yields the coder without the decoder's bias as pre-bias, or with it."""
     other = {"none": "decoder", "decoder": "none"}.get(coder.spec.pre_bias)
     if other:
-        yield from (rebuilt(coder, s) for s in _specs(coder.spec, {"pre_bias": other}))
+        yield from _coders(coder, pre_bias=other)
 
 
 def selections(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
@@ -180,15 +182,16 @@ def selections(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
     if not isinstance(spec.selection, ReLU):
         return
     x, target = (subject.columns(sites)[:THRESHOLD_TOKENS].to(coder.W_enc) for sites in (spec.reads, spec.writes))
-    scores = coder.look(x).scores.flatten().sort(descending=True).values
     ks = [max(1, round(subject.l0))] if subject.l0 else [k for k in KS if k < spec.d_sae]
+    scores = coder.look(x).scores.flatten()
+    largest = scores.topk(min(max(ks) * len(x) + 1, len(scores))).values
 
     def topk(k: int) -> Iterator[SparseCoder]:
-        yield from (rebuilt(coder, s) for s in _specs(spec, {"selection": TopK(k=k)}))
+        yield from _coders(coder, selection=TopK(k=k))
 
     def threshold(k: int) -> Iterator[SparseCoder]:
-        lowest = scores[min(k * len(x), len(scores) - 1)].clamp_min(0).float()
-        for other in _specs(spec, {"selection": JumpReLU()}):
+        lowest = largest[min(k * len(x), len(largest) - 1)].clamp_min(0).float()
+        for other in _specs(spec, selection=JumpReLU()):
             yield rebuilt(coder, other, threshold=lowest.repeat(spec.d_sae))
 
     for rule in (topk, threshold):
@@ -201,7 +204,7 @@ def centerings(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
     """Yields the coder as one of a model whose writing weights are centered, or as one of the raw model."""
     other = {"none": "center", "center": "none"}.get(coder.spec.normalization.kind)
     if other:
-        yield from (rebuilt(coder, s) for s in _specs(coder.spec, {"normalization": Normalization(other)}))
+        yield from _coders(coder, normalization=Normalization(other))
 
 
 def _scale(x: Float[Tensor, "n d"], power: int) -> float:

@@ -6,9 +6,10 @@ ranked by
 
     score = ln FVU + max(0, |ln(L0 / L0*)| - ln 2) + 0.05 for every change made        lower is better
 
-L0* is the advertised L0; where there is none, the second term is left out. On other text an L0 easily differs by less
-than a factor of two; what goes beyond counts as much as an error that is larger by that factor. So a change is believed
-if it lowers the error by five percent or brings the L0 back, and a second one if it does so again.
+The FVU is taken in the normalized space: what a per-token normalization hands through around the coder is no merit of
+the coder. L0* is the advertised L0; where there is none, the second term is left out. On other text an L0 easily
+differs by less than a factor of two; what goes beyond counts as much as an error that is larger by that factor. So a
+change is believed if it lowers the error by five percent or brings the L0 back, and a second one if it does so again.
 """
 
 import contextlib
@@ -86,7 +87,8 @@ class Report:
     def lines(self) -> list[str]:
         """Returns the report as lines of text."""
         advertised = "" if self.advertised_l0 is None else f" (advertised {self.advertised_l0:.4g})"
-        shown = self.candidates[:SHOWN]
+        best = {c.mistake: c for c in reversed(self.candidates)}  # of each mistake, what is ranked first
+        shown = sorted(best.values(), key=_score)[:SHOWN]
         width = max([len(c.mistake) for c in shown], default=0)
         return [
             self.verdict,
@@ -227,22 +229,26 @@ def _suspects(
 
 @torch.no_grad()
 def _figures(coder: SparseCoder, subject: Subject, every: bool = False) -> dict[str, Any]:
-    x, target = (
-        subject.columns(sites, every).to(coder.W_enc.device) for sites in (coder.spec.reads, coder.spec.writes)
-    )
-    total = Reconstruction(coder.spec.d_sae)
+    """Returns the metrics of reconstruction and `error`, the FVU of what the coder itself has to explain."""
+    spec = coder.spec
+    x, target = (subject.columns(sites, every).to(coder.W_enc.device) for sites in (spec.reads, spec.writes))
+    whole, inner = Reconstruction(spec.d_sae), Reconstruction(spec.d_sae)
     for part, wanted in zip(x.split(PART), target.split(PART), strict=True):
-        total.update(wanted, *coder(part))
-    return total.result()
+        out, latents = coder(part)
+        whole.update(wanted, out, latents)
+        if spec.normalization.per_token:
+            shift, spread = spec.normalize(part)[1]
+            inner.update(spec.normalize_target(wanted), (out - shift) / spread, latents)
+    return whole.result() | {"error": (inner if spec.normalization.per_token else whole).fvu()}
 
 
 def _candidate(
     mistake: str, change: str, coder: SparseCoder, found: dict[str, Any], advertised: float | None
 ) -> Candidate:
     """Returns a candidate with its score, as at the head of this module."""
-    fvu, changes = found["fvu"], len(mistake.split(BOTH)) if mistake else 0
-    error = math.inf if fvu is None or not math.isfinite(fvu) else math.log(max(fvu, LEAST_FVU))
-    score = error + _beyond(found["l0"], advertised) + PRICE * changes
+    error, changes = found["error"], len(mistake.split(BOTH)) if mistake else 0
+    nats = math.inf if error is None or not math.isfinite(error) else math.log(max(error, LEAST_FVU))
+    score = nats + _beyond(found["l0"], advertised) + PRICE * changes
     return Candidate(mistake, change, found["ev"], found["l0"], score, coder)
 
 

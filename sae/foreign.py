@@ -29,12 +29,13 @@ def reading(path: Path, what: str) -> Iterator[None]:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file breaks its reader in any way
-        raise DataError(f"{path} is damaged or no {what}: {shown(error)}") from error
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path} is damaged or no {what}: {shown(why)}") from error
 
 
 def shown(value: object) -> str:
     """Returns something that a file says as a short piece of one line."""
-    text = str(value) or type(value).__name__
+    text = str(value)
     return text if text.isprintable() and len(text) <= 200 else ascii(text)[:200]
 
 

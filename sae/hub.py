@@ -24,6 +24,8 @@ from sae.text import special_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from sae.releases import Release
+
 RELEASED = "released"  # of `spec.training`: where a coder that was not trained here comes from
 Address = str | Path | tuple[str, str]
 
@@ -140,7 +142,13 @@ def places(files: Files, below: str = "", hints: Hints | None = None) -> dict[st
 
 def read(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SparseCoder:
     """Returns the coder at a place."""
+    known = _listed(place)
+    if known is not None:
+        said = {name: value for name, value in vars(place.hints).items() if value is not None}
+        place = replace(place, hints=Hints(**{**known.hints(), **said}))
     name, spec, tensors = formats.read(place)
+    if known is not None and known.l0 is not None:
+        spec = spec.with_(metrics={"advertised": {"l0": known.l0}, **spec.metrics})
     source = {"format": name, "file": place.weights, "from": place.files.identity, "revision": place.files.revision}
     if name != "native":
         spec = spec.with_(training={**spec.training, RELEASED: source})
@@ -150,6 +158,15 @@ def read(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = 
     coder = coder.to(device).to_dtype(dtype)
     finite(coder.state_dict(), place)  # in the precision asked for: float16 ends at 65,504
     return coder
+
+
+def _listed(place: Place) -> "Release | None":
+    """Returns what the table of releases says of a place on the hub, or in its cache."""
+    from sae import releases
+
+    owner, _, rest = place.identity.partition("/")
+    name, _, path = rest.partition("/")
+    return releases.about(f"{owner}/{name}", path) if owner else None
 
 
 def made(spec: CoderSpec, tensors: dict[str, Tensor], source: str) -> SparseCoder:

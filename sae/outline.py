@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae import formats, hub, weights
+from sae import formats, hub, releases, weights
 from sae.errors import ConfigError, DataError, nearest
 from sae.places import Files, Hints, Place, Tensors
 from sae.ranged import Header
@@ -71,8 +71,11 @@ def _read(place: "_Bare") -> CoderSpec | None:
 
 
 def coders_at(files: Files, below: str, hints: Hints) -> list[Place]:
-    """Returns the coders at or below a name, as far as they are known without fetching them; ConfigError if none is."""
-    named = formats.named(files, below, hints)
+    """Returns the coders at or below a name, as far as they are known without fetching them; ConfigError if none is.
+
+    What the table of releases knows of them is among their hints.
+    """
+    named = [_informed(place) for place in formats.named(files, below, hints)]
     own = [place for place in named if below in (place.weights, place.folder)] or named
     found = [place for place in own if _may_be_coder(place)] if len(own) <= hub.MOST_OPENED else own
     if not own:
@@ -82,16 +85,27 @@ def coders_at(files: Files, below: str, hints: Hints) -> list[Place]:
     return found or own
 
 
+def _informed(place: Place) -> Place:
+    known = releases.about(place.files.identity, place.weights)
+    if known is None:
+        return place
+    said = {name: value for name, value in vars(place.hints).items() if value is not None}
+    return replace(place, hints=Hints(**{**known.hints(), **said}))
+
+
 def needed(known: Outline) -> list[str]:
     """Returns the names of the files that reading a coder takes: where that is not known, all configs around it too."""
     place = known.place
-    found = {place.weights, *(name for name in known.files if place.files.has(name))}
-    if known.spec is None:
-        above = place.folder.rpartition("/")[0]
-        for folder in {place.folder, above} if place.folder else {""}:
-            inside = (name for name in place.files.names() if name.rpartition("/")[0] == folder)
-            found |= {name for name in inside if name.endswith((".json", ".yaml", ".yml"))}
-    return sorted(found)
+    found = [place.weights, *(name for name in known.files if place.files.has(name))]
+    return sorted({*found}) if known.spec else with_configs(place.files, found)
+
+
+def with_configs(files: Files, names: list[str]) -> list[str]:
+    """Returns the names of files, and of the configs in their folders and one above, sorted."""
+    folders = {name.rpartition("/")[0] for name in names}
+    folders |= {folder.rpartition("/")[0] for folder in folders}
+    configs = [name for name in files.names() if name.endswith((".json", ".yaml", ".yml"))]
+    return sorted({*names, *(name for name in configs if name.rpartition("/")[0] in folders)})
 
 
 def _may_be_coder(place: Place) -> bool:
@@ -164,7 +178,6 @@ class _Bare(Place):
                 found |= {tensor: self._stand_in(*about) for tensor, about in own.items()}
         self.opened.append(kind(str(self), found))
         return self.opened[-1]
-
 
     def _stand_in(self, dtype: str, shape: tuple[int, ...]) -> Tensor:
         kind = getattr(torch, dtype, torch.float32)

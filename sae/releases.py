@@ -51,12 +51,7 @@ class Release:
         return f"{self.name}/{self.id}" if self.id else self.name
 
     def hints(self) -> dict[str, Any]:
-        """Returns what the table knows that files may be silent about, as `sae.places.Hints` calls it.
-
-        ConfigError if that is something without which the coder is another, and which cannot be said.
-        """
-        from sae.places import Hints
-
+        """Returns what the table knows that files may be silent about, as `sae.places.Hints` calls it."""
         loaded = self.overrides.get("model_from_pretrained_kwargs", {})
         stated = {
             "model": self.model,
@@ -64,10 +59,7 @@ class Release:
             "processed": loaded.get("center_writing_weights"),
             "normalization": self.overrides.get("normalize_activations"),
         }
-        said = {name: value for name, value in stated.items() if value}
-        for name in said.keys() - Hints.__dataclass_fields__.keys():
-            raise ConfigError(f"path: {self.address} needs {name} = {said[name]!r}, which cannot be said of a coder")
-        return said
+        return {name: value for name, value in stated.items() if value}
 
 
 @dataclass(frozen=True)
@@ -112,6 +104,7 @@ def table() -> Table:
 def expanded(row: dict[str, Any], having: str = "id") -> Iterator[Release]:
     """Yields the coders of a release whose pattern has a field."""
     common = {f.name: row[f.name] for f in fields(Release) if f.name in row}
+    common["notes"] = row.get("refused") or row.get("notes", "")
     for pattern in row.get("coders", ()):
         if having not in pattern:
             continue
@@ -154,12 +147,14 @@ def coders(name: str) -> list[Release]:
 def about(repo: str, path: str) -> Release | None:
     """Returns what the table says of the coder at a path of a repository (its folder or weight file), None if nothing.
 
-    Where it has several names, that of its page on Neuronpedia comes first.
+    The repository may also be a folder that holds it by its whole name, as `sae-load fetch --to` makes them. Where a
+    coder has several names, that of its page on Neuronpedia comes first.
     """
-    parts = [part for part in path.split("/") if part]
-    paths = {"/".join(parts[:end]) for end in range(1, len(parts) + 1)}
-    rows = (row for row in table().rows.values() if row["repo"] == repo and "refused" not in row)
-    found = [coder for row in rows for coder in expanded(row) if coder.path in paths]
+    found = []
+    for row in table().rows.values():
+        inside = f"/{repo}/{path}/".partition(f"/{row['repo']}/")[2]
+        if inside and "refused" not in row:
+            found += [coder for coder in expanded(row) if coder.path and inside.startswith(f"{coder.path}/")]
     longest = [coder for coder in found if len(coder.path) == max(len(other.path) for other in found)]
     return max(longest, key=lambda coder: coder.neuronpedia is not None) if longest else None
 

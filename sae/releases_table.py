@@ -116,7 +116,7 @@ ADDED: list[dict[str, Any]] = [
 ]
 """Releases that the package lacks. Without "coders", ids are paths in the repository, which nobody has listed."""
 
-ORIGIN = "repository and layout as documented by its publisher"
+ORIGIN = "not in sae-lens; as its publisher or public code that loads it names repository and paths"
 
 
 def main(argv: list[str] | None = None) -> int:

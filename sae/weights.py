@@ -67,10 +67,7 @@ def tensors(path: Path) -> dict[str, Tensor]:
         _header(path)
         return load_tensors(path)
     with reading(path, "file of tensors"):
-        found = _npz(path) if path.suffix in NPZ else flattened(read_pickle(path), str(path))
-        for name in found:
-            _check_name(name, path)
-        return found
+        return _npz(path) if path.suffix in NPZ else flattened(read_pickle(path), str(path))
 
 
 def verify(path: Path) -> None:
@@ -78,8 +75,8 @@ def verify(path: Path) -> None:
 
     Zip archives have one for each member.
     """
-    digests.verify(path)
     with reading(path, "file of tensors"):
+        digests.verify(path)
         if not path.name.endswith(SAFETENSORS) and is_archive(path):
             with Archive(path) as archive:
                 archive.verify()
@@ -97,7 +94,7 @@ def flattened(tree: Any, source: str = "a file") -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             if name in found:
                 raise DataError(f"{source} is refused: two tensors are called {shown(name)}")
-            found[name] = value.detach()
+            found[_checked(name, source)] = value.detach()
             continue
         left -= len(value)
         if left < 0 or depth > DEEPEST or len(name) > LONGEST_NAME:
@@ -116,17 +113,15 @@ def parse_header(raw: bytes, size: int, path: Path | str) -> Shapes:
     try:
         header = json.loads(raw.decode(), object_pairs_hook=_once)
         header.pop("__metadata__", None)
-        found = {name: (*entry["data_offsets"], entry["dtype"], *entry["shape"]) for name, entry in header.items()}
+        parsed = {name: _entry(**entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged or no safetensors file: its header cannot be read") from error
-    parsed: dict[str, tuple[int, int, str, tuple[int, ...]]] = {}
-    for name, (start, stop, dtype, *shape) in found.items():
-        _check_name(name, path)
+    for name, (start, stop, dtype, shape) in parsed.items():
+        _checked(name, path)
         if dtype not in tuple(SIZES):
             raise DataError(f"{path}: tensor {name} holds {shown(dtype)}; known are {', '.join(SIZES)}")
         if len(shape) > MOST_AXES or not all(type(n) is int and 0 <= n < 2**63 for n in (start, stop, *shape)):
             raise DataError(f"{path} is damaged: tensor {name} has a shape or place of other than whole numbers")
-        parsed[name] = start, stop, dtype, tuple(shape)
     end = 0
     for name, (start, stop, dtype, shape) in sorted(parsed.items(), key=lambda item: item[1][:2]):
         declared = math.prod(shape) * SIZES[dtype]
@@ -152,6 +147,11 @@ def _header(path: Path) -> Shapes:
         return parse_header(file.read(length), size, path)
 
 
+def _entry(dtype: Any, shape: Any, data_offsets: Any) -> tuple[Any, Any, Any, tuple[Any, ...]]:
+    start, stop = data_offsets
+    return start, stop, dtype, tuple(shape)
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -159,34 +159,36 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_name(name: str, path: Path | str) -> None:
+def _checked(name: str, source: Path | str) -> str:
+    """Returns the name of a tensor; DataError if it is not one line that can be shown."""
     if not name.isprintable() or len(name) > LONGEST_NAME:
-        raise DataError(f"{path} is refused: {shown(name)} is no name of a tensor")
+        raise DataError(f"{source} is refused: {shown(name)} is no name of a tensor")
+    return name
 
 
 def _npz(path: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
     with Archive(path) as archive:
-        for name in archive.members:
-            if not name.endswith(".npy"):
-                raise DataError(f"{path} is refused: its member {name} is no array")
-        return {name.removesuffix(".npy"): _array(archive.read(name), path, name) for name in archive.members}
+        for member in archive.members:
+            if not member.endswith(".npy"):
+                raise DataError(f"{path} is refused: its member {member} is no array")
+            name = _checked(member.removesuffix(".npy"), path)
+            found[name] = _array(archive.read(member), f"{path}: tensor {name}")
+    return found
 
 
-def _array(raw: Bytes, path: Path, name: str) -> Tensor:
+def _array(raw: Bytes, source: str) -> Tensor:
     """Returns the array in the bytes of an .npy file: a text that says shape, order and dtype, then its numbers."""
     text = io.BytesIO(raw[:NPY_HEADER_BYTES].tobytes())
     try:
         shape, fortran, dtype = NPY_VERSIONS[np.lib.format.read_magic(text)](text)
     except Exception as error:  # what it reads there is a Python literal
-        raise DataError(f"{path}: tensor {name.removesuffix('.npy')} has no header of an array") from error
+        raise DataError(f"{source} is damaged: it has no header of an array") from error
     found = raw[text.tell() :]
     declared = math.prod(shape) * dtype.itemsize
     if dtype.str[1:] not in NUMBERS:
-        raise DataError(f"{path}: tensor {name.removesuffix('.npy')} is refused: it holds {shown(dtype)}, not numbers")
-    if declared != len(found) or min(shape, default=0) < 0 or len(shape) > MOST_AXES:
-        raise DataError(
-            f"{path}: tensor {name.removesuffix('.npy')} is refused: it declares {shown(declared)} bytes but holds "
-            f"{len(found)}"
-        )
+        raise DataError(f"{source} is refused: it holds {shown(dtype)}, not numbers")
+    if declared != len(found) or len(shape) > MOST_AXES or not all(type(n) is int and n >= 0 for n in shape):
+        raise DataError(f"{source} is refused: it declares {shown(declared)} bytes but holds {len(found)}")
     array = np.asarray(found).view(dtype).reshape(shape, order="F" if fortran else "C")
     return torch.from_numpy(array.astype(dtype.newbyteorder("="), copy=False))

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +11,12 @@ from rig import D_IN, D_OUT, D_SAE, Draw, agrees, loads, relu, top, write_json
 from safetensors.numpy import load_file, save_file
 
 import sae
-from sae import formats, hub
+from sae import formats
 from sae.coder import SparseCoder
 from sae.errors import ConfigError, DataError
 from sae.formats import saelens
 from sae.normalization import Normalization
-from sae.places import Hints, LocalFiles, Place
+from sae.places import LocalFiles, Place
 from sae.selection import Selection
 from sae.selection.feature_choice import FeatureChoice
 from sae.selection.gated import Gated
@@ -462,31 +462,19 @@ def test_what_the_mean_cannot_be_given_back_to_is_refused(tmp_path):
         sae.load(tmp_path)
 
 
-@dataclass(frozen=True)
-class Said(Hints):
-    """What a table of releases knows beside the files."""
-
-    processed: bool | None = None
-    normalization: str | None = None
-
-
-def told(folder, **said):
-    return hub.read(Place(LocalFiles(folder), "sae_weights.safetensors", Said(**said)))
-
-
 def test_a_table_may_know_that_a_model_was_processed(tmp_path):
     config, tensors = config3(model_from_pretrained_kwargs={}), drawn("standard")
     plain = reference(config6("standard", apply_b_dec_to_input=False), tensors)
     saved(tmp_path, config, tensors)
-    agrees(told(tmp_path, processed=True), centered(plain))
-    agrees(told(tmp_path, processed=False), plain)
+    agrees(sae.load(tmp_path, processed=True), centered(plain))
+    agrees(sae.load(tmp_path, processed=False), plain)
 
 
 def test_a_table_may_know_of_a_normalization(tmp_path):
     tensors = drawn("standard")
     saved(tmp_path, config6("standard"), tensors)
     wanted = reference(config6("standard", normalize_activations="constant_norm_rescale"), tensors)
-    agrees(told(tmp_path, normalization="constant_norm_rescale"), wanted)
+    agrees(sae.load(tmp_path, normalization="constant_norm_rescale"), wanted)
 
 
 def test_folded_value_biases_are_told(tmp_path, caplog):

@@ -185,12 +185,14 @@ def test_centered_weights_are_told_from_raw_ones(text):
     embeddings = model.transformer.wte.weight  # layer norms do not see what is added to all components alike
     embeddings += 3 * torch.randn(len(embeddings), 1)
     lm, site = LanguageModel(model, tokenizer, "gpt2", None, True), Site("transformer.h.1")
-    coder = fit(lm, text, site, normalization=Normalization("center"))
-    assert diagnose(coder, lm, TOKENS, text).healthy
-    report = diagnose(planted(coder, normalization=Normalization()), lm, TOKENS, text)
-    assert not report.healthy
-    assert report.candidates[0].mistake == CENTER
-    assert report.candidates[0].change == "normalization center"
+    for right, wrong in (("center", "none"), ("none", "center")):
+        coder = fit(lm, text, site, normalization=Normalization(right))
+        report = diagnose(coder, lm, TOKENS, text)
+        assert report.healthy, report.lines()
+        report = diagnose(planted(coder, normalization=Normalization(wrong)), lm, TOKENS, text)
+        assert not report.healthy
+        assert report.candidates[0].mistake == CENTER
+        assert report.candidates[0].change == f"normalization {right}"
 
 
 @pytest.mark.parametrize(

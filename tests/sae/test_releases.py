@@ -13,7 +13,7 @@ from sae.errors import ConfigError, DataError
 from sae.formats import formats
 from sae.places import Hints
 from sae.releases import Table, expanded
-from sae.releases_table import check, folded, main, table
+from sae.releases_table import ORIGIN, check, folded, main, table
 
 STATED = {
     "gemma": {
@@ -138,7 +138,7 @@ def test_the_shipped_table_is_whole_small_and_of_known_formats():
     assert shipped.source["package"] == "sae-lens"
     assert (files("sae") / "assets" / "releases.json").stat().st_size < 300_000
     everything = {name: list(expanded(row)) for name, row in shipped.rows.items()}
-    package = [coder for found in everything.values() for coder in found if not coder.notes]
+    package = [coder for found in everything.values() for coder in found if coder.notes != ORIGIN]
     assert len({coder.name for coder in package}) == 170
     assert len({coder.address for coder in package}) == len(package) == 13_857
     assert sum(coder.scale is not None for coder in package) == 304
@@ -193,17 +193,13 @@ def test_what_is_known_beside_the_place():
     assert centered.overrides["model_from_pretrained_kwargs"] == {"center_writing_weights": True}
 
 
-def test_hints_are_only_what_can_be_said_and_nothing_that_must_be_said_is_left_out():
-    needs = {"processed": "gpt2-small-res-jb", "normalization": "mistral-7b-res-wg"}
+def test_hints_are_what_can_be_said_and_nothing_that_must_be_said_is_left_out():
     for name in releases.names():
-        for coder in releases.coders(name)[:3]:
-            missing = {field for field, release in needs.items() if release == name} - set(Hints.__dataclass_fields__)
-            if missing:
-                with pytest.raises(ConfigError, match=f"needs {missing.pop()} = "):
-                    coder.hints()
-            elif "processed" in Hints.__dataclass_fields__ or "center_writing_weights" not in str(coder.overrides):
-                assert coder.hints().keys() <= Hints.__dataclass_fields__.keys()
-                assert coder.hints().keys() >= {field for field, release in needs.items() if release == name}
+        for coder in releases.coders(name):
+            said = Hints(**coder.hints())  # no other name is taken
+            assert (said.model, said.scale, said.format) == (coder.model, coder.scale, None)
+            assert said.processed is (True if "center_writing_weights" in str(coder.overrides) else None)
+            assert said.normalization == ("constant_norm_rescale" if name == "mistral-7b-res-wg" else None)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +239,10 @@ def test_the_table_speaks_of_coders_that_are_loaded_by_their_place():
     assert (canonical.neuronpedia, canonical.l0) == ("gemma-2-2b/12-gemmascope-res-16k", 82)
     plain = releases.about("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_22/params.npz")
     assert plain.address == "gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_22"
+    assert releases.about(f"{by_name.repo}/{by_name.path}", "sae_weights.safetensors") == by_name
+    assert releases.about(f"/home/me/{by_name.repo}", by_name.path) == by_name
+    assert releases.about(f"x{by_name.repo}", by_name.path) is None
+    assert releases.about(by_name.repo, f"{by_name.path}x") is None
     assert releases.about(by_name.repo, "other") is None
     assert releases.about("some/repo", by_name.path) is None
     assert releases.about(by_name.repo, "") is None

@@ -17,7 +17,8 @@ def make(folder):
     Its TopK is saved by no function of 0.5.0, so that `k` is put into the config as later sets have it.
     """
     x = 1.5 * draw(TOKENS, D_IN, seed=7)
-    rules = {"relu": lambda: torch.relu, "jumprelu": lambda: JumpReLU(torch.zeros(D_SAE), 0.1), "topk": lambda: TopK(K)}
+    rules = {"relu": lambda: torch.relu, "jumprelu": lambda: JumpReLU(torch.zeros(D_SAE), 0.1)}
+    rules |= {"topk": lambda: TopK(K), "topk, most latents": lambda: TopK(D_SAE * 2 // 3)}  # some of them negative
     for rule, activation in rules.items():
         for skip in (False, True):
             options = {"skip_connection": skip, "dtype": torch.float32, "device": torch.device("cpu")}
@@ -26,7 +27,7 @@ def make(folder):
             whole = TranscoderSet({0: coder}, HOOKS["feature_input_hook"], HOOKS["feature_output_hook"])
             whole.to_safetensors(str(place / "coder"))
             config = {"model_kind": "transcoder_set", **HOOKS}
-            config |= {"activation": "topk", "k": K} if rule == "topk" else {}
+            config |= {"activation": "topk", "k": coder.activation_function.k} if "topk" in rule else {}
             (place / "coder" / "config.yaml").write_text(yaml.safe_dump(config))
             store(place, x, coder.encode(x), coder(x))
     for rule in ("relu", "jump_relu"):

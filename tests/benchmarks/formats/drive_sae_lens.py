@@ -23,6 +23,7 @@ INFERENCE = {
     "standard, constant_norm_rescale": ("standard", {"normalize_activations": "constant_norm_rescale"}),
     "gated": ("gated", {}),
     "topk": ("topk", {"k": K}),
+    "topk, most latents": ("topk", {"k": D_SAE * 2 // 3}),  # of which some are not positive
     "topk, rescaled by decoder norm": ("topk", {"k": K, "rescale_acts_by_decoder_norm": True}),
     "abstopk": ("abstopk", {"k": K}),
     "abstopk, rescaled by decoder norm": ("abstopk", {"k": K, "rescale_acts_by_decoder_norm": True}),

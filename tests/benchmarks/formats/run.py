@@ -40,6 +40,7 @@ from sae.selection.mutual_choice import MutualChoice
 from sae.selection.relu import ReLU
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
+from sae.selection.unrectified_topk import UnrectifiedTopK
 from sae.spec import CoderSpec, Site
 
 HERE = Path(__file__).parent
@@ -103,7 +104,11 @@ def exports(library: str) -> dict[str, SparseCoder]:
     if library == "sae_lens":
         heads = Site("blocks.0.attn.hook_z")
         rules = {**trained, "relu": ReLU(), "topk": TopK(K), "gradient_topk": GradientTopK(K)}
-        rules |= {"signed_topk": SignedTopK(K), "feature_choice": FeatureChoice(K)}
+        rules |= {
+            "topk, most latents": TopK(D_SAE * 2 // 3),
+            "signed_topk": SignedTopK(K),
+            "feature_choice": FeatureChoice(K),
+        }
         rules["matching_pursuit"] = MatchingPursuit(max_iterations=6)
         found = {name: coder_of(rule) for name, rule in rules.items()}
         found["relu, no pre-bias"] = coder_of(ReLU(), pre_bias="none")
@@ -134,7 +139,8 @@ def exports(library: str) -> dict[str, SparseCoder]:
         found["jumprelu"] = coder_of(JumpReLU(), pre_bias="none", sites=(site, site))
         found["relu, no pre-bias"] = coder_of(ReLU(), pre_bias="none", sites=(site, site))
         return {**found, "relu, unit decoder": unit(coder_of(ReLU(), sites=(site, site)))}
-    rules = {"relu": ReLU(), "jumprelu": JumpReLU(), "topk": TopK(K)}
+    rules = {"relu": ReLU(), "jumprelu": JumpReLU(), "unrectified_topk": UnrectifiedTopK(K)}
+    rules["unrectified_topk, most latents"] = UnrectifiedTopK(D_SAE * 2 // 3)  # among which some are negative
     found = {name: coder_of(rule, d_out=D_IN) for name, rule in rules.items()}
     return found | {f"{name} with skip": coder_of(rule, d_out=D_IN, skip=True) for name, rule in rules.items()}
 
@@ -156,7 +162,7 @@ def margins(coder: SparseCoder, x: torch.Tensor) -> torch.Tensor:
         best = compared.unflatten(1, (rule.k, -1)).topk(2).values
         return near.minimum((best[..., 0] - best[..., 1]).min(1).values)
     if isinstance(rule, Budget):
-        best = (compared.abs() if rule.signed else compared).topk(rule.k + 1).values
+        best = (compared.abs() if isinstance(rule, SignedTopK) else compared).topk(rule.k + 1).values
         return near.minimum(best[:, -2] - best[:, -1])
     return near
 
