@@ -201,11 +201,9 @@ def _how(options: argparse.Namespace) -> dict[str, Any]:
 
 def _located(options: argparse.Namespace) -> "tuple[Files, str, Hints]":
     from sae import hub
-    from sae.places import Hints
 
-    files, below, known = hub.locate(options.id, options.revision, options.cache_dir)
-    said = {name: value for name, value in {**hints(options), "model": options.model_name}.items() if value is not None}
-    return files, below, Hints(**{**known, **said})
+    files, below = hub.locate(options.id, options.revision, options.cache_dir)
+    return files, below, hub.told({**hints(options), "model": options.model_name})
 
 
 def _members(typed: str) -> "list[Release]":

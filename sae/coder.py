@@ -198,10 +198,8 @@ class SparseCoder(Folding):
         """Returns (out, latents) of x, differentiable unless gradients are off; `gradients` as in `encode`."""
         rows = self._rows(x)
         beside = None if gradients is None else gradients.reshape(-1, self.spec.d_out).to(rows)
-        if torch.is_grad_enabled() and len(rows):
-            latents = self._inferred(rows, beside)
-        else:
-            latents = self.encode(rows, beside)
+        live = torch.is_grad_enabled() and len(rows)
+        latents = self._inferred(rows, beside) if live else self.encode(rows, beside)
         out = self.decode(latents, rows).reshape(*x.shape[:-1], self.spec.d_out)
         if self.spec.skip:
             out = out + self.skipped(x)

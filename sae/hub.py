@@ -49,8 +49,8 @@ def load(
     Raises ConfigError if there is no coder or several (naming them), a format is unknown or ambiguous, or a hint is
     needed; DataError naming the file or tensor that is missing, damaged, of the wrong shape, unknown, or not finite.
     """
-    files, below, known = locate(path, revision, cache_dir)
-    place = _one(files, below, _merged(known, hints))
+    files, below = locate(path, revision, cache_dir)
+    place = _one(files, below, told(hints))
     return read(replace(place, lazy=lazy), device, dtype)
 
 
@@ -61,11 +61,10 @@ def pick(
 
     A name is that of `load_all`, or its last part, or what follows "coders/" in a run's folder.
     """
-    files, below, known = locate(path, revision, cache_dir)
-    said = _merged(known, hints)
+    files, below = locate(path, revision, cache_dir)
     if not name:
-        return _one(files, below, said)
-    found = places(files, below, said)
+        return _one(files, below, told(hints))
+    found = places(files, below, told(hints))
     for fitting in ([name], [f"coders/{name}"], [full for full in found if full.endswith(f"/{name}")]):
         if len(fitting) == 1 and fitting[0] in found:
             return found[fitting[0]]
@@ -94,8 +93,8 @@ def load_all(
     **hints: Any,
 ) -> dict[str, SparseCoder]:
     """Returns every coder at or below an address by its name there; arguments and errors as those of `load`."""
-    files, below, known = locate(repo, revision, cache_dir)
-    found = places(files, below, _merged(known, hints))
+    files, below = locate(repo, revision, cache_dir)
+    found = places(files, below, told(hints))
     if not found:
         raise ConfigError(f"path: {_none_in(files, below)}")
     return {name: read(replace(place, lazy=lazy), device, dtype) for name, place in found.items()}
@@ -108,8 +107,8 @@ def save(coder: SparseCoder, folder: str | Path) -> None:
 
 def locate(
     path: Address, revision: str | None = None, cache_dir: str | Path | None = None
-) -> tuple[Files, str, dict[str, Any]]:
-    """Returns (files, name below them, hints) of an address; nothing is fetched but the list of a repository's files.
+) -> tuple[Files, str]:
+    """Returns (files, name below them) of an address; nothing is fetched but the list of a repository's files.
 
     Raises ConfigError if there is no such folder, repository or release, naming the nearest.
     """
@@ -118,16 +117,16 @@ def locate(
     text = "/".join(path) if isinstance(path, tuple) else str(path)
     local = Path(text).expanduser()
     if not isinstance(path, tuple) and local.exists():
-        return (LocalFiles(local), "", {}) if local.is_dir() else (LocalFiles(local.parent), local.name, {})
+        return (LocalFiles(local), "") if local.is_dir() else (LocalFiles(local.parent), local.name)
     release = releases.find(text)
     if release is not None:
-        return HubFiles(release.repo, revision, cache_dir), release.path, release.hints()
+        return HubFiles(release.repo, revision, cache_dir), release.path
     if local.is_absolute() or text.startswith((".", "~")) or text.count("/") < 1:
         siblings = [p.name for p in local.parent.iterdir()] if local.parent.is_dir() else []
         close = nearest(local.name, siblings) or nearest(text, releases.names())
         raise ConfigError(f"path: no such folder: {text}.{close}")
     owner, name, *below = text.removeprefix("hf://").strip("/").split("/")
-    return HubFiles(f"{owner}/{name}", revision, cache_dir), "/".join(below), {}
+    return HubFiles(f"{owner}/{name}", revision, cache_dir), "/".join(below)
 
 
 def places(files: Files, below: str = "", hints: Hints | None = None) -> dict[str, Place]:
@@ -142,10 +141,7 @@ def places(files: Files, below: str = "", hints: Hints | None = None) -> dict[st
 
 def read(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SparseCoder:
     """Returns the coder at a place."""
-    known = _listed(place)
-    if known is not None:
-        said = {name: value for name, value in vars(place.hints).items() if value is not None}
-        place = replace(place, hints=Hints(**{**known.hints(), **said}))
+    known, place = _listed(place), informed(place)
     name, spec, tensors = formats.read(place)
     if known is not None and known.l0 is not None:
         spec = spec.with_(metrics={"advertised": {"l0": known.l0}, **spec.metrics})
@@ -160,13 +156,20 @@ def read(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = 
     return coder
 
 
+def informed(place: Place) -> Place:
+    """Returns a place among whose hints is what the table of releases knows of it, where the user has said nothing."""
+    known = _listed(place)
+    if known is None:
+        return place
+    said = {name: value for name, value in vars(place.hints).items() if value is not None}
+    return replace(place, hints=Hints(**{**known.hints(), **said}))
+
+
 def _listed(place: Place) -> "Release | None":
     """Returns what the table of releases says of a place on the hub, or in its cache."""
     from sae import releases
 
-    owner, _, rest = place.identity.partition("/")
-    name, _, path = rest.partition("/")
-    return releases.about(f"{owner}/{name}", path) if owner else None
+    return releases.about(place.files.identity, place.weights)
 
 
 def made(spec: CoderSpec, tensors: dict[str, Tensor], source: str) -> SparseCoder:
@@ -220,11 +223,12 @@ def _none_in(files: Files, below: str) -> str:
     return f"{files.label}/{below} holds no coder in a known format; its files are {', '.join(there[:6]) or 'none'}"
 
 
-def _merged(known: dict[str, Any], said: dict[str, Any]) -> Hints:
+def told(hints: dict[str, Any]) -> Hints:
+    """Returns what was said of a coder; ConfigError names what cannot be said, and the nearest that can."""
     allowed = Hints.__dataclass_fields__
-    for name in said:
+    for name in hints:
         if name not in allowed:
             raise ConfigError(
                 f"{name}: not something to say of a coder; allowed: {', '.join(allowed)}.{nearest(name, allowed)}"
             )
-    return Hints(**{**known, **{name: value for name, value in said.items() if value is not None}})
+    return Hints(**hints)

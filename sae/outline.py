@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae import formats, hub, releases, weights
+from sae import formats, hub, weights
 from sae.errors import ConfigError, DataError, nearest
 from sae.places import Files, Hints, Place, Tensors
 from sae.ranged import Header
@@ -75,7 +75,7 @@ def coders_at(files: Files, below: str, hints: Hints) -> list[Place]:
 
     What the table of releases knows of them is among their hints.
     """
-    named = [_informed(place) for place in formats.named(files, below, hints)]
+    named = [hub.informed(place) for place in formats.named(files, below, hints)]
     own = [place for place in named if below in (place.weights, place.folder)] or named
     found = [place for place in own if _may_be_coder(place)] if len(own) <= hub.MOST_OPENED else own
     if not own:
@@ -83,14 +83,6 @@ def coders_at(files: Files, below: str, hints: Hints) -> list[Place]:
         held = f"its files are {', '.join(there[:6])}" if there else f"no {below!r}.{nearest(below, files.names())}"
         raise ConfigError(f"path: {files.label} holds no coder in a known format there; {held}")
     return found or own
-
-
-def _informed(place: Place) -> Place:
-    known = releases.about(place.files.identity, place.weights)
-    if known is None:
-        return place
-    said = {name: value for name, value in vars(place.hints).items() if value is not None}
-    return replace(place, hints=Hints(**{**known.hints(), **said}))
 
 
 def needed(known: Outline) -> list[str]:

@@ -35,7 +35,7 @@ def test_no_pickle_anywhere():
     ]
 
 
-@pytest.mark.parametrize("module", ["cli.train", "cli.evaluate", "cli.explain"])
+@pytest.mark.parametrize("module", ["cli.train", "cli.evaluate", "cli.explain", "cli.load"])
 def test_help_loads_nothing_heavy(module):
     code = f"""
 import sys

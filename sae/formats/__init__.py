@@ -11,6 +11,8 @@ and those that can be written `write(folder, coder)`. What a file is silent abou
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -18,8 +20,8 @@ from types import ModuleType
 
 from torch import Tensor
 
-from sae import weights
-from sae.errors import ConfigError, nearest
+from sae.errors import ConfigError, DataError, nearest
+from sae.foreign import shown
 from sae.places import Files, Hints, Place
 from sae.spec import CoderSpec
 
@@ -47,7 +49,12 @@ def detected(place: Place) -> list[str]:
             raise ConfigError(f"format: {asked!r} is not one of {', '.join(formats())}.{nearest(asked, formats())}")
         return [asked]
     fitting = {n: m for n, m in formats().items() if re.fullmatch(m.WEIGHTS, place.name)}
-    return [name for name, module in fitting.items() if module.detect(place)]
+    found = []
+    for name, module in fitting.items():
+        with _readable(place, name):
+            if module.detect(place):
+                found.append(name)
+    return found
 
 
 def read(place: Place) -> tuple[str, CoderSpec, dict[str, Tensor]]:
@@ -56,10 +63,23 @@ def read(place: Place) -> tuple[str, CoderSpec, dict[str, Tensor]]:
     if len(found) > 1:
         raise ConfigError(f"format: {place} may be {' or '.join(found)}; say which with format=")
     if not found:
-        shapes = weights.shapes(place.files.path(place.weights))
+        shapes = place.shapes()
         listed = ", ".join(f"{name} {list(shape)}" for name, shape in list(shapes.items())[:6])
         raise ConfigError(f"path: {place} is in no known format; it holds {listed or 'no tensors'}")
-    spec, tensors = formats()[found[0]].read(place)
+    with _readable(place, found[0]):
+        spec, tensors = formats()[found[0]].read(place)
     for opened in place.opened:
         opened.finish()
     return found[0], spec, tensors
+
+
+@contextmanager
+def _readable(place: Place, name: str) -> Iterator[None]:
+    """Makes whatever breaks a reader that takes a file for what it is not, such as a matrix for a bias, a DataError."""
+    try:
+        yield
+    except (ConfigError, DataError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        why = shown(f"{type(error).__name__}: {error}")
+        raise DataError(f"{place} is damaged, or no {name} coder as they are known: {why}") from error

@@ -303,13 +303,14 @@ def write(folder: Path, coder: SparseCoder) -> None:
     """
     spec, tensors = coder.spec, {name: t.detach().float().cpu() for name, t in coder.state_dict().items()}
     finite(tensors, folder)
-    norms = coder.decoder_norms().detach().float().cpu()
-    config = _config(spec, tensors, norms)
+    config = _config(spec, tensors)
+    if spec.normalization.kind == "scalar":
+        spec, tensors = folds.scale(spec, tensors)
     if config["architecture"].startswith("jumprelu"):
         cut = tensors["threshold"] if "threshold" in tensors else torch.full((spec.d_sae,), spec.calibration[0])
-        cut = cut / norms.clamp_min(1e-30) if spec.select_by_decoder_norm else cut
+        if spec.select_by_decoder_norm:  # it is one of h n
+            cut = cut / tensors["W_dec"].norm(dim=1).clamp_min(1e-30)
         tensors["threshold"] = cut.clamp_max(torch.finfo(torch.float32).max)
-    tensors = folds.scale(spec, tensors)[1] if spec.normalization.kind == "scalar" else tensors
     if spec.selection.pursues:
         tensors = {name: tensors[name] for name in ("W_dec", "b_dec")}
     else:
@@ -320,7 +321,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
     write_json(folder / CONFIG, config)  # last, so that a folder with a config is whole
 
 
-def _config(spec: CoderSpec, tensors: dict[str, Tensor], norms: Tensor) -> dict[str, Any]:
+def _config(spec: CoderSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Returns the config of a coder; ConfigError names what it cannot say."""
     transcodes, rule = not spec.is_autoencoder or spec.skip, spec.selection
     exporting.check(
@@ -341,7 +342,7 @@ def _config(spec: CoderSpec, tensors: dict[str, Tensor], norms: Tensor) -> dict[
             _only(f"normalization.{field}", getattr(spec.normalization, field), getattr(wanted, field))
     if kind == "jumprelu" and "threshold" not in tensors and not spec.calibration:
         raise ConfigError("calibration: SAELens needs a threshold, and this rule's was not found yet")
-    if top and spec.select_by_decoder_norm and (norms - 1).abs().max() > UNIT:
+    if top and spec.select_by_decoder_norm and (tensors["W_dec"].norm(dim=1) - 1).abs().max() > UNIT:
         raise ConfigError(
             "select_by_decoder_norm: SAELens' latents are then in units of the decoder's norms, here not 1; fold them"
         )

@@ -1,6 +1,6 @@
 """Matching pursuit: latents are chosen one after the other, each the one that best explains what is left.
 
-    r_0 = y        i = argmax_j <r_t, W_dec_j>        v = ReLU(<r_t, W_dec_i>)        a_i += v        r_{t+1} = r_t - v W_dec_i
+    r_0 = y     i = argmax_j <r_t, W_dec_j>     v = ReLU(<r_t, W_dec_i>)     a_i += v     r_{t+1} = r_t - v W_dec_i
 
 (Costa 2025, arXiv 2506.03093, as SAELens implements it). A token is done when its support stays the same for a step or
 its residual is short. The encoder is the decoder, so no pre-activation says by itself whether a latent fires; such

@@ -47,8 +47,8 @@ NORM = f"model.layers.{LAYER}.post_attention_layernorm"
 CODERS = {
     **{name: f"residual/coders/{BLOCK}/{name}" for name in RESIDUAL},
     "mlp": f"mlp/coders/{MLP}",
-    "transcoder": f"mlp/coders/{MLP}-input",
-    "transcoder before the gain": f"mlp/coders/{NORM}-normalized",
+    "transcoder": f"mlp/coders/{MLP}-input-to-{MLP}",
+    "transcoder before the gain": f"mlp/coders/{NORM}-normalized-to-{MLP}",
 }
 
 

@@ -671,9 +671,11 @@ def test_normalization_by_token_is_written_where_it_is_theirs(tmp_path, kind):
         saelens.write(tmp_path, coder_of(TopK(3), normalization=replace(mine, eps=0.01)))
 
 
+@pytest.mark.parametrize("kind", ["none", "scalar"])
 @pytest.mark.parametrize("name", ["mutual_choice", "feature_choice"])
-def test_a_cut_in_units_of_decoder_norms_becomes_one_of_each_latent(tmp_path, name):
-    assert exported(tmp_path, coder_of(RULES[name], select_by_decoder_norm=True))["architecture"] == "jumprelu"
+def test_a_cut_in_units_of_decoder_norms_becomes_one_of_each_latent(tmp_path, name, kind):
+    coder = coder_of(RULES[name], select_by_decoder_norm=True, normalization=Normalization(kind, 0.5))
+    assert exported(tmp_path, coder)["architecture"] == "jumprelu"
 
 
 def test_a_unit_decoder_needs_no_units(tmp_path):

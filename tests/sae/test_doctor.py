@@ -19,7 +19,7 @@ from sae.selection.gradient_topk import GradientTopK
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
-from sae.spec import SECOND, CoderSpec, Site
+from sae.spec import SECOND, CoderSpec, MaskSpec, Site
 
 D, LATENTS, K, TOKENS = 16, 64, 4, 1024
 BLOCK, MLP, MLP_IN = Site("model.layers.1"), Site("model.layers.1.mlp"), Site("model.layers.1.mlp", "input")
@@ -77,11 +77,14 @@ def fit(lm, text, reads, writes=None, steps=120, l1=0.0, **spec):
 
 @pytest.fixture(scope="module")
 def coders(lm, text):
+    spec = CoderSpec(D, D, LATENTS, TopK(K), (BLOCK,), (BLOCK,))
+    norms = observe(lm, spec, rows_of_text(lm, spec, TOKENS, text)).columns((BLOCK,)).norm(dim=1)
+    scaled = Normalization("scalar", D**0.5 / float(norms.mean()))
     return {
         "block": fit(lm, text, BLOCK),
         "biasless": fit(lm, text, BLOCK, pre_bias="none"),
-        "scaled": fit(lm, text, BLOCK, normalization=Normalization("scalar", 0.0205)),
-        "relu": fit(lm, text, BLOCK, selection=ReLU(), l1=0.02, normalization=Normalization("scalar", 0.0205)),
+        "scaled": fit(lm, text, BLOCK, normalization=scaled),
+        "relu": fit(lm, text, BLOCK, selection=ReLU(), l1=0.02, normalization=scaled),
         "mlp": fit(lm, text, MLP),
         "transcoder": fit(lm, text, MLP_IN, MLP, 300, pre_bias="none"),
         "processed": fit(lm, text, BARE, MLP, 300, pre_bias="none"),
@@ -196,19 +199,27 @@ def test_centered_weights_are_told_from_raw_ones(text):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("name", "changes"),
     [
-        {**at("model.layers.0"), "pre_bias": "none"},
-        {**at("model.layers.0"), "selection": ReLU(), "metrics": {"advertised": {"l0": K}}},
-        {"pre_bias": "none", "selection": ReLU(), "metrics": {"advertised": {"l0": K}}},
-        {**at("model.layers.2"), "normalization": Normalization("scalar", 0.02)},
+        ("block", {**at("model.layers.0"), "pre_bias": "none"}),
+        ("block", {**at("model.layers.0"), "selection": ReLU()}),
+        ("block", {"pre_bias": "none", "selection": ReLU()}),
+        ("block", {**at("model.layers.2"), "normalization": Normalization("scalar", 0.02)}),
+        ("scaled", {"normalization": Normalization(), "selection": ReLU()}),  # either alone leaves it unwell
     ],
 )
-def test_two_mistakes_at_once_are_found(coders, lm, text, changes):
-    report = diagnose(planted(coders["block"], **changes), lm, TOKENS, text)
+def test_two_mistakes_at_once_are_found(coders, lm, text, name, changes):
+    report = diagnose(planted(coders[name], metrics={"advertised": {"l0": K}}, **changes), lm, TOKENS, text)
     assert not report.healthy
     assert " + " in report.candidates[0].mistake, report.lines()
     assert diagnose(report.candidates[0].coder, lm, TOKENS, text).healthy
+
+
+def test_what_improves_a_coder_by_next_to_nothing_is_no_mistake(coders, lm, text):
+    off = replace(coders["scaled"].spec.normalization, scale=1.04 * coders["scaled"].spec.normalization.scale)
+    report = diagnose(planted(coders["scaled"], normalization=off), lm, TOKENS, text)
+    assert max(candidate.ev for candidate in report.candidates) > report.ev
+    assert report.healthy, report.lines()
 
 
 def test_a_coder_of_something_else_is_unwell(lm, text):
@@ -233,10 +244,10 @@ def test_an_l0_far_from_the_advertised_one_is_unwell(coders, lm, text):
 
 
 def test_figures_are_over_usual_tokens_and_sinks_are_told_apart(coders, lm, text):
-    coder, rows = coders["block"], rows_of_text(lm, coders["block"].spec, TOKENS, text)
-    special = (rows == lm.tokenizer.eos_token_id) | (rows == lm.tokenizer.bos_token_id)
-    special[:, 0] = True
-    embedding = lm.model.get_input_embeddings().weight[lm.tokenizer.bos_token_id]
+    coder = planted(coders["block"], bos="none", mask=MaskSpec(skip_positions=0))
+    rows = rows_of_text(lm, coder.spec, TOKENS, text)
+    loud = lm.tokenizer.encode("h")[-1]
+    embedding = lm.model.get_input_embeddings().weight[loud]
     before = embedding.clone()
     try:
         embedding *= 1e4
@@ -244,11 +255,15 @@ def test_figures_are_over_usual_tokens_and_sinks_are_told_apart(coders, lm, text
         subject = observe(lm, coder.spec, rows)
     finally:
         embedding.copy_(before)
+    left_out = (rows == lm.tokenizer.eos_token_id) | (rows == loud)
+    left_out[:, 0] = True
     usual, every = subject.columns((BLOCK,)), subject.columns((BLOCK,), every=True)
-    assert report.tokens == len(usual) == int((~special).sum())
+    assert int((rows == loud).sum()) > 50
+    assert report.tokens == len(usual) == int((~left_out).sum())
+    assert len(every) == rows.numel()
     assert report.ev == pytest.approx(1 - fvu(usual, coder(usual).out), abs=1e-6)
     assert report.ev_with_sinks == pytest.approx(1 - fvu(every, coder(every).out), abs=1e-6)
-    assert report.ev - report.ev_with_sinks > 0.1
+    assert abs(report.ev - report.ev_with_sinks) > 0.01
 
 
 def test_rows_begin_with_bos_and_no_document_fills_more_than_one(lm, text):

@@ -110,8 +110,7 @@ def test_names_below_that_are_not_there_name_the_nearest(hub):
 @pytest.mark.parametrize("address", [AJT, f"{GEMMA}/layer_3"])
 def test_headers_tell_what_a_coder_is_before_its_weights_are_fetched(hub, address):
     _, asked = hub
-    files, below, known = hubs.locate(address)
-    (place,) = coders_at(files, below, Hints(**known))
+    (place,) = coders_at(*hubs.locate(address), Hints())
     seen = outline(place)
     assert not any(name.endswith((".npz", ".safetensors")) for name in fetched(asked))
     coder = sae.load(address)
