@@ -96,7 +96,9 @@ def add_hints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pre-bias", choices=("none", "decoder", "own"), help="what is subtracted before the encoder")
     parser.add_argument("--scale", type=float, metavar="S", help="factor on its inputs, where no file has it")
     parser.add_argument("--processed", action="store_true", default=None, help="its model had centered weights")
-    parser.add_argument("--normalization", metavar="KIND", help="SAELens' normalize_activations, if its config is wrong")
+    parser.add_argument(
+        "--normalization", metavar="KIND", help="SAELens' normalize_activations, if its config is wrong"
+    )
     parser.add_argument("--format", metavar="NAME", help="its format, of files that look like several")
 
 

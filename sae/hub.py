@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from sae.releases import Release
 
 RELEASED = "released"  # of `spec.training`: where a coder that was not trained here comes from
+NEEDED = ("scale", "pre_bias", "processed", "normalization")  # hints that are refused where they are not needed
+MOST_OPENED = 16  # files beside each other that are looked into to tell which of them is a coder
 Address = str | Path | tuple[str, str]
 
 
@@ -105,9 +107,7 @@ def save(coder: SparseCoder, folder: str | Path) -> None:
     native.write(Path(folder).expanduser(), coder)
 
 
-def locate(
-    path: Address, revision: str | None = None, cache_dir: str | Path | None = None
-) -> tuple[Files, str]:
+def locate(path: Address, revision: str | None = None, cache_dir: str | Path | None = None) -> tuple[Files, str]:
     """Returns (files, name below them) of an address; nothing is fetched but the list of a repository's files.
 
     Raises ConfigError if there is no such folder, repository or release, naming the nearest.
@@ -141,8 +141,11 @@ def places(files: Files, below: str = "", hints: Hints | None = None) -> dict[st
 
 def read(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SparseCoder:
     """Returns the coder at a place."""
+    typed = {name for name in NEEDED if getattr(place.hints, name) is not None}
     known, place = _listed(place), informed(place)
     name, spec, tensors = formats.read(place)
+    for unused in sorted(typed - place.asked):
+        raise ConfigError(f"{unused}: {place} is complete without it; leave it out")
     if known is not None and known.l0 is not None:
         spec = spec.with_(metrics={"advertised": {"l0": known.l0}, **spec.metrics})
     source = {"format": name, "file": place.weights, "from": place.files.identity, "revision": place.files.revision}
@@ -210,9 +213,6 @@ def _one(files: Files, below: str, hints: Hints) -> Place:
         raise ConfigError(f"path: {_none_in(files, below)}")
     listed = ", ".join(place.weights for place in own[:6]) + (", ..." if len(own) > 6 else "")
     raise ConfigError(f"path: {files.label}/{below} is not one coder; it holds {len(own)}: {listed}")
-
-
-MOST_OPENED = 16  # files beside each other that are looked into to tell which of them is a coder
 
 
 def _none_in(files: Files, below: str) -> str:

@@ -35,7 +35,7 @@ class Outline:
     """The files that reading it takes, as far as that is known."""
 
 
-class Unread(Exception):
+class Unread(ConfigError):
     """Would need bytes that are not to be fetched."""
 
 
@@ -52,7 +52,7 @@ def outline(place: Place) -> Outline:
         name = found[0] if len(found) == 1 else None
         spec = formats.read(bare)[1] if seen.is_here(place.weights) else _read(bare)
         why = "" if spec else f"{place.name} would have to be fetched"
-    except (ConfigError, Unread) as error:  # a hint may be missing, or the coder one that cannot be carried
+    except ConfigError as error:  # a hint may be missing, or the coder one that cannot be carried
         why = str(error)
     return Outline(place, name, spec, why, bare.headers, tuple(seen.asked))
 

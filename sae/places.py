@@ -195,6 +195,8 @@ class Place:
     lazy: bool = False
     """Whether tensors are only mapped, and nothing is read that is not asked for: no digest, no search for NaN."""
     opened: list[Tensors] = field(default_factory=list, compare=False, repr=False)
+    asked: set[str] = field(default_factory=set, compare=False, repr=False)
+    """Hints that the format has looked at."""
 
     @property
     def name(self) -> str:
@@ -265,9 +267,14 @@ class Place:
         self.opened.append(Tensors(str(self), found))
         return self.opened[-1]
 
+    def said(self, field: str) -> Any:
+        """Returns a hint, None where nothing was said."""
+        self.asked.add(field)
+        return getattr(self.hints, field)
+
     def need(self, field: str, why: str, allowed: str) -> Any:
         """Returns what the user says of a field that the files are silent about; ConfigError asks for it."""
-        said = getattr(self.hints, field)
+        said = self.said(field)
         if said is None:
             raise ConfigError(
                 f"{field}: {self} does not say it ({why}); pass {field}={allowed}, or ask the doctor to try each"

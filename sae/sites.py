@@ -69,6 +69,12 @@ def located(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     return model.get_submodule(path), side if alias else site.side
 
 
+def site_of(text: str, model: str, width: int = 0) -> Site:
+    """Returns the site that a user means by "blocks.3.hook_resid_mid" or "model.layers.3.mlp:input"."""
+    hook, _, side = text.strip().partition(":")
+    return Site(hook, side or "output", model, width=width)
+
+
 def resolve(
     model: nn.Module,
     typed: Iterable[str],

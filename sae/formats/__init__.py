@@ -23,6 +23,7 @@ from torch import Tensor
 from sae.errors import ConfigError, DataError, nearest
 from sae.foreign import shown
 from sae.places import Files, Hints, Place
+from sae.sites import site_of
 from sae.spec import CoderSpec
 
 
@@ -70,7 +71,17 @@ def read(place: Place) -> tuple[str, CoderSpec, dict[str, Tensor]]:
         spec, tensors = formats()[found[0]].read(place)
     for opened in place.opened:
         opened.finish()
-    return found[0], spec, tensors
+    return found[0], _placed(spec, place), tensors
+
+
+def _placed(spec: CoderSpec, place: Place) -> CoderSpec:
+    """Returns the spec of a coder of one site read and one written as the user says, where the format did not ask."""
+    read, _, written = (place.hints.site or "").partition("->")
+    if not read or "site" in place.asked or max(len(spec.reads), len(spec.writes)) > 1:
+        return spec
+    model = place.hints.model or next((site.model for site in spec.reads), "")
+    reads = (site_of(read, model),)
+    return spec.with_(reads=reads, writes=(site_of(written, model),) if written else reads)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU
 from sae.selection.unrectified_topk import UnrectifiedTopK
 from sae.settings import read_yaml, to_yaml
-from sae.sites import ALIAS, ALIASES, model_id
+from sae.sites import ALIAS, ALIASES, model_id, site_of
 from sae.spec import CoderSpec, Site
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def described(place: Place, kind: str) -> dict[str, Any]:
 
 def sites(place: Place, config: Mapping[str, Any], layers: Iterable[int], widths: tuple[int, int] = (0, 0)) -> Sites:
     """Returns (reads, writes), one site a layer; none if neither the config nor the user says where."""
-    said, model = place.hints.site, place.hints.model or model_id(str(config.get("model_name") or ""))
+    said, model = place.said("site"), place.hints.model or model_id(str(config.get("model_name") or ""))
     if said is not None:
         hooks = tuple(said.split("->"))
         if len(hooks) != 2:
@@ -108,16 +108,10 @@ def sites(place: Place, config: Mapping[str, Any], layers: Iterable[int], widths
     else:
         return (), ()
     reads, writes = (
-        tuple(typed(hook.replace("*", str(layer)), model, width) for layer in layers)
+        tuple(site_of(hook.replace("*", str(layer)), model, width) for layer in layers)
         for hook, width in zip(hooks, widths, strict=True)
     )
     return reads, writes
-
-
-def typed(text: str, model: str, width: int = 0) -> Site:
-    """Returns the site that a user means by "blocks.3.hook_resid_mid" or "model.layers.3.mlp:input"."""
-    hook, _, side = text.strip().partition(":")
-    return Site(hook, side or "output", model, width=width)
 
 
 def thresholds(found: Tensors, name: str, d_sae: int) -> Tensor:
@@ -167,9 +161,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
     config = {"model_name": spec.writes[0].model} if spec.writes[0].model else {}
     config |= {"model_kind": KIND, "feature_input_hook": read_hook, "feature_output_hook": written_hook}
     if isinstance(spec.selection, UnrectifiedTopK):
-        log.warning(
-            "%s: circuit-tracer 0.5.0 takes TopK for ReLU; a newer one is needed", folder
-        )
+        log.warning("%s: circuit-tracer 0.5.0 takes TopK for ReLU; a newer one is needed", folder)
         config |= {"activation": "topk", "k": spec.selection.k}
     elif isinstance(spec.selection, ReLU):
         config |= {"activation": "relu"}

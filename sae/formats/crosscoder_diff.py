@@ -38,7 +38,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         "W_dec": found.take("W_dec", d_sae, 2, d).reshape(d_sae, 2 * d),
         "b_dec": found.take("b_dec", 2, d).reshape(2 * d),
     }
-    hook, released = place.hints.site or str(config["hook_point"]), RELEASED in place.identity
+    hook, released = place.said("site") or str(config["hook_point"]), RELEASED in place.identity
     first = place.hints.model or (MODELS[0] if released else model_id(str(config.get("model_name") or "")))
     models, scales = (first, MODELS[1] if released else ""), _scales(place, released)
     sites = tuple(
@@ -62,7 +62,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
 
 def _scales(place: Place, released: bool) -> tuple[float, ...]:
     """Returns the factor of each model: as the user says it, two numbers or one for both, or as it is known."""
-    if released and place.hints.scale is None:
+    if released and place.said("scale") is None:
         return SCALES
     why = "each model's inputs were scaled to a mean norm of sqrt(d)"
     said = place.need("scale", why, "(FIRST, SECOND), two factors sqrt(d) / E|x|, or one number for both")

@@ -200,9 +200,7 @@ def _opened(place: Place) -> tuple[Tensors, Normalization]:
     return place.taken(own), Normalization() if scale == 1 else Normalization("scalar", scale)
 
 
-def _selection(
-    place: Place, kind: str, trainer: dict[str, Any], found: Tensors
-) -> tuple[Selection, tuple[float, ...]]:
+def _selection(place: Place, kind: str, trainer: dict[str, Any], found: Tensors) -> tuple[Selection, tuple[float, ...]]:
     """Returns the rule, and the one threshold of all latents where it has one."""
     if kind == "GatedAutoEncoder":
         return Gated(), ()
@@ -231,7 +229,7 @@ def _selection(
 def _sites(place: Place, trainer: dict[str, Any]) -> tuple[Site, ...]:
     """Returns the site: a module path, or the stream after a layer by the name that configs and folders give it."""
     named, layer = str(trainer.get("submodule_name") or ""), trainer.get("layer")
-    hook = place.hints.site or (named if "." in named else "")
+    hook = place.said("site") or (named if "." in named else "")
     if not hook and layer is not None and "resid_post" in (named or place.identity):
         hook = f"blocks.{as_int(layer, 'trainer.layer', place)}.hook_resid_post"
     return (Site(hook, model=place.hints.model or model_id(str(trainer.get("lm_name") or ""))),) if hook else ()

@@ -93,8 +93,8 @@ def _sites(place: Place, config: dict[str, Any], transcodes: bool) -> tuple[tupl
     if config.get("hook_point_head_index") is not None:
         raise ConfigError(f"hook_point_head_index: {place} reads one head; only whole activations are read here")
     read, written = config.get("hook_point"), config.get("out_hook_point")
-    if place.hints.site:
-        read, _, written = place.hints.site.partition("->")
+    if place.said("site"):
+        read, _, written = place.said("site").partition("->")
     if not transcodes:
         written = read
     if not isinstance(read, str) or not isinstance(written, str) or not (read and written):

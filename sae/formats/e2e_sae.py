@@ -36,7 +36,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         raise DataError(f"{place}: {CONFIG} is not beside it, which says the model and how it was loaded")
     starts = [name.removesuffix(MARK) for name in found if name.endswith(MARK)]
     hooks = {start.replace("-", "."): start for start in starts}
-    hook = place.hints.site or (next(iter(hooks)) if len(hooks) == 1 else "")
+    hook = place.said("site") or (next(iter(hooks)) if len(hooks) == 1 else "")
     if hook not in hooks:
         asked = f"{hook!r} is not in {place}" if hook else f"{place} holds coders of {len(hooks)} hooks"
         raise ConfigError(f"site: {asked}; say one of {', '.join(hooks)}.{nearest(hook, hooks)}")

@@ -70,13 +70,14 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
 
 def _sites(place: Place) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
     known, layer = REPOSITORY.search(place.identity), re.search(r"(?:^|/)layer_(\d+)/", place.identity)
-    embedding = "/embedding/" in place.identity
-    if not known or not (layer or embedding):
+    if not known:
         return (), ()
     model = place.hints.model or f"google/gemma-2-{known['size']}" + ("-it" if known["tuning"] == "it" else "")
-    if embedding:
+    if "/embedding/" in place.identity:
         site = Site("hook_embed", model=model)
         return (site,), (site,)
+    if not layer:
+        return (), ()
     if known["kind"] == "transcoders":
         why = "it is known to read the norm before the MLP, but not on which side of that norm's gain"
         before = f"blocks.{layer[1]}.ln2.hook_normalized"

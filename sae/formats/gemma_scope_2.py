@@ -17,10 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from sae.errors import ConfigError, DataError
-from sae.formats.circuit_tracer import typed
 from sae.formats.cross_layer_transcoder import stacked
 from sae.places import Place, Tensors, one_of
 from sae.selection.jumprelu import JumpReLU
+from sae.sites import site_of
 from sae.spec import CoderSpec, MaskSpec, Site
 
 WEIGHTS = r"params(_layer_0)?\.safetensors"
@@ -60,9 +60,9 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     n, m = len(layers), len(layers[0]["b_enc"])
     model = place.hints.model or _model(config)
     ends = (("hf_hook_point_in", d_in), ("hf_hook_point_out", d_out))
-    if place.hints.site and not several:
-        read, _, written = place.hints.site.partition("->")
-        reads, writes = (typed(read, model),), (typed(written or read, model),)
+    if place.said("site") and not several:
+        read, _, written = place.said("site").partition("->")
+        reads, writes = (site_of(read, model),), (site_of(written or read, model),)
     else:
         reads, writes = (_sites(place, config, name, n, model, width if several else 0) for name, width in ends)
     if several and not reads:

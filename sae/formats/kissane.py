@@ -51,7 +51,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
             hook,
         )
     centered = bool(CENTERED.fullmatch(hook)) and not RMS_NORM.search(model)
-    sites = (Site(place.hints.site or hook, model=place.hints.model or model_id(model)),)
+    sites = (Site(place.said("site") or hook, model=place.hints.model or model_id(model)),)
     spec = CoderSpec(
         d_in,
         d_in,

@@ -48,5 +48,5 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         raise DataError(f"{place}: k is {config['k']} in config.json, but another in its repository's name")
     layer = re.findall(r"\d+", place.name)[0]
     model = place.hints.model or str(config.get("base_model") or "") or (f"Qwen/{known['model']}" if known else "")
-    sites = (Site(place.hints.site or f"blocks.{layer}.hook_resid_post", model=model),)
+    sites = (Site(place.said("site") or f"blocks.{layer}.hook_resid_post", model=model),)
     return CoderSpec(d_in, d_in, d_sae, TopK(said.pop()), sites, sites, pre_bias="none", decoder_norm="free"), tensors

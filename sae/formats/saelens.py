@@ -145,7 +145,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         bos="row" if metadata.get("prepend_bos", True) else "none",
         training={"architecture": architecture, "dataset": metadata.get("dataset_path")},
     )
-    normalizes = place.hints.normalization or config["normalize_activations"]
+    normalizes = place.said("normalization") or config["normalize_activations"]
     spec, tensors = _normalized(place, normalizes, transcodes, spec, tensors | own)
     return _of_raw_activations(place, metadata, transcodes, spec, tensors)
 
@@ -247,7 +247,7 @@ def _of_raw_activations(
 ) -> tuple[CoderSpec, dict[str, Tensor]]:
     """Returns the coder of raw activations, where its own are those of a processed TransformerLens model."""
     how = metadata.get("model_from_pretrained_kwargs", {})
-    said = place.hints.processed
+    said = place.said("processed")
     processed = how.get("center_writing_weights", False) if said is None else said
     hooks = [metadata[name] for name in ("hook_name", "hook_name_out")[: 1 + transcodes] if name in metadata]
     if (said or how.get("fold_value_biases")) and any(hook.endswith(("hook_z", "hook_v")) for hook in hooks):

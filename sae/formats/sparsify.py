@@ -152,7 +152,7 @@ def _selection(place: Place, config: dict[str, Any]) -> Selection:
 
 
 def _pre_bias(place: Place, config: dict[str, Any]) -> str:
-    said = place.hints.pre_bias
+    said = place.said("pre_bias")
     if said is None and "activation" in config:
         return "none"
     why = "a transcoder from before February 2025 subtracts b_dec from its input, a later one does not"
@@ -166,7 +166,7 @@ def _sites(place: Place, run: dict[str, Any], transcodes: bool) -> tuple[tuple[S
     *_, above, name = ["", "", *place.identity.split("/")[:-1]]
     folder = above if re.fullmatch(r"seed\d+", name) else name
     listed = run.get("hookpoints") if place.has(RUN) else None
-    said = listed[0] if listed and len(listed) == 1 else place.hints.site
+    said = listed[0] if listed and len(listed) == 1 else place.said("site")
     hook = said or (folder if HOOK.fullmatch(folder) else "")
     if not hook:
         return (), ()

@@ -64,7 +64,7 @@ def test_the_side_of_a_transcoders_gain_is_asked_for(tmp_path):
     folder, wanted = write(tmp_path, path, d_out=5)
     with pytest.raises(ConfigError, match=r"^site: .*params\.npz does not say it.*blocks\.7\.ln2\.hook_normalized"):
         sae.load(folder)
-    with pytest.raises(ConfigError, match="site: 'layers.7' is not where"):
+    with pytest.raises(ConfigError, match=r"site: 'layers\.7' is not where"):
         sae.load(folder, site="layers.7")
     coder = loads(folder, wanted, site="blocks.7.ln2.hook_normalized")
     assert coder.spec.writes[0].hook == "blocks.7.hook_mlp_out"
@@ -73,3 +73,18 @@ def test_the_side_of_a_transcoders_gain_is_asked_for(tmp_path):
 def test_a_square_coder_is_read_as_documented(tmp_path):
     folder, wanted = write(tmp_path, "x", d_in=D_SAE, d_out=D_SAE)
     assert loads(folder, wanted).spec.reads == ()
+
+
+def test_what_the_user_says_of_the_site_stands_and_what_is_not_needed_is_refused(tmp_path):
+    folder, wanted = write(tmp_path, "mine", d_out=5)
+    assert loads(folder, wanted).spec.reads == ()
+    spec = loads(folder, wanted, site="layers.3.mlp:input->layers.3.mlp", model="some/model").spec
+    assert [(s.hook, s.side, s.model) for s in (*spec.reads, *spec.writes)] == [
+        ("layers.3.mlp", "input", "some/model"),
+        ("layers.3.mlp", "output", "some/model"),
+    ]
+    for name, value in (("scale", 2.0), ("pre_bias", "decoder"), ("processed", True), ("normalization", "none")):
+        with pytest.raises(ConfigError, match=rf"^{name}: .*params\.npz is complete without it; leave it out"):
+            sae.load(folder, **{name: value})
+    with pytest.raises(ConfigError, match=r"sight: not something to say of a coder.*Did you mean 'site'"):
+        sae.load(folder, sight="layers.3")

@@ -177,7 +177,7 @@ def test_the_linear_layers_of_before_are_read_too(tmp_path, kind, change):
 
 
 def test_the_scale_of_a_release_without_its_norm_is_asked_for(tmp_path):
-    path, hook = "fnlp/Llama-Scope-R1-Distill/800M-Slimpajama-0-OpenR1-Math-220k/L3R", PLAIN["hook_point_in"]
+    path, hook = "fnlp/Llama-Scope-R1-Distill/another-mix/L3R", PLAIN["hook_point_in"]
     norm = torch.tensor(0.3)
     _, wanted = release(tmp_path / "whole", path=path, linear=True)
     folder, _ = release(tmp_path, path=path, linear=True, tensors={NORM + hook: None})
@@ -187,7 +187,9 @@ def test_the_scale_of_a_release_without_its_norm_is_asked_for(tmp_path):
     spec = loads(folder, wanted, scale=scale).spec
     assert spec.reads[0].model == "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"
     folder, _ = release(tmp_path / "other", path=path, linear=True, tensors={NORM + hook: norm})
-    assert sae.load(folder, scale=scale).spec.normalization.scale == pytest.approx(D_IN**0.5 / 0.3)
+    assert sae.load(folder).spec.normalization.scale == pytest.approx(D_IN**0.5 / 0.3)
+    with pytest.raises(ConfigError, match=r"^scale: .* is complete without it"):
+        sae.load(folder, scale=scale)
 
 
 def test_norms_without_a_value_are_ignored_where_they_are_not_looked_at(tmp_path):

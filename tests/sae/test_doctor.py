@@ -236,7 +236,7 @@ def test_a_coder_of_something_else_is_unwell(lm, text):
 
 def test_an_l0_far_from_the_advertised_one_is_unwell(coders, lm, text):
     own = diagnose(coders["relu"], lm, TOKENS, text).l0
-    for factor, healthy in ((1.6, True), (0.6, True), (0.2, False)):
+    for factor, healthy in ((2.5, True), (0.4, True), (0.2, False), (5, False)):
         told = planted(coders["relu"], metrics={"advertised": {"l0": own * factor}})
         report = diagnose(told, lm, TOKENS, text)
         assert report.healthy == healthy, report.lines()

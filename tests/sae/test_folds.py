@@ -254,6 +254,15 @@ def test_a_scale_folds_under_every_rule(rule, sites, units_):
         same(folded, running(coder), *batch(coder), units(coder) if units_ == "raw" else 1.0)
 
 
+@pytest.mark.parametrize("units_", ["normalized", "raw"])
+def test_a_decoder_pre_bias_becomes_its_own_where_inputs_and_outputs_have_other_scales(units_):
+    coder = made("topk", "square", "scalar", pre_bias="decoder")
+    folded = coder.fold_scale(units_)
+    assert folded.spec.pre_bias == "own"
+    same(folded, running(coder), *batch(coder), units(coder) if units_ == "raw" else 1.0)
+    assert made("topk", "autoencoder", "scalar", pre_bias="decoder").fold_scale(units_).spec.pre_bias == "decoder"
+
+
 @pytest.mark.parametrize("rule", [*ALONE, *CALIBRATED])
 @pytest.mark.parametrize("sites", ["autoencoder", "transcoder", "crosscoder", "cross_layer"])
 def test_decoder_norms_fold_where_each_latent_decides_for_itself(rule, sites):
@@ -285,6 +294,13 @@ def test_rules_that_compare_latents_allow_one_factor_for_all(rule):
     coder = made(rule, unit=True)
     coder.W_dec *= 2.5
     same(coder.fold_decoder_norm(), running(coder), *batch(coder), 2.5)
+
+
+def test_a_mean_effect_of_other_decoders_is_dropped():
+    coder = made("gradient_topk", select_by_decoder_norm=True)
+    coder.spec = coder.spec.with_(calibration=(0.7,))
+    assert coder.fold_decoder_norm().spec.calibration == ()
+    assert coder.fold_pre_bias().spec.calibration == (0.7,)
 
 
 def test_an_unknown_rule_is_not_guessed_at(monkeypatch):

@@ -52,7 +52,9 @@ SEQUENTIAL = {
 }
 PARALLEL = {
     "neox": lambda: GPTNeoXForCausalLM(
-        GPTNeoXConfig(hidden_size=D, num_hidden_layers=3, num_attention_heads=HEADS, vocab_size=30, intermediate_size=40)
+        GPTNeoXConfig(
+            hidden_size=D, num_hidden_layers=3, num_attention_heads=HEADS, vocab_size=30, intermediate_size=40
+        )
     )
 }
 MODELS = SEQUENTIAL | PARALLEL
