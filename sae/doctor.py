@@ -6,8 +6,8 @@ ranked by
 
     score = ln error + max(0, |ln(L0 / L0*)| - ln 3) + 0.05 for every change made        lower is better
 
-The error is E|x - out|^2 over that of the best constant output in the normalized space. That is the FVU, unless a
-normalization is undone per token: what it hands through around the coder is no merit of the coder. L0* is the
+The error is E|x - out|^2 over that of a coder whose output is always the mean of what it should be. That is the FVU,
+unless a normalization is undone per token: what it hands through around the coder is no merit of the coder. L0* is the
 advertised L0; where there is none, the second term is left out. On other text an L0 may differ by a factor of two (a
 ReLU coder's did from the chapters of Python's documentation to its docstrings); what goes beyond three counts as much
 as an error that is larger by that factor. So a change is believed if it lowers the error by five percent or brings the
@@ -107,8 +107,8 @@ def diagnose(coder: SparseCoder, lm: LanguageModel | str, tokens: int = 2048, te
     """Returns whether a coder fits the activations of a model, and which usual mistake explains it if it does not.
 
     The model is a loaded one or its name. The text is that of a source as in `TextConfig.source`: a file, a folder or a
-    hub id; by default the Python documentation on this machine. Healthy is an EV of at least 0.2, an L0 within a factor
-    of three of the advertised one where there is one, and no change with a better score. A second change is tried on top
+    hub id; by default the Python documentation on this machine. Healthy is an EV of at least 0.2, an L0 within a
+    factor of three of the advertised one where there is one, and no change with a better score. A second change is tried on top
     of a change that helps, and every pair where no single one makes the coder well.
 
     Raises ConfigError for a coder of no known site, of two models, or that needs gradients; and if a site is missing or
@@ -242,7 +242,7 @@ def _figures(coder: SparseCoder, subject: Subject, every: bool = False) -> dict[
     result = found.result()
     if not spec.normalization.per_token:
         return result | {"error": result["fvu"]}
-    constant = undo(spec.normalize_target(target).mean(0), spec.normalize(x)[1])
+    constant = undo(spec.normalize_target(target).mean(0).expand_as(target), spec.normalize(x)[1])
     left = float((target - constant).double().square().sum(1).mean())
     return result | {"error": result["mse"] / left if left else None}
 

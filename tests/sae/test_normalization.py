@@ -37,3 +37,29 @@ def test_nonsense_is_refused():
         Normalization("l3").validate("f")
     with pytest.raises(ConfigError, match=r"f\.scale: 0\.0 must be positive"):
         Normalization("scalar", 0.0).validate("f")
+
+
+def test_center_takes_out_the_mean_of_each_token_and_puts_it_back():
+    x = torch.randn(20, 7) + 3
+    y, how = Normalization("center").apply(x)
+    torch.testing.assert_close(y, x - x.mean(1, keepdim=True))
+    torch.testing.assert_close(undo(y, how), x)
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "l2"])
+def test_eps_is_undone_or_not_as_the_coder_was_trained(kind):
+    x = torch.randn(20, 7).double()
+    y, how = Normalization(kind, eps=0.5).apply(x)
+    torch.testing.assert_close(undo(y, how), x)
+    same, without = Normalization(kind, eps=0.5, undo_eps=False).apply(x)
+    assert torch.equal(same, y)
+    shift = x.mean(1, keepdim=True) if kind == "layer_norm" else torch.zeros(20, 1).double()
+    size = x.std(1, keepdim=True) if kind == "layer_norm" else x.norm(dim=1, keepdim=True) / 7**0.5
+    torch.testing.assert_close(undo(y, without), (x - shift) / (size + 0.5) * size + shift)
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "l2", "center"])
+def test_a_zero_vector_stays_one_even_without_eps(kind):
+    y, how = Normalization(kind, eps=0.0).apply(torch.zeros(2, 7))
+    assert torch.equal(y, torch.zeros(2, 7))
+    assert torch.equal(undo(y, how), torch.zeros(2, 7))
