@@ -108,8 +108,8 @@ def diagnose(coder: SparseCoder, lm: LanguageModel | str, tokens: int = 2048, te
 
     The model is a loaded one or its name. The text is that of a source as in `TextConfig.source`: a file, a folder or a
     hub id; by default the Python documentation on this machine. Healthy is an EV of at least 0.2, an L0 within a
-    factor of three of the advertised one where there is one, and no change with a better score. A second change is tried on top
-    of a change that helps, and every pair where no single one makes the coder well.
+    factor of three of the advertised one where there is one, and no change with a better score. A second change is
+    tried on top of a change that helps, and every pair where no single one makes the coder well.
 
     Raises ConfigError for a coder of no known site, of two models, or that needs gradients; and if a site is missing or
     of another width.

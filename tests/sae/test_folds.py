@@ -20,6 +20,7 @@ from sae.selection.mutual_choice import MutualChoice
 from sae.selection.relu import ReLU
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
+from sae.selection.unrectified_topk import UnrectifiedTopK
 from sae.spec import CoderSpec, Site
 
 D_SAE, TOKENS = 24, 40
@@ -27,6 +28,7 @@ ALONE = {"relu": ReLU(), "jumprelu": JumpReLU(), "gated": Gated(), "feature_choi
 TOGETHER = {
     "topk": TopK(3),
     "signed_topk": SignedTopK(3),
+    "unrectified_topk": UnrectifiedTopK(3),
     "groupmax": GroupMax(4),
     "mutual_choice": MutualChoice(2),
     "gradient_topk": GradientTopK(3),
@@ -294,6 +296,13 @@ def test_rules_that_compare_latents_allow_one_factor_for_all(rule):
     coder = made(rule, unit=True)
     coder.W_dec *= 2.5
     same(coder.fold_decoder_norm(), running(coder), *batch(coder), 2.5)
+
+
+def test_a_latents_own_threshold_follows_the_norm_that_it_is_compared_with():
+    coder = made("feature_choice", "crosscoder", "scalar", select_by_decoder_norm=True)
+    same(coder.fold_scale(), running(coder), *batch(coder))
+    coder, w = made("feature_choice", select_by_decoder_norm=True), whitener(6)
+    same(coder.fold_whitening(*w), wrapped(running(coder), *w), *batch(coder))
 
 
 def test_a_mean_effect_of_other_decoders_is_dropped():
