@@ -95,7 +95,7 @@ def add_hints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--site", metavar="HOOK", help="where it reads, if its files do not say")
     parser.add_argument("--pre-bias", choices=("none", "decoder", "own"), help="what is subtracted before the encoder")
     parser.add_argument("--scale", type=float, metavar="S", help="factor on its inputs, where no file has it")
-    parser.add_argument("--processed", action="store_true", default=None, help="its model had centered weights")
+    parser.add_argument("--processed", action=argparse.BooleanOptionalAction, help="its model had centered weights")
     parser.add_argument(
         "--normalization", metavar="KIND", help="SAELens' normalize_activations, if its config is wrong"
     )

@@ -12,6 +12,7 @@ from cli.common import DONE, ERROR, Parser, add_hints, hints, run
 from sae.errors import ConfigError
 
 if TYPE_CHECKING:
+    from sae.coder import SparseCoder
     from sae.outline import Outline
     from sae.places import Files, Hints, Place
     from sae.releases import Listed, Release
@@ -179,18 +180,36 @@ def _doctor(options: argparse.Namespace) -> int:
     """Check a coder against a language model and name the usual mistake that explains a bad fit (exit code 1)."""
     if options.tokens < 1:
         raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
-    from sae import hub
     from sae.doctor import diagnose
     from sae.models import load_language_model
 
-    coder = hub.load(options.id, **_how(options))
-    model = options.model or next((site.model for site in coder.spec.reads if site.model), "")
+    coders = _open_questions(options)
+    sites = [site for coder in coders.values() for site in coder.spec.reads]
+    model = options.model or next((site.model for site in sites if site.model), "")
     if not model:
         raise ConfigError(f"--model: {options.id} does not say which language model it reads; pass it")
     lm = load_language_model(model, trust_remote_code=options.trust_remote_code)
-    report = diagnose(coder, lm, options.tokens, options.text)
-    print("\n".join(report.lines()))
-    return DONE if report.healthy else ERROR
+    reports = {said: diagnose(coder, lm, options.tokens, options.text) for said, coder in coders.items()}
+    ranked = sorted(reports.items(), key=lambda found: found[1].score)
+    for said, report in ranked:
+        print("\n".join([*([f"with --{said}:"] if said else []), *report.lines()]))
+    if len(ranked) > 1:
+        print(f"fits best    --{ranked[0][0]}")
+    return DONE if ranked[0][1].healthy else ERROR
+
+
+def _open_questions(options: argparse.Namespace) -> "dict[str, SparseCoder]":
+    """Returns the coder under "" or, where its files leave a question open, one for each answer, by the option."""
+    from sae import hub
+    from sae.places import Unsaid
+
+    try:
+        return {"": hub.load(options.id, **_how(options))}
+    except Unsaid as unsaid:
+        if not unsaid.choices:
+            raise
+        answers = {f"{unsaid.field.replace('_', '-')} {choice}": {unsaid.field: choice} for choice in unsaid.choices}
+        return {said: hub.load(options.id, **{**_how(options), **answer}) for said, answer in answers.items()}
 
 
 def _how(options: argparse.Namespace) -> dict[str, Any]:

@@ -103,13 +103,15 @@ class SparseCoder(Folding):
         for name, start in spec.selection.buffers(spec.d_sae).items():
             self.register_buffer(name, start.to(device))
 
-    def to_dtype(self, dtype: torch.dtype) -> "SparseCoder":
-        """Returns this coder with its matrices and biases in another precision; what selection compares with stays
-        float32.
+    def to_dtype(self, dtype: torch.dtype | None) -> "SparseCoder":
+        """Returns this coder with its matrices and biases in another precision (None: as they are, nothing is read).
+
+        What selection compares with is float32 in any case.
         """
         own = {*self.spec.selection.parameters(0), *self.spec.selection.buffers(0)}
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-            tensor.data = tensor.data.to(torch.float32 if name in own else dtype).contiguous()
+            if name in own or dtype is not None:
+                tensor.data = tensor.data.to(torch.float32 if name in own else dtype).contiguous()
         return self
 
     W_enc: nn.Parameter

@@ -5,6 +5,7 @@ is known: SAELens' "release/sae_id" and Neuronpedia's "model/source" (`sae/relea
 """
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 RELEASED = "released"  # of `spec.training`: where a coder that was not trained here comes from
 NEEDED = ("scale", "pre_bias", "processed", "normalization")  # hints that are refused where they are not needed
 MOST_OPENED = 16  # files beside each other that are looked into to tell which of them is a coder
+WORDS: dict[str, Any] = {"scale": (int, float, tuple), "processed": bool}  # what hints are, if not text
+KINDS: dict[Any, str] = {str: "it in words", bool: "True or False", WORDS["scale"]: "a number"}
 Address = str | Path | tuple[str, str]
 
 
@@ -97,6 +100,9 @@ def load_all(
     """Returns every coder at or below an address by its name there; arguments and errors as those of `load`."""
     files, below = locate(repo, revision, cache_dir)
     found = places(files, below, told(hints))
+    said = [name for name in ("site", "scale") if hints.get(name) is not None]
+    if said and len(found) > 1:
+        raise ConfigError(f"{said[0]}: there are {len(found)} coders, which it cannot fit alike; load them one by one")
     if not found:
         raise ConfigError(f"path: {_none_in(files, below)}")
     return {name: read(replace(place, lazy=lazy), device, dtype) for name, place in found.items()}
@@ -141,6 +147,12 @@ def places(files: Files, below: str = "", hints: Hints | None = None) -> dict[st
 
 def read(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SparseCoder:
     """Returns the coder at a place."""
+    if not dtype.is_floating_point:
+        raise ConfigError(f"dtype: {dtype} has no fractions; choose float32, float64, bfloat16 or float16")
+    if place.lazy and (torch.device(device).type, dtype) != ("cpu", torch.float32):
+        raise ConfigError(
+            "lazy: mapped weights stay on the CPU in the precision they are stored in; leave out the rest"
+        )
     typed = {name for name in NEEDED if getattr(place.hints, name) is not None}
     known, place = _listed(place), informed(place)
     name, spec, tensors = formats.read(place)
@@ -153,7 +165,7 @@ def read(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = 
         spec = spec.with_(training={**spec.training, RELEASED: source})
     coder = made(spec, tensors, str(place))
     if place.lazy:
-        return coder
+        return coder.to_dtype(None)
     coder = coder.to(device).to_dtype(dtype)
     finite(coder.state_dict(), place)  # in the precision asked for: float16 ends at 65,504
     return coder
@@ -231,4 +243,13 @@ def told(hints: dict[str, Any]) -> Hints:
             raise ConfigError(
                 f"{name}: not something to say of a coder; allowed: {', '.join(allowed)}.{nearest(name, allowed)}"
             )
-    return Hints(**hints)
+    found = Hints(**hints)
+    for name, value in hints.items():
+        kind = WORDS.get(name, str)
+        right = isinstance(value, kind) and (not isinstance(value, bool) or kind is bool)
+        if value is not None and not right:
+            raise ConfigError(f"{name}: {value!r} is a {type(value).__name__}; say {KINDS[kind]}")
+    scales = found.scale if isinstance(found.scale, tuple) else (found.scale,)
+    if any(value is not None and not 0 < value < math.inf for value in scales):
+        raise ConfigError(f"scale: {found.scale} must be positive and finite")
+    return found

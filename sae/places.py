@@ -18,6 +18,7 @@ from sae import weights
 from sae.errors import ConfigError, DataError, nearest
 from sae.files import safe_join
 from sae.foreign import read_config, shown
+from sae.sites import is_centered, on_stream
 from sae.weights import Shapes
 
 ABOVE = re.compile(r"\.\./[\w.-]+\.(json|ya?ml)")  # the only way up: a config of the whole run or repository
@@ -43,6 +44,14 @@ class Hints:
     """What SAELens' config should say for normalize_activations, where a release is known to have it wrong."""
     format: str | None = None
     """Name of the format, of files that look like several."""
+
+
+class Unsaid(ConfigError):
+    """What the files of a coder do not say and the user has not said."""
+
+    def __init__(self, field: str, choices: tuple[Any, ...], message: str) -> None:
+        super().__init__(message)
+        self.field, self.choices = field, choices
 
 
 class Files(Protocol):
@@ -272,13 +281,29 @@ class Place:
         self.asked.add(field)
         return getattr(self.hints, field)
 
-    def need(self, field: str, why: str, allowed: str) -> Any:
-        """Returns what the user says of a field that the files are silent about; ConfigError asks for it."""
+    def centered(self, hook: str, model: str) -> bool:
+        """Returns whether a coder trained on a model as TransformerLens loads it read activations without their mean.
+
+        That depends on the hook and on the model's norms; of a model that is not known the user must say it.
+        """
+        if not on_stream(hook):
+            return False
+        known = [is_centered(name) for name in (self.hints.model, model) if name]
+        found = next((answer for answer in known if answer is not None), None)
+        if found is not None:
+            return found
+        why = f"TransformerLens centers what is written to the stream if {model or 'the model'} has layer norms"
+        return bool(self.need("processed", why, "True or False", (True, False)))
+
+    def need(self, field: str, why: str, allowed: str, choices: tuple[Any, ...] = ()) -> Any:
+        """Returns what the user says of a field that the files are silent about; Unsaid asks for it.
+
+        `choices` are the values that it can have, where there are few: those that the doctor tries.
+        """
         said = self.said(field)
         if said is None:
-            raise ConfigError(
-                f"{field}: {self} does not say it ({why}); pass {field}={allowed}, or ask the doctor to try each"
-            )
+            hint = ", or let `sae-load doctor` try each" if choices else ""
+            raise Unsaid(field, choices, f"{field}: {self} does not say it ({why}); pass {field}={allowed}{hint}")
         return said
 
 
@@ -288,6 +313,14 @@ def as_int(value: Any, name: str, source: object) -> int:
     if not fits or value != int(value):
         raise DataError(f"{source}: {name} is {_said(value)}, expected a whole number")
     return int(value)
+
+
+def as_flag(config: Mapping[str, Any], name: str, source: object, default: bool = False) -> bool:
+    """Returns a truth value of a config, `default` where it is left out or null; DataError names one that is none."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise DataError(f"{source}: {name} is {value!r}, expected true or false")
+    return default if value is None else value
 
 
 def one_of(value: Any, allowed: Iterable[str], name: str, source: object) -> str:

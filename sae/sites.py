@@ -72,7 +72,19 @@ def located(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
 def site_of(text: str, model: str, width: int = 0) -> Site:
     """Returns the site that a user means by "blocks.3.hook_resid_mid" or "model.layers.3.mlp:input"."""
     hook, _, side = text.strip().partition(":")
+    if side and side not in SIDES:
+        raise ConfigError(
+            f"site: {text!r} ends in {side!r}; the side is one of {', '.join(SIDES)}.{nearest(side, SIDES)}"
+        )
     return Site(hook, side or "output", model, width=width)
+
+
+def pair_of(text: str, model: str) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+    """Returns (reads, writes) of "READ->WRITTEN"; ConfigError if it names but one place."""
+    read, arrow, written = text.partition("->")
+    if not (read and arrow and written):
+        raise ConfigError(f"site: {text!r} is not READ->WRITTEN, where a transcoder reads and where it writes")
+    return (site_of(read, model),), (site_of(written, model),)
 
 
 def resolve(
@@ -138,6 +150,8 @@ def _aliased(text: str, layer: str, hook: str, modules: dict[str, nn.Module]) ->
         raise ConfigError(f"{text!r}: this model has no known list of layers; write the module path")
     layers = range(len(modules[lists[0]])) if layer == "*" else [int(layer)]  # type: ignore[arg-type]
     paths, side = ALIASES[hook]
+    if side == "input" and "ln_2" in paths and getattr(modules[f"{lists[0]}.0"], "use_parallel_residual", False):
+        raise ConfigError(f"{text!r}: attention and MLP of this model read the same stream; nothing lies between them")
     if f"{lists[0]}.0.post_feedforward_layernorm" in modules:  # Gemma 2 and 3, OLMo 2 and 3
         if hook == "hook_attn_out":
             paths = ("post_attention_layernorm",)  # elsewhere this name is the norm before the MLP
@@ -186,6 +200,29 @@ MODELS = {
     "pythia-160m-deduped": "EleutherAI/pythia-160m-deduped",
     "tiny-stories-1L-21M": "roneneldan/TinyStories-1Layer-21M",
 }
+
+
+STREAM = re.compile(r"(blocks\.\d+\.)?hook_(resid_\w+|mlp_out|attn_out|mlp_in|attn_in|embed|pos_embed)")
+LAYER_NORMS = re.compile(
+    r"gpt-?2|gpt-?neo|gpt-j|pythia|tiny-?stories|opt-\d|bloom|gelu-\dl|attn-only|solu-", re.IGNORECASE
+)
+RMS_NORMS = re.compile(
+    r"llama|gemma|mi[sx]tral|qwen|gpt-oss|phi-?3|apertus|olmo-?[23]|olmoe|deepseek|yi-|smollm|granite|falcon-?3|glm",
+    re.IGNORECASE,
+)
+
+
+def on_stream(hook: str) -> bool:
+    """Returns whether a TransformerLens name is of the residual stream, or of what is written to it."""
+    return STREAM.fullmatch(hook) is not None
+
+
+def is_centered(model: str) -> bool | None:
+    """Returns whether TransformerLens, as it loads a model by default, centers what is written to its stream.
+
+    It does where the model has layer norms, which take the mean out anyway. None for a model that is not known.
+    """
+    return True if LAYER_NORMS.search(model) else False if RMS_NORMS.search(model) else None
 
 
 def model_id(name: str) -> str:

@@ -13,6 +13,7 @@ and those that can be written `write(folder, coder)`. What a file is silent abou
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -23,7 +24,7 @@ from torch import Tensor
 from sae.errors import ConfigError, DataError, nearest
 from sae.foreign import shown
 from sae.places import Files, Hints, Place
-from sae.sites import site_of
+from sae.sites import pair_of, site_of
 from sae.spec import CoderSpec
 
 
@@ -48,6 +49,8 @@ def detected(place: Place) -> list[str]:
     if asked is not None:
         if asked not in formats():
             raise ConfigError(f"format: {asked!r} is not one of {', '.join(formats())}.{nearest(asked, formats())}")
+        if not re.fullmatch(formats()[asked].WEIGHTS, place.name):
+            raise ConfigError(f"format: {place} is no file of {asked}, which are named {formats()[asked].WEIGHTS}")
         return [asked]
     fitting = {n: m for n, m in formats().items() if re.fullmatch(m.WEIGHTS, place.name)}
     found = []
@@ -75,13 +78,34 @@ def read(place: Place) -> tuple[str, CoderSpec, dict[str, Tensor]]:
 
 
 def _placed(spec: CoderSpec, place: Place) -> CoderSpec:
-    """Returns the spec of a coder of one site read and one written as the user says, where the format did not ask."""
-    read, _, written = (place.hints.site or "").partition("->")
-    if not read or "site" in place.asked or max(len(spec.reads), len(spec.writes)) > 1:
-        return spec
-    model = place.hints.model or next((site.model for site in spec.reads), "")
-    reads = (site_of(read, model),)
-    return spec.with_(reads=reads, writes=(site_of(written, model),) if written else reads)
+    """Returns the spec with the sites and the model that the user says, where the format has not asked for them."""
+    said, model = place.hints.site, place.hints.model
+    if said is not None and "site" not in place.asked:
+        if max(len(spec.reads), len(spec.writes)) > 1:
+            raise ConfigError(f"site: {place} is of several sites, which its files name; leave it out")
+        spec = _moved(spec, said, place)
+    if model is not None:
+        reads, writes = (
+            tuple(site if site.tag else replace(site, model=model) for site in sites)
+            for sites in (spec.reads, spec.writes)
+        )
+        spec = spec.with_(reads=reads, writes=writes)
+    return spec
+
+
+def _moved(spec: CoderSpec, said: str, place: Place) -> CoderSpec:
+    """Returns the spec of a coder of one site read and one written where the user says; what it is stays."""
+    known = next((site.model for site in spec.reads), "")
+    if "->" in said:
+        if spec.reads and spec.is_autoencoder:
+            raise ConfigError(f"site: {said!r} is of a transcoder, but {place} is an autoencoder")
+        reads, writes = pair_of(said, known)
+    else:
+        reads = (site_of(said, known),)
+        writes = reads if spec.is_autoencoder else spec.writes
+        if not writes:
+            raise ConfigError(f"site: {said!r} is where {place} reads; it writes elsewhere: say READ->WRITTEN")
+    return spec.with_(reads=reads, writes=writes)
 
 
 @contextmanager

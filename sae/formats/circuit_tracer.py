@@ -106,7 +106,7 @@ def sites(place: Place, config: Mapping[str, Any], layers: Iterable[int], widths
         names = ("feature_input_hook", "feature_output_hook")
         hooks = tuple(f"blocks.*.{one_of(config.get(name), ALIASES, name, place)}" for name in names)
     else:
-        return (), ()
+        place.need("site", "its config is not there", "'blocks.*.READ->blocks.*.WRITTEN'")
     reads, writes = (
         tuple(site_of(hook.replace("*", str(layer)), model, width) for layer in layers)
         for hook, width in zip(hooks, widths, strict=True)
@@ -128,6 +128,8 @@ def thresholds(found: Tensors, name: str, d_sae: int) -> Tensor:
 def _selection(place: Place, config: Mapping[str, Any], found: Tensors) -> Selection:
     crv = CRV in place.identity
     activation = config.get("activation", "topk" if crv else None)
+    if activation is None and config.get("k") is not None:
+        raise DataError(f"{place}: {CONFIG} has k = {config['k']!r} but no activation, which would say that it is TopK")
     if activation is None:
         return JumpReLU() if THRESHOLD in found else ReLU()
     if one_of(activation, ("relu", "topk"), "activation", place) == "relu":

@@ -229,7 +229,7 @@ def _selection(place: Place, kind: str, trainer: dict[str, Any], found: Tensors)
 def _sites(place: Place, trainer: dict[str, Any]) -> tuple[Site, ...]:
     """Returns the site: a module path, or the stream after a layer by the name that configs and folders give it."""
     named, layer = str(trainer.get("submodule_name") or ""), trainer.get("layer")
-    hook = place.said("site") or (named if "." in named else "")
+    hook = named if "." in named else ""
     if not hook and layer is not None and "resid_post" in (named or place.identity):
         hook = f"blocks.{as_int(layer, 'trainer.layer', place)}.hook_resid_post"
     return (Site(hook, model=place.hints.model or model_id(str(trainer.get("lm_name") or ""))),) if hook else ()

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from sae import weights
 from sae.errors import ConfigError, DataError
-from sae.formats.saelens import CENTERED, RMS_NORM
 from sae.normalization import Normalization
 from sae.places import Place, as_int
 from sae.selection.relu import ReLU
-from sae.sites import model_id
+from sae.sites import model_id, pair_of
 from sae.spec import CoderSpec, Site
 
 log = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         tensors["b_pre"] = found.take("b_dec", d_in)
     reads, writes = _sites(place, config, transcodes)
     target = str(config.get("out_hook_point" if transcodes else "hook_point"))
-    centered = bool(CENTERED.fullmatch(target)) and not RMS_NORM.search(str(config.get("model_name")))
+    centered = place.centered(target, str(config.get("model_name") or ""))
     if centered and transcodes:
         log.warning(
             "%s: trained on outputs without their mean over components (TransformerLens centers what is written to the "
@@ -92,12 +91,10 @@ def _is_pair(pair: Any) -> bool:
 def _sites(place: Place, config: dict[str, Any], transcodes: bool) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
     if config.get("hook_point_head_index") is not None:
         raise ConfigError(f"hook_point_head_index: {place} reads one head; only whole activations are read here")
-    read, written = config.get("hook_point"), config.get("out_hook_point")
-    if place.said("site"):
-        read, _, written = place.said("site").partition("->")
-    if not transcodes:
-        written = read
-    if not isinstance(read, str) or not isinstance(written, str) or not (read and written):
-        return (), ()
     model = place.hints.model or model_id(str(config.get("model_name") or ""))
-    return (Site(read, model=model),), (Site(written, model=model),)
+    read, written = config.get("hook_point"), config.get("out_hook_point" if transcodes else "hook_point")
+    if isinstance(read, str) and isinstance(written, str) and read and written:
+        return (Site(read, model=model),), (Site(written, model=model),)
+    if transcodes:
+        return pair_of(place.need("site", "a transcoder reads one place and writes another", "'READ->WRITTEN'"), model)
+    return (), ()

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sae.errors import ConfigError, DataError, nearest
-from sae.formats.saelens import CENTERED, RMS_NORM
 from sae.normalization import Normalization
 from sae.places import Place, as_int
 from sae.selection.relu import ReLU
@@ -52,7 +51,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     }
     model, data = str(config.get("tlens_model_name") or ""), config.get("train_data")
     data = data if isinstance(data, dict) else {}
-    centered = bool(model and CENTERED.fullmatch(hook) and not RMS_NORM.search(model))
+    centered = place.centered(hook, model)
     sites = (Site(hook, model=place.hints.model or model_id(model)),)
     spec = CoderSpec(
         d_in,

@@ -46,11 +46,11 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     }
     reads, writes = _sites(place)
     normalization = Normalization()
-    if "/embedding/" in place.identity:
+    if "/embedding/" in _below(place):
         why = "hook_embed has Gemma's factor sqrt(d), and the coder may be of embeddings without it"
-        scale = float(place.need("scale", why, f"1 or {d_in**-0.5:.6g}"))
+        scale = float(place.need("scale", why, f"1 or {d_in**-0.5:.6g}", (1.0, d_in**-0.5)))
         normalization = normalization if scale == 1 else Normalization("scalar", scale)
-    l0 = re.search(r"average_l0_(\d+)", place.identity)
+    l0 = re.search(r"average_l0_(\d+)/", _below(place))
     spec = CoderSpec(
         d_in,
         d_out,
@@ -68,12 +68,18 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     return spec, tensors
 
 
+def _below(place: Place) -> str:
+    """Returns the path below the repository: folders above it may be called anything."""
+    return place.identity[max((found.end() for found in REPOSITORY.finditer(place.identity)), default=0) :]
+
+
 def _sites(place: Place) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
-    known, layer = REPOSITORY.search(place.identity), re.search(r"(?:^|/)layer_(\d+)/", place.identity)
+    known = REPOSITORY.search(place.identity)
     if not known:
         return (), ()
+    layer = re.search(r"/layer_(\d+)/", _below(place))
     model = place.hints.model or f"google/gemma-2-{known['size']}" + ("-it" if known["tuning"] == "it" else "")
-    if "/embedding/" in place.identity:
+    if "/embedding/" in _below(place):
         site = Site("hook_embed", model=model)
         return (site,), (site,)
     if not layer:
@@ -82,7 +88,7 @@ def _sites(place: Place) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
         why = "it is known to read the norm before the MLP, but not on which side of that norm's gain"
         before = f"blocks.{layer[1]}.ln2.hook_normalized"
         after = f"model.layers.{layer[1]}.pre_feedforward_layernorm"
-        said = place.need("site", why, f"{before!r} or {after!r}")
+        said = place.need("site", why, f"{before!r} or {after!r}", (before, after))
         if said not in (before, after):
             raise ConfigError(f"site: {said!r} is not where {place} reads; allowed: {before}, {after}")
         return (Site(said, model=model),), (Site(f"blocks.{layer[1]}.hook_mlp_out", model=model),)

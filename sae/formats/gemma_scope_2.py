@@ -18,9 +18,8 @@ from torch import Tensor
 
 from sae.errors import ConfigError, DataError
 from sae.formats.cross_layer_transcoder import stacked
-from sae.places import Place, Tensors, one_of
+from sae.places import Place, Tensors, as_flag, one_of
 from sae.selection.jumprelu import JumpReLU
-from sae.sites import site_of
 from sae.spec import CoderSpec, MaskSpec, Site
 
 WEIGHTS = r"params(_layer_0)?\.safetensors"
@@ -60,11 +59,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     n, m = len(layers), len(layers[0]["b_enc"])
     model = place.hints.model or _model(config)
     ends = (("hf_hook_point_in", d_in), ("hf_hook_point_out", d_out))
-    if place.said("site") and not several:
-        read, _, written = place.said("site").partition("->")
-        reads, writes = (site_of(read, model),), (site_of(written or read, model),)
-    else:
-        reads, writes = (_sites(place, config, name, n, model, width if several else 0) for name, width in ends)
+    reads, writes = (_sites(place, config, name, n, model, width if several else 0) for name, width in ends)
     if several and not reads:
         raise ConfigError(f"path: {place} does not say which layers it reads; put its config.json beside it")
     spec = CoderSpec(
@@ -138,7 +133,7 @@ def _encoder(found: Tensors, config: dict[str, Any], d_in: int, d_sae: int, d_ou
         "b_dec": found.take("b_dec", d_out),
         "threshold": found.take("threshold", d_sae),
     }
-    if bool(config.get("affine_connection", SKIP in found)) != (SKIP in found):
+    if as_flag(config, "affine_connection", found.source, SKIP in found) != (SKIP in found):
         raise DataError(
             f"{found.source}: affine_connection is {config['affine_connection']}, but the tensor {SKIP} is "
             f"{'there' if SKIP in found else 'missing'}"

@@ -13,7 +13,6 @@ import logging
 
 from torch import Tensor
 
-from sae.formats.saelens import CENTERED, RMS_NORM
 from sae.normalization import Normalization
 from sae.places import Place, as_int
 from sae.selection.relu import ReLU
@@ -50,8 +49,8 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
             place,
             hook,
         )
-    centered = bool(CENTERED.fullmatch(hook)) and not RMS_NORM.search(model)
-    sites = (Site(place.said("site") or hook, model=place.hints.model or model_id(model)),)
+    centered = place.centered(hook, model)
+    sites = (Site(hook, model=place.hints.model or model_id(model)),)
     spec = CoderSpec(
         d_in,
         d_in,

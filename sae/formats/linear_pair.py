@@ -52,7 +52,7 @@ def _names(layers: tuple[str, str]) -> set[str]:
 
 def _sites(place: Place) -> tuple[Site, ...]:
     known = NAME.fullmatch(place.name)
-    hook = place.said("site") or (f"blocks.{known['layer']}.hook_resid_post" if known else "")
+    hook = f"blocks.{known['layer']}.hook_resid_post" if known else ""
     owner = OWNERS.get(known["model"].partition("-")[0]) if known else None
     model = place.hints.model or (f"{owner}/{known['model']}" if known and owner else "")
     return (Site(hook, model=model),) if hook else ()

@@ -25,7 +25,7 @@ from sae import folds
 from sae.errors import ConfigError, DataError
 from sae.formats.openmoss import flag, hook, linear, model_of, token_wise
 from sae.normalization import Normalization
-from sae.places import Place, as_int, one_of
+from sae.places import Place, as_flag, as_int, one_of
 from sae.selection import Selection
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU
@@ -48,7 +48,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     d = as_int(config.get("d_model"), "d_model", place)
     ins, outs = [hook(config, "hook_point_in", place)], [hook(config, "hook_point_out", place)]
     tensors = {name: tensor.float() for name, tensor in linear(place, config, found, d).items()}
-    biased = bool(config.get("apply_decoder_bias_to_pre_encoder")) and config["use_decoder_bias"]
+    biased = as_flag(config, "apply_decoder_bias_to_pre_encoder", place) and as_flag(config, "use_decoder_bias", place)
     normalization, s_in, s_out = _scaled(place, config, d, ins, outs)
     if "W_glu" in tensors and s_in != 1:
         raise ConfigError(

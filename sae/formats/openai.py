@@ -76,5 +76,5 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
 
 def _sites(place: Place) -> tuple[Site, ...]:
     known = WHERE.search(place.identity)
-    hook = place.said("site") or (f"blocks.{known[2]}.{HOOKS[known[1]]}" if known else "")
+    hook = f"blocks.{known[2]}.{HOOKS[known[1]]}" if known else ""
     return (Site(hook, model=place.hints.model or MODEL),) if hook else ()

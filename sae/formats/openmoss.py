@@ -35,7 +35,7 @@ from torch import Tensor
 
 from sae.errors import ConfigError, DataError
 from sae.normalization import Normalization
-from sae.places import Place, Tensors, as_int, one_of
+from sae.places import Place, Tensors, as_flag, as_int, one_of
 from sae.selection import Selection
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.mutual_choice import MutualChoice
@@ -139,7 +139,7 @@ def linear(place: Place, config: dict[str, Any], found: Tensors, d: int) -> Code
     """Returns the tensors of Linear layers: encoder, decoder and, where the config has one, encoder_glu."""
     m = found["encoder.bias"].numel()
     names = {"W_enc": ("encoder.weight", m, d), "b_enc": ("encoder.bias", m)}
-    if config.get("use_glu_encoder"):
+    if as_flag(config, "use_glu_encoder", place):
         names |= {"W_glu": ("encoder_glu.weight", m, d), "b_glu": ("encoder_glu.bias", m)}
     tensors = {name: found.take(*stored) for name, stored in names.items()}
     tensors["W_dec"] = found.take("decoder.weight", d, m).T
@@ -167,7 +167,7 @@ def _hooks(config: dict[str, Any], name: str, place: Place) -> list[str]:
 def _plain(place: Place, config: dict[str, Any], found: Tensors, d: int) -> Coded:
     m = found["b_E"].numel()
     tensors = {"W_enc": found.take("W_E", d, m).T, "b_enc": found.take("b_E", m), "W_dec": found.take("W_D", m, d)}
-    if config.get("use_glu_encoder"):
+    if as_flag(config, "use_glu_encoder", place):
         tensors |= {"W_glu": found.take("W_E_glu", d, m).T, "b_glu": found.take("b_E_glu", m)}
     biased = flag(config, "use_decoder_bias", place)
     return tensors | {"b_dec": found.take("b_D", d) if biased else torch.zeros(d)}
@@ -212,7 +212,7 @@ def _cross_layer(found: Tensors, d: int, n: int) -> tuple[Coded, Tensor]:
 
 
 def _pre_bias(place: Place, config: dict[str, Any], found: Tensors) -> str:
-    if not (config.get("apply_decoder_bias_to_pre_encoder") and config["use_decoder_bias"]):
+    if not (as_flag(config, "apply_decoder_bias_to_pre_encoder", place) and config["use_decoder_bias"]):
         return "none"
     if "encoder.weight" not in found:
         raise ConfigError(

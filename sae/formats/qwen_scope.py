@@ -3,8 +3,9 @@
     a = TopK_k(W_enc x + b_enc),   out = W_dec a + b_dec
 
 W_enc is [d_sae, d] and W_dec [d, d_sae]; there is no pre-bias. A coder reads the residual stream after layer n. How
-many latents it keeps is said by the name of the repository, and by its `config.json` where there is one. The code of
-its users has no ReLU after the choice, which only a token with fewer than k positive pre-activations would notice.
+many latents it keeps is said by the name of the repository, and by its `config.json` where there is one. Code that is
+published with such coders has no ReLU after the choice, and neither has this (SAELens has one): only tokens with fewer
+than k positive pre-activations tell.
 """
 
 import re
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sae.errors import ConfigError, DataError
 from sae.places import Place, as_int
-from sae.selection.topk import TopK
+from sae.selection.unrectified_topk import UnrectifiedTopK
 from sae.spec import CoderSpec, Site
 
 WEIGHTS = r"layer\d+\.sae\.pt"
@@ -48,5 +49,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         raise DataError(f"{place}: k is {config['k']} in config.json, but another in its repository's name")
     layer = re.findall(r"\d+", place.name)[0]
     model = place.hints.model or str(config.get("base_model") or "") or (f"Qwen/{known['model']}" if known else "")
-    sites = (Site(place.said("site") or f"blocks.{layer}.hook_resid_post", model=model),)
-    return CoderSpec(d_in, d_in, d_sae, TopK(said.pop()), sites, sites, pre_bias="none", decoder_norm="free"), tensors
+    sites = (Site(f"blocks.{layer}.hook_resid_post", model=model),)
+    return CoderSpec(
+        d_in, d_in, d_sae, UnrectifiedTopK(said.pop()), sites, sites, pre_bias="none", decoder_norm="free"
+    ), tensors

@@ -29,6 +29,8 @@ from sae import exporting, folds
 from sae.coder import SparseCoder
 from sae.errors import ConfigError, DataError
 from sae.files import save_tensors, write_json
+from sae.foreign import shown
+from sae.formats.temporal import WHY
 from sae.normalization import Normalization
 from sae.places import Place, Tensors, as_int, finite, one_of
 from sae.selection import Budget, Selection
@@ -38,7 +40,7 @@ from sae.selection.matching_pursuit import MatchingPursuit
 from sae.selection.relu import ReLU
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
-from sae.sites import ALIAS, model_id
+from sae.sites import ALIAS, is_centered, model_id, on_stream, pair_of
 from sae.spec import CoderSpec, MaskSpec, Site
 
 log = logging.getLogger(__name__)
@@ -66,13 +68,12 @@ NORMALIZATIONS = {
     "constant_norm_rescale": Normalization("l2", eps=0.0),
 }
 BATCH = ("batchtopk", "matryoshka_batchtopk")
+CHOOSING = ("topk", "abstopk", *BATCH)
 ARCHITECTURES = (
     *("standard", "gated", "topk", "jumprelu", "abstopk", "matching_pursuit", *BATCH),
     *("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder", "temporal"),
 )
 SINCE_UNPROCESSED = (3, 19, 2)  # training before read models with TransformerLens' processing (SAELens#279)
-CENTERED = re.compile(r"(blocks\.\d+\.)?hook_(resid_\w+|mlp_out|attn_out|mlp_in|attn_in|embed|pos_embed)")
-RMS_NORM = re.compile(r"llama|gemma|mi[sx]tral|qwen|gpt-oss|phi-?3|apertus|olmo-?[23]|olmoe|deepseek|yi-", re.I)
 
 KINDS = {"layer_norm": "layer_norm", "l2": "constant_norm_rescale"}  # our kinds of normalization in their words
 UNIT = 1e-6  # how far from 1 the norm of a normalized decoder may be, in float32
@@ -100,10 +101,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     config = migrated(place.config(CONFIG), place)
     architecture = one_of(config.get("architecture"), ARCHITECTURES, "architecture", place)
     if architecture == "temporal":
-        raise ConfigError(
-            f"architecture: {place} is a temporal SAE, whose codes depend on the whole context by attention; a coder "
-            "here maps each activation by itself"
-        )
+        raise ConfigError(f"architecture: {place} {WHY}")
     d_in, d_sae = (as_int(config.get(name), name, place) for name in ("d_in", "d_sae"))
     transcodes, subtracts = "transcoder" in architecture, config["apply_b_dec_to_input"]
     d_out = as_int(config.get("d_out"), "d_out", place) if transcodes else d_in
@@ -122,7 +120,10 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     if "skip" in architecture:
         tensors["W_skip"] = found.take("W_skip", d_out, d_in)
     _finetuned(config, found, tensors, place)
-    if config.get("rescale_acts_by_decoder_norm"):  # its latents are h n, and its cut is of these: a unit decoder
+    rescales = config.get("rescale_acts_by_decoder_norm", False)
+    if rescales and architecture not in CHOOSING:
+        raise ConfigError(f"rescale_acts_by_decoder_norm: {place} has it, but {architecture!r} coders do not rescale")
+    if rescales:  # its latents are h n, and its cut is of these: a unit decoder
         norms = tensors["W_dec"].float().norm(dim=1)
         tensors |= {"W_enc": tensors["W_enc"] * norms[:, None], "b_enc": tensors["b_enc"] * norms}
         tensors["W_dec"] = tensors["W_dec"] / torch.where(norms > 0, norms, 1.0)[:, None]
@@ -160,6 +161,9 @@ def migrated(config: dict[str, Any], source: object = CONFIG) -> dict[str, Any]:
             one_of(kind, ("standard", "topk"), "architecture, with activation_fn 'topk',", source)
             new |= {"architecture": "topk", "k": new.get("activation_fn_kwargs", {}).get("k", new.get("k"))}
         metadata = new | metadata
+    if new.get("architecture", "standard") not in CHOOSING and (new.get("k") or new.get("activation_fn_kwargs")):
+        what, kind = "k" if new.get("k") else "activation_fn_kwargs", shown(new.get("architecture", "standard"))
+        raise DataError(f"{source}: {what} is given, but architecture {kind} has none")
     new.setdefault("apply_b_dec_to_input", "transcoder" not in str(new.get("architecture")))
     said = new.get("normalize_activations", False)
     normalizes = ("expected_average_only_in" if said else "none") if isinstance(said, bool) else said
@@ -252,7 +256,8 @@ def _of_raw_activations(
     hooks = [metadata[name] for name in ("hook_name", "hook_name_out")[: 1 + transcodes] if name in metadata]
     if (said or how.get("fold_value_biases")) and any(hook.endswith(("hook_z", "hook_v")) for hook in hooks):
         log.warning("%s is of heads without their value biases, which are not taken out of what it reads here", place)
-    if RMS_NORM.search(metadata.get("model_name", "")) or (hooks and not any(map(CENTERED.fullmatch, hooks))):
+    model = place.hints.model or metadata.get("model_name", "")
+    if is_centered(model) is False or (hooks and not any(map(on_stream, hooks))):
         return spec, tensors
     if not processed:
         trained = _version(metadata, "sae_lens_training_version")
@@ -281,7 +286,9 @@ def _sites(place: Place, metadata: dict[str, Any], transcodes: bool) -> tuple[tu
             raise ConfigError(f"{name}: {place} is of one head; only whole activations are read here")
     hook, written = metadata.get("hook_name", ""), metadata.get("hook_name_out", "")
     model = place.hints.model or model_id(metadata.get("model_name", ""))
-    if not hook or (transcodes and not written):
+    if transcodes and not (hook and written):
+        return pair_of(place.need("site", "a transcoder reads one place and writes another", "'READ->WRITTEN'"), model)
+    if not hook:
         return (), ()
     reads = (Site(hook, model=model),)
     return reads, (Site(written, model=model),) if transcodes else reads

@@ -22,7 +22,7 @@ from sae import exporting
 from sae.coder import SparseCoder
 from sae.errors import ConfigError
 from sae.files import save_tensors, write_json
-from sae.places import Place, as_int, finite, one_of
+from sae.places import Place, as_flag, as_int, finite, one_of
 from sae.selection import Selection
 from sae.selection.groupmax import GroupMax
 from sae.selection.signed_topk import SignedTopK
@@ -58,7 +58,11 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     d_in = as_int(config["d_in"], "d_in", place)
     d_sae = as_int(config.get("num_latents") or config.get("d_sae") or 0, "num_latents", place)
     d_sae = d_sae or d_in * as_int(config.get("expansion_factor"), "expansion_factor", place)
-    found, transcodes, skip = place.tensors(), bool(config.get("transcode")), bool(config.get("skip_connection"))
+    found, transcodes, skip = (
+        place.tensors(),
+        as_flag(config, "transcode", place),
+        as_flag(config, "skip_connection", place),
+    )
     d_out = found["b_dec"].numel() if transcodes else d_in
     tensors = {
         "W_enc": found.take("encoder.weight", d_sae, d_in),
@@ -145,7 +149,7 @@ def _run(place: Place) -> dict[str, Any]:
 
 def _selection(place: Place, config: dict[str, Any]) -> Selection:
     activation = one_of(config.get("activation", "topk"), ("topk", "groupmax"), "activation", place)
-    rule = RULES.get((activation, bool(config.get("signed"))))
+    rule = RULES.get((activation, as_flag(config, "signed", place)))
     if rule is None:
         raise ConfigError(f"signed: {place} is signed, which sparsify knows of topk alone, not of {activation}")
     return rule(as_int(config.get("k"), "k", place))
@@ -156,7 +160,7 @@ def _pre_bias(place: Place, config: dict[str, Any]) -> str:
     if said is None and "activation" in config:
         return "none"
     why = "a transcoder from before February 2025 subtracts b_dec from its input, a later one does not"
-    said = said or place.need("pre_bias", why, "none or decoder")
+    said = said or place.need("pre_bias", why, "none or decoder", ("none", "decoder"))
     choose("pre_bias", said, ("none", "decoder"))
     return said
 
@@ -166,11 +170,15 @@ def _sites(place: Place, run: dict[str, Any], transcodes: bool) -> tuple[tuple[S
     *_, above, name = ["", "", *place.identity.split("/")[:-1]]
     folder = above if re.fullmatch(r"seed\d+", name) else name
     listed = run.get("hookpoints") if place.has(RUN) else None
-    said = listed[0] if listed and len(listed) == 1 else place.said("site")
-    hook = said or (folder if HOOK.fullmatch(folder) else "")
+    known = listed[0] if listed and len(listed) == 1 else folder if HOOK.fullmatch(folder) else ""
+    hook = place.said("site") or known
+    if not hook and transcodes:
+        hook = place.need("site", "a transcoder reads one place and writes another", "MODULE")
     if not hook:
         return (), ()
     read, _, written = hook.partition("->")
+    if written and not transcodes:
+        raise ConfigError(f"site: {hook!r} is of a transcoder, but {place} is an autoencoder")
     model = place.hints.model or run.get("model") or ""
     first, last = (
         Site(path, side or default, model, run.get("revision"))

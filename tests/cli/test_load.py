@@ -12,10 +12,12 @@ import torch
 import yaml
 from fake_hub import COMMIT, Faults, fake_hub, reached_from_here
 from hub_coders import GEMMA, gemma, native, saelens
+from safetensors.torch import save_file
 
 import sae
 from cli.load import main
 from sae.coder import SparseCoder
+from sae.errors import ConfigError
 from sae.initialization import initialize
 from sae.places import Hints
 from sae.selection.groupmax import GroupMax
@@ -336,13 +338,36 @@ def test_doctor_tells_what_it_finds_and_its_exit_code_too(load, tmp_path, monkey
 
     def diagnose(coder, lm, tokens, text):
         seen.append((coder.spec.d_sae, lm, tokens, text))
-        return SimpleNamespace(lines=lambda: ["well or not"], healthy=lm == "tiny/llama")
+        return SimpleNamespace(lines=lambda: ["well or not"], healthy=lm == "tiny/llama", score=0.0)
 
     monkeypatch.setattr("sae.models.load_language_model", lambda name, trust_remote_code: name)
     monkeypatch.setattr("sae.doctor.diagnose", diagnose)
     assert load("doctor", folder)[:2] == (0, ["well or not"])
     assert load("doctor", folder, "--model", "other/model", "--tokens", "64", "--text", "x.txt")[0] == 1
     assert seen == [(20, "tiny/llama", 2048, None), (20, "other/model", 64, "x.txt")]
+
+
+@pytest.mark.parametrize("right", ["decoder", "none"])
+def test_the_doctor_tries_every_answer_to_what_the_files_leave_open(load, tmp_path, tiny_model, tiny_text, right):
+    """An old transcoder of sparsify does not say whether it subtracts its bias; read rightly, this one copies."""
+    (tmp_path / "layers.1").mkdir()
+    eye, bias = torch.eye(16), torch.full((16,), 3.0)
+    both = torch.cat([eye, -eye])
+    tensors = {"encoder.weight": both, "encoder.bias": torch.zeros(32), "W_dec": both.clone(), "b_dec": bias}
+    if right == "none":  # the encoder takes out by itself what the decoder puts back
+        tensors["encoder.bias"] = -both @ bias
+    save_file(tensors, tmp_path / "layers.1" / "sae.safetensors")
+    config = {"d_in": 16, "num_latents": 32, "k": 16, "transcode": True}
+    (tmp_path / "layers.1" / "cfg.json").write_text(json.dumps(config))
+    code, _, error = load("show", tmp_path / "layers.1")
+    assert code == 0
+    with pytest.raises(ConfigError, match=r"^pre_bias: .* pass pre_bias=none or decoder, or let `sae-load doctor` try"):
+        sae.load(tmp_path / "layers.1")
+    words = ("--model", tiny_model, "--text", tiny_text, "--site", "layers.1:input->layers.1:input")
+    code, lines, error = load("doctor", tmp_path / "layers.1", *words)
+    assert lines[-1] == f"fits best    --pre-bias {right}", (lines, error)
+    assert lines[0] == f"with --pre-bias {right}:"
+    assert sum(line.startswith("with --pre-bias") for line in lines) == 2
 
 
 @pytest.mark.parametrize(

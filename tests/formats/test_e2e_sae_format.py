@@ -50,12 +50,21 @@ def test_the_decoder_is_normalized_and_the_encoder_is_not(tmp_path):
         ("blocks.6.hook_resid_pre", "tinystories-1m", True),
         ("blocks.6.mlp.hook_post", "gpt2-small", False),
         ("blocks.6.hook_resid_pre", "gemma-2b", False),
-        ("blocks.6.hook_resid_pre", None, False),
     ],
 )
 def test_the_mean_is_taken_out_where_transformerlens_does(tmp_path, hook, model, centered):
     folder, wanted = write(tmp_path, (hook,), model, centered)
     loads(folder, wanted[hook])
+
+
+def test_of_a_model_that_is_not_known_the_user_says_it(tmp_path):
+    folder, wanted = write(tmp_path / "raw", (HOOK,), None, False)
+    with pytest.raises(ConfigError, match=r"^processed: .* does not say it .* if the model has layer norms"):
+        sae.load(folder)
+    loads(folder, wanted[HOOK], processed=False)
+    folder, wanted = write(tmp_path / "centered", (HOOK,), None, True)
+    loads(folder, wanted[HOOK], processed=True)
+    loads(folder, wanted[HOOK], model="openai-community/gpt2")
 
 
 def test_of_several_hooks_one_must_be_named(tmp_path):
