@@ -95,18 +95,19 @@ def described(place: Place, kind: str) -> dict[str, Any]:
 
 
 def sites(place: Place, config: Mapping[str, Any], layers: Iterable[int], widths: tuple[int, int] = (0, 0)) -> Sites:
-    """Returns (reads, writes), one site a layer; none if neither the config nor the user says where."""
-    said, model = place.said("site"), place.hints.model or model_id(str(config.get("model_name") or ""))
+    """Returns (reads, writes), one site a layer, as the config or the user says; Unsaid if neither does."""
+    asks = "feature_input_hook" not in config and "feature_output_hook" not in config
+    how = "'blocks.*.READ->blocks.*.WRITTEN'"
+    said = place.need("site", "its config is not there", how) if asks else place.said("site")
+    model = place.hints.model or model_id(str(config.get("model_name") or ""))
     if said is not None:
         hooks = tuple(said.split("->"))
         if len(hooks) != 2:
             example = "blocks.*.hook_resid_mid->blocks.*.hook_mlp_out"
             raise ConfigError(f"site: {said!r} is not READ->WRITTEN, where * is the layer, such as {example!r}")
-    elif "feature_input_hook" in config or "feature_output_hook" in config:
+    else:
         names = ("feature_input_hook", "feature_output_hook")
         hooks = tuple(f"blocks.*.{one_of(config.get(name), ALIASES, name, place)}" for name in names)
-    else:
-        place.need("site", "its config is not there", "'blocks.*.READ->blocks.*.WRITTEN'")
     reads, writes = (
         tuple(site_of(hook.replace("*", str(layer)), model, width) for layer in layers)
         for hook, width in zip(hooks, widths, strict=True)

@@ -98,7 +98,7 @@ def _scaled(
         return Normalization(), 1.0, 1.0
     said = config.get("dataset_average_activation_norm")
     means = [said.get(side) for side in ("in", "out")] if isinstance(said, dict) else [None]
-    if not all(isinstance(mean, int | float) and mean > 0 for mean in means):
+    if not all(isinstance(mean, int | float) and not isinstance(mean, bool) and mean > 0 for mean in means):
         raise DataError(f"{place}: dataset_average_activation_norm is {said!r}, expected positive numbers in and out")
     s_in, s_out = (d**0.5 / mean for mean in means)
     return Normalization(), s_in, s_out
