@@ -126,13 +126,14 @@ def locate(path: Address, revision: str | None = None, cache_dir: str | Path | N
         return (LocalFiles(local), "") if local.is_dir() else (LocalFiles(local.parent), local.name)
     release = releases.find(text)
     if release is not None:
-        return HubFiles(release.repo, revision, cache_dir), release.path
+        return HubFiles(release.repo, revision, cache_dir, release.path), release.path
     if local.is_absolute() or text.startswith((".", "~")) or text.count("/") < 1:
         siblings = [p.name for p in local.parent.iterdir()] if local.parent.is_dir() else []
         close = nearest(local.name, siblings) or nearest(text, releases.names())
         raise ConfigError(f"path: no such folder: {text}.{close}")
     owner, name, *below = text.removeprefix("hf://").strip("/").split("/")
-    return HubFiles(f"{owner}/{name}", revision, cache_dir), "/".join(below)
+    wanted = "/".join(below)
+    return HubFiles(f"{owner}/{name}", revision, cache_dir, wanted), wanted
 
 
 def places(files: Files, below: str = "", hints: Hints | None = None) -> dict[str, Place]:

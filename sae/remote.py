@@ -26,12 +26,18 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 class HubFiles:
-    """The files of one commit of a repository; `revision` is that commit once it is known."""
+    """The files of one commit of a repository; `revision` is that commit once it is known.
 
-    def __init__(self, repo: str, revision: str | None = None, cache_dir: str | Path | None = None) -> None:
+    `wanted` is the part of it that is asked for, which errors name.
+    """
+
+    def __init__(
+        self, repo: str, revision: str | None = None, cache_dir: str | Path | None = None, wanted: str = ""
+    ) -> None:
         from huggingface_hub import constants
 
         self.label, self.identity, self.asked = f"hf://{repo}", repo, revision
+        self.wanted = f"{repo}/{wanted}".rstrip("/")
         self.cache_dir = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
         self.folder = self.cache_dir / f"models--{repo.replace('/', '--')}"
         self.reachable = True
@@ -113,8 +119,7 @@ class HubFiles:
             return ConfigError(f"path: no folder and no hub repository {self.identity!r} (or it is private).{close}")
         return ConfigError(
             f"path: the hub cannot be asked for {self.identity} ({_reason(error)}) and no copy is cached; where there "
-            f"is a network, run `sae-load fetch {self.identity}` (or a part of it), and copy {self.folder.name} to "
-            f"{self.cache_dir}"
+            f"is a network, run `sae-load fetch {self.wanted}`, and copy {self.folder.name} to {self.cache_dir}"
         )
 
     def _check(self, name: str) -> None:

@@ -74,7 +74,7 @@ def test_without_a_network_what_is_not_cached_is_named_with_the_way_to_get_it(hu
     with pytest.raises(ConfigError) as told:
         sae.load(f"{REPO}/sub")
     assert str(told.value).startswith(f"path: the hub cannot be asked for {REPO} (")
-    assert f"`sae-load fetch {REPO}`" in str(told.value)
+    assert f"`sae-load fetch {REPO}/sub`" in str(told.value)
     assert str(tmp_path / "home" / "hub") in str(told.value)
 
 
