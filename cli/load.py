@@ -13,10 +13,10 @@ from sae.errors import ConfigError
 
 if TYPE_CHECKING:
     from sae.coder import SparseCoder
-    from sae.outline import Outline
-    from sae.places import Files, Hints, Place
-    from sae.releases import Listed, Release
-    from sae.remote import HubFiles
+    from sae.released.outline import Outline
+    from sae.released.places import Files, Hints, Place
+    from sae.released.releases import Listed, Release
+    from sae.released.remote import HubFiles
 
 EPILOG = """ID is what sae.load takes: a folder or file, OWNER/REPO[/FOLDER] on the hub, SAELens' RELEASE/SAE_ID, or
 Neuronpedia's MODEL/SOURCE.
@@ -75,7 +75,7 @@ def command(argv: list[str]) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     """List the releases that are known by name."""
-    from sae.releases import list_released
+    from sae.released.releases import list_released
 
     rows = list_released(options.model)
     if options.json:
@@ -96,7 +96,7 @@ def _show(options: argparse.Namespace) -> int:
         print(f"\n{len(members)} coders in hf://{members[0].repo}, expected in the format {members[0].format}")
         print(members[0].notes, end="\n" if members[0].notes else "")
         return DONE
-    from sae.outline import coders_at, outline
+    from sae.released.outline import coders_at, outline
 
     files, below, hints = _located(options)
     found = coders_at(files, below, hints)
@@ -113,8 +113,8 @@ def _show(options: argparse.Namespace) -> int:
 
 def _fetch(options: argparse.Namespace) -> int:
     """Fetch the files of a coder, of all coders of a release, or of a whole repository."""
-    from sae.outline import coders_at, needed, outline, with_configs
-    from sae.remote import HubFiles
+    from sae.released.outline import coders_at, needed, outline, with_configs
+    from sae.released.remote import HubFiles
 
     members = _members(options.id)
     if members:
@@ -137,7 +137,7 @@ def _fetch(options: argparse.Namespace) -> int:
 
 def _download(files: "HubFiles", names: list[str], target: Path | None) -> None:
     """Fetches files into the cache or a folder, after saying how much that is, and compares them with their digests."""
-    from sae import digests
+    from sae.released import digests
 
     left = [name for name in names if target or not files.is_cached(name)]
     sizes = files.sizes(left)
@@ -154,7 +154,7 @@ def _download(files: "HubFiles", names: list[str], target: Path | None) -> None:
 def _convert(options: argparse.Namespace) -> int:
     """Write a coder in another format; what that format cannot say is named, and then nothing is written."""
     from sae import hub
-    from sae.converting import convert
+    from sae.released.converting import convert
 
     coder = hub.load(options.id, **_how(options))
     changed = convert(coder, options.to, options.folder)
@@ -167,7 +167,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _push(options: argparse.Namespace) -> int:
     """Put a coder, or all coders of a folder, into a repository on the hub, with a model card."""
     from sae import hub
-    from sae.card import push
+    from sae.released.card import push
 
     coders = hub.load_all(options.id, **_how(options))
     if len(coders) == 1:
@@ -201,7 +201,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _open_questions(options: argparse.Namespace) -> "dict[str, SparseCoder]":
     """Returns the coder under "" or, where its files leave a question open, one for each answer, by the option."""
     from sae import hub
-    from sae.places import Unsaid
+    from sae.released.places import Unsaid
 
     try:
         return {"": hub.load(options.id, **_how(options))}
@@ -227,14 +227,14 @@ def _located(options: argparse.Namespace) -> "tuple[Files, str, Hints]":
 
 def _members(typed: str) -> "list[Release]":
     """Returns the coders of a release that has several; [] for any other address."""
-    from sae import releases
+    from sae.released import releases
 
     found = releases.coders(typed) if typed in releases.names() and not Path(typed).exists() else []
     return found if len(found) > 1 else []
 
 
 def _rows(typed: str, known: "Outline") -> list[tuple[str, str]]:
-    from sae.card import described
+    from sae.released.card import described
 
     place = known.place
     commit = f", commit {place.files.revision}" if place.files.revision else ""
@@ -247,7 +247,7 @@ def _rows(typed: str, known: "Outline") -> list[tuple[str, str]]:
 
 def _stated(place: "Place") -> list[tuple[str, str]]:
     """Returns what the table of releases says of a coder."""
-    from sae import releases
+    from sae.released import releases
 
     said = releases.about(place.files.identity, place.weights)
     if said is None:

@@ -16,7 +16,7 @@ from interp.scorers.embedding import Embedding
 from interp.scorers.fuzzing import Fuzzing
 from sae.config import ModelConfig
 from sae.errors import ConfigError, nearest
-from sae.places import Hints
+from sae.released.places import Hints
 from sae.settings import at_least, choose
 from sae.text import TextConfig
 

@@ -30,8 +30,8 @@ from sae.errors import ConfigError
 from sae.evaluation import text_of
 from sae.files import write_json
 from sae.models import load_language_model, load_tokenizer, resolve_device
-from sae.places import Place
 from sae.progress import Progress
+from sae.released.places import Place
 from sae.seeding import generator
 from sae.text import TextConfig
 

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from sae.hub import load, load_all, save
     from sae.intervene import splice
     from sae.models import load_language_model
-    from sae.releases import list_released
+    from sae.released.releases import list_released
     from sae.training import train
 
 _HOMES = {
     "SparseCoder": "sae.coder",
     "TrainConfig": "sae.config",
     "evaluate": "sae.evaluation",
-    "list_released": "sae.releases",
+    "list_released": "sae.released.releases",
     "load": "sae.hub",
     "load_all": "sae.hub",
     "load_language_model": "sae.models",

@@ -1,7 +1,7 @@
 """Coders by name: load one, or all of a repository, from wherever they were released; save one to a folder.
 
 An address is a folder or weight file, "owner/repo" on the hub with a path below it, or a name by which a released coder
-is known: SAELens' "release/sae_id" and Neuronpedia's "model/source" (`sae/releases.py`).
+is known: SAELens' "release/sae_id" and Neuronpedia's "model/source" (`sae/released/releases.py`).
 """
 
 import copy
@@ -17,15 +17,15 @@ from sae import formats
 from sae.coder import SparseCoder
 from sae.errors import ConfigError, DataError, nearest
 from sae.formats import native
-from sae.places import Files, Hints, LocalFiles, Place, finite
-from sae.remote import HubFiles
+from sae.released.places import Files, Hints, LocalFiles, Place, finite
+from sae.released.remote import HubFiles
 from sae.spec import CoderSpec
 from sae.text import special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sae.releases import Release
+    from sae.released.releases import Release
 
 RELEASED = "released"  # of `spec.training`: where a coder that was not trained here comes from
 NEEDED = ("scale", "pre_bias", "processed", "normalization")  # hints that are refused where they are not needed
@@ -48,8 +48,8 @@ def load(
 
     The format is found by file names, tensor names and shapes (`sae/formats/`). Thresholds stay float32 whatever the
     dtype. `lazy` maps the tensors into memory, in the precision they are stored in; it reads what is looked at. `hints`
-    say what the files do not (`sae.places.Hints`: model, site, pre_bias, scale, format). `spec.training["released"]`
-    says where it came from.
+    say what the files do not (`sae.released.places.Hints`: model, site, pre_bias, scale, format).
+    `spec.training["released"]` says where it came from.
 
     Raises ConfigError if there is no coder or several (naming them), a format is unknown or ambiguous, or a hint is
     needed; DataError naming the file or tensor that is missing, damaged, of the wrong shape, unknown, or not finite.
@@ -118,7 +118,7 @@ def locate(path: Address, revision: str | None = None, cache_dir: str | Path | N
 
     Raises ConfigError if there is no such folder, repository or release, naming the nearest.
     """
-    from sae import releases
+    from sae.released import releases
 
     text = "/".join(path) if isinstance(path, tuple) else str(path)
     local = Path(text).expanduser()
@@ -183,7 +183,7 @@ def informed(place: Place) -> Place:
 
 def _listed(place: Place) -> "Release | None":
     """Returns what the table of releases says of a place on the hub, or in its cache."""
-    from sae import releases
+    from sae.released import releases
 
     return releases.about(place.files.identity, place.weights)
 

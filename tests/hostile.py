@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from sae import weights
 from sae.errors import DataError
+from sae.released import weights
 
 READERS = (weights.shapes, weights.tensors)
 MAGIC, SYSTEM = 0x1950A86A20F9469CFC6C, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}

@@ -22,8 +22,8 @@ from types import ModuleType
 from torch import Tensor
 
 from sae.errors import ConfigError, DataError, nearest
-from sae.foreign import shown
-from sae.places import Files, Hints, Place
+from sae.released.foreign import shown
+from sae.released.places import Files, Hints, Place
 from sae.sites import pair_of, site_of
 from sae.spec import CoderSpec
 

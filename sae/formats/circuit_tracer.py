@@ -21,9 +21,9 @@ from torch import Tensor
 
 from sae.coder import SparseCoder
 from sae.errors import ConfigError, DataError
-from sae.exporting import check
 from sae.files import atomic_write, save_tensors
-from sae.places import Place, Tensors, as_int, finite, one_of
+from sae.released.exporting import check
+from sae.released.places import Place, Tensors, as_int, finite, one_of
 from sae.selection import Selection
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae.errors import DataError
 from sae.formats.circuit_tracer import described, sites, thresholds
-from sae.places import Place, one_of
+from sae.released.places import Place, one_of
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU
 from sae.spec import CoderSpec

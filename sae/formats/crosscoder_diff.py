@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae.errors import ConfigError
 from sae.normalization import Normalization
-from sae.places import Place, as_int
+from sae.released.places import Place, as_int
 from sae.selection.relu import ReLU
 from sae.sites import model_id
 from sae.spec import SECOND, CoderSpec, Site

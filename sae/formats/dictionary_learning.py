@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae import exporting, weights
 from sae.coder import SparseCoder
 from sae.errors import ConfigError, DataError
 from sae.files import write_json, write_whole
 from sae.normalization import Normalization
-from sae.places import Place, Tensors, as_int, finite, one_of
+from sae.released import exporting, weights
+from sae.released.places import Place, Tensors, as_int, finite, one_of
 from sae.selection import Selection
 from sae.selection.gated import Gated
 from sae.selection.jumprelu import JumpReLU

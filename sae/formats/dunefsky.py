@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sae import weights
 from sae.errors import ConfigError, DataError
 from sae.normalization import Normalization
-from sae.places import Place, as_int
+from sae.released import weights
+from sae.released.places import Place, as_int
 from sae.selection.relu import ReLU
 from sae.sites import model_id, pair_of
 from sae.spec import CoderSpec, Site

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from sae.errors import ConfigError, DataError, nearest
 from sae.normalization import Normalization
-from sae.places import Place, as_int
+from sae.released.places import Place, as_int
 from sae.selection.relu import ReLU
 from sae.sites import model_id
 from sae.spec import CoderSpec, Site

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae.errors import ConfigError
 from sae.normalization import Normalization
-from sae.places import Place
+from sae.released.places import Place
 from sae.selection.jumprelu import JumpReLU
 from sae.spec import CoderSpec, MaskSpec, Site
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae.errors import ConfigError, DataError
 from sae.formats.cross_layer_transcoder import stacked
-from sae.places import Place, Tensors, as_flag, one_of
+from sae.released.places import Place, Tensors, as_flag, one_of
 from sae.selection.jumprelu import JumpReLU
 from sae.spec import CoderSpec, MaskSpec, Site
 

@@ -12,7 +12,7 @@ import re
 from torch import Tensor
 
 from sae.errors import DataError
-from sae.places import Place
+from sae.released.places import Place
 from sae.selection.relu import ReLU
 from sae.spec import CoderSpec, Site
 

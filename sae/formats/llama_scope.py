@@ -25,7 +25,7 @@ from sae import folds
 from sae.errors import ConfigError, DataError
 from sae.formats.openmoss import flag, hook, linear, model_of, token_wise
 from sae.normalization import Normalization
-from sae.places import Place, as_flag, as_int, one_of
+from sae.released.places import Place, as_flag, as_int, one_of
 from sae.selection import Selection
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU

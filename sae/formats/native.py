@@ -11,7 +11,7 @@ from torch import Tensor
 from sae.coder import SparseCoder
 from sae.errors import DataError
 from sae.files import save_tensors, sha256_file, write_json
-from sae.places import Place
+from sae.released.places import Place
 from sae.spec import CoderSpec
 
 CONFIG, FILE = "cfg.json", "sae.safetensors"

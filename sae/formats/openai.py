@@ -13,10 +13,10 @@ import re
 
 from torch import Tensor
 
-from sae import weights
 from sae.errors import DataError
 from sae.normalization import Normalization
-from sae.places import Place, as_int, one_of
+from sae.released import weights
+from sae.released.places import Place, as_int, one_of
 from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
 from sae.spec import CoderSpec, Site

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from sae.errors import ConfigError, DataError
 from sae.normalization import Normalization
-from sae.places import Place, Tensors, as_flag, as_int, one_of
+from sae.released.places import Place, Tensors, as_flag, as_int, one_of
 from sae.selection import Selection
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.mutual_choice import MutualChoice

@@ -13,7 +13,7 @@ import re
 from torch import Tensor
 
 from sae.errors import ConfigError, DataError
-from sae.places import Place, as_int
+from sae.released.places import Place, as_int
 from sae.selection.unrectified_topk import UnrectifiedTopK
 from sae.spec import CoderSpec, Site
 

@@ -25,14 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae import exporting, folds
+from sae import folds
 from sae.coder import SparseCoder
 from sae.errors import ConfigError, DataError
 from sae.files import save_tensors, write_json
-from sae.foreign import shown
 from sae.formats.temporal import WHY
 from sae.normalization import Normalization
-from sae.places import Place, Tensors, as_int, finite, one_of
+from sae.released import exporting
+from sae.released.foreign import shown
+from sae.released.places import Place, Tensors, as_int, finite, one_of
 from sae.selection import Budget, Selection
 from sae.selection.gated import Gated
 from sae.selection.jumprelu import JumpReLU

@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sae import exporting
 from sae.coder import SparseCoder
 from sae.errors import ConfigError
 from sae.files import save_tensors, write_json
-from sae.places import Place, as_flag, as_int, finite, one_of
+from sae.released import exporting
+from sae.released.places import Place, as_flag, as_int, finite, one_of
 from sae.selection import Selection
 from sae.selection.groupmax import GroupMax
 from sae.selection.signed_topk import SignedTopK

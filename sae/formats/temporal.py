@@ -6,7 +6,7 @@ Their codes depend on the whole context by attention, so that no map from one ac
 from torch import Tensor
 
 from sae.errors import ConfigError
-from sae.places import Place
+from sae.released.places import Place
 from sae.spec import CoderSpec
 
 WEIGHTS = r"latest_ckpt\.safetensors"

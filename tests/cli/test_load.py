@@ -19,7 +19,7 @@ from cli.load import main
 from sae.coder import SparseCoder
 from sae.errors import ConfigError
 from sae.initialization import initialize
-from sae.places import Hints
+from sae.released.places import Hints
 from sae.selection.groupmax import GroupMax
 from sae.spec import CoderSpec
 

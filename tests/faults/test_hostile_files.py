@@ -37,9 +37,9 @@ from hostile import (
 )
 
 import sae
-from sae import weights
 from sae.errors import ConfigError, DataError
-from sae.weights import read_pickle
+from sae.released import weights
+from sae.released.weights import read_pickle
 
 KINDS = ["x.safetensors", "x.npz", "x.pt", "x.bin", "x.pkl.gz"]
 

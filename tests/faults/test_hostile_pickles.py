@@ -31,9 +31,9 @@ from hostile import (
 
 import sae
 from cli.evaluate import main as sae_eval
-from sae import weights
 from sae.errors import ConfigError, DataError
-from sae.weights import Inert, read_pickle
+from sae.released import weights
+from sae.released.weights import Inert, read_pickle
 
 
 def by_stack(module, name, text):

@@ -13,9 +13,9 @@ from fake_hub import COMMIT, Faults, fake_hub, reached_from_here
 from hub_coders import GEMMA, gemma, native, saelens
 
 import sae
-from sae import digests
 from sae.errors import ConfigError, DataError
-from sae.remote import HubFiles
+from sae.released import digests
+from sae.released.remote import HubFiles
 
 REPO = "own/coder"
 WEIGHTS = "sub/sae_weights.safetensors"
@@ -319,7 +319,7 @@ def test_a_cache_that_cannot_be_written_to_still_serves(hub, cached, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sae.remote.write_json", full)
+    monkeypatch.setattr("sae.released.remote.write_json", full)
     sae.load(f"{REPO}/sub")
 
 

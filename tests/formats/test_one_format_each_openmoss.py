@@ -12,7 +12,7 @@ from sae import formats
 from sae.errors import ConfigError
 from sae.formats.sparsify import write
 from sae.hub import save
-from sae.places import LocalFiles
+from sae.released.places import LocalFiles
 
 
 def saelens(root):

@@ -12,7 +12,7 @@ import test_qwen_scope_format as qwen_scope
 import torch
 
 from sae import formats
-from sae.places import LocalFiles
+from sae.released.places import LocalFiles
 
 WRITERS = {
     **{

@@ -6,7 +6,7 @@ import test_cross_layer_transcoder_format as cross_layer
 import test_gemma_scope_2_format as gemma_scope_2
 
 from sae import formats
-from sae.places import LocalFiles
+from sae.released.places import LocalFiles
 
 FIXTURES = {
     "gemma_scope_2": [

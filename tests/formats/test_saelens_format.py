@@ -16,7 +16,7 @@ from sae.coder import SparseCoder
 from sae.errors import ConfigError, DataError
 from sae.formats import saelens
 from sae.normalization import Normalization
-from sae.places import LocalFiles, Place
+from sae.released.places import LocalFiles, Place
 from sae.selection import Selection
 from sae.selection.feature_choice import FeatureChoice
 from sae.selection.gated import Gated

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from sae.errors import ConfigError, DataError
-from sae.places import Hints, LocalFiles, Place, Tensors, as_int, finite, one_of
+from sae.released.places import Hints, LocalFiles, Place, Tensors, as_int, finite, one_of
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 import sae
-from sae import releases
 from sae.errors import ConfigError, DataError
 from sae.formats import formats
-from sae.places import Hints
-from sae.releases import Table, expanded
-from sae.releases_table import ORIGIN, check, folded, main, table
+from sae.released import releases
+from sae.released.places import Hints
+from sae.released.releases import Table, expanded
+from sae.released.releases_table import ORIGIN, check, folded, main, table
 
 STATED = {
     "gemma": {

@@ -11,9 +11,9 @@ from hub_coders import D_IN, D_SAE, GEMMA, gemma, native, saelens
 import sae
 from sae import hub as hubs
 from sae.errors import ConfigError, DataError
-from sae.outline import coders_at, needed, outline
-from sae.places import Hints
-from sae.remote import HubFiles
+from sae.released.outline import coders_at, needed, outline
+from sae.released.places import Hints
+from sae.released.remote import HubFiles
 
 AJT = "neuronpedia/gpt2-small__res_sce-ajt/2-res_sce-ajt"
 

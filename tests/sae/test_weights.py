@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sae import weights
 from sae.errors import DataError
-from sae.weights import Inert, flattened, read_pickle
+from sae.released import weights
+from sae.released.weights import Inert, flattened, read_pickle
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),

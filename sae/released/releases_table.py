@@ -1,6 +1,6 @@
 """Derives `assets/releases.json` from what the sae-lens package states of released coders, and what it lacks.
 
-    python -m sae.releases_table PATH/TO/sae_lens/pretrained_saes.yaml --out sae/assets/releases.json
+    python -m sae.released.releases_table PATH/TO/sae_lens/pretrained_saes.yaml --out sae/assets/releases.json
 
 Only facts are taken: names, repositories, paths and numbers. Coders of a release whose names differ in numbers alone
 are one pattern: texts with {0}, {1}, ... and, for each of these, a column of numbers, one a coder. The table is read
@@ -20,7 +20,7 @@ import yaml
 
 from sae.errors import ConfigError, DataError
 from sae.files import atomic_write
-from sae.releases import Release, Table, expanded
+from sae.released.releases import Release, Table, expanded
 from sae.sites import model_id
 
 LICENSE = "MIT"
@@ -121,7 +121,7 @@ ORIGIN = "not in sae-lens; as its publisher or public code that loads it names r
 
 def main(argv: list[str] | None = None) -> int:
     """Writes the table, or checks the one that is there; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m sae.releases_table", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m sae.released.releases_table", description=__doc__)
     parser.add_argument("yaml", type=Path, help="pretrained_saes.yaml of an installed sae-lens")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets" / "releases.json")
     parser.add_argument("--check", action="store_true", help="compare the table that is there, and write nothing")
@@ -190,7 +190,7 @@ def coder_row(coder: dict[str, Any]) -> dict[str, Any]:
 
 
 def folded(coders: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns patterns that stand for these coders; `sae.releases.expanded` is the inverse."""
+    """Returns patterns that stand for these coders; `sae.released.releases.expanded` is the inverse."""
     groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for coder in coders:
         texts = tuple(tuple(_texts(coder[name])) for name in TEXTS)

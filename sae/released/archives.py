@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from sae.errors import DataError
-from sae.foreign import shown
+from sae.released.foreign import shown
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 BOMB_BYTES, BOMB_RATIO = 64 * 2**20, 20  # weights do not shrink by more, when they are compressed

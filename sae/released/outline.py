@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae import formats, hub, weights
+from sae import formats, hub
 from sae.errors import ConfigError, DataError, nearest
-from sae.places import Files, Hints, Place, Tensors
-from sae.ranged import Header
-from sae.remote import HubFiles
+from sae.released import weights
+from sae.released.places import Files, Hints, Place, Tensors
+from sae.released.ranged import Header
+from sae.released.remote import HubFiles
+from sae.released.weights import Shapes
 from sae.spec import CoderSpec
-from sae.weights import Shapes
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 All files come from the one commit that was current when they were listed, and the listing is kept in the cache beside
 them: without a network the same files are known, and what was never fetched is named rather than overlooked. What is
-fetched is compared with the hub's digest (`sae/digests.py`), small files here and weights where they are read.
+fetched is compared with the hub's digest (`sae/released/digests.py`), small files here and weights where they are read.
 """
 
 import logging
@@ -12,11 +12,11 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from sae import digests, weights
 from sae.errors import ConfigError, DataError, nearest
 from sae.files import atomic_write, read_json, safe_join, write_json
-from sae.ranged import TIMEOUT_S, Header, npz_header
-from sae.weights import Shapes
+from sae.released import digests, weights
+from sae.released.ranged import TIMEOUT_S, Header, npz_header
+from sae.released.weights import Shapes
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class HubFiles:
         if isinstance(error, RevisionNotFoundError):
             return ConfigError(f"revision: {self.asked!r} is no branch, tag or commit of {self.identity}")
         if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-            from sae import releases
+            from sae.released import releases
 
             close = nearest(self.identity, releases.repositories())
             close = close or nearest(self.identity.partition("/")[0], releases.names())

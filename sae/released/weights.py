@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae import digests
-from sae.archives import Archive, Bytes, is_archive
 from sae.errors import DataError
 from sae.files import load_tensors
-from sae.foreign import reading, shown
-from sae.pickles import Inert, read_pickle
+from sae.released import digests
+from sae.released.archives import Archive, Bytes, is_archive
+from sae.released.foreign import reading, shown
+from sae.released.pickles import Inert, read_pickle
 
 __all__ = ["Inert", "Shapes", "flattened", "is_weights", "parse_header", "read_pickle", "shapes", "tensors", "verify"]
 

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sae import weights
 from sae.errors import ConfigError, DataError, nearest
 from sae.files import safe_join
-from sae.foreign import read_config, shown
+from sae.released import weights
+from sae.released.foreign import read_config, shown
+from sae.released.weights import Shapes
 from sae.sites import is_centered, on_stream
-from sae.weights import Shapes
 
 ABOVE = re.compile(r"\.\./[\w.-]+\.(json|ya?ml)")  # the only way up: a config of the whole run or repository
 LARGEST = 2**40  # no width or count of a coder is larger

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.archives import Archive, Bytes, allowance, is_archive
 from sae.errors import DataError
-from sae.foreign import reading, shown
+from sae.released.archives import Archive, Bytes, allowance, is_archive
+from sae.released.foreign import reading, shown
 
 T = TypeVar("T")
 

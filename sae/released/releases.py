@@ -1,7 +1,7 @@
 """The table of released coders: names by which they are known, and where they lie.
 
-`assets/releases.json` was derived by `sae/releases_table.py`; nothing of it was compared with the repositories unless a
-row says `verified`. `sae.load` reads the files themselves, and refuses what does not fit.
+`assets/releases.json` was derived by `releases_table.py`; nothing of it was compared with the repositories unless a row
+says `verified`. `sae.load` reads the files themselves, and refuses what does not fit.
 """
 
 import json
@@ -51,7 +51,7 @@ class Release:
         return f"{self.name}/{self.id}" if self.id else self.name
 
     def hints(self) -> dict[str, Any]:
-        """Returns what the table knows that files may be silent about, as `sae.places.Hints` calls it."""
+        """Returns what the table knows that files may be silent about, as `sae.released.places.Hints` calls it."""
         loaded = self.overrides.get("model_from_pretrained_kwargs", {})
         stated = {
             "model": self.model,
