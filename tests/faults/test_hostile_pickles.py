@@ -238,33 +238,41 @@ def test_views_within_their_storage_are_read(tmp_path, layout):
     assert [t.tolist() for t in found.values()] == [[[0, 1, 2], [3, 4, 5]], [1, 4], 5, []]
 
 
-OUTSIDE = {
-    "longer": view((7,), (1,)),
-    "a hundred gigabytes": view((25 * 10**9,), (1,)),
-    "far apart": view((2,), (10**12,)),
-    "behind": view((6,), (1,), 1),
-    "before": view((2,), (1,), -1),
-    "backwards": view((2,), (-1,), 3),
-    "a negative length": view((-1,), (1,)),
-    "lengths that overflow": view((2**32, 2**32), (2**32, 1)),
-    "too many strides": view((2,), (1, 1)),
-    "the same number": view((10**6, 10**6), (0, 0)),
-    "many axes": view((1,) * 9, (1,) * 9),
-    "a text for a length": view(("2",), (1,)),
-    "a list for a shape": view([2], (1,)),
-    "another length of the storage": view((2,), (1,), storage=Storage(5)),
-    "a negative storage": view((2,), (1,), storage=Storage(-6)),
-    "a huge storage": view((2,), (1,), storage=Storage(25 * 10**9)),
-    "a storage of other numbers": view((2,), (1,), storage=Storage(kind=torch.DoubleStorage)),
-    "another storage": view((2,), (1,), storage=Storage(key="1")),
+OUTSIDE, ANOTHER = "lies outside of its storage of 6 numbers", "a storage declares|the length that is declared|damaged"
+BAD_VIEWS = {
+    "longer": (view((7,), (1,)), OUTSIDE),
+    "a hundred gigabytes": (view((25 * 10**9,), (1,)), OUTSIDE),
+    "far apart": (view((2,), (10**12,)), OUTSIDE),
+    "behind": (view((6,), (1,), 1), OUTSIDE),
+    "before": (view((2,), (1,), -1), OUTSIDE),
+    "backwards": (view((2,), (-1,), 3), OUTSIDE),
+    "a negative length": (view((-1,), (1,)), OUTSIDE),
+    "lengths that overflow": (view((2**32, 2**32), (2**32, 1)), OUTSIDE),
+    "too many strides": (view((2,), (1, 1)), "damaged or no file of tensors"),
+    "the same number": (view((10**6, 10**6), (0, 0)), "its tensors are far larger than the file"),
+    "many axes": (view((1,) * 9, (1,) * 9), "a tensor has more than 8 axes"),
+    "a text for a length": (view(("2",), (1,)), "it takes a str for a int"),
+    "a list for a shape": (view([2], (1,)), "it takes a list for a tuple"),
+    "another length of the storage": (view((2,), (1,), storage=Storage(5)), ANOTHER),
+    "a negative storage": (view((2,), (1,), storage=Storage(-6)), ANOTHER),
+    "a huge storage": (view((2,), (1,), storage=Storage(25 * 10**9)), ANOTHER),
+    "a storage of other numbers": (view((2,), (1,), storage=Storage(kind=torch.DoubleStorage)), ANOTHER),
+    "another storage": (view((2,), (1,), storage=Storage(key="1")), "damaged or no file of tensors"),
 }
 
 
 @pytest.mark.parametrize("layout", ["archive", "older"])
-@pytest.mark.parametrize("case", OUTSIDE)
+@pytest.mark.parametrize("case", BAD_VIEWS)
 def test_tensors_outside_of_their_storage_are_refused(tmp_path, case, layout):
-    path = of_views(tmp_path / "x.pt", layout, {"W": OUTSIDE[case]})
-    refused(path, "is refused|is damaged or no file of tensors")
+    tensor, message = BAD_VIEWS[case]
+    refused(of_views(tmp_path / "x.pt", layout, {"W": tensor}), message)
+
+
+def test_storages_that_are_views_of_others_are_refused(tmp_path):
+    storage = Storage()
+    storage.reference += (("1", 0, 3),)
+    values = pickled({"W": view((2,), (1,), storage=storage)})
+    refused(archive(tmp_path / "x.pt", values, {"data/0": bytes(24)}), "no storage of tensors")
 
 
 def test_numbers_of_other_machines_are_refused(tmp_path):
