@@ -19,6 +19,9 @@ PLAIN: dict[str, Collection[Any]] = {
 """What the simplest target can say: a linear encoder of one site, as it is. Targets say more by `check`'s arguments."""
 
 
+FOLDS = {"pre_bias": "fold_pre_bias()", "select_by_decoder_norm": "fold_decoder_norm()"}
+
+
 def properties(spec: CoderSpec) -> dict[str, Any]:
     """Returns what a coder is as a map, a word or number a property: the keys of PLAIN."""
     named = {
@@ -39,4 +42,5 @@ def check(target: str, spec: CoderSpec, **more: Collection[Any]) -> None:
         allowed = {*PLAIN[name], *more.get(name, ())}
         if value not in allowed:
             can = ", ".join(sorted(map(str, allowed))) or "nothing of that kind"
-            raise ConfigError(f"{name}: {target} cannot say {value!r}, which would be lost; it can say {can}")
+            how = f"; coder.{FOLDS[name]} writes the same map without it" if name in FOLDS else ""
+            raise ConfigError(f"{name}: {target} cannot say {value!r}, which would be lost; it can say {can}{how}")
