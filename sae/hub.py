@@ -210,11 +210,6 @@ def made(spec: CoderSpec, tensors: dict[str, Tensor], source: str) -> SparseCode
     return coder.requires_grad_(False).eval()
 
 
-def coder_folders(path: Path) -> list[Path]:
-    """Returns the folders at or below `path` that hold a coder of ours."""
-    return sorted({path / place.folder for place in places(LocalFiles(path)).values()}) if path.is_dir() else []
-
-
 def _one(files: Files, below: str, hints: Hints) -> Place:
     named = formats.named(files, below, hints)
     own = [place for place in named if place.weights == below] or [p for p in named if p.folder == below] or named

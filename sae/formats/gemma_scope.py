@@ -13,7 +13,7 @@ import re
 
 from torch import Tensor
 
-from sae.errors import ConfigError
+from sae.errors import ConfigError, DataError
 from sae.normalization import Normalization
 from sae.released.places import Place
 from sae.selection.jumprelu import JumpReLU
@@ -45,6 +45,8 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         "threshold": lower.take("threshold", d_sae),
     }
     reads, writes = _sites(place)
+    if reads and reads == writes and d_in != d_out:
+        raise DataError(f"{place}: w_enc has width {d_in} and b_dec {d_out}, but an autoencoder has one width")
     normalization = Normalization()
     if "/embedding/" in _below(place):
         why = "hook_embed has Gemma's factor sqrt(d), and the coder may be of embeddings without it"

@@ -230,7 +230,7 @@ def test_gradients_are_streamed_alike_from_the_model_and_from_disk_and_mask_ever
         assert tiny_train(changes, folder=tmp_path / source)[0] == 0
     assert_equal(tmp_path / "live", tmp_path / "disk")
     assert_equal(tmp_path / "live", tmp_path / "write_through")
-    found = {path.name: hub.load(path) for path in hub.coder_folders(tmp_path / "live")}
+    found = {name.rpartition("/")[2]: coder for name, coder in hub.load_all(tmp_path / "live").items()}
     assert found.keys() == coders.keys()
     assert all(coder.spec.mask.next_token for coder in found.values()), "the one beside it sees the same tokens"
     evaluated = json.loads((tmp_path / "live" / "evaluation.json").read_text())

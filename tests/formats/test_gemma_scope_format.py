@@ -5,7 +5,7 @@ import pytest
 from rig import D_IN, D_SAE, Draw, loads, relu
 
 import sae
-from sae.errors import ConfigError
+from sae.errors import ConfigError, DataError
 
 
 def write(root, path, d_in=D_IN, d_out=D_IN, upper=True):
@@ -88,3 +88,17 @@ def test_what_the_user_says_of_the_site_stands_and_what_is_not_needed_is_refused
             sae.load(folder, **{name: value})
     with pytest.raises(ConfigError, match=r"sight: not something to say of a coder.*Did you mean 'site'"):
         sae.load(folder, sight="layers.3")
+
+
+def test_an_autoencoder_has_one_width(tmp_path):
+    folder, _ = write(tmp_path, "google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82", d_out=5)
+    with pytest.raises(
+        DataError, match=r"params\.npz: w_enc has width 6 and b_dec 5, but an autoencoder has one width"
+    ):
+        sae.load(folder)
+
+
+def test_folders_above_the_repository_may_be_called_anything(tmp_path):
+    path = "embedding/layer_3/average_l0_7/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82"
+    spec = loads(*write(tmp_path, path)).spec
+    assert (spec.reads[0].hook, spec.metrics["advertised"]) == ("blocks.12.hook_resid_post", {"l0": 82.0})
