@@ -104,7 +104,7 @@ def load_all(
     if said and len(found) > 1:
         raise ConfigError(f"{said[0]}: there are {len(found)} coders, which it cannot fit alike; load them one by one")
     if not found:
-        raise ConfigError(f"path: {_none_in(files, below)}")
+        raise ConfigError(f"path: {none_in(files, below)}")
     return {name: read(replace(place, lazy=lazy), device, dtype) for name, place in found.items()}
 
 
@@ -218,12 +218,13 @@ def _one(files: Files, below: str, hints: Hints) -> Place:
     if len(own) == 1:
         return own[0]
     if not own:
-        raise ConfigError(f"path: {_none_in(files, below)}")
+        raise ConfigError(f"path: {none_in(files, below)}")
     listed = ", ".join(place.weights for place in own[:6]) + (", ..." if len(own) > 6 else "")
     raise ConfigError(f"path: {files.label}/{below} is not one coder; it holds {len(own)}: {listed}")
 
 
-def _none_in(files: Files, below: str) -> str:
+def none_in(files: Files, below: str) -> str:
+    """Returns why there is no coder at or below a name: what is there instead, or what name is near."""
     names = files.names()
     there = [name for name in names if name == below or name.startswith(f"{below}/")] if below else names
     if below and not there:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae import formats, hub
-from sae.errors import ConfigError, DataError, nearest
+from sae.errors import ConfigError, DataError
 from sae.released import weights
 from sae.released.places import Files, Hints, Place, Tensors
 from sae.released.ranged import Header
@@ -80,9 +80,7 @@ def coders_at(files: Files, below: str, hints: Hints) -> list[Place]:
     own = [place for place in named if below in (place.weights, place.folder)] or named
     found = [place for place in own if _may_be_coder(place)] if len(own) <= hub.MOST_OPENED else own
     if not own:
-        there = [name for name in files.names() if not below or name.startswith(f"{below}/") or name == below]
-        held = f"its files are {', '.join(there[:6])}" if there else f"no {below!r}.{nearest(below, files.names())}"
-        raise ConfigError(f"path: {files.label} holds no coder in a known format there; {held}")
+        raise ConfigError(f"path: {hub.none_in(files, below)}")
     return found or own
 
 

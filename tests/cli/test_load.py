@@ -383,7 +383,7 @@ def test_the_doctor_tries_every_answer_to_what_the_files_leave_open(load, tmp_pa
         (["show", "{mine}", "--format", "saelnes"], "format: 'saelnes' is not one of"),
         (["show", "{mine}", "--depth", "3"], "unrecognized arguments: --depth 3"),
         (["fetch", "own/none"], "path: no folder and no hub repository 'own/none'"),
-        (["fetch", AJT + "/7"], f"path: hf://{AJT} holds no coder in a known format there; no '7'."),
+        (["fetch", AJT + "/7"], f"path: hf://{AJT} has no '7'."),
         (["convert", "{mine}", "{mine}/new"], "the following arguments are required: --to"),
         (["convert", "{mine}", "--to", "natve", "{mine}/new"], "format: 'natve' is not one of"),
         (["convert", "{mine}", "--to", "native", "{mine}"], "folder: {mine} exists and is not empty"),
