@@ -155,14 +155,15 @@ def read(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = 
             "lazy: mapped weights stay on the CPU in the precision they are stored in; leave out the rest"
         )
     typed = {name for name in NEEDED if getattr(place.hints, name) is not None}
-    known, place = _listed(place), informed(place)
+    known = listed(place)
+    place = informed(place, known)
     name, spec, tensors = formats.read(place)
     for unused in sorted(typed - place.asked):
         raise ConfigError(f"{unused}: {place} is complete without it; leave it out")
     if known is not None and known.l0 is not None:
         spec = spec.with_(metrics={"advertised": {"l0": known.l0}, **spec.metrics})
     source = {"format": name, "file": place.weights, "from": place.files.identity, "revision": place.files.revision}
-    if name != "native":
+    if name != formats.NATIVE:
         spec = spec.with_(training={**spec.training, RELEASED: source})
     coder = made(spec, tensors, str(place))
     if place.lazy:
@@ -172,16 +173,15 @@ def read(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = 
     return coder
 
 
-def informed(place: Place) -> Place:
+def informed(place: Place, known: "Release | None") -> Place:
     """Returns a place among whose hints is what the table of releases knows of it, where the user has said nothing."""
-    known = _listed(place)
     if known is None:
         return place
     said = {name: value for name, value in vars(place.hints).items() if value is not None}
     return replace(place, hints=Hints(**{**known.hints(), **said}))
 
 
-def _listed(place: Place) -> "Release | None":
+def listed(place: Place) -> "Release | None":
     """Returns what the table of releases says of a place on the hub, or in its cache."""
     from sae.released import releases
 

@@ -27,6 +27,8 @@ from sae.released.places import Files, Hints, Place
 from sae.sites import pair_of, site_of
 from sae.spec import CoderSpec
 
+NATIVE = "native"  # the name of our own format
+
 
 @cache
 def formats() -> dict[str, ModuleType]:

@@ -59,8 +59,8 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         tensors["b_pre"] = found.take("b_dec", d_in)
     reads, writes = _sites(place, config, transcodes)
     target = str(config.get("out_hook_point" if transcodes else "hook_point"))
-    centered = place.centered(target, str(config.get("model_name") or ""))
-    if centered and transcodes:
+    normalization = place.centering(target, str(config.get("model_name") or ""))
+    if normalization.per_token and transcodes:
         log.warning(
             "%s: trained on outputs without their mean over components (TransformerLens centers what is written to the "
             "stream); what the model itself writes at %s has one, which errors include",
@@ -75,7 +75,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         reads,
         writes,
         pre_bias="own" if transcodes else "decoder",
-        normalization=Normalization("center") if centered and not transcodes else Normalization(),
+        normalization=Normalization() if transcodes else normalization,
         decoder_norm="free",
         context_length=as_int(config.get("context_size") or 0, "cfg.context_size", place),
         training={"dataset": config.get("dataset_path")},

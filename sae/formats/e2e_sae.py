@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sae.errors import ConfigError, DataError, nearest
-from sae.normalization import Normalization
 from sae.released.places import Place, as_int
 from sae.selection.relu import ReLU
 from sae.sites import model_id
@@ -51,7 +50,6 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     }
     model, data = str(config.get("tlens_model_name") or ""), config.get("train_data")
     data = data if isinstance(data, dict) else {}
-    centered = place.centered(hook, model)
     sites = (Site(hook, model=place.hints.model or model_id(model)),)
     spec = CoderSpec(
         d_in,
@@ -61,7 +59,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         sites,
         sites,
         pre_bias="none",
-        normalization=Normalization("center") if centered else Normalization(),
+        normalization=place.centering(hook, model),
         context_length=as_int(data.get("n_ctx") or 0, "train_data.n_ctx", place),
         training={"dataset": data.get("dataset_name")},
     )

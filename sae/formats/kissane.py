@@ -13,7 +13,6 @@ import logging
 
 from torch import Tensor
 
-from sae.normalization import Normalization
 from sae.released.places import Place, as_int
 from sae.selection.relu import ReLU
 from sae.sites import model_id
@@ -49,7 +48,6 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
             place,
             hook,
         )
-    centered = place.centered(hook, model)
     sites = (Site(hook, model=place.hints.model or model_id(model)),)
     spec = CoderSpec(
         d_in,
@@ -58,7 +56,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         ReLU(),
         sites,
         sites,
-        normalization=Normalization("center") if centered else Normalization(),
+        normalization=place.centering(hook, model),
         decoder_norm="free",
         context_length=as_int(config.get("seq_len") or 0, "seq_len", place),
     )

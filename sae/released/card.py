@@ -10,6 +10,7 @@ from sae.coder import SparseCoder
 from sae.errors import ConfigError
 from sae.files import atomic_write, safe_join
 from sae.formats import native
+from sae.hub import RELEASED
 from sae.report import table
 from sae.spec import CoderSpec, Site
 
@@ -29,8 +30,8 @@ def described(spec: CoderSpec) -> Rows:
         rows.append(("context", f"{spec.context_length:,} tokens, BOS by {spec.bos}"))
     if "tokens" in spec.training:
         rows.append(("trained on", f"{spec.training['tokens']:,} tokens{_text(spec.training.get('text'))}"))
-    if "released" in spec.training:
-        source = spec.training["released"]
+    if RELEASED in spec.training:
+        source = spec.training[RELEASED]
         rows.append(("released at", f"{source['from']}, {source['file']} ({source['format']})"))
     l0 = spec.metrics.get("advertised", {}).get("l0")
     return [*rows, *([("advertised L0", f"{l0:g}")] if l0 is not None else [])]

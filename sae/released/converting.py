@@ -10,9 +10,8 @@ import torch
 from sae import hub
 from sae.coder import SparseCoder
 from sae.errors import ConfigError, DataError, nearest
-from sae.formats import formats
+from sae.formats import NATIVE, formats
 
-NATIVE = "native"
 TOKENS, SAME = 64, 1e-3  # of the comparison: its random inputs, and the largest relative difference of outputs
 
 

@@ -76,7 +76,7 @@ def coders_at(files: Files, below: str, hints: Hints) -> list[Place]:
 
     What the table of releases knows of them is among their hints.
     """
-    named = [hub.informed(place) for place in formats.named(files, below, hints)]
+    named = [hub.informed(place, hub.listed(place)) for place in formats.named(files, below, hints)]
     own = [place for place in named if below in (place.weights, place.folder)] or named
     found = [place for place in own if _may_be_coder(place)] if len(own) <= hub.MOST_OPENED else own
     if not own:

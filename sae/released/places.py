@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae.errors import ConfigError, DataError, nearest
 from sae.files import safe_join
+from sae.normalization import Normalization
 from sae.released import weights
 from sae.released.foreign import read_config, shown
 from sae.released.weights import Shapes
@@ -281,19 +282,20 @@ class Place:
         self.asked.add(field)
         return getattr(self.hints, field)
 
-    def centered(self, hook: str, model: str) -> bool:
-        """Returns whether a coder trained on a model as TransformerLens loads it read activations without their mean.
+    def centering(self, hook: str, model: str) -> Normalization:
+        """Returns "center" if a coder trained on a model as TransformerLens loads it read activations without their mean.
 
         That depends on the hook and on the model's norms; of a model that is not known the user must say it.
         """
+        raw, centered = Normalization(), Normalization("center")
         if not on_stream(hook):
-            return False
+            return raw
         known = [is_centered(name) for name in (self.hints.model, model) if name]
         found = next((answer for answer in known if answer is not None), None)
         if found is not None:
-            return found
+            return centered if found else raw
         why = f"TransformerLens centers what is written to the stream if {model or 'the model'} has layer norms"
-        return bool(self.need("processed", why, "True or False", (True, False)))
+        return centered if self.need("processed", why, "True or False", (True, False)) else raw
 
     def need(self, field: str, why: str, allowed: str, choices: tuple[Any, ...] = ()) -> Any:
         """Returns what the user says of a field that the files are silent about; Unsaid asks for it.
