@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import draccus
 
-from sae.errors import ConfigError, Stopped, nearest
-from sae.settings import decode, describe, merge, parse_value, read_yaml, set_dotted
+from sae.base.errors import ConfigError, Stopped, nearest
+from sae.base.settings import decode, describe, merge, parse_value, read_yaml, set_dotted
 
 T = TypeVar("T")
 DONE, ERROR, BAD_USAGE = 0, 1, 2
@@ -81,7 +81,7 @@ def field_help(kind: type[Any]) -> str:
 
 def print_tables(results: dict[str, dict[str, Any]]) -> None:
     """Prints the figures of evaluated coders, a table for each."""
-    from sae.report import table
+    from sae.evaluation.tables import table
 
     for name, found in results.items():
         rows = table(found)

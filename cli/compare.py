@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.common import DONE, Parser
-from sae.errors import ConfigError
+from sae.base.errors import ConfigError
 
 TOKENS = 100_000
 
@@ -26,8 +26,8 @@ def command(argv: list[str]) -> int:
     if options.tokens < 1:
         raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
     from interp.client.config import EndpointConfig
-    from interp.compare import compare, run_folder
-    from sae.files import write_json
+    from interp.run.compare import compare, run_folder
+    from sae.base.files import write_json
 
     via = ("http", (options.encoder_url,)) if options.encoder_url else ("local", ())
     a, b = (run_folder(Path(path).expanduser()) for path in (options.a, options.b))
@@ -41,7 +41,7 @@ def command(argv: list[str]) -> int:
 
 def _lines(found: dict[str, Any]) -> list[str]:
     from interp.records import Measure
-    from interp.results import told
+    from interp.run.results import told
 
     lines = [f"{found['latents'][0]} and {found['latents'][1]} explained latents"]
     for name, value in found["mmcs"].items():

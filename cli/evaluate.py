@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.common import DONE, Parser, add_hints, hints, print_tables, read_config, run
-from sae.errors import ConfigError
+from sae.base.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sae.spec import CoderSpec
+    from sae.coder.spec import CoderSpec
 
 READ = ("--model.", "--second_model.", "--text.")
 
@@ -35,13 +35,13 @@ def command(argv: list[str]) -> int:
     if options.tokens < 1:
         raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
 
-    from sae import hub
-    from sae.config import ModelConfig, TrainConfig
-    from sae.evaluation import evaluate, text_of
-    from sae.files import check_writable, write_json
-    from sae.models import load_language_model
-    from sae.stopping import stop_flag
-    from sae.text import tokenize
+    from sae.base.files import check_writable, write_json
+    from sae.evaluation.evaluation import evaluate, text_of
+    from sae.lm.models import ModelConfig, load_language_model
+    from sae.loading import hub
+    from sae.parallel.stopping import stop_flag
+    from sae.text.tokenizing import tokenize
+    from sae.training.config import TrainConfig
 
     path = Path(options.path).expanduser()
     target = Path(options.json) if options.json else (path if path.is_dir() else Path()) / "sae-eval.json"

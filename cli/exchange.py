@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cli.common import DONE, Parser
-from sae.errors import ConfigError, nearest
+from sae.base.errors import ConfigError, nearest
 
 
 def export(argv: list[str]) -> int:
@@ -17,12 +17,12 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(argv)
 
-    from interp.compare import run_folder
-    from interp.config import ExplainConfig
-    from interp.neuronpedia import export as written
-    from interp.preparing import prepare, resolved
-    from sae.settings import decode, read_yaml
-    from sae.stopping import stop_flag
+    from interp.exchange.neuronpedia import export as written
+    from interp.run.compare import run_folder
+    from interp.run.config import ExplainConfig
+    from interp.run.preparing import prepare, resolved
+    from sae.base.settings import decode, read_yaml
+    from sae.parallel.stopping import stop_flag
 
     folder = run_folder(Path(options.run_dir).expanduser())
     config = resolved(decode(ExplainConfig, read_yaml(folder / "config.yaml")))
@@ -44,12 +44,12 @@ def take_in(argv: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(argv)
 
-    from interp.delphi_results import EXPLAINER, SCORERS, read_explanations, read_scores
-    from interp.flows import OK
+    from interp.exchange.delphi import EXPLAINER, SCORERS, read_explanations, read_scores
     from interp.records import Explanation
-    from interp.results import lines, write_results
-    from interp.rundir import explained_in, scores_in, shard_folder
-    from sae.files import check_writable
+    from interp.run.flows import OK
+    from interp.run.results import lines, write_results
+    from interp.run.rundir import explained_in, scores_in, shard_folder
+    from sae.base.files import check_writable
 
     source, run_dir = Path(options.results).expanduser(), Path(options.run_dir).expanduser()
     explanations, rows = read_explanations(source), list(read_scores(source))

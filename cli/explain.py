@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.common import DONE, Parser, config_path, configs, field_help, read_config, run
-from sae.errors import ConfigError
+from sae.base.errors import ConfigError
 
 if TYPE_CHECKING:
-    from interp.config import ExplainConfig
+    from interp.run.config import ExplainConfig
 
 log = logging.getLogger(__name__)
 PARTIAL = 3
@@ -61,7 +61,7 @@ def command(argv: list[str]) -> int:
             print(f"{name:28}{path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
         return DONE
 
-    from interp.config import ExplainConfig
+    from interp.run.config import ExplainConfig
 
     if options.help_fields:
         print(field_help(ExplainConfig))
@@ -70,7 +70,7 @@ def command(argv: list[str]) -> int:
     config = read_config(ExplainConfig, path, _words(options) + overrides)
     config.validate()
     if options.print_config:
-        from sae.settings import to_yaml
+        from sae.base.settings import to_yaml
 
         print(to_yaml(config), end="")
         return DONE
@@ -78,16 +78,16 @@ def command(argv: list[str]) -> int:
 
 
 def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> int:
-    from interp.pipeline import Pipeline, check
-    from interp.preparing import prepare, resolved
-    from interp.results import lines
-    from interp.rundir import begin
-    from sae.distributed import process_group, rank
-    from sae.stopping import stop_flag
+    from interp.run.pipeline import Pipeline, check
+    from interp.run.preparing import prepare, resolved
+    from interp.run.results import lines
+    from interp.run.rundir import begin
+    from sae.parallel.collectives import process_group, rank
+    from sae.parallel.stopping import stop_flag
 
     config = resolved(config)
     if options.dry_run:
-        from interp.estimate import dry_run
+        from interp.run.estimate import dry_run
 
         print("\n".join(dry_run(config, options.trust_remote_code)))
         return DONE
@@ -138,7 +138,7 @@ def _merge(argv: list[str]) -> int:
     parser.add_argument("run_dir", help="folder of the run, which holds shards/")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(argv)
-    from interp.results import lines
+    from interp.run.results import lines
 
     summary = _write(Path(options.run_dir).expanduser())
     print("\n".join(lines(summary)))
@@ -146,11 +146,11 @@ def _merge(argv: list[str]) -> int:
 
 
 def _write(run_dir: Path) -> dict[str, Any]:
-    from interp.config import ExplainConfig
-    from interp.results import write_results
-    from interp.rundir import shard_folders
-    from sae.files import read_json
-    from sae.settings import decode, read_yaml
+    from interp.run.config import ExplainConfig
+    from interp.run.results import write_results
+    from interp.run.rundir import shard_folders
+    from sae.base.files import read_json
+    from sae.base.settings import decode, read_yaml
 
     shard_folders(run_dir)  # says in a line what is missing
     config = decode(ExplainConfig, read_yaml(run_dir / "config.yaml"))

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.common import DONE, ERROR, Parser, add_hints, hints, run
-from sae.errors import ConfigError
+from sae.base.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sae.coder import SparseCoder
-    from sae.released.outline import Outline
-    from sae.released.places import Files, Hints, Place
-    from sae.released.releases import Listed, Release
-    from sae.released.remote import HubFiles
+    from sae.coder.coder import SparseCoder
+    from sae.loading.outline import Outline
+    from sae.loading.releases import Listed, Release
+    from sae.loading.remote import HubFiles
+    from sae.untrusted.places import Files, Hints, Place
 
 EPILOG = """ID is what sae.load takes: a folder or file, OWNER/REPO[/FOLDER] on the hub, SAELens' RELEASE/SAE_ID, or
 Neuronpedia's MODEL/SOURCE.
@@ -75,7 +75,7 @@ def command(argv: list[str]) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     """List the releases that are known by name."""
-    from sae.released.releases import list_released
+    from sae.loading.releases import list_released
 
     rows = list_released(options.model)
     if options.json:
@@ -96,7 +96,7 @@ def _show(options: argparse.Namespace) -> int:
         print(f"\n{len(members)} coders in hf://{members[0].repo}, expected in the format {members[0].format}")
         print(members[0].notes, end="\n" if members[0].notes else "")
         return DONE
-    from sae.released.outline import coders_at, outline
+    from sae.loading.outline import coders_at, outline
 
     files, below, hints = _located(options)
     found = coders_at(files, below, hints)
@@ -113,8 +113,8 @@ def _show(options: argparse.Namespace) -> int:
 
 def _fetch(options: argparse.Namespace) -> int:
     """Fetch the files of a coder, of all coders of a release, or of a whole repository."""
-    from sae.released.outline import coders_at, needed, outline, with_configs
-    from sae.released.remote import HubFiles
+    from sae.loading.outline import coders_at, needed, outline, with_configs
+    from sae.loading.remote import HubFiles
 
     members = _members(options.id)
     if members:
@@ -137,7 +137,7 @@ def _fetch(options: argparse.Namespace) -> int:
 
 def _download(files: "HubFiles", names: list[str], target: Path | None) -> None:
     """Fetches files into the cache or a folder, after saying how much that is, and compares them with their digests."""
-    from sae.released import digests
+    from sae.untrusted import digests
 
     left = [name for name in names if target or not files.is_cached(name)]
     sizes = files.sizes(left)
@@ -153,8 +153,8 @@ def _download(files: "HubFiles", names: list[str], target: Path | None) -> None:
 
 def _convert(options: argparse.Namespace) -> int:
     """Write a coder in another format; what that format cannot say is named, and then nothing is written."""
-    from sae import hub
-    from sae.released.converting import convert
+    from sae.loading import hub
+    from sae.loading.converting import convert
 
     coder = hub.load(options.id, **_how(options))
     changed = convert(coder, options.to, options.folder)
@@ -166,8 +166,8 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _push(options: argparse.Namespace) -> int:
     """Put a coder, or all coders of a folder, into a repository on the hub, with a model card."""
-    from sae import hub
-    from sae.released.card import push
+    from sae.loading import hub
+    from sae.loading.card import push
 
     coders = hub.load_all(options.id, **_how(options))
     if len(coders) == 1:
@@ -180,8 +180,8 @@ def _doctor(options: argparse.Namespace) -> int:
     """Check a coder against a language model and name the usual mistake that explains a bad fit (exit code 1)."""
     if options.tokens < 1:
         raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
-    from sae.doctor import diagnose
-    from sae.models import load_language_model
+    from sae.evaluation.doctor import diagnose
+    from sae.lm.models import load_language_model
 
     coders = _open_questions(options)
     sites = [site for coder in coders.values() for site in coder.spec.reads]
@@ -200,8 +200,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _open_questions(options: argparse.Namespace) -> "dict[str, SparseCoder]":
     """Returns the coder under "" or, where its files leave a question open, one for each answer, by the option."""
-    from sae import hub
-    from sae.released.places import Unsaid
+    from sae.loading import hub
+    from sae.untrusted.places import Unsaid
 
     try:
         return {"": hub.load(options.id, **_how(options))}
@@ -219,7 +219,7 @@ def _how(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _located(options: argparse.Namespace) -> "tuple[Files, str, Hints]":
-    from sae import hub
+    from sae.loading import hub
 
     files, below = hub.locate(options.id, options.revision, options.cache_dir)
     return files, below, hub.told({**hints(options), "model": options.model_name})
@@ -227,14 +227,14 @@ def _located(options: argparse.Namespace) -> "tuple[Files, str, Hints]":
 
 def _members(typed: str) -> "list[Release]":
     """Returns the coders of a release that has several; [] for any other address."""
-    from sae.released import releases
+    from sae.loading import releases
 
     found = releases.coders(typed) if typed in releases.names() and not Path(typed).exists() else []
     return found if len(found) > 1 else []
 
 
 def _rows(typed: str, known: "Outline") -> list[tuple[str, str]]:
-    from sae.released.card import described
+    from sae.loading.card import described
 
     place = known.place
     commit = f", commit {place.files.revision}" if place.files.revision else ""
@@ -247,7 +247,7 @@ def _rows(typed: str, known: "Outline") -> list[tuple[str, str]]:
 
 def _stated(place: "Place") -> list[tuple[str, str]]:
     """Returns what the table of releases says of a coder."""
-    from sae.released import releases
+    from sae.loading import releases
 
     said = releases.about(place.files.identity, place.weights)
     if said is None:

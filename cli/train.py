@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from cli.common import BAD_USAGE, DONE, Parser, config_path, configs, field_help, print_tables, read_config, run
-from sae.errors import ConfigError
-from sae.settings import decode, read_yaml
+from sae.base.errors import ConfigError
+from sae.base.settings import decode, read_yaml
 
 log = logging.getLogger(__name__)
 EPILOG = """Every config field is an option: --coder.selection.k 64 --activations.sites '[layers.3]'.
@@ -42,7 +42,7 @@ def command(argv: list[str]) -> int:
     if options.list_configs:
         return _list_configs()
 
-    from sae.config import TrainConfig
+    from sae.training.config import TrainConfig
 
     if options.help_fields:
         print(field_help(TrainConfig))
@@ -58,17 +58,17 @@ def command(argv: list[str]) -> int:
     saved = decode(TrainConfig, read_yaml(path)) if folder else None  # where a default is left out, it stays out
     config = read_config(TrainConfig, path, overrides, saved)
     if folder:
-        from sae.checkpoint import resumed
+        from sae.training.checkpoint import resumed
 
         config = resumed(config, folder)
     config.validate()
     if options.print_config:
-        from sae.settings import to_yaml
+        from sae.base.settings import to_yaml
 
         print(to_yaml(config), end="")
         return DONE
     if options.dry_run:
-        from sae.estimate import estimate
+        from sae.training.estimate import estimate
 
         print("\n".join(estimate(config, options.trust_remote_code).lines()))
         return DONE
@@ -77,8 +77,8 @@ def command(argv: list[str]) -> int:
 
 
 def _train(config, folder: Path, resume: bool, trust_remote_code: bool, repair: bool) -> int:
-    from sae.memory import keep_freed_memory
-    from sae.training import train
+    from sae.base.memory import keep_freed_memory
+    from sae.training.run import train
 
     keep_freed_memory()
     _announce(config, folder, trust_remote_code)
@@ -92,7 +92,7 @@ def _train(config, folder: Path, resume: bool, trust_remote_code: bool, repair: 
 
 def _announce(config, folder: Path, trust_remote_code: bool) -> None:
     """Says what the run will take, before anything is loaded."""
-    from sae.estimate import estimate, size
+    from sae.training.estimate import estimate, size
 
     log.info("run folder   %s", folder)
     try:
@@ -114,7 +114,7 @@ def _new_folder(config) -> Path:
     """Returns the run's folder; one named by the run alone gets a number if it is taken."""
     if config.run_dir:
         return Path(config.run_dir).expanduser()
-    from sae.checkpoint import begun
+    from sae.training.checkpoint import begun
 
     base, number = Path("runs") / config.name, 2
     folder = base

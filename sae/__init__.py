@@ -11,26 +11,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sae.coder import SparseCoder
-    from sae.config import TrainConfig
-    from sae.evaluation import evaluate
-    from sae.hub import load, load_all, save
-    from sae.intervene import splice
-    from sae.models import load_language_model
-    from sae.released.releases import list_released
-    from sae.training import train
+    from sae.coder.coder import SparseCoder
+    from sae.coder.splicing import splice
+    from sae.evaluation.evaluation import evaluate
+    from sae.lm.models import load_language_model
+    from sae.loading.hub import load, load_all, save
+    from sae.loading.releases import list_released
+    from sae.training.config import TrainConfig
+    from sae.training.run import train
 
 _HOMES = {
-    "SparseCoder": "sae.coder",
-    "TrainConfig": "sae.config",
-    "evaluate": "sae.evaluation",
-    "list_released": "sae.released.releases",
-    "load": "sae.hub",
-    "load_all": "sae.hub",
-    "load_language_model": "sae.models",
-    "save": "sae.hub",
-    "splice": "sae.intervene",
-    "train": "sae.training",
+    "SparseCoder": "sae.coder.coder",
+    "TrainConfig": "sae.training.config",
+    "evaluate": "sae.evaluation.evaluation",
+    "list_released": "sae.loading.releases",
+    "load": "sae.loading.hub",
+    "load_all": "sae.loading.hub",
+    "load_language_model": "sae.lm.models",
+    "save": "sae.loading.hub",
+    "splice": "sae.coder.splicing",
+    "train": "sae.training.run",
 }
 
 __all__ = [

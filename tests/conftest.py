@@ -10,7 +10,15 @@ os.environ.setdefault("MPLCONFIGDIR", os.path.join(os.environ.get("TMPDIR", "/tm
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    ["sae.coder", "sae.kernels", "sae.selection", "sae.objectives", "sae.metrics", "sae.spec", "sae.normalization"],
+    [
+        "sae.coder.coder",
+        "sae.kernels",
+        "sae.selection",
+        "sae.objectives",
+        "sae.evaluation.metrics",
+        "sae.coder.spec",
+        "sae.coder.normalization",
+    ],
     "beartype.beartype",
 )
 
@@ -28,14 +36,14 @@ def _seeded(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    from fakes import tiny_model_folder
+    from rigs.fakes import tiny_model_folder
 
     return tiny_model_folder(tmp_path_factory.mktemp("tiny-model"))
 
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory):
-    from fakes import tiny_text_folder
+    from rigs.fakes import tiny_text_folder
 
     return tiny_text_folder(tmp_path_factory.mktemp("tiny-text"))
 
@@ -43,19 +51,19 @@ def tiny_text(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """Leaves out what takes long in a run and only a person or a power cut would miss: pictures, estimate, flushing."""
-    monkeypatch.setattr("sae.training.write_report", lambda run_dir, results: None)
+    monkeypatch.setattr("sae.training.run.write_report", lambda run_dir, results: None)
     nothing = SimpleNamespace(lines=list, disk=0)
-    monkeypatch.setattr("sae.estimate.estimate", lambda config, trust_remote_code=False: nothing)
+    monkeypatch.setattr("sae.training.estimate.estimate", lambda config, trust_remote_code=False: nothing)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 @pytest.fixture
 def tiny_train(quick, tmp_path, tiny_model, tiny_text, capsys):
     """Returns sae-train on the tiny setting: (changed fields, options, folder) -> (exit code, all that it printed)."""
-    from fakes import tiny_config
+    from rigs.fakes import tiny_config
 
     from cli.train import main
-    from sae.settings import to_yaml
+    from sae.base.settings import to_yaml
 
     def run(changes=None, options=(), folder=tmp_path / "run", model=tiny_model, text=tiny_text):
         argv = [str(option) for option in options]
@@ -78,4 +86,4 @@ def no_model(monkeypatch):
     def loaded(*_args, **_kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("sae.training.load_language_model", loaded)
+    monkeypatch.setattr("sae.training.run.load_language_model", loaded)

@@ -27,7 +27,7 @@ from typing import Any
 
 from interp.client.ledger import COUNTED
 from interp.client.requests import FINAL, Reply
-from sae.errors import ConfigError, DataError
+from sae.base.errors import ConfigError, DataError
 
 VERSION = 1
 BUSY_S = 60.0

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from sae.errors import ConfigError
-from sae.settings import at_least, choose
+from sae.base.errors import ConfigError
+from sae.base.settings import at_least, choose
 
 VIAS = ("http", "local", "batch")
 

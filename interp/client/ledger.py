@@ -18,7 +18,7 @@ from typing import Any
 
 from interp.client.config import EndpointConfig
 from interp.client.requests import Chat, LogProb, Request
-from sae.errors import ConfigError
+from sae.base.errors import ConfigError
 
 CHARS_PER_TOKEN = 4
 """Where no server tells: the usual guess for English."""

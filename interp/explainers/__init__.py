@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from interp.client.requests import Abilities, Reply, Request
 from interp.records import Examples, Explanation, Judgement, Task
-from sae.plugins import Plugin, discover
+from sae.base.plugins import Plugin, discover
 
 
 @dataclass(frozen=True)

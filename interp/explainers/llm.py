@@ -12,7 +12,7 @@ from interp.explainers import Explainer
 from interp.prompts.explaining import SCHEMA, correct, explain
 from interp.prompts.judging import Messages
 from interp.records import Examples, Explanation, Item, Judgement, Task
-from sae.settings import at_least
+from sae.base.settings import at_least
 
 TOKENS_OF_ANSWER = 256
 LONGEST_WORDS, LONGEST_CHARS = 300, 2000  # what is longer is no explanation

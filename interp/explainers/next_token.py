@@ -14,7 +14,7 @@ from interp.client.requests import Reply
 from interp.explainers import Explainer
 from interp.prompts.windows import quoted
 from interp.records import Examples, Explanation, Item, Window
-from sae.errors import ConfigError
+from sae.base.errors import ConfigError
 
 LEAST_WINDOWS = 5
 LEAST_PREFIX = 3  # characters of a word that a promoted token must have to be its beginning

@@ -12,7 +12,7 @@ from interp.client.requests import Reply
 from interp.explainers import Explainer
 from interp.prompts.windows import quoted
 from interp.records import Examples, Explanation
-from sae.settings import at_least
+from sae.base.settings import at_least
 
 
 @Explainer.register_subclass("output_centric")

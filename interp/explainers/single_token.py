@@ -11,8 +11,8 @@ from interp.client.requests import Reply
 from interp.explainers import Explainer
 from interp.prompts.windows import quoted
 from interp.records import Examples, Explanation
-from sae.errors import ConfigError
-from sae.settings import at_least
+from sae.base.errors import ConfigError
+from sae.base.settings import at_least
 
 T = TypeVar("T")
 

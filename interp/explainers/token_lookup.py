@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 from interp.client.requests import Reply
 from interp.explainers import Explainer
-from interp.metrics import best_threshold
 from interp.prompts.windows import quoted
 from interp.records import Examples, Explanation, Window
-from sae.settings import at_least
+from interp.scoring.metrics import best_threshold
+from sae.base.settings import at_least
 
 UNTOLD = "\ufffd"  # a token that is never more than a part of a character
 

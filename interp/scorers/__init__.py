@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from interp.client.requests import Abilities, Reply, Request
 from interp.records import Examples, Explanation, Facts, Judgement, Score, Task
-from sae.plugins import Plugin, discover
+from sae.base.plugins import Plugin, discover
 
 if TYPE_CHECKING:
-    from interp.subject import Subject
+    from interp.evidence.subject import Subject
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ import torch
 
 from interp.client.requests import Abilities, Chat, Reply, Request
 from interp.explainers.token_lookup import rule_score
-from interp.judging import ANSWERS, NO, YES, by_id, yes_or_no
-from interp.metrics import classification
 from interp.prompts.judging import DETECTION, Messages, one_text, several_texts
 from interp.prompts.windows import shown
 from interp.records import Examples, Explanation, Facts, Item, Judgement, Score, Task
 from interp.scorers import Scorer
-from interp.tasks import window_task
-from sae.seeding import generator
-from sae.settings import at_least, choose
+from interp.scoring.judging import ANSWERS, NO, YES, by_id, yes_or_no
+from interp.scoring.metrics import classification
+from interp.scoring.tasks import window_task
+from sae.base.seeding import generator
+from sae.base.settings import at_least, choose
 
 TOKENS_OF_ANSWER = 48  # of a judge's answer on one window of several, with its id
 

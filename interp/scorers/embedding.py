@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from interp.client.requests import Abilities, Embed, Reply, Request
-from interp.metrics import classification
 from interp.prompts.reading import passage_for_encoder, query_for_encoder, query_for_words
 from interp.records import Examples, Explanation, Facts, Judgement, Score, Task
 from interp.scorers import Scorer
-from interp.tasks import window_tasks
+from interp.scoring.metrics import classification
+from interp.scoring.tasks import window_tasks
 
 BATCH = 64  # windows asked about together
 

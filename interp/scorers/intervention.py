@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from interp.client.requests import Abilities, LogProb, Reply, Request
-from interp.judging import likelier
-from interp.metrics import clustered, score_of
 from interp.prompts.reading import amplified
 from interp.records import Examples, Explanation, Facts, Judgement, Score, Task, Window
 from interp.scorers import Scorer
-from sae.errors import ConfigError
-from sae.settings import at_least
+from interp.scoring.judging import likelier
+from interp.scoring.metrics import clustered, score_of
+from sae.base.errors import ConfigError
+from sae.base.settings import at_least
 
 if TYPE_CHECKING:
-    from interp.subject import Subject
+    from interp.evidence.subject import Subject
 
 LEAST_TOKENS = 4  # of a prompt: shorter ones say too little to be continued
 LEAST_PROMPTS = 5
@@ -52,7 +52,7 @@ class Intervention(Scorer):
 
     def prepare(self, examples: Examples, subject: "Subject") -> dict[str, Any]:
         """Returns `strength`, `kl` and `passages` (section, clean, amplified), or `missing`: why there are none."""
-        from interp.steering import steered
+        from interp.scoring.steering import steered
 
         cut = [(item.window.section, prompt(item.window)) for item in examples.test if item.active]
         chosen = [pair for pair in cut if len(pair[1]) >= LEAST_TOKENS][: self.prompts]

@@ -11,15 +11,15 @@ from typing import ClassVar
 import torch
 
 from interp.client.requests import Abilities, Chat, Reply, Request
-from interp.judging import CHOSEN, choice, chosen_id
-from interp.metrics import rate, score_of
 from interp.prompts.judging import Messages, odd_one
 from interp.prompts.windows import shown
 from interp.records import TIERS, Examples, Explanation, Facts, Judgement, Measure, Score, Task
 from interp.scorers import Scorer
-from sae.errors import ConfigError
-from sae.seeding import generator
-from sae.settings import at_least
+from interp.scoring.judging import CHOSEN, choice, chosen_id
+from interp.scoring.metrics import rate, score_of
+from sae.base.errors import ConfigError
+from sae.base.seeding import generator
+from sae.base.settings import at_least
 
 TOKENS_OF_ANSWER = 32
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from interp.client.requests import Abilities, Chat, LogProb, Reply, Request
-from interp.judging import LEAST_MASS
-from interp.metrics import NONE, correlation, score_of
 from interp.prompts.reading import LEVELS, LEVELS_SCHEMA, UNKNOWN, simulate, simulated
 from interp.records import ACTIVE, Examples, Explanation, Facts, Judgement, Measure, Score, Task, Window
 from interp.scorers import Scorer
-from interp.tasks import window_tasks
-from sae.settings import choose
+from interp.scoring.judging import LEAST_MASS
+from interp.scoring.metrics import NONE, correlation, score_of
+from interp.scoring.tasks import window_tasks
+from sae.base.settings import choose
 
 TOKENS_PER_LEVEL = 16  # of an answer in JSON
 SHOWN_TIERS = (ACTIVE, "random")

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from interp.client.requests import Abilities, LogProb, Reply, Request
-from interp.judging import likelier
-from interp.metrics import classification
 from interp.prompts.reading import NEUTRAL, described
 from interp.records import Examples, Explanation, Facts, Judgement, Score, Task
 from interp.scorers import Scorer
-from interp.tasks import window_tasks
+from interp.scoring.judging import likelier
+from interp.scoring.metrics import classification
+from interp.scoring.tasks import window_tasks
 
 
 @Scorer.register_subclass("surprisal")

@@ -4,7 +4,7 @@ Each module has
 
     WEIGHTS   a regular expression on the whole name of its weight file: "params\\.npz"
     detect(place) -> bool               by configs, tensor names and shapes; no tensor is read
-    read(place) -> (spec, tensors)      in this toolkit's terms (`sae/spec.py`); no fold, no guess
+    read(place) -> (spec, tensors)      in this toolkit's terms (`sae/coder/spec.py`); no fold, no guess
 
 and those that can be written `write(folder, coder)`. What a file is silent about, `read` asks of the user by
 `place.need`; what it does not know it refuses, naming the field or tensor.
@@ -21,11 +21,11 @@ from types import ModuleType
 
 from torch import Tensor
 
-from sae.errors import ConfigError, DataError, nearest
-from sae.released.foreign import shown
-from sae.released.places import Files, Hints, Place
-from sae.sites import pair_of, site_of
-from sae.spec import CoderSpec
+from sae.base.errors import ConfigError, DataError, nearest
+from sae.coder.spec import CoderSpec
+from sae.lm.sites import pair_of, site_of
+from sae.untrusted.foreign import shown
+from sae.untrusted.places import Files, Hints, Place
 
 NATIVE = "native"  # the name of our own format
 

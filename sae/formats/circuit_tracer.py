@@ -19,18 +19,19 @@ from typing import Any
 
 from torch import Tensor
 
-from sae.coder import SparseCoder
-from sae.errors import ConfigError, DataError
-from sae.files import atomic_write, save_tensors
-from sae.released.exporting import check
-from sae.released.places import Place, Tensors, as_int, finite, one_of
+from sae.base.errors import ConfigError, DataError
+from sae.base.files import atomic_write, save_tensors
+from sae.base.settings import read_yaml, to_yaml
+from sae.coder.coder import SparseCoder
+from sae.coder.spec import CoderSpec
+from sae.formats._exporting import check
+from sae.lm.site import Site
+from sae.lm.sites import ALIAS, ALIASES, model_id, site_of
 from sae.selection import Selection
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU
 from sae.selection.unrectified_topk import UnrectifiedTopK
-from sae.settings import read_yaml, to_yaml
-from sae.sites import ALIAS, ALIASES, model_id, site_of
-from sae.spec import CoderSpec, Site
+from sae.untrusted.places import Place, Tensors, as_int, finite, one_of
 
 log = logging.getLogger(__name__)
 WEIGHTS = r"layer_\d+\.safetensors"

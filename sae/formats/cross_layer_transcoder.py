@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sae.errors import DataError
+from sae.base.errors import DataError
+from sae.coder.spec import CoderSpec
 from sae.formats.circuit_tracer import described, sites, thresholds
-from sae.released.places import Place, one_of
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU
-from sae.spec import CoderSpec
+from sae.untrusted.places import Place, one_of
 
 WEIGHTS = r"W_enc_0\.safetensors"
 KIND = "cross_layer_transcoder"

@@ -9,12 +9,13 @@ mean norm of sqrt(d) by a factor s_m that no file holds: it is known of the rele
 
 from torch import Tensor
 
-from sae.errors import ConfigError
-from sae.normalization import Normalization
-from sae.released.places import Place, as_int
+from sae.base.errors import ConfigError
+from sae.coder.normalization import Normalization
+from sae.coder.spec import CoderSpec
+from sae.lm.site import SECOND, Site
+from sae.lm.sites import model_id
 from sae.selection.relu import ReLU
-from sae.sites import model_id
-from sae.spec import SECOND, CoderSpec, Site
+from sae.untrusted.places import Place, as_int
 
 WEIGHTS = r".+\.pt"
 FIELDS = {"d_in", "dict_size", "hook_point"}

@@ -23,20 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.coder import SparseCoder
-from sae.errors import ConfigError, DataError
-from sae.files import write_json, write_whole
-from sae.normalization import Normalization
-from sae.released import exporting, weights
-from sae.released.places import Place, Tensors, as_int, finite, one_of
+from sae.base.errors import ConfigError, DataError
+from sae.base.files import write_json, write_whole
+from sae.coder.coder import SparseCoder
+from sae.coder.normalization import Normalization
+from sae.coder.spec import CoderSpec
+from sae.formats import _exporting
+from sae.lm.site import Site
+from sae.lm.sites import model_id
 from sae.selection import Selection
 from sae.selection.gated import Gated
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.mutual_choice import MutualChoice
 from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
-from sae.sites import model_id
-from sae.spec import CoderSpec, Site
+from sae.untrusted import weights
+from sae.untrusted.places import Place, Tensors, as_int, finite, one_of
 
 log = logging.getLogger(__name__)
 
@@ -145,8 +147,8 @@ def _written_as(coder: SparseCoder) -> str:
     """Returns the class that computes what a coder does."""
     target, spec = "dictionary_learning", coder.spec
     rules = {rule for rule, _ in WRITTEN}
-    exporting.check(target, spec, selection=rules, pre_bias=("decoder",))
-    rule = exporting.properties(spec)["selection"]
+    _exporting.check(target, spec, selection=rules, pre_bias=("decoder",))
+    rule = _exporting.properties(spec)["selection"]
     if (rule, spec.pre_bias) not in WRITTEN:
         other = next(pre_bias for known, pre_bias in WRITTEN if known == rule)
         raise ConfigError(f"pre_bias: {target} has {rule} with pre_bias {other!r} only, not {spec.pre_bias!r}")

@@ -14,13 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from sae.errors import ConfigError, DataError
-from sae.normalization import Normalization
-from sae.released import weights
-from sae.released.places import Place, as_int
+from sae.base.errors import ConfigError, DataError
+from sae.coder.normalization import Normalization
+from sae.coder.spec import CoderSpec
+from sae.lm.site import Site
+from sae.lm.sites import model_id, pair_of
 from sae.selection.relu import ReLU
-from sae.sites import model_id, pair_of
-from sae.spec import CoderSpec, Site
+from sae.untrusted import weights
+from sae.untrusted.places import Place, as_int
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,12 @@ activation. A model of their own, loaded from a path, stays as it is.
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae.errors import ConfigError, DataError, nearest
-from sae.released.places import Place, as_int
+from sae.base.errors import ConfigError, DataError, nearest
+from sae.coder.spec import CoderSpec
+from sae.lm.site import Site
+from sae.lm.sites import model_id
 from sae.selection.relu import ReLU
-from sae.sites import model_id
-from sae.spec import CoderSpec, Site
+from sae.untrusted.places import Place, as_int
 
 WEIGHTS = r"samples_\d+\.pt"
 CONFIG, MARK = "final_config.yaml", ".encoder.0.weight"

@@ -13,11 +13,13 @@ import re
 
 from torch import Tensor
 
-from sae.errors import ConfigError, DataError
-from sae.normalization import Normalization
-from sae.released.places import Place
+from sae.base.errors import ConfigError, DataError
+from sae.coder.normalization import Normalization
+from sae.coder.spec import CoderSpec
+from sae.lm.masking import MaskSpec
+from sae.lm.site import Site
 from sae.selection.jumprelu import JumpReLU
-from sae.spec import CoderSpec, MaskSpec, Site
+from sae.untrusted.places import Place
 
 WEIGHTS = r"params\.npz"
 HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}

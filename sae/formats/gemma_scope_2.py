@@ -16,11 +16,13 @@ from typing import Any
 
 from torch import Tensor
 
-from sae.errors import ConfigError, DataError
+from sae.base.errors import ConfigError, DataError
+from sae.coder.spec import CoderSpec
 from sae.formats.cross_layer_transcoder import stacked
-from sae.released.places import Place, Tensors, as_flag, one_of
+from sae.lm.masking import MaskSpec
+from sae.lm.site import Site
 from sae.selection.jumprelu import JumpReLU
-from sae.spec import CoderSpec, MaskSpec, Site
+from sae.untrusted.places import Place, Tensors, as_flag, one_of
 
 WEIGHTS = r"params(_layer_0)?\.safetensors"
 TENSORS = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}

@@ -13,10 +13,11 @@ import logging
 
 from torch import Tensor
 
-from sae.released.places import Place, as_int
+from sae.coder.spec import CoderSpec
+from sae.lm.site import Site
+from sae.lm.sites import model_id
 from sae.selection.relu import ReLU
-from sae.sites import model_id
-from sae.spec import CoderSpec, Site
+from sae.untrusted.places import Place, as_int
 
 log = logging.getLogger(__name__)
 

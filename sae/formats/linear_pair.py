@@ -11,10 +11,11 @@ import re
 
 from torch import Tensor
 
-from sae.errors import DataError
-from sae.released.places import Place
+from sae.base.errors import DataError
+from sae.coder.spec import CoderSpec
+from sae.lm.site import Site
 from sae.selection.relu import ReLU
-from sae.spec import CoderSpec, Site
+from sae.untrusted.places import Place
 
 WEIGHTS = r".+\.pth?"
 GOODFIRE, QRESEARCH = ("encoder_linear", "decoder_linear"), ("encoder", "decoder")

@@ -21,16 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae import folds
-from sae.errors import ConfigError, DataError
+from sae.base.errors import ConfigError, DataError
+from sae.coder import folds
+from sae.coder.normalization import Normalization
+from sae.coder.spec import CoderSpec
 from sae.formats.openmoss import flag, hook, linear, model_of, token_wise
-from sae.normalization import Normalization
-from sae.released.places import Place, as_flag, as_int, one_of
+from sae.lm.site import Site
 from sae.selection import Selection
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
-from sae.spec import CoderSpec, Site
+from sae.untrusted.places import Place, as_flag, as_int, one_of
 
 CONFIG = "../hyperparams.json"
 WEIGHTS = r"(final|pruned)\.safetensors"

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae.coder import SparseCoder
-from sae.errors import DataError
-from sae.files import save_tensors, sha256_file, write_json
-from sae.released.places import Place
-from sae.spec import CoderSpec
+from sae.base.errors import DataError
+from sae.base.files import save_tensors, sha256_file, write_json
+from sae.coder.coder import SparseCoder
+from sae.coder.spec import CoderSpec
+from sae.untrusted.places import Place
 
 CONFIG, FILE = "cfg.json", "sae.safetensors"
 WEIGHTS = r"sae\.safetensors"

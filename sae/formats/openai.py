@@ -13,13 +13,14 @@ import re
 
 from torch import Tensor
 
-from sae.errors import DataError
-from sae.normalization import Normalization
-from sae.released import weights
-from sae.released.places import Place, as_int, one_of
+from sae.base.errors import DataError
+from sae.coder.normalization import Normalization
+from sae.coder.spec import CoderSpec
+from sae.lm.site import Site
 from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
-from sae.spec import CoderSpec, Site
+from sae.untrusted import weights
+from sae.untrusted.places import Place, as_int, one_of
 
 WEIGHTS = r".+\.pt"
 TENSORS = {"pre_bias", "encoder.weight", "latent_bias", "decoder.weight"}

@@ -33,15 +33,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.errors import ConfigError, DataError
-from sae.normalization import Normalization
-from sae.released.places import Place, Tensors, as_flag, as_int, one_of
+from sae.base.errors import ConfigError, DataError
+from sae.coder.normalization import Normalization
+from sae.coder.spec import CoderSpec
+from sae.lm.site import Site
 from sae.selection import Selection
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.mutual_choice import MutualChoice
 from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
-from sae.spec import CoderSpec, Site
+from sae.untrusted.places import Place, Tensors, as_flag, as_int, one_of
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,11 @@ import re
 
 from torch import Tensor
 
-from sae.errors import ConfigError, DataError
-from sae.released.places import Place, as_int
+from sae.base.errors import ConfigError, DataError
+from sae.coder.spec import CoderSpec
+from sae.lm.site import Site
 from sae.selection.unrectified_topk import UnrectifiedTopK
-from sae.spec import CoderSpec, Site
+from sae.untrusted.places import Place, as_int
 
 WEIGHTS = r"layer\d+\.sae\.pt"
 REPOSITORY = re.compile(r"SAE-Res-(?P<model>[\w.-]+)-W(?P<width>\d+)K-L0_(?P<k>\d+)")

@@ -25,15 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae import folds
-from sae.coder import SparseCoder
-from sae.errors import ConfigError, DataError
-from sae.files import save_tensors, write_json
+from sae.base.errors import ConfigError, DataError
+from sae.base.files import save_tensors, write_json
+from sae.coder import folds
+from sae.coder.coder import SparseCoder
+from sae.coder.normalization import Normalization
+from sae.coder.spec import CoderSpec
+from sae.formats import _exporting
 from sae.formats.temporal import WHY
-from sae.normalization import Normalization
-from sae.released import exporting
-from sae.released.foreign import shown
-from sae.released.places import Place, Tensors, as_int, finite, one_of
+from sae.lm.masking import MaskSpec
+from sae.lm.site import Site
+from sae.lm.sites import ALIAS, is_centered, model_id, on_stream, pair_of
 from sae.selection import Budget, Selection
 from sae.selection.gated import Gated
 from sae.selection.jumprelu import JumpReLU
@@ -41,8 +43,8 @@ from sae.selection.matching_pursuit import MatchingPursuit
 from sae.selection.relu import ReLU
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
-from sae.sites import ALIAS, is_centered, model_id, on_stream, pair_of
-from sae.spec import CoderSpec, MaskSpec, Site
+from sae.untrusted.foreign import shown
+from sae.untrusted.places import Place, Tensors, as_int, finite, one_of
 
 log = logging.getLogger(__name__)
 
@@ -332,7 +334,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
 def _config(spec: CoderSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Returns the config of a coder; ConfigError names what it cannot say."""
     transcodes, rule = not spec.is_autoencoder or spec.skip, spec.selection
-    exporting.check(
+    _exporting.check(
         "SAELens",
         spec,
         encoder=("matching_pursuit",),
@@ -342,7 +344,7 @@ def _config(spec: CoderSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
         select_by_decoder_norm=(True,),
         skip=(True,),
     )
-    kind, normalizes = RULES[exporting.properties(spec)["selection"]], KINDS.get(spec.normalization.kind, "none")
+    kind, normalizes = RULES[_exporting.properties(spec)["selection"]], KINDS.get(spec.normalization.kind, "none")
     top, wanted = kind in ("topk", "abstopk"), NORMALIZATIONS[normalizes]
     _only("selection.inference", getattr(rule, "inference", "plain"), "plain")
     if normalizes != "none":

@@ -18,18 +18,19 @@ from typing import Any
 
 from torch import Tensor
 
-from sae.coder import SparseCoder
-from sae.errors import ConfigError
-from sae.files import save_tensors, write_json
-from sae.released import exporting
-from sae.released.places import Place, as_flag, as_int, finite, one_of
+from sae.base.errors import ConfigError
+from sae.base.files import save_tensors, write_json
+from sae.base.settings import choose
+from sae.coder.coder import SparseCoder
+from sae.coder.spec import CoderSpec
+from sae.formats import _exporting
+from sae.lm.site import Site
+from sae.lm.sites import ALIAS
 from sae.selection import Selection
 from sae.selection.groupmax import GroupMax
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
-from sae.settings import choose
-from sae.sites import ALIAS
-from sae.spec import CoderSpec, Site
+from sae.untrusted.places import Place, as_flag, as_int, finite, one_of
 
 CONFIG, FILE, RUN = "cfg.json", "sae.safetensors", "config.json"
 WEIGHTS = r"sae\.safetensors"
@@ -98,7 +99,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
     ConfigError names what the format cannot say; weights come first, so that a folder with a config is whole.
     """
     spec = coder.spec
-    exporting.check("sparsify", spec, pre_bias=("decoder",), selection=("topk", "groupmax"), skip=(True,))
+    _exporting.check("sparsify", spec, pre_bias=("decoder",), selection=("topk", "groupmax"), skip=(True,))
     if spec.d_in != spec.d_out:
         raise ConfigError(f"d_out: sparsify cannot say {spec.d_out}, other than d_in = {spec.d_in}")
     transcodes = not spec.is_autoencoder
@@ -129,7 +130,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
     }
     write_json(folder / RUN, {name: value for name, value in run.items() if value})
     config = {
-        "activation": exporting.properties(spec)["selection"],
+        "activation": _exporting.properties(spec)["selection"],
         "d_in": spec.d_in,
         "k": spec.selection.k,  # type: ignore[attr-defined]
         "multi_topk": False,

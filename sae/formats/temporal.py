@@ -5,9 +5,9 @@ Their codes depend on the whole context by attention, so that no map from one ac
 
 from torch import Tensor
 
-from sae.errors import ConfigError
-from sae.released.places import Place
-from sae.spec import CoderSpec
+from sae.base.errors import ConfigError
+from sae.coder.spec import CoderSpec
+from sae.untrusted.places import Place
 
 WEIGHTS = r"latest_ckpt\.safetensors"
 WHY = "is a temporal SAE, whose codes depend on the whole context; a coder here maps each activation by itself"

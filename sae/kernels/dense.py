@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.compressed import flat
+from sae.kernels.codes import flat
 
 
 class _EncodeAt(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.compressed import rows_of
+from sae.kernels.codes import rows_of
 
 
 def encode_at(

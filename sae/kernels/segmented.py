@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.compressed import offsets_of, rows_of
+from sae.kernels.codes import offsets_of, rows_of
 
 SAMPLED_DTYPES = (torch.float32, torch.float64)
 

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.coder import Pass, SparseCoder
-from sae.errors import ConfigError
-from sae.plugins import Plugin, discover
+from sae.base.errors import ConfigError
+from sae.base.plugins import Plugin, discover
+from sae.coder.coder import Pass, SparseCoder
+from sae.lm.site import column_weights
 from sae.selection import Selection
-from sae.spec import column_weights
 
 
 @dataclass(frozen=True)

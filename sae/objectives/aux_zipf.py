@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae import zipf
-from sae.errors import ConfigError
+from sae.base import zipf
+from sae.base.errors import ConfigError
 from sae.objectives import Objective, Step
 from sae.objectives.auxk import AuxK, explained_by
 from sae.selection import Selection

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.compressed import offsets_of
-from sae.errors import ConfigError
+from sae.base.errors import ConfigError
+from sae.kernels.codes import offsets_of
+from sae.kernels.largest import top_ids
 from sae.objectives import Objective, Step, weighted, zero
 from sae.selection import Selection
-from sae.selection.largest import top_ids
 
 
 @Objective.register_subclass("auxk")

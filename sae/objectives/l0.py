@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.errors import ConfigError
+from sae.base.errors import ConfigError
 from sae.objectives import Objective, Sparsity, Step
 from sae.selection import Selection, jumprelu
 

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.compressed import offsets_of
-from sae.errors import ConfigError
+from sae.base.errors import ConfigError
+from sae.kernels.codes import offsets_of
 from sae.objectives import Objective, Step
 from sae.selection import Selection
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.errors import ConfigError
+from sae.base.errors import ConfigError
 from sae.objectives import Objective, Shrinking, Step
 from sae.selection import Selection
 

@@ -18,15 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.compressed import offsets_of
-from sae.errors import ConfigError
-from sae.plugins import Plugin, discover, names
-from sae.selection.largest import Entries
+from sae.base.errors import ConfigError
+from sae.base.plugins import Plugin, discover, names
+from sae.kernels.codes import Entries, Support
 
 if TYPE_CHECKING:
     from typing import Self
-
-Support = tuple[Int[Tensor, "n_plus_1"], Int[Tensor, "nnz"]]
 
 
 @dataclass
@@ -169,19 +166,6 @@ class Budget(Selection):
         if not self.k_start:
             return self.k
         return round(self.k_start + (self.k - self.k_start) * min(1.0, progress / self.anneal_share))
-
-
-def by_rows(ids: Int[Tensor, "n k"]) -> Support:
-    """Returns the support whose rows all have k entries."""
-    n, k = ids.shape
-    return torch.arange(0, n * k + 1, max(1, k), device=ids.device)[: n + 1], ids.reshape(-1)
-
-
-def where(kept: Tensor) -> Support:
-    """Returns the support of a [n, m] mask."""
-    counts = kept.sum(1)
-    places = kept.reshape(-1).nonzero()[:, 0]  # half of the memory that rows and columns take
-    return offsets_of(counts), places.remainder_(kept.shape[1])
 
 
 def trainable() -> dict[str, type[Selection]]:

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.selection import Selection, Support, where
+from sae.kernels.codes import Support, where
+from sae.selection import Selection
 
 
 @Selection.register_subclass("gated")

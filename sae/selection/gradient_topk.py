@@ -24,10 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae import distributed
-from sae.errors import ConfigError
-from sae.selection import Budget, Moment, Selection, Support, by_rows
-from sae.selection.largest import top_ids
+from sae.base.errors import ConfigError
+from sae.kernels.codes import Support, by_rows
+from sae.kernels.largest import top_ids
+from sae.parallel import collectives
+from sae.selection import Budget, Moment, Selection
 
 LOSSES = ("next_token", "sampled")
 NORMS = ("batch", "token", "none")
@@ -93,7 +94,7 @@ class GradientTopK(Budget):
     def finish(self, moment: Moment) -> None:
         """Takes the step's mean effect over to the next step."""
         state = moment.state
-        both = distributed.total(torch.stack([state["effect.sum"], state["effect.count"]]))
+        both = collectives.total(torch.stack([state["effect.sum"], state["effect.count"]]))
         state["effect.mean"] = both[0] / both[1].clamp_min(1)
 
     def calibration(self, state: dict[str, Tensor]) -> Tensor | None:

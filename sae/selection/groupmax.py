@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.errors import ConfigError
-from sae.selection import Selection, Support, by_rows
-from sae.selection.largest import top_ids
+from sae.base.errors import ConfigError
+from sae.kernels.codes import Support, by_rows
+from sae.kernels.largest import top_ids
+from sae.selection import Selection
 
 if TYPE_CHECKING:
     from typing import Self

@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.errors import ConfigError
-from sae.selection import Moment, Selection, Support, where
+from sae.base.errors import ConfigError
+from sae.kernels.codes import Support, where
+from sae.selection import Moment, Selection
 
 
 @Selection.register_subclass("jumprelu")

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.errors import ConfigError
-from sae.selection import Selection, Support, where
+from sae.base.errors import ConfigError
+from sae.kernels.codes import Support, where
+from sae.selection import Selection
 
 
 @Selection.register_subclass("matching_pursuit")

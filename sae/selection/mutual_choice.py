@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.errors import ConfigError
-from sae.selection import Budget, Moment, Selection, Support, by_rows, where
-from sae.selection.largest import Entries, top_entries, top_ids, top_of
+from sae.base.errors import ConfigError
+from sae.kernels.codes import Entries, Support, by_rows, where
+from sae.kernels.largest import top_entries, top_ids, top_of
+from sae.selection import Budget, Moment, Selection
 
 
 @Selection.register_subclass("batch_topk")

@@ -10,7 +10,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.selection import Selection, Support, where
+from sae.kernels.codes import Support, where
+from sae.selection import Selection
 
 
 @Selection.register_subclass("relu")

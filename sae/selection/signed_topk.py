@@ -10,8 +10,9 @@ from typing import ClassVar
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.selection import Budget, Moment, Selection, Support, by_rows
-from sae.selection.largest import top_ids
+from sae.kernels.codes import Support, by_rows
+from sae.kernels.largest import top_ids
+from sae.selection import Budget, Moment, Selection
 
 
 @Selection.register_subclass("signed_topk")

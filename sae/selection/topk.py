@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.selection import Budget, Moment, Selection, Support, by_rows
-from sae.selection.largest import top_ids
+from sae.kernels.codes import Support, by_rows
+from sae.kernels.largest import top_ids
+from sae.selection import Budget, Moment, Selection
 
 
 @Selection.register_subclass("topk")

@@ -15,14 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import sae
-from sae.alternatives import rebuilt
-from sae.coder import SparseCoder
-from sae.config import TrainConfig
-from sae.doctor import Report, diagnose
-from sae.normalization import Normalization
+from sae.base.settings import decode
+from sae.coder.coder import SparseCoder
+from sae.coder.normalization import Normalization
+from sae.evaluation.alternatives import rebuilt
+from sae.evaluation.doctor import Report, diagnose
 from sae.selection.relu import ReLU
-from sae.settings import decode
-from sae.training import train
+from sae.training.config import TrainConfig
+from sae.training.run import train
 
 LAYER, MOST_SECONDS = 15, 60
 TOPK = {"d_sae": 4096, "selection": {"type": "topk", "k": 32}}

@@ -16,8 +16,8 @@ import numpy as np
 import psutil
 import torch
 
-from interp.latents import Sizes, Tally
-from sae.spec import SparseLatents
+from interp.evidence.tally import Sizes, Tally
+from sae.kernels.codes import SparseLatents
 
 BLOCK_TOKENS, RECORDED = 4096, 8
 SHARES = (0.4, 0.2, 0.4)

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from interp.client import Client
+from interp.client.client import Client
 from interp.client.config import EndpointConfig
 from interp.client.requests import Chat, Reply, Request
 

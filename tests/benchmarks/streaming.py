@@ -20,18 +20,18 @@ from collections.abc import Callable
 
 import torch
 
-from sae.activations import Blocks, LiveSource, norm_mask
-from sae.config import CoderConfig
-from sae.measuring import measure, sample
-from sae.memory import keep_freed_memory
-from sae.models import load_language_model
-from sae.optim import OptimConfig
-from sae.settings import decode
-from sae.sites import resolve
-from sae.spec import MaskSpec
-from sae.stream import Stream
-from sae.text import TextConfig, special_ids, tokenize
-from sae.trainer import Batch, CoderTrainer, Schedule, new_coder
+from sae.base.memory import keep_freed_memory
+from sae.base.settings import decode
+from sae.lm.masking import MaskSpec, norm_mask
+from sae.lm.models import load_language_model
+from sae.lm.sites import resolve
+from sae.stream.lanes import Stream
+from sae.stream.sources import Blocks, LiveSource
+from sae.text.tokenizing import TextConfig, special_ids, tokenize
+from sae.training.config import CoderConfig
+from sae.training.measuring import measure, sample
+from sae.training.optim import OptimConfig
+from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
 
 MATRYOSHKA = {"reconstruction": {"type": "reconstruction", "weight": 0}, "matryoshka": {"type": "matryoshka"}}
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae.config import CoderConfig
-from sae.measuring import measure
-from sae.metrics import fvu
-from sae.normalization import Normalization
+from sae.coder.normalization import Normalization
+from sae.evaluation.metrics import fvu
+from sae.evaluation.synthetic import Synthetic, score
+from sae.lm.masking import MaskSpec
+from sae.lm.site import Site
 from sae.objectives.aux_zipf import AuxZipf
 from sae.objectives.auxk import AuxK
 from sae.objectives.gate import Gate
@@ -26,7 +27,6 @@ from sae.objectives.l0 import L0
 from sae.objectives.l1 import L1
 from sae.objectives.matryoshka import Matryoshka
 from sae.objectives.reconstruction import Reconstruction
-from sae.optim import OptimConfig
 from sae.selection import Selection
 from sae.selection.feature_choice import FeatureChoice
 from sae.selection.gated import Gated
@@ -37,9 +37,10 @@ from sae.selection.mutual_choice import MutualChoice
 from sae.selection.relu import ReLU
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
-from sae.spec import MaskSpec, Site
-from sae.synthetic import Synthetic, score
-from sae.trainer import Batch, CoderTrainer, Schedule, new_coder
+from sae.training.config import CoderConfig
+from sae.training.measuring import measure
+from sae.training.optim import OptimConfig
+from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
 
 BATCH, K, LATENTS = 512, 4, 192
 PLAIN = {"reconstruction": Reconstruction()}

@@ -6,11 +6,11 @@ import shutil
 import signal
 
 import pytest
-from runs import files
+from rigs.runs import files
 from safetensors.torch import save_file
 
 import sae
-import sae.evaluation
+import sae.evaluation.evaluation
 from cli.evaluate import main
 
 
@@ -120,7 +120,7 @@ def test_a_damaged_coder_is_named(run, capsys):
 
 
 def test_a_signal_stops_it(run, monkeypatch, capsys):
-    original = sae.evaluation.capture
+    original = sae.evaluation.evaluation.capture
 
     def interrupted(*args):
         signal.raise_signal(signal.SIGTERM)

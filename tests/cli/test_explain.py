@@ -1,22 +1,17 @@
 """sae-explain as users type it: one command from coder to results, the other commands, and bad input in one line."""
 
 import json
-import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from fakes import tiny_model_folder, tiny_text_folder
-from runs import error_of
+from rigs.fakes import tiny_model_folder, tiny_text_folder
+from rigs.interp_runs import coder_folder
+from rigs.runs import error_of
 from safetensors.torch import save_file
-
-sys.path.append(str(Path(__file__).parents[1] / "interp"))
-
-from interp_runs import coder_folder
 
 import sae
 from cli.explain import main
-from sae.settings import read_yaml
+from sae.base.settings import read_yaml
 
 SMALL = ["--evidence.tokens", "30000", "--latents", "24", "--examples.test", "12", "--examples.shown", "10"]
 
@@ -211,8 +206,8 @@ def test_what_must_fail_fails_before_the_long_work(explain, tmp_path, monkeypatc
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr("interp.preparing.read_from", begun)
-    monkeypatch.setattr("interp.client.limiter.FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("interp.run.preparing.read_from", begun)
+    monkeypatch.setattr("interp.client.remote.limiter.FIRST_PAUSE_S", 0.001)
     (tmp_path / "LINES").write_text("{")
     code, printed = explain("one", *SMALL[:2], "--run-dir", tmp_path / "run", *arguments)
     assert code == 2, printed
@@ -220,7 +215,7 @@ def test_what_must_fail_fails_before_the_long_work(explain, tmp_path, monkeypatc
 
 
 def test_a_failed_latent_ends_in_code_3(explain, tmp_path):
-    from fake_llm import FakeLLM
+    from rigs.fake_llm import FakeLLM
 
     with FakeLLM(lambda asked: "hello", logprobs=0, schemas=()) as server:
         model = ["--models.explainer.model", "fake", "--models.explainer.base_urls", f"[{server.url}]"]

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from runs import checkpoints, files, lines, result
+from rigs.runs import checkpoints, files, lines, result
 
-from sae.config import TrainConfig
-from sae.settings import describe
+from sae.base.settings import describe
+from sae.training.config import TrainConfig
 
 CHANGED = {
     "seed": 1,

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from fake_hub import COMMIT, fake_hub
-from fakes import tiny_config
+from rigs.fake_hub import COMMIT, fake_hub
+from rigs.fakes import tiny_config
 
-from sae.settings import to_yaml
+from sae.base.settings import to_yaml
 
 CODE = """
 import sys

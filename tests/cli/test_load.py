@@ -10,18 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from fake_hub import COMMIT, Faults, fake_hub, reached_from_here
-from hub_coders import GEMMA, gemma, native, saelens
+from rigs.fake_hub import COMMIT, Faults, fake_hub, reached_from_here
+from rigs.hub_coders import GEMMA, gemma, native, saelens
 from safetensors.torch import save_file
 
 import sae
 from cli.load import main
-from sae.coder import SparseCoder
-from sae.errors import ConfigError
-from sae.initialization import initialize
-from sae.released.places import Hints
+from sae.base.errors import ConfigError
+from sae.coder.coder import SparseCoder
+from sae.coder.initialization import initialize
+from sae.coder.spec import CoderSpec
 from sae.selection.groupmax import GroupMax
-from sae.spec import CoderSpec
+from sae.untrusted.places import Hints
 
 ROOT = Path(__file__).parents[2]
 AJT = "neuronpedia/gpt2-small__res_sce-ajt"
@@ -340,8 +340,8 @@ def test_doctor_tells_what_it_finds_and_its_exit_code_too(load, tmp_path, monkey
         seen.append((coder.spec.d_sae, lm, tokens, text))
         return SimpleNamespace(lines=lambda: ["well or not"], healthy=lm == "tiny/llama", score=0.0)
 
-    monkeypatch.setattr("sae.models.load_language_model", lambda name, trust_remote_code: name)
-    monkeypatch.setattr("sae.doctor.diagnose", diagnose)
+    monkeypatch.setattr("sae.lm.models.load_language_model", lambda name, trust_remote_code: name)
+    monkeypatch.setattr("sae.evaluation.doctor.diagnose", diagnose)
     assert load("doctor", folder)[:2] == (0, ["well or not"])
     assert load("doctor", folder, "--model", "other/model", "--tokens", "64", "--text", "x.txt")[0] == 1
     assert seen == [(20, "tiny/llama", 2048, None), (20, "other/model", 64, "x.txt")]

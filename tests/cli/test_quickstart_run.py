@@ -7,10 +7,11 @@ import torch
 
 import sae
 from cli import train
-from sae.activations import capture, token_mask
-from sae.evaluation import text_of
-from sae.files import read_json
-from sae.text import tokenize
+from sae.base.files import read_json
+from sae.evaluation.evaluation import text_of
+from sae.lm.hooks import capture
+from sae.lm.masking import token_mask
+from sae.text.tokenizing import tokenize
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -9,17 +9,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from fakes import tiny_config
-from runs import assert_equal, checkpoints, files, lines
+from rigs.fakes import tiny_config
+from rigs.runs import assert_equal, checkpoints, files, lines
 
-import sae.training
+import sae.training.run
 from cli import common
 from cli.train import main
-from sae import hub
-from sae.config import TrainConfig
-from sae.errors import ConfigError
+from sae.base.errors import ConfigError
+from sae.base.settings import to_yaml
+from sae.loading import hub
 from sae.objectives.reconstruction import Reconstruction
-from sae.settings import to_yaml
+from sae.training.config import TrainConfig
 
 SHORT = {"tokens": 256}
 
@@ -65,9 +65,9 @@ def test_a_run_leaves_a_folder_that_explains_itself_and_says_what_to_do_next(tmp
 
 
 def test_too_little_disk_is_said_before_anything_loads(config, monkeypatch, quick, capsys):
-    monkeypatch.setattr("sae.estimate.estimate", lambda *_: SimpleNamespace(lines=list, disk=10**9))
+    monkeypatch.setattr("sae.training.estimate.estimate", lambda *_: SimpleNamespace(lines=list, disk=10**9))
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=5 * 10**8))
-    monkeypatch.setattr("sae.training.train", lambda *_: pytest.fail("training began first"))
+    monkeypatch.setattr("sae.training.run.train", lambda *_: pytest.fail("training began first"))
     with pytest.raises(pytest.fail.Exception):
         main(["--config", config])
     assert "warning      only 500 MB of disk are free at " in capsys.readouterr().err
@@ -247,8 +247,8 @@ def test_gradients_are_streamed_alike_from_the_model_and_from_disk_and_mask_ever
         (RuntimeError("two\nlines"), 1, "error: two lines"),
         (KeyError("x"), 1, "error: KeyError: 'x'"),
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device"),
-        (sae.training.ConfigError("a.b: 3 is too small"), 2, "error: a.b: 3 is too small"),
-        (sae.training.Stopped("at step 3"), 75, "stopped at step 3"),
+        (sae.training.run.ConfigError("a.b: 3 is too small"), 2, "error: a.b: 3 is too small"),
+        (sae.training.run.Stopped("at step 3"), 75, "stopped at step 3"),
         (KeyboardInterrupt(), 130, None),
     ],
 )
@@ -283,7 +283,7 @@ def test_coders_are_saved_before_anything_can_fail_in_their_evaluation(tmp_path,
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sae.training.evaluate", broken)
+        patch.setattr("sae.training.run.evaluate", broken)
         code, printed = tiny_train(SHORT, folder=tmp_path / "run")
     assert (code, printed.splitlines()[-1]) == (1, "error: out of memory")
     before = hub.load(tmp_path / "run")
@@ -296,16 +296,16 @@ def test_coders_are_saved_before_anything_can_fail_in_their_evaluation(tmp_path,
 
 def test_the_library_refuses_a_resume_of_another_run_too(tmp_path, quick, tiny_model, tiny_text):
     run, config = tmp_path / "run", tiny_config(tiny_model, tiny_text, SHORT)
-    sae.training.train(config, run_dir=run)
+    sae.training.run.train(config, run_dir=run)
     other = tiny_config(tiny_model, tiny_text, {**SHORT, "activations.block_rows": 3, "text.max_tokens": None})
     with pytest.raises(ConfigError, match=r"^--resume: activations\.block_rows cannot change in a run that has begun"):
-        sae.training.train(other, resume=True, run_dir=run)
+        sae.training.run.train(other, resume=True, run_dir=run)
     assert main(["--resume", str(run), "--coder.selection.k", "3", "--dry-run"]) == 2  # what would be refused, is
     branch = tiny_config(tiny_model, tiny_text, {**SHORT, "model.revision": "main"})
-    sae.training.train(branch, resume=True, run_dir=run)  # a branch is pinned to a commit by the run, and no change
+    sae.training.run.train(branch, resume=True, run_dir=run)  # a branch is pinned to a commit by the run, and no change
     with pytest.raises(ConfigError, match="is not the folder of a run"):
-        sae.training.train(config, resume=True, run_dir=tmp_path / "elsewhere")
-    again = sae.training.train(tiny_config(tiny_model, tiny_text, {**SHORT, "eval.tokens": 64}), True, run_dir=run)
+        sae.training.run.train(config, resume=True, run_dir=tmp_path / "elsewhere")
+    again = sae.training.run.train(tiny_config(tiny_model, tiny_text, {**SHORT, "eval.tokens": 64}), True, run_dir=run)
     assert again.metrics["model.layers.1"]["reconstruction"]["tokens"] < 64
 
 
@@ -313,7 +313,7 @@ def test_the_command_resumes_a_run_begun_from_python_with_fewer_terms(tmp_path, 
     terms = {"reconstruction": Reconstruction()}
     config = tiny_config(tiny_model, tiny_text, SHORT)
     config = replace(config, coder=replace(config.coder, objectives=terms))
-    sae.training.train(config, run_dir=tmp_path / "run")
+    sae.training.run.train(config, run_dir=tmp_path / "run")
     assert main(["--resume", str(tmp_path / "run")]) == 0, capsys.readouterr().err
     assert "auxk" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
@@ -322,7 +322,7 @@ def test_a_model_that_cannot_be_estimated_may_still_run(config, monkeypatch, qui
     def untraceable(*_):
         raise RuntimeError("data-dependent\nexpression")
 
-    monkeypatch.setattr("sae.estimate.estimate", untraceable)
-    monkeypatch.setattr("sae.training.train", lambda *_: SimpleNamespace(metrics={}))
+    monkeypatch.setattr("sae.training.estimate.estimate", untraceable)
+    monkeypatch.setattr("sae.training.run.train", lambda *_: SimpleNamespace(metrics={}))
     assert main(["--config", config]) == 0
     assert "warning      no estimate: data-dependent expression" in capsys.readouterr().err

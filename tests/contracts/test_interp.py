@@ -4,13 +4,13 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
-from interp_examples import BATCH, RIGHT, SINGLE, label, planted
+from rigs.interp_examples import BATCH, RIGHT, SINGLE, label, planted
 
 from interp.client.requests import FINAL, RETRYABLE, ROLES, Abilities, Chat, Reply, key
 from interp.explainers import Explainer
 from interp.records import Examples, Explanation
 from interp.scorers import Scorer
-from sae.plugins import names
+from sae.base.plugins import names
 
 ALL = Abilities(choices=True, structured="json_schema", prompt_logprobs=True, prompt_top=20)
 ABILITIES = {"single": SINGLE, "batch": BATCH, "all": ALL, "fits": Abilities(fits_texts=True), "none": Abilities()}

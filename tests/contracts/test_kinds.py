@@ -5,14 +5,15 @@ import copy
 import pytest
 import torch
 
-from sae import plugins
-from sae.coder import SparseCoder
-from sae.initialization import initialize
+from sae.base import plugins
+from sae.coder.coder import SparseCoder
+from sae.coder.initialization import initialize
+from sae.coder.spec import CoderSpec
+from sae.lm.site import Site
 from sae.objectives import Objective
-from sae.optim import OptimConfig
 from sae.selection import trainable
-from sae.spec import CoderSpec, Site
-from sae.trainer import Batch, CoderTrainer, Schedule
+from sae.training.optim import OptimConfig
+from sae.training.trainer import Batch, CoderTrainer, Schedule
 
 RULES = trainable()
 ONE, OTHER = (Site("a", width=12),), (Site("b", width=8),)

@@ -4,15 +4,15 @@ from dataclasses import MISSING, fields, replace
 
 import pytest
 import torch
-from fakes import measured
+from rigs.fakes import measured
 
-from sae import plugins
-from sae.config import CoderConfig
+from sae.base import plugins
 from sae.objectives import Objective, Spliced
-from sae.optim import OptimConfig
 from sae.selection import trainable
 from sae.selection.topk import TopK
-from sae.trainer import Batch, CoderTrainer, Schedule, new_coder
+from sae.training.config import CoderConfig
+from sae.training.optim import OptimConfig
+from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
 
 D, M, N, STEPS = 8, 24, 48, 10
 RULES, TERMS = trainable(), plugins.names(Objective)

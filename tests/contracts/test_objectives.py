@@ -5,18 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae import plugins, zipf
-from sae.coder import SparseCoder
-from sae.errors import ConfigError
-from sae.initialization import initialize
-from sae.normalization import undo
+from sae.base import plugins, zipf
+from sae.base.errors import ConfigError
+from sae.coder.coder import SparseCoder
+from sae.coder.initialization import initialize
+from sae.coder.normalization import undo
+from sae.coder.spec import CoderSpec
+from sae.lm.site import Site
 from sae.objectives import Objective, Spliced, Step
 from sae.objectives.aux_zipf import AuxZipf, shortfall
 from sae.objectives.auxk import AuxK, explained_by
 from sae.selection import Moment, Selection
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
-from sae.spec import CoderSpec, Site
 
 TERMS = plugins.names(Objective)
 D, M, K, N = 5, 14, 3, 9

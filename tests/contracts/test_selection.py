@@ -6,14 +6,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sae import plugins
-from sae.choosing import Chooser
-from sae.coder import SparseCoder
-from sae.errors import ConfigError
-from sae.initialization import initialize
+from sae.base import plugins
+from sae.base.errors import ConfigError
+from sae.coder.coder import SparseCoder
+from sae.coder.initialization import initialize
+from sae.coder.spec import CoderSpec
 from sae.selection import trainable
-from sae.spec import CoderSpec
-from sae.trainer import Batch, CoderTrainer, Schedule
+from sae.training.choosing import Chooser
+from sae.training.trainer import Batch, CoderTrainer, Schedule
 
 RULES = trainable()
 D, M, N, K = 16, 64, 24, 4
@@ -71,8 +71,8 @@ def trained(rule, steps=5):
     return trainer.trained()
 
 
-from sae.objectives import Objective as OBJECTIVES  # noqa: E402
-from sae.optim import OptimConfig  # noqa: E402
+from sae.objectives import Objective as OBJECTIVES
+from sae.training.optim import OptimConfig
 
 
 def test_support_is_well_formed_in_training_and_at_inference(rule):

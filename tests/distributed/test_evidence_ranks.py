@@ -5,12 +5,12 @@ import time
 from functools import partial
 
 import pytest
-from children import Child, die, ranks
-from interp_evidence import PlantedCodes, passes, planted, result, write_documents
+from rigs.children import Child, die, ranks
+from rigs.interp_evidence import PlantedCodes, passes, planted, result, write_documents
 
-import interp.evidence
-import interp.windows
-from sae import distributed
+import interp.evidence.first_pass
+import interp.evidence.second_pass
+from sae.parallel import collectives
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def at_block(number, module, act, patch) -> None:
 
 def be_late(patch) -> None:
     """Has the second rank look at what is done when the first has long begun, unless that waits."""
-    if distributed.rank() == 1:
+    if collectives.rank() == 1:
         for name in ("load_tensors", "_take_in"):
             slow(patch, interp.evidence, name)
         slow(patch, interp.windows, "ShardWriter")
@@ -94,7 +94,7 @@ def stop_one(number, which, patch):
 
     def should_stop() -> bool:
         looks.append(None)
-        return distributed.rank() == which and len(looks) >= number
+        return collectives.rank() == which and len(looks) >= number
 
     return should_stop
 
@@ -108,7 +108,7 @@ def test_a_stop_of_one_rank_stops_both(run):
 
 
 def fail_one(patch) -> None:
-    if distributed.rank() == 1:
+    if collectives.rank() == 1:
         patch.setattr(PlantedCodes, "read", lambda codes, rows: 1 / 0)
 
 

@@ -3,11 +3,11 @@
 from functools import partial
 
 import pytest
-from children import Child, at_step, die, ranks, sae_train
-from fakes import tiny_config
-from runs import assert_equal, lines
+from rigs.children import Child, at_step, die, ranks, sae_train
+from rigs.fakes import tiny_config
+from rigs.runs import assert_equal, lines
 
-from sae.settings import to_yaml
+from sae.base.settings import to_yaml
 
 GRID = {
     "mutual": {"selection": {"type": "mutual_choice", "k": 4}},

@@ -12,15 +12,16 @@ import sae
 from cli.common import configs, read_config
 from cli.explain import command as explain
 from cli.train import command
-from interp.config import ExplainConfig
 from interp.explainers import Explainer
+from interp.run.config import ExplainConfig
 from interp.scorers import Scorer
-from sae.coder import SparseCoder
-from sae.config import TrainConfig
-from sae.initialization import initialize
-from sae.plugins import names as plugins
+from sae.base.plugins import names as plugins
+from sae.coder.coder import SparseCoder
+from sae.coder.initialization import initialize
+from sae.coder.spec import CoderSpec
+from sae.lm.site import Site
 from sae.selection.topk import TopK
-from sae.spec import CoderSpec, Site
+from sae.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import Child, at_step, sae_train
-from fakes import tiny_config, tiny_model_folder, tiny_text_folder
-from runs import assert_equal, checkpoints, files
+from rigs.children import Child, at_step, sae_train
+from rigs.fakes import tiny_config, tiny_model_folder, tiny_text_folder
+from rigs.runs import assert_equal, checkpoints, files
 from safetensors.torch import load_file, save_file
 
 import sae
-import sae.training
+import sae.training.run
 from cli.evaluate import main as sae_eval
-from sae import checkpoint
-from sae.errors import DataError
-from sae.files import cache_dir, load_tensors, save_tensors, sha256_file, verify, write_json
-from sae.settings import to_yaml
+from sae.base.errors import DataError
+from sae.base.files import cache_dir, load_tensors, save_tensors, sha256_file, verify, write_json
+from sae.base.settings import to_yaml
+from sae.training import checkpoint
 
 # Row 1
 
@@ -99,13 +99,13 @@ def full_for_the_log(run: Path) -> None:
 
 
 def full_at_the_end(limit: int) -> None:
-    evaluate = sae.training.evaluate
+    evaluate = sae.training.run.evaluate
 
     def last(*args, **kwargs):
         full(limit)
         return evaluate(*args, **kwargs)
 
-    sae.training.evaluate = last
+    sae.training.run.evaluate = last
 
 
 LATE = {"log.every_steps": 100}

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import tiny_config
-from runs import assert_equal, files, lines
+from rigs.fakes import tiny_config
+from rigs.runs import assert_equal, files, lines
 
 from cli.evaluate import main as sae_eval
 from cli.train import main as sae_train
-from sae.settings import to_yaml
-from sae.trainer import CoderTrainer
+from sae.base.settings import to_yaml
+from sae.training.trainer import CoderTrainer
 
 LOCALES = Path("/usr/share/i18n/locales/de_DE")
 

@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from children import Child, die
-from interp_evidence import PlantedCodes, passes, planted, result, write_documents
+from rigs.children import Child, die
+from rigs.interp_evidence import PlantedCodes, passes, planted, result, write_documents
 
-import interp.evidence
-import sae.files
-import sae.store
+import interp.evidence.first_pass
+import sae.base.files
+import sae.base.store
 
 LENGTHS = [30, 64, 100, 500] * 10
 
@@ -80,7 +80,7 @@ def is_all(path: Path, *_: object) -> bool:
     return path.name.startswith("shard-") and "latents" in str(path)
 
 
-def of_latents(writer: sae.store.ShardWriter, *_: object) -> bool:
+def of_latents(writer: sae.base.store.ShardWriter, *_: object) -> bool:
     return writer.folder.name == "latents"
 
 
@@ -90,7 +90,7 @@ MOMENTS = {
     "the last block": partial(at_block, 15, "evidence"),
     "saving": partial(at_call, "files", "_sync", 6, is_pass),
     "writing all": partial(at_call, "files", "_sync", 1, is_all),
-    "all written, not finished": partial(at_call, sae.store.ShardWriter, "finish", 1, of_latents),
+    "all written, not finished": partial(at_call, sae.base.store.ShardWriter, "finish", 1, of_latents),
     "all finished, deleting parts": partial(at_call, Path, "unlink", 1, is_pass),
     "the first window": partial(at_block, 1, "windows"),
     "a window": partial(at_block, 6, "windows"),
@@ -145,7 +145,7 @@ def test_killed_between_merging_and_deleting_the_parts_of_ranks(tmp_path, source
 
 @pytest.mark.parametrize("number", [1, 4, 17])
 def test_a_full_disk_is_a_clean_error_and_it_goes_on(tmp_path, source, whole, monkeypatch, number):
-    original, calls = sae.files.save_file, []
+    original, calls = sae.base.files.save_file, []
 
     def full(tensors, path, metadata):
         calls.append(None)
@@ -161,4 +161,4 @@ def test_a_full_disk_is_a_clean_error_and_it_goes_on(tmp_path, source, whole, mo
     assert not [f for f in (tmp_path / "run").rglob("*.safetensors") if f.read_bytes() == b"half"]
     assert passes(source, tmp_path / "run") == 0
     assert result(tmp_path / "run") == whole
-    assert interp.evidence.SAVE_EVERY_S == 60
+    assert interp.evidence.first_pass.SAVE_EVERY_S == 60

@@ -1,18 +1,13 @@
 """kill -9 in the middle of explaining and scoring: the same command goes on, loses nothing and asks nothing twice."""
 
 import json
-import sys
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import pytest
-from children import Child
-from fake_llm import FakeLLM
-
-sys.path.append(str(Path(__file__).parents[1] / "interp"))
-
-from interp_runs import explained, scores, scripted, tiny_coder
+from rigs.children import Child
+from rigs.fake_llm import FakeLLM
+from rigs.interp_runs import explained, scores, scripted, tiny_coder
 
 AT_ONCE = 3
 

@@ -4,11 +4,11 @@ import re
 import shutil
 
 import pytest
-from fakes import tiny_model_folder, tiny_tokenizer
-from runs import error_of
+from rigs.fakes import tiny_model_folder, tiny_tokenizer
+from rigs.runs import error_of
 
 from cli.evaluate import main as sae_eval
-from sae.estimate import estimate
+from sae.training.estimate import estimate
 
 GRADIENT = {"type": "gradient_topk", "k": 4}
 ROWS = {"batch_tokens": 128, "text.context_length": 32, "coder.objectives": {"kl": {"type": "kl"}}}
@@ -112,7 +112,7 @@ KNOWN_BY_THE_CONFIG = [
 
 @pytest.mark.parametrize(("changes", "message"), KNOWN_BY_THE_CONFIG, ids=lambda value: str(value)[:60])
 def test_as_soon_as_the_models_config_is_known(monkeypatch, tmp_path, tiny_train, no_model, changes, message):
-    monkeypatch.setattr("sae.estimate.estimate", estimate)
+    monkeypatch.setattr("sae.training.estimate.estimate", estimate)
     code, printed = tiny_train(changes, folder=tmp_path / "run")
     assert code == 2
     assert re.match(message, error_of(printed)), error_of(printed)

@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from children import Child
-from runs import error_of, files
+from rigs.children import Child
+from rigs.runs import error_of, files
 
 from cli.evaluate import main as sae_eval
-from sae.files import FolderLock
+from sae.base.files import FolderLock
 
 # Row 13
 
@@ -26,7 +26,7 @@ def test_a_second_run_in_a_folder_fails_at_once_and_a_killed_one_frees_it(tmp_pa
     child = Child(tmp_path / "log.txt", partial(hold, run))
     child.wait_for(lambda: (run / ".lock").exists() and (run / ".lock").read_text().endswith("}"))
     with monkeypatch.context() as patch:
-        patch.setattr("sae.training.load_language_model", lambda *_: pytest.fail("the model was loaded"))
+        patch.setattr("sae.training.run.load_language_model", lambda *_: pytest.fail("the model was loaded"))
         code, printed = tiny_train(folder=run)
     assert code == 2
     assert error_of(printed).startswith(f"run_dir: {run} is in use by process {child.process.pid} (started ")

@@ -11,11 +11,11 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from hostile import CENTRAL, END, LOCAL, Call, W, entry, flips, npy, npz, plain, refused, safetensors, zipped
+from rigs.hostile import CENTRAL, END, LOCAL, Call, W, entry, flips, npy, npz, plain, refused, safetensors, zipped
 from safetensors.torch import save_file
 
-from sae.errors import DataError
-from sae.released import weights
+from sae.base.errors import DataError
+from sae.untrusted import weights
 
 BAD_ARRAYS = {
     "a hundred gigabytes": (npy(W, (25 * 10**9,)), "tensor W is refused: it declares 100000000000 bytes but holds 24"),

@@ -10,16 +10,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from children import Child
-from hostile import flips
+from rigs.children import Child
+from rigs.hostile import flips
 from safetensors.torch import save_file
 
 import sae
 from cli.evaluate import main as sae_eval
-from sae.coder import SparseCoder
-from sae.errors import ConfigError, DataError
+from sae.base.errors import ConfigError, DataError
+from sae.coder.coder import SparseCoder
+from sae.coder.spec import CoderSpec
 from sae.selection.jumprelu import JumpReLU
-from sae.spec import CoderSpec
 
 D_IN, D_SAE = 6, 20
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")

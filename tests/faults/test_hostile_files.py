@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from children import Child
-from hostile import (
+from rigs.children import Child
+from rigs.hostile import (
     CENTRAL,
     END,
     LOCAL,
@@ -37,9 +37,9 @@ from hostile import (
 )
 
 import sae
-from sae.errors import ConfigError, DataError
-from sae.released import weights
-from sae.released.weights import read_pickle
+from sae.base.errors import ConfigError, DataError
+from sae.untrusted import weights
+from sae.untrusted.weights import read_pickle
 
 KINDS = ["x.safetensors", "x.npz", "x.pt", "x.bin", "x.pkl.gz"]
 

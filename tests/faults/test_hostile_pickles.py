@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from hostile import (
+from rigs.hostile import (
     MAGIC,
     SYSTEM,
     TWICE,
@@ -31,9 +31,9 @@ from hostile import (
 
 import sae
 from cli.evaluate import main as sae_eval
-from sae.errors import ConfigError, DataError
-from sae.released import weights
-from sae.released.weights import Inert, read_pickle
+from sae.base.errors import ConfigError, DataError
+from sae.untrusted import weights
+from sae.untrusted.weights import Inert, read_pickle
 
 
 def by_stack(module, name, text):

@@ -9,13 +9,13 @@ import shutil
 
 import pytest
 import torch
-from fake_hub import COMMIT, Faults, fake_hub, reached_from_here
-from hub_coders import GEMMA, gemma, native, saelens
+from rigs.fake_hub import COMMIT, Faults, fake_hub, reached_from_here
+from rigs.hub_coders import GEMMA, gemma, native, saelens
 
 import sae
-from sae.errors import ConfigError, DataError
-from sae.released import digests
-from sae.released.remote import HubFiles
+from sae.base.errors import ConfigError, DataError
+from sae.loading.remote import HubFiles
+from sae.untrusted import digests
 
 REPO = "own/coder"
 WEIGHTS = "sub/sae_weights.safetensors"
@@ -319,7 +319,7 @@ def test_a_cache_that_cannot_be_written_to_still_serves(hub, cached, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sae.released.remote.write_json", full)
+    monkeypatch.setattr("sae.loading.remote.write_json", full)
     sae.load(f"{REPO}/sub")
 
 

@@ -7,17 +7,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from children import Child, ranks, sae_train
-from fakes import tiny_config, tiny_model_folder, tiny_tokenizer
-from runs import error_of, lines
+from rigs.children import Child, ranks, sae_train
+from rigs.fakes import tiny_config, tiny_model_folder, tiny_tokenizer
+from rigs.runs import error_of, lines
 from torch import nn
 
-import sae.training
+import sae.training.run
 from cli.evaluate import main as sae_eval
-from sae import hub
-from sae.estimate import estimate
-from sae.models import load_language_model
-from sae.settings import to_yaml
+from sae.base.settings import to_yaml
+from sae.lm.models import load_language_model
+from sae.loading import hub
+from sae.training.estimate import estimate
 
 # Row 15
 
@@ -134,7 +134,7 @@ def test_any_tokenizer_will_do_and_the_mask_is_right(tmp_path, tiny_train, has, 
     ],
 )
 def test_a_mistyped_hook_is_known_before_the_model_is_loaded(monkeypatch, tiny_train, no_model, site, named):
-    monkeypatch.setattr("sae.estimate.estimate", estimate)
+    monkeypatch.setattr("sae.training.estimate.estimate", estimate)
     code, printed = tiny_train({"activations.sites": [site]})
     assert code == 2
     assert re.match(rf"activations\.sites: .*{named}", error_of(printed))
@@ -153,7 +153,7 @@ def test_a_mistyped_hook_is_known_before_the_model_is_loaded(monkeypatch, tiny_t
     ],
 )
 def test_so_is_what_needs_the_models_config(monkeypatch, tiny_train, no_model, options, named):
-    monkeypatch.setattr("sae.estimate.estimate", estimate)
+    monkeypatch.setattr("sae.training.estimate.estimate", estimate)
     code, printed = tiny_train(options=options)
     assert code == 2
     assert error_of(printed).startswith(named)

@@ -4,11 +4,12 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from fake_llm import KEY, Answer, FakeLLM, broken, dropped, endpoint, error, impatient, no_quota
+from rigs.fake_llm import KEY, Answer, FakeLLM, broken, dropped, endpoint, error, impatient, no_quota
 
-from interp.client import Client, batch
+from interp.client.client import Client
+from interp.client.remote import batch
 from interp.client.requests import Chat, Embed
-from sae.errors import Stopped
+from sae.base.errors import Stopped
 
 
 @pytest.fixture(autouse=True)

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_llm import KEY, Answer, FakeLLM, endpoint, error, hang, hurry, impatient, says
+from rigs.fake_llm import KEY, Answer, FakeLLM, endpoint, error, hang, hurry, impatient, says
 
-from interp.client import Client
 from interp.client.cache import Cache, spent_in
+from interp.client.client import Client
 from interp.client.config import EndpointConfig
 from interp.client.ledger import Ledger, Usage, worst_case
 from interp.client.requests import Chat
-from sae.errors import ConfigError, DataError, Stopped
+from sae.base.errors import ConfigError, DataError, Stopped
 
 ROOT = Path(__file__).parent.parent.parent
 PRICE = {"price_in": 1.0, "price_out": 2.0}

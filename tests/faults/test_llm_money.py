@@ -11,13 +11,26 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_llm import KEY, Answer, FakeLLM, Fault, dropped, endpoint, error, hang, hurry, impatient, no_quota, web_page
+from rigs.fake_llm import (
+    KEY,
+    Answer,
+    FakeLLM,
+    Fault,
+    dropped,
+    endpoint,
+    error,
+    hang,
+    hurry,
+    impatient,
+    no_quota,
+    web_page,
+)
 
-from interp.client import Client
 from interp.client.cache import Cache
+from interp.client.client import Client
 from interp.client.config import EndpointConfig
 from interp.client.requests import Chat, Embed, Reply
-from sae.errors import ConfigError, DataError
+from sae.base.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parent.parent.parent
 

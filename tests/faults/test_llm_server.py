@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from fake_llm import (
+from rigs.fake_llm import (
     KEY,
     Answer,
     FakeLLM,
@@ -28,9 +28,10 @@ from fake_llm import (
     web_page,
 )
 
-from interp.client import Client, limiter
+from interp.client.client import Client
+from interp.client.remote import limiter
 from interp.client.requests import FINAL, RETRYABLE, Chat, Embed, LogProb
-from sae.errors import ConfigError, Stopped
+from sae.base.errors import ConfigError, Stopped
 
 SCHEMA = json.dumps(
     {

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import Child, ranks, sae_train
-from fakes import measured, tiny_config, tiny_model_folder
-from runs import assert_equal, checkpoints, error_of, lines
+from rigs.children import Child, ranks, sae_train
+from rigs.fakes import measured, tiny_config, tiny_model_folder
+from rigs.runs import assert_equal, checkpoints, error_of, lines
 
-import sae.training
-from sae.files import load_tensors
-from sae.models import load_language_model
+import sae.training.run
+from sae.base.files import load_tensors
+from sae.base.settings import to_yaml
+from sae.lm.models import load_language_model
 from sae.objectives.auxk import AuxK
 from sae.objectives.reconstruction import Reconstruction
-from sae.optim import OptimConfig
-from sae.report import write_report
-from sae.settings import to_yaml
-from sae.stream import Stream
-from sae.trainer import CoderTrainer, NonFiniteError, Schedule, new_coder
+from sae.stream.lanes import Stream
+from sae.training.optim import OptimConfig
+from sae.training.report import write_report
+from sae.training.trainer import CoderTrainer, NonFiniteError, Schedule, new_coder
 
 # Row 8
 

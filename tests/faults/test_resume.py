@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from children import Child, at_step, die, ranks, sae_train
-from fakes import tiny_config, tiny_text_folder
-from runs import assert_equal, lines
+from rigs.children import Child, at_step, die, ranks, sae_train
+from rigs.fakes import tiny_config, tiny_text_folder
+from rigs.runs import assert_equal, lines
 
-from sae.settings import to_yaml
+from sae.base.settings import to_yaml
 
 STEPS = 20
 CHANGES = {

@@ -7,23 +7,23 @@ import time
 from functools import partial
 
 import pytest
-from children import Child, at_step, ranks, sae_train
-from fakes import tiny_config
-from runs import assert_equal, checkpoints
+from rigs.children import Child, at_step, ranks, sae_train
+from rigs.fakes import tiny_config
+from rigs.runs import assert_equal, checkpoints
 
-import sae.activations
-import sae.text
-import sae.trainer
-import sae.training
-from sae.files import cache_dir
-from sae.settings import to_yaml
+import sae.lm.hooks
+import sae.text.tokenizing
+import sae.training.run
+import sae.training.trainer
+from sae.base.files import cache_dir
+from sae.base.settings import to_yaml
 
 CHANGES = {"activations.source": "disk", "eval.every_steps": 8}
 PHASES = {
     "preparing tokens": (sae.text, "documents", 1, []),
     "storing activations": (sae.activations.LiveSource, "read", 50, []),
     "measuring": (sae.training, "sample", 1, []),
-    "a step": (sae.trainer.CoderTrainer, "step", 8, [5, 8]),
+    "a step": (sae.training.trainer.CoderTrainer, "step", 8, [5, 8]),
     "an evaluation on the way": (sae.training, "evaluate", 1, [5, 8]),
     "the last evaluation": (sae.training, "evaluate", 3, [15, 20]),
 }
@@ -125,13 +125,13 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, config, rank)
 
 def stop_while_measuring() -> None:
     if os.environ["RANK"] == "1":
-        original = sae.training.sample
+        original = sae.training.run.sample
 
         def sample(*args):
             signal.raise_signal(signal.SIGTERM)
             return original(*args)
 
-        sae.training.sample = sample
+        sae.training.run.sample = sample
 
 
 def test_a_signal_to_one_rank_while_measuring_stops_all(tmp_path, config):

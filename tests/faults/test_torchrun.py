@@ -9,11 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from children import wait_until
-from fakes import tiny_config
-from runs import assert_equal, checkpoints, lines
+from rigs.children import wait_until
+from rigs.fakes import tiny_config
+from rigs.runs import assert_equal, checkpoints, lines
 
-from sae.settings import to_yaml
+from sae.base.settings import to_yaml
 
 CHANGES = {"tokens": 400 * 128, "checkpoints.every_steps": 25, "activations.source": "write_through"}
 

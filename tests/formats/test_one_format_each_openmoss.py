@@ -1,18 +1,18 @@
 """sparsify, Llama Scope and Llamascopium share file names with others: each fixture is in one format alone."""
 
 import pytest
-import test_llama_scope_format as llama_scope
-import test_openmoss_format as openmoss
-import test_sparsify_format as sparsify
-from rig import D_IN, D_SAE, Draw, write_json
+from formats import test_llama_scope as llama_scope
+from formats import test_openmoss as openmoss
+from formats import test_sparsify as sparsify
+from rigs.format_files import D_IN, D_SAE, Draw, write_json
 from safetensors.numpy import save_file
 
 import sae
 from sae import formats
-from sae.errors import ConfigError
+from sae.base.errors import ConfigError
 from sae.formats.sparsify import write
-from sae.hub import save
-from sae.released.places import LocalFiles
+from sae.loading.hub import save
+from sae.untrusted.places import LocalFiles
 
 
 def saelens(root):

@@ -1,18 +1,18 @@
 """Every pickle of a coder is recognized by one format, and by no other."""
 
 import pytest
-import test_crosscoder_diff_format as crosscoder_diff
-import test_dictionary_learning_format as dictionary_learning
-import test_dunefsky_format as dunefsky
-import test_e2e_sae_format as e2e_sae
-import test_kissane_format as kissane
-import test_linear_pair_format as linear_pair
-import test_openai_format as openai
-import test_qwen_scope_format as qwen_scope
 import torch
+from formats import test_crosscoder_diff as crosscoder_diff
+from formats import test_dictionary_learning as dictionary_learning
+from formats import test_dunefsky as dunefsky
+from formats import test_e2e_sae as e2e_sae
+from formats import test_kissane as kissane
+from formats import test_linear_pair as linear_pair
+from formats import test_openai as openai
+from formats import test_qwen_scope as qwen_scope
 
 from sae import formats
-from sae.released.places import LocalFiles
+from sae.untrusted.places import LocalFiles
 
 WRITERS = {
     **{

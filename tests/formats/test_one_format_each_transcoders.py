@@ -1,12 +1,12 @@
 """Transcoders, crosscoders and their like: what lies in one format is not taken for another."""
 
 import pytest
-import test_circuit_tracer_format as circuit_tracer
-import test_cross_layer_transcoder_format as cross_layer
-import test_gemma_scope_2_format as gemma_scope_2
+from formats import test_circuit_tracer as circuit_tracer
+from formats import test_cross_layer_transcoder as cross_layer
+from formats import test_gemma_scope_2 as gemma_scope_2
 
 from sae import formats
-from sae.released.places import LocalFiles
+from sae.untrusted.places import LocalFiles
 
 FIXTURES = {
     "gemma_scope_2": [

@@ -13,9 +13,9 @@ import logging
 import statistics
 from pathlib import Path
 
-from sae.config import TrainConfig
-from sae.settings import decode
-from sae.training import train
+from sae.base.settings import decode
+from sae.training.config import TrainConfig
+from sae.training.run import train
 
 K, SEEDS = 32, (0, 1, 2)
 LN = {"normalization": {"kind": "layer_norm"}}

@@ -26,9 +26,11 @@ from common import D_IN, D_OUT, D_SAE, TOKENS, K, draw, randomize
 from safetensors.torch import load_file, save_file
 
 import sae
-from sae.coder import SparseCoder
-from sae.errors import ConfigError
-from sae.normalization import Normalization
+from sae.base.errors import ConfigError
+from sae.coder.coder import SparseCoder
+from sae.coder.normalization import Normalization
+from sae.coder.spec import CoderSpec
+from sae.lm.site import Site
 from sae.selection import Budget, Selection
 from sae.selection.feature_choice import FeatureChoice
 from sae.selection.gated import Gated
@@ -41,7 +43,6 @@ from sae.selection.relu import ReLU
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
 from sae.selection.unrectified_topk import UnrectifiedTopK
-from sae.spec import CoderSpec, Site
 
 HERE = Path(__file__).parent
 LIBRARIES = ("sae_lens", "sparsify", "dictionary_learning", "circuit_tracer")

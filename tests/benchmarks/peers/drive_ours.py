@@ -9,13 +9,14 @@ from importlib.metadata import version
 import common
 import torch
 
-from sae.config import CoderConfig
-from sae.measuring import measure
-from sae.normalization import Normalization
-from sae.optim import OptimConfig
+from sae.coder.normalization import Normalization
+from sae.lm.masking import MaskSpec
+from sae.lm.site import Site
 from sae.selection.topk import TopK
-from sae.spec import MaskSpec, Site
-from sae.trainer import CoderTrainer, Schedule, new_coder
+from sae.training.config import CoderConfig
+from sae.training.measuring import measure
+from sae.training.optim import OptimConfig
+from sae.training.trainer import CoderTrainer, Schedule, new_coder
 
 
 def train(args, x):

@@ -1,0 +1,340 @@
+"""The only place that calls a language model.
+
+    request -> cache? -> under way? -> budget -> server, this process or batch -> cache -> reply
+
+`Client.ask` never raises for what a server does: the reply says it. Every final answer is on disk before it is handed
+on, the same question asked twice at once is one call, and no call goes out that could break the budget. Keys are read
+from the environment when a call goes out and stand nowhere else; what servers say is scrubbed of them.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interp.client import bodies
+from interp.client.cache import Cache
+from interp.client.config import EndpointConfig
+from interp.client.ledger import Ledger, Usage
+from interp.client.remote.abilities import PROBE_TRIES, Prober
+from interp.client.remote.failures import Outcome, scrub
+from interp.client.remote.http import Endpoint, reply_of
+from interp.client.requests import ROLES, Abilities, Chat, LogProb, Reply, Request, key
+from sae.base.errors import ConfigError, Stopped
+from sae.base.settings import choose
+
+if TYPE_CHECKING:
+    from interp.client.local.scheduling import LocalModel, Shared
+    from interp.client.local.words import WordEncoder
+
+__all__ = ["Client"]
+
+WORKERS_LOCAL = 2048
+"""Requests that may wait for a model in this process: the more, the better they can be sorted into batches."""
+STOP_EVERY_S = 0.2
+
+log = logging.getLogger(__name__)
+
+
+class Client:
+    """Asks the models behind the roles; an async context manager.
+
+    Args:
+        endpoints: by role, of ROLES; a role without a model cannot be asked.
+        cache: file of the answers so far.
+        budget_usd: what all roles together may spend, with what stands in the cache file as spent before: the budget is
+            one of the file, however many commands work with it (with --shard, each shard has its own). None for no
+            limit.
+        should_stop: polled; once it is true no call goes out any more, and whoever asks gets Stopped.
+        poll_s: how often the state of batches is looked at.
+        retry_failed: whether questions whose stored answer is a failure (a refusal, an answer that does not parse) are
+            asked once more; the new answer then stands in its place.
+        shared: models that are loaded already, by name, for roles via local.
+    """
+
+    def __init__(
+        self,
+        endpoints: Mapping[str, EndpointConfig],
+        cache: Path,
+        budget_usd: float | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        poll_s: float = 60.0,
+        retry_failed: bool = False,
+        shared: "Mapping[str, Shared] | None" = None,
+    ) -> None:
+        for role, config in endpoints.items():
+            choose("role", role, ROLES)
+            config.validate(role)
+        self.endpoints, self.ledger = dict(endpoints), Ledger(endpoints, budget_usd)
+        self._path, self._poll_s, self._retry_failed = cache, poll_s, retry_failed
+        self._shared = dict(shared or {})
+        self._should_stop = should_stop or (lambda: False)
+        self._watched = should_stop is not None
+        self._holders: dict[EndpointConfig, Endpoint | LocalModel | WordEncoder] = {}
+        self._abilities: dict[str, Abilities] = {}
+        self._probing: dict[str, asyncio.Lock] = {role: asyncio.Lock() for role in endpoints}
+        self._batches: dict[EndpointConfig, Any] = {}
+        self._flights: dict[str, asyncio.Task[Reply]] = {}
+        self._retried: set[str] = set()
+        self._watch: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> "Client":
+        self._cache = Cache(self._path)
+        self.ledger.start_from(self._cache.spent())
+        for batch in self._cache.facts("batch ").values():
+            if batch["open"]:
+                self.ledger.hold(batch["role"], Usage(*batch["worst"]))
+        if self._watched:
+            self._watch = asyncio.create_task(self._halt_when_stopped())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        tasks = [*self._flights.values(), *([self._watch] if self._watch else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for holder in self._holders.values():
+            await holder.close()
+        try:
+            await self._keep({})  # what calls cost that brought no answer
+        finally:
+            self._cache.close()
+
+    def has(self, role: str) -> bool:
+        """Returns whether there is a model for a role."""
+        return bool(self.endpoints.get(role, EndpointConfig()).model)
+
+    async def abilities(self, role: str) -> Abilities:
+        """Returns what a role's model can be asked: found out once, then remembered in the cache.
+
+        ConfigError if the role has no model, or its server does not answer at all.
+        """
+        if role in self._abilities:
+            return self._abilities[role]
+        if not self.has(role):
+            raise ConfigError(f"{role}.model: not set, but needed; name a model, or leave out what asks it")
+        async with self._probing[role]:
+            if role not in self._abilities:
+                self._abilities[role] = await self._find_out(role)
+        return self._abilities[role]
+
+    async def check(self, roles: Iterable[str]) -> None:
+        """Returns if these roles can be asked; else raises ConfigError in one line. For before any long work.
+
+        Keys must be set, and models in this process be there (none is loaded). A server is asked what it can do, and
+        must answer; what is found out is stored, and whoever finds it there asks no server. That the prices which a
+        budget needs are known is seen to when a client is made.
+        """
+        for role in roles:
+            config = self._config(role)
+            holder = self._holder(config) if self.has(role) else None
+            if isinstance(holder, Endpoint):
+                holder.clients()
+            if self.has(role) and config.via == "local" and config.model != "tfidf":
+                from interp.client.local.scheduling import check
+
+                await asyncio.to_thread(check, config, role)
+            else:
+                await self.abilities(role)
+
+    async def ask(self, request: Request) -> Reply:
+        """Returns the reply to a request, or one that says why there is none.
+
+        An answer that does not follow its schema is sent back once, with what is wrong with it. Raises ConfigError as
+        `abilities` does, and Stopped.
+        """
+        reply = await self._ask(request)
+        if reply.failure == "parse" and isinstance(request, Chat):
+            again = await self._ask(bodies.repair(request, reply.text, reply.detail))
+            tokens_in, tokens_out = reply.tokens_in + again.tokens_in, reply.tokens_out + again.tokens_out
+            cached = reply.cached and again.cached
+            reply = replace(again, tokens_in=tokens_in, tokens_out=tokens_out, cached=cached)
+        if not reply.ok:
+            self.ledger.missing(request.role, reply.failure)
+        return reply
+
+    async def ask_all(self, requests: Sequence[Request]) -> list[Reply]:
+        """Returns the replies to a wave of requests, in their order; roles via batch get batches.
+
+        Raises Stopped, once calls under way have been answered and stored, if it was asked to stop.
+        """
+        replies: list[Reply | None] = [None] * len(requests)
+        live = [n for n, request in enumerate(requests) if self._config(request.role).via != "batch"]
+        rest = set(range(len(requests))) - set(live)
+        by_role: dict[str, list[int]] = {}
+        for number in sorted(rest):
+            by_role.setdefault(requests[number].role, []).append(number)
+        numbers = iter(live)
+
+        async def work(numbers: Iterator[int]) -> None:
+            for number in numbers:
+                replies[number] = await self.ask(requests[number])
+
+        async def follow(role: str, numbers: list[int]) -> None:
+            answers = await self._ask_batch(role, [requests[number] for number in numbers])
+            for number, reply in zip(numbers, answers, strict=True):
+                replies[number] = reply
+
+        workers = [work(numbers) for _ in range(min(len(live), self._workers(requests, live)))]
+        done = await asyncio.gather(
+            *workers, *(follow(role, numbers) for role, numbers in by_role.items()), return_exceptions=True
+        )
+        errors = [error for error in done if isinstance(error, BaseException)]
+        for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+            raise error
+        return [reply for reply in replies if reply is not None]
+
+    def _config(self, role: str) -> EndpointConfig:
+        return self.endpoints.get(role, EndpointConfig())
+
+    def _workers(self, requests: Sequence[Request], live: Sequence[int]) -> int:
+        """Returns how many requests to have waiting: enough for every server, and for good batches in this process."""
+        used = {self._config(requests[number].role) for number in live}
+        return sum(WORKERS_LOCAL if config.via == "local" else 2 * config.max_concurrency for config in used)
+
+    def _holder(self, config: EndpointConfig) -> "Endpoint | LocalModel | WordEncoder":
+        """Returns what answers for a config; roles of equal configs share it."""
+        if config not in self._holders:
+            if config.via == "local" and config.model == "tfidf":
+                from interp.client.local.words import WordEncoder
+
+                self._holders[config] = WordEncoder()
+            elif config.via == "local":
+                from interp.client.local.scheduling import LocalModel
+
+                self._holders[config] = LocalModel(config, self._should_stop, self._shared.get(config.model))
+            else:
+                self._holders[config] = Endpoint(config, self.ledger, self._should_stop)
+        return self._holders[config]
+
+    async def _find_out(self, role: str) -> Abilities:
+        config = self._config(role)
+        holder = self._holder(config)
+        if not isinstance(holder, Endpoint):
+            return await holder.load(role)
+        fact = f"abilities {holder.where} {config.model} {role} {config.thinking_tokens}"
+        known = self._cache.fact(fact)
+        if known is not None:
+            return Abilities(**known)
+
+        async def send(path: str, body: dict[str, Any]) -> Outcome:
+            outcome, _ = await holder.send(role, path, body, PROBE_TRIES, probing=True)
+            await self._keep({})
+            return outcome
+
+        found = await Prober(role, config.model, send, holder.where, config.thinking_tokens).find()
+        log.info("%s: %s at %s: %s", role, config.model, holder.where, found)
+        await self._cache.note({fact: asdict(found)})
+        return found
+
+    async def _ask(self, request: Request) -> Reply:
+        """Returns the stored reply, that of the same question under way, or one that is fetched now."""
+        abilities = await self.abilities(request.role)
+        lacking = _lacking(request, abilities)
+        if lacking:
+            return Reply(failure="unsupported", detail=f"{self._config(request.role).model} {lacking}")
+        name = self._key(request, abilities)
+        stored = None if name in self._flights else await self._stored(name, request, abilities)
+        if stored is None and name not in self._flights:
+            task = asyncio.create_task(self._fetch(name, request, abilities))
+            self._flights[name] = task
+            task.add_done_callback(lambda task: self._landed(name, task))
+            return await asyncio.shield(task)  # others may wait for it too
+        if stored is None:
+            stored = replace(await asyncio.shield(self._flights[name]), cached=True)
+        self.ledger.accounts[request.role].cached += 1
+        return stored
+
+    async def _fetch(self, name: str, request: Request, abilities: Abilities) -> Reply:
+        holder = self._holder(self._config(request.role))
+        if isinstance(holder, Endpoint):
+            async with holder.turns:  # a kill loses no more answers than calls may be out
+                reply = self._scrubbed(await holder.answer(request, abilities), holder)
+                await self._keep({name: reply})
+            return reply
+        reply = await holder.answer(request)
+        self.ledger.count_local(request.role, reply.tokens_in, reply.tokens_out)
+        await self._keep({name: reply} if holder.keeps else {})
+        return reply
+
+    async def _stored(self, name: str, request: Request, abilities: Abilities) -> Reply | None:
+        """Returns the stored reply to a question, made now of what a batch answered to it before it was asked.
+
+        None where there is none, and of a failure that is to be tried again for the first time.
+        """
+        raw, reply = self._cache.raw(name), self._cache.reply(name)  # in this order: the one becomes the other
+        if raw is not None and reply is None:
+            tokens_in, tokens_out = raw.pop("tokens")
+            reply = reply_of(request, abilities, Outcome(**raw))
+            reply = replace(reply, tokens_in=tokens_in, tokens_out=tokens_out, cached=True)
+            await self._cache.keep({name: reply}, raw={name: None})
+        if reply is None or reply.ok or not self._retry_failed or name in self._retried:
+            return reply
+        if reply.failure == "parse" and isinstance(request, Chat):
+            repaired = self._cache.reply(self._key(bodies.repair(request, reply.text, reply.detail), abilities))
+            if repaired is not None and repaired.ok:
+                return reply
+        self._retried.add(name)
+        return None
+
+    async def _keep(self, replies: Mapping[str, Reply]) -> None:
+        """Stores replies with what has been spent."""
+        await self._cache.keep(replies, self.ledger.unsaved())
+
+    async def _ask_batch(self, role: str, requests: Sequence[Request]) -> list[Reply]:
+        """Returns the replies to a wave through the Batch API; there is no second try for what does not parse."""
+        from interp.client.remote.batch import Batches
+
+        abilities, config = await self.abilities(role), self._config(role)
+        holder = self._holder(config)
+        assert isinstance(holder, Endpoint)
+        if config not in self._batches:
+            self._batches[config] = Batches(holder, self._cache, self._should_stop, self._poll_s)
+        names = [self._key(request, abilities) for request in requests]
+        found: dict[str, Reply] = {}
+        asked = dict(zip(names, requests, strict=True))
+        for name in list(asked):
+            stored = await self._stored(name, asked[name], abilities)
+            if stored is not None:
+                found[name] = stored
+                del asked[name]
+        self.ledger.accounts[role].cached += len(requests) - len(asked)
+        if asked:
+            found |= await self._batches[config].answer_all(role, asked, abilities)
+        replies = [self._scrubbed(found[name], holder) for name in names]
+        for reply in replies:
+            if not reply.ok:
+                self.ledger.missing(role, reply.failure)
+        return replies
+
+    def _key(self, request: Request, abilities: Abilities) -> str:
+        config = self._config(request.role)
+        return key(request, config.model, self._holder(config).where, abilities)
+
+    def _scrubbed(self, reply: Reply, endpoint: Endpoint) -> Reply:
+        return replace(reply, detail=scrub(reply.detail, endpoint.secrets())) if reply.detail else reply
+
+    def _landed(self, name: str, task: "asyncio.Task[Reply]") -> None:
+        self._flights.pop(name, None)
+        if not task.cancelled():
+            task.exception()  # seen, should nobody wait any more
+
+    async def _halt_when_stopped(self) -> None:
+        while not self._should_stop():
+            await asyncio.sleep(STOP_EVERY_S)
+        for holder in self._holders.values():
+            if isinstance(holder, Endpoint):
+                holder.halt()
+
+
+def _lacking(request: Request, abilities: Abilities) -> str:
+    """Returns why a request cannot be asked, or ""."""
+    if isinstance(request, LogProb) and not abilities.prompt_logprobs:
+        return "does not tell the log-probabilities of a prompt"
+    if isinstance(request, LogProb) and request.choices and not abilities.prompt_top:
+        return "does not tell the alternatives to the tokens of a prompt"
+    if isinstance(request, Chat) and request.choices and not abilities.choices:
+        return "does not tell the log-probabilities of its first token"
+    return ""

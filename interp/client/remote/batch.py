@@ -1,0 +1,313 @@
+"""OpenAI's Batch API: a wave of questions as a file, answered within a day at half the price.
+
+    questions -> JSONL files (<= 50,000 lines, <= 200 MB) -> batches -> output and error files -> the cache
+
+A line's `custom_id` is the question's cache key, and answers are matched by it alone: order is not promised, and lines
+may be missing. What is missing because a batch expired or was cancelled, or because of an error that may pass, goes
+into a next batch, three times at most; what was refused for good is a reply like any other.
+
+Nothing is submitted twice. A batch's id is stored, with its keys, once it is known; every batch carries the id of the
+cache file as metadata, so that one whose id was lost in a crash is found in the server's list, and its keys in its own
+input file. The same call after a crash adopts whatever is open; what such a batch answers beyond that call is stored as
+it came, for when it is asked. Until a batch has ended, its worst case is set aside from the budget, over crashes too.
+
+There is no real Batch API to test against here: the tests use a double built from the published schema.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from interp.client.bodies import EMBEDDINGS, payload
+from interp.client.cache import Cache
+from interp.client.ledger import Usage, worst_case
+from interp.client.remote.failures import Outcome, of_body, of_exception, of_status, scrub
+from interp.client.remote.http import Endpoint, reply_of, usage_of
+from interp.client.remote.limiter import LONGEST_RETRY_AFTER_S, backoff
+from interp.client.requests import FINAL, Abilities, Reply, Request
+from sae.base.errors import Stopped
+
+MAX_LINES, MAX_BYTES = 50_000, 200 * 2**20
+MAX_ROUNDS = 3
+"""How often a question is submitted."""
+FILE_S = 600.0
+"""Time for a file to go up or down."""
+LISTED_DAYS = 8
+"""How far back the server's list is searched: a batch lives a day."""
+ENDED = ("completed", "failed", "expired", "cancelled")
+FULL = "token_limit_exceeded"
+"""The organization's queue is full: wait until another batch has ended."""
+_TAG, _ROLE = "sae-interp", "role"
+_NOTHING = Usage(0, 0)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Line:
+    """A question on its way."""
+
+    request: Request
+    path: str
+    body: dict[str, Any]
+    worst: Usage
+    rounds: int = 0
+    reply: Reply | None = None
+    reserved: bool = False
+
+    @property
+    def size(self) -> int:
+        """Returns the inputs that count against a file's limit of lines."""
+        return len(self.body["input"]) if self.path == EMBEDDINGS else 1
+
+
+class _Failed(Exception):
+    """A call for a file or a batch that was given up."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+
+class Batches:
+    """Waves of one endpoint."""
+
+    def __init__(self, endpoint: Endpoint, cache: Cache, should_stop: Callable[[], bool], poll_s: float) -> None:
+        self.endpoint, self.cache, self.should_stop, self.poll_s = endpoint, cache, should_stop, poll_s
+        self._found = False
+
+    async def answer_all(self, role: str, asked: dict[str, Request], abilities: Abilities) -> dict[str, Reply]:
+        """Returns a reply for every key, all final ones stored; Stopped if a signal came while batches are open."""
+        model, lines = self.endpoint.config.model, {}
+        for key, request in asked.items():
+            path, body = payload(request, model, abilities)
+            lines[key] = _Line(request, path, body, worst_case(body))
+        try:
+            await self._follow(role, lines, abilities)
+        except _Failed as failed:
+            outcome = replace(failed.outcome, given_up=True)
+            for line in lines.values():
+                line.reply = line.reply or reply_of(line.request, abilities, outcome)
+        finally:
+            for line in lines.values():
+                self._release(role, line)
+        return {key: line.reply or Reply(failure="expired") for key, line in lines.items()}
+
+    async def _follow(self, role: str, lines: dict[str, _Line], abilities: Abilities) -> None:
+        """Submits, waits and collects until every line has a reply."""
+        submitted = await self._adopted(role, lines)
+        cautious = False  # one batch at a time
+        while True:
+            under_way = {key for keys in submitted.values() for key in keys}
+            waiting = {key: line for key, line in lines.items() if line.reply is None and key not in under_way}
+            if waiting and not (cautious and submitted):
+                for part in self._parts(role, waiting):
+                    submitted |= await self._submit(role, part)
+                    if cautious:
+                        break
+            if not submitted:
+                return
+            await self._nap(len(submitted))
+            full = None
+            for name in list(submitted):
+                batch = await self._call(lambda client, name=name: client.batches.retrieve(name))
+                log.info("batch %s: %s, %s", name, batch.status, batch.request_counts)
+                if batch.status not in ENDED:
+                    continue
+                keys = submitted.pop(name)
+                if batch.status == "failed" and _is_full(batch):
+                    full = batch
+                    for key in keys & lines.keys():
+                        lines[key].rounds -= 1
+                await self._collect(role, batch, lines, abilities)
+            if full is not None and cautious:
+                raise _Failed(Outcome(failure="quota", detail=scrub(_told(full), self.endpoint.secrets())))
+            cautious = cautious or full is not None
+
+    def _parts(self, role: str, waiting: dict[str, _Line]) -> Iterator[dict[str, _Line]]:
+        """Yields what goes into one file: lines of one kind, within the limits; those beyond the budget get a reply."""
+        ledger = self.endpoint.ledger
+        by_path: dict[str, dict[str, _Line]] = {}
+        for key, line in sorted(waiting.items()):
+            line.reserved = line.reserved or ledger.reserve(role, line.worst)
+            if line.reserved:
+                by_path.setdefault(line.path, {})[key] = line
+            else:
+                line.reply = Reply(failure="budget", detail=ledger.refusal())
+        for chosen in by_path.values():
+            part: dict[str, _Line] = {}
+            inputs = written = 0
+            for key, line in chosen.items():
+                size = len(_written(key, line))
+                if part and (inputs + line.size > MAX_LINES or written + size > MAX_BYTES):
+                    yield part
+                    part, inputs, written = {}, 0, 0
+                part[key] = line
+                inputs, written = inputs + line.size, written + size
+            if part:
+                yield part
+
+    async def _submit(self, role: str, part: dict[str, _Line]) -> dict[str, set[str]]:
+        """Returns {batch id: keys} of a file that is under way and will be found again."""
+        text = b"".join(_written(key, line) for key, line in part.items())
+        file = await self._call(lambda client: client.files.create(file=("wave.jsonl", text), purpose="batch"))
+        path = "/v1" + next(iter(part.values())).path
+        metadata = {_TAG: self.cache.id, _ROLE: role}
+
+        def create(client: Any) -> Any:
+            return client.batches.create(
+                input_file_id=file.id, endpoint=path, completion_window="24h", metadata=metadata
+            )
+
+        async def lost() -> Any:
+            return next((found for found in await self._listed() if found.input_file_id == file.id), None)
+
+        batch = await self._call(create, lost)
+        for line in part.values():
+            self._release(role, line)  # from here on it is set aside as part of the batch
+            line.rounds += 1
+        await self._note(batch.id, role, {key: line.worst for key, line in part.items()})
+        return {batch.id: set(part)}
+
+    async def _note(self, batch: str, role: str, sent: dict[str, Usage]) -> None:
+        """Stores that a batch is open, and sets aside what it may cost."""
+        worst = [sum(used.tokens_in for used in sent.values()), sum(used.tokens_out for used in sent.values())]
+        self.endpoint.ledger.hold(role, Usage(worst[0], worst[1]))
+        await self.cache.note({f"batch {batch}": {"keys": list(sent), "open": True, "role": role, "worst": worst}})
+
+    def _release(self, role: str, line: _Line) -> None:
+        if line.reserved:
+            self.endpoint.ledger.release(role, line.worst)
+        line.reserved = False
+
+    async def _adopted(self, role: str, lines: dict[str, _Line]) -> dict[str, set[str]]:
+        """Returns {batch id: keys} of earlier batches that may answer some of the lines."""
+        if not self._found:
+            known = self.cache.facts("batch ")
+            for batch in await self._listed():
+                if f"batch {batch.id}" not in known:
+                    sent = await self._content(batch.input_file_id)
+                    worst = {entry["custom_id"]: worst_case(entry["body"]) for entry in _entries(sent)}
+                    await self._note(batch.id, batch.metadata.get(_ROLE, role), worst)
+            self._found = True
+        stored = self.cache.facts("batch ")
+        open_ones = {name.removeprefix("batch "): set(fact["keys"]) for name, fact in stored.items() if fact["open"]}
+        return {name: keys for name, keys in open_ones.items() if not lines.keys().isdisjoint(keys)}
+
+    async def _collect(self, role: str, batch: Any, lines: dict[str, _Line], abilities: Abilities) -> None:
+        """Gives a reply to every line that an ended batch answers for good; stores these and all it answers besides."""
+        name = f"batch {batch.id}"
+        fact, path = self.cache.fact(name), batch.endpoint.removeprefix("/v1")
+        worst, outcomes = Usage(*fact["worst"]), dict[str, Outcome]()
+        for file in (batch.output_file_id, batch.error_file_id):
+            for entry in _entries(await self._content(file)) if file else ():
+                outcomes.setdefault(entry["custom_id"], self._outcome(entry, path))
+        lost = Outcome(failure="expired", detail=f"batch {batch.status}", again=True)
+        if batch.status == "failed" and not _is_full(batch):
+            lost = Outcome(failure="server_error", detail=scrub(_told(batch), self.endpoint.secrets()))
+        replies: dict[str, Reply] = {}
+        raw: dict[str, Any] = {}
+        for key in fact["keys"]:
+            outcome, line, used = outcomes.get(key, lost), lines.get(key), _NOTHING
+            if outcome.body is not None:
+                bytes_in = line.worst.tokens_in if line else worst.tokens_in // len(fact["keys"])
+                used = usage_of(outcome.body, path, bytes_in)
+            self.endpoint.ledger.settle(role, _NOTHING, used)
+            if line is None and (outcome.body is not None or outcome.failure in FINAL):
+                tokens = [used.tokens_in, used.tokens_out]
+                raw[key] = {name: value for name, value in vars(outcome).items() if value} | {"tokens": tokens}
+            elif line is not None and (not outcome.again or line.rounds >= MAX_ROUNDS):
+                reply = reply_of(line.request, abilities, outcome)
+                line.reply = replies[key] = replace(reply, tokens_in=used.tokens_in, tokens_out=used.tokens_out)
+        self.endpoint.ledger.release(role, worst)
+        closed = {name: {"keys": [], "open": False}}
+        await self.cache.keep(replies, self.endpoint.ledger.unsaved(), closed, raw)
+
+    def _outcome(self, entry: dict[str, Any], path: str) -> Outcome:
+        """Returns what a line of an output or error file says."""
+        response, secrets = entry.get("response") or {}, self.endpoint.secrets()
+        status, body = response.get("status_code"), response.get("body")
+        if status == 200:
+            return of_body(body, path, secrets)
+        if isinstance(status, int) and status:
+            return of_status(status, json.dumps(body), {}, secrets)
+        return Outcome(failure="expired", detail=scrub(json.dumps(entry.get("error")), secrets), again=True)
+
+    async def _listed(self) -> list[Any]:
+        """Returns this cache's batches of the last days, as the server lists them."""
+
+        async def every(client: Any) -> list[Any]:
+            oldest = time.time() - LISTED_DAYS * 86_400
+            return [batch async for batch in client.batches.list(limit=100) if batch.created_at >= oldest]
+
+        listed = await self._call(every)
+        return [batch for batch in listed if (batch.metadata or {}).get(_TAG) == self.cache.id]
+
+    async def _content(self, file: str) -> str:
+        content = await self._call(lambda client: client.files.content(file))
+        return content.text
+
+    async def _call(self, call: Callable[[Any], Any], lost: Callable[[], Any] | None = None) -> Any:
+        """Returns what a call of the openai package gives, tried again as often as a question would be.
+
+        Args:
+            call: what is done with the client.
+            lost: of a call that must not be done twice: returns what it made, where its answer was lost on the way.
+        """
+        outcome, config = Outcome(), self.endpoint.config
+        for attempt in range(config.max_tries):
+            if attempt:
+                await asyncio.sleep(max(backoff(attempt), min(outcome.wait_s or 0.0, LONGEST_RETRY_AFTER_S)))
+            try:
+                async with asyncio.timeout(max(config.timeout_s, FILE_S)):
+                    made = await call(self.endpoint.clients()[0])
+                if not isinstance(made, str):  # a web page
+                    return made
+                outcome = Outcome(failure="server_error", detail="the server answered with a web page", again=True)
+            except Exception as error:
+                outcome = of_exception(error, self.endpoint.secrets())
+            made = await lost() if lost is not None and (outcome.paid or outcome.again) else None
+            if made is not None:
+                return made
+            if not outcome.again:
+                break
+        raise _Failed(outcome)
+
+    async def _nap(self, count: int) -> None:
+        end = time.monotonic() + self.poll_s
+        while not self.should_stop():
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            await asyncio.sleep(min(left, 0.2))
+        raise Stopped(f"{count} batches stay open; the same command collects them")
+
+
+def _is_full(batch: Any) -> bool:
+    return any(error.code == FULL for error in getattr(batch.errors, "data", None) or ())
+
+
+def _written(key: str, line: _Line) -> bytes:
+    """Returns a question as a line of an input file."""
+    entry = {"custom_id": key, "method": "POST", "url": f"/v1{line.path}", "body": line.body}
+    return json.dumps(entry).encode() + b"\n"
+
+
+def _entries(text: str) -> Iterable[dict[str, Any]]:
+    """Yields the lines of a file; what is no JSON object with an id answers nothing."""
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("custom_id"), str):
+            yield entry
+
+
+def _told(batch: Any) -> str:
+    """Returns why a batch failed, in the server's words."""
+    errors = getattr(batch.errors, "data", None) or ()
+    return "; ".join(f"{error.code}: {error.message}" for error in errors) or "the batch failed"

@@ -1,0 +1,188 @@
+"""A model behind OpenAI-compatible servers: how a request is sent, tried again and given up.
+
+The openai package does the sending (connections, headers, keys); tries and pauses are ours, so that limiter, ledger and
+quota rules see every single one. An answer's text is parsed here and not by the package, whose models cost more time
+than all the rest.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from interp.client import answers
+from interp.client.bodies import COMPLETIONS, EMBEDDINGS, hello, payload
+from interp.client.config import EndpointConfig
+from interp.client.ledger import Ledger, Usage, guessed, worst_case
+from interp.client.remote.failures import Outcome, of_exception, of_text
+from interp.client.remote.limiter import Closed, Limiter, backoff
+from interp.client.requests import Abilities, Reply, Request
+from sae.base.errors import ConfigError, Stopped
+
+CONNECT_S = 10.0
+REST_S = 10.0
+"""An address that cannot be reached is left out for so long, if there are others."""
+STOPPED = "stopped"
+
+
+class Endpoint:
+    """One model on one or several servers; all roles that name it share it."""
+
+    def __init__(self, config: EndpointConfig, ledger: Ledger, should_stop: Callable[[], bool]) -> None:
+        self.config, self.ledger, self.should_stop = config, ledger, should_stop
+        self.limiter = Limiter(config.max_concurrency)
+        self.turns = asyncio.Semaphore(config.max_concurrency)
+        """Held by whoever asks until the answer is stored."""
+        self._doubt = asyncio.Lock()
+        self.urls = config.base_urls or (os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",)
+        self.where = " ".join(sorted(url.rstrip("/") for url in self.urls))
+        self._clients: list[Any] = []
+        self._busy = [0] * len(self.urls)
+        self._rested = [0.0] * len(self.urls)
+
+    async def answer(self, request: Request, abilities: Abilities) -> Reply:
+        """Returns the reply to a request, or why there is none; Stopped if no more calls are to be made."""
+        path, body = payload(request, self.config.model, abilities)
+        outcome, usage = await self.send(request.role, path, body, self.config.max_tries)
+        reply = reply_of(request, abilities, outcome)
+        return replace(reply, tokens_in=usage.tokens_in, tokens_out=usage.tokens_out)
+
+    async def send(
+        self, role: str, path: str, body: dict[str, Any], tries: int, probing: bool = False
+    ) -> tuple[Outcome, Usage]:
+        """Returns what comes of a body after at most so many tries, and the tokens of the last one."""
+        worst, answered = worst_case(body), 0
+        outcome, used = Outcome(), Usage(0, 0)
+        for attempt in range(tries):
+            if attempt:
+                await self.limiter.rest(backoff(attempt))
+            try:
+                started = await self.limiter.enter()
+            except Closed as closed:
+                if closed.failure == STOPPED:
+                    raise Stopped("no more calls were made") from None
+                return Outcome(failure=closed.failure, detail=closed.detail, given_up=True), Usage(0, 0)
+            try:
+                if self.should_stop():
+                    raise Stopped("no more calls were made")
+                if not self.ledger.reserve(role, worst):
+                    return Outcome(failure="budget", detail=self.ledger.refusal()), Usage(0, 0)
+                used = worst  # should this task be cancelled: what was sent may be charged
+                try:
+                    outcome, used = await self._once(path, body, worst)
+                finally:
+                    self.ledger.settle(role, worst, used)
+                self._learn(outcome, started, probing)
+            finally:
+                self.limiter.leave()
+            if not outcome.again:
+                return outcome, used
+            if attempt == 0:
+                answered = self.limiter.answered
+        if not probing and self.limiter.answered == answered:  # nobody was answered meanwhile
+            await self.limiter.rest(max(backoff(tries), outcome.wait_s or 0.0))
+            if self.should_stop():
+                raise Stopped("no more calls were made")
+            outcome = replace(outcome, given_up=await self._is_down(role, path, body, outcome))
+        return outcome, used
+
+    def halt(self) -> None:
+        """Has everything that waits, and all that comes, end with Stopped."""
+        self.limiter.close(STOPPED, "")
+
+    def clients(self) -> list[Any]:
+        """Returns an openai client for each address, made at first use; ConfigError if the key is missing."""
+        if not self._clients:
+            import openai
+
+            key = os.environ.get(self.config.api_key_env)
+            if not key and not self.config.on_loopback:
+                raise ConfigError(
+                    f"api_key_env: the environment variable {self.config.api_key_env} is not set, and the model "
+                    f"{self.config.model!r} is at {self.where}"
+                )
+            timeout = openai.Timeout(self.config.timeout_s, connect=min(CONNECT_S, self.config.timeout_s / 2))
+            options: dict[str, Any] = {"max_retries": 0, "timeout": timeout}
+            self._clients = [openai.AsyncOpenAI(api_key=key or "none", base_url=url, **options) for url in self.urls]
+        return self._clients
+
+    def secrets(self) -> list[str]:
+        """Returns what must not be shown: this endpoint's key."""
+        return [key for key in [os.environ.get(self.config.api_key_env)] if key]
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        for client in self._clients:
+            await client.close()
+
+    async def _is_down(self, role: str, path: str, body: dict[str, Any], outcome: Outcome) -> bool:
+        """Returns whether the server answers nobody, rather than just not this question: a small one tells.
+
+        A question that breaks its server is to be noted as failed, or it would end every run that comes to it.
+        """
+        async with self._doubt:
+            small = hello(path, body)
+            worst = worst_case(small)
+            if self.limiter.closed or not self.ledger.reserve(role, worst):
+                return self.limiter.closed
+            started, used = asyncio.get_running_loop().time(), worst
+            try:
+                said, used = await self._once(path, small, worst)
+            finally:
+                self.ledger.settle(role, worst, used)
+            self._learn(said, started, probing=True)
+            if said.again:
+                self.limiter.down(outcome.failure, outcome.detail)
+            return said.again or said.stop
+
+    async def _once(self, path: str, body: dict[str, Any], worst: Usage) -> tuple[Outcome, Usage]:
+        """Sends a body once; returns the outcome and what it used, the worst case if that cannot be known."""
+        clients, place = self.clients(), self._place()
+        self._busy[place] += 1
+        try:
+            async with asyncio.timeout(self.config.timeout_s):  # the package's own clock starts anew at every byte
+                text = await clients[place].post(path, cast_to=str, body=body)
+            outcome = of_text(text, path, self.secrets())
+        except Exception as error:
+            outcome, text = of_exception(error, self.secrets()), ""
+        finally:
+            self._busy[place] -= 1
+        if outcome.failure == "connection":
+            self._rested[place] = asyncio.get_running_loop().time() + REST_S
+        if outcome.body is None:
+            return outcome, worst if outcome.paid else Usage(0, 0)
+        return outcome, usage_of(outcome.body, path, worst.tokens_in)
+
+    def _place(self) -> int:
+        """Returns the address with the fewest requests under way, among those that can be reached."""
+        now = asyncio.get_running_loop().time()
+        return min(range(len(self.urls)), key=lambda place: (self._rested[place] > now, self._busy[place]))
+
+    def _learn(self, outcome: Outcome, started: float, probing: bool) -> None:
+        if outcome.stop:
+            self.limiter.close(outcome.failure, outcome.detail)
+        elif outcome.failure in ("rate_limit", "timeout", "server_error") and outcome.again:
+            if not probing or outcome.wait_s is not None or outcome.failure == "rate_limit":
+                self.limiter.overloaded(started, outcome.wait_s, pause=outcome.failure == "rate_limit")
+        elif outcome.failure != "connection":
+            self.limiter.succeeded()
+
+
+def reply_of(request: Request, abilities: Abilities, outcome: Outcome) -> Reply:
+    """Returns the reply that an outcome amounts to."""
+    if outcome.body is None:
+        return Reply(failure=outcome.failure, detail=outcome.detail, given_up=outcome.given_up)
+    return answers.read(request, abilities, outcome.body)
+
+
+def usage_of(body: Any, path: str, bytes_in: int) -> Usage:
+    """Returns the tokens of a call: what the server says, or else a guess."""
+    told = answers.usage(body)
+    if told is not None:
+        return Usage(*told)
+    if path == EMBEDDINGS:
+        return guessed(bytes_in, 0)
+    choice = body["choices"][0]
+    text = choice.get("text") if path == COMPLETIONS else (choice.get("message") or {}).get("content")
+    return guessed(bytes_in, len(text) if isinstance(text, str) else 0)

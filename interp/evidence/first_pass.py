@@ -1,0 +1,194 @@
+"""The evidence pass: the codes of a text into a tally, resumable and on any number of ranks.
+
+    evidence/pass-R.safetensors      what rank R has gathered so far, and of which blocks
+    evidence/latents/                the merged tally of all blocks, once all are done
+    evidence/codes/                  optional: every code, one shard a block
+
+Rows come longest first, in blocks of about 4,096 tokens. A block's codes enter one tally once: a file whose blocks are
+all in another one was merged into it already. So a kill at any moment loses a minute, and the result is the same bits.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy import ndarray
+
+from interp.evidence.codes import Codes, KeyedCodes, blocks, stored
+from interp.evidence.corpus import Corpus
+from interp.evidence.tally import Evidence, Sizes, Tally
+from sae.base.errors import ConfigError, DataError, Stopped
+from sae.base.files import FolderLock, load_tensors, read_json, remove_stale, save_tensors, write_json
+from sae.base.progress import Progress
+from sae.base.store import Shards, ShardWriter, repair
+from sae.parallel import collectives
+
+VERSION = 2  # raise it whenever the same rows would give other evidence, or other files
+SAVE_EVERY_S = 60.0
+SAVING_SHARE = 0.1  # of the time; what is saved grows with the coder
+POSITIONS = 2**32
+HEADER, LATENTS, CODES = "evidence.json", "latents", "codes"
+
+
+def gather(
+    codes: KeyedCodes,
+    corpus: Corpus,
+    folder: Path,
+    sizes: Sizes,
+    seed: int = 0,
+    store: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    repair: bool = False,
+) -> Evidence:
+    """Returns the evidence of every latent on the whole corpus, from `folder` as far as it is there.
+
+    `codes` are those of this corpus. With `store`, all are kept there too (`interp.codes.StoredCodes` reads them); with
+    `repair`, damaged files are found and made again. Raises DataError if the folder holds evidence of something else,
+    ConfigError if there is too much text, Stopped (everything saved) when asked to stop. Another process that gathers
+    in the same folder is waited for.
+    """
+    if corpus.n_rows * corpus.context_length > POSITIONS:
+        raise ConfigError(
+            f"evidence.tokens: {corpus.n_rows:,} rows of {corpus.context_length} tokens are more than {POSITIONS:,} "
+            "places, padding counted; take fewer tokens, or a shorter text.context_length for short documents"
+        )
+    made_from = codes.fingerprint() | {
+        "version": VERSION,
+        "rows": corpus.key,
+        "sizes": asdict(sizes),
+        "seed": seed,
+    }
+    groups, part = blocks(corpus, corpus.kept), str(collectives.rank())
+    with alone(folder, should_stop):
+        with collectives.together():
+            _check(folder, made_from)
+            if repair and collectives.rank() == 0:
+                _repair(folder, made_from)
+        merged = ShardWriter(folder / LATENTS, "evidence", made_from, part)
+        kept = ShardWriter(folder / CODES, "codes", made_from, part) if store else None
+        new_tally = partial(Tally, codes.d_sae, corpus.context_length, sizes, seed)
+        if not merged.done or (kept is not None and len(kept.done) < len(groups)):
+            _pass(codes, corpus, folder, groups, new_tally, bool(merged.done), kept, should_stop)
+        with collectives.together():
+            if collectives.rank() == 0:
+                if not merged.done:
+                    tally = new_tally()
+                    done = _take_in(folder, tally, len(groups))
+                    if not done.all():
+                        raise DataError(f"{folder}: {int((~done).sum())} blocks are missing; run the command again")
+                    merged.write(0, tally.state())
+                merged.finish({})
+                if kept is not None:
+                    kept.finish({})
+                for path in _passes(folder):
+                    path.unlink()
+    return Evidence(Shards(folder / LATENTS, "evidence", made_from).read(0))
+
+
+def _pass(
+    codes: Codes,
+    corpus: Corpus,
+    folder: Path,
+    groups: list[Int[ndarray, "some"]],
+    new_tally: Callable[[], Tally],
+    all_tallied: bool,
+    kept: ShardWriter | None,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Encodes this rank's share of the blocks that are in no tally yet, or whose codes are to be stored and are not."""
+    tally, first, own = new_tally(), folder / "pass-0.safetensors", folder / f"pass-{collectives.rank()}.safetensors"
+    with collectives.together():
+        if collectives.rank() == 0 and not all_tallied:
+            _save(first, tally, _take_in(folder, tally, len(groups)))
+            for path in _passes(folder):
+                if path != first:
+                    path.unlink()
+    with collectives.together():  # no rank goes on before all know what is done
+        tallied = np.ones(len(groups), bool) if all_tallied else load_tensors(first)["done"].numpy().copy()
+    done_before = range(len(groups)) if kept is None else set(kept.done)
+    missing = [number for number in range(len(groups)) if not tallied[number] or number not in done_before]
+    mine = missing[collectives.rank() :: collectives.world_size()]
+    done = tallied & (collectives.rank() == 0)
+    progress = Progress("evidence", len(mine), "blocks", visible=collectives.rank() == 0)
+    due = time.monotonic() + SAVE_EVERY_S
+    with collectives.together():
+        for count, number in enumerate(mine, 1):
+            rows = groups[number]
+            coded = codes.read(rows)
+            if kept is not None and number not in done_before:
+                kept.write(number, stored(coded, rows))
+            if not tallied[number]:
+                tally.add(coded.latents, coded.rows, coded.places, corpus.name[rows], corpus.split[rows], rows)
+                done[number] = True
+            progress.update(count)
+            now, stop = time.monotonic(), should_stop()
+            if not all_tallied and (stop or now > due or count == len(mine)):
+                _save(own, tally, done)
+                due = time.monotonic() + max(SAVE_EVERY_S, (time.monotonic() - now) / SAVING_SHARE)
+            if stop and count < len(mine):
+                raise Stopped("during the evidence pass; the same command goes on")
+        progress.close()
+
+
+@contextmanager
+def alone(folder: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
+    """Holds a folder for this process and its ranks; waits for whoever holds it, until asked to stop."""
+    with ExitStack() as held:
+        with collectives.together():
+            if collectives.rank() == 0:
+                held.enter_context(FolderLock(folder, should_stop))
+                remove_stale(folder)
+        yield
+
+
+def _check(folder: Path, made_from: dict[str, Any]) -> None:
+    if not (folder / HEADER).is_file():
+        if collectives.rank() == 0:
+            write_json(folder / HEADER, made_from)
+        return
+    there = read_json(folder / HEADER)
+    if isinstance(there, dict) and there.get("version", 0) > VERSION:
+        raise DataError(f"{folder}: version {there['version']} is newer than {VERSION}; upgrade sae-interp")
+    differing = sorted(key for key in made_from if not isinstance(there, dict) or there.get(key) != made_from[key])
+    if differing:
+        raise DataError(
+            f"{folder}: holds evidence made with another {', '.join(differing)}; choose another run_dir or delete it"
+        )
+
+
+def _repair(folder: Path, made_from: dict[str, Any]) -> None:
+    for name, kind in ((LATENTS, "evidence"), (CODES, "codes")):
+        repair(folder / name, kind, made_from)
+    for path in _passes(folder):
+        try:
+            load_tensors(path)
+        except DataError:
+            path.unlink()
+
+
+def _passes(folder: Path) -> list[Path]:
+    return sorted(folder.glob("pass-*.safetensors"))
+
+
+def _take_in(folder: Path, tally: Tally, n_blocks: int) -> Any:
+    """Merges all that was gathered into a tally and returns which blocks that is."""
+    done = np.zeros(n_blocks, bool)
+    for path in _passes(folder):
+        state = load_tensors(path)
+        blocks_there = state.pop("done").numpy()
+        if not (blocks_there & ~done).any():
+            continue
+        tally.merge(state)
+        done |= blocks_there
+    return done
+
+
+def _save(path: Path, tally: Tally, done: Any) -> None:
+    save_tensors(path, tally.state() | {"done": torch.from_numpy(done)})

@@ -1,0 +1,25 @@
+"""The subject: the language model that a coder reads, and the coder, loaded when first needed."""
+
+import threading
+from collections.abc import Callable
+
+from sae.coder.coder import SparseCoder
+from sae.lm.models import LanguageModel
+
+
+class Subject:
+    """A language model and a coder of its activations."""
+
+    def __init__(self, coder: SparseCoder, load: Callable[[], LanguageModel]) -> None:
+        self.coder, self._load = coder, load
+        self._lm: LanguageModel | None = None
+        self.lock = threading.RLock()
+        """Held by whoever runs the model: hooks belong to it, not to a thread."""
+
+    @property
+    def lm(self) -> LanguageModel:
+        """Returns the language model."""
+        with self.lock:
+            if self._lm is None:
+                self._lm = self._load()
+            return self._lm

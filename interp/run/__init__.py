@@ -1,0 +1,1 @@
+"""A run of sae-explain: prepared, asked, journaled, told."""

@@ -1,0 +1,165 @@
+"""What is done with one latent, as generators: each yields requests, is sent their replies, and returns a journal row.
+
+The same flow runs live, from the cache, or in waves through the Batch API: `interp.pipeline` only answers requests.
+"""
+
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from interp.client.requests import RETRYABLE, Abilities, Chat, Reply, Request
+from interp.explainers import Explainer
+from interp.records import Examples, Explanation, Judgement, Measure, Score, Task
+from interp.scorers import Scorer
+from interp.scoring.metrics import best_threshold
+
+Row = dict[str, Any]
+Flow = Generator[list[Request], list[Reply], Row]
+OK, NONE, PARTIAL, FAILED = "ok", "none", "partial", "failed"
+INSUFFICIENT, NOT_APPLICABLE = "insufficient", "n/a"
+AGAIN = (PARTIAL, FAILED)  # what asking once more may mend
+LEAST_COVERAGE = 0.5
+
+
+class CutOff(Exception):
+    """Ends a run that gets no more answers: the budget or quota is spent, or the models do not answer any more."""
+
+    exit_code = 3
+
+
+def explained(
+    explainer: Explainer, examples: Examples, abilities: dict[str, Abilities], chooser: Scorer | None
+) -> Flow:
+    """Returns the row of an explanation: `status`, `explanation`, and of several candidates how it was chosen.
+
+    Among candidates the valid split decides, by the headline of `chooser`. An explainer that refines is then shown
+    where the best one was wrong, and its answer is taken only if it does better on the valid split.
+    """
+    if examples.missing:
+        return {"status": INSUFFICIENT, "reason": examples.missing, "explanation": None}
+    replies = yield from _asked(explainer.requests(examples, abilities.get("explainer", Abilities())))
+    found = explainer.explanations(examples, replies)
+    if not found:
+        failures = Counter(reply.failure for reply in replies if reply.failure)
+        return {"status": FAILED if failures else NONE, "reason": _counted(failures), "explanation": None}
+    best, detail = found[0], {}
+    if chooser is not None and (len(found) > 1 or explainer.refines):
+        judged = yield from _judged(chooser, found, examples, abilities)
+        tried = [_tried(text, score) for text, (score, _) in zip(found, judged, strict=True)]
+        at = max(range(len(found)), key=lambda i: _worth(judged[i][0], chooser))
+        best, (score, judgements) = found[at], judged[at]
+        if explainer.refines:
+            tasks = chooser.tasks(examples, "valid", {})
+            ask = explainer.refined(examples, best, tasks, judgements, abilities["explainer"])
+            better = explainer.explanations(examples, (yield from _asked(ask))) if ask else []
+            if better:
+                again = yield from _judged(chooser, better[:1], examples, abilities)
+                tried.append({**_tried(better[0], again[0][0]), "refined": True})
+                if _worth(again[0][0], chooser) > _worth(score, chooser):
+                    best = better[0]
+        detail = {"candidates": tried}
+    return {"status": OK, "reason": "", "explanation": best.with_(detail=detail).to_json()}
+
+
+def scored(
+    scorer: Scorer,
+    explanation: Explanation,
+    examples: Examples,
+    prepared: dict[str, Any],
+    abilities: Abilities,
+    split: str = "test",
+) -> Flow:
+    """Returns the row of a score: `status`, `score`, and of every task the truth and the judgement."""
+    if examples.missing:
+        return {"status": INSUFFICIENT, "reason": examples.missing}
+    tasks = scorer.tasks(examples, split, prepared)
+    if not tasks:
+        return {"status": NOT_APPLICABLE, "reason": str(prepared.get("missing", "too few examples"))}
+    valid = scorer.tasks(examples, "valid", prepared) if scorer.tunes else []
+    requests = scorer.requests(explanation, tasks, examples.facts, abilities)
+    more = scorer.requests(explanation, valid, examples.facts, abilities) if valid else []
+    replies = yield from _asked([*requests, *more])
+    first = replies[: len(requests)]
+    judgements = scorer.judgements(explanation, tasks, examples.facts, abilities, first)
+    threshold = None
+    if valid:
+        tuned = scorer.judgements(explanation, valid, examples.facts, abilities, replies[len(requests) :])
+        pairs = [(found.value, task.truth) for task, found in zip(valid, tuned, strict=True) if found.value is not None]
+        threshold = best_threshold([value for value, _ in pairs], [truth for _, truth in pairs])
+    score = scorer.score(tasks, judgements, examples.facts, threshold)
+    lost = any(reply.failure in RETRYABLE for reply in first)
+    status = FAILED if score.coverage < LEAST_COVERAGE else PARTIAL if lost else OK
+    return {
+        "status": status,
+        "reason": _counted(score.invalid),
+        "by_rule": not requests,
+        "answers": _form(requests),
+        "score": asdict(score),
+        "threshold": threshold,
+        "tasks": _columns(tasks),
+        "values": [found.value for found in judgements],
+        "levels": [list(found.levels) for found in judgements] if any(found.levels for found in judgements) else [],
+        "reasons": {str(i): found.reason for i, found in enumerate(judgements) if not found.valid},
+    }
+
+
+def measure(row: Row, name: str) -> Measure:
+    """Returns one figure of a score's row; n/a where it has none."""
+    found = row.get("score", {}).get("measures", {}).get(name)
+    return Measure(**found) if found else Measure(None)
+
+
+def _asked(requests: list[Request]) -> Generator[list[Request], list[Reply], list[Reply]]:
+    replies = (yield requests) if requests else []
+    for reply in replies:
+        if reply.cut_off:  # nobody is answered any more: this is no row's failure
+            raise CutOff(reply.cut_off)
+    return replies
+
+
+def _judged(
+    chooser: Scorer, found: list[Explanation], examples: Examples, abilities: dict[str, Abilities]
+) -> Generator[list[Request], list[Reply], list[tuple[Score, list[Judgement]]]]:
+    """Scores explanations on the valid split, all at once."""
+    tasks, able = chooser.tasks(examples, "valid", {}), abilities.get(chooser.role, Abilities())
+    asks = [chooser.requests(text, tasks, examples.facts, able) for text in found]
+    replies = yield from _asked([request for ask in asks for request in ask])
+    results, start = [], 0
+    for text, ask in zip(found, asks, strict=True):
+        own = replies[start : start + len(ask)]
+        start += len(ask)
+        judgements = chooser.judgements(text, tasks, examples.facts, able, own)
+        results.append((chooser.score(tasks, judgements, examples.facts), judgements))
+    return results
+
+
+def _worth(score: Score, chooser: Scorer) -> float:
+    found = score.measures[chooser.headline].value
+    return float("-inf") if found is None else found
+
+
+def _tried(explanation: Explanation, score: Score) -> Row:
+    figures = {name: found.value for name, found in score.measures.items() if found.value is not None}
+    return {"text": explanation.text, "valid": figures}
+
+
+def _counted(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in reasons.items())
+
+
+def _form(requests: Sequence[Request]) -> str:
+    """How a judge was read: from probabilities, one window a request, or from its words."""
+    if not any(isinstance(request, Chat) for request in requests):
+        return ""
+    return "probabilities" if any(isinstance(one, Chat) and one.choices for one in requests) else "words"
+
+
+def _columns(tasks: Sequence[Task]) -> dict[str, list[Any]]:
+    return {
+        "truth": [task.truth for task in tasks],
+        "tier": [task.tier for task in tasks],
+        "decile": [task.decile for task in tasks],
+        "section": [task.section for task in tasks],
+        "starts": [[item.window.start for item in task.items] for task in tasks],
+    }

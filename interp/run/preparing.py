@@ -1,0 +1,234 @@
+"""From a config to examples: coder, model and text, both passes, and which latents it is about."""
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy import ndarray
+
+from interp.evidence.baselines import baseline, sample_of
+from interp.evidence.codes import KeyedCodes, LiveCodes, StoredCodes
+from interp.evidence.corpus import Corpus, corpus
+from interp.evidence.decode import Decoder
+from interp.evidence.delphi_cache import CachedCodes, DelphiCache, corpus_of
+from interp.evidence.examples import ExampleMaker
+from interp.evidence.first_pass import CODES, gather
+from interp.evidence.promotes import Tokens, neighbors, promoted
+from interp.evidence.second_pass import plan, visit
+from interp.evidence.subject import Subject
+from interp.evidence.tally import Evidence
+from interp.records import Examples
+from interp.run import explanations_file
+from interp.run.config import QUICKSTART_TOKENS, TOKENS, ExplainConfig
+from sae.base.errors import ConfigError
+from sae.base.files import write_json
+from sae.base.progress import Progress
+from sae.base.seeding import generator
+from sae.evaluation.evaluation import text_of
+from sae.lm.models import load_language_model, load_tokenizer, resolve_device
+from sae.loading import hub
+from sae.parallel import collectives
+from sae.text.tokenizing import TextConfig
+from sae.untrusted.places import Place
+
+log = logging.getLogger(__name__)
+NEIGHBORS = 8
+TEXT = "text.json"  # what the evidence is of
+
+
+@dataclass
+class Prepared:
+    """What explaining and scoring need of the latents in question."""
+
+    subject: Subject
+    corpus: Corpus
+    evidence: Evidence
+    latents: Int[ndarray, "n"]
+    maker: ExampleMaker
+    tokens: dict[int, Tokens]
+    """By latent, what its direction promotes and suppresses."""
+    near: dict[int, tuple[tuple[int, float], ...]]
+    """By latent, its nearest neighbors."""
+
+    def examples(self, latent: int) -> Examples:
+        """Returns all that is shown of a latent."""
+        up, down = self.tokens[latent]
+        facts = replace(self.maker.facts(latent), promoted=up, suppressed=down, neighbors=self.near[latent])
+        return self.maker.make(latent, facts)
+
+
+def resolved(config: ExplainConfig) -> ExplainConfig:
+    """Returns the config with the coder's own model and text, explainers and scorers where none are named, and the
+    run's folder.
+
+    Raises ConfigError if the coder cannot be loaded or does not say what it reads, or it has no such latents.
+    """
+    spec = hub.read(replace(coder_place(config), lazy=True)).spec
+    if not spec.reads:
+        raise ConfigError(f"coder.path: the coder in {config.coder.path} names no site to read; say coder.hints.site")
+    model, text, run_dir = config.model, config.text, config.run_dir
+    if not model.name:
+        site = spec.reads[0]
+        if not site.model:
+            raise ConfigError("model.name: the coder does not say which language model it reads; name it")
+        model = replace(model, name=site.model, revision=model.revision or site.revision)
+    if not text.source:
+        if "text" not in spec.training:
+            raise ConfigError("text.source: the coder does not say what text it was trained on; name one")
+        found = text_of(spec)
+        changed = {k: v for k, v in vars(text).items() if v != vars(TextConfig(source=""))[k]}
+        text = replace(found, max_tokens=None, **changed)
+    if not run_dir:
+        label = "" if config.coder.baseline == "none" else f"-{config.coder.baseline}"
+        path = Path(config.coder.path).expanduser()
+        beside = path if path.is_dir() else Path("runs", re.sub(r"[^\w.-]+", "-", config.coder.path))
+        run_dir = str(beside / f"explain{label}")
+        if config.coder.name:
+            run_dir = str(Path(run_dir) / config.coder.name)
+    evidence = config.evidence
+    if evidence.tokens is None:
+        evidence = replace(
+            evidence, tokens=QUICKSTART_TOKENS if text.source == "quickstart" and not evidence.cache else TOKENS
+        )
+    asked_latents(config.latents, spec.d_sae)
+    if config.explanations:
+        explanations_file.explanations(Path(config.explanations).expanduser(), spec.d_sae)
+    plugins = {"explainers": config.all_explainers(), "scorers": config.all_scorers()}
+    return replace(config, model=model, text=text, run_dir=run_dir, evidence=evidence, **plugins)
+
+
+def coder_place(config: ExplainConfig) -> Place:
+    """Returns where the one coder lies that is meant."""
+    asked = config.coder
+    try:
+        return hub.pick(asked.path, asked.name, asked.revision, **vars(asked.hints))
+    except ConfigError as error:
+        raise ConfigError(f"coder.{error}") from None
+
+
+def prepare(
+    config: ExplainConfig, should_stop: Callable[[], bool], trust_remote_code: bool = False, repair: bool = False
+) -> Prepared:
+    """Returns everything about the latents of a resolved config, computed as far as it is not in its folder.
+
+    With `repair`, files are verified, and made again if they are damaged.
+    """
+    subject, rows, codes = read_from(config, should_stop, trust_remote_code, repair)
+    folder = Path(config.run_dir) / "evidence"
+    n_sections, by = rows.meta["sections"], rows.meta["split_by"]
+    log.info("text: %s tokens in %s sections, split by %s", f"{rows.n_tokens:,}", f"{n_sections:,}", by)
+    sizes, store = config.evidence.sizes, config.evidence.store
+    evidence = gather(codes, rows, folder, sizes, config.seed, store, should_stop, repair)
+    known = StoredCodes(folder / CODES, rows, codes.d_sae) if store else codes
+    if collectives.rank() == 0:
+        found = {"latents": evidence.d_sae, "alive": len(evidence.alive()), "tokens_counted": evidence.tokens}
+        write_json(folder / TEXT, {"tokens": rows.n_tokens, **rows.meta, **found})
+    latents = chosen_latents(config.latents, evidence, config.seed)
+    near = neighbors(subject.coder, latents.tolist(), NEIGHBORS)
+    places = plan(evidence, rows, latents, [[other for other, _ in pairs] for pairs in near], config.seed)
+    visits = visit(known, rows, places, folder, should_stop, repair)
+    maker = ExampleMaker(evidence, visits, rows, Decoder(subject.lm.tokenizer), config.examples, config.seed)
+    tokens = dict(zip(latents.tolist(), promoted(subject.lm, subject.coder, latents.tolist()), strict=True))
+    neighborhood = {latent: tuple(pairs) for latent, pairs in zip(latents.tolist(), near, strict=True)}
+    return Prepared(subject, rows, evidence, latents, maker, tokens, neighborhood)
+
+
+def read_from(
+    config: ExplainConfig,
+    should_stop: Callable[[], bool] = lambda: False,
+    trust_remote_code: bool = False,
+    repair: bool = False,
+) -> tuple[Subject, Corpus, KeyedCodes]:
+    """Returns the coder (or its baseline) with its language model, the text of a resolved config, and its codes."""
+    coder = hub.read(coder_place(config), resolve_device(config.model.device))
+    options = {**vars(config.model), "trust_remote_code": trust_remote_code}
+    if hub.RELEASED in coder.spec.training:
+        coder = hub.fitted(coder, load_tokenizer(config.model.name, config.model.revision, trust_remote_code))
+    subject, tokens = Subject(coder, lambda: load_language_model(**options)), config.evidence.tokens or TOKENS
+    if config.evidence.cache:
+        cache = DelphiCache(Path(config.evidence.cache).expanduser(), coder.spec.mask)
+        if cache.d_sae != coder.spec.d_sae:
+            raise ConfigError(
+                f"evidence.cache: {cache.folder} is of {cache.d_sae} latents; the coder has {coder.spec.d_sae}"
+            )
+        if cache.model != config.model.name:
+            log.warning("evidence.cache: %s is of %s; the coder reads %s", cache.folder, cache.model, config.model.name)
+        return subject, corpus_of(cache, tokens, should_stop, repair), CachedCodes(cache)
+    progress = Progress("text", tokens, "tokens")
+    rows = corpus(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, should_stop, progress.update, repair)
+    progress.close()
+    if config.coder.baseline != "none":
+        stand_in = baseline(config.coder.baseline, coder, config.seed, sample_of(subject, rows))
+        lm = subject.lm
+        subject = Subject(stand_in, lambda: lm)
+    return subject, rows, LiveCodes(subject, rows)
+
+
+def chosen_latents(typed: str, evidence: Evidence, seed: int) -> Int[ndarray, "n"]:
+    """Returns the latents meant by what was typed, ascending (`asked_latents`)."""
+    alive, d_sae = evidence.alive(), evidence.d_sae
+    if not len(alive):
+        raise ConfigError(f"latents: none of {d_sae} fires on the text; is the coder of this model and site?")
+    asked = asked_latents(typed, d_sae)
+    if asked == "alive":
+        return alive
+    if isinstance(asked, int):
+        order = torch.randperm(len(alive), generator=generator(seed, "latents")).numpy()
+        return np.sort(alive[order[:asked]])
+    return np.array(asked)
+
+
+def asked_latents(typed: str, d_sae: int) -> list[int] | int | str:
+    """Returns what was typed for latents: ids, ascending, a number of alive ones to draw, or "alive".
+
+    Typed are "alive", "all", a number, ids and ranges ("3,17,40-49"), or a file of ids. ConfigError tells what is none
+    of these, out of range, or there twice.
+    """
+    if typed == "alive":
+        return typed
+    if typed == "all":
+        return list(range(d_sae))
+    if typed.strip().isdecimal():
+        if int(typed) < 1:
+            raise ConfigError(f"latents: {typed} is no number of latents; give at least 1 (one id is written {typed},)")
+        return int(typed)
+    ids: set[int] = set()
+    for word in _told(typed).replace(",", " ").split():
+        first, dash, last = word.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ConfigError(
+                f"latents: {word!r} is no latent id or range; allowed: alive, all, a number, ids (3,17,40-49), a file"
+            )
+        low, high = _number(first), _number(last or first)
+        if low > high:
+            raise ConfigError(f"latents: {word!r} is no range; its end comes before its beginning")
+        if high >= d_sae:
+            raise ConfigError(f"latents: {word[:40]} is out of range; the coder has latents 0 to {d_sae - 1}")
+        twice = ids & set(range(low, high + 1))
+        if twice:
+            raise ConfigError(f"latents: {min(twice)} is there twice")
+        ids |= set(range(low, high + 1))
+    if not ids:
+        raise ConfigError(f"latents: none given; the coder has latents 0 to {d_sae - 1}")
+    return sorted(ids)
+
+
+def _told(typed: str) -> str:
+    """Returns what a file of ids holds, or what was typed where that names no file."""
+    try:
+        path = Path(typed).expanduser()
+        return path.read_text(encoding="utf-8") if path.is_file() else typed
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"latents: {typed} is no text file of ids: {error}") from error
+    except (OSError, ValueError):  # too long for a name: ids
+        return typed
+
+
+def _number(digits: str) -> int:
+    """Returns a number; of more digits than any id has, one that is out of range."""
+    return int(digits) if len(digits) < 19 else 2**62

@@ -1,0 +1,343 @@
+"""Files that are either whole or absent: the only place that renames files.
+
+What is written goes first to a hidden temporary sibling, is flushed to disk, and takes its final name by one rename:
+a crash, a full disk or a kill at any moment leaves the old file or the new one. A temporary names the process that
+made it, so that what a dead process left behind can be told from work in progress.
+"""
+
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae.base.errors import ConfigError, DataError, Stopped
+
+log = logging.getLogger(__name__)
+
+MANIFEST, MARKER, LOCK = "manifest.json", "COMPLETE", ".lock"
+ABANDONED_AFTER_S = 24 * 3600  # for temporaries of other machines, whose processes cannot be asked
+
+_HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+_LAUNCH = secrets.token_hex(4)  # tells this process from an earlier one that had the same id
+_COUNTER = itertools.count()
+_TEMP_NAME = re.compile(r"\.tmp-(\w+)-(\d+)-(\w+)-(?:\d{6}-)?")  # host, process id, launch
+
+
+def cache_dir() -> Path:
+    """Returns the folder for what can be made again: $SAE_CACHE, or ~/.cache/sae-interp. It may not exist yet."""
+    return Path(os.environ.get("SAE_CACHE") or "~/.cache/sae-interp").expanduser()
+
+
+def check_writable(folder: Path, field: str) -> None:
+    """Makes a folder if need be; ConfigError naming the setting `field` if nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{field}: cannot write to {folder}: {error.strerror}; choose another folder") from error
+
+
+def atomic_write(path: Path | str, data: bytes | str) -> None:
+    """Writes a file (text as UTF-8) whole or not at all, and the folders above; OSError names the path and reason."""
+    raw = data.encode() if isinstance(data, str) else data
+    _replace(Path(path), lambda temp: temp.write_bytes(raw))
+
+
+def write_whole(path: Path | str, write: Callable[[Path], Any]) -> None:
+    """Writes a file whole or not at all by what writes it to a path that it is given; OSError names path and reason."""
+    _replace(Path(path), write)
+
+
+def append(path: Path | str, text: str) -> None:
+    """Adds text to the end of a file; OSError names the path and reason."""
+    with _explained(Path(path)), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def write_json(path: Path | str, obj: Any) -> None:
+    """Writes an object as JSON, keys sorted, whole or not at all; ValueError for NaN, infinity and the like."""
+    try:
+        text = json.dumps(obj, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False)
+    except ValueError as error:
+        raise ValueError(f"cannot write {path}: {error}") from error
+    atomic_write(path, text + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Returns what a JSON file holds; DataError names the file if it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+
+
+def save_tensors(path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file whole or not at all; equal tensors and metadata give equal bytes."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def write(temp: Path) -> None:
+        try:
+            save_file(plain, temp, metadata)
+        except SafetensorError as error:  # the operating system's error, wrapped into text
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else error from error
+        if metadata and len(metadata) > 1:
+            _sort_metadata(temp)
+
+    _replace(Path(path), write)
+
+
+def load_tensors(path: Path | str, device: str = "cpu") -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file, memory-mapped on the CPU; DataError names the file if it is broken."""
+    try:
+        return load_file(path, device=device)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is missing, damaged or no safetensors file: {error}") from error
+
+
+def sha256_file(path: Path | str) -> str:
+    """Returns the 64 hex digits of a file's sha256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def safe_join(root: Path | str, *parts: str) -> Path:
+    """Returns root/part/...; DataError if that is absolute, climbs with "..", or leaves `root` through a link."""
+    path = Path(root).joinpath(*parts)
+    names = [name for part in parts for name in re.split(r"[/\\]", part)]
+    inside = not any(Path(part).is_absolute() for part in parts) and ".." not in names and "\0" not in "".join(parts)
+    if not inside or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise DataError(f"{'/'.join(parts)!r} is refused: it points outside of {root}")
+    return path
+
+
+@contextmanager
+def publish(folder: Path | str) -> Iterator[Path]:
+    """Yields a temporary folder to fill; at the end it gets a manifest and a marker, and takes the name `folder`.
+
+    If the block raises, nothing is left. FileExistsError if there is something of that name already; but if another
+    process published the same folder meanwhile, theirs stays and ours goes.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(errno.EEXIST, f"{folder} exists already; delete it or choose another name")
+    temp = _temp_beside(folder)
+    with _explained(folder):
+        temp.mkdir(parents=True)
+    try:
+        yield temp
+        with _explained(folder):
+            _seal(temp)
+            try:
+                os.rename(temp, folder)
+            except OSError:
+                if not is_complete(folder):
+                    raise
+            _sync(folder.parent)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def made_once(folder: Path, fill: Callable[[Path], Any], should_stop: Callable[[], bool], repair: bool = False) -> None:
+    """Has `folder` made by `fill(draft)` unless it is whole already; another process that makes it is waited for.
+
+    With `repair`, a folder that is there is verified, and made again if it is damaged. Stopped if asked to stop while
+    waiting; whatever `fill` raises leaves nothing behind.
+    """
+    if repair and folder.exists():
+        try:
+            verify(folder)
+        except DataError as error:
+            log.warning("made again: %s", error)
+            shutil.rmtree(folder)
+    if not is_complete(folder):
+        with FolderLock(folder.parent / ".locks" / folder.name, should_stop):
+            remove_stale(folder.parent)
+            if not is_complete(folder):
+                with publish(folder) as draft:
+                    fill(draft)
+
+
+def is_complete(folder: Path | str) -> bool:
+    """Returns whether a folder was published to the end. It does not read the files: that is `verify`."""
+    return Path(folder, MARKER).is_file() and Path(folder, MANIFEST).is_file()
+
+
+def verify(folder: Path | str) -> None:
+    """Raises DataError naming the first file that is damaged, missing or extra; hidden files do not count."""
+    folder = Path(folder)
+    if not is_complete(folder):
+        raise DataError(f"{folder} is incomplete: it has no {MARKER}; delete it and run again")
+    if (folder / MARKER).read_text(errors="replace").strip() != sha256_file(folder / MANIFEST):
+        raise DataError(f"{folder / MANIFEST} is damaged: its sha256 differs from the one in {MARKER}")
+    recorded, present = read_json(folder / MANIFEST)["files"], _files(folder)
+    for name in sorted(recorded.keys() ^ present.keys()):
+        raise DataError(f"{folder / name} {'is missing' if name in recorded else 'does not belong there'}")
+    for name, path in present.items():
+        if recorded[name] != _described(path):
+            raise DataError(f"{path} is damaged: its size or sha256 differs from {MANIFEST}")
+
+
+def remove_stale(parent: Path | str) -> list[Path]:
+    """Removes temporaries that dead processes left directly in `parent` and returns them; live ones stay."""
+    matches = [(temp, _TEMP_NAME.match(temp.name)) for temp in sorted(Path(parent).glob(".tmp-*"))]
+    stale = [temp for temp, match in matches if match and _is_abandoned(temp, *match.groups())]
+    for temp in stale:
+        shutil.rmtree(temp, ignore_errors=True)
+    return stale
+
+
+class FolderLock:
+    """Holds a folder for one process at a time, inside a `with` block; a crash of the holder frees it.
+
+    The folder is made if need be; ConfigError if it cannot be written to. A second holder gets a ConfigError at once,
+    with the first one's process id and start; given `should_stop`, it waits, and raises Stopped when that turns true.
+    """
+
+    def __init__(self, folder: Path | str, should_stop: Callable[[], bool] | None = None) -> None:
+        self.folder, self.should_stop = Path(folder), should_stop
+
+    def __enter__(self) -> "FolderLock":
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.folder / LOCK, "a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.folder}: {error.strerror}; choose another folder") from error
+        try:  # the lock is the kernel's; what its file says is only there to name the holder
+            while not self._try():
+                if self.should_stop is None:
+                    raise ConfigError(f"{self.folder} is in use by {self._holder()}; wait for it or use another folder")
+                if self.should_stop():
+                    raise Stopped(f"while waiting for {self._holder()}, which uses {self.folder}")
+                time.sleep(0.2)
+            command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            with _explained(self.folder / LOCK):
+                self._file.truncate(0)
+                self._file.write(json.dumps({"pid": os.getpid(), "started": started, "command": command}))
+                self._file.flush()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()  # frees the lock; the file stays, for removing it would let two in
+
+    def _try(self) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:  # some network file systems have no locks at all
+            log.warning("%s cannot be locked (%s): two runs on it would go unnoticed", self.folder, error.strerror)
+        return True
+
+    def _holder(self) -> str:
+        with suppress(DataError, KeyError, TypeError):  # read in the instant before it is written
+            holder = read_json(self.folder / LOCK)
+            return f"process {holder['pid']} (started {holder['started']}: {holder['command']})"
+        return "another process"
+
+
+def _temp_beside(path: Path) -> Path:
+    return path.with_name(f".tmp-{_HOST}-{os.getpid()}-{_LAUNCH}-{next(_COUNTER):06d}-{path.name}")
+
+
+def _is_abandoned(temp: Path, host: str, pid: str, launch: str) -> bool:
+    if host == _HOST and int(pid) == os.getpid():
+        return launch != _LAUNCH
+    with suppress(PermissionError, FileNotFoundError):  # a live process of someone else, or gone by now
+        if host != _HOST:
+            return time.time() - temp.stat().st_mtime > ABANDONED_AFTER_S
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return True
+    return False
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` make a file, and gives it the name `path` once it is on disk."""
+    folder = _temp_beside(path)  # not a file: safetensors, too, makes a temporary beside what it writes
+    try:
+        with _explained(path):
+            folder.mkdir(parents=True)
+            write(folder / path.name)
+            _sync(folder / path.name)
+            os.replace(folder / path.name, path)
+            _sync(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Makes an operating system's error one line that names the path and the reason; its errno and class stay."""
+    try:
+        yield
+    except OSError as error:
+        name = _TEMP_NAME.sub("", str(path))  # as it is to be called
+        raise OSError(error.errno or errno.EIO, f"cannot write {name}: {error.strerror or error}") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The files below a folder by relative name, without hidden ones and what describes them."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {n: p for n, p in found.items() if not n.startswith(".") and "/." not in n and n not in (MANIFEST, MARKER)}
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _seal(folder: Path) -> None:
+    """Writes manifest and marker, and flushes the whole tree to disk."""
+    files = {name: _described(path) for name, path in _files(folder).items()}
+    write_json(folder / MANIFEST, {"version": 1, "files": files})
+    for path in folder.rglob("*"):
+        _sync(path)
+    atomic_write(folder / MARKER, sha256_file(folder / MANIFEST) + "\n")
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts a safetensors file's metadata in order: the library writes it in the random order of a hash map."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size, "the same keys and values take the same room"
+        file.seek(8)
+        file.write(text.ljust(size))

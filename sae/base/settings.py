@@ -1,0 +1,216 @@
+"""Configs as files and overrides: YAML plus dotted overrides into frozen dataclasses, with one-line errors.
+
+Decoding and encoding are draccus's; here is what stands around it: merging, and errors that name the field, the value,
+what is allowed and the nearest match.
+"""
+
+import dataclasses
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import draccus
+import yaml
+from draccus.wrappers.docstring import get_attribute_docstring
+
+from sae.base.errors import ConfigError, nearest
+from sae.base.plugins import Plugin, names
+
+T = TypeVar("T")
+
+
+def choose(field: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises ConfigError unless `value` is one of `allowed`."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ConfigError(f"{field}: {value!r} is not one of {', '.join(allowed)}.{nearest(value, allowed)}")
+
+
+def at_least(field: str, value: float, least: float) -> None:
+    """Raises ConfigError unless value >= least."""
+    if not value >= least:
+        raise ConfigError(f"{field}: {value} is too small; it must be at least {least}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Returns the mapping in a YAML file; ConfigError if it cannot be read or is no mapping."""
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data or {}, dict):
+        raise ConfigError(f"config: {path} holds a {type(data).__name__}, not a mapping of fields")
+    return data or {}
+
+
+def parse_value(kind: type[Any], key: str, text: str) -> Any:
+    """Returns the value typed for field `a.b.c` of a config: YAML ("1e-4", "[a, b]", "null"), or text as it stands."""
+    hint: Any = kind
+    for part in key.split("."):
+        hint = get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+    if hint is str or (hint == str | None and text != "null"):
+        return text  # a commit such as 12345e6 is no number, and " #" no comment
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
+
+
+def to_yaml(config: Any) -> str:
+    """Returns a config as YAML that decodes to the same config."""
+    return yaml.dump(draccus.encode(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Returns `base` with `over` on top, mappings merged; naming another `type` drops what the old type had."""
+    merged = {key: merge({}, value) if isinstance(value, dict) else value for key, value in base.items()}
+    for key, value in over.items():
+        if not isinstance(value, dict):
+            merged[key] = value
+            continue
+        old = merged.get(key)
+        switched = isinstance(old, dict) and "type" in value and value["type"] != old.get("type", value["type"])
+        merged[key] = merge(old if isinstance(old, dict) and not switched else {}, value)
+    return merged
+
+
+def set_dotted(data: dict[str, Any], key: str, value: Any) -> None:
+    """Sets `a.b.c` in nested mappings, in place, by the rule of `merge`."""
+    nested: Any = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    data.update(merge(data, nested))
+
+
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested mappings under dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in nested.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def decode(kind: type[T], data: dict[str, Any], where: str = "") -> T:
+    """Returns the dataclass `kind` from plain values; ConfigError names the path, the value and the nearest field."""
+    _check_keys(kind, data, where)
+    try:
+        return draccus.decode(kind, data)
+    except draccus.ParsingError as error:
+        text = re.sub(r"^`([^`]*)`: ", lambda m: f"{_join(where, m[1])}: ", " ".join(str(error).split()))
+        raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from error
+
+
+def describe(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yields (dotted field, default, docstring) of every field below a config class, plug-ins included."""
+    hints = get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        path, hint = f"{prefix}{f.name}", hints[f.name]
+        doc = _docstring(kind, f.name)
+        default = f.default if f.default is not dataclasses.MISSING else None
+        if default is None and f.default_factory is not dataclasses.MISSING:
+            default = f.default_factory()
+        if dataclasses.is_dataclass(hint) and not issubclass(hint, Plugin):  # type: ignore[arg-type]
+            yield from describe(hint, f"{path}.")  # type: ignore[arg-type]
+        elif isinstance(hint, type) and issubclass(hint, Plugin):
+            chosen = hint.get_choice_name(type(default))
+            yield f"{path}.type", chosen, f"{doc} One of: {', '.join(names(hint))}."
+            for name, choice in names(hint).items():
+                for sub, value, text in describe(choice, f"{path}."):
+                    yield sub, value, f"[{name}] {text}"
+        else:
+            yield path, str(draccus.encode(default)), doc
+            family = get_args(hint)[1] if get_origin(hint) is dict else None
+            if isinstance(family, type) and issubclass(family, Plugin):
+                for name, choice in names(family).items():
+                    yield from describe(choice, f"{path}.{name}.")
+
+
+def _docstring(kind: type[Any], name: str) -> str:
+    """Returns what is written below a field, in the class or else in the nearest one that it inherits from."""
+    owners = [owner for owner in kind.__mro__ if name in inspect.get_annotations(owner)]
+    found = (" ".join(get_attribute_docstring(owner, name).docstring_below.split()) for owner in owners)
+    return next((doc for doc in found if doc), "")
+
+
+def _check_keys(kind: Any, data: Any, where: str) -> None:
+    """Refuses unknown fields with their nearest match, which the decoder does not tell."""
+    if not (dataclasses.is_dataclass(kind) and isinstance(kind, type)):
+        return
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where or 'config'}: {data!r} is not a mapping of fields")
+    if issubclass(kind, Plugin) and "type" in data:
+        choose(f"{where}.type", data["type"], names(kind))
+        kind, data = names(kind)[data["type"]], {key: value for key, value in data.items() if key != "type"}
+    elif issubclass(kind, Plugin) and kind.__subclasses__():
+        raise ConfigError(f"{where}.type: missing; choose one of {', '.join(names(kind))}")
+    hints = get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key, value in data.items():
+        if key not in known:
+            raise ConfigError(f"{_join(where, key)}: no such field.{nearest(key, known)} Allowed: {', '.join(known)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            _check_keys(hint, value, _join(where, key))
+        else:
+            _check_type(hint, value, _join(where, key))
+            if get_origin(hint) is dict:
+                for name, item in value.items():
+                    _check_keys(get_args(hint)[1], item, f"{_join(where, key)}.{name}")
+
+
+def _check_type(hint: Any, value: Any, where: str) -> None:
+    """Refuses what the decoder would bend into shape or pass on: null, truth values, infinite numbers, letters."""
+    if dataclasses.is_dataclass(hint):
+        return _check_keys(hint, value, where)
+    if hint is Any:
+        return
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
+        return
+    kind: Any = get_origin(kinds[0]) or kinds[0]
+    fits, wanted = _FITS.get(kind, (lambda value: True, ""))
+    if value is None or not fits(value):
+        raise ConfigError(f"{where}: {value!r} is not {wanted}")
+    if kind in (tuple, list, dict):
+        for name, item in value.items() if kind is dict else enumerate(value):
+            _check_type(get_args(kinds[0])[kind is dict], item, f"{where}.{name}")
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+_FITS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    str: (lambda value: isinstance(value, str), "text; put it in quotes"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    int: (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
+    float: (
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+        "a number",
+    ),
+    tuple: (lambda value: isinstance(value, list | tuple), "a list; put it in brackets"),
+    list: (lambda value: isinstance(value, list | tuple), "a list; put it in brackets"),
+    dict: (lambda value: isinstance(value, dict), "a mapping"),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4)."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Its counterpart, which puts text that looks like such a number in quotes."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )

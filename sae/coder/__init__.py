@@ -1,0 +1,1 @@
+"""What a sparse coder is, and the map it computes."""

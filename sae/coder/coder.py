@@ -1,0 +1,398 @@
+"""SparseCoder: encode, decode, forward. The map itself is written at the head of `sae/coder/spec.py`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sae import kernels
+from sae.coder import partial
+from sae.coder.folds import Folding
+from sae.coder.normalization import Undo, undo
+from sae.coder.spec import CoderSpec
+from sae.kernels.codes import Entries, SparseLatents, Support, flat, offsets_of, rows_of
+
+if TYPE_CHECKING:
+    from sae.evaluation.doctor import Report
+    from sae.lm.models import LanguageModel
+
+CHUNK_ENTRIES = 2**26  # largest [tokens, d_sae] product held at once outside training: 256 MiB in float32
+
+
+class CoderOutput(NamedTuple):
+    """What a coder makes of activations."""
+
+    out: Float[Tensor, "*shape d_out"]
+    """The reconstruction (or prediction), the skip path included."""
+    latents: SparseLatents
+
+
+class Look(NamedTuple):
+    """n tokens as selection sees them."""
+
+    x: Float[Tensor, "n d_in"]
+    y: Float[Tensor, "n d_in"]
+    """N(x) - p, the encoder's input."""
+    how: Undo
+    """What undoes the normalization of an output."""
+    scores: Float[Tensor, "n d_sae"]
+    """All pre-activations, without gradient; lives for the step only."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One differentiable pass over n tokens in the normalized space, with what the objectives need of it."""
+
+    y: Float[Tensor, "n d_in"]
+    """N(x) - p, the encoder's input."""
+    scores: Float[Tensor, "n d_sae"]
+    """All pre-activations, without gradient."""
+    kept: Float[Tensor, "nnz"]
+    """The pre-activations at the support."""
+    latents: SparseLatents
+    rest: Float[Tensor, "n d_out"]
+    """What the latents do not make of the prediction: the bias and the skip path."""
+    prediction: Float[Tensor, "n d_out"]
+    """The output before N^-1."""
+    how: Undo
+    """What undoes the normalization of the prediction."""
+
+
+class Block(NamedTuple):
+    """A contiguous group of latents and the columns it writes: the whole coder, or one layer of a cross-layer coder."""
+
+    latents: slice
+    """Of the d_sae latents."""
+    rows: slice
+    """Of W_dec."""
+    columns: slice
+    """Of the output."""
+
+
+class SparseCoder(Folding):
+    """A sparse autoencoder, transcoder or crosscoder with one latent per row.
+
+    Tensors: W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; b_pre [d_in], W_skip [d_out, d_in]
+    and, of encoder "glu", W_glu [d_sae, d_in] and b_glu [d_sae] where `spec` has them; what its selection rule has for
+    each latent, such as threshold [d_sae]. A cross-layer coder of L layers has W_enc [d_sae, d_in / L], W_skip
+    [d_out, d_in / L], and in W_dec [rows, d_out / L] as many rows for a latent as there are layers it writes to, one
+    after the other. Matching pursuit chooses by W_dec; its W_enc is a copy of it, and its b_enc is zero.
+    """
+
+    def __init__(self, spec: CoderSpec, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.spec = spec
+        layers = spec.n_blocks
+        rows = spec.d_sae * (layers + 1) // 2  # a block writes to 1, 2, ..., L layers
+        encoder = {"W_enc": (spec.d_sae, spec.d_in // layers), "b_enc": (spec.d_sae,)}
+        if spec.encoder == "glu":
+            encoder |= {"W_glu": encoder["W_enc"], "b_glu": encoder["b_enc"]}
+        shapes = {**encoder, "W_dec": (rows, spec.d_out // layers), "b_dec": (spec.d_out,)}
+        if spec.pre_bias == "own":
+            shapes["b_pre"] = (spec.d_in,)
+        if spec.skip:
+            shapes["W_skip"] = (spec.d_out, spec.d_in // layers)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)))
+        for name, start in spec.selection.parameters(spec.d_sae).items():
+            self.register_parameter(name, nn.Parameter(start.to(device)))
+        for name, start in spec.selection.buffers(spec.d_sae).items():
+            self.register_buffer(name, start.to(device))
+
+    def to_dtype(self, dtype: torch.dtype | None) -> "SparseCoder":
+        """Returns this coder with its matrices and biases in another precision (None: as they are, nothing is read).
+
+        What selection compares with is float32 in any case.
+        """
+        own = {*self.spec.selection.parameters(0), *self.spec.selection.buffers(0)}
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            if name in own or dtype is not None:
+                tensor.data = tensor.data.to(torch.float32 if name in own else dtype).contiguous()
+        return self
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    b_pre: nn.Parameter
+    W_skip: nn.Parameter
+    W_glu: nn.Parameter
+    b_glu: nn.Parameter
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Returns the blocks of latents, in order."""
+        layers, size = self.spec.n_blocks, self.spec.d_sae // self.spec.n_blocks
+        width, blocks, row = self.spec.d_out // layers, [], 0
+        for layer in range(layers):
+            rows = size * (layers - layer)
+            latents = slice(layer * size, (layer + 1) * size)
+            blocks.append(Block(latents, slice(row, row + rows), slice(layer * width, self.spec.d_out)))
+            row += rows
+        return blocks
+
+    def decoders(self, frozen: bool = False, gradient: bool = False) -> list[Float[Tensor, "m width"]]:
+        """Returns, for each block, the decoder with one row a latent over all the columns that it writes.
+
+        These are views: without gradient where `frozen`, or of W_dec's gradient.
+        """
+        sizes = [block.rows.stop - block.rows.start for block in self.blocks]
+        weight: Tensor = self.W_dec.detach() if frozen else self.W_dec
+        weight = self.W_dec.grad if gradient and self.W_dec.grad is not None else weight
+        return [part.view(self.spec.d_sae // len(sizes), -1) for part in weight.split(sizes)]
+
+    def decoder_norms(self) -> Float[Tensor, "d_sae"]:
+        """Returns the norm of each latent's decoder over all the columns that it writes."""
+        return torch.cat([part.norm(dim=1) for part in self.decoders()])
+
+    def encoder_rows(self, latents: Sequence[int] | Int[Tensor, "m"]) -> Float[Tensor, "m d_in"]:
+        """Returns the encoder rows of some latents, in float32; zero in columns that a latent does not read."""
+        return partial.encoder_rows(self, latents)
+
+    def decoder_rows(self, latents: Sequence[int] | Int[Tensor, "m"]) -> Float[Tensor, "m d_out"]:
+        """Returns the decoder rows of some latents, in float32; zero in columns that a latent does not write."""
+        return partial.decoder_rows(self, latents)
+
+    def encode(
+        self,
+        x: Float[Tensor, "*shape d_in"],
+        gradients: Float[Tensor, "*shape d_out"] | None = None,
+        latents: Sequence[int] | Int[Tensor, "m"] | None = None,
+    ) -> SparseLatents:
+        """Returns the codes of x by the per-token inference rule, without gradient; token order as x flattened.
+
+        `gradients` is what a rule whose inference is "gradient" looks at beside x (ValueError without), and no other.
+        With `latents`, some ids, their entries alone, to rounding; no more is read than that takes (`sae/coder/partial.py`).
+        """
+        if latents is not None:
+            rows = self._rows(x, torch.promote_types(self.W_enc.dtype, torch.float32))
+            return replace(partial.encode(self, rows, latents, gradients), shape=tuple(x.shape[:-1]))
+        with torch.no_grad():
+            rows, size = self._rows(x), max(1, CHUNK_ENTRIES // self.spec.d_sae)
+            looked = [None] * len(rows.split(size))
+            beside = looked if gradients is None else gradients.reshape(-1, self.spec.d_out).to(rows).split(size)
+            chunks = zip(rows.split(size), beside, strict=True)
+            parts = [self._inferred(chunk, g) for chunk, g in chunks] if len(rows) else []
+        return _concatenate(parts, self.spec.d_sae, tuple(x.shape[:-1]), x)
+
+    def decode(
+        self, latents: SparseLatents, x: Float[Tensor, "*shape d_in"] | None = None
+    ) -> Float[Tensor, "*shape d_out"]:
+        """Returns the reconstruction from codes, without the skip path.
+
+        Per-token normalization is undone with the statistics of `x`, which must then be given (ValueError).
+        """
+        if self.spec.normalization.per_token and x is None:
+            kind = self.spec.normalization.kind
+            raise ValueError(f"decode: normalization {kind!r} is undone per token; pass x")
+        out = self.decoded(latents.values, latents.offsets, latents.ids) + self.b_dec
+        like = out.new_zeros(len(out), self.spec.d_in) if x is None else self._rows(x)
+        out = undo(out, self.spec.normalize(like)[1])
+        return out if latents.shape is None else out.reshape(*latents.shape, self.spec.d_out)
+
+    def forward(
+        self, x: Float[Tensor, "*shape d_in"], gradients: Float[Tensor, "*shape d_out"] | None = None
+    ) -> CoderOutput:
+        """Returns (out, latents) of x, differentiable unless gradients are off; `gradients` as in `encode`."""
+        rows = self._rows(x)
+        beside = None if gradients is None else gradients.reshape(-1, self.spec.d_out).to(rows)
+        live = torch.is_grad_enabled() and len(rows)
+        latents = self._inferred(rows, beside) if live else self.encode(rows, beside)
+        out = self.decode(latents, rows).reshape(*x.shape[:-1], self.spec.d_out)
+        if self.spec.skip:
+            out = out + self.skipped(x)
+        return CoderOutput(out, replace(latents, shape=tuple(x.shape[:-1])))
+
+    def skipped(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
+        """Returns what the skip path makes of raw inputs, x W_skip^T; of a cross-layer coder, layer by layer."""
+        x, layers = x.to(self.W_skip), self.spec.n_blocks
+        parts = zip(x.chunk(layers, dim=-1), self.W_skip.chunk(layers), strict=True)
+        return torch.cat([part @ weight.T for part, weight in parts], dim=-1)
+
+    def look(self, x: Float[Tensor, "n d_in"], product_dtype: torch.dtype | None = None) -> Look:
+        """Returns rows x as selection sees them, differentiable in y.
+
+        `product_dtype` (bfloat16) is the precision of the dense encoder product; `run` then computes the kept values
+        again in the parameters' precision, so it can change which latents are kept only.
+        """
+        x = x.to(self.W_enc)
+        y, how = self.centered(x)
+        return Look(x, y, how, self.preactivations(y, product_dtype))
+
+    def centered(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n d_in"], Undo]:
+        """Returns N(x) - p, the encoder's input, and what undoes the normalization of an output."""
+        y, how = self.spec.normalize(x)
+        if self.spec.pre_bias != "none":
+            y = y - (self.b_dec if self.spec.pre_bias == "decoder" else self.b_pre)
+        return y, how
+
+    def run(self, look: Look, support: Support | None = None, exact: bool = True) -> Pass:
+        """Returns one pass over what was looked at, differentiable in the parameters at the support.
+
+        Without a support, the per-token rule chooses.
+
+        `exact` says that the scores have the parameters' precision, so that kept ones need not be computed again.
+        """
+        offsets, ids = self.support(self.compared(look)) if support is None else support
+        kept = self.preactivations_at(look.y, offsets, ids, look.scores if exact else None)
+        values = self.spec.selection.activate(kept, ids, self.per_latent())
+        latents = SparseLatents(offsets, ids, values, self.spec.d_sae, (len(look.x),))
+        rest = self.b_dec.expand(len(look.x), -1)
+        if self.spec.skip:
+            rest = rest + self.skipped(look.x) / look.how[1]  # N^-1 gives it back its size
+        prediction = self.decoded(values, offsets, ids) + rest
+        return Pass(look.y, look.scores, kept, latents, rest, prediction, look.how)
+
+    @torch.no_grad()
+    def preactivations(
+        self, y: Float[Tensor, "n d_in"], product_dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "n d_sae"]:
+        """Returns y W_enc^T + b_enc (times its gate) without gradient, the product taken in `product_dtype`."""
+        dtype, layers = product_dtype or self.W_enc.dtype, self.spec.n_blocks
+        weight, bias = self.W_enc.to(dtype), self.b_enc.to(dtype)
+        if layers == 1:
+            product = torch.nn.functional.linear(y.to(dtype), weight, bias)
+            if self.spec.encoder == "glu":
+                product = (
+                    product
+                    * torch.nn.functional.linear(y.to(dtype), self.W_glu.to(dtype), self.b_glu.to(dtype)).sigmoid()
+                )
+            return product.to(y.dtype)
+        seen = y.to(dtype).view(len(y), layers, -1).transpose(0, 1)
+        product = torch.bmm(seen, weight.view(layers, -1, weight.shape[1]).transpose(1, 2))
+        return (product.transpose(0, 1).reshape(len(y), -1) + bias).to(y.dtype)
+
+    def preactivations_at(
+        self,
+        y: Float[Tensor, "n d_in"],
+        offsets: Int[Tensor, "n_plus_1"],
+        ids: Int[Tensor, "nnz"],
+        scores: Float[Tensor, "n d_sae"] | None = None,
+    ) -> Float[Tensor, "nnz"]:
+        """Returns y W_enc^T + b_enc (times its gate) at a support, differentiable.
+
+        `scores` is the product where it is there already.
+        """
+        layers, n = self.spec.n_blocks, len(y)
+        if self.spec.encoder == "glu":
+            gates = kernels.encode_at(y, self.W_glu, self.b_glu, offsets, ids).sigmoid()
+            return kernels.encode_at(y, self.W_enc, self.b_enc, offsets, ids) * gates
+        if scores is not None:
+            scores = scores.reshape(-1).index_select(0, flat(offsets, ids, scores.shape[1]))
+        if layers > 1:  # a row for each (token, layer): ids ascend, so the order of the entries stays
+            size = self.spec.d_sae // layers
+            rows = rows_of(offsets) * layers + torch.div(ids, size, rounding_mode="floor")
+            counts = torch.bincount(rows, minlength=n * layers)
+            y, offsets = y.reshape(n * layers, -1), offsets_of(counts)
+        return kernels.encode_at(y, self.W_enc, self.b_enc, offsets, ids, scores)
+
+    def decoded(
+        self,
+        values: Float[Tensor, "nnz"],
+        offsets: Int[Tensor, "n_plus_1"],
+        ids: Int[Tensor, "nnz"],
+        frozen: bool = False,
+    ) -> Float[Tensor, "n d_out"]:
+        """Returns codes times decoder, without bias, differentiable in both; in the codes alone where `frozen`."""
+        if self.spec.n_blocks == 1:
+            return kernels.decode(values, self.W_dec.detach() if frozen else self.W_dec, offsets, ids)
+        tokens, n = rows_of(offsets), offsets.numel() - 1
+        out = self.W_dec.new_zeros(n, self.spec.d_out)
+        for block, weight in zip(self.blocks, self.decoders(frozen), strict=True):
+            mine = (ids >= block.latents.start) & (ids < block.latents.stop)
+            counts = torch.bincount(tokens[mine], minlength=n)
+            starts = offsets_of(counts)
+            part = kernels.decode(values[mine], weight, starts, ids[mine] - block.latents.start)
+            out = out + torch.nn.functional.pad(part, (block.columns.start, 0))
+        return out
+
+    @torch.no_grad()
+    def effects(self, gradients: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_sae"]:
+        """Returns |<g, W_dec_i>|: to first order, what a unit of each latent changes the loss by."""
+        parts = zip(self.blocks, self.decoders(), strict=True)
+        return torch.cat([gradients[:, block.columns] @ weight.T for block, weight in parts], dim=1).abs()
+
+    @torch.no_grad()
+    def compared(
+        self,
+        look: Look,
+        gradients: Float[Tensor, "n d_in"] | None = None,
+        states: list[dict[str, Tensor]] | None = None,
+    ) -> Float[Tensor, "n d_sae"]:
+        """Returns what selection compares: pre-activations, times decoder norms or augmented where the spec says so.
+
+        `gradients` are those of the loss at the sites written, in the model's own units; `states` what the rule
+        remembers of every block.
+        """
+        scores = look.scores * self.decoder_norms() if self.spec.select_by_decoder_norm else look.scores
+        if gradients is None or not self.spec.selection.needs_gradient:
+            return scores
+        effects = self.effects(gradients * look.how[1])  # the chain rule, with the normalization taken as constant
+        groups = self.rule_groups()
+        found = self.spec.calibration or (0.0,) * len(groups)
+        states = states or [{"effect.mean": torch.tensor(mean)} for mean in found]
+        parts = [self.spec.rule.augment(scores[:, g], effects[:, g], s) for g, s in zip(groups, states, strict=True)]
+        return torch.cat(parts, dim=1)
+
+    def rule_groups(self) -> list[slice]:
+        """Returns the latents among which selection chooses: each block, or all together."""
+        return [slice(0, self.spec.d_sae)] if self.spec.budget == "shared" else [block.latents for block in self.blocks]
+
+    def per_latent(self) -> dict[str, Float[Tensor, "d_sae"]]:
+        """Returns the tensors with one value a latent that a selection rule may look at."""
+        names = [*self.spec.selection.parameters(0), *self.spec.selection.buffers(0), "b_enc"]
+        return {name: getattr(self, name) for name in names}
+
+    def support(self, scores: Float[Tensor, "n d_sae"], ask: Callable[..., Support] | None = None) -> Support:
+        """Returns the support of compared scores: by the per-token rule, or by `ask(rule, scores, tensors, group)`.
+
+        A cross-layer coder asks once for every block.
+        """
+        ask = ask or (lambda rule, scores, tensors, group: rule.infer(scores, tensors))
+        tensors, found = self.per_latent(), []
+        for number, group in enumerate(self.rule_groups()):
+            own = {name: tensor[group] for name, tensor in tensors.items()}
+            if number < len(self.spec.calibration):
+                own["calibration"] = torch.tensor(self.spec.calibration[number], dtype=torch.float32)
+            found.append((group, ask(self.spec.rule, scores[:, group], own, number)))
+        if len(found) == 1:
+            return found[0][1]
+        parts = [(rows_of(offsets), ids + group.start) for group, (offsets, ids) in found]
+        tokens, ids = (torch.cat(members) for members in zip(*parts, strict=True))
+        return Entries(tokens, ids, ids).to_support(len(scores))
+
+    def doctor(self, model: "LanguageModel | str") -> "Report":
+        """Returns whether this coder fits a model (or its name), and if not what would; see `sae.doctor`."""
+        from sae.evaluation.doctor import diagnose
+
+        return diagnose(self, model)
+
+    def _inferred(self, x: Float[Tensor, "n d_in"], gradients: Tensor | None) -> SparseLatents:
+        if getattr(self.spec.selection, "inference", "plain") == "gradient":
+            if gradients is None:
+                raise ValueError("gradients: this coder's selection.inference is 'gradient'; pass those of the loss")
+        elif gradients is not None:
+            raise ValueError("gradients: this coder's inference looks at none; leave them out")
+        if self.spec.selection.pursues:
+            (offsets, ids), values = self.spec.selection.pursue(self.centered(x)[0], self.W_dec)
+            return SparseLatents(offsets, ids, values, self.spec.d_sae, (len(x),))
+        look = self.look(x)
+        return self.run(look, self.support(self.compared(look, gradients))).latents
+
+    def _rows(self, x: Float[Tensor, "*shape d_in"], dtype: torch.dtype | None = None) -> Float[Tensor, "n d_in"]:
+        if x.shape[-1] != self.spec.d_in:
+            raise ValueError(f"x: last dimension is {x.shape[-1]}, but this coder has d_in = {self.spec.d_in}")
+        return x.reshape(-1, self.spec.d_in).to(self.W_enc.device, dtype or self.W_enc.dtype)
+
+
+def _concatenate(parts: list[SparseLatents], d_sae: int, shape: tuple[int, ...], like: Tensor) -> SparseLatents:
+    if not parts:
+        empty = torch.zeros(0, dtype=torch.long, device=like.device)
+        return SparseLatents(empty.new_zeros(1), empty, like.new_zeros(0), d_sae, shape)
+    starts = [0, *torch.tensor([part.ids.numel() for part in parts]).cumsum(0).tolist()]
+    offsets = [parts[0].offsets[:1]] + [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
+    ids, values = torch.cat([part.ids for part in parts]), torch.cat([part.values for part in parts])
+    return SparseLatents(torch.cat(offsets), ids, values, d_sae, shape)

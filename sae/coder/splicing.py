@@ -1,0 +1,95 @@
+"""A coder in the language model: what it writes in place of what the model computes.
+
+with splice(lm.model, coder): logits = lm.model(tokens).logits
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sae.base.errors import ConfigError
+from sae.coder.coder import SparseCoder
+from sae.coder.spec import CoderSpec
+from sae.lm.hooks import hooked
+from sae.lm.intervene import _of, replace_at
+from sae.lm.site import Site
+
+
+@torch.no_grad()
+def written(coder: SparseCoder, latents: Int[Tensor, "m"]) -> Float[Tensor, "m d_out"]:
+    """Returns the decoder rows of some latents, in float32; zero in columns that a latent does not write."""
+    return coder.decoder_rows(latents)
+
+
+@torch.no_grad()
+def directions(coder: SparseCoder, latents: Int[Tensor, "m"]) -> Float[Tensor, "m d_out"]:
+    """Returns what a unit of each latent adds to the output, in the units of the model.
+
+    A per-token normalization, whose factor every token has of its own, is left out.
+    """
+    out = written(coder, latents)
+    if coder.spec.normalization.per_token:
+        return out
+    return out * coder.spec.normalize(out.new_zeros(1, coder.spec.d_in))[1][1]
+
+
+def reads_ahead(spec: CoderSpec) -> bool:
+    """Returns whether what a coder writes somewhere depends on a site that the model computes only later.
+
+    A crosscoder does, and a cross-layer coder whose layers share one budget per token.
+    """
+    if spec.cross_layer:
+        return spec.budget == "shared" and spec.rule.competes(bool(spec.calibration))
+    return len(spec.reads) > 1
+
+
+@contextmanager
+def splice(
+    model: nn.Module,
+    coder: SparseCoder,
+    keep: Bool[Tensor, "rows context"] | None = None,
+    error: bool = False,
+    given: dict[str, Float[Tensor, "rows context d"]] | None = None,
+    gradients: Float[Tensor, "rows context d_out"] | None = None,
+    tag: str = "",
+) -> Iterator[None]:
+    """While open, the model computes with the coder's output in place of the activations it reconstructs.
+
+    A coder that reads and writes one site replaces that tensor; one that writes elsewhere (a transcoder) replaces the
+    tensors at the sites it writes, of what it has read in the same pass: every site sees the earlier ones replaced. A
+    coder that `reads_ahead` cannot do so; it must be `given` its inputs by site name, those of the model as it is
+    (ConfigError without). With `error`, the difference between the original and the reconstruction is added back as a
+    constant: the model's output is unchanged until latents are edited. `keep` limits it to some positions; `gradients`
+    are for a coder whose inference looks at them; of a coder of two models, `tag` says which of them `model` is.
+    """
+    spec = coder.spec
+    if given is None and reads_ahead(spec):
+        raise ConfigError("splice: this coder reads sites that come after those it writes; pass what it reads as given")
+    seen: dict[str, Tensor] = dict(given or {})
+
+    def remember(site: Site, x: Tensor) -> None:
+        if site == spec.reads[0]:  # a new pass of the model
+            seen.clear()
+        seen[site.name] = x
+
+    def made(site: Site, part: slice) -> Callable[[Tensor], Tensor]:
+        def new(x: Tensor) -> Tensor:
+            if spec.is_autoencoder and given is None:
+                remember(site, x)
+            like = next(iter(seen.values()))
+            parts = [seen.get(s.name, like.new_zeros(*like.shape[:-1], s.width)) for s in spec.reads]  # later layers
+            inputs = torch.cat([part.float() for part in parts], dim=-1)
+            out = coder(inputs, gradients).out[..., part]
+            return out + (x.to(out.device).float() - out).detach() if error else out
+
+        return new
+
+    with ExitStack() as stack:
+        if given is None and not spec.is_autoencoder:
+            stack.enter_context(hooked(model, list(spec.reads), remember))
+        for site, part in _of(spec.writes, tag):
+            stack.enter_context(replace_at(model, site, made(site, part), keep))
+        yield

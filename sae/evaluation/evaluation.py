@@ -1,0 +1,337 @@
+"""Held-out evaluation: how well a coder reconstructs, and what the language model loses when it is spliced in.
+
+Pass 1 stops the model at the last site and gathers reconstruction metrics and the mean activation. Pass 2 runs the
+whole model clean, spliced, zero-ablated and mean-ablated. The same mask holds in every arm: masked positions are
+neither replaced nor counted. Losses are averaged over tokens first; ratios are formed once, at the end.
+"""
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.base.errors import ConfigError, Stopped
+from sae.base.progress import Progress
+from sae.base.settings import decode
+from sae.coder.coder import SparseCoder
+from sae.coder.spec import CoderSpec
+from sae.coder.splicing import reads_ahead, splice
+from sae.evaluation.metrics import Moments, Reconstruction, head_shares, kl_divergence, recovered
+from sae.evaluation.nulls import null_fvus
+from sae.lm.hooks import capture, capture_with_gradients, hooked, model_inputs, next_token_losses, of_model, widths
+from sae.lm.intervene import ablate
+from sae.lm.masking import counted, norm_mask, token_mask
+from sae.lm.models import LanguageModel, load_language_model
+from sae.lm.site import SECOND, Site, columns_of
+from sae.loading.hub import fitted
+from sae.text.tokenizing import TextConfig, TokenRows, tokenize
+
+PASS_LOGITS = 2**25  # most logits held at once, per copy: 128 MiB
+GRADIENT_MODE = " (with gradients)"
+WITH_GRADIENTS = "latents selected with gradients of later losses: these figures see the future"
+
+
+def evaluate(
+    coders: SparseCoder | dict[str, SparseCoder],
+    lm: LanguageModel | None = None,
+    rows: TokenRows | None = None,
+    tokens: int = 16_384,
+    nulls: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    second: LanguageModel | None = None,
+) -> dict[str, Any]:
+    """Returns the metrics of a coder on about `tokens` held-out tokens; of several coders, a dict by name.
+
+    Rows are taken evenly from the whole held-out part: the first ones may all come from one long document.
+    The model, the `second` model of a crosscoder of two, and the held-out rows default to those the (first) coder's
+    spec names: where it was trained.
+    Keys: `reconstruction` (with the norm filter) and `reconstruction_unfiltered`, `density`, `loss` (CE and KL of every
+    arm; absent for a model that predicts no next token), `nulls` on request. Where they apply: `fvu_by_site` of several
+    sites written, `skip` (what the skip path alone explains), `heads` (decoder shares of attention heads), `against`
+    (autoencoders of the same sites in this evaluation), and `with_gradients`, labeled: all figures again, with
+    gradients at inference. Units: nats per token.
+    """
+    several = coders if isinstance(coders, dict) else {"": coders}
+    for name, coder in several.items():
+        if not coder.spec.reads or not coder.spec.writes:
+            raise ConfigError(f"coder {name}: its spec names no site to read; set spec.reads and spec.writes")
+    spec = next(iter(several.values())).spec
+    device = next(iter(several.values())).W_enc.device
+    lm = lm or load_language_model(spec.reads[0].model, spec.reads[0].revision, device=str(device))
+    several = {name: fitted(coder, lm.tokenizer) for name, coder in several.items()}
+    models = {"": lm}
+    tagged = [site for coder in several.values() for site in coder.spec.reads if site.tag]
+    if tagged:
+        models[SECOND] = second or load_language_model(tagged[0].model, tagged[0].revision, device=str(device))
+    _check_widths(several, models)
+    rows = rows or tokenize(text_of(spec), lm.tokenizer, lm.source(), should_stop).held_out
+    modes = _modes(several)
+    n_rows = min(rows.n_rows, max(1, -(-tokens // rows.context_length)))
+    size = rows_per_pass(rows.context_length, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
+    chosen = torch.arange(n_rows) * rows.n_rows // n_rows
+    batches = [rows.tokens(part) for part in chosen.split(size)]
+    causal = {tag: _writing(modes, tag) for tag, model in models.items() if model.is_causal}
+    progress = Progress("evaluating", len(batches) * (1 + sum(map(len, causal.values()))), "passes")
+
+    def advance() -> None:
+        if should_stop():
+            raise Stopped("during evaluation")
+        progress.update(progress.n + 1)
+
+    with torch.no_grad(), contextlib.closing(progress):
+        results, means = _reconstruct(modes, models, batches, nulls, advance)
+        for tag, writing in causal.items():
+            if writing:
+                losses = _losses(writing, models, tag, batches, means, advance)
+                for name, found in losses.items():
+                    results[name]["loss" if not tag else f"loss_{tag}"] = found
+    for name in modes.keys() - several.keys():
+        results[name.removesuffix(GRADIENT_MODE)]["with_gradients"] = {"label": WITH_GRADIENTS, **results.pop(name)}
+    _compare(several, results)
+    results = {name: _finite(found) for name, found in results.items()}
+    return results if isinstance(coders, dict) else results[""]
+
+
+def _modes(coders: dict[str, SparseCoder]) -> dict[str, SparseCoder]:
+    """Returns the coders as they are asked without gradients and, of rules that can look at them, with."""
+    modes = dict(coders)
+    for name, coder in coders.items():
+        if coder.spec.selection.needs_gradient:
+            for mode, label in (("plain", name), ("gradient", name + GRADIENT_MODE)):
+                modes[label] = copy.copy(coder)  # the tensors are shared
+                modes[label].spec = coder.spec.with_(selection=replace(coder.spec.selection, inference=mode))  # type: ignore[call-arg]
+    return modes
+
+
+def _compare(coders: dict[str, SparseCoder], results: dict[str, Any]) -> None:
+    """Sets every transcoder beside the autoencoders of the sites that it writes: L0 and loss of both."""
+    for name, coder in coders.items():
+        if coder.spec.is_autoencoder or "loss" not in results[name]:
+            continue
+        ours = results[name]["loss"]["ce_spliced"]
+        found: dict[str, Any] = {}
+        for other, rival in coders.items():
+            if rival.spec.is_autoencoder and _names(rival.spec.writes) == _names(coder.spec.writes):
+                loss, l0 = results[other]["loss"], results[other]["reconstruction"]["l0"]
+                theirs, added = loss["ce_spliced"], loss["ce_added"]
+                ratio = ours / theirs if theirs else None
+                found[other] = {"l0": l0, "ce_spliced": theirs, "ce_added": added, "ce_ratio": ratio}
+        if found:
+            results[name]["against"] = found
+
+
+def _names(sites: tuple[Site, ...]) -> list[str]:
+    return [site.name for site in sites]
+
+
+def _columns(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> Tensor:
+    """Returns the sites' activations side by side."""
+    return torch.cat([tensors[site.name].float() for site in sites], dim=-1)
+
+
+def _finite(found: Any) -> Any:
+    """The metrics with None for what overflowed: a number that is none must not look like one, nor break the JSON."""
+    if isinstance(found, dict):
+        return {key: _finite(value) for key, value in found.items()}
+    return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
+def _check_widths(coders: dict[str, SparseCoder], models: dict[str, LanguageModel]) -> None:
+    for name, coder in coders.items():
+        sides = ((coder.spec.reads, coder.spec.d_in), (coder.spec.writes, coder.spec.d_out))
+        for sites, total in sides:
+            found = {}
+            for tag, lm in models.items():
+                found |= widths(lm, of_model(sites, tag)) if of_model(sites, tag) else {}
+            for site in sites:
+                width = site.width or total
+                if found[site.name] != width:
+                    of = f"{models[site.tag].name} it has {found[site.name]}"
+                    raise ConfigError(f"coder {name}: takes {site.name} to have width {width}; in {of}")
+
+
+def text_of(spec: CoderSpec) -> TextConfig:
+    """Returns the text a coder was trained on, as its spec describes it."""
+    if "text" not in spec.training:
+        raise ConfigError("text: the coder's spec does not say what text it was trained on; pass rows")
+    return decode(TextConfig, spec.training["text"], "text")
+
+
+def rows_per_pass(context_length: int, vocabulary: int) -> int:
+    """Returns how many rows the evaluation runs at once."""
+    return max(1, min(16, PASS_LOGITS // max(1, context_length * vocabulary)))
+
+
+def _reconstruct(
+    coders: dict[str, SparseCoder],
+    models: dict[str, LanguageModel],
+    batches: list[Int[Tensor, "rows context"]],
+    nulls: bool,
+    advance: Callable[[], None],
+) -> tuple[dict[str, Any], dict[str, Float[Tensor, "d"]]]:
+    device = models[""].device
+    filtered = {name: Reconstruction(coder.spec.d_sae) for name, coder in coders.items()}
+    unfiltered = {name: Reconstruction(coder.spec.d_sae) for name, coder in coders.items()}
+    skipped = {name: Reconstruction(coder.spec.d_sae) for name, coder in coders.items() if coder.spec.skip}
+    moments = {name: Moments() for name in coders}
+    held: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in coders}
+    for batch in batches:
+        advance()
+        seen, gradients = _seen(coders, models, batch)
+        for name, coder in coders.items():
+            spec = coder.spec
+            keep = token_mask(batch, spec.mask).to(device)
+            own = {site.name: seen[site.name][keep] for site in (*spec.reads, *spec.writes)}
+            x, target = (_columns(own, side).to(coder.W_enc.device) for side in (spec.reads, spec.writes))
+            usual = norm_mask(own, spec.mask).to(x.device)
+            g = _columns(gradients, spec.writes)[keep].to(x.device) if _looks_at_gradients(coder) else None
+            out, latents = coder(x, g)
+            unfiltered[name].update(target, out, latents)
+            if not usual.all():
+                x, target, g = x[usual], target[usual], None if g is None else g[usual]
+                out, latents = coder(x, g)
+            filtered[name].update(target, out, latents)
+            moments[name].update(target)
+            if name in skipped:
+                none = latents.with_values(torch.zeros_like(latents.values))
+                skipped[name].update(target, coder.decode(none, x) + coder.skipped(x), none)
+            if nulls:
+                held[name].append((x.cpu(), target.cpu()))
+    results = {}
+    for name, coder in coders.items():
+        if not filtered[name].target.n:
+            raise ConfigError(f"coder {name}: its mask leaves none of the held-out tokens; there is nothing to measure")
+        unmasked = unfiltered[name].result()
+        results[name] = {
+            "reconstruction": filtered[name].result(),
+            "reconstruction_unfiltered": {key: unmasked[key] for key in ("tokens", "fvu", "ev")},
+            "density": filtered[name].density(),
+        }
+        if len(coder.spec.writes) > 1:
+            columns = zip(coder.spec.writes, columns_of(coder.spec.writes), strict=True)
+            results[name]["fvu_by_site"] = {site.name: filtered[name].fvu(part) for site, part in columns}
+        if name in skipped:
+            results[name]["skip"] = {"ev": skipped[name].result()["ev"]}
+        if len(coder.spec.writes) == 1 and coder.spec.writes[0].heads:
+            results[name]["heads"] = head_shares(coder.W_dec, coder.spec.writes[0].heads, filtered[name].fired > 0)
+        if nulls:
+            x, target = (torch.cat(parts) for parts in zip(*held[name], strict=True))
+            results[name]["nulls"] = null_fvus(coder, (x[::2], target[::2]), (x[1::2], target[1::2]))
+    return results, {name: m.mean.float() for name, m in moments.items()}
+
+
+def _looks_at_gradients(coder: SparseCoder) -> bool:
+    return getattr(coder.spec.selection, "inference", "plain") == "gradient"
+
+
+def _seen(
+    coders: dict[str, SparseCoder], models: dict[str, LanguageModel], batch: Int[Tensor, "rows context"]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns activations and, if a coder looks at them, gradients at all sites, of the models as they are."""
+    asking = [coder.spec for coder in coders.values() if _looks_at_gradients(coder)]
+    if len({spec.selection.loss for spec in asking}) > 1:  # type: ignore[attr-defined]
+        raise ConfigError("coders: they look at gradients of different losses; evaluate them one by one")
+    seen: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    for tag, lm in models.items():
+        sites = of_model(_sites(coders), tag)
+        if not sites:
+            continue
+        if asking:
+            loss = asking[0].selection.loss  # type: ignore[attr-defined]
+            found, slopes = capture_with_gradients(lm, sites, batch, asking[0].mask, loss)
+            gradients |= {name: g.to(models[""].device) for name, g in slopes.items()}
+        else:
+            found = capture(lm, sites, batch)
+        seen |= {name: x.to(models[""].device) for name, x in found.items()}
+    return seen, gradients
+
+
+def _writing(coders: dict[str, SparseCoder], tag: str) -> dict[str, SparseCoder]:
+    """Returns the coders that write in one of the models."""
+    return {name: coder for name, coder in coders.items() if of_model(coder.spec.writes, tag)}
+
+
+def _sites(coders: dict[str, SparseCoder]) -> list[Site]:
+    """Returns all sites that the coders read or write, each once."""
+    return list({site.name: site for c in coders.values() for site in (*c.spec.reads, *c.spec.writes)}.values())
+
+
+def _losses(
+    coders: dict[str, SparseCoder],
+    models: dict[str, LanguageModel],
+    tag: str,
+    batches: list[Int[Tensor, "rows context"]],
+    means: dict[str, Float[Tensor, "d"]],
+    advance: Callable[[], None],
+) -> dict[str, dict[str, Any]]:
+    """Returns the losses of one model with the sites replaced that each coder writes; all of them write in it."""
+    lm, device = models[tag], models[""].device
+    sums: dict[str, dict[str, float]] = {name: {} for name in coders}
+    counts = dict.fromkeys(coders, 0)
+
+    def logits(tokens: Tensor) -> Tensor:
+        return lm.model(**model_inputs(lm, tokens)).logits
+
+    for batch in batches:
+        tokens = batch.to(lm.device)
+        seen: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
+        if len(models) > 1 or any(map(_looks_at_gradients, coders.values())):
+            seen, gradients = _seen(coders, models, batch)
+        own = of_model(_sites(coders), tag)
+        with hooked(lm.model, own, lambda site, x, seen=seen: seen.update({site.name: x.to(device)})):
+            clean = logits(tokens)
+        ablated: dict[Any, tuple[Tensor, Tensor]] = {}  # the same for all coders of the same sites and mask
+        for name, coder in coders.items():
+            advance()
+            spec, total = coder.spec, sums[name]
+            keep = token_mask(tokens, spec.mask) & norm_mask(seen, spec.mask).to(lm.device)
+            g = _columns(gradients, spec.writes) if _looks_at_gradients(coder) else None
+            arms: dict[str, Any] = {
+                "spliced": splice(lm.model, coder, keep, False, seen if reads_ahead(spec) else None, g, tag),
+                "zero": ablate(lm.model, spec.writes, keep, tag=tag),
+                "mean": ablate(lm.model, spec.writes, keep, means[name], tag),
+            }
+            clean_losses = next_token_losses(clean, tokens, keep)
+            counts[name] += len(clean_losses)
+            _add(total, "clean", clean_losses)
+            for arm, change in arms.items():
+                key = (name if arm == "spliced" else arm, tuple(_names(spec.writes)), str(spec.mask))
+                if key not in ablated:
+                    with change:
+                        patched = logits(tokens)
+                    kl = kl_divergence(clean, patched, counted(tokens, keep))
+                    ablated[key] = next_token_losses(patched, tokens, keep), kl
+                losses, kl = ablated[key]
+                _add(total, arm, losses)
+                _add(total, f"kl_{arm}", kl)
+    return {name: _loss_table(sums[name], counts[name]) for name in coders}
+
+
+def _loss_table(sums: dict[str, float], count: int) -> dict[str, Any]:
+    ce = {name: value / max(1, count) for name, value in sums.items()}
+    return {
+        "tokens": count,
+        "ce_clean": ce["clean"],
+        "ce_spliced": ce["spliced"],
+        "ce_zero": ce["zero"],
+        "ce_mean": ce["mean"],
+        "ce_added": ce["spliced"] - ce["clean"],
+        "ce_recovered": recovered(ce["clean"], ce["spliced"], ce["zero"]),
+        "ce_recovered_from_mean": recovered(ce["clean"], ce["spliced"], ce["mean"]),
+        "kl_spliced": ce["kl_spliced"],
+        "kl_zero": ce["kl_zero"],
+        "kl_mean": ce["kl_mean"],
+        "kl_score": recovered(0.0, ce["kl_spliced"], ce["kl_zero"]),
+    }
+
+
+def _add(sums: dict[str, float], name: str, losses: Float[Tensor, "n"]) -> None:
+    sums[name] = sums.get(name, 0.0) + float(losses.double().sum())

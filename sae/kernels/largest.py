@@ -1,0 +1,127 @@
+"""The largest of rows, of columns and of a whole matrix, exactly: ties go to the lower index, NaN counts as largest."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.kernels.codes import Entries
+
+GROUPS = 16
+SAMPLED = 64  # every 64th entry tells where the cut through a matrix will about lie
+
+
+def top_ids(scores: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
+    """Returns the column ids of the k largest entries of every row, ascending.
+
+    One entry more than k is looked up: where it equals the k-th, the choice between them was torch's and is redone.
+    """
+    if k == scores.shape[1]:
+        return torch.arange(k, device=scores.device).expand(len(scores), k).contiguous()
+    values, ids = _largest(scores, k + 1)
+    ids = ids[:, :k]
+    tied = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]
+    ids = ids.sort(dim=1).values
+    if len(tied):
+        rows, least = scores[tied], values[tied, k - 1, None]
+        above, equal = ~(rows <= least), rows == least
+        wanted = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+        ids[tied] = wanted.nonzero()[:, 1].reshape(len(tied), k)
+    return ids
+
+
+def _largest(scores: Float[Tensor, "n m"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """Returns the k largest of every row in falling order, and their columns.
+
+    They lie in the k groups with the largest maxima, so only the members of those are sorted: the same values as
+    sorting the row, at half the time for k = 32 of 4,096 on a CPU.
+    """
+    n, m = scores.shape
+    groups = m // GROUPS
+    if m % GROUPS or groups < 2 * k:
+        return torch.topk(scores, k, dim=1)
+    grouped = scores.view(n, GROUPS, groups)  # group j holds columns j, j + groups, ...: the maximum vectorizes
+    best = grouped.amax(1).topk(k, dim=1, sorted=False).indices
+    members = grouped.gather(2, best[:, None, :].expand(-1, GROUPS, -1)).reshape(n, -1)
+    values, chosen = torch.topk(members, k, dim=1)
+    return values, best.gather(1, chosen % k) + chosen // k * groups
+
+
+def top_entries(scores: Float[Tensor, "n m"], count: int, first_token: int = 0) -> Entries:
+    """Returns the `count` largest entries of a matrix in the order of (token, latent); all of them if it has fewer.
+
+    A sample of the entries gives a bound that leaves few candidates: a tenth of the time of a sort of all of them.
+    """
+    flat = scores.reshape(-1)
+    if count >= flat.numel():
+        index = torch.arange(flat.numel(), device=flat.device)
+    else:
+        index = _candidates(flat, count)
+        index = index[_first_largest(flat[index], count)]
+    tokens = torch.div(index, scores.shape[1], rounding_mode="floor")
+    return Entries(tokens + first_token, index % scores.shape[1], flat[index])
+
+
+def top_of(entries: Entries, count: int) -> Entries:
+    """Returns the `count` largest of entries that are in the order of (token, latent), in that order."""
+    return entries if count >= len(entries.ids) else entries.take(_first_largest(entries.values, count))
+
+
+def _candidates(flat: Float[Tensor, "entries"], count: int) -> Int[Tensor, "candidates"]:
+    """Returns the indices, ascending, of at least `count` entries among which the largest are."""
+    sample = flat[::SAMPLED]
+    expected = int(count / SAMPLED * 1.3) + 16
+    if expected < len(sample):
+        index = (~(flat < sample.topk(expected).values[-1])).nonzero()[:, 0]
+        if len(index) >= count:
+            return index
+    return torch.arange(flat.numel(), device=flat.device)
+
+
+def _first_largest(values: Float[Tensor, "m"], count: int) -> Int[Tensor, "count"]:
+    """Returns the indices, ascending, of the `count` largest values; of equal ones the first."""
+    if count <= 0:
+        return torch.zeros(0, dtype=torch.long, device=values.device)
+    least = values.topk(count, sorted=True).values[-1]
+    above = ~(values <= least)
+    equal = (values == least).nonzero()[:, 0]
+    kept = above.clone()
+    kept[equal[: count - int(above.sum())]] = True
+    return kept.nonzero()[:, 0]
+
+
+def top_of_columns(scores: Float[Tensor, "n m"], budgets: Int[Tensor, "m"], first_token: int = 0) -> Entries:
+    """Returns the budgets[i] largest entries of every column i (all n where it has fewer), in any order.
+
+    Columns are sorted together with those whose budget has the same power of two above it: most budgets are small.
+    """
+    budgets, parts, size = budgets.clamp_max(len(scores)), [], 1
+    most = int(budgets.max()) if len(budgets) else 0
+    while size < 2 * most:
+        ids = ((budgets > size // 2) & (budgets <= size)).nonzero()[:, 0]
+        if len(ids):
+            parts.append(_top_of_rows(scores[:, ids].T.contiguous(), ids, budgets[ids], size))
+        size *= 2
+    found = Entries.cat(parts) if parts else Entries(budgets[:0], budgets[:0], scores.reshape(-1)[:0])
+    return Entries(found.tokens + first_token, found.ids, found.values)
+
+
+def _top_of_rows(rows: Float[Tensor, "g n"], ids: Int[Tensor, "g"], budgets: Int[Tensor, "g"], size: int) -> Entries:
+    values, tokens = rows.topk(min(size + 1, rows.shape[1]), dim=1)
+    if values.shape[1] > 1:
+        last = budgets[:, None].clamp_max(values.shape[1] - 1)
+        tied = (values.gather(1, last - 1) == values.gather(1, last))[:, 0].nonzero()[:, 0]
+        ordered = rows[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], tokens[tied] = (part[:, : values.shape[1]] for part in ordered)
+    wanted = torch.arange(values.shape[1], device=rows.device) < budgets[:, None]
+    return Entries(tokens[wanted], ids[:, None].expand_as(wanted)[wanted], values[wanted])
+
+
+def ranks(entries: Entries, m: int) -> Int[Tensor, "entries"]:
+    """Returns the rank of every entry among those of its latent, 0 for the largest; of equal ones the first token."""
+    order = torch.argsort(entries.tokens, stable=True)
+    order = order[torch.argsort(entries.values[order], stable=True, descending=True)]
+    order = order[torch.argsort(entries.ids[order], stable=True)]
+    counts = torch.bincount(entries.ids, minlength=m)
+    starts = counts.cumsum(0) - counts
+    place = torch.arange(len(order), device=order.device) - starts[entries.ids[order]]
+    return torch.empty_like(order).scatter_(0, order, place)

@@ -1,0 +1,1 @@
+"""A language model: named, read, masked, changed. Knows no coder."""

@@ -1,0 +1,201 @@
+"""Tokens -> activations: forward hooks, the early stop, gradients, and the mask.
+
+Everything is read in blocks: block b is a fixed set of `block_rows` rows of text, one pass of the language model, and
+holds the activations of its unmasked tokens. A block is the same whether it is computed now or read from disk.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sae.base.errors import ConfigError
+from sae.base.seeding import generator
+from sae.lm.masking import MaskSpec, counted, token_mask
+from sae.lm.models import LanguageModel
+from sae.lm.site import Site
+from sae.lm.sites import located
+from sae.text.packing import PADDING
+
+ONE_AT_A_TIME = threading.RLock()  # hooks belong to a model, not to a thread: reading ahead must not meet an evaluation
+
+
+class _AllSeen(Exception):
+    """Ends the language model's forward pass once every site has been seen."""
+
+
+@contextmanager
+def hooked(model: nn.Module, sites: list[Site], see: Callable[[Site, Tensor], Tensor | None]) -> Iterator[None]:
+    """While open, calls `see(site, tensor)` whenever a site is computed; a returned tensor takes its place.
+
+    Tensors come as [rows, context, d]: heads are flattened, and of a tuple the first member is meant.
+    """
+
+    def swapped(site: Site, whole: Any) -> Any:
+        first = whole[0] if isinstance(whole, tuple) else whole
+        if not isinstance(first, Tensor):
+            raise ConfigError(f"activations.sites: {site.name} is a {type(first).__name__}, not a tensor")
+        new = see(site, first.flatten(2) if first.dim() > 3 else first)
+        if new is None:
+            return None
+        new = new.reshape(first.shape).to(first)
+        return (new, *whole[1:]) if isinstance(whole, tuple) else new
+
+    def before(site: Site) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                new = swapped(site, args)
+                return None if new is None else (new, kwargs)
+            name = next((key for key in ("hidden_states", "x", "input") if key in kwargs), None)
+            if name is None:
+                raise ConfigError(f"activations.sites: {site.name}: this module is called without a tensor input")
+            new = swapped(site, kwargs[name])
+            return None if new is None else (args, {**kwargs, name: new})
+
+        return hook
+
+    def inside(site: Site) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = (*args, *kwargs.values())[0]
+            if see(site, before_gain(module, x, site)) is not None:
+                raise ConfigError(f"site {site.name}: what a norm makes before its gain can be read, not replaced")
+
+        return hook
+
+    with ONE_AT_A_TIME:
+        handles = []
+        for site in sites:
+            module, side = located(model, site)
+            if side == "input":
+                handles.append(module.register_forward_pre_hook(before(site), with_kwargs=True))
+            elif side == "normalized":
+                handles.append(module.register_forward_pre_hook(inside(site), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(lambda m, args, out, site=site: swapped(site, out)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def before_gain(norm: nn.Module, x: Float[Tensor, "*shape d"], site: Site) -> Float[Tensor, "*shape d"]:
+    """Returns what a layer norm or RMS norm makes of x before its gain and bias; ConfigError if it is neither."""
+    eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
+    kind = type(norm).__name__
+    if eps is None or not ("RMSNorm" in kind or "LayerNorm" in kind):
+        raise ConfigError(f"site {site.name}: {kind} is no layer norm or RMS norm; it has no side 'normalized'")
+    x = x.float()
+    if "RMSNorm" not in kind:
+        x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def capture(
+    lm: LanguageModel, sites: list[Site], tokens: Int[Tensor, "rows context"]
+) -> dict[str, Float[Tensor, "rows context d"]]:
+    """Returns the activations at every site by name. The model stops after the last of them.
+
+    Raises ConfigError naming a site whose module did not run.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def see(site: Site, x: Tensor) -> None:
+        if site.name in seen:
+            raise ConfigError(
+                f"activations.sites: {site.name} runs more than once per pass; its output is not one tensor"
+            )
+        seen[site.name] = x.detach()
+        if len(seen) == len(sites):
+            raise _AllSeen
+
+    with torch.no_grad(), hooked(lm.model, sites, see):
+        try:
+            lm.model(**model_inputs(lm, tokens))
+        except _AllSeen:
+            return seen
+    missing = [site.name for site in sites if site.name not in seen]
+    raise ConfigError(f"activations.sites: {', '.join(missing)} never ran in a forward pass of {lm.name}")
+
+
+def of_model(sites: Iterable[Site], tag: str) -> list[Site]:
+    """Returns the sites of one model, each once."""
+    return list({site.name: site for site in sites if site.tag == tag}.values())
+
+
+def widths(lm: LanguageModel, sites: list[Site]) -> dict[str, int]:
+    """Returns the width of every site by name, in the order in which the model computes them.
+
+    ConfigError names one that does not give a vector per token.
+    """
+    tokens = torch.zeros(2, 3, dtype=torch.int32)
+    seen = capture(lm, sites, tokens)
+    for name, x in seen.items():
+        if x.shape[:-1] != tokens.shape or not x.is_floating_point():
+            what = f"{str(x.dtype).removeprefix('torch.')} of shape {list(x.shape)}"
+            raise ConfigError(f"activations.sites: {name} gives {what} for 2 rows of 3 tokens, not a vector per token")
+    return {name: x.shape[-1] for name, x in seen.items()}
+
+
+def capture_with_gradients(
+    lm: LanguageModel,
+    sites: list[Site],
+    tokens: Int[Tensor, "rows context"],
+    mask: MaskSpec,
+    loss: str = "next_token",
+    seed: int = 0,
+) -> tuple[dict[str, Float[Tensor, "rows context d"]], dict[str, Float[Tensor, "rows context d"]]]:
+    """Returns activations and, by site, the gradient of the summed next-token cross-entropy over unmasked tokens.
+
+    `loss` "next_token" takes the token that follows, "sampled" one drawn from the model's own prediction with `seed`
+    (label-free, the gradient of Fisher's information). The model's weights are frozen, so the graph starts at the
+    lowest site. The last position predicts nothing.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def see(site: Site, x: Tensor) -> Tensor:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        x.retain_grad()
+        seen[site.name] = x
+        return x
+
+    with torch.enable_grad(), hooked(lm.model, sites, see):
+        logits = lm.model(**model_inputs(lm, tokens)).logits
+        keep = token_mask(tokens, mask).to(lm.device)
+        next_token_losses(logits, _labels(logits, tokens.to(lm.device), loss, seed), keep).sum().backward()
+    gradients = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in seen.items()}
+    return {name: x.detach() for name, x in seen.items()}, gradients
+
+
+@torch.no_grad()
+def _labels(logits: Tensor, tokens: Int[Tensor, "rows context"], loss: str, seed: int) -> Int[Tensor, "rows context"]:
+    """Returns the tokens, or each drawn from what the model predicted for its place; padding stays."""
+    if loss == "next_token":
+        return tokens
+    uniform = torch.rand(tokens[:, 1:].shape, generator=generator(seed, "sampled")).to(logits.device)
+    drawn = (logits[:, :-1].float().softmax(-1).cumsum(-1) < uniform[..., None]).sum(-1).clamp_max(logits.shape[-1] - 1)
+    labels = tokens.clone()
+    labels[:, 1:] = torch.where(tokens[:, 1:] == PADDING, tokens[:, 1:], drawn.to(tokens))
+    return labels
+
+
+def next_token_losses(
+    logits: Float[Tensor, "rows context vocabulary"],
+    tokens: Int[Tensor, "rows context"],
+    keep: Bool[Tensor, "rows context"],
+) -> Float[Tensor, "counted"]:
+    """Returns -log p(next token) in nats at every kept position but the last, which has no next token."""
+    keep = counted(tokens, keep)
+    return nn.functional.cross_entropy(logits[:, :-1][keep].float(), tokens[:, 1:][keep].long(), reduction="none")
+
+
+def model_inputs(lm: LanguageModel, tokens: Int[Tensor, "rows context"]) -> dict[str, Any]:
+    """Returns the arguments of a forward pass. Padding lies behind the text, where only an encoder would see it."""
+    ids = tokens.to(lm.device).clamp_min(0)
+    if lm.is_causal:
+        return {"input_ids": ids, "use_cache": False}
+    return {"input_ids": ids, "attention_mask": (tokens != PADDING).to(lm.device).long()}

@@ -1,0 +1,263 @@
+"""The language model: a hub id, a local folder, a .gguf file or the embedded quickstart model."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae.assets import QUICKSTART_LM
+from sae.base.errors import ConfigError, nearest
+from sae.base.files import cache_dir, publish, sha256_file
+from sae.base.settings import choose
+from sae.text.tokenizing import tokenizer_digest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded model with its tokenizer, frozen and in evaluation mode."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    name: str
+    revision: str | None
+    is_causal: bool
+    """Whether it predicts the next token, so that cross-entropy and splicing can be measured."""
+
+    @property
+    def device(self) -> torch.device:
+        """Returns where its inputs go."""
+        return next(self.model.parameters()).device
+
+    def source(self) -> dict[str, Any]:
+        """Returns which model it is: name and revision."""
+        return {"model": self.name, "revision": self.revision}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns what decides its activations: name, revision, precision, and hashes of config, weights, tokenizer."""
+        weights = next(self.model.parameters())
+        return {
+            **self.source(),
+            "config": _config_digest(self.model.config),
+            "weights": _weights_digest(self.model),
+            "dtype": str(weights.dtype).removeprefix("torch."),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+        }
+
+
+def _config_digest(config: "PretrainedConfig") -> str:
+    """Returns a hash of what the model computes by; where it was loaded from, and by which version, does not count."""
+    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    settings = {key: value for key, value in config.to_dict().items() if key not in volatile}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _weights_digest(model: "PreTrainedModel") -> str:
+    """Returns a hash over a sample of every weight: other weights under the same name must not share a cache."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def resolve_device(device: str) -> torch.device:
+    """Returns the torch device for "auto" or an explicit name; ConfigError if this machine lacks it."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":  # one GPU per rank, as launchers number them
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        found = torch.device(device)
+        torch.empty(0, dtype=torch.float64, device=found)  # statistics and metrics are summed in float64
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.device: {device!r} is not available here ({reason}); try cpu") from error
+    return found
+
+
+def load_language_model(
+    name: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Returns the model called `name`, loaded for reading activations.
+
+    Raises ConfigError in one line if it cannot be had: no such folder, a hub id that is not cached while offline, or a
+    model that ships code of its own, which runs only if the user typed `--trust-remote-code`.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    where = resolve_device(device)
+    folder = local_folder(name)
+    config = load_config(name, revision, trust_remote_code)
+    causal = is_causal(config)
+    auto = AutoModelForCausalLM if causal else AutoModel
+    tokenizer = load_tokenizer(name, revision, trust_remote_code)
+    chosen: Any = DTYPES.get(dtype) or (torch.float32 if where.type == "cpu" else "auto")
+    with _readable_errors(name):
+        model = auto.from_pretrained(
+            folder or name,
+            revision=None if folder else revision,
+            dtype=chosen,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    model: Any = model.to(where)  # type: ignore[arg-type]
+    commit = None if folder else commit_of(name, revision)
+    return LanguageModel(model.eval().requires_grad_(False), tokenizer, name, commit or revision, causal)
+
+
+def commit_of(name: str, revision: str | None = None) -> str | None:
+    """Returns the commit of a hub model that has been loaded, or None: its cached files lie below it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def load_tokenizer(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """Returns the model's tokenizer."""
+    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    folder = local_folder(name)
+    with _readable_errors(name):
+        if not trust_remote_code:
+            _refuse_code(name, get_tokenizer_config(folder or name, revision=None if folder else revision))
+        return AutoTokenizer.from_pretrained(
+            folder or name, revision=None if folder else revision, trust_remote_code=trust_remote_code
+        )
+
+
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> "PretrainedConfig":
+    """Returns the model's configuration without loading weights; refuses a model that wants to run its own code."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file() and not _converted_folder(path).is_dir():
+        with _readable_errors(name):  # the header says it; converting is for when the weights are wanted
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    folder = local_folder(name)
+    with _readable_errors(name):
+        raw, _ = PretrainedConfig.get_config_dict(folder or name, revision=None if folder else revision)
+        if not trust_remote_code:
+            _refuse_code(name, raw)
+        return AutoConfig.from_pretrained(
+            folder or name, revision=None if folder else revision, trust_remote_code=trust_remote_code
+        )
+
+
+def _refuse_code(name: str, raw: dict[str, Any]) -> None:
+    if raw.get("auto_map"):
+        raise ConfigError(
+            f"model.name: {name!r} ships its own code ({', '.join(sorted(raw['auto_map']))}), which would run on "
+            "this machine; read it, then type --trust-remote-code"
+        )
+
+
+def is_causal(config: "PretrainedConfig") -> bool:
+    """Returns whether the architecture predicts the next token (else it is read as an encoder)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = list(getattr(config, "architectures", None) or [])
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if named:
+        return any(architecture in causal or "CausalLM" in architecture for architecture in named)
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def local_folder(name: str) -> Path | None:
+    """Returns the folder that holds model `name`, or None for a hub id. A .gguf file is converted once and cached."""
+    if name == "quickstart":
+        return QUICKSTART_LM
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f"model.name: no such file: {name}")
+        return _converted(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model.name: the folder {name} holds no config.json, so it is no saved model")
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ConfigError(f"model.name: no such folder: {name}.{nearest(path.name, siblings)}")
+    return None
+
+
+def _converted(path: Path) -> Path:
+    """Returns the folder of the dequantized float32 copy of a .gguf file, made at first use."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = _converted_folder(path)
+    if not folder.is_dir():
+        with publish(folder) as draft, _readable_errors(str(path)):
+            read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            if hasattr(read.config, "quantization_config"):  # or it counts as quantized, which cannot be saved
+                delattr(read.config, "quantization_config")
+            plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+            plain.load_state_dict(read.state_dict())
+            plain.save_pretrained(draft)
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(draft)
+    return folder
+
+
+def _converted_folder(path: Path) -> Path:
+    stat = path.stat()
+    return cache_dir() / "models" / f"{path.stem}-{_file_digest(path, stat.st_size, stat.st_mtime_ns)[:16]}"
+
+
+@lru_cache
+def _file_digest(path: Path, _size: int, _mtime_ns: int) -> str:
+    return sha256_file(path)
+
+
+class _readable_errors:
+    """Turns the loaders' long errors into one line that names the model and the way out."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError)) and not isinstance(error, ConfigError):
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"model.name: {self.name!r} could not be loaded: {reason} "
+                "(a hub id needs the network or a cached copy; a local folder or .gguf file needs neither)"
+            ) from error
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The language model whose activations are read."""
+
+    name: str = "quickstart"
+    """"quickstart" (the model shipped with this package), a Hugging Face hub id, a folder, or a .gguf file."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: str = "auto"
+    """Precision of the model: auto (float32 on CPU, the checkpoint's on GPU), float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto (a GPU if there is one, its own for each rank), cpu, cuda, or cuda:1 ..."""
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field whose value is not allowed."""
+        choose("model.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))

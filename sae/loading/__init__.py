@@ -1,0 +1,1 @@
+"""Names to coders: what has been released, and where it lies."""

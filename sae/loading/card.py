@@ -1,0 +1,135 @@
+"""The model card of coders on the hub, and putting them there: what they are, how well they do, how to load them."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sae.base.errors import ConfigError
+from sae.base.files import atomic_write, safe_join
+from sae.coder.coder import SparseCoder
+from sae.coder.spec import CoderSpec
+from sae.evaluation.tables import table
+from sae.formats import native
+from sae.lm.site import Site
+from sae.loading.hub import RELEASED
+
+LIBRARY = "sae-interp"
+Rows = list[tuple[str, str]]
+
+
+def described(spec: CoderSpec) -> Rows:
+    """Returns what a coder is as (name, text) rows: the same on the card and in the terminal."""
+    rows = [("reads", _sites(spec.reads)), ("writes", "what it reads" if spec.is_autoencoder else _sites(spec.writes))]
+    rows += [("latents", f"{spec.d_sae:,} (d_in {spec.d_in}, d_out {spec.d_out})")]
+    rows += [("encoder", spec.encoder + (f", {spec.n_blocks} blocks" if spec.cross_layer else ""))]
+    rows += [("selection", _selection(spec)), ("pre-bias", spec.pre_bias), ("normalization", _normalization(spec))]
+    if spec.skip:
+        rows.append(("skip path", "x W_skip^T is added to the output"))
+    if spec.context_length:
+        rows.append(("context", f"{spec.context_length:,} tokens, BOS by {spec.bos}"))
+    if "tokens" in spec.training:
+        rows.append(("trained on", f"{spec.training['tokens']:,} tokens{_text(spec.training.get('text'))}"))
+    if RELEASED in spec.training:
+        source = spec.training[RELEASED]
+        rows.append(("released at", f"{source['from']}, {source['file']} ({source['format']})"))
+    l0 = spec.metrics.get("advertised", {}).get("l0")
+    return [*rows, *([("advertised L0", f"{l0:g}")] if l0 is not None else [])]
+
+
+def card(coders: Mapping[str, SparseCoder], repo: str) -> str:
+    """Returns the README.md of a repository that holds these coders, by the names of their folders ("" at the root)."""
+    specs = {name: coder.spec for name, coder in coders.items()}
+    models = sorted({site.model for spec in specs.values() for site in (*spec.reads, *spec.writes) if site.model})
+    about: dict[str, Any] = {"library_name": LIBRARY}
+    on_hub = [model for model in models if model.count("/") == 1 and not Path(model).is_absolute()]
+    if on_hub:
+        about["base_model"] = on_hub
+    about["tags"] = sorted(
+        {"mechanistic-interpretability", *(_kind(spec).replace(" ", "-") for spec in specs.values())}
+    )
+    front = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in about.items()]  # which YAML is, too
+    one = len(specs) == 1
+    what = f"A {_kind(next(iter(specs.values())))}" if one else f"{len(specs)} sparse coders"
+    lines = ["---", *front, "---", "", f"# {repo.partition('/')[2]}", ""]
+    lines += [f"{what} of activations of {_cell(' and '.join(models) or 'a language model')}.", ""]
+    for name, spec in specs.items():
+        if name:
+            lines += [f"## {name}", ""]
+        lines += _table(("what", "it is"), described(spec))
+        if {"reconstruction", "density"} <= spec.metrics.keys():
+            lines += ["Held-out metrics:", "", *_table(("metric", "value"), table(spec.metrics))]
+    first = next(iter(specs))
+    address = f"{repo}/{first}" if first else repo
+    lines += ["## Loading", "", "```python", "import sae", "", f'coder = sae.load("{address}")']
+    lines += ["latents = coder.encode(x)  # x: [..., d_in], at the site above", "```", ""]
+    return "\n".join(lines)
+
+
+def push(coders: Mapping[str, SparseCoder], repo: str, private: bool = False) -> str:
+    """Puts coders with a card into a repository on the hub, made if need be; returns the address of the commit.
+
+    The token is that of the environment (HF_TOKEN) or of `hf auth login`. ConfigError without, or if the hub refuses.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    if repo.count("/") != 1:
+        raise ConfigError(f"repo: {repo!r} is not OWNER/NAME")
+    if get_token() is None:
+        raise ConfigError("repo: pushing needs a token; run `hf auth login`, or set the variable HF_TOKEN")
+    with tempfile.TemporaryDirectory() as temp:
+        for name, coder in coders.items():
+            native.write(safe_join(temp, name) if name else Path(temp), coder)
+        atomic_write(Path(temp, "README.md"), card(coders, repo))
+        try:
+            HfApi().create_repo(repo, private=private, exist_ok=True)
+            done = HfApi().upload_folder(repo_id=repo, folder_path=temp, commit_message=f"Upload with {LIBRARY}")
+        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
+            raise ConfigError(f"repo: {repo} cannot be written to: {' '.join(str(error).split())[:300]}") from error
+    return done.commit_url
+
+
+def _kind(spec: CoderSpec) -> str:
+    if spec.cross_layer:
+        return "cross-layer transcoder"
+    if len(spec.reads) > 1:
+        return "crosscoder"
+    return "sparse autoencoder" if spec.is_autoencoder else "transcoder"
+
+
+def _sites(sites: tuple[Site, ...]) -> str:
+    if not sites:
+        return "not known"
+    models = {site.model for site in sites}
+    names = ", ".join(site.name for site in sites[:4]) + (f", ... ({len(sites)})" if len(sites) > 4 else "")
+    return f"{names} of {' and '.join(sorted(models))}" if models != {""} else names
+
+
+def _selection(spec: CoderSpec) -> str:
+    said = spec.to_json()["selection"]
+    budget = f" of {said['k']}" if "k" in said else ""  # other fields are of training
+    how = ", of h times decoder norm" if spec.select_by_decoder_norm else ""
+    return f"{said['type']}{budget}{how}"
+
+
+def _normalization(spec: CoderSpec) -> str:
+    how = spec.normalization
+    if how.kind == "scalar":
+        scales = sorted({how.scale * site.scale for site in spec.reads} or {how.scale})
+        return f"scalar, times {', '.join(f'{scale:.6g}' for scale in scales)}"
+    return f"{how.kind}, eps {how.eps:g}" if how.per_token and how.kind != "center" else how.kind
+
+
+def _text(text: Any) -> str:
+    return f" of {text['source']}" if isinstance(text, dict) and text.get("source") else ""
+
+
+def _table(head: tuple[str, str], rows: Rows) -> list[str]:
+    cells = [f"| {_cell(name)} | {_cell(text)} |" for name, text in rows]
+    return [f"| {head[0]} | {head[1]} |", "| --- | --- |", *cells, ""]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

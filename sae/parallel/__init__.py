@@ -1,0 +1,1 @@
+"""Who computes what: the only place that talks to torch.distributed."""

@@ -1,0 +1,1 @@
+"""Tokens to activation batches, in a fixed order."""

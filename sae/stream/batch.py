@@ -1,0 +1,44 @@
+"""What passes between text, model and coder: the tokens of one pass, and one batch of them."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+LANES = 64
+
+
+@dataclass(frozen=True)
+class Block:
+    """The unmasked tokens of one pass of the language model."""
+
+    activations: dict[str, Float[Tensor, "n d"]]
+    """By site name."""
+    gradients: dict[str, Float[Tensor, "n d"]]
+    """By site name; empty unless asked for."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.activations.values())))
+
+
+@dataclass(frozen=True)
+class ActivationBatch:
+    """This rank's share of one batch."""
+
+    activations: dict[str, Float[Tensor, "n d"]]
+    """By site name; rows of all sites belong to the same tokens."""
+    gradients: dict[str, Float[Tensor, "n d"]]
+    """By site name; empty unless captured."""
+    blocks: Int[Tensor, "n"]
+    """The block each row comes from, to name the rows of a bad batch."""
+    text: "TextBatch | None" = None
+    """The rows of text, where batches are whole rows."""
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """The rows that a batch of activations comes from."""
+
+    tokens: Int[Tensor, "rows context"]
+    keep: Bool[Tensor, "rows context"]
+    """Which positions are in the batch, in the order of its activations."""

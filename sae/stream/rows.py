@@ -1,0 +1,84 @@
+"""Whole rows of text as batches, for losses that run the language model: the order of rows, and the spliced model.
+
+    epoch e takes the rows in the order permutation(seed, e); batch s holds the next batch_tokens / context of them
+
+Unlike the stream of `sae/stream/lanes.py`, a batch is not shuffled over tokens. Its rows depend on (seed, s) alone.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sae.base.errors import ConfigError
+from sae.base.seeding import generator
+from sae.lm.hooks import capture
+from sae.lm.masking import MaskSpec, token_mask
+from sae.lm.models import DTYPES, LanguageModel
+from sae.lm.site import Site
+from sae.stream.batch import ActivationBatch, TextBatch
+from sae.text.tokenizing import TokenRows
+
+
+class RowStream:
+    """An endless iterator of batches of whole rows whose position can be saved and restored exactly."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        rows: TokenRows,
+        sites: list[Site],
+        mask: MaskSpec,
+        batch_tokens: int,
+        seed: int,
+        dtype: str = "float32",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.lm, self.rows, self.sites, self.mask, self.seed = lm, rows, sites, mask, seed
+        self.dtype, self.rank, self.world_size = DTYPES[dtype], rank, world_size
+        self.per_batch = batch_tokens // rows.context_length
+        if self.per_batch < world_size or self.per_batch % world_size:
+            raise ConfigError(
+                f"batch_tokens: {batch_tokens} are {self.per_batch} rows of {rows.context_length} tokens; end-to-end "
+                f"terms need whole rows, as many for each of {world_size} ranks"
+            )
+        self.batch = 0
+        self._order: tuple[int, Tensor] | None = None
+
+    def order(self, epoch: int) -> Int[Tensor, "rows"]:
+        """Returns the order of the rows in an epoch."""
+        return torch.randperm(self.rows.n_rows, generator=generator(self.seed, "row batches", epoch))
+
+    def __iter__(self) -> "Iterator[ActivationBatch]":
+        return self
+
+    def __next__(self) -> ActivationBatch:
+        """Returns this rank's rows of the next batch, with `text`."""
+        share = self.per_batch // self.world_size
+        first = self.batch * self.per_batch + self.rank * share
+        chosen = torch.stack([self._row(place) for place in range(first, first + share)])
+        self.batch += 1
+        tokens = self.rows.tokens(chosen)
+        keep = token_mask(tokens, self.mask)
+        seen = capture(self.lm, self.sites, tokens)
+        kept = {name: x[keep.to(x.device)].to(self.dtype) for name, x in seen.items()}
+        return ActivationBatch(kept, {}, chosen[keep.nonzero()[:, 0]], TextBatch(tokens, keep))
+
+    def _row(self, place: int) -> Tensor:
+        epoch, index = divmod(place, self.rows.n_rows)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self.order(epoch)
+        return self._order[1][index]
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns the position after the last batch; on other ranks zero, since these are summed."""
+        return {"batch": torch.tensor(self.batch if self.rank == 0 else 0)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continues behind the batch after which `state` was taken."""
+        self.batch = int(state["batch"])
+
+    def close(self) -> None:
+        """Does nothing; nothing is read ahead."""

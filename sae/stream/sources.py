@@ -1,0 +1,136 @@
+"""Where activations come from: computed now, or read from disk and computed once.
+
+Everything is read in blocks: block b is a fixed set of `block_rows` rows of text, one pass of the language model, and
+holds the activations of its unmasked tokens. A block is the same whether it is computed now or read from disk.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sae.base.errors import Stopped
+from sae.base.seeding import generator
+from sae.base.store import Shards, ShardWriter
+from sae.lm.hooks import capture, capture_with_gradients, of_model
+from sae.lm.masking import MaskSpec, token_mask
+from sae.lm.models import DTYPES, LanguageModel
+from sae.lm.site import SECOND, Site
+from sae.stream.batch import Block
+from sae.text.tokenizing import TokenRows
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Block b of a text is a fixed set of rows. Rows are shuffled once, so that a block is a sample of the corpus."""
+
+    rows: TokenRows
+    block_rows: int
+    seed: int
+
+    def __len__(self) -> int:
+        return -(-self.rows.n_rows // self.block_rows)
+
+    def order(self) -> Int[Tensor, "rows"]:
+        """Returns the fixed shuffled order of rows."""
+        return torch.randperm(self.rows.n_rows, generator=generator(self.seed, "rows"))
+
+    def tokens(self, block: int) -> Int[Tensor, "block_rows context"]:
+        """Returns the tokens of one block; the last may have fewer rows."""
+        start = block * self.block_rows
+        return self.rows.tokens(self._order()[start : start + self.block_rows])
+
+    def _order(self) -> Int[Tensor, "rows"]:
+        if "_cached" not in self.__dict__:
+            object.__setattr__(self, "_cached", self.order())
+        return self.__dict__["_cached"]
+
+
+class LiveSource:
+    """Computes blocks with the language model, and the gradients of `loss` if one is named."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        blocks: Blocks,
+        sites: list[Site],
+        mask: MaskSpec,
+        dtype: str,
+        loss: str | None = None,
+        second: LanguageModel | None = None,
+    ) -> None:
+        self.lm, self.blocks, self.sites, self.mask, self.loss = lm, blocks, sites, mask, loss
+        self.models = {"": lm} | ({SECOND: second} if second else {})
+        self.dtype = DTYPES[dtype]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def read(self, block: int) -> Block:
+        """Returns one block."""
+        tokens = self.blocks.tokens(block)
+        keep = token_mask(tokens, self.mask).to(self.lm.device)
+        activations: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
+        for tag, lm in self.models.items():
+            sites = of_model(self.sites, tag)
+            if self.loss:
+                seed = self.blocks.seed + block
+                seen, found = capture_with_gradients(lm, sites, tokens, self.mask, self.loss, seed)
+                gradients |= {name: x.to(keep.device) for name, x in found.items()}
+            else:
+                seen = capture(lm, sites, tokens)
+            activations |= {name: x.to(keep.device) for name, x in seen.items()}
+        return Block(self._kept(activations, keep), self._kept(gradients, keep))
+
+    def _kept(self, tensors: dict[str, Tensor], keep: Bool[Tensor, "rows context"]) -> dict[str, Tensor]:
+        return {site.name: tensors[site.name][keep].to(self.dtype) for site in self.sites if site.name in tensors}
+
+
+class CachedSource:
+    """Reads blocks from disk and computes, once, those that are not there yet (live + write-through).
+
+    One block is one shard, so that blocks may be stored in any order, by any rank, and be repaired alone.
+    """
+
+    def __init__(self, live: LiveSource, folder: Any, fingerprint: dict[str, Any], part: str = "0") -> None:
+        self.live, self.writer = live, ShardWriter(folder, "activations", fingerprint, part=part)
+        self.stored = Shards(folder, "activations", fingerprint, partial=True)
+
+    def __len__(self) -> int:
+        return len(self.live)
+
+    def read(self, block: int) -> Block:
+        """Returns one block, on the CPU, stored from then on."""
+        if block not in self.stored and self.stored.has_file(block):
+            self.stored.reload()  # another rank has stored it
+        if block not in self.stored:
+            made = self.live.read(block)
+            tensors = {f"activations/{name}": x.cpu() for name, x in made.activations.items()}
+            tensors |= {f"gradients/{name}": x.cpu() for name, x in made.gradients.items()}
+            self.stored.add(block, self.writer.write(block, tensors))
+            return _block(tensors)
+        return _block(self.stored.read(block))
+
+    def reload(self) -> None:
+        """Takes in what other ranks have stored."""
+        self.stored.reload()
+
+    def fill(self, blocks: range, should_stop: Callable[[], bool], progress: Callable[[int], None]) -> None:
+        """Stores all of `blocks`; raises Stopped between two of them when asked to."""
+        for block in blocks:
+            if should_stop():
+                raise Stopped("while storing activations")
+            if block not in self.stored:
+                self.read(block)
+            progress(block)
+
+
+def _block(stored: dict[str, Tensor]) -> Block:
+    return Block(*({k.partition("/")[2]: v for k, v in stored.items() if k.startswith(p)} for p in ("a", "g")))
+
+
+Source = LiveSource | CachedSource

@@ -1,0 +1,291 @@
+"""Text -> token rows, made once: tokenization, the BOS policy, and the held-out split by document.
+
+Every token remembers its document, and a document lies wholly in the train or in the held-out part. Rows are reused
+exactly if everything they depend on is the same (model, revision, tokenizer, data, settings), never because a folder is
+there: the folder's name is a hash of all that, and it takes its name only when it is whole.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae.base.errors import ConfigError
+from sae.base.files import cache_dir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int
+from torch import Tensor
+
+from sae.base.errors import Stopped
+from sae.base.files import made_once
+from sae.base.seeding import uniform
+from sae.base.store import Shards, ShardWriter, fingerprint_key
+from sae.text.documents import TextConfig, documents, identity
+from sae.text.packing import Packer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TextConfig", "TokenRows", "TokenizedText", "documents", "encode", "is_held_out", "special_ids", "tokenize"]
+
+log = logging.getLogger(__name__)
+
+VERSION = 2  # raise it whenever the same text would become other rows
+SHARD_TOKENS = 2**22
+BATCH_CHARS = 2**18  # tokenized in one call, between two looks at the stop flag
+PIECE_CHARS = 100_000  # a longer document is tokenized in pieces cut at a space, so that memory stays bounded
+CHARS_PER_TOKEN = 100  # of a document that fills one row only, no more than this times context_length is looked at
+FEW_DOCUMENTS = 64  # so few may all fall into one part by chance
+PARTS = ("train", "held_out")
+
+
+class TokenRows:
+    """One part of a tokenized text: n_rows rows of context_length tokens, read from memory-mapped shards."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+        self.context_length: int = shards.meta["context_length"]
+        self.sizes = [shards.entries[i]["tensors"]["tokens"][1][0] for i in range(len(shards))]
+        self.n_rows = sum(self.sizes)
+        self._ends = torch.tensor(self.sizes).cumsum(0)
+        self._open: dict[int, dict[str, Tensor]] = {}
+
+    def tokens(self, rows: Int[Tensor, "rows"] | list[int]) -> Int[Tensor, "rows context"]:
+        """Returns token ids, int32, with `sae.packing.PADDING` where a row is longer than its text."""
+        return self._gather("tokens", rows)
+
+    def documents(self, rows: Int[Tensor, "rows"] | list[int]) -> Int[Tensor, "rows context"]:
+        """Returns the running number of every token's document, int32, with -1 on padding."""
+        return self._gather("documents", rows)
+
+    def _gather(self, name: str, rows: Tensor | list[int]) -> Tensor:
+        rows = torch.as_tensor(rows, dtype=torch.int64)
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.n_rows:
+            raise IndexError(f"rows {int(rows.min())} to {int(rows.max())}: there are {self.n_rows}")
+        out = torch.empty(len(rows), self.context_length, dtype=torch.int32)
+        shards = torch.searchsorted(self._ends, rows, right=True)
+        for shard in shards.unique().tolist():
+            if shard not in self._open:
+                self._open[shard] = self.shards.read(shard)
+            here = shards == shard
+            out[here] = self._open[shard][name][rows[here] - self._ends[shard] + self.sizes[shard]]
+        return out
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Both parts of a text and what was met on the way."""
+
+    train: TokenRows
+    held_out: TokenRows
+    meta: dict[str, Any]
+    """Counts of documents, tokens, empty and repaired ones; whether the held-out part is by "document" or by "rows"."""
+    key: str
+    """Names the text in fingerprints of what is computed from it."""
+
+
+def tokenize(
+    config: TextConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    fingerprint: dict[str, Any],
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda n: None,
+    repair: bool = False,
+) -> TokenizedText:
+    """Returns the rows of a text, tokenized now or read from the cache below `cache_dir()/tokens`.
+
+    Strings that look like special tokens are tokenized as plain text. A text of one document gives up its end as the
+    held-out part (`meta["held_out_by"]` is then "rows"); of a few documents at least one goes to each part.
+
+    Args:
+        config: which text, and how it becomes rows.
+        tokenizer: any tokenizer of transformers; it may lack BOS, EOS and PAD.
+        fingerprint: which model it belongs to: whatever else must be equal for rows to be reused.
+        should_stop: polled between batches; Stopped is raised, with nothing kept, once it returns true.
+        progress: called with the number of tokens so far.
+        repair: whether cached rows are verified, and made again if they are damaged.
+
+    Raises ConfigError if the text gives no row, or none to hold out; DataError if the cached rows are damaged.
+    """
+    config.validate()
+    full = {**fingerprint, **made_from(config, tokenizer), "version": VERSION}
+    key = fingerprint_key(full)
+    folder = cache_dir() / "tokens" / key
+    made_once(folder, lambda draft: _fill(draft, full, config, tokenizer, should_stop, progress), should_stop, repair)
+    parts = {part: TokenRows(Shards(folder / part, f"tokens/{part}", full)) for part in PARTS}
+    return TokenizedText(parts["train"], parts["held_out"], parts["train"].shards.meta, key)
+
+
+def made_from(config: TextConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Returns what token rows of a text depend on beside the model: settings, data and tokenizer, for a fingerprint."""
+    settings = {name: value for name, value in asdict(config).items() if name not in ("source", "streaming")}
+    return {"tokenizer": tokenizer_digest(tokenizer), "text": settings, "data": identity(config)}
+
+
+def is_held_out(document_id: str, share: float) -> bool:
+    """Returns whether a document belongs to the held-out part; a larger share contains the smaller one."""
+    return uniform("held-out", document_id) < share
+
+
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Returns the ids that never count: BOS, EOS, PAD and every added token flagged special (chat control)."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return set(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
+
+
+def _fill(
+    folder: Path,
+    fingerprint: dict[str, Any],
+    config: TextConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    should_stop: Callable[[], bool],
+    progress: Callable[[int], None],
+) -> None:
+    packers = {part: Packer(config.context_length, config.layout, config.bos, tokenizer) for part in PARTS}
+    writers = {part: ShardWriter(folder / part, f"tokens/{part}", fingerprint) for part in PARTS}
+    per_shard = max(1, SHARD_TOKENS // config.context_length)
+    counts: Counter[str] = Counter()
+
+    def flush(part: str, least: int) -> None:
+        while packers[part].n_ready >= least:
+            writers[part].write(len(writers[part].done), packers[part].take(per_shard))
+
+    for batch in _batches(_assigned(config, counts)):
+        if should_stop():
+            raise Stopped("while tokenizing")
+        for piece, ids in zip(batch, encode(tokenizer, [piece.text for piece in batch]), strict=True):
+            left = _left(config, counts) if piece.part == "train" else sys.maxsize
+            if left > 0:
+                last = piece.last or len(ids) >= left
+                used = packers[piece.part].add(ids[:left], piece.document, piece.first, last)
+                counts[f"{piece.part}_tokens"] += used
+                flush(piece.part, per_shard)
+        progress(counts["train_tokens"] + counts["held_out_tokens"])
+        if _left(config, counts) <= 0 and counts["held_out_tokens"]:
+            break
+    for part, packer in packers.items():
+        packer.finish(pad=part == "held_out")
+        if not packer.n_rows:
+            raise ConfigError(_too_short(part, config, counts))
+        flush(part, 1)
+    by = "rows" if counts["documents"] == 1 else "document"
+    meta = {**counts, "context_length": config.context_length, "held_out_by": by}
+    for part, packer in packers.items():
+        writers[part].finish({**meta, "n_rows": packer.n_rows, "bos": packer.bos, "eos": packer.eos})
+
+
+def _left(config: TextConfig, counts: Counter[str]) -> int:
+    """How many train tokens are still wanted."""
+    return sys.maxsize if config.max_tokens is None else config.max_tokens - counts["train_tokens"]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a document short enough to be tokenized in one go."""
+
+    text: str
+    document: int
+    part: str
+    first: bool
+    last: bool
+
+
+def _assigned(config: TextConfig, counts: Counter[str]) -> Iterator[_Piece]:
+    """Yields all documents in pieces, each with its number and its part."""
+    source = documents(config, counts)
+    few = list(islice(source, FEW_DOCUMENTS))
+    if len(few) == 1:
+        text = few[0][1]
+        end = piece_end(text, 0, round(len(text) * (1 - config.held_out_share)))
+        head, tail = text[:end], text[end:]
+        yield from _pieces(head, 0, "train", config)
+        yield from _pieces(tail, 0, "held_out", config)
+        return
+    share = config.held_out_share
+    if len(few) < FEW_DOCUMENTS:  # these are all: move the boundary between two of them
+        drawn = sorted(uniform("held-out", document_id) for document_id, _ in few)
+        n = min(max(1, sum(draw < share for draw in drawn)), len(drawn) - 1)
+        share = (drawn[n - 1] + drawn[n]) / 2
+    for number, (document_id, text) in enumerate(chain(few, source)):
+        part = PARTS[is_held_out(document_id, share)]
+        if part == "held_out" or _left(config, counts) > 0:
+            yield from _pieces(text, number, part, config)
+
+
+def _pieces(text: str, document: int, part: str, config: TextConfig) -> Iterator[_Piece]:
+    if config.layout == "one_per_row":
+        text = text[: config.context_length * CHARS_PER_TOKEN]
+    stop = 0
+    while stop < len(text):
+        start, stop = stop, piece_end(text, stop, PIECE_CHARS)
+        yield _Piece(text[start:stop], document, part, first=not start, last=stop >= len(text))
+
+
+def piece_end(text: str, start: int, length: int) -> int:
+    """Returns where a piece from `start` on ends: at the last space before `length` characters, if there is one."""
+    if len(text) <= start + length:
+        return len(text)
+    space = text.rfind(" ", start + 1, start + length)
+    return space if space > 0 else start + length
+
+
+def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[Int[np.ndarray, "n"]]:
+    """Yields the token ids of each text, none of them special.
+
+    `split_special_tokens` stops a tokenizer from looking for special tokens in text; that its vocabulary spells one
+    all the same, as Unigram and word vocabularies do, is why ids are looked at as well. The unknown token may stay.
+    """
+    options = dict.fromkeys(("add_special_tokens", "return_attention_mask", "return_token_type_ids", "verbose"), False)
+    named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in named else None
+    special = np.array([number for number in special_ids(tokenizer) if number != unknown], np.int64)
+    for ids in tokenizer(texts, split_special_tokens=True, **options)["input_ids"]:
+        found = np.array(ids, np.int64)
+        yield found[~np.isin(found, special)]
+
+
+def _too_short(part: str, config: TextConfig, counts: Counter[str]) -> str:
+    where = f"{config.source} gives {counts[f'{part}_tokens']} {part} tokens from {counts['documents']} documents"
+    if part == "train":
+        row = f"fewer than one row of text.context_length = {config.context_length}"
+        return f"text.source: {where}, {row}; give more text or make rows shorter"
+    return f"text.held_out_share: {where}; raise {config.held_out_share} or give more text"
+
+
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Returns 16 hex digits of a hash over the tokenizer's vocabulary, rules and special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules = repr(sorted(tokenizer.get_vocab().items()))
+    else:  # truncation and padding are state that a call leaves behind, not rules
+        stored = json.loads(backend.to_str())
+        rules = json.dumps({**stored, "truncation": None, "padding": None}, sort_keys=True)
+    return hashlib.sha256((rules + repr(sorted(tokenizer.all_special_ids))).encode()).hexdigest()[:16]

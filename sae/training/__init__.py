@@ -1,0 +1,1 @@
+"""From a config to trained coders: the top of `sae`."""

@@ -1,0 +1,137 @@
+"""Checkpoints: everything a bit-exact continuation needs, published whole or not at all; safetensors and JSON only.
+
+And the lock on the run folder they lie in, and the config with which a run may go on.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import draccus
+from torch import Tensor
+
+from sae.base.errors import ConfigError, DataError
+from sae.base.files import (
+    FolderLock,
+    is_complete,
+    load_tensors,
+    publish,
+    read_json,
+    remove_stale,
+    save_tensors,
+    verify,
+    write_json,
+)
+from sae.base.settings import decode, flat, read_yaml
+from sae.parallel import collectives
+from sae.training.config import TrainConfig
+
+log = logging.getLogger(__name__)
+STATE = "state.json"
+CHANGEABLE = ("log", "checkpoints", "eval", "max_bad_steps")  # of a run that has begun
+PINNED = ("model.revision", "text.revision", "text.max_tokens")  # written to config.yaml as they were found
+
+
+def save(run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any], keep: int) -> Path:
+    """Writes and returns checkpoints/step-N: a safetensors file per name and `state.json`; keeps the newest `keep`."""
+    folder = run_dir / "checkpoints" / f"step-{step:09d}"
+    if not _is_intact(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        with publish(folder) as draft:
+            for name, group in tensors.items():
+                save_tensors(
+                    draft / f"{name}.safetensors", {k: v.detach().cpu().contiguous() for k, v in group.items()}
+                )
+            write_json(draft / STATE, {"step": step, **values})
+    older = [path for path in complete(run_dir) if path < folder]
+    for old in older[: max(0, len(older) - keep + 1)]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """Returns the complete checkpoints of a run, oldest first."""
+    return [path for path in sorted((run_dir / "checkpoints").glob("step-*")) if is_complete(path)]
+
+
+def latest(run_dir: Path) -> Path | None:
+    """Returns the newest checkpoint that passes its checksums, or None if there is none.
+
+    Left-over drafts of killed processes are removed. A damaged checkpoint is named in the log and passed over; if all
+    are damaged, DataError.
+    """
+    remove_stale(run_dir / "checkpoints")
+    found = complete(run_dir)
+    for path in reversed(found):
+        try:
+            verify(path)
+        except DataError as error:
+            log.warning("checkpoint passed over: %s", error)
+            continue
+        return path
+    if found:
+        raise DataError(f"{run_dir}/checkpoints: none of {len(found)} checkpoints is intact; start a new run")
+    return None
+
+
+def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Returns (tensors by file name, values) of a checkpoint."""
+    tensors = {path.stem: load_tensors(path) for path in sorted(folder.glob("*.safetensors"))}
+    return tensors, read_json(folder / STATE)
+
+
+def begun(run_dir: Path) -> bool:
+    """Returns whether a run has trained in a folder: there is something to resume, which a new run would overwrite."""
+    return any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "coders"))
+
+
+@contextmanager
+def locked(run_dir: Path, resume: bool) -> Iterator[None]:
+    """Holds the run folder's lock, on rank 0; ConfigError if it is held, or if a new run would overwrite another."""
+    with ExitStack() as held:
+        with collectives.together():
+            if collectives.rank() == 0:
+                try:
+                    held.enter_context(FolderLock(run_dir))
+                except ConfigError as error:
+                    raise ConfigError(f"run_dir: {error}") from error
+                if begun(run_dir) and not resume:
+                    raise ConfigError(
+                        f"run_dir: {run_dir} holds a run; continue it with --resume {run_dir}, or name another"
+                    )
+        yield
+
+
+def resumed(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Returns the run's own config with what may change of `config`: logging, evaluation, retention.
+
+    ConfigError names a field whose change would make it another run.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"--resume: {folder} is not the folder of a run; it has no config.yaml")
+    saved = decode(TrainConfig, read_yaml(path))
+    was, now = flat(draccus.encode(saved)), flat(draccus.encode(config))
+    changed = [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]
+    changed = [key for key in changed if key not in PINNED or _is_pin(now.get(key))]
+    changed = sorted(key for key in changed if key.split(".")[0] not in CHANGEABLE)
+    if changed:
+        raise ConfigError(f"--resume: {', '.join(changed)} cannot change in a run that has begun; start a new one")
+    return replace(saved, **{name: getattr(config, name) for name in CHANGEABLE})
+
+
+def _is_pin(value: Any) -> bool:
+    """Whether a value is one that a run would have kept as it is: an amount, or a whole commit."""
+    return isinstance(value, int) or re.fullmatch("[0-9a-f]{40}", value or "") is not None
+
+
+def _is_intact(folder: Path) -> bool:
+    with suppress(DataError):
+        verify(folder)
+        return True
+    return False

@@ -1,0 +1,171 @@
+"""What a run will take, before anything loads: parameters, memory, disk, FLOPs and time.
+
+The language model is built of fake tensors, which know every shape and hold no data, so widths and parameter counts are
+exact; sites are resolved and a pass is traced on it, so a mistyped or unused hook is found here as well.
+"""
+
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch._subclasses import FakeTensorMode
+
+from sae.base.progress import duration
+from sae.evaluation.evaluation import rows_per_pass
+from sae.lm.hooks import of_model, widths
+from sae.lm.models import DTYPES, LanguageModel, ModelConfig, is_causal, load_config, resolve_device
+from sae.lm.site import SECOND, Site
+from sae.stream.batch import LANES
+from sae.training.config import TrainConfig
+from sae.training.planning import Planned, paired, planned
+
+FLOAT = 4
+LATER = 250_000_000  # measured: model code, plotting and the allocator's slack come after the estimate
+MEASURED_BYTES = 24  # of one number while statistics are taken: three times in float64
+GRAPH_LOGITS = 5  # of one token: clean, spliced, their softmaxes and a gradient
+EVALUATION_COPIES = 7  # logits of one pass: clean, patched, and the float32 intermediates of CE and KL
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes of a run. Bytes, FLOPs and seconds; time is rough, the rest follows from shapes."""
+
+    widths: dict[str, int]
+    """Activation width by site."""
+    lm_parameters: int
+    coder_parameters: int
+    """Summed over all coders."""
+    memory: dict[str, int]
+    """Peak bytes by what holds them, not all of it at once."""
+    evaluated_midway: bool
+    """Whether there is an evaluation while the pool of activations is still held."""
+    disk: int
+    flops: float
+    seconds: float
+
+    @property
+    def peak_memory(self) -> int:
+        """Returns the estimated peak of the process in bytes."""
+        m = self.memory
+        training = m["pool"] + max(m["step"], m["evaluation"] if self.evaluated_midway else 0)
+        return m["process"] + m["model"] + m["coders"] + max(m["statistics"], training, m["evaluation"])
+
+    def lines(self) -> list[str]:
+        """Returns the estimate as lines for people."""
+        parts = ", ".join(f"{name} {size(value)}" for name, value in self.memory.items())
+        return [
+            f"sites        {', '.join(f'{name} (d {d})' for name, d in self.widths.items())}",
+            f"parameters   {self.lm_parameters:,} in the model, {self.coder_parameters:,} in the coders",
+            f"memory       {size(self.peak_memory)} at the peak ({parts})",
+            f"disk         {size(self.disk)}",
+            f"compute      {self.flops:.3g} FLOPs, about {duration(self.seconds)} at this machine's measured speed",
+        ]
+
+
+def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
+    """Returns what a config will take on this machine; ConfigError for what the run itself would refuse."""
+    config.validate()
+    with FakeTensorMode():
+        lm = fake_model(config, trust_remote_code)
+        second = fake_model(config, trust_remote_code, config.second_model) if config.second_model.name else None
+        pairs = paired(config, lm, second)
+        sites = list({site.name: site for pair in pairs for site in pair}.values())
+        width = widths(lm, of_model(sites, ""))
+        if second:
+            width |= widths(second, of_model(sites, SECOND))
+        plans = planned(config, pairs, width)
+    copies = [(p.parameters, 5 if p.optim.ema else 4) for p in plans]  # weights, gradients, two moments, an average
+    context, settings = config.text.context_length, config.activations
+    item = DTYPES[settings.dtype].itemsize
+    row = sum(width.values()) * item * (2 if config.gradient_loss else 1)
+    block = settings.block_rows * context * row
+    models = [(model, of_model(sites, tag)) for model, tag in ((lm, ""), (second, SECOND)) if model]
+    weights = sum(p.numel() for model, _ in models for p in model.model.parameters())
+    device = resolve_device(config.model.device)
+    dtype = DTYPES.get(config.model.dtype)
+    itemsize = dtype.itemsize if dtype else FLOAT if device.type == "cpu" else 2
+    micro = config.micro_batch_tokens or config.batch_tokens
+    described = lm.model.config.get_text_config()
+    vocabulary, layers = getattr(described, "vocab_size", 0), getattr(described, "num_hidden_layers", 0)
+    parameters = sum(count for count, _ in copies)
+    ahead = settings.blocks_ahead(on_cpu=device.type == "cpu")
+    tokens = settings.block_rows * context
+    backward = tokens if config.gradient_loss else micro if config.needs_rows else 0
+    graph = backward * (GRAPH_LOGITS * vocabulary + 20 * layers * _width(lm)) * FLOAT
+    memory = {
+        "process": psutil.Process().memory_info().rss + LATER,
+        "model": weights * itemsize,
+        "coders": sum(count * times * FLOAT for count, times in copies),
+        "pool": config.batch_tokens * row if config.needs_rows else block * (LANES + ahead),
+        "step": max((3 * p.d_sae + 4 * (p.d_in + p.d_out)) * micro + p.parameters for p in plans) * FLOAT
+        + 4 * tokens * _width(lm) * FLOAT
+        + graph,
+        "statistics": (FLOAT * sum(width.values()) + MEASURED_BYTES * max(map(_measured, plans)))
+        * min(settings.statistics_tokens, config.max_text_tokens),
+        "evaluation": EVALUATION_COPIES * rows_per_pass(context, vocabulary) * context * vocabulary * FLOAT,
+    }
+    visited = min(config.tokens, config.max_text_tokens)
+    stored = {"live": 0, "disk": config.max_text_tokens, "write_through": visited}[settings.source]
+    saved = sum(count * (times - 1) for count, times in copies)  # all but the gradients; one more while it is made
+    disk = ((config.checkpoints.keep + 1) * saved + parameters) * FLOAT + 8 * config.max_text_tokens + stored * row
+    below = 3 * weights if config.gradient_loss else sum(_parameters_below(*model) for model in models)
+    flops = 2.0 * below * (stored or config.tokens)
+    encoders = sum(p.d_in // p.spec.n_blocks * p.d_sae for p in plans)
+    flops += 3.2 * config.tokens * encoders  # the dense encoder and, sparse, the rest
+    flops += 8.0 * weights * config.tokens * len(plans) if config.needs_rows else 0  # clean, spliced and back
+    flops += 8.0 * weights * config.eval.tokens * len(plans) if lm.is_causal else 0
+    seconds = flops / measured_flops_per_s(device)
+    return Estimate(width, weights, parameters, memory, bool(config.eval.every_steps), disk, flops, seconds)
+
+
+def fake_model(config: TrainConfig, trust_remote_code: bool = False, model: ModelConfig | None = None) -> LanguageModel:
+    """Returns the architecture of a config's (or another) model without weights; for use under FakeTensorMode."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    model = model or config.model
+    found = load_config(model.name, model.revision, trust_remote_code)
+    causal = is_causal(found)
+    auto = AutoModelForCausalLM if causal else AutoModel
+    made = auto.from_config(found, trust_remote_code=trust_remote_code)
+    return LanguageModel(made.eval(), None, model.name, model.revision, causal)  # type: ignore[arg-type]
+
+
+def measured_flops_per_s(device: torch.device) -> float:
+    """Returns the speed of a float32 matrix product on a device, timed for a tenth of a second."""
+    a = torch.randn(512, 512, device=device)
+    float((a @ a)[0, 0])  # the first product also starts threads
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.1:
+        float((a @ a)[0, 0])
+        count += 1
+    return count * 2 * 512**3 / (time.perf_counter() - began)
+
+
+def size(count: float) -> str:
+    """Returns a number of bytes as people say it."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _measured(plan: Planned) -> int:
+    """Returns how many numbers of a token are measured at once."""
+    return plan.d_in + (plan.d_out if plan.reads != plan.writes else 0)
+
+
+def _width(lm: LanguageModel) -> int:
+    return getattr(lm.model.config.get_text_config(), "hidden_size", 0)
+
+
+def _parameters_below(lm: LanguageModel, sites: list[Site]) -> int:
+    """Returns the parameters that run before the last site is seen: the early stop saves the rest."""
+    order = [name for name, _ in lm.model.named_modules()]
+    last = max(order.index(site.hook) for site in sites)
+    inside = {id(p) for site in sites for p in lm.model.get_submodule(site.hook).parameters()}
+    before = {id(p) for name in order[: last + 1] for p in lm.model.get_submodule(name).parameters(recurse=False)}
+    embedding = lm.model.get_input_embeddings()
+    skipped = {id(p) for p in embedding.parameters()} if embedding is not None else set()
+    return sum(p.numel() for p in lm.model.parameters() if id(p) in (before | inside) - skipped)

@@ -1,0 +1,170 @@
+"""What is measured at a coder's sites before step 0, on unmasked training tokens: limits, scales, centers, variance."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.base.errors import ConfigError, Stopped
+from sae.coder.normalization import Normalization, by_site
+from sae.coder.spec import CoderSpec
+from sae.lm.masking import MaskSpec, norm_mask
+from sae.lm.site import Site, column_weights
+from sae.stream.sources import Source
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a coder starts with."""
+
+    reads: tuple[Site, ...]
+    """The sites read, with width and scale."""
+    writes: tuple[Site, ...]
+    """The sites written, with width, scale and weight."""
+    mask: MaskSpec
+    """The token mask with the norm limits measured here."""
+    normalization: Normalization
+    """The coder's normalization, with its scale measured here where there is one site."""
+    center: Float[Tensor, "d_out"]
+    """Mean or geometric median of the normalized targets, or zero."""
+    input_center: Float[Tensor, "d_in"]
+    """The same of the normalized inputs."""
+    input_spread: float
+    """Root mean square of the components of the normalized inputs about their mean."""
+    variance: float
+    """E|y - mean|^2 of the normalized targets, each site's times its weight."""
+    median_norms: dict[str, float]
+    """Median Euclidean norm of the raw activations, by site name."""
+    tokens: int
+    """Tokens measured, outliers included."""
+    outliers: int
+    """Of these, beyond a norm limit."""
+
+    def __str__(self) -> str:
+        norms = ", ".join(f"{name} median norm {median:.3g}" for name, median in self.median_norms.items())
+        return f"{norms}; {self.outliers:,} of {self.tokens:,} tokens beyond the norm limit are masked"
+
+
+def sample(source: Source, tokens: int, should_stop: Callable[[], bool]) -> dict[str, Float[Tensor, "n d"]]:
+    """Returns, by site, the activations of about `tokens` tokens from blocks spread evenly over the text."""
+    blocks, n_blocks = [source.read(0)], len(source)
+    stride = max(1, n_blocks // max(1, -(-tokens // max(1, len(blocks[0])))))
+    for block in range(stride, n_blocks, stride):
+        if should_stop():
+            raise Stopped("while measuring statistics")
+        if sum(map(len, blocks)) >= tokens:
+            break
+        blocks.append(source.read(block))
+    return {site: torch.cat([b.activations[site].float() for b in blocks])[:tokens] for site in blocks[0].activations}
+
+
+def measure(
+    activations: dict[str, Float[Tensor, "n d"]],
+    reads: tuple[Site, ...],
+    writes: tuple[Site, ...],
+    mask: MaskSpec,
+    norm_filter: float,
+    normalization: Normalization,
+    center: str = "mean",
+    balance: bool = True,
+    like: CoderSpec | None = None,
+) -> Statistics:
+    """Returns the statistics of raw activations by site name: limits, scales, then center and variance of what is left.
+
+    `center` is mean, geometric_median or zero; `balance` weights written sites so that the FVU of each counts alike.
+    Scales and weights are those of the spec `like`, if there is one: the weights of a coder that goes on need them.
+    ConfigError names the site if nothing is left, or if it holds NaN or Inf.
+    """
+    names = list(dict.fromkeys(site.name for site in (*reads, *writes)))
+    medians = {name: _median_norm(name, activations[name]) for name in names}
+    limits = {name: norm_filter * median for name, median in medians.items() if norm_filter * median}
+    mask = replace(mask, norm_limits=limits)
+    usual = norm_mask({name: activations[name] for name in names}, mask)
+    if not usual.any():
+        raise ConfigError(f"activations.norm_filter: {norm_filter:g} leaves none of {len(usual):,} tokens")
+    kept = {name: activations[name][usual] for name in names}
+    scales = {name: _scale(x) if normalization.kind == "scalar" else 1.0 for name, x in kept.items()}
+    if normalization.scale != 1.0:  # given, not to be measured
+        scales = dict.fromkeys(scales, 1.0)
+    if like:
+        normalization, balance = replace(like.normalization, kind=normalization.kind), False
+        scales |= {site.name: site.scale for site in (*like.reads, *like.writes)}
+    elif reads == writes and len(reads) == 1:
+        normalization = replace(normalization, scale=normalization.scale * scales[reads[0].name])
+        scales = dict.fromkeys(scales, 1.0)
+    reads, writes = (
+        tuple(replace(site, width=kept[site.name].shape[1], scale=scales[site.name]) for site in sites)
+        for sites in (reads, writes)
+    )
+    if like:
+        known = {site.name: site.weight for site in like.writes}
+        reads, writes = (tuple(replace(s, weight=known.get(s.name, 1.0)) for s in sites) for sites in (reads, writes))
+    x, y = (_normalized(kept, sites, normalization) for sites in (reads, writes))
+    if balance and len(writes) > 1:
+        spread = [float(part.var(0, correction=0).sum()) for part in y.split([s.width for s in writes], dim=1)]
+        mean = sum(spread) / len(spread)
+        writes = tuple(
+            replace(s, weight=mean / max(v, 1e-12 * mean, 1e-30)) for s, v in zip(writes, spread, strict=True)
+        )
+        reads = writes if [s.name for s in reads] == [s.name for s in writes] else reads
+    weights = column_weights(writes)
+    square = (y - y.mean(0)).square().mean(0)
+    floor = 1e-12 * float((weights * y.square().mean(0)).sum())  # constant inputs: no more than rounding
+    return Statistics(
+        reads,
+        writes,
+        mask,
+        normalization,
+        _center(y, center),
+        _center(x, center),
+        float(x.var(0, correction=0).mean()) ** 0.5,
+        max(float((weights * square).sum()), floor, 1e-30),
+        medians,
+        len(usual),
+        int((~usual).sum()),
+    )
+
+
+def _median_norm(name: str, x: Float[Tensor, "n d"]) -> float:
+    if not len(x):
+        raise ConfigError(
+            "text: every token is masked (special tokens and skipped positions); nothing is left to train on"
+        )
+    bad = int((~torch.isfinite(x)).any(1).sum())
+    if bad:
+        raise ConfigError(
+            f"activations: {name} holds NaN or Inf at {bad} of {len(x)} tokens; the model is damaged, or its numbers "
+            "are too large for its precision (try model.dtype and activations.dtype float32)"
+        )
+    return float(x.norm(dim=1).median())
+
+
+def _scale(x: Float[Tensor, "n d"]) -> float:
+    """Returns the factor that makes E|x|^2 = d."""
+    root = float(x.double().square().sum(1).mean().sqrt())
+    return x.shape[1] ** 0.5 / root if root > 0 else 1.0
+
+
+def _normalized(kept: dict[str, Tensor], sites: tuple[Site, ...], normalization: Normalization) -> Float[Tensor, "n d"]:
+    columns = torch.cat([kept[site.name] for site in sites], dim=1)
+    return by_site(normalization, [(site.width, site.scale) for site in sites], columns)[0].double()
+
+
+def _center(y: Float[Tensor, "n d"], center: str) -> Float[Tensor, "d"]:
+    if center == "geometric_median":
+        return geometric_median(y).float()
+    return (y.mean(0) if center == "mean" else torch.zeros_like(y[0])).float()
+
+
+def geometric_median(x: Float[Tensor, "n d"], rounds: int = 100, tolerance: float = 1e-7) -> Float[Tensor, "d"]:
+    """Returns the point with the least summed distance to the rows of x, by Weiszfeld's iteration."""
+    center = x.mean(0)
+    for _ in range(rounds):
+        weights = 1 / (x - center).norm(dim=1).clamp_min(1e-12)
+        moved = (weights[:, None] * x).sum(0) / weights.sum()
+        if (moved - center).norm() <= tolerance * center.norm().clamp_min(1e-12):
+            return moved
+        center = moved
+    return center

@@ -1,0 +1,125 @@
+"""What a run will train: which coder reads and writes which sites."""
+
+from dataclasses import dataclass, replace
+
+from sae.base.errors import ConfigError
+from sae.coder.spec import CoderSpec
+from sae.lm.models import LanguageModel
+from sae.lm.site import SECOND, Site
+from sae.lm.sites import resolve
+from sae.training.config import CoderConfig, OptimConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One coder to train: where it reads and writes, and how it is built."""
+
+    name: str
+    reads: tuple[Site, ...]
+    writes: tuple[Site, ...]
+    coder: CoderConfig
+    optim: OptimConfig
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """Returns the sites by name, each once."""
+        return {site.name: site for site in (*self.reads, *self.writes)}
+
+    @property
+    def d_in(self) -> int:
+        """Returns the width of what is read."""
+        return sum(site.width for site in self.reads)
+
+    @property
+    def d_out(self) -> int:
+        """Returns the width of what is written."""
+        return sum(site.width for site in self.writes)
+
+    @property
+    def d_sae(self) -> int:
+        """Returns the number of latents."""
+        return self.coder.width(self.d_in)
+
+    @property
+    def spec(self) -> CoderSpec:
+        """Returns the spec before anything is measured; ConfigError for what does not go together."""
+        try:
+            spec = self.coder.spec(self.reads, self.writes, self.coder.normalization)
+            for term in self.coder.objectives.values():
+                term.validate(spec.d_sae, spec.selection, spec.n_blocks)
+            return spec
+        except ConfigError as error:
+            raise ConfigError(f"coder.{error}") from None
+
+    @property
+    def parameters(self) -> int:
+        """Returns the number of trained parameters."""
+        spec, layers = self.spec, self.spec.n_blocks
+        encoder, decoder = self.d_sae * self.d_in // layers, self.d_sae * (layers + 1) * self.d_out // (2 * layers)
+        extra = len(spec.selection.parameters(0)) * self.d_sae + self.d_in * self.d_out * spec.skip // layers
+        return encoder + decoder + extra + self.d_sae + self.d_out + self.d_in * (spec.pre_bias == "own")
+
+
+def paired(config: TrainConfig, lm: LanguageModel, second: LanguageModel | None = None) -> list[tuple[Site, Site]]:
+    """Returns the (read, written) sites that a config names, in order; of an autoencoder both are one.
+
+    ConfigError for a site that is not there, and for a model that cannot do what the config asks for.
+    The sites of a second model follow those of the first, with a tag.
+    """
+    if second is not None:
+        pairs = [tuple(replace(site, tag=SECOND) for site in pair) for pair in paired(config, second)]
+        return paired(config, lm) + pairs  # type: ignore[return-value]
+    if not lm.is_causal and (config.needs_rows or config.gradient_loss):
+        what = "end-to-end terms (kl, ce) need" if config.needs_rows else "selection gradient_topk needs"
+        raise ConfigError(f"coder: {what} a model that predicts the next token, and {lm.name} does not")
+    settings, pairs = config.activations, []
+    for i, typed in enumerate(settings.sites):
+        reads = resolve(lm.model, [typed], lm.name, lm.revision)
+        target = settings.targets[i] if settings.targets else None
+        writes = resolve(lm.model, [target], lm.name, lm.revision, "activations.targets") if target else reads
+        if len(reads) != len(writes):
+            found = f"{len(writes)} sites, but {typed!r} {len(reads)}"
+            raise ConfigError(f"activations.targets: {target!r} names {found}; each site needs its own target")
+        pairs += zip(reads, writes, strict=True)
+    return list(dict.fromkeys(pairs))
+
+
+def planned(config: TrainConfig, pairs: list[tuple[Site, Site]], widths: dict[str, int]) -> list[Planned]:
+    """Returns the coders of every grid point, site by site; ConfigError for what does not fit the sites.
+
+    `widths` are those of the sites by name, in the order in which the model computes them. Grid points with a skip
+    path leave out autoencoders.
+    """
+    by_place: dict[str, list[Planned]] = {}
+    for label, coder, optim in config.points():
+        alone = {_folder(*pair): [pair] for pair in pairs}
+        for place, group in alone.items() if coder.layout == "per_site" else [(coder.layout, pairs)]:
+            reads, writes = (
+                tuple(replace(site, width=widths[site.name]) for site in side) for side in zip(*group, strict=True)
+            )
+            if coder.layout != "crosscoder":
+                _check_order(reads, writes, list(widths), coder.layout == "cross_layer")
+            plan = Planned(f"{place}/{label}" if label else place, reads, writes, coder, optim)
+            coder.validate(plan.d_in)
+            if coder.skip and reads == writes:  # it would copy its input
+                continue
+            _ = plan.spec  # raises what does not go together
+            by_place.setdefault(place, []).append(plan)
+    if not by_place:
+        raise ConfigError("coder.skip: true lets an autoencoder copy its input; it is for transcoders")
+    return [plan for plans in by_place.values() for plan in plans]
+
+
+def _check_order(reads: tuple[Site, ...], writes: tuple[Site, ...], order: list[str], to_later: bool) -> None:
+    """Refuses to predict what the model has computed before: it could not be replaced by the prediction."""
+    for i, read in enumerate(reads):
+        for write in writes[i:] if to_later else writes[i : i + 1]:
+            if order.index(write.name) < order.index(read.name):
+                field = "activations.sites" if read in writes else "activations.targets"
+                raise ConfigError(
+                    f"{field}: {write.name} is computed before {read.name}, from which it is to be predicted"
+                )
+
+
+def _folder(read: Site, write: Site) -> str:
+    return read.folder if read == write else f"{read.folder}-to-{write.folder}"

@@ -1,0 +1,314 @@
+"""Some latents of a coder: the same entries as in the full codes, and a file that is mostly left unread."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sae
+from sae.base import plugins
+from sae.base.errors import ConfigError
+from sae.base.files import write_json
+from sae.coder import partial
+from sae.coder.coder import SparseCoder
+from sae.coder.normalization import Normalization
+from sae.coder.spec import CoderSpec
+from sae.coder.splicing import written
+from sae.lm.site import Site
+from sae.selection import Selection
+from sae.selection.gradient_topk import GradientTopK
+from sae.selection.groupmax import GroupMax
+from sae.selection.mutual_choice import MutualChoice
+from sae.selection.relu import ReLU
+from sae.selection.topk import TopK
+
+D_SAE, TOKENS = 24, 20
+RULES = {
+    name: kind(k=3) if "k" in kind.__dataclass_fields__ else kind() for name, kind in plugins.names(Selection).items()
+}
+RULES |= {"groupmax": GroupMax(4), "groups of one": GroupMax(24), "one group": GroupMax(1)}
+RULES |= {"calibrated": MutualChoice(3), "with gradients": GradientTopK(3, inference="gradient")}
+KNOWN = (*partial.ALONE, *partial.BEST, GroupMax)
+WHOLE = [name for name, rule in RULES.items() if name == "with gradients" or type(rule) not in KNOWN]
+ONE = (Site("a", scale=0.6),)
+THREE_IN, THREE_OUT = (tuple(Site(f"{side}.{i}", width=w) for i in range(3)) for side, w in (("in", 4), ("out", 3)))
+LAYERS = {"reads": THREE_IN, "writes": THREE_OUT, "cross_layer": True, "pre_bias": "own"}
+NORMALIZATIONS = (
+    Normalization(),
+    Normalization("scalar", 0.8),
+    Normalization("layer_norm"),
+    Normalization("l2"),
+    Normalization("center"),
+)
+
+
+def made(rule="relu", seed=0, whole=False, layers=False, **fields):
+    """A random coder; `whole`, of whole numbers, so that ties abound and every product is exact."""
+    selection, (d_in, d_out) = RULES[rule], (12, 9) if layers else (6, 6)
+    fields = (LAYERS if layers else {"reads": ONE, "writes": ONE, "pre_bias": "decoder"}) | fields
+    if selection.pursues:
+        fields["encoder"] = "matching_pursuit"
+    draw = torch.Generator().manual_seed(seed)
+    coder = SparseCoder(CoderSpec(d_in, d_out, D_SAE, selection, decoder_norm="free", **fields)).requires_grad_(False)
+    for name, tensor in coder.state_dict().items():
+        random = torch.randn(tensor.shape, generator=draw)
+        tensor.copy_(random.round() if whole else random)
+        if name == "threshold":
+            tensor.abs_()
+    if selection.pursues:
+        coder.W_enc.copy_(coder.W_dec)
+        coder.b_enc.zero_()
+    if rule in ("calibrated", "with gradients"):
+        coder.spec = coder.spec.with_(calibration=tuple(1.0 + group.start / 10 for group in coder.rule_groups()))
+    return coder
+
+
+def batch(coder, whole=False, shape=(TOKENS,)):
+    draw = torch.Generator().manual_seed(1)
+    x, g = (torch.randn(*shape, width, generator=draw) for width in (coder.spec.d_in, coder.spec.d_out))
+    return x.round() if whole else x, g if getattr(coder.spec.selection, "inference", "plain") == "gradient" else None
+
+
+def entries(latents, asked=range(D_SAE)):
+    """{(token, latent): value} of some latents, entries of value 0 included."""
+    found = zip(latents.tokens.tolist(), latents.ids.tolist(), latents.values.tolist(), strict=True)
+    return {(token, latent): value for token, latent, value in found if latent in set(asked)}
+
+
+def agrees(coder, x, gradients, asked, exact=False):
+    """Asserts that the codes of some latents are their entries in the full codes, in order."""
+    full, some = coder.encode(x, gradients), coder.encode(x, gradients, latents=asked)
+    expected = entries(full, asked)
+    assert list(entries(some)) == list(expected), "other entries, or in another order"
+    assert list(entries(some).values()) == pytest.approx(list(expected.values()), rel=1e-5, abs=0 if exact else 1e-5)
+    assert (some.d_sae, some.shape) == (D_SAE, tuple(x.shape[:-1]))
+    assert torch.equal(some.offsets.diff(), torch.bincount(some.tokens, minlength=len(full)))
+    assert some.values.dtype == coder.W_enc.dtype
+
+
+@st.composite
+def kinds(draw):
+    """Arguments of `made`: any kind of coder that there is."""
+    rule, layers = draw(st.sampled_from(list(RULES))), draw(st.booleans())
+    fields = {"select_by_decoder_norm": draw(st.booleans()) and rule != "jumprelu"}
+    if RULES[rule].pursues or RULES[rule] == GroupMax(1) or RULES[rule] == GroupMax(24):
+        layers = False
+    if layers:
+        fields["budget"] = draw(st.sampled_from(["block", "shared"]))
+    else:
+        fields["encoder"] = draw(st.sampled_from(["linear", "glu"]))
+        fields["pre_bias"] = draw(st.sampled_from(["none", "decoder", "own"]))
+        fields["normalization"] = draw(st.sampled_from(NORMALIZATIONS))
+    fields["skip"] = draw(st.booleans())
+    return fields | {"rule": rule, "layers": layers, "seed": draw(st.integers(0, 2**20))}
+
+
+@settings(deadline=None, max_examples=100)
+@given(kinds(), st.lists(st.integers(0, D_SAE - 1), unique=True), st.sampled_from([1, 30, 70, 2**24]))
+def test_some_latents_are_the_entries_of_the_full_codes(kind, asked, held):
+    coder = made(**kind).double()  # in which no two products are so near that their order is one of rounding
+    x, gradients = batch(coder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partial, "HELD", held)  # one row at a time, a few, or all
+        agrees(coder, x.double(), gradients, asked)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(list(RULES)),
+    st.booleans(),
+    st.integers(0, 2**20),
+    st.lists(st.integers(0, D_SAE - 1), unique=True),
+    st.sampled_from([1, 30, 70]),
+)
+def test_ties_fall_as_in_the_full_codes(rule, layers, seed, asked, held):
+    layers = layers and rule not in ("matching_pursuit", "one group", "groups of one")
+    coder = made(rule, seed, whole=True, layers=layers)
+    coder.spec = coder.spec.with_(normalization=Normalization())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partial, "HELD", held)
+        agrees(coder, *batch(coder, whole=True), asked, exact=True)
+
+
+def test_there_are_ties_to_be_broken():
+    coder = made("topk", whole=True)
+    scores = coder.look(batch(coder, whole=True)[0]).scores.sort(dim=1, descending=True).values
+    assert (scores[:, 2] == scores[:, 3]).float().mean() > 0.2
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (0,), (2, 0)])
+def test_any_leading_shape_and_no_latents_at_all(rule, shape):
+    coder = made(rule)
+    x, gradients = batch(coder, shape=shape)
+    for asked in ([5, 3, 20], []):
+        agrees(coder, x, gradients, asked)
+    assert coder.encode(x, gradients, torch.tensor([2])).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ([3, 24], "latents: 24 is not a latent; allowed are 0 to 23"),
+        ([-1], "latents: -1 is not a latent; allowed are 0 to 23"),
+        ([3, 7, 3], "latents: 3 is given twice; each may be asked for once"),
+    ],
+)
+def test_an_id_that_cannot_be_is_named(asked, message):
+    coder = made()
+    with pytest.raises(ConfigError) as refused:
+        coder.encode(batch(coder)[0], latents=asked)
+    assert str(refused.value) == message
+    if len(set(asked)) == len(asked):
+        for rows in (coder.encoder_rows, coder.decoder_rows):
+            with pytest.raises(ConfigError, match=r"^latents: .* is not a latent"):
+                rows(asked)
+
+
+def test_what_an_id_is_not_and_what_inputs_are_not():
+    with pytest.raises(ConfigError, match=r"^latents: torch.bool are no latent ids; allowed are whole numbers"):
+        partial.checked(torch.ones(D_SAE, dtype=torch.bool), D_SAE, torch.device("cpu"))
+    with pytest.raises(ValueError, match="x: last dimension is 5, but this coder has d_in = 6"):
+        made().encode(torch.zeros(2, 5), latents=[1])
+
+
+def test_gradients_are_asked_for_and_refused_as_in_the_full_codes():
+    coder = made("topk")
+    x, g = batch(coder)[0], torch.zeros(TOKENS, 6)
+    with pytest.raises(ValueError, match="this coder's inference looks at none"):
+        coder.encode(x, g, latents=[1])
+    with pytest.raises(ValueError, match="pass those of the loss"):
+        made("with gradients").encode(x, latents=[1])
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_rows_are_those_of_the_matrices_in_full_width(layers):
+    coder, ids = made(layers=layers), [21, 0, 9, 9]
+    if layers:
+        block = coder.decoders()[1][9 - 8]
+        assert torch.equal(coder.decoder_rows(ids)[2], torch.cat([torch.zeros(3), block]))
+        assert torch.equal(coder.encoder_rows(ids)[0], torch.cat([torch.zeros(8), coder.W_enc[21]]))
+    else:
+        assert torch.equal(coder.encoder_rows(ids), coder.W_enc[ids])
+        assert torch.equal(coder.decoder_rows(torch.tensor(ids)), coder.W_dec[ids])
+    assert torch.equal(coder.decoder_rows(ids), written(coder, torch.tensor(ids)))
+    assert coder.decoder_rows([]).shape == (0, coder.spec.d_out)
+    rows = made(layers=layers).to_dtype(torch.bfloat16).encoder_rows(ids)
+    assert rows.dtype == torch.float32
+    assert torch.equal(rows, coder.encoder_rows(ids).bfloat16().float())
+    rows.zero_()
+    assert coder.W_enc.abs().min() > 0, "a copy"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_only_the_rows_that_it_takes_are_read(rule, monkeypatch):
+    """Tells by what the chunks of W_enc are: those of the latents, of their groups, or of all that compete."""
+    read, coder = [], made(rule, layers=False)
+    inner = partial._read
+
+    def counted(*args):
+        rows = inner(*args)
+        read.append(len(rows.weight))
+        return rows
+
+    monkeypatch.setattr(partial, "_read", counted)
+    monkeypatch.setattr(partial, "HELD", 30)
+    coder.encode(*batch(coder), latents=[3, 4, 23])
+    if rule in WHOLE:
+        assert not read, "the full codes"
+    else:
+        alone = rule == "calibrated" or type(RULES[rule]) in partial.ALONE
+        assert sum(read) == (3 if alone else {"groupmax": 12, "groups of one": 3}.get(rule, D_SAE))
+        assert max(read) <= 30 // 6, "no more than a chunk at once"
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mapped_coder_has_the_codes_of_one_that_is_loaded(rule, dtype, tmp_path):
+    sae.save(made(rule, select_by_decoder_norm=rule != "jumprelu").to_dtype(dtype), tmp_path)
+    mapped, loaded = sae.load(tmp_path, lazy=True), sae.load(tmp_path)
+    assert mapped.W_enc.dtype == dtype
+    if dtype == torch.bfloat16 and rule in WHOLE:
+        return  # these take the full codes, in the coder's precision
+    x, gradients = batch(loaded)
+    asked = [3, 4, 17, 23]
+    expected, found = entries(loaded.encode(x, gradients), asked), entries(mapped.encode(x, gradients, asked))
+    assert found.keys() == expected.keys()
+    assert expected or rule == "one group"
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5, abs=1e-5)
+
+
+def test_inputs_are_not_rounded_to_the_coders_precision():
+    coder = made("relu").to_dtype(torch.bfloat16)
+    x = batch(coder)[0]
+    assert torch.equal(coder.encode(x.double(), latents=[1, 2]).values, coder.encode(x, latents=[1, 2]).values)
+    rounded = coder.encode(x.bfloat16(), latents=[1, 2])
+    assert not torch.equal(rounded.to_dense(), coder.encode(x, latents=[1, 2]).to_dense())
+
+
+READER = """
+import json, sys, threading, time
+import psutil, torch
+import sae
+
+process = psutil.Process()
+def memory():
+    found = process.memory_info()
+    return {"mapped": found.rss, "own": found.rss - found.shared}
+torch.set_num_threads(1)
+sae.load(sys.argv[2], lazy=True).encode(torch.ones(2, 256), latents=[1])  # what is imported on the way
+before, peak, done = memory(), memory(), threading.Event()
+def watch():
+    while not done.wait(0.002):
+        peak.update({name: max(value, peak[name]) for name, value in memory().items()})
+watcher = threading.Thread(target=watch)
+watcher.start()
+coder = sae.load(sys.argv[1], lazy=True)
+ids = list(range(0, coder.spec.d_sae, coder.spec.d_sae // 10))[:10]
+rows = coder.encoder_rows(ids), coder.decoder_rows(ids)
+latents = coder.encode(torch.ones(2, coder.spec.d_in), latents=ids)
+done.set()
+watcher.join()
+grown = {name: value - before[name] for name, value in peak.items()}
+print(json.dumps({"grown": grown, "fired": latents.ids.tolist(), "sums": [float(part.sum()) for part in rows]}))
+"""
+
+
+def large(folder, rule, d_sae, d_in=256):
+    """Writes a coder whose file is a hole but for its header and rows 0 and d_sae / 10 of W_enc; returns its size."""
+    spec, header, size = CoderSpec(d_in, d_in, d_sae, rule), {}, 0
+    for name, tensor in SparseCoder(spec, "meta").state_dict().items():
+        start, size = size, size + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, size]}
+    text = json.dumps(header).encode()
+    folder.mkdir()
+    with open(folder / "sae.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+        for row in (0, d_sae // 10):
+            file.seek(8 + len(text) + header["W_enc"]["data_offsets"][0] + 4 * d_in * row)
+            file.write(np.ones(d_in, np.float32).tobytes())
+    write_json(folder / "cfg.json", spec.to_json())
+    return size
+
+
+@pytest.mark.parametrize("rule", [ReLU(), TopK(2)])
+def test_ten_rows_of_a_large_file_take_little_memory(rule, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    size = large(tmp_path / "large", rule, 160_000)
+    large(tmp_path / "small", rule, 100)
+    assert size > 300e6
+    code = [sys.executable, "-c", READER, str(tmp_path / "large"), str(tmp_path / "small")]
+    found = json.loads(subprocess.run(code, capture_output=True, text=True, check=True).stdout)
+    assert found["fired"] == [0, 16_000] * 2
+    assert found["sums"] == [512.0, 0.0]
+    if isinstance(rule, ReLU):
+        assert found["grown"]["mapped"] < size / 5  # a kernel with large pages maps 2 MiB for each of twenty rows
+        assert found["grown"]["own"] < size / 30
+    else:
+        assert found["grown"]["own"] < size / 5, "half of the file, W_enc, went by in chunks"

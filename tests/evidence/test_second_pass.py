@@ -1,0 +1,296 @@
+"""The second pass: around every place, what the latent does with all of its left context; no row is read twice."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from rigs.fakes import tiny_lm
+from rigs.interp_evidence import (
+    CONTEXT,
+    CONTEXT_LENGTH,
+    D_SAE,
+    DEAD,
+    DENSE,
+    FIRST_WORD,
+    NEGATIVE,
+    SIZES,
+    Found,
+    dense,
+    of_rows,
+    planted,
+    read_corpus,
+    write_documents,
+)
+
+import interp.evidence.codes
+import interp.evidence.corpus
+import interp.evidence.second_pass
+from interp.evidence.codes import LiveCodes
+from interp.evidence.first_pass import gather
+from interp.evidence.second_pass import CANDIDATES, KINDS, PLACES_OF_TOKEN, POOL, REACH, SPAN, plan, visit
+from interp.evidence.subject import Subject
+from interp.records import SPLITS
+from sae.base.errors import DataError, Stopped
+from sae.coder.coder import SparseCoder
+from sae.coder.initialization import initialize
+from sae.coder.spec import CoderSpec
+from sae.lm.masking import MaskSpec
+from sae.lm.site import Site
+from sae.selection.topk import TopK
+from sae.text.tokenizing import TextConfig, special_ids
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Both passes over documents of many lengths, in small blocks."""
+    folder = tmp_path_factory.mktemp("windows")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAE_CACHE", str(folder / "cache"))
+        patch.setattr(interp.codes, "BLOCK_TOKENS", 2048)
+        yield Found(folder, read_corpus(write_documents(folder / "text.jsonl", [3, 20, 40, 64, 150, 700] * 25)))
+
+
+def around(codes: np.ndarray, place: int) -> np.ndarray:
+    """Values of one latent in one row [context] from 31 tokens before a place to 31 behind, 0 outside of the row."""
+    return np.pad(codes, REACH)[place : place + SPAN]
+
+
+def test_the_values_around_every_place_are_those_of_the_whole_row(found):
+    rows, seen = found.rows, dict.fromkeys(KINDS, 0)
+    codes = dense(rows.tokens(np.arange(rows.n_rows)).numpy())
+    edges = set()
+    for latent in range(D_SAE):
+        spots = found.visits.spots(latent)
+        for kind, split, position, values in zip(*spots[:4], strict=True):
+            row, place = divmod(int(position), rows.context_length)
+            assert rows.split[row] == split
+            assert np.array_equal(values, around(codes[row, :, latent], place))
+            seen[KINDS[kind]] += 1
+            edges |= {end for end in (place == 1, place == rows.length[row] - 1) if end}
+    assert min(seen.values()) > 100
+    assert edges
+
+
+def test_the_table_of_the_pool_is_right_at_the_edges_of_rows_too(found):
+    rows, places = found.rows, found.plan.pool % CONTEXT_LENGTH
+    codes = dense(rows.tokens(np.arange(rows.n_rows)).numpy()) != 0
+    at_start, at_end = (places < 4).sum(), (places > CONTEXT_LENGTH - 4).sum()
+    assert min(at_start, at_end) > 10
+    for latent in range(0, D_SAE, 7):
+        wanted = [around(codes[p // CONTEXT_LENGTH, :, latent], p % CONTEXT_LENGTH) for p in found.plan.pool.tolist()]
+        assert np.array_equal(found.visits.spots(latent).pool, np.stack(wanted))
+
+
+def test_the_places_are_those_that_evidence_kept(found):
+    rows = found.rows
+    for latent in (DENSE, CONTEXT, NEGATIVE, 9, 41):
+        spots = found.visits.spots(latent)
+        for number, split in enumerate(SPLITS):
+            sample, top, same, near = (
+                spots.position[(spots.kind == kind) & (spots.split == number)] for kind in range(4)
+            )
+            kept = found.evidence.places("sample", split, latent)
+            assert sample.tolist() == kept.tolist()
+            assert set(top) == set(found.evidence.places("top", split, latent)) - set(kept)
+            if split != "test":
+                assert not len(same) + len(near)
+                continue
+            assert max(len(same), len(near)) <= CANDIDATES
+            usual = rows.tokens([p // CONTEXT_LENGTH for p in found.evidence.places("sample", "explain", latent)])
+            peaks = usual[np.arange(len(usual)), found.evidence.places("sample", "explain", latent) % CONTEXT_LENGTH]
+            assert {rows.span(p, 1)[0] for p in same.tolist()} <= set(peaks.tolist())
+            neighbors = [(latent + 40) % D_SAE, (latent + 1) % D_SAE]
+            theirs = [found.evidence.places("sample", split, other) for other in neighbors]
+            assert set(near) <= set(np.concatenate(theirs))
+            assert not set(np.concatenate([same, near])) & set(np.concatenate([sample, top]))
+            assert len(set(same.tolist())) == len(same)
+            assert len(set(near.tolist())) == len(near)
+
+
+def test_the_pool_is_drawn_from_all_tokens_of_each_part(found):
+    rows, pool = found.rows, found.plan.pool
+    assert len(np.unique(pool)) == len(pool)
+    row, place = np.divmod(pool, CONTEXT_LENGTH)
+    assert ((place >= rows.first) & (place < rows.length[row])).all()
+    for number, split in enumerate(SPLITS):
+        mine = found.plan.pool_split == number
+        kept = rows.split == number
+        assert (rows.split[row[mine]] == number).all()
+        assert 0.8 * POOL[split] < mine.sum() <= POOL[split]
+        lengths = (rows.length[kept] - 1).astype(float)
+        expected = lengths @ lengths / lengths.sum()  # mean length of the row of a token
+        spread = np.sqrt((lengths @ (lengths - expected) ** 2) / lengths.sum())
+        drawn = (rows.length[row[mine]] - 1).mean()
+        assert abs(drawn - expected) < 5 * spread / np.sqrt(mine.sum())
+
+
+def test_no_row_is_read_twice_and_none_without_a_place(found, tmp_path, monkeypatch):
+    seen = []
+
+    def noting(tokens):
+        seen.extend(tuple(row) for row in tokens.tolist())
+        return planted(tokens)
+
+    monkeypatch.setattr("interp_evidence.planted", noting)
+    few = plan(found.evidence, found.rows, np.array([9, 41]), [[10], [42]], 0)
+    visit(found.codes, found.rows, few, tmp_path)
+    wanted = np.unique(np.concatenate([few.position, few.pool]) // CONTEXT_LENGTH)
+    trimmed = sorted(tuple(i for i in row if i >= 0) for row in seen)
+    assert trimmed == sorted(tuple(i for i in r if i >= 0) for r in found.rows.tokens(wanted).tolist())
+    seen.clear()
+    visit(found.codes, found.rows, few, tmp_path)
+    assert not seen
+
+
+def test_stopped_and_continued_it_finds_the_same(found, tmp_path, monkeypatch):
+    monkeypatch.setattr(interp.windows, "SHARD_BLOCKS", 2)
+    seen = []
+
+    def noting(tokens):
+        seen.append(len(tokens))
+        return planted(tokens)
+
+    monkeypatch.setattr("interp_evidence.planted", noting)
+    chosen = np.array([CONTEXT, 9, 41])
+    few = plan(found.evidence, found.rows, chosen, [[10], [10], [42]], 0)
+    stops = 0
+    for _ in range(100):
+        asked = iter(range(1000))
+        try:
+            again = visit(found.codes, found.rows, few, tmp_path, lambda it=asked: next(it) >= 3)
+            break
+        except Stopped:
+            stops += 1
+    assert stops > 2
+    total = len(np.unique(np.concatenate([few.position, few.pool]) // CONTEXT_LENGTH))
+    assert total <= sum(seen) <= 1.7 * total  # at most the shard in hand is lost
+    monkeypatch.setattr(interp.windows, "SHARD_BLOCKS", 1000)
+    whole = visit(found.codes, found.rows, few, tmp_path / "whole")
+    for latent in chosen.tolist():
+        for name, a, b in zip(again.spots(9)._fields, again.spots(latent), whole.spots(latent), strict=True):
+            assert np.array_equal(a, b), name
+
+
+def test_other_latents_can_be_looked_at_later(found, tmp_path):
+    for latents in ([9], [9, 41], [41]):
+        some = plan(found.evidence, found.rows, np.array(latents), [[]] * len(latents), 0)
+        spots = visit(found.codes, found.rows, some, tmp_path).spots(latents[-1])
+        usual = found.visits.spots(latents[-1])
+        for kind in range(2):
+            here, there = (s.values[s.kind == kind] for s in (spots, usual))
+            assert np.array_equal(here, there)
+
+
+def test_what_is_not_there_is_told(found, tmp_path):
+    few = plan(found.evidence, found.rows, np.array([9, 41]), [[10], [42]], 0)
+    visits = visit(found.codes, found.rows, few, tmp_path)
+    for latent in (10, 8, 63):
+        with pytest.raises(KeyError):
+            visits.spots(latent)
+    dead = found.visits.spots(DEAD)
+    assert not len(dead.position[dead.kind < 3])
+    assert not dead.pool.any()
+
+
+def test_no_latents_are_no_trouble(found, tmp_path):
+    none = plan(found.evidence, found.rows, np.zeros(0, np.int64), [], 0)
+    assert len(none.position) == 0
+    with pytest.raises(KeyError):
+        visit(found.codes, found.rows, none, tmp_path).spots(9)
+
+
+def test_damage_is_named_and_repaired(found, tmp_path):
+    few = plan(found.evidence, found.rows, np.array([9]), [[10]], 0)
+    wanted = visit(found.codes, found.rows, few, tmp_path).spots(9).values.copy()
+    shard = next(tmp_path.rglob("shard-*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-9] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=shard.name):
+        visit(found.codes, found.rows, few, tmp_path)
+    assert np.array_equal(visit(found.codes, found.rows, few, tmp_path, repair=True).spots(9).values, wanted)
+
+
+def test_places_of_a_token_are_a_sample_by_hash(tmp_path, monkeypatch):
+    draw = np.random.default_rng(0)
+    lines = [[0, *(FIRST_WORD + draw.integers(0, 5, 60)).tolist()] for _ in range(90)]
+    rows = of_rows(tmp_path, lines, draw.integers(0, 3, 90).tolist())
+    wanted = [0, FIRST_WORD, FIRST_WORD + 3, FIRST_WORD + 100]  # BOS is no text
+    found = interp.evidence.second_pass._occurrences(rows, wanted, 0)
+    every = {
+        (token, split): [
+            row * CONTEXT_LENGTH + place
+            for row in range(90)
+            if rows.split[row] == split
+            for place in range(1, 61)
+            if lines[row][place] == token
+        ]
+        for token in wanted
+        for split in range(3)
+    }
+    for (token, split), positions in every.items():
+        kept = found[token][split]
+        assert len(kept) == min(PLACES_OF_TOKEN, len(positions))
+        order = np.argsort(interp.evidence.second_pass._draws(np.array(positions, np.int64), 0), kind="stable")
+        assert kept.tolist() == np.array(positions, np.int64)[order][: len(kept)].tolist()
+    assert any(len(positions) > PLACES_OF_TOKEN for positions in every.values())
+    monkeypatch.setattr(interp.windows, "ROWS_AT_ONCE", 4)  # in many parts
+    for token, kept in interp.evidence.second_pass._occurrences(rows, wanted, 0).items():
+        assert all(np.array_equal(a, b) for a, b in zip(kept, found[token], strict=True))
+    assert interp.evidence.second_pass._occurrences(rows, [], 0) == {}
+
+
+def test_candidates_are_taken_in_turn_and_once():
+    lists = [np.array([5, 3, 9]), np.array([3, 4]), np.array([], np.int64)]
+    assert interp.evidence.second_pass._in_turn(lists).tolist() == [5, 3, 4, 9]
+    assert interp.evidence.second_pass._in_turn([]).tolist() == []
+    assert len(interp.evidence.second_pass._in_turn([np.arange(100), np.arange(1000, 1100)])) == CANDIDATES
+
+
+def test_a_real_model_in_other_blocks_says_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(interp.codes, "BLOCK_TOKENS", 200)
+    lm, draw = tiny_lm(), np.random.default_rng(0)
+    texts = ["".join(draw.choice(list("abcdefgh ij"), int(draw.integers(2, 150)))) for _ in range(20)]
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": "x" + text}) + "\n" for text in texts))
+    rows = interp.evidence.corpus.corpus(
+        TextConfig(source=str(source), context_length=48), lm.tokenizer, lm.source(), 10**9
+    )
+    site = Site("model.layers.1", width=16)
+    mask = MaskSpec(tuple(special_ids(lm.tokenizer)))
+    coder = SparseCoder(CoderSpec(16, 16, 32, TopK(3), reads=(site,), writes=(site,), mask=mask))
+    initialize(coder, torch.zeros(16), 0, "test")
+    codes = LiveCodes(Subject(coder, lambda: lm), rows)
+    evidence = gather(codes, rows, tmp_path / "run", SIZES)
+    latents = evidence.alive()
+    few = plan(evidence, rows, latents, [[int(latents[0])]] * len(latents), 0)
+    visits = visit(codes, rows, few, tmp_path / "run")
+    codes = {}
+    for row in rows.kept.tolist():
+        ids = rows.tokens([row])[:, : int(rows.length[row])].long()
+        x = lm.model(ids, output_hidden_states=True).hidden_states[2][0]
+        codes[row] = np.zeros((48, 32), np.float32)
+        codes[row][1 : len(x)] = coder.encode(x[1:]).to_dense().numpy()
+    fires = total = 0
+    for latent in latents.tolist():
+        spots = visits.spots(latent)
+        wanted = np.stack([around(codes[p // 48][:, latent], p % 48) for p in spots.position.tolist()])
+        assert np.allclose(spots.values, wanted, rtol=1e-3, atol=1e-4)
+        fires, total = fires + int((wanted != 0).sum()), total + len(wanted)
+        pool = np.stack([around(codes[p // 48][:, latent], p % 48) for p in few.pool.tolist()])
+        assert np.array_equal(spots.pool, pool != 0)
+    assert total > 500
+    assert fires > total
+
+
+def test_left_context_counts(found):
+    spots = found.visits.spots(CONTEXT)
+    sample = spots.position[spots.kind == 0]
+    far = 0
+    for position in sample.tolist():
+        row, place = divmod(position, CONTEXT_LENGTH)
+        before = found.rows.tokens([row])[0, 1:place].tolist()
+        assert FIRST_WORD + 1 in before
+        far += before[::-1].index(FIRST_WORD + 1) > REACH
+    assert far  # in some it stands out of reach of a window

@@ -1,0 +1,91 @@
+"""The exact top-k's against stable sorts in float64, ties included."""
+
+import numpy as np
+import pytest
+import torch
+
+from sae.kernels.codes import Entries
+from sae.kernels.largest import ranks, top_entries, top_ids, top_of, top_of_columns
+
+
+def tied(n, m, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(-20, 20, (n, m), generator=draw).float() / 4
+
+
+def untied(n, m, seed=0):
+    return torch.randn(n, m, generator=torch.Generator().manual_seed(seed))
+
+
+def mask_of(entries: Entries, n, m):
+    mask = torch.zeros(n, m, dtype=torch.bool)
+    mask[entries.tokens, entries.ids] = True
+    assert int(mask.sum()) == len(entries.ids), "none twice"
+    return mask
+
+
+def brute_force(scores, count):
+    """The k largest of the flattened matrix by a stable argsort in float64."""
+    order = np.argsort(-scores.double().numpy().reshape(-1), kind="stable")[:count]
+    mask = np.zeros(scores.numel(), dtype=bool)
+    mask[order] = True
+    return torch.from_numpy(mask.reshape(scores.shape))
+
+
+@pytest.mark.parametrize(("m", "k"), [(256, 4), (4096, 32), (100, 7), (64, 64), (33, 1)])
+def test_rows_equal_a_stable_sort(m, k):
+    for scores in (tied(40, m), untied(40, m)):
+        expected = (-scores.double()).sort(dim=1, stable=True).indices[:, :k].sort(dim=1).values
+        assert torch.equal(top_ids(scores, k), expected)
+
+
+def test_ties_beside_nan_still_give_k_entries():
+    """The loss reports what is not finite; choosing must not fail before it."""
+    scores = torch.tensor([[float("nan"), 1.0, 1.0, 1.0, 0.0], [2.0, float("inf"), 2.0, 2.0, float("nan")]])
+    assert top_ids(scores, 2).tolist() == [[0, 1], [1, 4]]
+    assert top_ids(scores, 3).tolist() == [[0, 1, 2], [0, 1, 4]]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 100, 3000, 64 * 100, 10**6])
+@pytest.mark.parametrize("make", [tied, untied])
+def test_the_whole_matrix_equals_brute_force(make, count):
+    scores = make(64, 100)
+    found = top_entries(scores, count, first_token=5)
+    assert torch.equal(mask_of(Entries(found.tokens - 5, found.ids, found.values), 64, 100), brute_force(scores, count))
+    assert torch.equal(found.values, scores[found.tokens - 5, found.ids])
+    again = top_of(Entries(found.tokens, found.ids, found.values), count // 2)
+    assert torch.equal(
+        mask_of(Entries(again.tokens - 5, again.ids, again.values), 64, 100), brute_force(scores, count // 2)
+    )
+
+
+def test_a_sample_that_misleads_costs_time_only():
+    """Every 64th entry is looked at first; here these are the largest, and here they are the smallest."""
+    for sign in (1, -1):
+        scores = untied(64, 64)
+        scores[:, 0] = sign * 100 + scores[:, 0]
+        assert torch.equal(mask_of(top_entries(scores, 500), 64, 64), brute_force(scores, 500))
+
+
+@pytest.mark.parametrize("make", [tied, untied])
+def test_columns_equal_brute_force_with_any_budgets(make):
+    scores = make(50, 40)
+    budgets = torch.randint(0, 60, (40,), generator=torch.Generator().manual_seed(1))
+    budgets[:3] = torch.tensor([0, 1, 50])
+    mask = mask_of(top_of_columns(scores, budgets), 50, 40)
+    for column in range(40):
+        expected = brute_force(scores[:, column : column + 1], min(50, int(budgets[column])))[:, 0]
+        assert torch.equal(mask[:, column], expected), column
+    assert torch.equal(mask.sum(0), budgets.clamp_max(50))
+
+
+def test_ranks_within_latents():
+    entries = Entries(torch.tensor([0, 1, 2, 2, 3]), torch.tensor([1, 1, 1, 0, 1]), torch.tensor([1.0, 3, 1, 9, 2]))
+    assert ranks(entries, 2).tolist() == [2, 0, 3, 0, 1]
+
+
+def test_entries_become_a_support():
+    entries = Entries(torch.tensor([2, 0, 2]), torch.tensor([1, 5, 0]), torch.zeros(3))
+    offsets, ids = entries.to_support(4)
+    assert offsets.tolist() == [0, 1, 1, 3, 3]
+    assert ids.tolist() == [5, 0, 1]
