@@ -11,7 +11,7 @@ from rigs.children import Child, at_step, ranks, sae_train
 from rigs.fakes import tiny_config
 from rigs.runs import assert_equal, checkpoints
 
-import sae.lm.hooks
+import sae.stream.sources
 import sae.text.tokenizing
 import sae.training.run
 import sae.training.trainer
@@ -20,12 +20,12 @@ from sae.base.settings import to_yaml
 
 CHANGES = {"activations.source": "disk", "eval.every_steps": 8}
 PHASES = {
-    "preparing tokens": (sae.text, "documents", 1, []),
-    "storing activations": (sae.activations.LiveSource, "read", 50, []),
-    "measuring": (sae.training, "sample", 1, []),
+    "preparing tokens": (sae.text.tokenizing, "documents", 1, []),
+    "storing activations": (sae.stream.sources.LiveSource, "read", 50, []),
+    "measuring": (sae.training.run, "sample", 1, []),
     "a step": (sae.training.trainer.CoderTrainer, "step", 8, [5, 8]),
-    "an evaluation on the way": (sae.training, "evaluate", 1, [5, 8]),
-    "the last evaluation": (sae.training, "evaluate", 3, [15, 20]),
+    "an evaluation on the way": (sae.training.run, "evaluate", 1, [5, 8]),
+    "the last evaluation": (sae.training.run, "evaluate", 3, [15, 20]),
 }
 """What a run can be doing: a function that is called then (where, name, which call), and the checkpoints it leaves."""
 
