@@ -8,6 +8,7 @@ A family of plug-ins is a package that defines a direct subclass of `Plugin` and
 from collections.abc import Iterable
 from importlib import import_module
 from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any
 
 from draccus import ChoiceRegistry as Plugin
@@ -15,10 +16,10 @@ from draccus import ChoiceRegistry as Plugin
 __all__ = ["Plugin", "discover", "names"]
 
 
-def discover(package: str, path: Iterable[str]) -> None:
-    """Imports every module of a package, so that its plug-ins register themselves."""
-    for module in iter_modules(path):
-        import_module(f"{package}.{module.name}")
+def discover(package: str, path: Iterable[str]) -> dict[str, ModuleType]:
+    """Imports every plug-in of a package, so that it registers itself; returns {name: module}. Helpers begin with "_"."""
+    found = [module.name for module in iter_modules(path) if not module.name.startswith("_")]
+    return {name: import_module(f"{package}.{name}") for name in found}
 
 
 def names(family: type[Plugin]) -> dict[str, type[Any]]:

@@ -22,6 +22,7 @@ from types import ModuleType
 from torch import Tensor
 
 from sae.base.errors import ConfigError, DataError, nearest
+from sae.base.plugins import discover
 from sae.coder.spec import CoderSpec
 from sae.lm.sites import pair_of, site_of
 from sae.untrusted.foreign import shown
@@ -33,7 +34,7 @@ NATIVE = "native"  # the name of our own format
 @cache
 def formats() -> dict[str, ModuleType]:
     """Returns {name: module} of all formats."""
-    return {module.name: import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)}
+    return discover(__name__, __path__)
 
 
 def named(files: Files, below: str = "", hints: Hints | None = None) -> list[Place]:

@@ -330,7 +330,7 @@ def test_a_real_model_row_by_row_says_the_same(tmp_path, monkeypatch, rule):
     monkeypatch.setattr(interp.codes, "BLOCK_TOKENS", 96)
     lm = tiny_lm()
     text = TextConfig(source=str(documents_of_bytes(tmp_path)), context_length=32)
-    rows = interp.corpus.corpus(text, lm.tokenizer, lm.source(), 10**9)
+    rows = interp.evidence.corpus.corpus(text, lm.tokenizer, lm.source(), 10**9)
     by_row = []
     for row in rows.kept.tolist():
         ids = rows.tokens([row])[:, : int(rows.length[row])].long()
@@ -373,7 +373,7 @@ def test_the_quickstart_model(tmp_path):
     initialize(coder, torch.zeros(site.width), 0, "test")
     copy = tmp_path / "text.txt"
     copy.write_bytes((Path(__file__).parents[2] / "README.md").read_bytes())
-    rows = interp.corpus.corpus(TextConfig(source=str(copy), context_length=32), lm.tokenizer, lm.source(), 3000)
+    rows = interp.evidence.corpus.corpus(TextConfig(source=str(copy), context_length=32), lm.tokenizer, lm.source(), 3000)
     subject = Subject(coder, lambda: lm)
     found = gather(LiveCodes(subject, rows), rows, tmp_path / "run", Sizes())
     assert rows.meta["split_by"] == "blocks"

@@ -223,7 +223,7 @@ def test_an_extra_token_shard_is_named_and_goes_with_a_repair(tmp_path, cached):
 def test_a_block_damaged_under_a_running_run_costs_only_what_came_after_the_last_checkpoint(
     tmp_path, cached, monkeypatch
 ):
-    run, original = tmp_path / "run", sae.trainer.CoderTrainer.step
+    run, original = tmp_path / "run", sae.training.trainer.CoderTrainer.step
     changes = {"tokens": 40 * 512, "batch_tokens": 512, "activations.prefetch_blocks": 0}
     blocks = sorted(cache_dir().glob("activations/*/shard-*.safetensors"))
 
@@ -234,7 +234,7 @@ def test_a_block_damaged_under_a_running_run_costs_only_what_came_after_the_last
         return original(self, x, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sae.trainer.CoderTrainer, "step", step)
+        patch.setattr(sae.training.trainer.CoderTrainer, "step", step)
         code, printed = cached(changes, folder=run)
     assert code == 1, printed
     assert "run again with --repair" in printed

@@ -81,7 +81,7 @@ def sae_train(argv: list[str], first: Callable[[], object] | None = None) -> int
     torch.manual_seed(os.getpid())  # whoever drew from a global generator would differ from run to run
     os.fsync = lambda descriptor: None
     sae.training.run.write_report = lambda run_dir, results: None
-    sae.estimate.estimate = lambda config, trust_remote_code=False: SimpleNamespace(lines=list, disk=0)
+    sae.training.estimate.estimate = lambda config, trust_remote_code=False: SimpleNamespace(lines=list, disk=0)
     if first is not None:
         first()
     return main(argv)
