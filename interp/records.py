@@ -30,7 +30,7 @@ class Window:
     """The latent's value at every token."""
     peak: int
     """The token about which the window is placed; of an active window, where the latent is largest among the tokens of
-    its cell (`interp.latents`). One that the window has beside the cell may be larger."""
+    its cell (`interp.evidence.tally`). One that the window has beside the cell may be larger."""
 
     @property
     def strength(self) -> float:
@@ -73,7 +73,7 @@ class Facts:
     largest: float
     """Its largest activation by magnitude."""
     histogram: tuple[int, ...]
-    """Tokens by activation, in half octaves (`interp.latents.bin_edges`)."""
+    """Tokens by activation, in half octaves (`interp.evidence.tally.bin_edges`)."""
     positions: tuple[int, ...]
     """Tokens by place in the row, in sixteenths."""
     top_tokens: tuple[tuple[str, float], ...] = ()

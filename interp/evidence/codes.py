@@ -1,6 +1,6 @@
 """Where the codes of a text come from: the subject that is asked now, or a full store of what it said before.
 
-`interp.delphi` has a third source, delphi's cache. Both passes over a text and the comparison of coders read any.
+`delphi_cache.py` has a third source, delphi's cache. Both passes over a text and the comparison of coders read any.
 """
 
 from collections.abc import Iterator

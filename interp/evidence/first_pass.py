@@ -49,7 +49,7 @@ def gather(
 ) -> Evidence:
     """Returns the evidence of every latent on the whole corpus, from `folder` as far as it is there.
 
-    `codes` are those of this corpus. With `store`, all are kept there too (`interp.codes.StoredCodes` reads them); with
+    `codes` are those of this corpus. With `store`, all are kept there too (`StoredCodes` reads them); with
     `repair`, damaged files are found and made again. Raises DataError if the folder holds evidence of something else,
     ConfigError if there is too much text, Stopped (everything saved) when asked to stop. Another process that gathers
     in the same folder is waited for.

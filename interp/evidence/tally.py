@@ -9,7 +9,7 @@ fires. Merging two samples is a union of which the smallest are kept, so neither
 ranks nor a restart changes it, and no generator has a state. The cells with the largest values are kept likewise.
 Beside them every latent has counts. Together that is 4 KB a latent.
 
-What is kept here are places; `interp/evidence/second_pass.py` visits them again, and its values are the ones that count.
+What is kept here are places; `second_pass.py` visits them again, and its values are the ones that count.
 """
 
 from dataclasses import dataclass

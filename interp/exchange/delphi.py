@@ -69,7 +69,7 @@ def read_explanations(folder: Path | str) -> dict[str, dict[int, str]]:
 def read_scores(folder: Path | str) -> Iterator[Row]:
     """Yields a row for every scorer, hookpoint and latent of a run's folder or that of its scores.
 
-    It is a row of the score journal (`interp.flows.scored`) by the explainer "delphi", and tells beside it
+    It is a row of the score journal (`interp.run.flows.scored`) by the explainer "delphi", and tells beside it
 
     - `hookpoint`: that the latent is of;
     - `doubtful`: how many answers may be failed calls. For these delphi's simulator writes zeros, but its judge may
@@ -138,7 +138,7 @@ def _settings(path: Path) -> _Settings:
 
 
 def _scored(name: str, path: Path, settings: _Settings) -> Row:
-    """Returns what `interp.flows.scored` makes of the judgements in a file."""
+    """Returns what `interp.run.flows.scored` makes of the judgements in a file."""
     entries = read_json(path)
     if name == "simulation" and isinstance(entries, list):
         entries = _sequences(entries)

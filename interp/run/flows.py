@@ -1,6 +1,6 @@
 """What is done with one latent, as generators: each yields requests, is sent their replies, and returns a journal row.
 
-The same flow runs live, from the cache, or in waves through the Batch API: `interp.pipeline` only answers requests.
+The same flow runs live, from the cache, or in waves through the Batch API: `interp.run.pipeline` only answers requests.
 """
 
 from collections import Counter

@@ -17,7 +17,7 @@ __all__ = ["Plugin", "discover", "names"]
 
 
 def discover(package: str, path: Iterable[str]) -> dict[str, ModuleType]:
-    """Imports every plug-in of a package, so that it registers itself; returns {name: module}. Helpers begin with "_"."""
+    """Imports every plug-in of a package, so that it registers itself; returns {name: module}. "_" begins helpers."""
     found = [module.name for module in iter_modules(path) if not module.name.startswith("_")]
     return {name: import_module(f"{package}.{name}") for name in found}
 

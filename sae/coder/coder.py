@@ -165,7 +165,7 @@ class SparseCoder(Folding):
         """Returns the codes of x by the per-token inference rule, without gradient; token order as x flattened.
 
         `gradients` is what a rule whose inference is "gradient" looks at beside x (ValueError without), and no other.
-        With `latents`, some ids, their entries alone, to rounding; no more is read than that takes (`sae/coder/partial.py`).
+        With `latents`, some ids, their entries alone, to rounding; no more is read than that takes (`partial.py`).
         """
         if latents is not None:
             rows = self._rows(x, torch.promote_types(self.W_enc.dtype, torch.float32))

@@ -1,7 +1,7 @@
 """The doctor: does a coder fit the activations that it is given, and if it does not, which usual mistake explains it?
 
 About two thousand tokens go through the language model once, which captures the sites of all candidates: every usual
-mistake of loading (`sae/evaluation/alternatives.py`) turned into the coder that was meant. All are measured on the same tokens and
+mistake of loading (`alternatives.py`) turned into the coder that was meant. All are measured on the same tokens and
 ranked by
 
     score = ln error + max(0, |ln(L0 / L0*)| - ln 3) + 0.05 for every change made        lower is better

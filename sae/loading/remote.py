@@ -2,7 +2,7 @@
 
 All files come from the one commit that was current when they were listed, and the listing is kept in the cache beside
 them: without a network the same files are known, and what was never fetched is named rather than overlooked. What is
-fetched is compared with the hub's digest (`sae/untrusted/digests.py`), small files here and weights where they are read.
+fetched is compared with the hub's digest (`untrusted/digests.py`), small files here and weights where they are read.
 """
 
 import logging

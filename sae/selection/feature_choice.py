@@ -9,7 +9,7 @@ What the paper's text left open, and how it is read here:
 - Density is what a latent would win under Mutual Choice of the same budget, as a running mean. With `density: own` it
   is what it fires under its own m_i, which mostly repeats m_i: a latent then keeps the rank it started with, unless
   Mutual Choice trained first. On the synthetic data the first reading alone does as well as the second one phased.
-- Exponent and shift are fitted to those densities at every step (`sae/base/zipf.py`) and reported, unless they are given.
+- Exponent and shift are fitted to those densities at every step (`base/zipf.py`) and reported, unless they are given.
 - m_i is a whole number, at least 1 and at most B. Where there are more latents than entries (d_sae > k B) the least is
   0 and fractions carry over from step to step, so that a rare latent has its turn.
 - Outside training, a latent fires above a threshold of its own: the running mean of the middle between

@@ -75,7 +75,7 @@ def fingerprint() -> dict:
 def is_held_out(document_id: str) -> bool:
     """Whether the bundled model never saw a document: true for `HELD_OUT_SHARE` of all ids, the same ones everywhere.
 
-    It is the draw of `sae.text.is_held_out`, so what a run holds out at a smaller share is new to the model as well.
+    It is the draw of `is_held_out` of any text, so what a run holds out at a smaller share is new to the model as well.
     """
     return uniform("held-out", document_id) < HELD_OUT_SHARE
 

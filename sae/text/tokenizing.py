@@ -67,7 +67,7 @@ class TokenRows:
         self._open: dict[int, dict[str, Tensor]] = {}
 
     def tokens(self, rows: Int[Tensor, "rows"] | list[int]) -> Int[Tensor, "rows context"]:
-        """Returns token ids, int32, with `sae.packing.PADDING` where a row is longer than its text."""
+        """Returns token ids, int32, with `sae.text.packing.PADDING` where a row is longer than its text."""
         return self._gather("tokens", rows)
 
     def documents(self, rows: Int[Tensor, "rows"] | list[int]) -> Int[Tensor, "rows context"]:

@@ -283,7 +283,7 @@ class Place:
         return getattr(self.hints, field)
 
     def centering(self, hook: str, model: str) -> Normalization:
-        """Returns "center" if a coder trained on a model as TransformerLens loads it read activations without their mean.
+        """Returns "center" if a coder of a model as TransformerLens loads it read activations without their mean.
 
         That depends on the hook and on the model's norms; of a model that is not known the user must say it.
         """

@@ -96,8 +96,8 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from sae.files import atomic_write, publish, save_tensors
-from sae.store import ShardWriter
+from sae.base.files import atomic_write, publish, save_tensors
+from sae.base.store import ShardWriter
 
 folder = Path(sys.argv[1])
 big = torch.zeros(1 << 18)
@@ -340,7 +340,7 @@ KILLED_SAVES = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from sae.files import is_complete, load_tensors, publish, remove_stale, save_tensors, verify, write_json
+from sae.base.files import is_complete, load_tensors, publish, remove_stale, save_tensors, verify, write_json
 
 root = Path(sys.argv[1])
 random.seed(0)
@@ -438,7 +438,7 @@ def test_remove_stale_takes_what_the_dead_left_and_nothing_else(tmp_path, monkey
 
 HOLD = """
 import sys, time
-from sae.files import FolderLock
+from sae.base.files import FolderLock
 with FolderLock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

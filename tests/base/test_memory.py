@@ -9,7 +9,7 @@ import pytest
 SCRIPT = """
 import resource, sys
 import torch
-from sae.memory import keep_freed_memory
+from sae.base.memory import keep_freed_memory
 
 if sys.argv[1] == "kept":
     keep_freed_memory()

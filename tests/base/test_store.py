@@ -182,7 +182,7 @@ KILLED_WRITER = """
 import os, signal, sys, time, random
 from pathlib import Path
 import torch
-from sae.store import Shards, ShardWriter
+from sae.base.store import Shards, ShardWriter
 
 folder, random_delays = Path(sys.argv[1]), random.Random(0)
 torch.set_num_threads(1)

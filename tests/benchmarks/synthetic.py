@@ -1,4 +1,4 @@
-"""The families on data of which the truth is known (`sae.synthetic`): equal L0, fresh data at every step.
+"""The families on data of which the truth is known (`sae.evaluation.synthetic`): equal L0, fresh data at every step.
 
     python tests/benchmarks/synthetic.py [NAME ...] [--seeds 0 1 2] [--json FILE]
 

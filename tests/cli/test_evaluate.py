@@ -126,8 +126,8 @@ def test_a_signal_stops_it(run, monkeypatch, capsys):
         signal.raise_signal(signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(sae.evaluation, "capture", interrupted)
-    monkeypatch.setattr(sae.evaluation, "rows_per_pass", lambda *_: 1)
+    monkeypatch.setattr(sae.evaluation.evaluation, "capture", interrupted)
+    monkeypatch.setattr(sae.evaluation.evaluation, "rows_per_pass", lambda *_: 1)
     assert main([str(run), "--tokens", "256"]) == 75
     assert capsys.readouterr().err.splitlines()[-1] == "stopped during evaluation"
     assert not (run / "sae-eval.json").exists()

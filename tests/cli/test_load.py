@@ -326,7 +326,7 @@ def test_push_of_several_keeps_their_names_and_figures(load, hub, tmp_path, monk
 
 def test_a_token_that_is_not_allowed_to_is_one_line(load, hub, faults, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr("fake_hub._Handler._write", lambda self, parts, sent: self._error("", 403))
+    monkeypatch.setattr("rigs.fake_hub._Handler._write", lambda self, parts, sent: self._error("", 403))
     code, _, error = load("push", native(tmp_path / "mine"), "me/coder")
     assert code == 2
     assert error.startswith("error: repo: me/coder cannot be written to: ")

@@ -11,8 +11,10 @@ from sae.base.errors import ConfigError
 from sae.coder.coder import SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.spec import CoderSpec
+from sae.objectives import Objective as OBJECTIVES
 from sae.selection import trainable
 from sae.training.choosing import Chooser
+from sae.training.optim import OptimConfig
 from sae.training.trainer import Batch, CoderTrainer, Schedule
 
 RULES = trainable()
@@ -69,10 +71,6 @@ def trained(rule, steps=5):
     for step in range(steps):
         trainer.step(batch(seed=step), step)
     return trainer.trained()
-
-
-from sae.objectives import Objective as OBJECTIVES
-from sae.training.optim import OptimConfig
 
 
 def test_support_is_well_formed_in_training_and_at_inference(rule):

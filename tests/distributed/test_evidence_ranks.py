@@ -60,7 +60,7 @@ def be_late(patch) -> None:
     if collectives.rank() == 1:
         for name in ("load_tensors", "_take_in"):
             slow(patch, interp.evidence, name)
-        slow(patch, interp.windows, "ShardWriter")
+        slow(patch, interp.evidence.second_pass, "ShardWriter")
 
 
 def slow(patch, where, name) -> None:

@@ -168,8 +168,8 @@ def test_a_long_text_is_compared_in_rounds_with_the_same_result(tmp_path, monkey
     whole = read_corpus(source)
     assert (whole.split == DROPPED).sum() > 100
     monkeypatch.setenv("SAE_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(interp.corpus, "SHINGLED_TOKENS", 3000)
-    monkeypatch.setattr(interp.corpus, "SHARD_TOKENS", 50 * CONTEXT)
+    monkeypatch.setattr(interp.evidence.corpus, "SHINGLED_TOKENS", 3000)
+    monkeypatch.setattr(interp.evidence.corpus, "SHARD_TOKENS", 50 * CONTEXT)
     rounds = read_corpus(source)
     assert len(rounds.shards) > 5
     assert np.array_equal(rounds.split, whole.split)
@@ -182,7 +182,7 @@ def test_text_that_only_repeats_itself_is_an_error(tmp_path):
 
 
 def test_rows_are_read_from_any_shard(tmp_path, lengths, monkeypatch):
-    monkeypatch.setattr(interp.corpus, "SHARD_TOKENS", 7 * CONTEXT)
+    monkeypatch.setattr(interp.evidence.corpus, "SHARD_TOKENS", 7 * CONTEXT)
     rows = read_corpus(write_documents(tmp_path / "text.jsonl", lengths))
     assert len(rows.shards) > 10
     whole = np.concatenate([rows.shards.read(i)["tokens"].numpy() for i in range(len(rows.shards))])
@@ -201,13 +201,13 @@ def test_rows_are_read_from_any_shard(tmp_path, lengths, monkeypatch):
 def test_it_is_made_once_and_only_whole(tmp_path, monkeypatch):
     source = write_documents(tmp_path / "text.jsonl", [200] * 40)
     calls = iter([False, False, True])
-    monkeypatch.setattr(interp.corpus, "BATCH_DOCUMENTS", 1)
+    monkeypatch.setattr(interp.evidence.corpus, "BATCH_DOCUMENTS", 1)
     text = TextConfig(source=str(source), context_length=8)
     with pytest.raises(Stopped):
         corpus(text, tokenizer(), {"model": "planted"}, 10**9, lambda: next(calls))
     assert not list((cache_dir() / "corpora").glob("[!.]*"))
     first = corpus(text, tokenizer(), {"model": "planted"}, 10**9)
-    monkeypatch.setattr(interp.corpus, "_encoded", None)  # no second time
+    monkeypatch.setattr(interp.evidence.corpus, "_encoded", None)  # no second time
     again = corpus(text, tokenizer(), {"model": "planted"}, 10**9)
     assert again.key == first.key
     assert np.array_equal(again.split, first.split)

@@ -315,7 +315,7 @@ def test_deciles_of_distinct_strengths_are_equal_in_number(tmp_path, monkeypatch
         said = np.cumsum(np.asarray(tokens, np.int64) ** 2, axis=1) % 9973  # of all that stands before
         return real_dense(tokens, d_sae) * (1 + said[..., None] / 1e5).astype(np.float32)
 
-    monkeypatch.setattr("interp_evidence.dense", distinct)
+    monkeypatch.setattr("rigs.interp_evidence.dense", distinct)
     found = Found(tmp_path, read_corpus(write_documents(tmp_path / "text.jsonl", [150] * 150)), [9, 21])
     for latent in (9, 21):
         spots = found.visits.spots(latent)

@@ -44,7 +44,7 @@ from sae.text.tokenizing import TextConfig, special_ids
 
 @pytest.fixture
 def rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(interp.codes, "BLOCK_TOKENS", 1024)
+    monkeypatch.setattr(interp.evidence.codes, "BLOCK_TOKENS", 1024)
     return read_corpus(write_documents(tmp_path / "text.jsonl", [30, 64, 100, 700] * 12))
 
 
@@ -65,7 +65,7 @@ def calls_of(monkeypatch) -> list[np.ndarray]:
         seen.append(tokens.numpy())
         return planted(tokens)
 
-    monkeypatch.setattr("interp_evidence.planted", noting)
+    monkeypatch.setattr("rigs.interp_evidence.planted", noting)
     return seen
 
 
@@ -108,7 +108,7 @@ def test_blocks_hold_every_row_once_and_are_bounded(rows, monkeypatch):
     sizes = [len(group) * int(rows.length[group].max()) for group in groups]
     assert max(sizes) <= 1024
     assert np.mean(sizes) > 800
-    monkeypatch.setattr(interp.codes, "BLOCK_TOKENS", 10)  # less than a row
+    monkeypatch.setattr(interp.evidence.codes, "BLOCK_TOKENS", 10)  # less than a row
     assert all(len(group) == 1 for group in blocks(rows, rows.kept)[:5])
 
 
@@ -195,7 +195,7 @@ def test_the_full_store_holds_all_codes(tmp_path, rows):
 def test_the_full_store_is_read_as_the_codes_that_were_put_in(tmp_path, rows, monkeypatch):
     gather(PlantedCodes(rows), rows, tmp_path / "run", SIZES, store=True)
     codes = StoredCodes(tmp_path / "run" / CODES, rows, D_SAE)
-    monkeypatch.setattr(interp.codes, "BLOCK_TOKENS", 300)
+    monkeypatch.setattr(interp.evidence.codes, "BLOCK_TOKENS", 300)
     groups = [*blocks(rows, rows.kept), np.random.default_rng(0).permutation(rows.kept)]
     for group in groups:
         found, wanted = codes.read(group), planted(rows.tokens(group))
@@ -327,7 +327,7 @@ def documents_of_bytes(folder: Path, n: int = 12) -> Path:
 
 @pytest.mark.parametrize("rule", [TopK(4), JumpReLU()], ids=["topk", "jumprelu"])
 def test_a_real_model_row_by_row_says_the_same(tmp_path, monkeypatch, rule):
-    monkeypatch.setattr(interp.codes, "BLOCK_TOKENS", 96)
+    monkeypatch.setattr(interp.evidence.codes, "BLOCK_TOKENS", 96)
     lm = tiny_lm()
     text = TextConfig(source=str(documents_of_bytes(tmp_path)), context_length=32)
     rows = interp.evidence.corpus.corpus(text, lm.tokenizer, lm.source(), 10**9)
@@ -373,7 +373,9 @@ def test_the_quickstart_model(tmp_path):
     initialize(coder, torch.zeros(site.width), 0, "test")
     copy = tmp_path / "text.txt"
     copy.write_bytes((Path(__file__).parents[2] / "README.md").read_bytes())
-    rows = interp.evidence.corpus.corpus(TextConfig(source=str(copy), context_length=32), lm.tokenizer, lm.source(), 3000)
+    rows = interp.evidence.corpus.corpus(
+        TextConfig(source=str(copy), context_length=32), lm.tokenizer, lm.source(), 3000
+    )
     subject = Subject(coder, lambda: lm)
     found = gather(LiveCodes(subject, rows), rows, tmp_path / "run", Sizes())
     assert rows.meta["split_by"] == "blocks"

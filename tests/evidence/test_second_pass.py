@@ -47,7 +47,7 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("windows")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAE_CACHE", str(folder / "cache"))
-        patch.setattr(interp.codes, "BLOCK_TOKENS", 2048)
+        patch.setattr(interp.evidence.codes, "BLOCK_TOKENS", 2048)
         yield Found(folder, read_corpus(write_documents(folder / "text.jsonl", [3, 20, 40, 64, 150, 700] * 25)))
 
 
@@ -132,7 +132,7 @@ def test_no_row_is_read_twice_and_none_without_a_place(found, tmp_path, monkeypa
         seen.extend(tuple(row) for row in tokens.tolist())
         return planted(tokens)
 
-    monkeypatch.setattr("interp_evidence.planted", noting)
+    monkeypatch.setattr("rigs.interp_evidence.planted", noting)
     few = plan(found.evidence, found.rows, np.array([9, 41]), [[10], [42]], 0)
     visit(found.codes, found.rows, few, tmp_path)
     wanted = np.unique(np.concatenate([few.position, few.pool]) // CONTEXT_LENGTH)
@@ -144,14 +144,14 @@ def test_no_row_is_read_twice_and_none_without_a_place(found, tmp_path, monkeypa
 
 
 def test_stopped_and_continued_it_finds_the_same(found, tmp_path, monkeypatch):
-    monkeypatch.setattr(interp.windows, "SHARD_BLOCKS", 2)
+    monkeypatch.setattr(interp.evidence.second_pass, "SHARD_BLOCKS", 2)
     seen = []
 
     def noting(tokens):
         seen.append(len(tokens))
         return planted(tokens)
 
-    monkeypatch.setattr("interp_evidence.planted", noting)
+    monkeypatch.setattr("rigs.interp_evidence.planted", noting)
     chosen = np.array([CONTEXT, 9, 41])
     few = plan(found.evidence, found.rows, chosen, [[10], [10], [42]], 0)
     stops = 0
@@ -165,7 +165,7 @@ def test_stopped_and_continued_it_finds_the_same(found, tmp_path, monkeypatch):
     assert stops > 2
     total = len(np.unique(np.concatenate([few.position, few.pool]) // CONTEXT_LENGTH))
     assert total <= sum(seen) <= 1.7 * total  # at most the shard in hand is lost
-    monkeypatch.setattr(interp.windows, "SHARD_BLOCKS", 1000)
+    monkeypatch.setattr(interp.evidence.second_pass, "SHARD_BLOCKS", 1000)
     whole = visit(found.codes, found.rows, few, tmp_path / "whole")
     for latent in chosen.tolist():
         for name, a, b in zip(again.spots(9)._fields, again.spots(latent), whole.spots(latent), strict=True):
@@ -235,7 +235,7 @@ def test_places_of_a_token_are_a_sample_by_hash(tmp_path, monkeypatch):
         order = np.argsort(interp.evidence.second_pass._draws(np.array(positions, np.int64), 0), kind="stable")
         assert kept.tolist() == np.array(positions, np.int64)[order][: len(kept)].tolist()
     assert any(len(positions) > PLACES_OF_TOKEN for positions in every.values())
-    monkeypatch.setattr(interp.windows, "ROWS_AT_ONCE", 4)  # in many parts
+    monkeypatch.setattr(interp.evidence.second_pass, "ROWS_AT_ONCE", 4)  # in many parts
     for token, kept in interp.evidence.second_pass._occurrences(rows, wanted, 0).items():
         assert all(np.array_equal(a, b) for a, b in zip(kept, found[token], strict=True))
     assert interp.evidence.second_pass._occurrences(rows, [], 0) == {}
@@ -249,7 +249,7 @@ def test_candidates_are_taken_in_turn_and_once():
 
 
 def test_a_real_model_in_other_blocks_says_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(interp.codes, "BLOCK_TOKENS", 200)
+    monkeypatch.setattr(interp.evidence.codes, "BLOCK_TOKENS", 200)
     lm, draw = tiny_lm(), np.random.default_rng(0)
     texts = ["".join(draw.choice(list("abcdefgh ij"), int(draw.integers(2, 150)))) for _ in range(20)]
     source = tmp_path / "text.jsonl"

@@ -159,8 +159,8 @@ def test_any_division_and_order_gives_the_same_bits(d_sae, monkeypatch):
         for number in order:
             merged.merge(shards[number])
         assert_same(merged.state(), whole)
-    monkeypatch.setattr(interp.latents, "SLICE", d_sae + 2)  # whatever is merged at once
-    monkeypatch.setattr(interp.latents, "PENDING", 3)
+    monkeypatch.setattr(interp.evidence.tally, "SLICE", d_sae + 2)  # whatever is merged at once
+    monkeypatch.setattr(interp.evidence.tally, "PENDING", 3)
     assert_same(text.tally([[row] for row in rows]).state(), whole)
     merged = Tally(d_sae, 64, SMALL, 3)
     for state in shards:

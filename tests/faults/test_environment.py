@@ -33,10 +33,10 @@ def run_python(code: str, *arguments: object, **changes: str) -> subprocess.Comp
 ELSEWHERE = """
 import locale, sys, time
 import torch
-import sae.training
+import sae.training.run
 from cli.train import main
 
-sae.training.write_report = lambda run_dir, results: None
+sae.training.run.write_report = lambda run_dir, results: None
 if sys.argv[1]:
     locale.setlocale(locale.LC_ALL, "de_DE.UTF-8")
     assert locale.format_string("%.1f", 0.5) == "0,5"

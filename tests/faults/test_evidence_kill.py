@@ -61,7 +61,7 @@ def at_block(number: int, module: str, patch) -> None:
 
 def at_call(where: object, name: str, number: int, chosen, patch) -> None:
     """Dies when a function is about to be called with certain arguments for the given time."""
-    where = sae.files if where == "files" else where  # a module cannot be sent to a child
+    where = sae.base.files if where == "files" else where  # a module cannot be sent to a child
     original, hit = getattr(where, name), nth(number, die)
 
     def dying(*args, **kwargs):
@@ -155,7 +155,7 @@ def test_a_full_disk_is_a_clean_error_and_it_goes_on(tmp_path, source, whole, mo
         original(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sae.files, "save_file", full)
+        patch.setattr(sae.base.files, "save_file", full)
         with pytest.raises(OSError, match=r"cannot write .*safetensors: No space left on device"):
             passes(source, tmp_path / "run")
     assert not [f for f in (tmp_path / "run").rglob("*.safetensors") if f.read_bytes() == b"half"]

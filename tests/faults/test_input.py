@@ -173,7 +173,7 @@ def test_a_module_that_never_runs_is_an_error_and_not_silence(monkeypatch, tiny_
         lm.model.spare = nn.Linear(16, 16)
         return lm
 
-    monkeypatch.setattr(sae.training, "load_language_model", with_more)
+    monkeypatch.setattr(sae.training.run, "load_language_model", with_more)
     code, printed = tiny_train({"activations.sites": ["layers.0", "spare"]})
     assert code == 2
     assert re.match(r"activations\.sites: spare never ran in a forward pass of ", error_of(printed))

@@ -82,7 +82,7 @@ def test_the_same_command_again_does_not_spend_the_budget_again(tmp_path):
 KILLED = """
 import asyncio, sys
 from pathlib import Path
-from interp.client import Client
+from interp.client.client import Client
 from interp.client.config import EndpointConfig
 from interp.client.requests import Chat
 

@@ -58,7 +58,7 @@ def run(fake, cache, work, budget=None, **changes):
 KILLED = """
 import asyncio, sys
 from pathlib import Path
-from interp.client import Client
+from interp.client.client import Client
 from interp.client.config import EndpointConfig
 from interp.client.requests import Chat
 

@@ -160,7 +160,7 @@ def test_a_model_that_gives_nan_is_found_before_training(tmp_path, monkeypatch, 
         lm.model.get_submodule("model.layers.0.mlp.down_proj").weight.data[0, 0] = value
         return lm
 
-    monkeypatch.setattr(sae.training, "load_language_model", damaged)
+    monkeypatch.setattr(sae.training.run, "load_language_model", damaged)
     code, printed = tiny_train()
     assert code == 2
     assert re.match(r"activations: model\.layers\.1 holds NaN or Inf at 512 of 512 tokens; .*", error_of(printed))
@@ -210,7 +210,7 @@ def test_a_batch_that_the_norm_filter_empties_changes_nothing_but_time(tmp_path)
 
 def test_a_model_whose_activations_are_all_zero(tmp_path, tiny_train, monkeypatch):
     model = tiny_model_folder(tmp_path / "model", initializer_range=0.0)
-    monkeypatch.setattr(sae.training, "write_report", write_report)
+    monkeypatch.setattr(sae.training.run, "write_report", write_report)
     code, printed = tiny_train(model=model, folder=tmp_path / "run")
     assert code == 0, printed
     for line in lines(tmp_path / "run"):

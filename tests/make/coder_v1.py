@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import torch
-from sae.normalization import Normalization
-from sae.spec import FORMAT_VERSION, CoderSpec, MaskSpec, Site
 
 import sae
 from sae.coder import SparseCoder
+from sae.coder.normalization import Normalization
+from sae.coder.spec import FORMAT_VERSION, CoderSpec, MaskSpec, Site
 from sae.selection.topk import TopK
 
 

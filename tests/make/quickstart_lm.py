@@ -1,7 +1,7 @@
 """The bundled language model's recipe: `python tests/make/quickstart_lm.py --out FOLDER` (an hour on two busy cores).
 
 A byte-level BPE of 4,096 tokens and a Llama of 4.2M parameters (4 layers of width 256, context 256), trained on the
-documents of `sae.quickstart` that are not held out. It is small enough to be shipped and to run anywhere, and an
+documents of `sae.text.python_docs` that are not held out. It is small enough to be shipped and to run anywhere, and an
 ordinary Hugging Face model, so whatever works with it works with the large ones.
 """
 

@@ -44,7 +44,7 @@ FORMATS = {
 """Our format of each of the package's loaders."""
 
 MODELS = {f"qwen3-{size}": f"Qwen/Qwen3-{size.upper()}" for size in ("0.6b", "1.7b", "4b", "8b", "14b")}
-"""Hub ids of models that the package calls by a short name which `sae.sites` does not know."""
+"""Hub ids of models that the package calls by a short name which `sae.lm.sites` does not know."""
 
 CORRECTED = {"gemma-scope-9b-it-res": {"model": "google/gemma-2-9b-it"}}
 """What the package states otherwise for the same repository in another release, and the paper (2408.05147) too."""

@@ -103,7 +103,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_line_leaves_the_rest_whole(path,
         raise OSError(28, f"cannot write {file}: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(interp.journal, "append", full)
+        patch.setattr(interp.run.journal, "append", full)
         with pytest.raises(OSError, match="No space left"):
             journal.append(row(2))
     assert (2, "a") not in journal

@@ -37,7 +37,7 @@ def prefix() -> list[tuple[str, str]]:
 def test_a_package_is_read_and_never_imported(tmp_path, monkeypatch):
     write(tmp_path, "explosive/__init__.py", f'"""Module. {WORDS}"""\nraise SystemError("imported!")\n')
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(quickstart, "PACKAGES", {"explosive": "explosive"})
+    monkeypatch.setattr(python_docs, "PACKAGES", {"explosive": "explosive"})
     roots = source_roots()
     assert roots[1:] == [tmp_path / "explosive"]
     assert list(documents(sources=roots[1:])) == [("explosive/__init__.py", f"explosive\n\nModule. {WORDS}")]
@@ -45,7 +45,7 @@ def test_a_package_is_read_and_never_imported(tmp_path, monkeypatch):
 
 
 def test_a_package_that_is_not_installed_is_left_out(monkeypatch):
-    monkeypatch.setattr(quickstart, "PACKAGES", {"no_such_package_here": "no-such-package-here"})
+    monkeypatch.setattr(python_docs, "PACKAGES", {"no_such_package_here": "no-such-package-here"})
     assert len(source_roots()) == 1
     assert fingerprint()["packages"] == {}
 

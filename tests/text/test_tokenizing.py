@@ -18,6 +18,7 @@ from rigs.fakes import tiny_tokenizer
 from sae.base.errors import ConfigError, DataError, Stopped
 from sae.base.files import FolderLock, cache_dir
 from sae.text import documents as documents_module
+from sae.text import python_docs
 from sae.text import tokenizing as text_module
 from sae.text.packing import PADDING, Packer
 from sae.text.tokenizing import TextConfig, TokenizedText, TokenRows, documents, is_held_out, special_ids, tokenize
@@ -181,8 +182,7 @@ def test_a_name_that_is_neither_local_nor_on_the_hub_costs_one_line(tmp_path, mo
 
 
 def test_quickstart_is_the_default(monkeypatch):
-
-    monkeypatch.setattr(quickstart, "documents", lambda: iter([("json:JSONDecoder", "decodes")]))
+    monkeypatch.setattr(python_docs, "documents", lambda: iter([("json:JSONDecoder", "decodes")]))
     assert list(documents(TextConfig())) == [("json:JSONDecoder", "decodes")]
 
 

@@ -13,8 +13,8 @@ import json, re, sys
 from pathlib import Path
 from cli.common import config_path, read_config
 from cli.train import main
-from sae.config import TrainConfig
-from sae.estimate import estimate
+from sae.training.config import TrainConfig
+from sae.training.estimate import estimate
 changes = sys.argv[1:]
 found = estimate(read_config(TrainConfig, config_path("quickstart", "train"), changes))
 assert main(changes) == 0

@@ -92,17 +92,18 @@ def _forward(model: Any, ids: Tensor, mask: Tensor, start: int, keep: list[int],
     device = next(model.parameters()).device
     kept = torch.tensor(keep, device=device)
     accepted = _parameters(type(model).forward)
+    kept_as = "cache" if "cache" in accepted else "past_key_values"  # its name in transformers before 5.20
     options: dict[str, Any] = {"attention_mask": mask.to(device), "use_cache": True}
     if "position_ids" in accepted:
         options["position_ids"] = torch.arange(start, start + ids.shape[1], device=device).expand_as(ids)
     if cache is not None:
-        options["past_key_values"] = cache
+        options[kept_as] = cache
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = kept
     with torch.inference_mode():
         out = model(input_ids=ids.to(device), **options)
     logits = out.logits if "logits_to_keep" in accepted else out.logits[:, kept]
-    left = getattr(out, "past_key_values", None)
+    left = getattr(out, kept_as, None)
     return logits, left if hasattr(left, "layers") and hasattr(left, "batch_repeat_interleave") else None
 
 

@@ -1,7 +1,7 @@
 """A Hugging Face model in this process: judge, reader, explainer or encoder without any server.
 
 Requests queue up for one thread, which takes all that it finds waiting and answers it batch by batch: what begins alike
-goes together (`interp.client.prefix`), answers that must be written go with others of the same limit.
+goes together (`interp.client.local.prefix`), answers that must be written go with others of the same limit.
 """
 
 import asyncio
