@@ -1,38 +1,222 @@
-"""The tree's order: sae knows neither interp nor cli, interp does not know cli, and help is instant."""
+"""Who may import whom, as rules over the source: lazy imports and those for types alone count like any other.
+
+CONTRIBUTING tells the same as a tree. A message says where, and why the rule is there.
+"""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "openai", "accelerate", "matplotlib")
+FLOORS = {
+    "sae": "base assets < kernels parallel text < lm selection encoders < coder stream untrusted"
+    " < formats objectives evaluation < loading < training",
+    "interp": "records < prompts client evidence < scoring < explainers < scorers < run < exchange view",
+}
+"""The rooms, from below; rooms of one floor do not know each other."""
+FLOOR = {
+    f"{package}.{room}": number
+    for package, floors in FLOORS.items()
+    for number, floor in enumerate(floors.split("<"))
+    for room in floor.split()
+}
+NEVER = {
+    ("sae", "interp cli"): "what trains and loads coders stands alone; explanations and commands are built on it",
+    ("interp", "cli sae.training"): "explaining starts from a coder, whoever trained it; only commands do both",
+    ("sae.lm sae.stream", "sae.coder"): "a language model is read by everything above it, and knows no coder",
+    ("interp.client", "interp.evidence"): "asking a model is the same whatever is asked about",
+    ("sae interp", "tests rigs"): "what is shipped does not need what tests it",
+}
+"""(who, what it never imports): why."""
+ALONE = {
+    "torch.distributed": ("sae.parallel", "one place knows of ranks, and everything else gives the same on any number"),
+    "openai": ("interp.client.remote", "one place pays, waits, and knows what a failure means"),
+    "transformers": ("sae.lm interp.client.local", "models change their interface; two places follow"),
+    "sae.untrusted": ("sae.untrusted sae.formats sae.loading cli", "bytes of strangers end where coders begin"),
+    "pickle dill joblib cloudpickle": ("", "a pickle runs what its writer likes"),
+}
+"""What: (who alone imports it, why)."""
+FAMILIES = ("sae.selection", "sae.encoders", "sae.objectives", "interp.explainers", "interp.scorers")
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("sae", "interp", "cli")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
 
 
-def imports(folder):
-    for path in (ROOT / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            for name in names:
-                yield path.relative_to(ROOT), name.split(".")[0]
+def operands(node: ast.Compare) -> list[ast.expr]:
+    return [node.left, *node.comparators]
 
 
-@pytest.mark.parametrize(("folder", "forbidden"), [("sae", {"interp", "cli", "tests"}), ("interp", {"cli", "tests"})])
-def test_lower_layers_do_not_import_higher_ones(folder, forbidden):
-    assert not [(str(path), name) for path, name in imports(folder) if name in forbidden]
+def under(name: str, prefixes: str) -> bool:
+    return any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes.split())
 
 
-def test_no_pickle_anywhere():
-    assert not [
-        (str(path), name)
-        for folder in ("sae", "interp", "cli")
-        for path, name in imports(folder)
-        if name in {"pickle", "dill", "joblib", "cloudpickle"}
-    ]
+def room(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def at(module: str, node: ast.AST) -> str:
+    return f"{MODULES[module].relative_to(ROOT)}:{node.lineno}"
+
+
+def imported(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yields (name in the file, what it names), of one import."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield alias.asname or alias.name, alias.name
+    elif isinstance(node, ast.ImportFrom):
+        for alias in node.names:
+            yield alias.asname or alias.name, f"{node.module}.{alias.name}"
+
+
+def imports(of_types: bool = True) -> Iterator[tuple[str, str, str]]:
+    """Yields (module, where, what it imports); `of_types` says whether those for type checkers alone are among them."""
+    for module, tree in TREES.items():
+        unseen = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+        skipped = {id(node) for block in unseen for node in ast.walk(block)} if not of_types else set()
+        for node in ast.walk(tree):
+            for _, name in imported(node):
+                if id(node) not in skipped:
+                    yield module, at(module, node), name
+
+
+def module_of(name: str) -> str:
+    """Returns the module of ours that a name is in, or is."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def upward() -> Iterator[str]:
+    for module, where, name in imports():
+        here, there = room(module), room(module_of(name))
+        known = here in FLOOR and there in FLOOR and here.split(".")[0] == there.split(".")[0]
+        if known and here != there and FLOOR[there] >= FLOOR[here]:
+            yield f"{where} imports {name}: a room knows lower floors alone, and {there} is not below {here}"
+
+
+def homeless() -> Iterator[str]:
+    for module in MODULES:
+        if not under(module, "cli") and module.count(".") and room(module) not in FLOOR:
+            yield f"{module}: is in no room; FLOORS says where each one stands"
+
+
+def forbidden() -> Iterator[str]:
+    for (who, what), why in NEVER.items():
+        yield from (f"{w} imports {name}: {why}" for m, w, name in imports() if under(m, who) and under(name, what))
+
+
+def strays() -> Iterator[str]:
+    for what, (who, why) in ALONE.items():
+        for module, where, name in imports(of_types=what not in ("torch.distributed", "openai", "transformers")):
+            if under(name, what) and not under(module, who):
+                yield f"{where} imports {name}, which only {who or 'nobody'} may: {why}"
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            used = isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed"
+            if used and not under(module, "sae.parallel"):
+                yield f"{at(module, node)} uses torch.distributed, which only sae.parallel may"
+
+
+def circles() -> Iterator[str]:
+    known: dict[str, set[str]] = {module: set() for module in MODULES}
+    for module, _, name in imports():
+        if module_of(name) not in ("", module):
+            known[module].add(module_of(name))
+    try:
+        TopologicalSorter(known).prepare()
+    except CycleError as error:
+        yield f"{' <- '.join(error.args[1])}: of two modules that import each other neither is read or changed alone"
+
+
+def type_tests() -> Iterator[str]:
+    for module, tree in TREES.items():
+        names = {name: full for node in ast.walk(tree) for name, full in imported(node)}
+        for node in ast.walk(tree):
+            tested: list[ast.expr] = []
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+                tested = node.args[1:]
+            elif isinstance(node, ast.Compare) and any(
+                isinstance(n, ast.Call) and ast.unparse(n.func) == "type" for n in operands(node)
+            ):
+                tested = operands(node)
+            elif isinstance(node, ast.MatchClass):
+                tested = [node.cls]
+            for kind in (kind for test in tested for kind in getattr(test, "elts", [test])):
+                first, _, rest = ast.unparse(kind).partition(".")
+                full = f"{names.get(first, '')}.{rest}".strip(".")
+                for family in FAMILIES:
+                    if under(full, family) and not under(module, f"{family} sae.formats"):
+                        yield f"{at(module, node)} asks whether something is {full}: a plug-in answers that itself"
+
+
+def renames() -> Iterator[str]:
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and module != "sae.base.files":
+                of_path = node.func.attr == "replace" and len(node.args) == 1 and not node.keywords
+                if of_path or node.func.attr == "rename" or ast.unparse(node.func) in ("os.replace", "shutil.move"):
+                    yield f"{at(module, node)} renames a file: base/files.py alone does, where flushing is right"
+
+
+def long() -> Iterator[str]:
+    for module, path in MODULES.items():
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > 400:
+            yield f"{module} has {lines} lines: none has over 400, as one reading holds no more"
+
+
+def helpers() -> Iterator[str]:
+    for module, tree in TREES.items():
+        family = module.rpartition(".")[0]
+        name = module.rpartition(".")[2]
+        if family in FAMILIES and not name.startswith("_") and "register_subclass" not in ast.unparse(tree):
+            yield f"{module} is no plug-in: its folder holds those alone, and the names of helpers begin with _"
+
+
+ELSEWHERE = {"contracts", "faults", "distributed", "docs", "gpu", "golden", "make", "benchmarks", "rigs"}
+"""Folders of tests that go by something else than a module."""
+MIRRORLESS = {
+    "cli/test_fields.py": "every field of a run, whichever module reads it",
+    "cli/test_from_the_hub.py": "a whole run against a hub",
+    "cli/test_quickstart_run.py": "the main command as typed on a fresh machine",
+    "formats/test_one_format_each_openmoss.py": "one release each, from config to latents",
+    "formats/test_one_format_each_pickles.py": "one release each, from config to latents",
+    "formats/test_one_format_each_transcoders.py": "one release each, from config to latents",
+    "lm/test_transformerlens_names.py": "names of sae.lm.sites, in each model that they are of",
+    "run/test_planted.py": "known latents through scorers and what scores them",
+    "run/test_planted_end_to_end.py": "known latents through all of interp",
+    "training/test_families.py": "each family of coders through all of training",
+    "training/test_scaling.py": "a law, in runs of many sizes",
+}
+"""Tests of no module by itself: what they are of."""
+
+
+def mirrors() -> Iterator[str]:
+    for path in sorted((ROOT / "tests").glob("**/test_*.py")):
+        folder, name = path.parent.name, path.stem.removeprefix("test_")
+        packages = "cli" if folder == "cli" else f"sae.{folder} interp.{folder}"
+        if folder in ELSEWHERE or f"{folder}/{path.name}" in MIRRORLESS:
+            continue
+        if not any(under(m, packages) and m.endswith(f".{name}") for m in MODULES):
+            yield f"tests/{folder}/{path.name} mirrors no module of that name; MIRRORLESS says why one may"
+
+
+RULES = [homeless, forbidden, renames, helpers]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_room_keeps_its_promise(rule):
+    broken = list(rule())
+    assert not broken, "\n".join(broken)
 
 
 @pytest.mark.parametrize("module", ["cli.train", "cli.evaluate", "cli.explain", "cli.load"])
