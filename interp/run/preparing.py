@@ -29,6 +29,8 @@ from sae.base.errors import ConfigError
 from sae.base.files import write_json
 from sae.base.progress import Progress
 from sae.base.seeding import generator
+from sae.coder.spec import RELEASED
+from sae.coder.splicing import with_special_tokens_masked
 from sae.evaluation.evaluation import text_of
 from sae.lm.models import load_language_model, load_tokenizer, resolve_device
 from sae.loading import hub
@@ -147,8 +149,9 @@ def read_from(
     """Returns the coder (or its baseline) with its language model, the text of a resolved config, and its codes."""
     coder = hub.read(coder_place(config), resolve_device(config.model.device))
     options = {**vars(config.model), "trust_remote_code": trust_remote_code}
-    if hub.RELEASED in coder.spec.training:
-        coder = hub.fitted(coder, load_tokenizer(config.model.name, config.model.revision, trust_remote_code))
+    if RELEASED in coder.spec.training:
+        tokenizer = load_tokenizer(config.model.name, config.model.revision, trust_remote_code)
+        coder = with_special_tokens_masked(coder, tokenizer)
     subject, tokens = Subject(coder, lambda: load_language_model(**options)), config.evidence.tokens or TOKENS
     if config.evidence.cache:
         cache = DelphiCache(Path(config.evidence.cache).expanduser(), coder.spec.mask)

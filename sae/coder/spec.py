@@ -32,6 +32,7 @@ DECODER_NORMS = ("unit", "free")
 BUDGETS = ("block", "shared")
 ENCODERS = ("linear", "glu", "matching_pursuit")
 WIDEST = 2**30
+RELEASED = "released"  # of `CoderSpec.training`: where a coder that was not trained here comes from
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 with splice(lm.model, coder): logits = lm.model(tokens).logits
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,10 +15,26 @@ from torch import Tensor, nn
 
 from sae.base.errors import ConfigError
 from sae.coder.coder import SparseCoder
-from sae.coder.spec import CoderSpec
+from sae.coder.spec import RELEASED, CoderSpec
 from sae.lm.hooks import hooked
 from sae.lm.intervene import _of, replace_at
 from sae.lm.site import Site
+from sae.text.tokenizing import special_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def with_special_tokens_masked(coder: SparseCoder, tokenizer: "PreTrainedTokenizerBase") -> SparseCoder:
+    """Returns a coder of others, which does not say what it masked, with the special tokens of its model masked.
+
+    A coder trained here says it, and comes back as it is; the tensors are shared.
+    """
+    if RELEASED not in coder.spec.training or coder.spec.mask.special_ids:
+        return coder
+    masked = copy.copy(coder)
+    masked.spec = coder.spec.with_(mask=replace(coder.spec.mask, special_ids=tuple(sorted(special_ids(tokenizer)))))
+    return masked
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from sae.base.progress import Progress
 from sae.base.settings import decode
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
-from sae.coder.splicing import reads_ahead, splice
+from sae.coder.splicing import reads_ahead, splice, with_special_tokens_masked
 from sae.evaluation.metrics import Moments, Reconstruction, head_shares, kl_divergence, recovered
 from sae.evaluation.nulls import null_fvus
 from sae.lm.hooks import capture, capture_with_gradients, hooked, model_inputs, next_token_losses, of_model, widths
@@ -29,7 +29,6 @@ from sae.lm.intervene import ablate
 from sae.lm.masking import counted, norm_mask, token_mask
 from sae.lm.models import LanguageModel, load_language_model
 from sae.lm.site import SECOND, Site, columns_of
-from sae.loading.hub import fitted
 from sae.text.tokenizing import TextConfig, TokenRows, tokenize
 
 PASS_LOGITS = 2**25  # most logits held at once, per copy: 128 MiB
@@ -64,7 +63,7 @@ def evaluate(
     spec = next(iter(several.values())).spec
     device = next(iter(several.values())).W_enc.device
     lm = lm or load_language_model(spec.reads[0].model, spec.reads[0].revision, device=str(device))
-    several = {name: fitted(coder, lm.tokenizer) for name, coder in several.items()}
+    several = {name: with_special_tokens_masked(coder, lm.tokenizer) for name, coder in several.items()}
     models = {"": lm}
     tagged = [site for coder in several.values() for site in coder.spec.reads if site.tag]
     if tagged:

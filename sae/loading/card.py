@@ -9,11 +9,10 @@ from typing import Any
 from sae.base.errors import ConfigError
 from sae.base.files import atomic_write, safe_join
 from sae.coder.coder import SparseCoder
-from sae.coder.spec import CoderSpec
+from sae.coder.spec import RELEASED, CoderSpec
 from sae.evaluation.tables import table
 from sae.formats import native
 from sae.lm.site import Site
-from sae.loading.hub import RELEASED
 
 LIBRARY = "sae-interp"
 Rows = list[tuple[str, str]]

@@ -4,7 +4,6 @@ An address is a folder or weight file, "owner/repo" on the hub with a path below
 is known: SAELens' "release/sae_id" and Neuronpedia's "model/source" (`sae/loading/releases.py`).
 """
 
-import copy
 import math
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -16,18 +15,14 @@ from torch import Tensor
 from sae import formats
 from sae.base.errors import ConfigError, DataError, nearest
 from sae.coder.coder import SparseCoder
-from sae.coder.spec import CoderSpec
+from sae.coder.spec import RELEASED, CoderSpec
 from sae.formats import native
 from sae.loading.remote import HubFiles
-from sae.text.tokenizing import special_ids
 from sae.untrusted.places import Files, Hints, LocalFiles, Place, finite
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from sae.loading.releases import Release
 
-RELEASED = "released"  # of `spec.training`: where a coder that was not trained here comes from
 NEEDED = ("scale", "pre_bias", "processed", "normalization")  # hints that are refused where they are not needed
 MOST_OPENED = 16  # files beside each other that are looked into to tell which of them is a coder
 WORDS: dict[str, Any] = {"scale": (int, float, tuple), "processed": bool}  # what hints are, if not text
@@ -74,18 +69,6 @@ def pick(
         if len(fitting) == 1 and fitting[0] in found:
             return found[fitting[0]]
     raise ConfigError(f"name: no {name!r} in {path}.{nearest(name, found)} It has: {', '.join(found) or 'no coder'}")
-
-
-def fitted(coder: SparseCoder, tokenizer: "PreTrainedTokenizerBase") -> SparseCoder:
-    """Returns a coder of others, which does not say what it masked, with the special tokens of its model masked.
-
-    A coder trained here says it, and comes back as it is; the tensors are shared.
-    """
-    if RELEASED not in coder.spec.training or coder.spec.mask.special_ids:
-        return coder
-    fitted = copy.copy(coder)
-    fitted.spec = coder.spec.with_(mask=replace(coder.spec.mask, special_ids=tuple(sorted(special_ids(tokenizer)))))
-    return fitted
 
 
 def load_all(
