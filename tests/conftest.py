@@ -1,10 +1,13 @@
 """Shared set-up: shapes in signatures are checked while tests run, the network is closed, randomness is seeded."""
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for _threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # of every process: on tensors so small more threads only wait
+    os.environ.setdefault(_threads, "1")
 os.environ.setdefault("MPLCONFIGDIR", os.path.join(os.environ.get("TMPDIR", "/tmp"), "matplotlib"))
 
 from jaxtyping import install_import_hook
@@ -24,8 +27,17 @@ install_import_hook(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
-torch.set_num_threads(1)  # on tensors as small as these, more only wait for one another
+torch.set_num_threads(1)
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Returns how many processes run the tests: one a core, eight at most; none where one file is asked for."""
+    files = [Path(argument.split("::")[0]) for argument in config.args]
+    return 0 if len(files) == 1 and files[0].is_file() else min(8, len(os.sched_getaffinity(0)))
 
 
 @pytest.fixture(autouse=True)

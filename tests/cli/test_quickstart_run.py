@@ -13,7 +13,7 @@ from sae.lm.hooks import capture
 from sae.lm.masking import token_mask
 from sae.text.tokenizing import tokenize
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def be_late(patch) -> None:
     """Has the second rank look at what is done when the first has long begun, unless that waits."""
     if collectives.rank() == 1:
         for name in ("load_tensors", "_take_in"):
-            slow(patch, interp.evidence, name)
+            slow(patch, interp.evidence.first_pass, name)
         slow(patch, interp.evidence.second_pass, "ShardWriter")
 
 

@@ -43,7 +43,7 @@ def runs(request, tmp_path, tiny_model, tiny_text):
             Child(tmp_path / "log" / f"{name}-{rank}.txt", partial(sae_train, argv, first), environment)
             for rank, environment in enumerate(environments)
         ]
-        codes = [child.wait(100) for child in made]
+        codes = [child.wait() for child in made]
         return codes, "".join(child.output for child in made)
 
     run.folder = tmp_path

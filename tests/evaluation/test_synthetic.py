@@ -58,12 +58,11 @@ def trained(tmp_path, seed, *families):
     """Returns the scores of coders trained by the benchmark, in a process without this one's checks of every shape."""
     out = tmp_path / "scores.json"
     command = [sys.executable, str(BENCHMARK), *families, "--seeds", str(seed), "--json", str(out)]
-    subprocess.run(command, check=True, timeout=850)
+    subprocess.run(command, check=True, timeout=1700)
     return {label: by_seed[str(seed)] for label, by_seed in json.loads(out.read_text()).items()}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_batch_wide_rules_on_heavy_tailed_data(tmp_path, seed):
     """Mutual Choice beats TopK. Feature Choice leaves no latent dead under thresholds on fresh tokens; phased training
@@ -83,7 +82,6 @@ def test_batch_wide_rules_on_heavy_tailed_data(tmp_path, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_gradient_selection_leaves_fewer_latents_dead(tmp_path, seed):
     """At beta 0.5 with gradients at inference, as in training, and at beta 2 without them too."""
@@ -94,7 +92,6 @@ def test_gradient_selection_leaves_fewer_latents_dead(tmp_path, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_without_the_heavy_tail_mutual_choice_gains_little(tmp_path):
     found = trained(tmp_path, 0, "topk, no heavy tail", "mutual, no heavy tail")
     assert found["mutual, no heavy tail"]["fvu"] > 0.93 * found["topk, no heavy tail"]["fvu"]

@@ -98,7 +98,7 @@ def test_the_largest_value_of_a_cell_is_its_place(tmp_path, rows):
 def test_other_blocks_in_another_order_give_the_same_bits(tmp_path, rows, monkeypatch):
     found = gather(PlantedCodes(rows), rows, tmp_path / "run", SIZES)
     shuffled = np.random.default_rng(0).permutation(rows.kept)
-    monkeypatch.setattr(interp.evidence, "blocks", lambda corpus, of: np.array_split(shuffled, 23))
+    monkeypatch.setattr(interp.evidence.first_pass, "blocks", lambda corpus, of: np.array_split(shuffled, 23))
     states_equal(gather(PlantedCodes(rows), rows, tmp_path / "other", SIZES), found)
 
 
@@ -114,7 +114,7 @@ def test_blocks_hold_every_row_once_and_are_bounded(rows, monkeypatch):
 
 @pytest.mark.parametrize("save_every_s", [0.0, 1e9])
 def test_stopped_again_and_again_it_ends_with_the_same_bits(tmp_path, rows, monkeypatch, save_every_s):
-    monkeypatch.setattr(interp.evidence, "SAVE_EVERY_S", save_every_s)
+    monkeypatch.setattr(interp.evidence.first_pass, "SAVE_EVERY_S", save_every_s)
     seen = calls_of(monkeypatch)
     stops = 0
     for _ in range(100):
@@ -300,9 +300,9 @@ def test_coders_that_cannot_be_read_are_refused(rows):
 
 
 def test_more_places_than_can_be_told_apart_are_refused(tmp_path, rows, monkeypatch):
-    monkeypatch.setattr(interp.evidence, "POSITIONS", rows.n_rows * rows.context_length)
+    monkeypatch.setattr(interp.evidence.first_pass, "POSITIONS", rows.n_rows * rows.context_length)
     gather(PlantedCodes(rows), rows, tmp_path / "run", SIZES)
-    monkeypatch.setattr(interp.evidence, "POSITIONS", rows.n_rows * rows.context_length - 1)
+    monkeypatch.setattr(interp.evidence.first_pass, "POSITIONS", rows.n_rows * rows.context_length - 1)
     with pytest.raises(ConfigError, match=r"evidence.tokens: .* places"):
         gather(PlantedCodes(rows), rows, tmp_path / "other", SIZES)
 

@@ -24,7 +24,7 @@ LOCALES = Path("/usr/share/i18n/locales/de_DE")
 
 def run_python(code: str, *arguments: object, **changes: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env={**os.environ, **changes}, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env={**os.environ, **changes}, capture_output=True, text=True, timeout=900)
 
 
 # Row 36

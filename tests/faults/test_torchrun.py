@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from rigs.children import wait_until
+from rigs.children import PATIENCE_S, wait_until
 from rigs.fakes import tiny_config
 from rigs.runs import assert_equal, checkpoints, lines
 
@@ -39,16 +39,15 @@ def kill(launcher: subprocess.Popen) -> None:
     if launcher.poll() is None:
         for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
             process.kill()
-    launcher.wait(30)
+    launcher.wait(PATIENCE_S)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_killed_and_stopped_under_torchrun_equals_undisturbed(torchrun, tmp_path, tiny_model, tiny_text):
     config, log = tmp_path / "config.yaml", tmp_path / "log.txt"
     config.write_text(to_yaml(tiny_config(tiny_model, tiny_text, CHANGES)), encoding="utf-8")
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert torchrun(log, "--config", config, "--run-dir", whole).wait(120) == 0, log.read_text()
+    assert torchrun(log, "--config", config, "--run-dir", whole).wait(PATIENCE_S) == 0, log.read_text()
 
     def beyond(step: int) -> Callable[[], bool]:
         return lambda: (run / "metrics.jsonl").exists() and len(lines(run)) > step
@@ -62,10 +61,10 @@ def test_killed_and_stopped_under_torchrun_equals_undisturbed(torchrun, tmp_path
     stopped = torchrun(log, "--resume", run)
     wait_until(beyond(draw.randrange(150, 300)), lambda: stopped.poll() is None, log)
     stopped.send_signal(signal.SIGTERM)
-    assert stopped.wait(60) != 0
+    assert stopped.wait(PATIENCE_S) != 0
     step = checkpoints(run)[-1]
     assert f"stopped at step {step} of 400, checkpoint written; continue with --resume {run}" in log.read_text()
     assert len(lines(run)) == step
 
-    assert torchrun(log, "--resume", run).wait(120) == 0, log.read_text()
+    assert torchrun(log, "--resume", run).wait(PATIENCE_S) == 0, log.read_text()
     assert_equal(run, whole)

@@ -6,6 +6,7 @@ They are forked from a server that has everything imported already, so that a st
 import contextlib
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import time
@@ -15,6 +16,8 @@ from types import SimpleNamespace
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["cli.train", "sae.training.run", "transformers.models.llama.modeling_llama"])
+PATIENCE_S = 900.0
+"""How long to wait for what must come: it ends what hangs, and no machine is so busy that it takes as long."""
 
 
 class Child:
@@ -31,7 +34,7 @@ class Child:
         with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
             os.kill(self.process.pid, number)
 
-    def wait(self, timeout_s: float = 60) -> int:
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
         """Returns the exit code, the negative number of the signal that ended it."""
         self.process.join(timeout_s)
         if self.process.exitcode is None:
@@ -39,7 +42,7 @@ class Child:
             raise AssertionError(f"still running after {timeout_s} s:\n{self.output}")
         return self.process.exitcode
 
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
         """Waits until the condition holds; the child must live until then."""
         wait_until(condition, self.process.is_alive, self.log, timeout_s)
 
@@ -48,7 +51,7 @@ class Child:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
 
-def wait_until(condition: Callable[[], bool], alive: Callable[[], bool], log: Path, timeout_s: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], alive: Callable[[], bool], log: Path, timeout_s: float = PATIENCE_S) -> None:
     """Waits until a condition holds, which must be before whoever brings it about has ended."""
     end = time.monotonic() + timeout_s
     while not condition():
@@ -59,11 +62,17 @@ def wait_until(condition: Callable[[], bool], alive: Callable[[], bool], log: Pa
 
 def ranks(n: int) -> list[dict[str, str]]:
     """Returns the environment of every rank, as torchrun sets it."""
-    with contextlib.closing(socket.socket()) as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
+
+
+def free_port() -> int:
+    """Returns a port that nothing listens on, from a range in which the system takes none for other connections."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.closing(socket.socket()) as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def sae_train(argv: list[str], first: Callable[[], object] | None = None) -> int:

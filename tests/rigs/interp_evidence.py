@@ -177,8 +177,8 @@ def passes(source: Path, folder: Path, first: Any = None, latents: tuple[int, ..
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, process_group():
         patch.setattr(interp.evidence.codes, "BLOCK_TOKENS", 512)
-        patch.setattr(interp.evidence, "SAVE_EVERY_S", 0.0)
-        patch.setattr(interp.evidence, "SAVING_SHARE", 1e9)
+        patch.setattr(interp.evidence.first_pass, "SAVE_EVERY_S", 0.0)
+        patch.setattr(interp.evidence.first_pass, "SAVING_SHARE", 1e9)
         patch.setattr(interp.evidence.second_pass, "SHARD_BLOCKS", 2)
         stopped = first(patch) if first else None
         try:

@@ -122,7 +122,7 @@ def test_guessing_is_the_null_of_what_needs_no_explanation(coder, prepared, tmp_
 def few_are_enough(monkeypatch):
     """Takes ten latents for enough for a null: of the tiny coder's, about half have too few examples."""
     for module in ("pipeline", "results"):
-        monkeypatch.setattr(f"interp.{module}.FEWEST_FOR_NULL", 10)
+        monkeypatch.setattr(f"interp.run.{module}.FEWEST_FOR_NULL", 10)
 
 
 @pytest.mark.parametrize("most", [200, 16])

@@ -25,7 +25,6 @@ print(json.dumps({"estimated": found.peak_memory, "peak": peak, "disk": found.di
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_memory_and_disk_of_a_real_run(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", CODE, *CHANGES], cwd=tmp_path, capture_output=True, text=True, check=True

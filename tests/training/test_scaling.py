@@ -13,7 +13,6 @@ KS, WIDTHS = (4, 8, 16, 32), (64, 128, 256, 512)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_log_fvu_falls_with_log_k_and_with_log_n(tmp_path):
     coders = {f"k={k}": {"d_sae": 256, "selection": {"type": "topk", "k": k}} for k in KS}
     coders |= {f"n={n}": {"d_sae": n, "selection": {"type": "topk", "k": 16}} for n in WIDTHS}
