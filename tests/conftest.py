@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-for _threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # of every process: on tensors so small more threads only wait
-    os.environ.setdefault(_threads, "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of every process: on tensors so small more only wait for one another
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("MPLCONFIGDIR", os.path.join(os.environ.get("TMPDIR", "/tmp"), "matplotlib"))
 
 from jaxtyping import install_import_hook

@@ -34,29 +34,29 @@ class Child:
         with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
             os.kill(self.process.pid, number)
 
-    def wait(self, timeout_s: float = PATIENCE_S) -> int:
+    def wait(self) -> int:
         """Returns the exit code, the negative number of the signal that ended it."""
-        self.process.join(timeout_s)
+        self.process.join(PATIENCE_S)
         if self.process.exitcode is None:
             self.process.kill()
-            raise AssertionError(f"still running after {timeout_s} s:\n{self.output}")
+            raise AssertionError(f"still running after {PATIENCE_S:g} s:\n{self.output}")
         return self.process.exitcode
 
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
+    def wait_for(self, condition: Callable[[], bool]) -> None:
         """Waits until the condition holds; the child must live until then."""
-        wait_until(condition, self.process.is_alive, self.log, timeout_s)
+        wait_until(condition, self.process.is_alive, self.log)
 
     @property
     def output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
 
-def wait_until(condition: Callable[[], bool], alive: Callable[[], bool], log: Path, timeout_s: float = PATIENCE_S) -> None:
+def wait_until(condition: Callable[[], bool], alive: Callable[[], bool], log: Path) -> None:
     """Waits until a condition holds, which must be before whoever brings it about has ended."""
-    end = time.monotonic() + timeout_s
+    end = time.monotonic() + PATIENCE_S
     while not condition():
         assert alive(), f"ended early:\n{log.read_text(errors='replace')}"
-        assert time.monotonic() < end, f"waited {timeout_s} s in vain:\n{log.read_text(errors='replace')}"
+        assert time.monotonic() < end, f"waited {PATIENCE_S:g} s in vain:\n{log.read_text(errors='replace')}"
         time.sleep(0.005)
 
 
