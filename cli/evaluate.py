@@ -36,6 +36,7 @@ def command(argv: list[str]) -> int:
         raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
 
     from sae.base.files import check_writable, write_json
+    from sae.base.progress import Watch
     from sae.evaluation.evaluation import evaluate, text_of
     from sae.lm.models import ModelConfig, load_language_model
     from sae.loading import hub
@@ -74,7 +75,7 @@ def command(argv: list[str]) -> int:
         load = partial(load_language_model, trust_remote_code=options.trust_remote_code)
         lm = load(**vars(config.model))
         second = load(**vars(config.second_model)) if config.second_model.name else None
-        text = tokenize(config.text, lm.tokenizer, lm.source(), should_stop=stop, repair=options.repair)
+        text = tokenize(config.text, lm.tokenizer, lm.source(), Watch(stop, repair=options.repair))
         coders = {name: coder.to(lm.device) for name, coder in coders.items()}
         found = evaluate(coders, lm, text.held_out, options.tokens, options.nulls, stop, second)
     print_tables(found)

@@ -19,8 +19,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from interp.records import SPLITS
-from sae.base.errors import ConfigError, Stopped
+from sae.base.errors import ConfigError
 from sae.base.files import cache_dir, made_once
+from sae.base.progress import Watch
 from sae.base.seeding import uniform
 from sae.base.store import Shards, ShardWriter, fingerprint_key
 from sae.text.documents import TextConfig, documents
@@ -148,7 +149,8 @@ def split_rows(
     """Returns the rows of a source with their split; see `corpus`."""
     full = {**source.fingerprint, "tokens": tokens, "version": VERSION}
     folder = cache_dir() / "corpora" / fingerprint_key(full)
-    made_once(folder, lambda draft: _fill(draft, full, source, tokens, should_stop, progress), should_stop, repair)
+    watch = Watch(should_stop, progress, repair)
+    made_once(folder, lambda draft: _fill(draft, full, source, tokens, watch), watch)
     return Corpus(folder, full)
 
 
@@ -157,8 +159,7 @@ def _fill(
     fingerprint: dict[str, Any],
     source: Source,
     tokens: int,
-    should_stop: Callable[[], bool],
-    progress: Callable[[int], None],
+    watch: Watch,
 ) -> None:
     writer = ShardWriter(folder / TOKENS, TOKENS, fingerprint)
     bos, per_shard = source.bos, max(1, SHARD_TOKENS // source.context_length)
@@ -191,9 +192,8 @@ def _fill(
         counts["tokens"] += len(ids)
         flush(per_shard)
         if len(lengths) % 64 == 0:
-            progress(counts["tokens"])
-            if should_stop():
-                raise Stopped("while tokenizing")
+            watch.progress(counts["tokens"])
+            watch.poll("while tokenizing")
         if counts["tokens"] >= tokens:
             break
     flush(1)

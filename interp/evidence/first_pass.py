@@ -26,7 +26,7 @@ from interp.evidence.corpus import Corpus
 from interp.evidence.tally import Evidence, Sizes, Tally
 from sae.base.errors import ConfigError, DataError, Stopped
 from sae.base.files import FolderLock, load_tensors, read_json, remove_stale, save_tensors, write_json
-from sae.base.progress import Progress
+from sae.base.progress import Progress, Watch
 from sae.base.store import Shards, ShardWriter, repair
 from sae.parallel import collectives
 
@@ -143,7 +143,7 @@ def alone(folder: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
     with ExitStack() as held:
         with collectives.together():
             if collectives.rank() == 0:
-                held.enter_context(FolderLock(folder, should_stop))
+                held.enter_context(FolderLock(folder, Watch(should_stop)))
                 remove_stale(folder)
         yield
 

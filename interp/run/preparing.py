@@ -35,7 +35,7 @@ from sae.evaluation.evaluation import text_of
 from sae.lm.models import load_language_model, load_tokenizer, resolve_device
 from sae.loading import hub
 from sae.parallel import collectives
-from sae.text.tokenizing import TextConfig
+from sae.text.documents import TextConfig
 from sae.untrusted.places import Place
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae.base.errors import ConfigError, DataError, Stopped
+from sae.base.errors import ConfigError, DataError
+from sae.base.progress import Watch
 
 log = logging.getLogger(__name__)
 
@@ -161,20 +162,19 @@ def publish(folder: Path | str) -> Iterator[Path]:
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def made_once(folder: Path, fill: Callable[[Path], Any], should_stop: Callable[[], bool], repair: bool = False) -> None:
+def made_once(folder: Path, fill: Callable[[Path], Any], watch: Watch) -> None:
     """Has `folder` made by `fill(draft)` unless it is whole already; another process that makes it is waited for.
 
-    With `repair`, a folder that is there is verified, and made again if it is damaged. Stopped if asked to stop while
-    waiting; whatever `fill` raises leaves nothing behind.
+    Stopped if asked to stop while waiting; whatever `fill` raises leaves nothing behind.
     """
-    if repair and folder.exists():
+    if watch.repair and folder.exists():
         try:
             verify(folder)
         except DataError as error:
             log.warning("made again: %s", error)
             shutil.rmtree(folder)
     if not is_complete(folder):
-        with FolderLock(folder.parent / ".locks" / folder.name, should_stop):
+        with FolderLock(folder.parent / ".locks" / folder.name, watch):
             remove_stale(folder.parent)
             if not is_complete(folder):
                 with publish(folder) as draft:
@@ -214,11 +214,11 @@ class FolderLock:
     """Holds a folder for one process at a time, inside a `with` block; a crash of the holder frees it.
 
     The folder is made if need be; ConfigError if it cannot be written to. A second holder gets a ConfigError at once,
-    with the first one's process id and start; given `should_stop`, it waits, and raises Stopped when that turns true.
+    with the first one's process id and start; given a watch, it waits, and raises Stopped when asked to stop.
     """
 
-    def __init__(self, folder: Path | str, should_stop: Callable[[], bool] | None = None) -> None:
-        self.folder, self.should_stop = Path(folder), should_stop
+    def __init__(self, folder: Path | str, watch: Watch | None = None) -> None:
+        self.folder, self.watch = Path(folder), watch
 
     def __enter__(self) -> "FolderLock":
         try:
@@ -228,10 +228,9 @@ class FolderLock:
             raise ConfigError(f"cannot write to {self.folder}: {error.strerror}; choose another folder") from error
         try:  # the lock is the kernel's; what its file says is only there to name the holder
             while not self._try():
-                if self.should_stop is None:
+                if self.watch is None:
                     raise ConfigError(f"{self.folder} is in use by {self._holder()}; wait for it or use another folder")
-                if self.should_stop():
-                    raise Stopped(f"while waiting for {self._holder()}, which uses {self.folder}")
+                self.watch.poll(f"while waiting for {self._holder()}, which uses {self.folder}")
                 time.sleep(0.2)
             command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
             started = datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,17 +1,42 @@
-"""Progress: a bar on a terminal, a line every few seconds elsewhere (a Slurm log); metrics to a tracker if asked."""
+"""Progress: a bar on a terminal, a line every few seconds elsewhere (a Slurm log); metrics to a tracker if asked.
+
+And how whoever asked for long work watches it.
+"""
 
 import importlib
 import logging
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
-from sae.base.errors import ConfigError
+from sae.base.errors import ConfigError, Stopped
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What long work takes from whoever asked for it."""
+
+    should_stop: Callable[[], bool] = lambda: False
+    """Polled; once it returns true, the work ends with Stopped."""
+    progress: Callable[[int], None] = lambda n: None
+    """Called with how far the work is."""
+    repair: bool = False
+    """Whether what is stored is verified, and made again if it is damaged."""
+
+    def poll(self, doing: str) -> None:
+        """Raises Stopped, saying during what, when asked to stop."""
+        if self.should_stop():
+            raise Stopped(doing)
+
+
+UNWATCHED = Watch()
 
 
 class Progress:

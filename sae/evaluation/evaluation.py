@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.base.errors import ConfigError, Stopped
-from sae.base.progress import Progress
+from sae.base.errors import ConfigError
+from sae.base.progress import Progress, Watch
 from sae.base.settings import decode
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
@@ -29,7 +29,8 @@ from sae.lm.intervene import ablate
 from sae.lm.masking import counted, norm_mask, token_mask
 from sae.lm.models import LanguageModel, load_language_model
 from sae.lm.site import SECOND, Site, columns_of
-from sae.text.tokenizing import TextConfig, TokenRows, tokenize
+from sae.text.documents import TextConfig
+from sae.text.tokenizing import TokenRows, tokenize
 
 PASS_LOGITS = 2**25  # most logits held at once, per copy: 128 MiB
 GRADIENT_MODE = " (with gradients)"
@@ -56,7 +57,7 @@ def evaluate(
     (autoencoders of the same sites in this evaluation), and `with_gradients`, labeled: all figures again, with
     gradients at inference. Units: nats per token.
     """
-    several = coders if isinstance(coders, dict) else {"": coders}
+    several, watch = coders if isinstance(coders, dict) else {"": coders}, Watch(should_stop)
     for name, coder in several.items():
         if not coder.spec.reads or not coder.spec.writes:
             raise ConfigError(f"coder {name}: its spec names no site to read; set spec.reads and spec.writes")
@@ -69,7 +70,7 @@ def evaluate(
     if tagged:
         models[SECOND] = second or load_language_model(tagged[0].model, tagged[0].revision, device=str(device))
     _check_widths(several, models)
-    rows = rows or tokenize(text_of(spec), lm.tokenizer, lm.source(), should_stop).held_out
+    rows = rows or tokenize(text_of(spec), lm.tokenizer, lm.source(), watch).held_out
     modes = _modes(several)
     n_rows = min(rows.n_rows, max(1, -(-tokens // rows.context_length)))
     size = rows_per_pass(rows.context_length, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
@@ -79,8 +80,7 @@ def evaluate(
     progress = Progress("evaluating", len(batches) * (1 + sum(map(len, causal.values()))), "passes")
 
     def advance() -> None:
-        if should_stop():
-            raise Stopped("during evaluation")
+        watch.poll("during evaluation")
         progress.update(progress.n + 1)
 
     with torch.no_grad(), contextlib.closing(progress):

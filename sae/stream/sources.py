@@ -4,7 +4,6 @@ Everything is read in blocks: block b is a fixed set of `block_rows` rows of tex
 holds the activations of its unmasked tokens. A block is the same whether it is computed now or read from disk.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sae.base.errors import Stopped
+from sae.base.progress import Watch
 from sae.base.seeding import generator
 from sae.base.store import Shards, ShardWriter
 from sae.lm.hooks import capture, capture_with_gradients, of_model
@@ -119,14 +118,13 @@ class CachedSource:
         """Takes in what other ranks have stored."""
         self.stored.reload()
 
-    def fill(self, blocks: range, should_stop: Callable[[], bool], progress: Callable[[int], None]) -> None:
+    def fill(self, blocks: range, watch: Watch) -> None:
         """Stores all of `blocks`; raises Stopped between two of them when asked to."""
         for block in blocks:
-            if should_stop():
-                raise Stopped("while storing activations")
+            watch.poll("while storing activations")
             if block not in self.stored:
                 self.read(block)
-            progress(block)
+            watch.progress(block)
 
 
 def _block(stored: dict[str, Tensor]) -> Block:

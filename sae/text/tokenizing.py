@@ -7,33 +7,23 @@ there: the folder's name is a hash of all that, and it takes its name only when 
 
 import hashlib
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-
-from sae.base.errors import ConfigError
-from sae.base.files import cache_dir
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sae.base.errors import Stopped
-from sae.base.files import made_once
+from sae.base.errors import ConfigError
+from sae.base.files import cache_dir, made_once
+from sae.base.progress import UNWATCHED, Watch
 from sae.base.seeding import uniform
 from sae.base.store import Shards, ShardWriter, fingerprint_key
 from sae.text.documents import TextConfig, documents, identity
@@ -41,8 +31,6 @@ from sae.text.packing import Packer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["TextConfig", "TokenRows", "TokenizedText", "documents", "encode", "is_held_out", "special_ids", "tokenize"]
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +92,7 @@ def tokenize(
     config: TextConfig,
     tokenizer: "PreTrainedTokenizerBase",
     fingerprint: dict[str, Any],
-    should_stop: Callable[[], bool] = lambda: False,
-    progress: Callable[[int], None] = lambda n: None,
-    repair: bool = False,
+    watch: Watch = UNWATCHED,
 ) -> TokenizedText:
     """Returns the rows of a text, tokenized now or read from the cache below `cache_dir()/tokens`.
 
@@ -117,9 +103,7 @@ def tokenize(
         config: which text, and how it becomes rows.
         tokenizer: any tokenizer of transformers; it may lack BOS, EOS and PAD.
         fingerprint: which model it belongs to: whatever else must be equal for rows to be reused.
-        should_stop: polled between batches; Stopped is raised, with nothing kept, once it returns true.
-        progress: called with the number of tokens so far.
-        repair: whether cached rows are verified, and made again if they are damaged.
+        watch: polled between batches, told the number of tokens so far; where it is stopped, nothing is kept.
 
     Raises ConfigError if the text gives no row, or none to hold out; DataError if the cached rows are damaged.
     """
@@ -127,7 +111,7 @@ def tokenize(
     full = {**fingerprint, **made_from(config, tokenizer), "version": VERSION}
     key = fingerprint_key(full)
     folder = cache_dir() / "tokens" / key
-    made_once(folder, lambda draft: _fill(draft, full, config, tokenizer, should_stop, progress), should_stop, repair)
+    made_once(folder, lambda draft: _fill(draft, full, config, tokenizer, watch), watch)
     parts = {part: TokenRows(Shards(folder / part, f"tokens/{part}", full)) for part in PARTS}
     return TokenizedText(parts["train"], parts["held_out"], parts["train"].shards.meta, key)
 
@@ -154,8 +138,7 @@ def _fill(
     fingerprint: dict[str, Any],
     config: TextConfig,
     tokenizer: "PreTrainedTokenizerBase",
-    should_stop: Callable[[], bool],
-    progress: Callable[[int], None],
+    watch: Watch,
 ) -> None:
     packers = {part: Packer(config.context_length, config.layout, config.bos, tokenizer) for part in PARTS}
     writers = {part: ShardWriter(folder / part, f"tokens/{part}", fingerprint) for part in PARTS}
@@ -167,8 +150,7 @@ def _fill(
             writers[part].write(len(writers[part].done), packers[part].take(per_shard))
 
     for batch in _batches(_assigned(config, counts)):
-        if should_stop():
-            raise Stopped("while tokenizing")
+        watch.poll("while tokenizing")
         for piece, ids in zip(batch, encode(tokenizer, [piece.text for piece in batch]), strict=True):
             left = _left(config, counts) if piece.part == "train" else sys.maxsize
             if left > 0:
@@ -176,7 +158,7 @@ def _fill(
                 used = packers[piece.part].add(ids[:left], piece.document, piece.first, last)
                 counts[f"{piece.part}_tokens"] += used
                 flush(piece.part, per_shard)
-        progress(counts["train_tokens"] + counts["held_out_tokens"])
+        watch.progress(counts["train_tokens"] + counts["held_out_tokens"])
         if _left(config, counts) <= 0 and counts["held_out_tokens"]:
             break
     for part, packer in packers.items():

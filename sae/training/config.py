@@ -19,7 +19,7 @@ from sae.objectives.reconstruction import Reconstruction
 from sae.selection import Selection, trainable
 from sae.selection.topk import TopK
 from sae.stream.batch import LANES
-from sae.text.tokenizing import TextConfig
+from sae.text.documents import TextConfig
 from sae.training.optim import OptimConfig
 
 LAYOUTS = ("per_site", "crosscoder", "cross_layer")

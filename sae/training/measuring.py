@@ -1,13 +1,13 @@
 """What is measured at a coder's sites before step 0, on unmasked training tokens: limits, scales, centers, variance."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.base.errors import ConfigError, Stopped
+from sae.base.errors import ConfigError
+from sae.base.progress import Watch
 from sae.coder.normalization import Normalization, by_site
 from sae.coder.spec import CoderSpec
 from sae.lm.masking import MaskSpec, norm_mask
@@ -47,13 +47,12 @@ class Statistics:
         return f"{norms}; {self.outliers:,} of {self.tokens:,} tokens beyond the norm limit are masked"
 
 
-def sample(source: Source, tokens: int, should_stop: Callable[[], bool]) -> dict[str, Float[Tensor, "n d"]]:
+def sample(source: Source, tokens: int, watch: Watch) -> dict[str, Float[Tensor, "n d"]]:
     """Returns, by site, the activations of about `tokens` tokens from blocks spread evenly over the text."""
     blocks, n_blocks = [source.read(0)], len(source)
     stride = max(1, n_blocks // max(1, -(-tokens // max(1, len(blocks[0])))))
     for block in range(stride, n_blocks, stride):
-        if should_stop():
-            raise Stopped("while measuring statistics")
+        watch.poll("while measuring statistics")
         if sum(map(len, blocks)) >= tokens:
             break
         blocks.append(source.read(block))

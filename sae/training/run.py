@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError, Stopped
 from sae.base.files import append, atomic_write, cache_dir, check_writable, save_tensors, write_json
-from sae.base.progress import Progress, Tracker
+from sae.base.progress import Progress, Tracker, Watch
 from sae.base.settings import decode, read_yaml, to_yaml
 from sae.base.store import fingerprint_key, repair
 from sae.coder.coder import SparseCoder
@@ -162,9 +162,7 @@ class Run:
                 self.config.text,
                 self.lm.tokenizer,
                 self.lm.source(),
-                should_stop=self.stop,
-                progress=progress.update,
-                repair=self.repair,
+                Watch(self.stop, progress.update, self.repair),
             )
         progress.close()
         n_tokens = text.train.n_rows * text.train.context_length
@@ -204,7 +202,7 @@ class Run:
             progress = Progress("storing activations", len(source), "blocks", visible=self.main)
             mine = range(collectives.rank(), len(source), collectives.world_size())
             with collectives.together():
-                source.fill(mine, self.stop, progress.update)
+                source.fill(mine, Watch(self.stop, progress.update))
             progress.close()
             source.reload()
         return source
@@ -215,7 +213,7 @@ class Run:
         config, trainers = self.config, {}
         schedule = Schedule(config.steps, config.dead_after, self.micro_tokens, DTYPES[config.precision])
         specs = json.loads((saved / checkpoint.STATE).read_text())["specs"] if saved else {}
-        samples = {} if saved else sample(source, config.activations.statistics_tokens, self.stop)
+        samples = {} if saved else sample(source, config.activations.statistics_tokens, Watch(self.stop))
         measured: dict[tuple[Any, ...], Statistics] = {}
         for plan in self.planned:
             if saved:

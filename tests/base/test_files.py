@@ -32,8 +32,9 @@ from sae.base.files import (
     verify,
     write_json,
 )
+from sae.base.progress import Watch
 
-ROOT = Path(files.__file__).parents[1]
+ROOT = Path(files.__file__).parents[2]
 TENSORS = {
     "w": torch.arange(12.0).reshape(3, 4),
     "half": torch.ones(2, dtype=torch.bfloat16),
@@ -472,14 +473,14 @@ def test_whoever_may_wait_gets_the_lock_when_it_is_free(tmp_path):
     first.__enter__()
     timer = threading.Timer(0.3, first.__exit__)
     timer.start()
-    with FolderLock(tmp_path, should_stop=lambda: False):
+    with FolderLock(tmp_path, Watch()):
         assert timer.finished.is_set()
     timer.join()
 
 
 def test_waiting_for_a_lock_ends_when_asked_to(tmp_path):
     with FolderLock(tmp_path), pytest.raises(Stopped, match=f"process {os.getpid()}"):
-        FolderLock(tmp_path, should_stop=lambda: True).__enter__()
+        FolderLock(tmp_path, Watch(lambda: True)).__enter__()
 
 
 def test_a_lock_file_with_other_content_still_locks(tmp_path):

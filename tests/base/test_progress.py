@@ -7,7 +7,7 @@ import types
 import pytest
 
 from sae.base import progress
-from sae.base.errors import ConfigError
+from sae.base.errors import ConfigError, Stopped
 
 
 def test_lines_tell_position_rest_and_numbers(monkeypatch, caplog):
@@ -63,3 +63,13 @@ def test_no_tracker_by_default():
     tracker = progress.Tracker("none", "project", "run", {})
     tracker.log({"x": 1.0}, 1)
     tracker.finish()
+
+
+def test_a_watch_stops_when_asked_and_not_before():
+    asked = []
+    watch = progress.Watch(lambda: bool(asked))
+    watch.poll("while waiting")
+    asked.append(True)
+    with pytest.raises(Stopped, match="while waiting"):
+        watch.poll("while waiting")
+    progress.UNWATCHED.poll("never")

@@ -21,13 +21,15 @@ from collections.abc import Callable
 import torch
 
 from sae.base.memory import keep_freed_memory
+from sae.base.progress import UNWATCHED
 from sae.base.settings import decode
 from sae.lm.masking import MaskSpec, norm_mask
 from sae.lm.models import load_language_model
 from sae.lm.sites import resolve
 from sae.stream.lanes import Stream
 from sae.stream.sources import Blocks, LiveSource
-from sae.text.tokenizing import TextConfig, special_ids, tokenize
+from sae.text.documents import TextConfig
+from sae.text.tokenizing import special_ids, tokenize
 from sae.training.config import CoderConfig
 from sae.training.measuring import measure, sample
 from sae.training.optim import OptimConfig
@@ -75,7 +77,7 @@ class Bench:
         mask = MaskSpec(tuple(special_ids(lm.tokenizer)))
         self.name, reads = sites[0].name, tuple(sites)
         self.live = LiveSource(lm, Blocks(text.train, args.block_rows, 0), sites, mask, "float32")
-        seen = sample(self.live, 16_384, lambda: False)
+        seen = sample(self.live, 16_384, UNWATCHED)
         self.trainers = []
         for name in args.coders:
             coder = coder_config(name, args.d_sae, args.k)

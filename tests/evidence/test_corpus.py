@@ -12,7 +12,7 @@ import interp.evidence.corpus
 from interp.evidence.corpus import DROPPED, SECTION_ROWS, SHARES, corpus
 from sae.base.errors import ConfigError, DataError, Stopped
 from sae.base.files import cache_dir
-from sae.text.tokenizing import TextConfig
+from sae.text.documents import TextConfig
 
 CONTEXT = 64
 BODY = CONTEXT - 1  # behind BOS

@@ -39,7 +39,8 @@ from sae.lm.models import load_language_model
 from sae.lm.site import Site
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.topk import TopK
-from sae.text.tokenizing import TextConfig, special_ids
+from sae.text.documents import TextConfig
+from sae.text.tokenizing import special_ids
 
 
 @pytest.fixture

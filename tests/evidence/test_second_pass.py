@@ -38,7 +38,8 @@ from sae.coder.spec import CoderSpec
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
 from sae.selection.topk import TopK
-from sae.text.tokenizing import TextConfig, special_ids
+from sae.text.documents import TextConfig
+from sae.text.tokenizing import special_ids
 
 
 @pytest.fixture(scope="module")

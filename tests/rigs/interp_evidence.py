@@ -24,7 +24,7 @@ from interp.evidence.second_pass import Plan, Visits, plan, visit
 from interp.evidence.tally import Evidence, Sizes
 from sae.base.store import ShardWriter
 from sae.kernels.codes import SparseLatents
-from sae.text.tokenizing import TextConfig
+from sae.text.documents import TextConfig
 
 WORDS = tuple(f"w{number}" for number in range(200))
 FIRST_WORD = 4  # behind <s>, </s>, <pad> and <unk>

@@ -22,7 +22,7 @@ from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
 from sae.loading import hub
 from sae.selection.topk import TopK
-from sae.text.tokenizing import TextConfig
+from sae.text.documents import TextConfig
 
 D_SAE = 48
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sae.assets import QUICKSTART_LM
 from sae.base.seeding import uniform
 from sae.text import python_docs
+from sae.text.documents import TextConfig
 from sae.text.python_docs import documents, fingerprint, is_held_out, source_roots
-from sae.text.tokenizing import TextConfig
 from sae.text.tokenizing import is_held_out as is_held_out_of_a_run
 
 WORDS = "the quick brown fox jumps over the lazy dog while nobody who could document it is looking at all"

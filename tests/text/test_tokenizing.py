@@ -17,11 +17,13 @@ from rigs.fakes import tiny_tokenizer
 
 from sae.base.errors import ConfigError, DataError, Stopped
 from sae.base.files import FolderLock, cache_dir
+from sae.base.progress import Watch
 from sae.text import documents as documents_module
 from sae.text import python_docs
 from sae.text import tokenizing as text_module
+from sae.text.documents import TextConfig, documents
 from sae.text.packing import PADDING, Packer
-from sae.text.tokenizing import TextConfig, TokenizedText, TokenRows, documents, is_held_out, special_ids, tokenize
+from sae.text.tokenizing import TokenizedText, TokenRows, is_held_out, special_ids, tokenize
 
 BOS, EOS, PAD = 0, 1, 2
 WORDS = ("the", "quick", "brown", "fox")
@@ -554,7 +556,7 @@ def test_what_a_stop_or_an_error_interrupts_starts_over(hundred, monkeypatch):
     monkeypatch.setattr(text_module, "SHARD_TOKENS", 640)
     polls = iter(range(100))
     with pytest.raises(Stopped, match="while tokenizing"):
-        tokenize(config(hundred), tiny_tokenizer(), {}, should_stop=lambda: next(polls) > 5)
+        tokenize(config(hundred), tiny_tokenizer(), {}, Watch(lambda: next(polls) > 5))
     assert next(polls) == 7
     assert [path.name for path in (cache_dir() / "tokens").iterdir()] == [".locks"]
 
@@ -574,7 +576,7 @@ def test_what_a_stop_or_an_error_interrupts_starts_over(hundred, monkeypatch):
 def test_progress_counts_up_to_all_tokens(hundred, monkeypatch):
     monkeypatch.setattr(text_module, "BATCH_CHARS", 200)
     seen: list[int] = []
-    text = tokenize(config(hundred), tiny_tokenizer(), {}, progress=seen.append)
+    text = tokenize(config(hundred), tiny_tokenizer(), {}, Watch(progress=seen.append))
     assert len(seen) > 3
     assert seen == sorted(seen)
     assert seen[-1] == text.meta["train_tokens"] + text.meta["held_out_tokens"]
@@ -589,7 +591,7 @@ def test_a_second_run_waits_for_the_first_and_reads_its_rows(hundred):
         assert go_on.wait(30)
         return False
 
-    first = threading.Thread(target=tokenize, args=(config(hundred), tokenizer, {}, pause))
+    first = threading.Thread(target=tokenize, args=(config(hundred), tokenizer, {}, Watch(pause)))
     first.start()
     assert inside.wait(30)
     polls: list[int] = []
@@ -599,7 +601,7 @@ def test_a_second_run_waits_for_the_first_and_reads_its_rows(hundred):
         go_on.set()
         return False
 
-    text = tokenize(config(hundred), tokenizer, {}, should_stop=wait)
+    text = tokenize(config(hundred), tokenizer, {}, Watch(wait))
     first.join()
     assert polls
     assert tokenizer.texts == 100
@@ -611,7 +613,7 @@ def test_waiting_for_another_run_can_be_stopped(hundred):
     folder = cache_dir() / "tokens"
     (folder / key / "COMPLETE").unlink()
     with FolderLock(folder / ".locks" / key), pytest.raises(Stopped, match=str(os.getpid())):
-        tokenize(config(hundred), tiny_tokenizer(), {}, should_stop=lambda: True)
+        tokenize(config(hundred), tiny_tokenizer(), {}, Watch(lambda: True))
 
 
 def test_damaged_rows_are_named_not_used(hundred):

@@ -6,6 +6,7 @@ import torch
 from rigs.fakes import measured
 
 from sae.base.errors import ConfigError, Stopped
+from sae.base.progress import Watch
 from sae.coder.normalization import Normalization
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
@@ -68,12 +69,12 @@ def test_a_sample_is_spread_over_the_text_and_can_be_stopped():
             return Block({"x": torch.full((10, 2), float(block))}, {})
 
     source = Source()
-    found = sample(source, 95, lambda: False)["x"]  # type: ignore[arg-type]
+    found = sample(source, 95, Watch())["x"]  # type: ignore[arg-type]
     assert found.shape == (95, 2)
     assert sorted(set(found[:, 0].tolist())) == [10.0 * i for i in range(10)]
     assert len(source.reads) == 10  # none twice
     with pytest.raises(Stopped):
-        sample(source, 95, lambda: True)  # type: ignore[arg-type]
+        sample(source, 95, Watch(lambda: True))  # type: ignore[arg-type]
 
 
 def two_sites(n=3000):
