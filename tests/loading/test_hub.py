@@ -1,6 +1,8 @@
 """Coders on disk: bit for bit back again, and one line about what is missing, foreign or damaged."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -146,3 +148,11 @@ def test_what_is_not_finite_is_not_saved_over_what_is(coder, folder):
     with pytest.raises(DataError, match="W_enc: holds NaN or Inf"):
         sae.save(coder, folder)
     assert torch.isfinite(sae.load(folder).W_enc).all()
+
+
+def test_loading_needs_no_other_import(tmp_path):
+    """In a process of its own: nothing else has registered the plug-ins that a saved spec names."""
+    sae.save(SparseCoder(CoderSpec(4, 4, 8, TopK(2))), tmp_path)
+    code = f"import sae; print(sae.load({str(tmp_path)!r}).spec.selection)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(TopK(2))
