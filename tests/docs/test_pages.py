@@ -1,8 +1,11 @@
 """Every page is run: Python blocks, commands, what they print; links, paths, anchors and the tree are there."""
 
 import argparse
+import ast
 import contextlib
 import io
+import json
+import os
 import re
 import runpy
 import sys
@@ -11,12 +14,18 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+from filelock import FileLock
 from rigs.markdown import NEEDS, ROOT, Block, anchors, blocks, links, pages, prose
 
 from cli.common import Parser, read_config
 from interp.explainers import Explainer
 from interp.scorers import Scorer
+from sae.base.errors import ConfigError
 from sae.base.plugins import names
+from sae.coder.coder import SparseCoder
+from sae.coder.initialization import initialize
+from sae.coder.spec import CoderSpec
 from sae.formats import formats
 from sae.objectives import Objective
 from sae.selection import Selection
@@ -29,10 +38,11 @@ SMALL = {
     "sae-train": "--tokens 20000 --text.max_tokens 60000 --eval.tokens 2000",
     "sae-explain": "--latents 20 --evidence.tokens 40000",
 }
-COMING = ("sae/formats/README.md", "interp/README.md")
+COMING = ("sae/formats/README.md", "interp/README.md", "sae/assets/README.md")
 RUN, MODEL = "runs/quickstart", "quickstart"
 STANDS_FOR = {  # what a page writes where a reader puts something of their own
     **dict.fromkeys(("RUN", "RUN_A", "RUN_B", "RUN_DIR", "A"), RUN),
+    "/usr/share/doc/python3.11/html/_sources": MODEL,
     **dict.fromkeys(("MODEL", "FOLDER_OR_HUB_ID", "FOLDER_OR_GGUF", "TEXT", "FOLDER_OR_FILE_OR_DATASET"), MODEL),
 }
 
@@ -43,37 +53,43 @@ def of(language: str, run: bool) -> list[Block]:
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory):
-    """Returns what runs the words of one of our commands and gives what it prints; each command is run once.
+    """Returns what runs the words of one of our commands and gives what it prints, in a folder that all tests share.
 
-    All share a folder, in which the quickstart has been trained, on few tokens.
+    The quickstart has been trained there, on few tokens. Each command runs once, on whichever worker comes first.
     """
-    folder, printed = tmp_path_factory.mktemp("pages"), {}
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "pages"
+    folder.mkdir(exist_ok=True)
+    known = folder / "printed.json"
+
+    def run(words: list[str]) -> str:
+        with FileLock(folder / "lock"), pytest.MonkeyPatch.context() as patch:
+            printed = json.loads(known.read_text()) if known.exists() else {}
+            if " ".join(words) not in printed:
+                patch.setenv("SAE_CACHE", str(folder / "cache"))
+                long = not any("list" in word or "help" in word for word in words)
+                with contextlib.redirect_stdout(io.StringIO()) as out:
+                    code = main_of(words)([*words[1:], *(SMALL.get(words[0], "").split() if long else [])])
+                assert code == 0, f"{' '.join(words)} ended with {code}"
+                known.write_text(json.dumps(printed | {" ".join(words): out.getvalue()}))
+                return out.getvalue()
+            return printed[" ".join(words)]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("SAE_CACHE", str(folder / "cache"))
-
-        def run(words: list[str]) -> str:
-            command, key = import_module(COMMANDS[words[0]]), tuple(words)
-            if key not in printed:
-                out = io.StringIO()
-                small = (
-                    SMALL.get(words[0], "").split()
-                    if not any("list" in word or "help" in word for word in words)
-                    else []
-                )
-                with contextlib.redirect_stdout(out):
-                    code = command.main([*words[1:], *small])
-                assert code == 0, f"{' '.join(words)} ended with {code}"
-                printed[key] = out.getvalue()
-            return printed[key]
-
         run(["sae-train"])
         yield run
 
 
+def main_of(words: list[str]):
+    return import_module(COMMANDS[words[0]]).main
+
+
 @pytest.mark.parametrize("page", sorted({block.page for block in of("python", run=True)}))
-def test_python_runs(page, shell):
-    """The blocks of a page are one program."""
+def test_python_runs(page, shell, monkeypatch):
+    """The blocks of a page are one program; a plug-in is forgotten again."""
+    for family in (Selection, Objective, Explainer, Scorer):
+        monkeypatch.setattr(family, "_choice_registry", dict(family._choice_registry))
     known = {"__name__": "page"}
     for block in of("python", run=True):
         if block.page == page:
@@ -82,6 +98,15 @@ def test_python_runs(page, shell):
         out, z, coder = known["out"], known["z"], known["coder"]
         assert out.shape == (2, 5, coder.spec.d_out)
         assert (coder.decode(z) - out).abs().max() < 1e-5
+    if page == "CONTRIBUTING.md":
+        coder = SparseCoder(CoderSpec(8, 8, 64, known["TopShare"](0.9)))
+        initialize(coder, torch.zeros(8), 0)
+        dense = coder.encode(torch.randn(32, 8)).to_dense()
+        largest = dense.amax(1, keepdim=True)
+        assert ((dense == 0) | (dense >= 0.9 * largest)).all()
+        assert (largest > 0).all()
+        with pytest.raises(ConfigError, match=r"selection.share: 0 is not above 0"):
+            CoderSpec(8, 8, 64, known["TopShare"](0))
 
 
 @pytest.mark.parametrize("block", of("python", run=False), ids=lambda block: block.where)
@@ -106,9 +131,10 @@ def follows(block: Block, other: Block) -> bool:
 
 
 def form(line: str) -> str:
-    """Returns a printed line without its figures and quotations."""
+    """Returns a printed line without its figures, quotations, and the outcomes that there happen to be."""
     line = re.sub(r'"[^"]*"(, "[^"]*")*', '"..."', line)
-    return re.sub(r"-?\d[\d,.]*", "#", " ".join(line.split()))
+    line = re.sub(r"-?\d[\d,.]*", "#", " ".join(line.split()))
+    return re.sub(r": # \w+(, # \w+)*$", ": # of each outcome", line)
 
 
 def installed(words: list[str]) -> str:
@@ -193,7 +219,8 @@ def test_blocks_say_what_they_are(page):
         if block.page == page:
             assert block.language in ("python", "sh", "text", "yaml", "json"), block.where
             assert block.needs is None or block.needs in NEEDS, f"{block.where}: one of {', '.join(NEEDS)}"
-    assert not re.findall(r"^(?: {4}|```).*", prose(PAGES[page]), re.MULTILINE), "blocks stand between ```"
+    plain = re.sub(r"^::: .*\n(?:    .*\n)*", "", prose(PAGES[page]), flags=re.MULTILINE)
+    assert not re.findall(r"^(?: {4}|```).*", plain, re.MULTILINE), "blocks stand between ```"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -242,6 +269,42 @@ def test_plug_ins_are_all_told(page, told):
 
 def test_the_front_door_is_small():
     assert len(PAGES["README.md"].encode()) <= 9216
+
+
+def test_errors_told_are_those_of_the_code():
+    """Each on docs/errors.md is made of the constant parts of a message of ours, with values in between."""
+    messages = [
+        [part.value if isinstance(part, ast.Constant) else None for part in getattr(node, "values", [node])]
+        for top in ("sae", "interp", "cli")
+        for path in (ROOT / top).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    ]
+    long = [parts for parts in messages if sum(map(len, filter(None, parts))) > 20]
+    known = [re.compile("".join(".*?" if part is None else re.escape(part) for part in parts)) for parts in long]
+    told = [block for block in BLOCKS if block.page == "docs/errors.md" and block.language == "text"]
+    assert len(told) > 20
+    assert [block.text for block in told if not any(pattern.search(block.text) for pattern in known)] == []
+
+
+def test_importing_is_told_as_it_is_tested():
+    source = ast.parse((ROOT / "tests/contracts/test_layering.py").read_text(encoding="utf-8"))
+    found = [n.value for n in source.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "FLOORS"]
+    told = next(b.text for b in BLOCKS if b.page == "CONTRIBUTING.md" and b.text.startswith("sae:"))
+    lines = re.findall(r"^(\w+):((?:.*\n(?= )|.*)*)", told, re.MULTILINE)
+    assert {name: rest.split() for name, rest in lines} == {
+        name: floors.split() for name, floors in ast.literal_eval(found[0]).items()
+    }
+
+
+def test_walks_are_true():
+    """Names in brackets behind a path are names in that file."""
+    steps = re.findall(r"`([\w/]+\.py)`,?\s\(?((?:`\w+`(?:,\s)?)+)\)?", PAGES["CONTRIBUTING.md"])
+    assert len(steps) > 10
+    for path, named in steps:
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        there = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        assert set(re.findall(r"\w+", named)) <= there, path
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "tests" / "benchmarks").rglob("*.py")), ids=lambda path: path.name)

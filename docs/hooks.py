@@ -1,0 +1,117 @@
+"""What the site takes from elsewhere: READMEs become pages, links to configs and measured rows become these themselves.
+
+A paragraph that is nothing but a link to a YAML file becomes the file. A paragraph "Measured: [A; B](PAGE#SECTION)"
+becomes the rows of that section's table that are named "A", "B", or "A, ..."; "…" goes on with a row. A paragraph
+"Fields: `NAME`" becomes the constants of the rule or loss term of that name. Links to files that are no pages become
+their names. So no text and no figure stands twice.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    "index.md": "README.md",
+    "families/index.md": "sae/selection/README.md",
+    "loading.md": "sae/formats/README.md",
+    "explaining.md": "interp/README.md",
+    "measured.md": "tests/benchmarks/README.md",
+    "assets.md": "sae/assets/README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+}
+AT = {source: page for page, source in PAGES.items()}
+FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
+CONFIG = re.compile(r"^\[[^\]]+\]\(([^)\s]+\.yaml)\)$", re.MULTILINE)
+FIELDS = re.compile(r"^Fields: `(\w+)`$", re.MULTILINE)
+EQUATION = re.compile(r"^::: [\w.]+$", re.MULTILINE)
+ALONE = "    options: {members: false, show_root_heading: false, show_root_toc_entry: false}"
+MEASURED = re.compile(r"^Measured: \[([^\]]+)\]\(([^)\s#]+)#([^)\s]+)\)$", re.MULTILINE)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the READMEs as pages."""
+    for page, source in PAGES.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Returns the page with configs and measured rows put in, and with links as they are on the site."""
+    here = page.file.src_uri
+    source = PAGES.get(here, f"docs/{here}")
+    markdown = CONFIG.sub(lambda found: yaml(at(source, found[1])), markdown)
+    markdown = MEASURED.sub(lambda found: measured(found[1].split("; "), at(source, found[2]), found[3]), markdown)
+    markdown = FIELDS.sub(lambda found: fields(found[1]), markdown)
+    if here.startswith("families/"):
+        markdown = EQUATION.sub(lambda found: f"{found[0]}\n{ALONE}", markdown)
+    parts = FENCED.split(re.sub(r"^<!-- needs: .*? -->\n\n?", "", markdown, flags=re.MULTILINE))
+    return "".join(
+        part if part.startswith("```") else LINK.sub(lambda found: link(found, source, here), part) for part in parts
+    )
+
+
+def at(source: str, target: str) -> str:
+    """Returns a link's target as a path from the root."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+
+
+def yaml(path: str) -> str:
+    """Returns a config as a block."""
+    text = (ROOT / path).read_text(encoding="utf-8").strip()
+    return f'```yaml title="{path}"\n{text}\n```'
+
+
+def measured(names: list[str], path: str, section: str) -> str:
+    """Returns the rows of those names in a section's table, below its head."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    parts = re.split(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    body = next((body for heading, body in zip(parts[1::2], parts[2::2], strict=True) if slug(heading) == section), "")
+    for head, line, *rows in (table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", body, re.MULTILINE)):
+        found, going, left = [], True, set(names)  # a row without a name belongs to the head
+        for row in rows:
+            cell = row.split("|")[1].strip()
+            name = next((name for name in names if cell == name or cell.startswith(f"{name},")), None)
+            left.discard(name)
+            going = name is not None or (going and cell[:1] in ("", "…"))
+            found += [row] * going
+        if not left:
+            return "\n".join([head, line, *found])
+    raise PluginError(f"{path}#{section} has no rows {'; '.join(names)}")
+
+
+def fields(name: str) -> str:
+    """Returns a table of the constants of a rule or loss term."""
+    from sae.base.plugins import names
+    from sae.base.settings import describe
+    from sae.objectives import Objective
+    from sae.selection import Selection
+
+    kind = (names(Selection) | names(Objective))[name]
+    rows = [f"| `{field}` | `{default}` | {doc} |" for field, default, doc in describe(kind)]
+    return "\n".join(["| field | default | |", "|---|---|---|", *rows])
+
+
+def slug(heading: str) -> str:
+    """Returns the anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def link(found: re.Match[str], source: str, here: str) -> str:
+    """Returns a link as it is on the site; of a file that is no page, its text."""
+    text, target = found[1], found[2]
+    if "://" in target or target.startswith("#"):
+        return found[0]
+    name, _, anchor = target.partition("#")
+    path = at(source, name)
+    page = AT.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") and path.endswith(".md") else None)
+    if page is None:
+        return text
+    return f"[{text}]({posixpath.relpath(page, posixpath.dirname(here) or '.')}{'#' if anchor else ''}{anchor})"
