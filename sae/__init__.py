@@ -1,4 +1,4 @@
-"""Sparse autoencoders and transcoders: train, evaluate, load.
+"""Sparse autoencoders and transcoders: train, evaluate, diagnose, load.
 
     coder = sae.load("runs/quickstart")
     z = coder.encode(x)                  # SparseLatents
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sae.coder.coder import SparseCoder
     from sae.coder.splicing import splice
+    from sae.evaluation.doctor import diagnose
     from sae.evaluation.evaluation import evaluate
     from sae.lm.models import load_language_model
     from sae.loading.hub import load, load_all, save
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "SparseCoder": "sae.coder.coder",
     "TrainConfig": "sae.training.config",
+    "diagnose": "sae.evaluation.doctor",
     "evaluate": "sae.evaluation.evaluation",
     "list_released": "sae.loading.releases",
     "load": "sae.loading.hub",
@@ -36,6 +38,7 @@ _HOMES = {
 __all__ = [
     "SparseCoder",
     "TrainConfig",
+    "diagnose",
     "evaluate",
     "list_released",
     "load",

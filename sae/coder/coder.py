@@ -2,22 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae import kernels
 from sae.coder import partial
 from sae.coder.folds import Folding
 from sae.coder.normalization import Undo, undo
-from sae.coder.spec import CoderSpec
 from sae.kernels.codes import Entries, SparseLatents, Support, flat, offsets_of, rows_of
-
-if TYPE_CHECKING:
-    from sae.evaluation.doctor import Report
-    from sae.lm.models import LanguageModel
 
 CHUNK_ENTRIES = 2**26  # largest [tokens, d_sae] product held at once outside training: 256 MiB in float32
 
@@ -61,100 +56,8 @@ class Pass:
     """What undoes the normalization of the prediction."""
 
 
-class Block(NamedTuple):
-    """A contiguous group of latents and the columns it writes: the whole coder, or one layer of a cross-layer coder."""
-
-    latents: slice
-    """Of the d_sae latents."""
-    rows: slice
-    """Of W_dec."""
-    columns: slice
-    """Of the output."""
-
-
 class SparseCoder(Folding):
-    """A sparse autoencoder, transcoder or crosscoder with one latent per row.
-
-    Tensors: W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; b_pre [d_in], W_skip [d_out, d_in]
-    and, of encoder "glu", W_glu [d_sae, d_in] and b_glu [d_sae] where `spec` has them; what its selection rule has for
-    each latent, such as threshold [d_sae]. A cross-layer coder of L layers has W_enc [d_sae, d_in / L], W_skip
-    [d_out, d_in / L], and in W_dec [rows, d_out / L] as many rows for a latent as there are layers it writes to, one
-    after the other. Matching pursuit chooses by W_dec; its W_enc is a copy of it, and its b_enc is zero.
-    """
-
-    def __init__(self, spec: CoderSpec, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.spec = spec
-        layers = spec.n_blocks
-        rows = spec.d_sae * (layers + 1) // 2  # a block writes to 1, 2, ..., L layers
-        encoder = {"W_enc": (spec.d_sae, spec.d_in // layers), "b_enc": (spec.d_sae,)}
-        if spec.encoder == "glu":
-            encoder |= {"W_glu": encoder["W_enc"], "b_glu": encoder["b_enc"]}
-        shapes = {**encoder, "W_dec": (rows, spec.d_out // layers), "b_dec": (spec.d_out,)}
-        if spec.pre_bias == "own":
-            shapes["b_pre"] = (spec.d_in,)
-        if spec.skip:
-            shapes["W_skip"] = (spec.d_out, spec.d_in // layers)
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)))
-        for name, start in spec.selection.parameters(spec.d_sae).items():
-            self.register_parameter(name, nn.Parameter(start.to(device)))
-        for name, start in spec.selection.buffers(spec.d_sae).items():
-            self.register_buffer(name, start.to(device))
-
-    def to_dtype(self, dtype: torch.dtype | None) -> "SparseCoder":
-        """Returns this coder with its matrices and biases in another precision (None: as they are, nothing is read).
-
-        What selection compares with is float32 in any case.
-        """
-        own = {*self.spec.selection.parameters(0), *self.spec.selection.buffers(0)}
-        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-            if name in own or dtype is not None:
-                tensor.data = tensor.data.to(torch.float32 if name in own else dtype).contiguous()
-        return self
-
-    W_enc: nn.Parameter
-    b_enc: nn.Parameter
-    W_dec: nn.Parameter
-    b_dec: nn.Parameter
-    b_pre: nn.Parameter
-    W_skip: nn.Parameter
-    W_glu: nn.Parameter
-    b_glu: nn.Parameter
-
-    @property
-    def blocks(self) -> list[Block]:
-        """Returns the blocks of latents, in order."""
-        layers, size = self.spec.n_blocks, self.spec.d_sae // self.spec.n_blocks
-        width, blocks, row = self.spec.d_out // layers, [], 0
-        for layer in range(layers):
-            rows = size * (layers - layer)
-            latents = slice(layer * size, (layer + 1) * size)
-            blocks.append(Block(latents, slice(row, row + rows), slice(layer * width, self.spec.d_out)))
-            row += rows
-        return blocks
-
-    def decoders(self, frozen: bool = False, gradient: bool = False) -> list[Float[Tensor, "m width"]]:
-        """Returns, for each block, the decoder with one row a latent over all the columns that it writes.
-
-        These are views: without gradient where `frozen`, or of W_dec's gradient.
-        """
-        sizes = [block.rows.stop - block.rows.start for block in self.blocks]
-        weight: Tensor = self.W_dec.detach() if frozen else self.W_dec
-        weight = self.W_dec.grad if gradient and self.W_dec.grad is not None else weight
-        return [part.view(self.spec.d_sae // len(sizes), -1) for part in weight.split(sizes)]
-
-    def decoder_norms(self) -> Float[Tensor, "d_sae"]:
-        """Returns the norm of each latent's decoder over all the columns that it writes."""
-        return torch.cat([part.norm(dim=1) for part in self.decoders()])
-
-    def encoder_rows(self, latents: Sequence[int] | Int[Tensor, "m"]) -> Float[Tensor, "m d_in"]:
-        """Returns the encoder rows of some latents, in float32; zero in columns that a latent does not read."""
-        return partial.encoder_rows(self, latents)
-
-    def decoder_rows(self, latents: Sequence[int] | Int[Tensor, "m"]) -> Float[Tensor, "m d_out"]:
-        """Returns the decoder rows of some latents, in float32; zero in columns that a latent does not write."""
-        return partial.decoder_rows(self, latents)
+    """A sparse autoencoder, transcoder or crosscoder: the map that its tensors (`CoderTensors`) make."""
 
     def encode(
         self,
@@ -169,7 +72,10 @@ class SparseCoder(Folding):
         """
         if latents is not None:
             rows = self._rows(x, torch.promote_types(self.W_enc.dtype, torch.float32))
-            return replace(partial.encode(self, rows, latents, gradients), shape=tuple(x.shape[:-1]))
+            beside = None if gradients is None else gradients.reshape(-1, self.spec.d_out)
+            looks = gradients is not None or self.spec.rule.looks_at_gradients
+            found = partial.encode(self, rows, latents, looks, lambda: self.encode(rows, beside))
+            return replace(found, shape=tuple(x.shape[:-1]))
         with torch.no_grad():
             rows, size = self._rows(x), max(1, CHUNK_ENTRIES // self.spec.d_sae)
             looked = [None] * len(rows.split(size))
@@ -221,13 +127,6 @@ class SparseCoder(Folding):
         x = x.to(self.W_enc)
         y, how = self.centered(x)
         return Look(x, y, how, self.preactivations(y, product_dtype))
-
-    def centered(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n d_in"], Undo]:
-        """Returns N(x) - p, the encoder's input, and what undoes the normalization of an output."""
-        y, how = self.spec.normalize(x)
-        if self.spec.pre_bias != "none":
-            y = y - (self.b_dec if self.spec.pre_bias == "decoder" else self.b_pre)
-        return y, how
 
     def run(self, look: Look, support: Support | None = None, exact: bool = True) -> Pass:
         """Returns one pass over what was looked at, differentiable in the parameters at the support.
@@ -328,23 +227,14 @@ class SparseCoder(Folding):
         remembers of every block.
         """
         scores = look.scores * self.decoder_norms() if self.spec.select_by_decoder_norm else look.scores
-        if gradients is None or not self.spec.selection.needs_gradient:
+        if gradients is None or self.spec.selection.gradient_loss is None:
             return scores
         effects = self.effects(gradients * look.how[1])  # the chain rule, with the normalization taken as constant
         groups = self.rule_groups()
         found = self.spec.calibration or (0.0,) * len(groups)
-        states = states or [{"effect.mean": torch.tensor(mean)} for mean in found]
+        states = states or [self.spec.rule.recalled(calibration) for calibration in found]
         parts = [self.spec.rule.augment(scores[:, g], effects[:, g], s) for g, s in zip(groups, states, strict=True)]
         return torch.cat(parts, dim=1)
-
-    def rule_groups(self) -> list[slice]:
-        """Returns the latents among which selection chooses: each block, or all together."""
-        return [slice(0, self.spec.d_sae)] if self.spec.budget == "shared" else [block.latents for block in self.blocks]
-
-    def per_latent(self) -> dict[str, Float[Tensor, "d_sae"]]:
-        """Returns the tensors with one value a latent that a selection rule may look at."""
-        names = [*self.spec.selection.parameters(0), *self.spec.selection.buffers(0), "b_enc"]
-        return {name: getattr(self, name) for name in names}
 
     def support(self, scores: Float[Tensor, "n d_sae"], ask: Callable[..., Support] | None = None) -> Support:
         """Returns the support of compared scores: by the per-token rule, or by `ask(rule, scores, tensors, group)`.
@@ -364,14 +254,8 @@ class SparseCoder(Folding):
         tokens, ids = (torch.cat(members) for members in zip(*parts, strict=True))
         return Entries(tokens, ids, ids).to_support(len(scores))
 
-    def doctor(self, model: "LanguageModel | str") -> "Report":
-        """Returns whether this coder fits a model (or its name), and if not what would; see `sae.doctor`."""
-        from sae.evaluation.doctor import diagnose
-
-        return diagnose(self, model)
-
     def _inferred(self, x: Float[Tensor, "n d_in"], gradients: Tensor | None) -> SparseLatents:
-        if getattr(self.spec.selection, "inference", "plain") == "gradient":
+        if self.spec.selection.looks_at_gradients:
             if gradients is None:
                 raise ValueError("gradients: this coder's selection.inference is 'gradient'; pass those of the loss")
         elif gradients is not None:

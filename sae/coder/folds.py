@@ -29,13 +29,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.base.settings import choose
 from sae.coder.normalization import Normalization
-from sae.coder.rescaling import Coder, alike, exact, norms, ratio, recompared, rescaled, rows_of_decoder, times
+from sae.coder.rescaling import Coder, norms, recompared, rescaled, rows_of_decoder, rule_tensors
 from sae.coder.spec import CoderSpec
+from sae.coder.tensors import CoderTensors
+from sae.kernels.scaling import alike, exact, ratio, times
 from sae.lm.site import Site
 
 if TYPE_CHECKING:
@@ -51,14 +53,12 @@ WHY_NOT = {
 }
 
 
-class Folding(nn.Module):
+class Folding(CoderTensors):
     """The folds as methods. Each returns a new coder, in float32 if this one is in bfloat16; nothing changes in place.
 
     Tensors that a fold leaves alone are shared. A fold that has nothing to do returns an equal coder; ConfigError says
     why one is not possible.
     """
-
-    spec: CoderSpec
 
     def fold_scale(self, units: str = "normalized") -> "Self":
         """Returns the coder without normalization "scalar": its latents are the same ("normalized") or in raw units.
@@ -94,7 +94,7 @@ class Folding(nn.Module):
 
     def _folded(self, fold: Callable[..., Coder], *args: Any) -> "Self":
         spec, tensors = fold(self.spec, {name: t.detach() for name, t in self.state_dict().items()}, *args)
-        coder = type(self)(spec, "meta")  # type: ignore[call-arg]
+        coder = type(self)(spec, "meta")
         coder.load_state_dict({name: t.to(exact(t)) for name, t in tensors.items()}, assign=True)
         return coder.requires_grad_(False).eval()
 
@@ -106,8 +106,9 @@ def rescale_latents(spec: CoderSpec, tensors: dict[str, Tensor], factor: Float[T
     """
     n = factor.float()
     latent, _ = rows_of_decoder(spec, n.device)
-    changes = {"W_enc": n[:, None], "b_enc": n, "threshold": n, "b_mag": n, "W_dec": 1 / n[latent, None]}
-    return spec, {name: times(t, changes[name]) if name in changes else t for name, t in tensors.items()}
+    changes = {"W_enc": n[:, None], "b_enc": n, "W_dec": 1 / n[latent, None]}
+    changed = {name: times(t, changes[name]) if name in changes else t for name, t in tensors.items()}
+    return spec, spec.selection.in_units(changed, n, n)
 
 
 def scale(spec: CoderSpec, tensors: dict[str, Tensor], units: str = "normalized") -> Coder:
@@ -180,7 +181,7 @@ def whitening(
     factor = mean.new_ones(spec.d_sae)
     if spec.select_by_decoder_norm:
         factor = ratio(norms(spec, folded), norms(spec, tensors))
-    return recompared(spec.with_(variance=None, decoder_norm="free"), folded, factor)
+    return recompared(spec.with_(variance=None, decoder_norm="free"), folded, mean.new_ones(spec.d_sae), factor)
 
 
 def token_norm(spec: CoderSpec, tensors: dict[str, Tensor], unbiased: bool | None = None) -> Coder:
@@ -242,8 +243,8 @@ def _moved(spec: CoderSpec, tensors: dict[str, Tensor], shift: Float[Tensor, "d_
             parts = zip(tensors[weight].chunk(spec.n_blocks), shift.double().chunk(spec.n_blocks), strict=True)
             change = -torch.cat([rows.double() @ part for m, part in parts for rows in m.split(ROWS_AT_ONCE)])
             moved[bias] = _plus(tensors[bias], change)
-            if weight == "W_enc" and "b_mag" in tensors:
-                moved["b_mag"] = _plus(tensors["b_mag"], tensors["r_mag"].double().exp() * change)
+            if weight == "W_enc":
+                moved |= spec.selection.moved({name: tensors[name] for name in rule_tensors(spec)}, change)
     return moved
 
 

@@ -6,7 +6,6 @@ What selection compares is then multiplied by g = f, or by f |new W_dec| / |W_de
 Thresholds follow g. Rules that compare latents with each other need one g for all.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,18 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.base.errors import ConfigError
-from sae.coder.partial import ALONE, BEST
 from sae.coder.spec import CoderSpec
-from sae.selection import Selection
-from sae.selection.feature_choice import NEVER
-from sae.selection.gradient_topk import GradientTopK
-from sae.selection.groupmax import GroupMax
-from sae.selection.jumprelu import JumpReLU
-from sae.selection.matching_pursuit import MatchingPursuit
-from sae.selection.mutual_choice import MutualChoice
+from sae.kernels.scaling import alike, ratio, times
+from sae.selection import Factors
 
 Coder = tuple[CoderSpec, dict[str, Tensor]]
-ALIKE = 1e-6  # factors nearer than this are one: what float32 leaves of rows that were divided by their norms
 
 
 def rescaled(
@@ -48,7 +40,6 @@ def rescaled(
         "W_enc": columns * latents[:, None],
         "W_glu": columns,
         "b_enc": latents,
-        "b_mag": latents,
         "b_pre": 1 / into,
         "W_dec": torch.where(latents > 0, 1 / latents, 1.0)[latent, None] / _narrow(out.view(layers, -1))[layer],
         "b_dec": 1 / out,
@@ -58,63 +49,42 @@ def rescaled(
     if spec.select_by_decoder_norm:
         one = (1 / out[:1]).expand(spec.d_sae)
         factor = one if alike(out) else latents * ratio(norms(spec, folded), norms(spec, tensors))
-    return recompared(_described(spec, into, out, latents), folded, factor)
+    return recompared(_described(spec, into, out, latents), folded, latents, factor)
 
 
-def recompared(spec: CoderSpec, tensors: dict[str, Tensor], factor: Float[Tensor, "d_sae"]) -> Coder:
-    """Returns a coder whose scores, as selection compares them, have been multiplied by `factor`, with its thresholds.
+def recompared(spec: CoderSpec, tensors: dict[str, Tensor], latents: Tensor, compared: Tensor) -> Coder:
+    """Returns a coder whose latents, and scores as they are compared, were multiplied, with the rule that fits them.
 
-    ConfigError if latents are compared with each other and the factors differ.
+    ConfigError if there is none.
     """
-    rule, name = spec.selection, Selection.get_choice_name(type(spec.selection))
-    if rule.pursues or alike(factor, 1.0):
-        return spec, tensors
-    if type(rule) not in (*ALONE, *BEST, GroupMax):
-        raise ConfigError(f"selection: {name!r} is not a rule of which it is known what a factor does to it")
-    if "threshold" in tensors:
-        tensors = {**tensors, "threshold": times(tensors["threshold"], factor).clamp_max(NEVER)}
-    groups = factor.chunk(1 if spec.budget == "shared" else spec.n_blocks)
-    if all(map(alike, groups)):
-        if type(rule) is MutualChoice:
-            cuts = zip(spec.calibration, groups, strict=False)  # there are none before it is calibrated
-            spec = spec.with_(calibration=tuple(cut * float(group[0]) for cut, group in cuts))
-        return spec, tensors
-    if type(rule) is MutualChoice and spec.calibration and not spec.select_by_decoder_norm:
-        cuts = torch.tensor(spec.calibration).to(factor).repeat_interleave(len(groups[0]))
-        tensors = {**tensors, "threshold": (cuts * factor).float()}
-        return spec.with_(selection=JumpReLU(), calibration=()), tensors
-    if type(rule) in ALONE:
-        return spec, tensors
-    way = "fold_decoder_norm first" if spec.select_by_decoder_norm else "select_by_decoder_norm or one factor for all"
-    raise ConfigError(
-        f"selection: {name!r} compares latents with each other, and this fold would multiply them by "
-        f"{float(factor.min()):.4g} to {float(factor.max()):.4g}; it needs {way}"
-    )
+    if alike(compared, 1.0):  # and so stay to the last bit
+        compared = torch.ones_like(compared)
+    parts = compared.chunk(1 if spec.budget == "shared" else spec.n_blocks)
+    own = {name: t for name, t in tensors.items() if name in rule_tensors(spec)}
+    factors = Factors(latents, parts, spec.select_by_decoder_norm)
+    rule, changed, calibration = spec.selection.rescaled(own, spec.calibration, factors)
+    return spec.with_(selection=rule, calibration=calibration), {**tensors, **changed}
+
+
+def rule_tensors(spec: CoderSpec) -> set[str]:
+    """Returns the names of the tensors that are the rule's own."""
+    return {*spec.selection.parameters(0), *spec.selection.buffers(0)}
 
 
 def _described(
     spec: CoderSpec, into: Float[Tensor, "d_in"], out: Float[Tensor, "d_out"], latents: Float[Tensor, "d_sae"]
 ) -> CoderSpec:
     """Returns the spec with what it says of a coder that is rescaled, beside its thresholds."""
-    rule, one = spec.selection, float(latents[0]) if alike(latents) else 0.0  # 0: of each its own
+    one = float(latents[0]) if alike(latents) else 0.0  # 0: of each its own
     decoder_stays = alike(one * out, 1.0)
     changes: dict[str, Any] = {"decoder_norm": spec.decoder_norm if decoder_stays else "free"}
     if spec.variance is not None:
         changes["variance"] = spec.variance / float(out[0]) ** 2 if alike(out) else None
-    if isinstance(rule, MatchingPursuit):
-        if not decoder_stays or not alike(one * into, 1.0):
-            raise ConfigError(
-                "selection: 'matching_pursuit' encodes by its decoder, whose rows must stay; of these folds it allows "
-                "that of one scale, with units='raw'"
-            )
-        changes["selection"] = replace(rule, residual_threshold=rule.residual_threshold * one)
-    if isinstance(rule, GradientTopK) and one:  # by which the effects |<g, W_dec_i>| are divided
-        beta = rule.beta * one if rule.gradient_norm == "none" else rule.beta
-        changes |= {"selection": replace(rule, beta=beta), "calibration": tuple(c / one for c in spec.calibration)}
-    elif isinstance(rule, GradientTopK):
-        if rule.inference == "gradient":
-            raise ConfigError("selection.inference: 'gradient' looks at |<g, W_dec_i>|, which this fold would change")
-        changes["calibration"] = ()  # the mean effect of other decoders
+    if spec.selection.pursues and not (decoder_stays and alike(one * into, 1.0)):
+        raise ConfigError(
+            "selection: 'matching_pursuit' encodes by its decoder, whose rows must stay; of these folds it allows "
+            "that of one scale, with units='raw'"
+        )
     return spec.with_(**changes)
 
 
@@ -133,27 +103,6 @@ def rows_of_decoder(spec: CoderSpec, device: torch.device) -> tuple[Int[Tensor, 
     latent = ids.repeat_interleave(counts)
     place = torch.arange(len(latent), device=device) - (counts.cumsum(0) - counts)[latent]
     return latent, first[latent] + place
-
-
-def alike(factors: Float[Tensor, "m"], *more: float) -> bool:
-    """Returns whether factors, and some more numbers, are one but for rounding."""
-    least, most = min(float(factors.min()), *more, torch.inf), max(float(factors.max()), *more, -torch.inf)
-    return most - least <= ALIKE * most
-
-
-def ratio(new: Float[Tensor, "d_sae"], old: Float[Tensor, "d_sae"]) -> Float[Tensor, "d_sae"]:
-    """Returns new / old, 1 where old is 0."""
-    return torch.where(old > 0, new / old, 1.0)
-
-
-def exact(tensor: Tensor) -> torch.dtype:
-    """Returns the precision of a folded tensor: float32 at least."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def times(tensor: Tensor, factor: Tensor) -> Tensor:
-    """Returns a product in the precision of a folded tensor."""
-    return tensor.to(exact(tensor)) * factor.to(exact(tensor))
 
 
 def _narrow(factors: Float[Tensor, "layers width"]) -> Float[Tensor, "layers some"]:

@@ -96,7 +96,7 @@ class CoderSpec:
             if len(sites) > 1 and sum(site.width for site in sites) != getattr(self, name):
                 widths = " + ".join(str(site.width) for site in sites)
                 raise ConfigError(f"{name}: {getattr(self, name)} is not the sum of the sites' widths {widths}")
-        if self.select_by_decoder_norm and "threshold" in self.selection.parameters(1):
+        if self.select_by_decoder_norm and self.selection.trains_thresholds:
             raise ConfigError(
                 "select_by_decoder_norm: true does not go with trained thresholds, which are of raw latents"
             )

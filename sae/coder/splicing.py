@@ -3,7 +3,6 @@
 with splice(lm.model, coder): logits = lm.model(tokens).logits
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -32,9 +31,8 @@ def with_special_tokens_masked(coder: SparseCoder, tokenizer: "PreTrainedTokeniz
     """
     if RELEASED not in coder.spec.training or coder.spec.mask.special_ids:
         return coder
-    masked = copy.copy(coder)
-    masked.spec = coder.spec.with_(mask=replace(coder.spec.mask, special_ids=tuple(sorted(special_ids(tokenizer)))))
-    return masked
+    mask = replace(coder.spec.mask, special_ids=tuple(sorted(special_ids(tokenizer))))
+    return coder.with_spec(coder.spec.with_(mask=mask))
 
 
 @torch.no_grad()
@@ -61,7 +59,7 @@ def reads_ahead(spec: CoderSpec) -> bool:
     A crosscoder does, and a cross-layer coder whose layers share one budget per token.
     """
     if spec.cross_layer:
-        return spec.budget == "shared" and spec.rule.competes(bool(spec.calibration))
+        return spec.budget == "shared" and spec.rule.competes(bool(spec.calibration)) == "token"
     return len(spec.reads) > 1
 
 

@@ -23,7 +23,6 @@ from sae.evaluation.metrics import fvu
 from sae.lm.site import Site
 from sae.lm.sites import located, resolve
 from sae.selection.jumprelu import JumpReLU
-from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
 
 LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # the number of the layer in a module path
@@ -35,7 +34,7 @@ THRESHOLD_TOKENS = 512  # from which a threshold is found: all pre-activations o
 
 
 @dataclass(frozen=True)
-class Subject:
+class Observed:
     """What a language model computed at some sites, one row a token; padding is left out."""
 
     activations: dict[str, Float[Tensor, "m d"]]
@@ -141,7 +140,7 @@ def _placed(
 # ---- map: what is done with it
 
 
-def scales(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
+def scales(coder: SparseCoder, observed: Observed) -> Iterator[SparseCoder]:
     """Yields the coder without its normalization, and with others: scaled to |x| = sqrt(d), in all or per token.
 
     Of the mean norm and of the mean square; measured on usual tokens, as here, and on all, sinks included.
@@ -155,7 +154,7 @@ def scales(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
     for every in (False, True):
         for power in (1, 2):
             reads, writes = (
-                tuple(replace(site, scale=_scale(subject.columns((site,), every), power)) for site in sites)
+                tuple(replace(site, scale=_scale(observed.columns((site,), every), power)) for site in sites)
                 for sites in (spec.reads, spec.writes)
             )
             if all(abs(reads[0].scale / other - 1) > ALIKE for other in tried):
@@ -166,24 +165,24 @@ def scales(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
             yield from _coders(coder, normalization=Normalization(kind))
 
 
-def pre_biases(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
+def pre_biases(coder: SparseCoder, observed: Observed) -> Iterator[SparseCoder]:
     """Yields the coder without the decoder's bias as pre-bias, or with it."""
     other = {"none": "decoder", "decoder": "none"}.get(coder.spec.pre_bias)
     if other:
         yield from _coders(coder, pre_bias=other)
 
 
-def selections(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
+def selections(coder: SparseCoder, observed: Observed) -> Iterator[SparseCoder]:
     """Yields, of a coder that keeps all that is positive, those that keep few: by TopK or one threshold for all.
 
     So many as advertised or else, of `KS`, the fewest with an FVU within a tenth of the best. These are few choices for
     thousands of numbers, so the best of them is no product of chance; but it says about how many.
     """
     spec = coder.spec
-    if not isinstance(spec.selection, ReLU):
+    if not spec.selection.keeps_positive:
         return
-    x, target = (subject.columns(sites)[:THRESHOLD_TOKENS].to(coder.W_enc) for sites in (spec.reads, spec.writes))
-    ks = [max(1, round(subject.l0))] if subject.l0 else [k for k in KS if k < spec.d_sae]
+    x, target = (observed.columns(sites)[:THRESHOLD_TOKENS].to(coder.W_enc) for sites in (spec.reads, spec.writes))
+    ks = [max(1, round(observed.l0))] if observed.l0 else [k for k in KS if k < spec.d_sae]
     scores = coder.look(x).scores.flatten()
     largest = scores.topk(min(max(ks) * len(x) + 1, len(scores))).values
 
@@ -201,7 +200,7 @@ def selections(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
         yield from [other for other, error in zip(found, errors, strict=True) if error <= 1.1 * min(errors)][:1]
 
 
-def centerings(coder: SparseCoder, subject: Subject) -> Iterator[SparseCoder]:
+def centerings(coder: SparseCoder, observed: Observed) -> Iterator[SparseCoder]:
     """Yields the coder as one of a model whose writing weights are centered, or as one of the raw model."""
     other = {"none": "center", "center": "none"}.get(coder.spec.normalization.kind)
     if other:
@@ -218,7 +217,7 @@ PLACES: dict[str, Callable[[nn.Module, CoderSpec], Iterator[CoderSpec]]] = {
     "layer off by one": neighbors,
     "norm's gain (processed weights)": other_gain,
 }
-MAPS: dict[str, Callable[[SparseCoder, Subject], Iterator[SparseCoder]]] = {
+MAPS: dict[str, Callable[[SparseCoder, Observed], Iterator[SparseCoder]]] = {
     "input scale": scales,
     "pre-bias": pre_biases,
     "selection": selections,

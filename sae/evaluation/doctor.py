@@ -28,14 +28,14 @@ from sae.base.errors import ConfigError
 from sae.coder.coder import SparseCoder
 from sae.coder.normalization import undo
 from sae.coder.spec import CoderSpec
-from sae.evaluation.alternatives import MAPS, PLACES, Subject, rebuilt
+from sae.evaluation.alternatives import MAPS, PLACES, Observed, rebuilt
 from sae.evaluation.metrics import Reconstruction
 from sae.lm.hooks import capture, widths
 from sae.lm.masking import MaskSpec, norm_mask, token_mask
 from sae.lm.models import LanguageModel, load_language_model
 from sae.lm.site import Site
 from sae.lm.sites import resolve
-from sae.selection import Budget, Selection
+from sae.selection import Selection
 from sae.text.documents import TextConfig, documents
 from sae.text.packing import PADDING, Packer
 from sae.text.tokenizing import CHARS_PER_TOKEN, encode, special_ids
@@ -118,27 +118,27 @@ def diagnose(coder: SparseCoder, lm: LanguageModel | str, tokens: int = 2048, te
     """
     lm = load_language_model(lm, device=str(coder.W_enc.device)) if isinstance(lm, str) else lm
     coder = rebuilt(coder, _resolved(coder.spec, lm))
-    subject = observe(lm, coder.spec, rows_of_text(lm, coder.spec, tokens, text))
+    observed = observe(lm, coder.spec, rows_of_text(lm, coder.spec, tokens, text))
 
     def undone(of: Candidate, later: bool = False) -> Iterator[Candidate]:
         known = [number for number, mistake in enumerate(MISTAKES) if mistake in of.mistake]
-        for mistake, fixed in _suspects(lm.model, of.coder, subject, MISTAKES[max(known) :] if later else MISTAKES):
+        for mistake, fixed in _suspects(lm.model, of.coder, observed, MISTAKES[max(known) :] if later else MISTAKES):
             if mistake not in of.mistake:
                 name = f"{of.mistake}{BOTH}{mistake}" if of.mistake else mistake
-                yield _candidate(name, _change(coder, fixed), fixed, _figures(fixed, subject), subject.l0)
+                yield _candidate(name, _change(coder, fixed), fixed, _figures(fixed, observed), observed.l0)
 
-    usual = _figures(coder, subject)
-    own = _candidate("", "", coder, usual, subject.l0)
+    usual = _figures(coder, observed)
+    own = _candidate("", "", coder, usual, observed.l0)
     candidates = _distinct([own, *undone(own)])
     best = min(candidates, key=_score)
     pairs = []
-    if not _well(best, subject.l0):
+    if not _well(best, observed.l0):
         pairs = [pair for one in candidates[1:] for pair in undone(one, later=True)]
     elif best is not own:  # there may be a second mistake
         pairs = list(undone(best))
     candidates += [pair for pair in pairs if pair.score < best.score]
     candidates = sorted(_distinct(candidates), key=_score)
-    return _report(own, candidates, usual, _figures(coder, subject, every=True), subject.l0)
+    return _report(own, candidates, usual, _figures(coder, observed, every=True), observed.l0)
 
 
 def rows_of_text(
@@ -160,7 +160,7 @@ def rows_of_text(
     return packer.take(-(-tokens // context))["tokens"]
 
 
-def observe(lm: LanguageModel, spec: CoderSpec, tokens: Int[Tensor, "rows context"]) -> Subject:
+def observe(lm: LanguageModel, spec: CoderSpec, tokens: Int[Tensor, "rows context"]) -> Observed:
     """Returns what the model computes of some rows at a coder's sites and at those of all mistakes of place."""
     own = list({site.name: site for site in (*spec.reads, *spec.writes)}.values())
     there = widths(lm, own)
@@ -185,7 +185,7 @@ def observe(lm: LanguageModel, spec: CoderSpec, tokens: Int[Tensor, "rows contex
         raise ConfigError("text: every token is masked (special tokens and skipped positions)")
     medians = {name: float(x[usual].norm(dim=1).median()) for name, x in activations.items()}
     usual &= norm_mask(activations, MaskSpec(norm_limits={name: NORM_FILTER * m for name, m in medians.items()}))
-    return Subject(activations, usual, advertised_l0(spec))
+    return Observed(activations, usual, advertised_l0(spec))
 
 
 def advertised_l0(spec: CoderSpec) -> float | None:
@@ -194,7 +194,8 @@ def advertised_l0(spec: CoderSpec) -> float | None:
         l0 = spec.metrics.get(name, {}).get("l0")
         if l0:
             return float(l0)
-    return float(spec.selection.k * spec.n_blocks) if isinstance(spec.selection, Budget) else None
+    implied = spec.selection.implied_l0
+    return None if implied is None else float(implied * spec.n_blocks)
 
 
 def _resolved(spec: CoderSpec, lm: LanguageModel) -> CoderSpec:
@@ -203,7 +204,7 @@ def _resolved(spec: CoderSpec, lm: LanguageModel) -> CoderSpec:
         raise ConfigError("site: the coder's spec names no site to read; say it when loading: site=...")
     if any(site.tag for site in (*spec.reads, *spec.writes)):
         raise ConfigError("coder: it reads two models; the doctor knows one")
-    if getattr(spec.selection, "inference", "plain") == "gradient":
+    if spec.selection.looks_at_gradients:
         raise ConfigError("selection.inference: 'gradient' needs gradients; the doctor looks at activations: set plain")
 
     def found(site: Site) -> Site:
@@ -222,22 +223,22 @@ def _sites(model: nn.Module, spec: CoderSpec) -> Iterator[Site]:
 
 
 def _suspects(
-    model: nn.Module, coder: SparseCoder, subject: Subject, mistakes: list[str]
+    model: nn.Module, coder: SparseCoder, observed: Observed, mistakes: list[str]
 ) -> Iterator[tuple[str, SparseCoder]]:
     """Yields (mistake, the coder without it) for each of some usual mistakes."""
     for name in mistakes:
         if name in PLACES:
             specs = PLACES[name](model, coder.spec)
-            yield from ((name, rebuilt(coder, spec)) for spec in specs if subject.has(spec))
+            yield from ((name, rebuilt(coder, spec)) for spec in specs if observed.has(spec))
         else:
-            yield from ((name, other) for other in MAPS[name](coder, subject))
+            yield from ((name, other) for other in MAPS[name](coder, observed))
 
 
 @torch.no_grad()
-def _figures(coder: SparseCoder, subject: Subject, every: bool = False) -> dict[str, Any]:
+def _figures(coder: SparseCoder, observed: Observed, every: bool = False) -> dict[str, Any]:
     """Returns the metrics of reconstruction, and `error` as at the head of this module."""
     spec = coder.spec
-    x, target = (subject.columns(sites, every).to(coder.W_enc.device) for sites in (spec.reads, spec.writes))
+    x, target = (observed.columns(sites, every).to(coder.W_enc.device) for sites in (spec.reads, spec.writes))
     found = Reconstruction(spec.d_sae)
     for part, wanted in zip(x.split(PART), target.split(PART), strict=True):
         found.update(wanted, *coder(part))
@@ -349,8 +350,8 @@ def _normalization(spec: CoderSpec) -> str:
 def _selection(coder: SparseCoder) -> str:
     rule = coder.spec.selection
     name = Selection.get_choice_name(type(rule))
-    if isinstance(rule, Budget):
-        return f"{name} (k={rule.k})"
+    if rule.implied_l0 is not None:
+        return f"{name} (k={rule.implied_l0})"
     thresholds = coder.per_latent().get("threshold", torch.zeros(0))
     return f"{name} (threshold={float(thresholds[0]):.4g})" if thresholds.unique().numel() == 1 else name
 

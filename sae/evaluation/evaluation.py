@@ -6,10 +6,8 @@ neither replaced nor counted. Losses are averaged over tokens first; ratios are 
 """
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,10 +99,10 @@ def _modes(coders: dict[str, SparseCoder]) -> dict[str, SparseCoder]:
     """Returns the coders as they are asked without gradients and, of rules that can look at them, with."""
     modes = dict(coders)
     for name, coder in coders.items():
-        if coder.spec.selection.needs_gradient:
-            for mode, label in (("plain", name), ("gradient", name + GRADIENT_MODE)):
-                modes[label] = copy.copy(coder)  # the tensors are shared
-                modes[label].spec = coder.spec.with_(selection=replace(coder.spec.selection, inference=mode))  # type: ignore[call-arg]
+        for looks, label in ((False, name), (True, name + GRADIENT_MODE)):
+            rule = coder.spec.selection.with_gradients(looks)
+            if rule.looks_at_gradients == looks:
+                modes[label] = coder.with_spec(coder.spec.with_(selection=rule))
     return modes
 
 
@@ -189,7 +187,7 @@ def _reconstruct(
             own = {site.name: seen[site.name][keep] for site in (*spec.reads, *spec.writes)}
             x, target = (_columns(own, side).to(coder.W_enc.device) for side in (spec.reads, spec.writes))
             usual = norm_mask(own, spec.mask).to(x.device)
-            g = _columns(gradients, spec.writes)[keep].to(x.device) if _looks_at_gradients(coder) else None
+            g = _columns(gradients, spec.writes)[keep].to(x.device) if spec.selection.looks_at_gradients else None
             out, latents = coder(x, g)
             unfiltered[name].update(target, out, latents)
             if not usual.all():
@@ -225,16 +223,13 @@ def _reconstruct(
     return results, {name: m.mean.float() for name, m in moments.items()}
 
 
-def _looks_at_gradients(coder: SparseCoder) -> bool:
-    return getattr(coder.spec.selection, "inference", "plain") == "gradient"
-
-
 def _seen(
     coders: dict[str, SparseCoder], models: dict[str, LanguageModel], batch: Int[Tensor, "rows context"]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Returns activations and, if a coder looks at them, gradients at all sites, of the models as they are."""
-    asking = [coder.spec for coder in coders.values() if _looks_at_gradients(coder)]
-    if len({spec.selection.loss for spec in asking}) > 1:  # type: ignore[attr-defined]
+    asking = [coder.spec for coder in coders.values() if coder.spec.selection.looks_at_gradients]
+    losses = {spec.selection.gradient_loss or "" for spec in asking}
+    if len(losses) > 1:
         raise ConfigError("coders: they look at gradients of different losses; evaluate them one by one")
     seen: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
@@ -243,7 +238,7 @@ def _seen(
         if not sites:
             continue
         if asking:
-            loss = asking[0].selection.loss  # type: ignore[attr-defined]
+            (loss,) = losses
             found, slopes = capture_with_gradients(lm, sites, batch, asking[0].mask, loss)
             gradients |= {name: g.to(models[""].device) for name, g in slopes.items()}
         else:
@@ -282,7 +277,7 @@ def _losses(
         tokens = batch.to(lm.device)
         seen: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
-        if len(models) > 1 or any(map(_looks_at_gradients, coders.values())):
+        if len(models) > 1 or any(coder.spec.selection.looks_at_gradients for coder in coders.values()):
             seen, gradients = _seen(coders, models, batch)
         own = of_model(_sites(coders), tag)
         with hooked(lm.model, own, lambda site, x, seen=seen: seen.update({site.name: x.to(device)})):
@@ -292,7 +287,7 @@ def _losses(
             advance()
             spec, total = coder.spec, sums[name]
             keep = token_mask(tokens, spec.mask) & norm_mask(seen, spec.mask).to(lm.device)
-            g = _columns(gradients, spec.writes) if _looks_at_gradients(coder) else None
+            g = _columns(gradients, spec.writes) if spec.selection.looks_at_gradients else None
             arms: dict[str, Any] = {
                 "spliced": splice(lm.model, coder, keep, False, seen if reads_ahead(spec) else None, g, tag),
                 "zero": ablate(lm.model, spec.writes, keep, tag=tag),

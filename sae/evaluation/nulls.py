@@ -23,7 +23,10 @@ def null_fvus(coder: SparseCoder, fitted: Pairs, test: Pairs) -> dict[str, dict[
         ones = [torch.cat([part, part.new_ones(len(part), 1)], dim=1).double() for part in (x, x_test)]
         solution = torch.linalg.lstsq(ones[0].cpu(), y.double().cpu(), driver="gelsd").solution.to(y.device)
         return {"linear_map": {"fvu": fvu(y_test, ones[1] @ solution)}}
-    active = float(coder.encode(x_test).l0().mean()) if not coder.spec.selection.needs_gradient else coder.spec.rule.k  # type: ignore[attr-defined]
+    rule = coder.spec.rule
+    plain = coder.with_spec(coder.spec.with_(selection=coder.spec.selection.with_gradients(False)))
+    implied = rule.implied_l0 if rule.gradient_loss else None
+    active = implied or float(plain.encode(x_test).l0().mean())
     rank = max(1, min(round(active), *x.shape))
     spec = coder.spec.with_(selection=TopK(max(1, min(round(active), coder.spec.d_sae))), cross_layer=False)
     random = SparseCoder(spec.with_(calibration=()), x.device)

@@ -21,8 +21,8 @@ class Gate(Objective):
 
     def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
         """Raises ConfigError unless the coder has gates."""
-        found = Selection.get_choice_name(type(selection))
-        if found != "gated":
+        if not selection.gated:
+            found = Selection.get_choice_name(type(selection))
             raise ConfigError(f"objectives.gate: needs selection gated, not {found}")
 
     def loss(self, step: Step) -> Float[Tensor, ""]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.objectives import Objective, Sparsity, Step
-from sae.selection import Selection, jumprelu
+from sae.selection import Selection
 
 
 @Objective.register_subclass("l0")
@@ -34,13 +34,12 @@ class L0(Sparsity):
     def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
         """Raises ConfigError unless the coder has trained thresholds."""
         super().validate(d_sae, selection, n_blocks)
-        if not isinstance(selection, jumprelu.JumpReLU):
+        if not selection.trains_thresholds:
             found = Selection.get_choice_name(type(selection))
             raise ConfigError(f"objectives.l0: needs the thresholds of selection jumprelu, not {found}; use l1 or tanh")
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns L0 of the micro-batch, weighted by its share of the batch."""
-        rule, run = step.coder.spec.selection, step.run
-        threshold = step.coder.per_latent()["threshold"].index_select(0, run.latents.ids)
-        active = jumprelu.Heaviside.apply(run.kept.detach(), threshold, rule.bandwidth)  # type: ignore[attr-defined]
+        run, coder = step.run, step.coder
+        active = coder.spec.selection.active(run.kept.detach(), run.latents.ids, coder.per_latent())
         return active.sum() / step.n_tokens

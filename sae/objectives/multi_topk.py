@@ -30,11 +30,10 @@ class MultiTopK(Objective):
 
     def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
         """Raises ConfigError unless there is a k that fits."""
-        if not self.k and not hasattr(selection, "k"):
-            found = Selection.get_choice_name(type(selection))
+        found = Selection.get_choice_name(type(selection))
+        if not self.k and selection.implied_l0 is None:
             raise ConfigError(f"objectives.multi_topk.k: 0 needs a selection with a k, not {found}; give a number")
-        if selection.signed or Selection.get_choice_name(type(selection)) == "gated":
-            found = Selection.get_choice_name(type(selection))
+        if selection.signed or selection.gated:
             raise ConfigError(f"objectives.multi_topk: the largest pre-activations are not the codes of {found}")
         if not 0 <= self.k <= d_sae:
             raise ConfigError(f"objectives.multi_topk.k: {self.k} is not between 0 and d_sae = {d_sae}")
@@ -44,7 +43,7 @@ class MultiTopK(Objective):
         coder, run = step.coder, step.run
         if not len(step.target):
             return step.target.sum()
-        wanted = self.k or 4 * coder.spec.rule.k  # type: ignore[attr-defined]
+        wanted = self.k or 4 * (coder.spec.rule.implied_l0 or 0)
 
         def largest(_rule: Selection, scores: Tensor, *_: object) -> Support:
             return by_rows(top_ids(scores, min(wanted, scores.shape[1])))

@@ -4,6 +4,9 @@ A rule looks at scores, the pre-activations [n, d_sae], and returns a *support*:
 ascending within a row. The support contains the nonzeros; entries of value 0 may carry gradient and never count as
 fired. Ties go to the lower index, so a support is a function of the scores alone.
 
+What others ask about a rule, the rule answers: what competes, what it reads, what a fold does to it. Where a rule says
+nothing, the answer is the careful one: all codes are computed where some would do, and a fold is refused.
+
 `infer` looks at each token by itself and is used everywhere outside training. In training a per-token rule is asked by
 `choose`; a batch-wide rule is given all tokens of the batch by way of `candidates`, `reduce` and `keep`, so that
 micro-batches and ranks choose as one. What a rule remembers between steps lies in a dict of tensors that is
@@ -12,7 +15,7 @@ checkpointed.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,9 +24,13 @@ from torch import Tensor
 from sae.base.errors import ConfigError
 from sae.base.plugins import Plugin, discover, names
 from sae.kernels.codes import Entries, Support
+from sae.kernels.scaling import alike, times
 
 if TYPE_CHECKING:
     from typing import Self
+
+
+NEVER = torch.finfo(torch.float32).max  # threshold of a latent that never fires
 
 
 @dataclass
@@ -38,16 +45,50 @@ class Moment:
     """What the rule remembers; it may put new tensors under the same names."""
 
 
+class Factors(NamedTuple):
+    """By what a fold multiplies latents."""
+
+    latents: Float[Tensor, "d_sae"]
+    """Pre-activations and values; a unit of a latent then has that much less of an effect."""
+    compared: tuple[Float[Tensor, "m"], ...]
+    """What selection compares, for each group of latents that it chooses among."""
+    by_norm: bool
+    """Whether what it compares is pre-activations times decoder norms."""
+
+    @property
+    def one(self) -> float:
+        """Returns the factor of all latents, 0 where they have different ones."""
+        return float(self.latents[0]) if alike(self.latents) else 0.0
+
+    @property
+    def even(self) -> bool:
+        """Returns whether what is compared with each other is multiplied by one factor."""
+        return all(map(alike, self.compared))
+
+
+Owned = tuple["Selection", dict[str, Tensor], tuple[float, ...]]
+"""A rule with its tensors and its calibration in a coder."""
+
+
 @dataclass(frozen=True)
 class Selection(Plugin):
     """A sparsifying rule. Subclasses add their constants as fields and say how they choose."""
 
     batch_wide: ClassVar[bool] = False
     """Whether one token's latents depend on the other tokens of the batch, in training."""
-    needs_gradient: ClassVar[bool] = False
-    """Whether the gradient of a loss at the site takes part in the choice, in training."""
     signed: ClassVar[bool] = False
     """Whether codes may be negative."""
+    gated: ClassVar[bool] = False
+    """Whether pre-activations say only whether a latent fires, and tensors of the rule how much."""
+    keeps_positive: ClassVar[bool] = False
+    """Whether it keeps all that is positive, so that nothing but a penalty makes codes sparse."""
+    trains_thresholds: ClassVar[bool] = False
+    """Whether it has thresholds, of raw pre-activations, to which `active` gives a gradient."""
+    reads_bias: ClassVar[bool] = False
+    """Whether it looks at `b_enc` beside its own tensors."""
+    units: ClassVar[Mapping[str, str] | None] = None
+    """What its tensors and its `calibration` are measured in, where not in numbers: "scores" (what selection compares)
+    or "latents". None: it is not known what a factor does to the rule, so that no fold may multiply its latents."""
     pursues: ClassVar[bool] = False
     """Whether it chooses by what earlier choices leave of the input (`pursue`), not by pre-activations."""
     needs: ClassVar[tuple[tuple[str, ...], ...]] = ()
@@ -71,9 +112,38 @@ class Selection(Plugin):
         """Returns the calibrated tensors of the rule, one value a latent, as they start."""
         return {}
 
-    def competes(self, calibrated: bool) -> bool:
-        """Returns whether `infer` lets the m latents that it is given compete for a token's budget."""
+    @property
+    def gradient_loss(self) -> str | None:
+        """Returns the loss whose gradient at the sites takes part in the choice in training; None: no gradient does."""
+        return None
+
+    @property
+    def looks_at_gradients(self) -> bool:
+        """Returns whether `infer` is to be given scores that a gradient has augmented."""
         return False
+
+    def with_gradients(self, looks: bool) -> "Self":
+        """Returns the rule as it is where it looks at gradients at inference, or does not, if it has that choice."""
+        return self
+
+    @property
+    def implied_l0(self) -> int | None:
+        """Returns how many latents of a token fire, at most or on average, if the constants say it."""
+        return None
+
+    def competes(self, calibrated: bool) -> str:
+        """Returns among what a latent must win to be kept by `infer`: "nothing", its "group" of neighbors, or "token".
+
+        Groups lie within a block of latents, also where blocks share a budget.
+        """
+        return "token"
+
+    def best_of(self, m: int) -> "tuple[int, Budget] | None":
+        """Returns (size, rule) if `infer` keeps of each `size` neighbors among m latents the k best, as `rule` does.
+
+        They can then be found in parts. None: that is not so, or not known.
+        """
+        return None
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the support by the per-token rule.
@@ -88,6 +158,48 @@ class Selection(Plugin):
     ) -> Float[Tensor, "nnz"]:
         """Returns the latents' values from their pre-activations at the support."""
         return torch.relu(kept)
+
+    def active(
+        self, kept: Float[Tensor, "nnz"], ids: Int[Tensor, "nnz"], tensors: Mapping[str, Tensor]
+    ) -> Float[Tensor, "nnz"]:
+        """Returns 1 where a latent fires, else 0, with a gradient to the thresholds of a rule that trains them."""
+        raise NotImplementedError
+
+    def rescaled(self, own: dict[str, Tensor], calibration: tuple[float, ...], by: Factors) -> Owned:
+        """Returns what chooses the same latents, with values in the new units, where a fold multiplies them.
+
+        ConfigError if nothing does.
+        """
+        name, units, factor = self.get_choice_name(type(self)), self.units, torch.cat(by.compared)
+        if units is None:
+            if alike(torch.cat([by.latents, factor]), 1.0):
+                return self, own, calibration
+            raise ConfigError(f"selection: {name!r} is not a rule of which it is known what a factor does to it")
+        one_cut = "calibration" in units and calibration
+        if not by.even and (one_cut or self.competes(bool(calibration)) != "nothing"):
+            way = "fold_decoder_norm first" if by.by_norm else "select_by_decoder_norm or one factor for all"
+            raise ConfigError(
+                f"selection: {name!r} compares latents with each other, and this fold would multiply them by "
+                f"{float(factor.min()):.4g} to {float(factor.max()):.4g}; it needs {way}"
+            )
+        if one_cut:
+            calibration = tuple(cut * float(part[0]) for cut, part in zip(calibration, by.compared, strict=True))
+        return self, self.in_units(own, by.latents, factor), calibration
+
+    def in_units(
+        self, own: dict[str, Tensor], latents: Float[Tensor, "d_sae"], scores: Float[Tensor, "d_sae"]
+    ) -> dict[str, Tensor]:
+        """Returns the rule's tensors where latents and scores are so many times as large; NEVER stays finite."""
+        factors = {"latents": latents, "scores": scores}
+        found = {name: factors[unit] for name, unit in (self.units or {}).items() if name in own}
+        return own | {name: times(own[name], factor).clamp_max(NEVER) for name, factor in found.items()}
+
+    def moved(self, own: dict[str, Tensor], change: Float[Tensor, "d_sae"]) -> dict[str, Tensor]:
+        """Returns the rule's tensors where b_enc takes up `change` and pre-activations stay; ConfigError if unknown."""
+        if self.reads_bias:
+            name = self.get_choice_name(type(self))
+            raise ConfigError(f"selection: {name!r} looks at b_enc, and it is not known what a fold of it does to that")
+        return own
 
     def pursue(self, y: Float[Tensor, "n d"], weight: Float[Tensor, "m d"]) -> tuple[Support, Float[Tensor, "nnz"]]:
         """Returns the support and its values, for a rule that `pursues`, of inputs and the decoder."""
@@ -104,8 +216,12 @@ class Selection(Plugin):
     def augment(
         self, scores: Float[Tensor, "n m"], effect: Float[Tensor, "n m"], state: dict[str, Tensor]
     ) -> Float[Tensor, "n m"]:
-        """Returns the scores of a rule that `needs_gradient`; `effect` is |<g, W_dec_i>|."""
+        """Returns the scores of a rule that has a `gradient_loss`; `effect` is |<g, W_dec_i>|."""
         raise NotImplementedError
+
+    def recalled(self, calibration: float) -> dict[str, Tensor]:
+        """Returns the state that `augment` looks at outside training; 0 is for a coder that was not calibrated."""
+        return {}
 
     def begin(self, moment: Moment) -> None:
         """Is called before the batch is looked at."""
@@ -138,6 +254,8 @@ class Selection(Plugin):
 class Budget(Selection):
     """A rule that keeps a given number of latents per token, or per token on average."""
 
+    ranks: ClassVar[bool] = False
+    """Whether `infer`, before any calibration, keeps the k best of whatever latents it is given."""
     k: int = 32
     """Latents kept per token; of a batch-wide rule, on average."""
     k_start: int = 0
@@ -157,9 +275,14 @@ class Budget(Selection):
         """Returns the rule with k for all blocks together."""
         return replace(self, k=self.k * blocks, k_start=self.k_start * blocks)
 
-    def competes(self, calibrated: bool) -> bool:
-        """Returns True: k are kept of all."""
-        return True
+    @property
+    def implied_l0(self) -> int | None:
+        """Returns k."""
+        return self.k
+
+    def best_of(self, m: int) -> "tuple[int, Budget] | None":
+        """Returns all m and the rule itself, if it `ranks`."""
+        return (m, self) if self.ranks else None
 
     def k_at(self, progress: float) -> int:
         """Returns k when a share of the steps is done."""

@@ -31,10 +31,8 @@ from sae.base.errors import ConfigError
 from sae.base.settings import choose
 from sae.kernels.codes import Entries, Support, where
 from sae.kernels.largest import ranks, top_entries, top_of, top_of_columns
-from sae.selection import Moment, Selection
+from sae.selection import NEVER, Moment, Selection
 from sae.selection.mutual_choice import MutualChoice, add_to_mean, mean_of, running_mean
-
-NEVER = torch.finfo(torch.float32).max  # threshold of a latent that has not had a token yet
 
 
 @Selection.register_subclass("feature_choice")
@@ -42,7 +40,7 @@ NEVER = torch.finfo(torch.float32).max  # threshold of a latent that has not had
 class FeatureChoice(MutualChoice):
     """Keeps, for each latent, its largest tokens of the batch."""
 
-    batch_wide: ClassVar[bool] = True
+    units: ClassVar[Mapping[str, str] | None] = {"threshold": "scores"}
     mutual_share: float = 0.0
     """Share of the steps in which Mutual Choice trains first."""
     exponent: float | None = None
@@ -71,9 +69,9 @@ class FeatureChoice(MutualChoice):
         """Returns thresholds under which nothing fires until they are calibrated."""
         return {"threshold": torch.full((d_sae,), NEVER)}
 
-    def competes(self, calibrated: bool) -> bool:
-        """Returns False: every latent has a threshold of its own."""
-        return False
+    def competes(self, calibrated: bool) -> str:
+        """Returns "nothing": every latent has a threshold of its own."""
+        return "nothing"
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the entries above their latent's threshold."""

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels.codes import Support, where
+from sae.kernels.scaling import exact
 from sae.selection import Selection
 
 
@@ -26,10 +27,22 @@ class Gated(Selection):
     """Keeps the latents whose gate is open."""
 
     needs: ClassVar[tuple[tuple[str, ...], ...]] = (("gate",), ("l1",))
+    gated: ClassVar[bool] = True
+    reads_bias: ClassVar[bool] = True
+    units: ClassVar[Mapping[str, str] | None] = {"b_mag": "latents"}
 
     def parameters(self, d_sae: int, spread: float = 1.0) -> dict[str, Float[Tensor, "d_sae"]]:
         """Returns the log scale and the bias of the magnitudes."""
         return {"r_mag": torch.zeros(d_sae), "b_mag": torch.zeros(d_sae)}
+
+    def competes(self, calibrated: bool) -> str:
+        """Returns "nothing"."""
+        return "nothing"
+
+    def moved(self, own: dict[str, Tensor], change: Float[Tensor, "d_sae"]) -> dict[str, Tensor]:
+        """Returns the magnitudes' bias with what they see of the change."""
+        shift = own["r_mag"].double().exp() * change
+        return own | {"b_mag": (own["b_mag"].double() + shift).to(exact(own["b_mag"]))}
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the entries whose gate is open."""

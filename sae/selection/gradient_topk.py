@@ -17,8 +17,8 @@ with `gradient`, the coder must be given g, and figures obtained that way are la
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,10 @@ from sae.base.errors import ConfigError
 from sae.kernels.codes import Support, by_rows
 from sae.kernels.largest import top_ids
 from sae.parallel import collectives
-from sae.selection import Budget, Moment, Selection
+from sae.selection import Budget, Factors, Moment, Owned, Selection
+
+if TYPE_CHECKING:
+    from typing import Self
 
 LOSSES = ("next_token", "sampled")
 NORMS = ("batch", "token", "none")
@@ -40,7 +43,8 @@ INFERENCE = ("plain", "gradient")
 class GradientTopK(Budget):
     """Keeps the k largest of every token, by a score that counts what a latent does to the loss."""
 
-    needs_gradient: ClassVar[bool] = True
+    ranks: ClassVar[bool] = True
+    units: ClassVar[Mapping[str, str] | None] = {}
     beta: float = 0.5
     """Weight of the gradient term in the score."""
     loss: str = "next_token"
@@ -58,6 +62,30 @@ class GradientTopK(Budget):
         for name, allowed in (("loss", LOSSES), ("gradient_norm", NORMS), ("inference", INFERENCE)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"selection.{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+    @property
+    def gradient_loss(self) -> str | None:
+        """Returns the loss."""
+        return self.loss
+
+    @property
+    def looks_at_gradients(self) -> bool:
+        """Returns whether `inference` says so."""
+        return self.inference == "gradient"
+
+    def with_gradients(self, looks: bool) -> "Self":
+        """Returns the rule of either inference."""
+        return replace(self, inference="gradient" if looks else "plain")
+
+    def rescaled(self, own: dict[str, Tensor], calibration: tuple[float, ...], by: Factors) -> Owned:
+        """Returns the rule for effects |<g, W_dec_i>| that are divided by the factors of latents."""
+        if by.one:
+            beta = self.beta * by.one if self.gradient_norm == "none" else self.beta
+            changed = replace(self, beta=beta)
+            return super(GradientTopK, changed).rescaled(own, tuple(c / by.one for c in calibration), by)
+        if self.looks_at_gradients:
+            raise ConfigError("selection.inference: 'gradient' looks at |<g, W_dec_i>|, which this fold would change")
+        return super().rescaled(own, (), by)  # the mean effect was of other decoders
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns k entries per row of the scores, augmented or not."""
@@ -90,6 +118,10 @@ class GradientTopK(Budget):
                 return scores
             effect = effect / mean
         return torch.where(scores > 0, scores * (1 + self.beta * effect), scores)
+
+    def recalled(self, calibration: float) -> dict[str, Tensor]:
+        """Returns the mean effect."""
+        return {"effect.mean": torch.tensor(calibration)}
 
     def finish(self, moment: Moment) -> None:
         """Takes the step's mean effect over to the next step."""

@@ -6,7 +6,7 @@ is sparsify's `groupmax`: group j holds the latents j d_sae / k to (j + 1) d_sae
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,8 @@ from torch import Tensor
 from sae.base.errors import ConfigError
 from sae.kernels.codes import Support, by_rows
 from sae.kernels.largest import top_ids
-from sae.selection import Selection
+from sae.selection import Budget, Selection
+from sae.selection.topk import TopK
 
 if TYPE_CHECKING:
     from typing import Self
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 class GroupMax(Selection):
     """Keeps the largest of each of k groups."""
 
+    units: ClassVar[Mapping[str, str] | None] = {}
     k: int = 32
     """Number of groups, and so of latents kept per token."""
 
@@ -37,6 +39,19 @@ class GroupMax(Selection):
     def shared_by(self, blocks: int) -> "Self":
         """Returns the rule with the groups of all blocks, which stay what they are."""
         return replace(self, k=self.k * blocks)
+
+    @property
+    def implied_l0(self) -> int | None:
+        """Returns k: one latent of each group."""
+        return self.k
+
+    def competes(self, calibrated: bool) -> str:
+        """Returns "group"."""
+        return "group"
+
+    def best_of(self, m: int) -> tuple[int, Budget] | None:
+        """Returns the size of a group, and the rule for the best one."""
+        return m // self.k, TopK(1)
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns k entries per row."""

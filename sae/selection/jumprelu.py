@@ -33,6 +33,8 @@ class JumpReLU(Selection):
     """Keeps what lies above the latent's own trained threshold."""
 
     needs: ClassVar[tuple[tuple[str, ...], ...]] = (("l0",),)
+    trains_thresholds: ClassVar[bool] = True
+    units: ClassVar[Mapping[str, str] | None] = {"threshold": "scores"}
     threshold_start: float = 1.5
     """Threshold of every latent before the first step, in standard deviations of the pre-activations then."""
     bandwidth: float = 0.5
@@ -48,6 +50,10 @@ class JumpReLU(Selection):
         """Returns the thresholds."""
         return {"threshold": torch.full((d_sae,), self.threshold_start * spread)}
 
+    def competes(self, calibrated: bool) -> str:
+        """Returns "nothing"."""
+        return "nothing"
+
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the entries above their threshold."""
         return where(scores > tensors["threshold"].clamp_min(0))
@@ -61,6 +67,12 @@ class JumpReLU(Selection):
     ) -> Float[Tensor, "nnz"]:
         """Returns what lies above its threshold, and 0 elsewhere."""
         return _Jump.apply(kept, tensors["threshold"].index_select(0, ids), self.bandwidth)  # type: ignore[no-any-return]
+
+    def active(
+        self, kept: Float[Tensor, "nnz"], ids: Int[Tensor, "nnz"], tensors: Mapping[str, Tensor]
+    ) -> Float[Tensor, "nnz"]:
+        """Returns H(h - theta)."""
+        return _Heaviside.apply(kept, tensors["threshold"].index_select(0, ids), self.bandwidth)  # type: ignore[no-any-return]
 
 
 class _Jump(torch.autograd.Function):
@@ -80,12 +92,11 @@ class _Jump(torch.autograd.Function):
         return grad * (kept > threshold), -grad * near * threshold / ctx.bandwidth, None
 
 
-class Heaviside(torch.autograd.Function):
+class _Heaviside(torch.autograd.Function):
     """H(h - theta), whose gradient goes to theta alone; the term `l0` sums it."""
 
     @staticmethod
     def forward(ctx: Any, kept: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        """Returns 1 where h > theta."""
         threshold = threshold.clamp_min(0)
         ctx.save_for_backward(kept, threshold)
         ctx.bandwidth = bandwidth
@@ -93,7 +104,6 @@ class Heaviside(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
-        """Returns the gradient to theta."""
         (grad,), (kept, threshold) = grads, ctx.saved_tensors
         near = ((kept - threshold).abs() < ctx.bandwidth / 2).to(grad)
         return None, -grad * near / ctx.bandwidth, None

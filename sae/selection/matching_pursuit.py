@@ -7,7 +7,7 @@ its residual is short. The encoder is the decoder, so no pre-activation says by 
 coders are loaded, not trained.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.kernels.codes import Support, where
-from sae.selection import Selection
+from sae.selection import Factors, Owned, Selection
 
 
 @Selection.register_subclass("matching_pursuit")
@@ -38,6 +38,10 @@ class MatchingPursuit(Selection):
             raise ConfigError(f"selection.max_iterations: {self.max_iterations} must be at least 1")
         if self.residual_threshold < 0:
             raise ConfigError(f"selection.residual_threshold: {self.residual_threshold} must not be negative")
+
+    def rescaled(self, own: dict[str, Tensor], calibration: tuple[float, ...], by: Factors) -> Owned:
+        """Returns the rule for residuals in the units of latents, which have one factor as long as decoders stay."""
+        return replace(self, residual_threshold=self.residual_threshold * by.one), own, calibration
 
     def pursue(self, y: Float[Tensor, "n d"], weight: Float[Tensor, "m d"]) -> tuple[Support, Float[Tensor, "nnz"]]:
         """Returns the support and its values, for inputs and the decoder."""

@@ -21,7 +21,8 @@ from torch import Tensor
 from sae.base.errors import ConfigError
 from sae.kernels.codes import Entries, Support, by_rows, where
 from sae.kernels.largest import top_entries, top_ids, top_of
-from sae.selection import Budget, Moment, Selection
+from sae.selection import Budget, Factors, Moment, Owned, Selection
+from sae.selection.jumprelu import JumpReLU
 
 
 @Selection.register_subclass("batch_topk")
@@ -31,6 +32,8 @@ class MutualChoice(Budget):
     """Keeps the k x batch largest of the batch."""
 
     batch_wide: ClassVar[bool] = True
+    ranks: ClassVar[bool] = True
+    units: ClassVar[Mapping[str, str] | None] = {"calibration": "scores"}
     threshold_decay: float = 0.95
     """Decay, per step, of the running mean that becomes the threshold at inference."""
 
@@ -40,9 +43,16 @@ class MutualChoice(Budget):
         if not 0 <= self.threshold_decay < 1:
             raise ConfigError(f"selection.threshold_decay: {self.threshold_decay} is not at least 0 and below 1")
 
-    def competes(self, calibrated: bool) -> bool:
-        """Returns whether there is no threshold yet, in whose place k are kept."""
-        return not calibrated
+    def competes(self, calibrated: bool) -> str:
+        """Returns "token" while there is no threshold, in whose place k are kept."""
+        return "nothing" if calibrated else "token"
+
+    def rescaled(self, own: dict[str, Tensor], calibration: tuple[float, ...], by: Factors) -> Owned:
+        """Returns JumpReLU, which it is at inference, where latents come to have thresholds of their own."""
+        if by.even or not calibration or by.by_norm:
+            return super().rescaled(own, calibration, by)
+        cuts = [cut * factor for cut, factor in zip(torch.tensor(calibration), by.compared, strict=True)]
+        return JumpReLU(), {"threshold": torch.cat(cuts).float()}, ()
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the entries above the calibrated threshold."""

@@ -20,6 +20,12 @@ class ReLU(Selection):
     """Keeps what is positive."""
 
     needs: ClassVar[tuple[tuple[str, ...], ...]] = (("l1", "tanh"),)
+    keeps_positive: ClassVar[bool] = True
+    units: ClassVar[Mapping[str, str] | None] = {}
+
+    def competes(self, calibrated: bool) -> str:
+        """Returns "nothing"."""
+        return "nothing"
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the positive entries."""

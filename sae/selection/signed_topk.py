@@ -21,6 +21,8 @@ class SignedTopK(Budget):
     """Keeps the k entries of largest magnitude of every token."""
 
     signed: ClassVar[bool] = True
+    ranks: ClassVar[bool] = True
+    units: ClassVar[Mapping[str, str] | None] = {}
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns k entries per row."""

@@ -7,6 +7,7 @@ Exactly k entries are kept per token; those that are not positive become 0 and d
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -20,6 +21,9 @@ from sae.selection import Budget, Moment, Selection
 @dataclass(frozen=True)
 class TopK(Budget):
     """Keeps the k largest of every token."""
+
+    ranks: ClassVar[bool] = True
+    units: ClassVar[Mapping[str, str] | None] = {}
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns k entries per row."""

@@ -282,7 +282,7 @@ class TrainConfig:
     @property
     def gradient_loss(self) -> str | None:
         """Returns the loss whose gradients some coder's selection looks at, or None; ConfigError if they differ."""
-        losses = {c.selection.loss for _, c, _ in self.points() if c.selection.needs_gradient}  # type: ignore[attr-defined]
+        losses = {loss for _, c, _ in self.points() if (loss := c.selection.gradient_loss)}
         if len(losses) > 1:
             raise ConfigError(f"grid: selections with the losses {', '.join(sorted(losses))} cannot share one pass")
         return next(iter(losses), None)

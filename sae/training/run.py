@@ -345,7 +345,7 @@ class Run:
             context = batch.text.tokens.shape[1]
             rows = max(1, self.micro_tokens // context) if self.micro_tokens else len(batch.text.tokens)
             return Batch(x, target, None, *splicer(self.lm, batch.text, usual, coder.spec.writes, rows))
-        gradients = columns(batch.gradients, plan.writes) if coder.spec.selection.needs_gradient else None
+        gradients = columns(batch.gradients, plan.writes) if coder.spec.selection.gradient_loss else None
         return Batch(x, target, gradients)
 
     def _bad(self, errors: str, batch: ActivationBatch, step: int) -> None:

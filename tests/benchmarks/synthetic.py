@@ -108,7 +108,7 @@ def trained(family: Family, seed: int) -> CoderTrainer:
     trainer = CoderTrainer(new_coder(config, found), family.terms, optim, Schedule(family.steps, 20 * BATCH))
     for step in range(family.steps):
         x, _ = truth.sample(BATCH, step)
-        trainer.step(Batch(x, x, readout(x) if family.rule.needs_gradient else None), step)
+        trainer.step(Batch(x, x, readout(x) if family.rule.gradient_loss else None), step)
     return trainer
 
 
@@ -133,7 +133,7 @@ def scores(name: str, seed: int) -> dict[str, dict[str, float]]:
     found = {name: score(coder, truth)}
     if family.rule.batch_wide:
         found[name] |= in_batches(trainer, x)
-    if family.rule.needs_gradient:
+    if family.rule.gradient_loss:
         coder.spec = coder.spec.with_(selection=replace(coder.spec.selection, inference="gradient"))
         found[f"{name} (gradients at inference)"] = score(coder, truth, gradients=readout(x))
     return found

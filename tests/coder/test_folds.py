@@ -90,7 +90,7 @@ def batch(coder, seed=1):
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(TOKENS, coder.spec.d_in, generator=draw) + 0.5
     g = torch.randn(TOKENS, coder.spec.d_out, generator=draw)
-    return x, g if getattr(coder.spec.selection, "inference", "plain") == "gradient" else None
+    return x, g if coder.spec.selection.looks_at_gradients else None
 
 
 def calibrated(coder, seed=2):
@@ -314,7 +314,7 @@ def test_a_mean_effect_of_other_decoders_is_dropped():
 
 
 def test_an_unknown_rule_is_not_guessed_at(monkeypatch):
-    monkeypatch.setattr("sae.coder.rescaling.ALONE", ())
+    monkeypatch.setattr(ReLU, "units", None)
     with pytest.raises(ConfigError, match=r"^selection: 'relu' is not a rule of which it is known"):
         made("relu").fold_decoder_norm()
 

@@ -19,6 +19,7 @@ from sae.coder.coder import SparseCoder
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
 from sae.coder.splicing import written
+from sae.coder.tensors import checked_ids
 from sae.lm.site import Site
 from sae.selection import Selection
 from sae.selection.gradient_topk import GradientTopK
@@ -33,8 +34,7 @@ RULES = {
 }
 RULES |= {"groupmax": GroupMax(4), "groups of one": GroupMax(24), "one group": GroupMax(1)}
 RULES |= {"calibrated": MutualChoice(3), "with gradients": GradientTopK(3, inference="gradient")}
-KNOWN = (*partial.ALONE, *partial.BEST, GroupMax)
-WHOLE = [name for name, rule in RULES.items() if name == "with gradients" or type(rule) not in KNOWN]
+WHOLE = ["matching_pursuit", "with gradients"]
 ONE = (Site("a", scale=0.6),)
 THREE_IN, THREE_OUT = (tuple(Site(f"{side}.{i}", width=w) for i in range(3)) for side, w in (("in", 4), ("out", 3)))
 LAYERS = {"reads": THREE_IN, "writes": THREE_OUT, "cross_layer": True, "pre_bias": "own"}
@@ -71,7 +71,7 @@ def made(rule="relu", seed=0, whole=False, layers=False, **fields):
 def batch(coder, whole=False, shape=(TOKENS,)):
     draw = torch.Generator().manual_seed(1)
     x, g = (torch.randn(*shape, width, generator=draw) for width in (coder.spec.d_in, coder.spec.d_out))
-    return x.round() if whole else x, g if getattr(coder.spec.selection, "inference", "plain") == "gradient" else None
+    return x.round() if whole else x, g if coder.spec.selection.looks_at_gradients else None
 
 
 def entries(latents, asked=range(D_SAE)):
@@ -172,7 +172,7 @@ def test_an_id_that_cannot_be_is_named(asked, message):
 
 def test_what_an_id_is_not_and_what_inputs_are_not():
     with pytest.raises(ConfigError, match=r"^latents: torch.bool are no latent ids; allowed are whole numbers"):
-        partial.checked(torch.ones(D_SAE, dtype=torch.bool), D_SAE, torch.device("cpu"))
+        checked_ids(torch.ones(D_SAE, dtype=torch.bool), D_SAE, torch.device("cpu"))
     with pytest.raises(ValueError, match="x: last dimension is 5, but this coder has d_in = 6"):
         made().encode(torch.zeros(2, 5), latents=[1])
 
@@ -222,7 +222,7 @@ def test_only_the_rows_that_it_takes_are_read(rule, monkeypatch):
     if rule in WHOLE:
         assert not read, "the full codes"
     else:
-        alone = rule == "calibrated" or type(RULES[rule]) in partial.ALONE
+        alone = rule in ("calibrated", "feature_choice", "gated", "jumprelu", "relu")
         assert sum(read) == (3 if alone else {"groupmax": 12, "groups of one": 3}.get(rule, D_SAE))
         assert max(read) <= 30 // 6, "no more than a chunk at once"
 

@@ -78,8 +78,7 @@ def outcome(rule, terms):
 
         trainer.step(Batch(part, part, g, None, spliced), step)
     made = trainer.trained()
-    looks = getattr(made.spec.selection, "inference", "plain") == "gradient"
-    codes = made.encode(x, gradients) if looks else made.encode(x)
+    codes = made.encode(x, gradients if made.spec.selection.looks_at_gradients else None)
     return {name: p.tolist() for name, p in made.state_dict().items()}, codes.to_dense().tolist()
 
 

@@ -8,6 +8,7 @@ import torch
 from rigs.fakes import tiny_lm, tiny_text_folder, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import sae
 from sae.base.errors import ConfigError
 from sae.coder.coder import SparseCoder
 from sae.coder.normalization import Normalization
@@ -298,14 +299,14 @@ def test_rows_begin_with_bos_and_no_document_fills_more_than_one(lm, text):
     assert not bool((rows_of_text(lm, spec.with_(bos="none"), 300, text) == lm.tokenizer.bos_token_id).any())
 
 
-def test_the_coder_has_a_doctor_and_is_left_as_it_was(coders, tiny_model, lm, text, monkeypatch):
+def test_a_coder_is_diagnosed_by_name_too_and_left_as_it_was(coders, tiny_model, lm, text, monkeypatch):
     coder, before = coders["block"], {name: t.clone() for name, t in coders["block"].state_dict().items()}
     spec = coder.spec
     monkeypatch.setattr("sae.evaluation.doctor.TextConfig", lambda source: TextConfig(text))
-    assert coder.doctor(lm).healthy
+    assert sae.diagnose(coder, lm).healthy
     assert coder.spec is spec
     assert all(torch.equal(tensor, before[name]) for name, tensor in coder.state_dict().items())
-    named = coder.doctor(str(tiny_model))  # another model of the same shape
+    named = sae.diagnose(coder, str(tiny_model))  # another model of the same shape
     assert not named.healthy
 
 

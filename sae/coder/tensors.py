@@ -1,0 +1,160 @@
+"""The tensors of a coder, and what they are of: blocks of latents, decoders, what a rule has for each latent.
+
+What reads some latents (`partial.py`), folds (`folds.py`) or computes the map (`coder.py`) stands on this.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sae.base.errors import ConfigError
+from sae.coder.normalization import Undo
+from sae.coder.spec import CoderSpec
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+class LatentBlock(NamedTuple):
+    """A contiguous group of latents and the columns it writes: the whole coder, or one layer of a cross-layer coder."""
+
+    latents: slice
+    """Of the d_sae latents."""
+    rows: slice
+    """Of W_dec."""
+    columns: slice
+    """Of the output."""
+
+
+class CoderTensors(nn.Module):
+    """A sparse autoencoder, transcoder or crosscoder with one latent per row.
+
+    Tensors: W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; b_pre [d_in], W_skip [d_out, d_in]
+    and, of encoder "glu", W_glu [d_sae, d_in] and b_glu [d_sae] where `spec` has them; what its selection rule has for
+    each latent, such as threshold [d_sae]. A cross-layer coder of L layers has W_enc [d_sae, d_in / L], W_skip
+    [d_out, d_in / L], and in W_dec [rows, d_out / L] as many rows for a latent as there are layers it writes to, one
+    after the other. Matching pursuit chooses by W_dec; its W_enc is a copy of it, and its b_enc is zero.
+    """
+
+    def __init__(self, spec: CoderSpec, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.spec = spec
+        layers = spec.n_blocks
+        rows = spec.d_sae * (layers + 1) // 2  # a block writes to 1, 2, ..., L layers
+        encoder = {"W_enc": (spec.d_sae, spec.d_in // layers), "b_enc": (spec.d_sae,)}
+        if spec.encoder == "glu":
+            encoder |= {"W_glu": encoder["W_enc"], "b_glu": encoder["b_enc"]}
+        shapes = {**encoder, "W_dec": (rows, spec.d_out // layers), "b_dec": (spec.d_out,)}
+        if spec.pre_bias == "own":
+            shapes["b_pre"] = (spec.d_in,)
+        if spec.skip:
+            shapes["W_skip"] = (spec.d_out, spec.d_in // layers)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)))
+        for name, start in spec.selection.parameters(spec.d_sae).items():
+            self.register_parameter(name, nn.Parameter(start.to(device)))
+        for name, start in spec.selection.buffers(spec.d_sae).items():
+            self.register_buffer(name, start.to(device))
+
+    def to_dtype(self, dtype: torch.dtype | None) -> "Self":
+        """Returns this coder with its matrices and biases in another precision (None: as they are, nothing is read).
+
+        What selection compares with is float32 in any case.
+        """
+        own = {*self.spec.selection.parameters(0), *self.spec.selection.buffers(0)}
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            if name in own or dtype is not None:
+                tensor.data = tensor.data.to(torch.float32 if name in own else dtype).contiguous()
+        return self
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    b_pre: nn.Parameter
+    W_skip: nn.Parameter
+    W_glu: nn.Parameter
+    b_glu: nn.Parameter
+
+    @property
+    def blocks(self) -> list[LatentBlock]:
+        """Returns the blocks of latents, in order."""
+        layers, size = self.spec.n_blocks, self.spec.d_sae // self.spec.n_blocks
+        width, blocks, row = self.spec.d_out // layers, [], 0
+        for layer in range(layers):
+            rows = size * (layers - layer)
+            latents = slice(layer * size, (layer + 1) * size)
+            blocks.append(LatentBlock(latents, slice(row, row + rows), slice(layer * width, self.spec.d_out)))
+            row += rows
+        return blocks
+
+    def decoders(self, frozen: bool = False, gradient: bool = False) -> list[Float[Tensor, "m width"]]:
+        """Returns, for each block, the decoder with one row a latent over all the columns that it writes.
+
+        These are views: without gradient where `frozen`, or of W_dec's gradient.
+        """
+        sizes = [block.rows.stop - block.rows.start for block in self.blocks]
+        weight: Tensor = self.W_dec.detach() if frozen else self.W_dec
+        weight = self.W_dec.grad if gradient and self.W_dec.grad is not None else weight
+        return [part.view(self.spec.d_sae // len(sizes), -1) for part in weight.split(sizes)]
+
+    def decoder_norms(self) -> Float[Tensor, "d_sae"]:
+        """Returns the norm of each latent's decoder over all the columns that it writes."""
+        return torch.cat([part.norm(dim=1) for part in self.decoders()])
+
+    @torch.no_grad()
+    def encoder_rows(self, latents: Sequence[int] | Int[Tensor, "m"]) -> Float[Tensor, "m d_in"]:
+        """Returns the encoder rows of some latents, in float32; zero in columns that a latent does not read."""
+        ids, layers = checked_ids(latents, self.spec.d_sae, self.W_enc.device), self.spec.n_blocks
+        out = torch.zeros(len(ids), layers, self.W_enc.shape[1], device=ids.device)
+        out[torch.arange(len(ids), device=ids.device), ids // (self.spec.d_sae // layers)] = self.W_enc[ids].float()
+        return out.flatten(1)
+
+    @torch.no_grad()
+    def decoder_rows(self, latents: Sequence[int] | Int[Tensor, "m"]) -> Float[Tensor, "m d_out"]:
+        """Returns the decoder rows of some latents, in float32; zero in columns that a latent does not write."""
+        ids = checked_ids(latents, self.spec.d_sae, self.W_dec.device)
+        out = torch.zeros(len(ids), self.spec.d_out, device=ids.device)
+        for block, weight in zip(self.blocks, self.decoders(frozen=True), strict=True):
+            mine = (ids >= block.latents.start) & (ids < block.latents.stop)
+            out[mine, block.columns] = weight[ids[mine] - block.latents.start].float()
+        return out
+
+    def rule_groups(self) -> list[slice]:
+        """Returns the latents among which selection chooses: each block, or all together."""
+        return [slice(0, self.spec.d_sae)] if self.spec.budget == "shared" else [block.latents for block in self.blocks]
+
+    def per_latent(self) -> dict[str, Float[Tensor, "d_sae"]]:
+        """Returns the tensors with one value a latent that a selection rule may look at."""
+        rule = self.spec.selection
+        names = [*rule.parameters(0), *rule.buffers(0), *(["b_enc"] if rule.reads_bias else [])]
+        return {name: getattr(self, name) for name in names}
+
+    def with_spec(self, spec: CoderSpec) -> "Self":
+        """Returns a coder of another spec with these very tensors."""
+        other = copy.copy(self)
+        other.spec = spec
+        return other
+
+    def centered(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n d_in"], Undo]:
+        """Returns N(x) - p, the encoder's input, and what undoes the normalization of an output."""
+        y, how = self.spec.normalize(x)
+        if self.spec.pre_bias != "none":
+            y = y - (self.b_dec if self.spec.pre_bias == "decoder" else self.b_pre)
+        return y, how
+
+
+def checked_ids(latents: Sequence[int] | Int[Tensor, "m"], d_sae: int, device: torch.device) -> Int[Tensor, "m"]:
+    """Returns latent ids as a tensor; ConfigError names one that there is not."""
+    ids = torch.as_tensor(latents, device=device)
+    if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
+        raise ConfigError(f"latents: {ids.dtype} are no latent ids; allowed are whole numbers from 0 to {d_sae - 1}")
+    ids = ids.long().reshape(-1)
+    outside = ids[(ids < 0) | (ids >= d_sae)]
+    if len(outside):
+        raise ConfigError(f"latents: {int(outside[0])} is not a latent; allowed are 0 to {d_sae - 1}")
+    return ids
