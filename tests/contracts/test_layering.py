@@ -195,6 +195,7 @@ MIRRORLESS = {
     "run/test_planted.py": "known latents through scorers and what scores them",
     "run/test_planted_end_to_end.py": "known latents through all of interp",
     "training/test_families.py": "each family of coders through all of training",
+    "training/test_older_runs.py": "a run of the version before, from its folder to its end",
     "training/test_scaling.py": "a law, in runs of many sizes",
 }
 """Tests of no module by itself: what they are of."""
@@ -210,7 +211,7 @@ def mirrors() -> Iterator[str]:
             yield f"tests/{folder}/{path.name} mirrors no module of that name; MIRRORLESS says why one may"
 
 
-RULES = [homeless, forbidden, renames, helpers]
+RULES = [homeless, forbidden, circles, renames, helpers]
 
 
 @pytest.mark.parametrize("rule", RULES)
