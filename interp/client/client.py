@@ -8,34 +8,24 @@ from the environment when a call goes out and stand nowhere else; what servers s
 """
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from interp.client import bodies
 from interp.client.cache import Cache
 from interp.client.config import EndpointConfig
+from interp.client.holder import Holder
 from interp.client.ledger import Ledger, Usage
-from interp.client.remote.abilities import PROBE_TRIES, Prober
-from interp.client.remote.failures import Outcome, scrub
-from interp.client.remote.http import Endpoint, reply_of
-from interp.client.requests import ROLES, Abilities, Chat, LogProb, Reply, Request, key
+from interp.client.requests import ROLES, Abilities, Chat, Reply, Request, key
 from sae.base.errors import ConfigError, Stopped
 from sae.base.settings import choose
 
 if TYPE_CHECKING:
-    from interp.client.local.scheduling import LocalModel, Shared
-    from interp.client.local.words import WordEncoder
+    from interp.client.local.scheduling import Shared
 
-__all__ = ["Client"]
-
-WORKERS_LOCAL = 2048
-"""Requests that may wait for a model in this process: the more, the better they can be sorted into batches."""
 STOP_EVERY_S = 0.2
-
-log = logging.getLogger(__name__)
 
 
 class Client:
@@ -72,10 +62,9 @@ class Client:
         self._shared = dict(shared or {})
         self._should_stop = should_stop or (lambda: False)
         self._watched = should_stop is not None
-        self._holders: dict[EndpointConfig, Endpoint | LocalModel | WordEncoder] = {}
+        self._holders: dict[EndpointConfig, Holder] = {}
         self._abilities: dict[str, Abilities] = {}
         self._probing: dict[str, asyncio.Lock] = {role: asyncio.Lock() for role in endpoints}
-        self._batches: dict[EndpointConfig, Any] = {}
         self._flights: dict[str, asyncio.Task[Reply]] = {}
         self._retried: set[str] = set()
         self._watch: asyncio.Task[None] | None = None
@@ -113,11 +102,10 @@ class Client:
         """
         if role in self._abilities:
             return self._abilities[role]
-        if not self.has(role):
-            raise ConfigError(f"{role}.model: not set, but needed; name a model, or leave out what asks it")
+        self._must_have(role)
         async with self._probing[role]:
             if role not in self._abilities:
-                self._abilities[role] = await self._find_out(role)
+                self._abilities[role] = await self._holder(role).load(role)
         return self._abilities[role]
 
     async def check(self, roles: Iterable[str]) -> None:
@@ -128,16 +116,8 @@ class Client:
         budget needs are known is seen to when a client is made.
         """
         for role in roles:
-            config = self._config(role)
-            holder = self._holder(config) if self.has(role) else None
-            if isinstance(holder, Endpoint):
-                holder.clients()
-            if self.has(role) and config.via == "local" and config.model != "tfidf":
-                from interp.client.local.scheduling import check
-
-                await asyncio.to_thread(check, config, role)
-            else:
-                await self.abilities(role)
+            self._must_have(role)
+            await self._holder(role).check(role)
 
     async def ask(self, request: Request) -> Reply:
         """Returns the reply to a request, or one that says why there is none.
@@ -161,11 +141,10 @@ class Client:
         Raises Stopped, once calls under way have been answered and stored, if it was asked to stop.
         """
         replies: list[Reply | None] = [None] * len(requests)
-        live = [n for n, request in enumerate(requests) if self._config(request.role).via != "batch"]
-        rest = set(range(len(requests))) - set(live)
-        by_role: dict[str, list[int]] = {}
-        for number in sorted(rest):
-            by_role.setdefault(requests[number].role, []).append(number)
+        live: list[int] = []
+        waves: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            (waves.setdefault(request.role, []) if self._holder(request.role).in_waves else live).append(number)
         numbers = iter(live)
 
         async def work(numbers: Iterator[int]) -> None:
@@ -173,68 +152,53 @@ class Client:
                 replies[number] = await self.ask(requests[number])
 
         async def follow(role: str, numbers: list[int]) -> None:
-            answers = await self._ask_batch(role, [requests[number] for number in numbers])
+            answers = await self._ask_wave(role, [requests[number] for number in numbers])
             for number, reply in zip(numbers, answers, strict=True):
                 replies[number] = reply
 
-        workers = [work(numbers) for _ in range(min(len(live), self._workers(requests, live)))]
-        done = await asyncio.gather(
-            *workers, *(follow(role, numbers) for role, numbers in by_role.items()), return_exceptions=True
-        )
+        used = {self._holder(role) for role in {requests[number].role for number in live}}
+        workers = [work(numbers) for _ in range(min(len(live), sum(holder.waiting for holder in used)))]
+        followers = [follow(role, numbers) for role, numbers in waves.items()]
+        done = await asyncio.gather(*workers, *followers, return_exceptions=True)
         errors = [error for error in done if isinstance(error, BaseException)]
         for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
             raise error
         return [reply for reply in replies if reply is not None]
 
-    def _config(self, role: str) -> EndpointConfig:
-        return self.endpoints.get(role, EndpointConfig())
+    def _must_have(self, role: str) -> None:
+        if not self.has(role):
+            raise ConfigError(f"{role}.model: not set, but needed; name a model, or leave out what asks it")
 
-    def _workers(self, requests: Sequence[Request], live: Sequence[int]) -> int:
-        """Returns how many requests to have waiting: enough for every server, and for good batches in this process."""
-        used = {self._config(requests[number].role) for number in live}
-        return sum(WORKERS_LOCAL if config.via == "local" else 2 * config.max_concurrency for config in used)
-
-    def _holder(self, config: EndpointConfig) -> "Endpoint | LocalModel | WordEncoder":
-        """Returns what answers for a config; roles of equal configs share it."""
+    def _holder(self, role: str) -> Holder:
+        """Returns what answers for a role; roles of equal configs share it."""
+        config = self.endpoints.get(role, EndpointConfig())
         if config not in self._holders:
-            if config.via == "local" and config.model == "tfidf":
-                from interp.client.local.words import WordEncoder
-
-                self._holders[config] = WordEncoder()
-            elif config.via == "local":
-                from interp.client.local.scheduling import LocalModel
-
-                self._holders[config] = LocalModel(config, self._should_stop, self._shared.get(config.model))
-            else:
-                self._holders[config] = Endpoint(config, self.ledger, self._should_stop)
+            self._holders[config] = self._made(config)
         return self._holders[config]
 
-    async def _find_out(self, role: str) -> Abilities:
-        config = self._config(role)
-        holder = self._holder(config)
-        if not isinstance(holder, Endpoint):
-            return await holder.load(role)
-        fact = f"abilities {holder.where} {config.model} {role} {config.thinking_tokens}"
-        known = self._cache.fact(fact)
-        if known is not None:
-            return Abilities(**known)
+    def _made(self, config: EndpointConfig) -> Holder:
+        """Returns the holder that serves a config."""
+        if config.via == "local":
+            from interp.client.local.scheduling import LocalModel
+            from interp.client.local.words import NAME, WordEncoder
 
-        async def send(path: str, body: dict[str, Any]) -> Outcome:
-            outcome, _ = await holder.send(role, path, body, PROBE_TRIES, probing=True)
-            await self._keep({})
-            return outcome
+            if config.model == NAME:
+                return WordEncoder(self.ledger)
+            return LocalModel(config, self.ledger, self._should_stop, self._shared.get(config.model))
+        if config.via == "batch":
+            from interp.client.remote.batch import Batches
 
-        found = await Prober(role, config.model, send, holder.where, config.thinking_tokens).find()
-        log.info("%s: %s at %s: %s", role, config.model, holder.where, found)
-        await self._cache.note({fact: asdict(found)})
-        return found
+            return Batches(config, self.ledger, self._cache, self._should_stop, self._poll_s)
+        from interp.client.remote.http import Endpoint
+
+        return Endpoint(config, self.ledger, self._cache, self._should_stop)
 
     async def _ask(self, request: Request) -> Reply:
         """Returns the stored reply, that of the same question under way, or one that is fetched now."""
         abilities = await self.abilities(request.role)
-        lacking = _lacking(request, abilities)
+        lacking = abilities.lacking(request)
         if lacking:
-            return Reply(failure="unsupported", detail=f"{self._config(request.role).model} {lacking}")
+            return Reply(failure="unsupported", detail=f"{self.endpoints[request.role].model} {lacking}")
         name = self._key(request, abilities)
         stored = None if name in self._flights else await self._stored(name, request, abilities)
         if stored is None and name not in self._flights:
@@ -248,15 +212,10 @@ class Client:
         return stored
 
     async def _fetch(self, name: str, request: Request, abilities: Abilities) -> Reply:
-        holder = self._holder(self._config(request.role))
-        if isinstance(holder, Endpoint):
-            async with holder.turns:  # a kill loses no more answers than calls may be out
-                reply = self._scrubbed(await holder.answer(request, abilities), holder)
-                await self._keep({name: reply})
-            return reply
-        reply = await holder.answer(request)
-        self.ledger.count_local(request.role, reply.tokens_in, reply.tokens_out)
-        await self._keep({name: reply} if holder.keeps else {})
+        holder = self._holder(request.role)
+        async with holder.turns:  # a kill loses no more answers than calls may be out
+            reply = await holder.answer(request, abilities)
+            await self._keep({name: reply} if holder.keeps else {})
         return reply
 
     async def _stored(self, name: str, request: Request, abilities: Abilities) -> Reply | None:
@@ -266,9 +225,7 @@ class Client:
         """
         raw, reply = self._cache.raw(name), self._cache.reply(name)  # in this order: the one becomes the other
         if raw is not None and reply is None:
-            tokens_in, tokens_out = raw.pop("tokens")
-            reply = reply_of(request, abilities, Outcome(**raw))
-            reply = replace(reply, tokens_in=tokens_in, tokens_out=tokens_out, cached=True)
+            reply = self._holder(request.role).read(request, abilities, raw)
             await self._cache.keep({name: reply}, raw={name: None})
         if reply is None or reply.ok or not self._retry_failed or name in self._retried:
             return reply
@@ -283,15 +240,9 @@ class Client:
         """Stores replies with what has been spent."""
         await self._cache.keep(replies, self.ledger.unsaved())
 
-    async def _ask_batch(self, role: str, requests: Sequence[Request]) -> list[Reply]:
+    async def _ask_wave(self, role: str, requests: Sequence[Request]) -> list[Reply]:
         """Returns the replies to a wave through the Batch API; there is no second try for what does not parse."""
-        from interp.client.remote.batch import Batches
-
-        abilities, config = await self.abilities(role), self._config(role)
-        holder = self._holder(config)
-        assert isinstance(holder, Endpoint)
-        if config not in self._batches:
-            self._batches[config] = Batches(holder, self._cache, self._should_stop, self._poll_s)
+        abilities = await self.abilities(role)
         names = [self._key(request, abilities) for request in requests]
         found: dict[str, Reply] = {}
         asked = dict(zip(names, requests, strict=True))
@@ -302,19 +253,15 @@ class Client:
                 del asked[name]
         self.ledger.accounts[role].cached += len(requests) - len(asked)
         if asked:
-            found |= await self._batches[config].answer_all(role, asked, abilities)
-        replies = [self._scrubbed(found[name], holder) for name in names]
+            found |= await self._holder(role).answer_all(role, asked, abilities)
+        replies = [found[name] for name in names]
         for reply in replies:
             if not reply.ok:
                 self.ledger.missing(role, reply.failure)
         return replies
 
     def _key(self, request: Request, abilities: Abilities) -> str:
-        config = self._config(request.role)
-        return key(request, config.model, self._holder(config).where, abilities)
-
-    def _scrubbed(self, reply: Reply, endpoint: Endpoint) -> Reply:
-        return replace(reply, detail=scrub(reply.detail, endpoint.secrets())) if reply.detail else reply
+        return key(request, self.endpoints[request.role].model, self._holder(request.role).where, abilities)
 
     def _landed(self, name: str, task: "asyncio.Task[Reply]") -> None:
         self._flights.pop(name, None)
@@ -325,16 +272,4 @@ class Client:
         while not self._should_stop():
             await asyncio.sleep(STOP_EVERY_S)
         for holder in self._holders.values():
-            if isinstance(holder, Endpoint):
-                holder.halt()
-
-
-def _lacking(request: Request, abilities: Abilities) -> str:
-    """Returns why a request cannot be asked, or ""."""
-    if isinstance(request, LogProb) and not abilities.prompt_logprobs:
-        return "does not tell the log-probabilities of a prompt"
-    if isinstance(request, LogProb) and request.choices and not abilities.prompt_top:
-        return "does not tell the alternatives to the tokens of a prompt"
-    if isinstance(request, Chat) and request.choices and not abilities.choices:
-        return "does not tell the log-probabilities of its first token"
-    return ""
+            holder.halt()

@@ -11,6 +11,9 @@ ROLES = ("explainer", "judge", "reader", "encoder")
 RETRYABLE = ("timeout", "connection", "server_error", "rate_limit", "quota", "budget", "expired")
 FINAL = ("refused", "length", "empty", "parse", "no_mass", "bad_request", "unsupported")
 
+ROOM_FOR_THOUGHT = 2048
+"""Tokens for a model that thinks though it was asked not to."""
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -124,6 +127,16 @@ class Abilities:
     """Room for what the model thinks before it answers."""
     quiet: str = ""
     """JSON of the fields that keep a model from thinking; empty where it does not think, or cannot be kept from it."""
+
+    def lacking(self, request: Request) -> str:
+        """Returns why a request cannot be asked, or ""."""
+        if isinstance(request, LogProb) and not self.prompt_logprobs:
+            return "does not tell the log-probabilities of a prompt"
+        if isinstance(request, LogProb) and request.choices and not self.prompt_top:
+            return "does not tell the alternatives to the tokens of a prompt"
+        if isinstance(request, Chat) and request.choices and not self.choices:
+            return "does not tell the log-probabilities of its first token"
+        return ""
 
 
 def key(request: Request, model: str, where: str, abilities: Abilities) -> str:

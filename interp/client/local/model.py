@@ -24,8 +24,7 @@ from interp.client import answers
 from interp.client.bodies import messages
 from interp.client.config import EndpointConfig
 from interp.client.local import pooling, prefix
-from interp.client.remote.abilities import ROOM_FOR_THOUGHT
-from interp.client.requests import Abilities, Chat, Embed, LogProb, Reply, Request, key
+from interp.client.requests import ROOM_FOR_THOUGHT, Abilities, Chat, Embed, LogProb, Reply, Request, key
 from interp.client.spans import OWN, spanned
 from sae.base.errors import ConfigError
 from sae.base.seeding import generator

@@ -16,12 +16,16 @@ from typing import Protocol
 import torch
 
 from interp.client.config import EndpointConfig
+from interp.client.holder import Holder
+from interp.client.ledger import Ledger
 from interp.client.local import prefix
 from interp.client.local.model import Model, Prompt, Ready, Spans, Texts, of_role
 from interp.client.requests import Abilities, Reply, Request
 from sae.base.errors import ConfigError, Stopped
 from sae.lm.models import LanguageModel, load_config
 
+WAITING = 2048
+"""Requests that may wait for the model: the more, the better they can be sorted into batches."""
 LINGER_S = 0.003
 """How long the thread waits for more questions once it has one: they come in flocks."""
 
@@ -35,14 +39,6 @@ class _Asked:
 Batch = list[tuple[_Asked, Ready]]
 
 
-def check(config: EndpointConfig, role: str) -> None:
-    """Raises ConfigError, naming the role's field, if there is no such model; loads nothing but its settings."""
-    try:
-        load_config(config.model)
-    except ConfigError as error:
-        raise of_role(error, role) from error
-
-
 class Shared(Protocol):
     """A model that others run too: whoever holds the lock may."""
 
@@ -54,18 +50,27 @@ class Shared(Protocol):
         ...
 
 
-class LocalModel:
+class LocalModel(Holder):
     """One model, its thread and its queue. Nothing is loaded before `load`, and never what is there already."""
 
-    keeps = True
+    waiting = WAITING
 
-    def __init__(self, config: EndpointConfig, should_stop: Callable[[], bool], shared: Shared | None = None) -> None:
-        self.config, self.should_stop, self._shared = config, should_stop, shared
+    def __init__(
+        self, config: EndpointConfig, ledger: Ledger, should_stop: Callable[[], bool], shared: Shared | None = None
+    ) -> None:
+        self.config, self.ledger, self.should_stop, self._shared = config, ledger, should_stop, shared
         self._turn = shared.lock if shared else contextlib.nullcontext()
         self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._model: Model | None = None
         self._lock, self._ending = threading.Lock(), False
         self._thread = threading.Thread(target=self._work, name="local model", daemon=True)
+
+    async def check(self, role: str) -> None:
+        """Raises ConfigError, naming the role's field, if there is no such model; loads nothing but its settings."""
+        try:
+            await asyncio.to_thread(load_config, self.config.model)
+        except ConfigError as error:
+            raise of_role(error, role) from error
 
     async def load(self, role: str) -> Abilities:
         """Returns what the model can be asked, loading it first; ConfigError in one line if it cannot be had."""
@@ -78,12 +83,7 @@ class LocalModel:
         assert self._model is not None, "load() comes first"
         return self._model
 
-    @property
-    def where(self) -> str:
-        """Returns what tells its answers from those of another model."""
-        return self.model.where
-
-    async def answer(self, request: Request) -> Reply:
+    async def answer(self, request: Request, abilities: Abilities) -> Reply:
         """Returns the reply; Stopped if no more are to be made."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Reply] = loop.create_future()
@@ -97,7 +97,9 @@ class LocalModel:
                 loop.call_soon_threadsafe(tell, result)
 
         self._queue.put(_Asked(request, answer))
-        return await future
+        reply = await future
+        self.ledger.count_local(request.role, reply.tokens_in, reply.tokens_out)
+        return reply
 
     async def close(self) -> None:
         """Ends the thread after the batch that it is at; what waits ends with Stopped."""
@@ -110,6 +112,7 @@ class LocalModel:
         with self._lock:
             if self._model is None:
                 self._model = Model(self.config, role, self._shared.lm if self._shared else None)
+                self.where = self._model.where
                 self._thread.start()
 
     def _work(self) -> None:

@@ -18,14 +18,12 @@ from typing import Any
 from interp.client import answers
 from interp.client.bodies import SHORT, payload
 from interp.client.remote.failures import Outcome
-from interp.client.requests import Abilities, Chat, Embed, LogProb
+from interp.client.requests import ROOM_FOR_THOUGHT, Abilities, Chat, Embed, LogProb
 from sae.base.errors import ConfigError
 
 Send = Callable[[str, dict[str, Any]], Awaitable[Outcome]]
 
 PROBE_TRIES = 3
-ROOM_FOR_THOUGHT = 2048
-"""Of a model that thinks though it was asked not to."""
 FINDINGS = (400, 404, 405, 413, 415, 422, 500, 501)
 """Statuses that tell of the question: the server runs, and does not do this."""
 QUIET = ({"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"})

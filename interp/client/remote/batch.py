@@ -24,9 +24,10 @@ from typing import Any
 
 from interp.client.bodies import EMBEDDINGS, payload
 from interp.client.cache import Cache
-from interp.client.ledger import Usage, worst_case
+from interp.client.config import EndpointConfig
+from interp.client.ledger import Ledger, Usage, worst_case
 from interp.client.remote.failures import Outcome, of_body, of_exception, of_status, scrub
-from interp.client.remote.http import Endpoint, reply_of, usage_of
+from interp.client.remote.http import Endpoint, usage_of
 from interp.client.remote.limiter import LONGEST_RETRY_AFTER_S, backoff
 from interp.client.requests import FINAL, Abilities, Reply, Request
 from sae.base.errors import Stopped
@@ -72,16 +73,20 @@ class _Failed(Exception):
         self.outcome = outcome
 
 
-class Batches:
-    """Waves of one endpoint."""
+class Batches(Endpoint):
+    """One model behind the Batch API: an endpoint that is asked in waves."""
 
-    def __init__(self, endpoint: Endpoint, cache: Cache, should_stop: Callable[[], bool], poll_s: float) -> None:
-        self.endpoint, self.cache, self.should_stop, self.poll_s = endpoint, cache, should_stop, poll_s
-        self._found = False
+    in_waves = True
+
+    def __init__(
+        self, config: EndpointConfig, ledger: Ledger, cache: Cache, should_stop: Callable[[], bool], poll_s: float
+    ) -> None:
+        super().__init__(config, ledger, cache, should_stop)
+        self.poll_s, self._found = poll_s, False
 
     async def answer_all(self, role: str, asked: dict[str, Request], abilities: Abilities) -> dict[str, Reply]:
         """Returns a reply for every key, all final ones stored; Stopped if a signal came while batches are open."""
-        model, lines = self.endpoint.config.model, {}
+        model, lines = self.config.model, {}
         for key, request in asked.items():
             path, body = payload(request, model, abilities)
             lines[key] = _Line(request, path, body, worst_case(body))
@@ -90,7 +95,7 @@ class Batches:
         except _Failed as failed:
             outcome = replace(failed.outcome, given_up=True)
             for line in lines.values():
-                line.reply = line.reply or reply_of(line.request, abilities, outcome)
+                line.reply = line.reply or self.reply(line.request, abilities, outcome, _NOTHING)
         finally:
             for line in lines.values():
                 self._release(role, line)
@@ -124,12 +129,12 @@ class Batches:
                         lines[key].rounds -= 1
                 await self._collect(role, batch, lines, abilities)
             if full is not None and cautious:
-                raise _Failed(Outcome(failure="quota", detail=scrub(_told(full), self.endpoint.secrets())))
+                raise _Failed(Outcome(failure="quota", detail=scrub(_told(full), self.secrets())))
             cautious = cautious or full is not None
 
     def _parts(self, role: str, waiting: dict[str, _Line]) -> Iterator[dict[str, _Line]]:
         """Yields what goes into one file: lines of one kind, within the limits; those beyond the budget get a reply."""
-        ledger = self.endpoint.ledger
+        ledger = self.ledger
         by_path: dict[str, dict[str, _Line]] = {}
         for key, line in sorted(waiting.items()):
             line.reserved = line.reserved or ledger.reserve(role, line.worst)
@@ -175,12 +180,12 @@ class Batches:
     async def _note(self, batch: str, role: str, sent: dict[str, Usage]) -> None:
         """Stores that a batch is open, and sets aside what it may cost."""
         worst = [sum(used.tokens_in for used in sent.values()), sum(used.tokens_out for used in sent.values())]
-        self.endpoint.ledger.hold(role, Usage(worst[0], worst[1]))
+        self.ledger.hold(role, Usage(worst[0], worst[1]))
         await self.cache.note({f"batch {batch}": {"keys": list(sent), "open": True, "role": role, "worst": worst}})
 
     def _release(self, role: str, line: _Line) -> None:
         if line.reserved:
-            self.endpoint.ledger.release(role, line.worst)
+            self.ledger.release(role, line.worst)
         line.reserved = False
 
     async def _adopted(self, role: str, lines: dict[str, _Line]) -> dict[str, set[str]]:
@@ -207,7 +212,7 @@ class Batches:
                 outcomes.setdefault(entry["custom_id"], self._outcome(entry, path))
         lost = Outcome(failure="expired", detail=f"batch {batch.status}", again=True)
         if batch.status == "failed" and not _is_full(batch):
-            lost = Outcome(failure="server_error", detail=scrub(_told(batch), self.endpoint.secrets()))
+            lost = Outcome(failure="server_error", detail=scrub(_told(batch), self.secrets()))
         replies: dict[str, Reply] = {}
         raw: dict[str, Any] = {}
         for key in fact["keys"]:
@@ -215,20 +220,19 @@ class Batches:
             if outcome.body is not None:
                 bytes_in = line.worst.tokens_in if line else worst.tokens_in // len(fact["keys"])
                 used = usage_of(outcome.body, path, bytes_in)
-            self.endpoint.ledger.settle(role, _NOTHING, used)
+            self.ledger.settle(role, _NOTHING, used)
             if line is None and (outcome.body is not None or outcome.failure in FINAL):
                 tokens = [used.tokens_in, used.tokens_out]
                 raw[key] = {name: value for name, value in vars(outcome).items() if value} | {"tokens": tokens}
             elif line is not None and (not outcome.again or line.rounds >= MAX_ROUNDS):
-                reply = reply_of(line.request, abilities, outcome)
-                line.reply = replies[key] = replace(reply, tokens_in=used.tokens_in, tokens_out=used.tokens_out)
-        self.endpoint.ledger.release(role, worst)
+                line.reply = replies[key] = self.reply(line.request, abilities, outcome, used)
+        self.ledger.release(role, worst)
         closed = {name: {"keys": [], "open": False}}
-        await self.cache.keep(replies, self.endpoint.ledger.unsaved(), closed, raw)
+        await self.cache.keep(replies, self.ledger.unsaved(), closed, raw)
 
     def _outcome(self, entry: dict[str, Any], path: str) -> Outcome:
         """Returns what a line of an output or error file says."""
-        response, secrets = entry.get("response") or {}, self.endpoint.secrets()
+        response, secrets = entry.get("response") or {}, self.secrets()
         status, body = response.get("status_code"), response.get("body")
         if status == 200:
             return of_body(body, path, secrets)
@@ -257,18 +261,18 @@ class Batches:
             call: what is done with the client.
             lost: of a call that must not be done twice: returns what it made, where its answer was lost on the way.
         """
-        outcome, config = Outcome(), self.endpoint.config
+        outcome, config = Outcome(), self.config
         for attempt in range(config.max_tries):
             if attempt:
                 await asyncio.sleep(max(backoff(attempt), min(outcome.wait_s or 0.0, LONGEST_RETRY_AFTER_S)))
             try:
                 async with asyncio.timeout(max(config.timeout_s, FILE_S)):
-                    made = await call(self.endpoint.clients()[0])
+                    made = await call(self.clients()[0])
                 if not isinstance(made, str):  # a web page
                     return made
                 outcome = Outcome(failure="server_error", detail="the server answered with a web page", again=True)
             except Exception as error:
-                outcome = of_exception(error, self.endpoint.secrets())
+                outcome = of_exception(error, self.secrets())
             made = await lost() if lost is not None and (outcome.paid or outcome.again) else None
             if made is not None:
                 return made

@@ -6,16 +6,20 @@ than all the rest.
 """
 
 import asyncio
+import logging
 import os
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from interp.client import answers
 from interp.client.bodies import COMPLETIONS, EMBEDDINGS, hello, payload
+from interp.client.cache import Cache
 from interp.client.config import EndpointConfig
+from interp.client.holder import Holder
 from interp.client.ledger import Ledger, Usage, guessed, worst_case
-from interp.client.remote.failures import Outcome, of_exception, of_text
+from interp.client.remote.abilities import PROBE_TRIES, Prober
+from interp.client.remote.failures import Outcome, of_exception, of_text, scrub
 from interp.client.remote.limiter import Closed, Limiter, backoff
 from interp.client.requests import Abilities, Reply, Request
 from sae.base.errors import ConfigError, Stopped
@@ -25,15 +29,16 @@ REST_S = 10.0
 """An address that cannot be reached is left out for so long, if there are others."""
 STOPPED = "stopped"
 
+log = logging.getLogger(__name__)
 
-class Endpoint:
+
+class Endpoint(Holder):
     """One model on one or several servers; all roles that name it share it."""
 
-    def __init__(self, config: EndpointConfig, ledger: Ledger, should_stop: Callable[[], bool]) -> None:
-        self.config, self.ledger, self.should_stop = config, ledger, should_stop
+    def __init__(self, config: EndpointConfig, ledger: Ledger, cache: Cache, should_stop: Callable[[], bool]) -> None:
+        self.config, self.ledger, self.cache, self.should_stop = config, ledger, cache, should_stop
         self.limiter = Limiter(config.max_concurrency)
-        self.turns = asyncio.Semaphore(config.max_concurrency)
-        """Held by whoever asks until the answer is stored."""
+        self.turns, self.waiting = asyncio.Semaphore(config.max_concurrency), 2 * config.max_concurrency
         self._doubt = asyncio.Lock()
         self.urls = config.base_urls or (os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",)
         self.where = " ".join(sorted(url.rstrip("/") for url in self.urls))
@@ -41,12 +46,46 @@ class Endpoint:
         self._busy = [0] * len(self.urls)
         self._rested = [0.0] * len(self.urls)
 
+    async def check(self, role: str) -> None:
+        """Returns if the key is set and the server says what a role can ask; else raises ConfigError in one line."""
+        self.clients()
+        await self.load(role)
+
+    async def load(self, role: str) -> Abilities:
+        """Returns what a role can ask: found out once, then remembered in the cache. ConfigError if nobody answers."""
+        fact = f"abilities {self.where} {self.config.model} {role} {self.config.thinking_tokens}"
+        known = self.cache.fact(fact)
+        if known is not None:
+            return Abilities(**known)
+
+        async def send(path: str, body: dict[str, Any]) -> Outcome:
+            outcome, _ = await self.send(role, path, body, PROBE_TRIES, probing=True)
+            await self.cache.keep({}, self.ledger.unsaved())
+            return outcome
+
+        found = await Prober(role, self.config.model, send, self.where, self.config.thinking_tokens).find()
+        log.info("%s: %s at %s: %s", role, self.config.model, self.where, found)
+        await self.cache.note({fact: asdict(found)})
+        return found
+
     async def answer(self, request: Request, abilities: Abilities) -> Reply:
         """Returns the reply to a request, or why there is none; Stopped if no more calls are to be made."""
         path, body = payload(request, self.config.model, abilities)
-        outcome, usage = await self.send(request.role, path, body, self.config.max_tries)
-        reply = reply_of(request, abilities, outcome)
-        return replace(reply, tokens_in=usage.tokens_in, tokens_out=usage.tokens_out)
+        return self.reply(request, abilities, *await self.send(request.role, path, body, self.config.max_tries))
+
+    def reply(self, request: Request, abilities: Abilities, outcome: Outcome, used: Usage) -> Reply:
+        """Returns the reply that an outcome amounts to, without what must not be shown."""
+        if outcome.body is None:
+            reply = Reply(failure=outcome.failure, detail=outcome.detail, given_up=outcome.given_up)
+        else:
+            reply = answers.read(request, abilities, outcome.body)
+        detail = scrub(reply.detail, self.secrets())
+        return replace(reply, detail=detail, tokens_in=used.tokens_in, tokens_out=used.tokens_out)
+
+    def read(self, request: Request, abilities: Abilities, raw: Mapping[str, Any]) -> Reply:
+        """Returns the reply that an answer amounts to which a batch gave before its question was asked."""
+        outcome = Outcome(**{name: value for name, value in raw.items() if name != "tokens"})
+        return replace(self.reply(request, abilities, outcome, Usage(*raw["tokens"])), cached=True)
 
     async def send(
         self, role: str, path: str, body: dict[str, Any], tries: int, probing: bool = False
@@ -167,13 +206,6 @@ class Endpoint:
                 self.limiter.overloaded(started, outcome.wait_s, pause=outcome.failure == "rate_limit")
         elif outcome.failure != "connection":
             self.limiter.succeeded()
-
-
-def reply_of(request: Request, abilities: Abilities, outcome: Outcome) -> Reply:
-    """Returns the reply that an outcome amounts to."""
-    if outcome.body is None:
-        return Reply(failure=outcome.failure, detail=outcome.detail, given_up=outcome.given_up)
-    return answers.read(request, abilities, outcome.body)
 
 
 def usage_of(body: Any, path: str, bytes_in: int) -> Usage:
