@@ -174,6 +174,10 @@ class Task:
     """Of intervention: what it wrote without."""
 
 
+Judged = tuple[Task, Judgement]
+"""A task with the answer on it."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """A figure with its 95 % interval.

@@ -25,7 +25,7 @@ from interp.client.requests import Abilities, Reply, Request
 from interp.records import ACTIVE, TIERS, Examples, Explanation, Facts, Item, Judgement, Score, Task, Window
 from interp.run.explanations_file import LONGEST_CHARS
 from interp.run.flows import Row, scored
-from interp.scorers import Scorer
+from interp.scorers import Scorer, Trial
 from interp.scorers.detection import Detection
 from interp.scorers.fuzzing import Fuzzing
 from interp.scorers.simulation import Simulation
@@ -170,20 +170,11 @@ class _Recorded(Scorer):
         """Returns what was judged."""
         return list(self.found)
 
-    def requests(
-        self, explanation: Explanation, tasks: Sequence[Task], facts: Facts, abilities: Abilities
-    ) -> list[Request]:
+    def requests(self, trial: Trial) -> list[Request]:
         """Returns nothing: it was asked."""
         return []
 
-    def judgements(
-        self,
-        explanation: Explanation,
-        tasks: Sequence[Task],
-        facts: Facts,
-        abilities: Abilities,
-        replies: Sequence[Reply],
-    ) -> list[Judgement]:
+    def judgements(self, trial: Trial, replies: Sequence[Reply]) -> list[Judgement]:
         """Returns the answers."""
         return list(self.given)
 

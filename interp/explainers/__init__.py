@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from interp.client.requests import Abilities, Reply, Request
-from interp.records import Examples, Explanation, Judgement, Task
+from interp.records import Examples, Explanation, Judged
 from sae.base.plugins import Plugin, discover
 
 
@@ -38,12 +38,7 @@ class Explainer(Plugin):
         raise NotImplementedError
 
     def refined(
-        self,
-        examples: Examples,
-        explanation: Explanation,
-        tasks: Sequence[Task],
-        judgements: Sequence[Judgement],
-        abilities: Abilities,
+        self, examples: Examples, explanation: Explanation, judged: Sequence[Judged], abilities: Abilities
     ) -> list[Request]:
         """Returns the question for a better explanation, given what a judge made of this one on the valid split."""
         return []

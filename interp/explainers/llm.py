@@ -11,7 +11,7 @@ from interp.client.requests import Abilities, Chat, Reply, Request
 from interp.explainers import Explainer
 from interp.prompts.explaining import SCHEMA, correct, explain
 from interp.prompts.judging import Messages
-from interp.records import Examples, Explanation, Item, Judgement, Task
+from interp.records import Examples, Explanation, Item, Judged
 from sae.base.settings import at_least
 
 TOKENS_OF_ANSWER = 256
@@ -70,17 +70,10 @@ class LanguageModelExplainer(Explainer):
         return [Explanation(examples.latent, text, "llm") for text in kept]
 
     def refined(
-        self,
-        examples: Examples,
-        explanation: Explanation,
-        tasks: Sequence[Task],
-        judgements: Sequence[Judgement],
-        abilities: Abilities,
+        self, examples: Examples, explanation: Explanation, judged: Sequence[Judged], abilities: Abilities
     ) -> list[Request]:
         """Returns one request, with the windows on which the judge went furthest wrong; none where it nowhere did."""
-        answered = [
-            (task, found.value) for task, found in zip(tasks, judgements, strict=True) if found.value is not None
-        ]
+        answered = [(task, found.value) for task, found in judged if found.value is not None]
         wrong = sorted(
             (pair for pair in answered if (pair[1] >= UNDECIDED) != (pair[0].truth > 0)),
             key=lambda pair: -abs(pair[1] - pair[0].truth),

@@ -20,6 +20,7 @@ from interp.records import ACTIVE, SPLITS, TIERS, Examples, Explanation, Item, J
 from interp.run.config import ExplainConfig
 from interp.run.pipeline import FEWEST_FOR_NULL
 from interp.run.preparing import Prepared, asked_latents, prepare
+from interp.scorers import Trial
 
 SAMPLE_TOKENS = 60_000
 LATENTS = 3
@@ -93,7 +94,7 @@ def requests(config: ExplainConfig, prepared: Prepared, examples: Examples) -> I
         parts = [scorer.tasks(examples, part, ready) for part in (("test", "valid") if scorer.tunes else ("test",))]
         for source in sources if null else [label]:
             for tasks in parts:
-                for request in scorer.requests(source, tasks, examples.facts, ABLE):
+                for request in scorer.requests(Trial(source, tasks, ABLE)):
                     yield Asked(f"scorer {name}", request, null)
 
 
@@ -105,11 +106,11 @@ def _chosen(
         return
     chooser = config.chooser()
     tasks = chooser.tasks(examples, "valid", {})
-    wrong = [Judgement(1 - task.truth) for task in tasks]
-    better = explainer.refined(examples, found[0], tasks, wrong, ABLE) if explainer.refines else []
+    wrong = [(task, Judgement(1 - task.truth)) for task in tasks]
+    better = explainer.refined(examples, found[0], wrong, ABLE) if explainer.refines else []
     yield from (Asked(f"correction by {name}", request) for request in better)
     for candidate in [*found, *found[: len(better)]]:
-        for request in chooser.requests(candidate, tasks, examples.facts, ABLE):
+        for request in chooser.requests(Trial(candidate, tasks, ABLE)):
             yield Asked(f"choice of {name}", request)
 
 

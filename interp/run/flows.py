@@ -6,12 +6,13 @@ The same flow runs live, from the cache, or in waves through the Batch API: `int
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 from interp.client.requests import RETRYABLE, Abilities, Chat, Reply, Request
 from interp.explainers import Explainer
-from interp.records import Examples, Explanation, Judgement, Measure, Score, Task
-from interp.scorers import Scorer
+from interp.records import Examples, Explanation, Judged, Measure, Score, Task
+from interp.scorers import Scorer, Trial
 from interp.scoring.metrics import best_threshold
 
 Row = dict[str, Any]
@@ -48,10 +49,9 @@ def explained(
         judged = yield from _judged(chooser, found, examples, abilities)
         tried = [_tried(text, score) for text, (score, _) in zip(found, judged, strict=True)]
         at = max(range(len(found)), key=lambda i: _worth(judged[i][0], chooser))
-        best, (score, judgements) = found[at], judged[at]
+        best, (score, answers) = found[at], judged[at]
         if explainer.refines:
-            tasks = chooser.tasks(examples, "valid", {})
-            ask = explainer.refined(examples, best, tasks, judgements, abilities["explainer"])
+            ask = explainer.refined(examples, best, answers, abilities["explainer"])
             better = explainer.explanations(examples, (yield from _asked(ask))) if ask else []
             if better:
                 again = yield from _judged(chooser, better[:1], examples, abilities)
@@ -77,14 +77,14 @@ def scored(
     if not tasks:
         return {"status": NOT_APPLICABLE, "reason": str(prepared.get("missing", "too few examples"))}
     valid = scorer.tasks(examples, "valid", prepared) if scorer.tunes else []
-    requests = scorer.requests(explanation, tasks, examples.facts, abilities)
-    more = scorer.requests(explanation, valid, examples.facts, abilities) if valid else []
+    trial, tuning = (Trial(explanation, some, abilities) for some in (tasks, valid))
+    requests, more = scorer.requests(trial), scorer.requests(tuning) if valid else []
     replies = yield from _asked([*requests, *more])
     first = replies[: len(requests)]
-    judgements = scorer.judgements(explanation, tasks, examples.facts, abilities, first)
+    judgements = scorer.judgements(trial, first)
     threshold = None
     if valid:
-        tuned = scorer.judgements(explanation, valid, examples.facts, abilities, replies[len(requests) :])
+        tuned = scorer.judgements(tuning, replies[len(requests) :])
         pairs = [(found.value, task.truth) for task, found in zip(valid, tuned, strict=True) if found.value is not None]
         threshold = best_threshold([value for value, _ in pairs], [truth for _, truth in pairs])
     score = scorer.score(tasks, judgements, examples.facts, threshold)
@@ -120,18 +120,16 @@ def _asked(requests: list[Request]) -> Generator[list[Request], list[Reply], lis
 
 def _judged(
     chooser: Scorer, found: list[Explanation], examples: Examples, abilities: dict[str, Abilities]
-) -> Generator[list[Request], list[Reply], list[tuple[Score, list[Judgement]]]]:
-    """Scores explanations on the valid split, all at once."""
+) -> Generator[list[Request], list[Reply], list[tuple[Score, list[Judged]]]]:
+    """Scores explanations on the valid split, all at once, and returns with each score what was judged how."""
     tasks, able = chooser.tasks(examples, "valid", {}), abilities.get(chooser.role, Abilities())
-    asks = [chooser.requests(text, tasks, examples.facts, able) for text in found]
-    replies = yield from _asked([request for ask in asks for request in ask])
-    results, start = [], 0
-    for text, ask in zip(found, asks, strict=True):
-        own = replies[start : start + len(ask)]
-        start += len(ask)
-        judgements = chooser.judgements(text, tasks, examples.facts, able, own)
-        results.append((chooser.score(tasks, judgements, examples.facts), judgements))
-    return results
+    trials = [Trial(text, tasks, able) for text in found]
+    asks = [chooser.requests(trial) for trial in trials]
+    replies = iter((yield from _asked([request for ask in asks for request in ask])))
+    judged = [
+        chooser.judgements(trial, list(islice(replies, len(ask)))) for trial, ask in zip(trials, asks, strict=True)
+    ]
+    return [(chooser.score(tasks, found, examples.facts), list(zip(tasks, found, strict=True))) for found in judged]
 
 
 def _worth(score: Score, chooser: Scorer) -> float:

@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What a model is to judge: an explanation, held against tasks."""
+
+    explanation: Explanation
+    tasks: Sequence[Task]
+    abilities: Abilities
+    """What the model can be asked."""
+
+
+@dataclass(frozen=True)
 class Scorer(Plugin):
     """A way of scoring. Subclasses add their constants as fields."""
 
@@ -44,21 +54,12 @@ class Scorer(Plugin):
         """Returns what is judged, in an order that tells nothing; none where the examples do not suffice."""
         raise NotImplementedError
 
-    def requests(
-        self, explanation: Explanation, tasks: Sequence[Task], facts: Facts, abilities: Abilities
-    ) -> list[Request]:
+    def requests(self, trial: Trial) -> list[Request]:
         """Returns what is asked; nothing where the explanation's rule decides."""
         raise NotImplementedError
 
-    def judgements(
-        self,
-        explanation: Explanation,
-        tasks: Sequence[Task],
-        facts: Facts,
-        abilities: Abilities,
-        replies: Sequence[Reply],
-    ) -> list[Judgement]:
-        """Returns the judgement on every task, given the replies to `requests` of the same arguments."""
+    def judgements(self, trial: Trial, replies: Sequence[Reply]) -> list[Judgement]:
+        """Returns the judgement on every task, given the replies to `requests` of the same trial."""
         raise NotImplementedError
 
     def score(

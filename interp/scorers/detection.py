@@ -17,8 +17,8 @@ from interp.client.requests import Abilities, Chat, Reply, Request
 from interp.explainers.token_lookup import rule_score
 from interp.prompts.judging import DETECTION, Messages, one_text, several_texts
 from interp.prompts.windows import shown
-from interp.records import Examples, Explanation, Facts, Item, Judgement, Score, Task
-from interp.scorers import Scorer
+from interp.records import Examples, Facts, Item, Judgement, Score, Task
+from interp.scorers import Scorer, Trial
 from interp.scoring.judging import ANSWERS, NO, YES, by_id, yes_or_no
 from interp.scoring.metrics import classification
 from interp.scoring.tasks import window_task
@@ -65,37 +65,28 @@ class Detection(Scorer):
             return []
         return [window_task(item) for item in _mixed(active, silent, self.windows_per_request, source)]
 
-    def requests(
-        self, explanation: Explanation, tasks: Sequence[Task], facts: Facts, abilities: Abilities
-    ) -> list[Request]:
+    def requests(self, trial: Trial) -> list[Request]:
         """Returns one request a window or a batch; nothing where the explanation's rule decides."""
-        if explanation.rule is not None:
+        if trial.explanation.rule is not None:
             return []
-        if self._alone(abilities):
-            texts = [self._text(task) for task in tasks]
-            asked = [one_text(self.question, explanation.text, text) for text in texts]
+        if self._alone(trial.abilities):
+            texts = [self._text(task) for task in trial.tasks]
+            asked = [one_text(self.question, trial.explanation.text, text) for text in texts]
             return [Chat(self.role, messages, max_tokens=1, choices=(YES, NO)) for messages in asked]
         return [
-            Chat(self.role, self._asked(explanation, batch)[0], TOKENS_OF_ANSWER * (len(batch) + 1), schema=ANSWERS)
-            for batch in self._batches(tasks)
+            Chat(self.role, self._asked(trial, batch)[0], TOKENS_OF_ANSWER * (len(batch) + 1), schema=ANSWERS)
+            for batch in self._batches(trial.tasks)
         ]
 
-    def judgements(
-        self,
-        explanation: Explanation,
-        tasks: Sequence[Task],
-        facts: Facts,
-        abilities: Abilities,
-        replies: Sequence[Reply],
-    ) -> list[Judgement]:
+    def judgements(self, trial: Trial, replies: Sequence[Reply]) -> list[Judgement]:
         """Returns the probability on every task that the description fits, or the rule's verdict."""
-        if explanation.rule is not None:
-            items = [task.items[0] for task in tasks]
-            return [Judgement(rule_score(explanation.rule, item.window, self.marks(item))) for item in items]
-        if self._alone(abilities):
-            return [yes_or_no(reply) for _, reply in zip(tasks, replies, strict=True)]
-        answered = zip(self._batches(tasks), replies, strict=True)
-        return [found for batch, reply in answered for found in by_id(reply, self._asked(explanation, batch)[1])]
+        if trial.explanation.rule is not None:
+            items = [task.items[0] for task in trial.tasks]
+            return [Judgement(rule_score(trial.explanation.rule, item.window, self.marks(item))) for item in items]
+        if self._alone(trial.abilities):
+            return [yes_or_no(reply) for _, reply in zip(trial.tasks, replies, strict=True)]
+        answered = zip(self._batches(trial.tasks), replies, strict=True)
+        return [found for batch, reply in answered for found in by_id(reply, self._asked(trial, batch)[1])]
 
     def score(
         self, tasks: Sequence[Task], judgements: Sequence[Judgement], facts: Facts, threshold: float | None = None
@@ -111,8 +102,8 @@ class Detection(Scorer):
         size = 1 if self.layout == "window" else self.windows_per_request
         return [tasks[start : start + size] for start in range(0, len(tasks), size)]
 
-    def _asked(self, explanation: Explanation, batch: Sequence[Task]) -> tuple[Messages, tuple[str, ...]]:
-        return several_texts(self.question, explanation.text, [self._text(task) for task in batch])
+    def _asked(self, trial: Trial, batch: Sequence[Task]) -> tuple[Messages, tuple[str, ...]]:
+        return several_texts(self.question, trial.explanation.text, [self._text(task) for task in batch])
 
     def _text(self, task: Task) -> str:
         return shown(task.items[0].window, self.marks(task.items[0]))

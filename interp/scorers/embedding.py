@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from interp.client.requests import Abilities, Embed, Reply, Request
+from interp.client.requests import Embed, Reply, Request
 from interp.prompts.reading import passage_for_encoder, query_for_encoder, query_for_words
-from interp.records import Examples, Explanation, Facts, Judgement, Score, Task
-from interp.scorers import Scorer
+from interp.records import Examples, Facts, Judgement, Score, Task
+from interp.scorers import Scorer, Trial
 from interp.scoring.metrics import classification
 from interp.scoring.tasks import window_tasks
 
@@ -38,36 +38,28 @@ class Embedding(Scorer):
         """Returns one task an item; none without both active and silent ones."""
         return window_tasks(examples.of(split), "embedding", examples.latent, split)
 
-    def requests(
-        self, explanation: Explanation, tasks: Sequence[Task], facts: Facts, abilities: Abilities
-    ) -> list[Request]:
+    def requests(self, trial: Trial) -> list[Request]:
         """Returns one request for the explanation and one for every 64 windows; or one for all together."""
-        windows = tuple(passage_for_encoder(task.items[0].window) for task in tasks)
+        windows = tuple(passage_for_encoder(task.items[0].window) for task in trial.tasks)
         if not windows:
             return []
-        if abilities.fits_texts:
-            return [Embed(self.role, (query_for_words(explanation.text), *windows))]
+        if trial.abilities.fits_texts:
+            return [Embed(self.role, (query_for_words(trial.explanation.text), *windows))]
         batches = [windows[start : start + BATCH] for start in range(0, len(windows), BATCH)]
-        return [Embed(self.role, (query_for_encoder(explanation.text),)), *(Embed(self.role, b) for b in batches)]
+        query = (query_for_encoder(trial.explanation.text),)
+        return [Embed(self.role, texts) for texts in (query, *batches)]
 
-    def judgements(
-        self,
-        explanation: Explanation,
-        tasks: Sequence[Task],
-        facts: Facts,
-        abilities: Abilities,
-        replies: Sequence[Reply],
-    ) -> list[Judgement]:
+    def judgements(self, trial: Trial, replies: Sequence[Reply]) -> list[Judgement]:
         """Returns the cosine of every window."""
-        if not tasks:
+        if not trial.tasks:
             return []
         first, batches = replies[0], replies[1:]
         if not first.ok:
-            return [Judgement(None, first.failure)] * len(tasks)
+            return [Judgement(None, first.failure)] * len(trial.tasks)
         query = first.vectors[0]
-        if abilities.fits_texts:
+        if trial.abilities.fits_texts:
             return [_cosine(query, vector) for vector in first.vectors[1:]]
-        sizes = [min(BATCH, len(tasks) - start) for start in range(0, len(tasks), BATCH)]
+        sizes = [min(BATCH, len(trial.tasks) - start) for start in range(0, len(trial.tasks), BATCH)]
         found: list[Judgement] = []
         for size, reply in zip(sizes, batches, strict=True):
             missing = [Judgement(None, reply.failure)] * size

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from interp.client.requests import Abilities, LogProb, Reply, Request
+from interp.client.requests import LogProb, Reply, Request
 from interp.prompts.reading import amplified
-from interp.records import Examples, Explanation, Facts, Judgement, Score, Task, Window
-from interp.scorers import Scorer
+from interp.records import Examples, Facts, Judgement, Score, Task, Window
+from interp.scorers import Scorer, Trial
 from interp.scoring.judging import likelier
 from interp.scoring.metrics import clustered, score_of
 from sae.base.errors import ConfigError
@@ -80,24 +80,15 @@ class Intervention(Scorer):
             for passage in passages
         ]
 
-    def requests(
-        self, explanation: Explanation, tasks: Sequence[Task], facts: Facts, abilities: Abilities
-    ) -> list[Request]:
+    def requests(self, trial: Trial) -> list[Request]:
         """Returns two requests a prompt: the explanation after either passage."""
         return [
-            LogProb(self.role, *amplified(passage, explanation.text))
-            for task in tasks
+            LogProb(self.role, *amplified(passage, trial.explanation.text))
+            for task in trial.tasks
             for passage in (task.text, task.clean)
         ]
 
-    def judgements(
-        self,
-        explanation: Explanation,
-        tasks: Sequence[Task],
-        facts: Facts,
-        abilities: Abilities,
-        replies: Sequence[Reply],
-    ) -> list[Judgement]:
+    def judgements(self, trial: Trial, replies: Sequence[Reply]) -> list[Judgement]:
         """Returns by prompt how much likelier the explanation is after the amplified passage, in nats."""
         return [likelier(more, plain) for more, plain in zip(replies[::2], replies[1::2], strict=True)]
 

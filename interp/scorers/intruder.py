@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import torch
 
-from interp.client.requests import Abilities, Chat, Reply, Request
+from interp.client.requests import Chat, Reply, Request
 from interp.prompts.judging import Messages, odd_one
 from interp.prompts.windows import shown
-from interp.records import TIERS, Examples, Explanation, Facts, Judgement, Measure, Score, Task
-from interp.scorers import Scorer
+from interp.records import TIERS, Examples, Facts, Judgement, Measure, Score, Task
+from interp.scorers import Scorer, Trial
 from interp.scoring.judging import CHOSEN, choice, chosen_id
 from interp.scoring.metrics import rate, score_of
 from sae.base.errors import ConfigError
@@ -68,27 +68,18 @@ class Intruder(Scorer):
             tasks.append(Task(tuple(windows), float(at), section=intruder.window.section))
         return tasks
 
-    def requests(
-        self, explanation: Explanation, tasks: Sequence[Task], facts: Facts, abilities: Abilities
-    ) -> list[Request]:
+    def requests(self, trial: Trial) -> list[Request]:
         """Returns one request a question."""
-        asked = [_asked(task, abilities.choices) for task in tasks]
-        if abilities.choices:
+        asked = [_asked(task, trial.abilities.choices) for task in trial.tasks]
+        if trial.abilities.choices:
             return [Chat(self.role, messages, max_tokens=1, choices=labels) for messages, labels in asked]
         return [Chat(self.role, messages, TOKENS_OF_ANSWER, schema=CHOSEN) for messages, _ in asked]
 
-    def judgements(
-        self,
-        explanation: Explanation,
-        tasks: Sequence[Task],
-        facts: Facts,
-        abilities: Abilities,
-        replies: Sequence[Reply],
-    ) -> list[Judgement]:
+    def judgements(self, trial: Trial, replies: Sequence[Reply]) -> list[Judgement]:
         """Returns the place of the text that is said not to belong, for every question."""
-        read = choice if abilities.choices else chosen_id
-        answered = zip(tasks, replies, strict=True)
-        return [read(reply, _asked(task, abilities.choices)[1]) for task, reply in answered]
+        read = choice if trial.abilities.choices else chosen_id
+        answered = zip(trial.tasks, replies, strict=True)
+        return [read(reply, _asked(task, trial.abilities.choices)[1]) for task, reply in answered]
 
     def score(
         self, tasks: Sequence[Task], judgements: Sequence[Judgement], facts: Facts, threshold: float | None = None

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 from interp.client.requests import Abilities, Chat, LogProb, Reply, Request
 from interp.prompts.reading import LEVELS, LEVELS_SCHEMA, UNKNOWN, simulate, simulated
-from interp.records import ACTIVE, Examples, Explanation, Facts, Judgement, Measure, Score, Task, Window
-from interp.scorers import Scorer
+from interp.records import ACTIVE, Examples, Facts, Judgement, Measure, Score, Task, Window
+from interp.scorers import Scorer, Trial
 from interp.scoring.judging import LEAST_MASS
 from interp.scoring.metrics import NONE, correlation, score_of
 from interp.scoring.tasks import window_tasks
@@ -51,35 +51,26 @@ class Simulation(Scorer):
         items = [item for item in examples.of(split) if item.tier in SHOWN_TIERS]
         return window_tasks(items, "simulation", examples.latent, split)
 
-    def requests(
-        self, explanation: Explanation, tasks: Sequence[Task], facts: Facts, abilities: Abilities
-    ) -> list[Request]:
+    def requests(self, trial: Trial) -> list[Request]:
         """Returns one request a window, of the kind that the judge can answer."""
-        windows = [task.items[0].window for task in tasks]
-        if _reads(abilities):
-            framed = [simulated(explanation.text, window) for window in windows]
+        windows = [task.items[0].window for task in trial.tasks]
+        if _reads(trial.abilities):
+            framed = [simulated(trial.explanation.text, window) for window in windows]
             return [LogProb(self.role, *frame, choices=(*LEVELS, UNKNOWN)) for frame in framed]
         return [
             Chat(
                 self.role,
-                simulate(explanation.text, window),
+                simulate(trial.explanation.text, window),
                 max_tokens=TOKENS_PER_LEVEL * (len(window.tokens) + 2),
                 schema=LEVELS_SCHEMA,
             )
             for window in windows
         ]
 
-    def judgements(
-        self,
-        explanation: Explanation,
-        tasks: Sequence[Task],
-        facts: Facts,
-        abilities: Abilities,
-        replies: Sequence[Reply],
-    ) -> list[Judgement]:
+    def judgements(self, trial: Trial, replies: Sequence[Reply]) -> list[Judgement]:
         """Returns the predicted levels of every window; the value is the largest of them, as a share of the most."""
-        read = _expected if _reads(abilities) else _listed
-        return [read(task.items[0].window, reply) for task, reply in zip(tasks, replies, strict=True)]
+        read = _expected if _reads(trial.abilities) else _listed
+        return [read(task.items[0].window, reply) for task, reply in zip(trial.tasks, replies, strict=True)]
 
     def score(
         self, tasks: Sequence[Task], judgements: Sequence[Judgement], facts: Facts, threshold: float | None = None

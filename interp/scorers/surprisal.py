@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from interp.client.requests import Abilities, LogProb, Reply, Request
+from interp.client.requests import LogProb, Reply, Request
 from interp.prompts.reading import NEUTRAL, described
-from interp.records import Examples, Explanation, Facts, Judgement, Score, Task
-from interp.scorers import Scorer
+from interp.records import Examples, Facts, Judgement, Score, Task
+from interp.scorers import Scorer, Trial
 from interp.scoring.judging import likelier
 from interp.scoring.metrics import classification
 from interp.scoring.tasks import window_tasks
@@ -33,24 +33,15 @@ class Surprisal(Scorer):
         """Returns one task an item; none without both active and silent ones."""
         return window_tasks(examples.of(split), "surprisal", examples.latent, split)
 
-    def requests(
-        self, explanation: Explanation, tasks: Sequence[Task], facts: Facts, abilities: Abilities
-    ) -> list[Request]:
+    def requests(self, trial: Trial) -> list[Request]:
         """Returns two requests a window: after the explanation, and after the neutral description."""
         return [
             LogProb(self.role, *described(description, task.items[0].window))
-            for task in tasks
-            for description in (explanation.text, NEUTRAL)
+            for task in trial.tasks
+            for description in (trial.explanation.text, NEUTRAL)
         ]
 
-    def judgements(
-        self,
-        explanation: Explanation,
-        tasks: Sequence[Task],
-        facts: Facts,
-        abilities: Abilities,
-        replies: Sequence[Reply],
-    ) -> list[Judgement]:
+    def judgements(self, trial: Trial, replies: Sequence[Reply]) -> list[Judgement]:
         """Returns v of every window, in nats per token."""
         return [
             likelier(given, plain, per_token=True) for given, plain in zip(replies[::2], replies[1::2], strict=True)

@@ -9,7 +9,7 @@ from rigs.interp_examples import BATCH, RIGHT, SINGLE, label, planted
 from interp.client.requests import FINAL, RETRYABLE, ROLES, Abilities, Chat, Reply, key
 from interp.explainers import Explainer
 from interp.records import Examples, Explanation
-from interp.scorers import Scorer
+from interp.scorers import Scorer, Trial
 from sae.base.plugins import names
 
 ALL = Abilities(choices=True, structured="json_schema", prompt_logprobs=True, prompt_top=20)
@@ -55,7 +55,7 @@ def test_the_same_question_is_asked_in_the_same_words(scorer, abilities):
     examples = EXAMPLES
     tasks, again = (scorer.tasks(examples, "test", PREPARED) for _ in range(2))
     assert tasks == again
-    first, second = (scorer.requests(label(RIGHT), tasks, examples.facts, abilities) for _ in range(2))
+    first, second = (scorer.requests(Trial(label(RIGHT), tasks, abilities)) for _ in range(2))
     assert first == second
     assert {request.role for request in first} <= {scorer.role}
     keys = [key(request, "model", "here", abilities) for request in first]
@@ -67,9 +67,9 @@ def test_the_same_question_is_asked_in_the_same_words(scorer, abilities):
 def test_a_failed_call_is_never_a_score(scorer, abilities, failure):
     examples = EXAMPLES
     tasks = scorer.tasks(examples, "test", PREPARED)
-    requests = scorer.requests(label(RIGHT), tasks, examples.facts, abilities)
+    requests = scorer.requests(Trial(label(RIGHT), tasks, abilities))
     replies = [Reply(failure=failure) for _ in requests]
-    found = scorer.judgements(label(RIGHT), tasks, examples.facts, abilities, replies)
+    found = scorer.judgements(Trial(label(RIGHT), tasks, abilities), replies)
     assert len(found) == len(tasks)
     if requests:
         assert {judgement.value for judgement in found} <= {None}
@@ -88,10 +88,10 @@ def test_a_failed_call_is_never_a_score(scorer, abilities, failure):
 def test_an_answer_to_something_else_is_missing(scorer, abilities, reply):
     examples = EXAMPLES
     tasks = scorer.tasks(examples, "test", PREPARED)
-    requests = scorer.requests(label(RIGHT), tasks, examples.facts, abilities)
+    requests = scorer.requests(Trial(label(RIGHT), tasks, abilities))
     if not all(isinstance(request, Chat) for request in requests):
         pytest.skip("an answer in numbers has the form that was asked for, or is a failure: the client sees to it")
-    found = scorer.judgements(label(RIGHT), tasks, examples.facts, abilities, [reply for _ in requests])
+    found = scorer.judgements(Trial(label(RIGHT), tasks, abilities), [reply for _ in requests])
     assert len(found) == len(tasks)
     if requests:
         assert not any(judgement.valid for judgement in found)
@@ -100,8 +100,8 @@ def test_an_answer_to_something_else_is_missing(scorer, abilities, reply):
 def test_nothing_is_asked_of_a_latent_without_examples(scorer):
     examples = Examples(0, EXAMPLES.facts)
     assert scorer.tasks(examples, "test", {}) == []
-    assert scorer.requests(label(RIGHT), [], examples.facts, ALL) == []
-    assert scorer.judgements(label(RIGHT), [], examples.facts, ALL, []) == []
+    assert scorer.requests(Trial(label(RIGHT), [], ALL)) == []
+    assert scorer.judgements(Trial(label(RIGHT), [], ALL), []) == []
 
 
 def test_tests_are_of_the_test_split(scorer):

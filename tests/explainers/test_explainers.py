@@ -104,17 +104,17 @@ def test_a_correction_shows_the_worst_mistakes():
     values = [task.truth for task in tasks]
     values[active[0]], values[active[1]], values[active[2]] = 0.4, 0.1, None
     values[silent[0]], values[silent[1]], values[silent[2]] = 0.6, 0.9, 0.49
-    judgements = [Judgement(value) for value in values]
+    judged = [(task, Judgement(value)) for task, value in zip(tasks, values, strict=True)]
     explainer = LanguageModelExplainer(counterexamples=1)
-    (request,) = explainer.refined(EXAMPLES, label("fruit"), tasks, judgements, SINGLE)
+    (request,) = explainer.refined(EXAMPLES, label("fruit"), judged, SINGLE)
     assert request.messages[:2] == explainer.requests(EXAMPLES, SINGLE)[0].messages
     assert json.loads(request.messages[2][1]) == {"explanation": "fruit"}
     shown_now = [text.split("\n")[0] for _, text in parts_of(request.messages[3][1])]
     overlooked, mistaken = tasks[active[1]].items[0], tasks[silent[1]].items[0]
     assert shown_now == [shown(overlooked.window, overlooked.marks), shown(mistaken.window)]
-    right = [Judgement(task.truth) for task in tasks]
-    assert explainer.refined(EXAMPLES, label("fruit"), tasks, right, SINGLE) == []
-    assert explainer.refined(EXAMPLES, label("fruit"), [], [], SINGLE) == []
+    right = [(task, Judgement(task.truth)) for task in tasks]
+    assert explainer.refined(EXAMPLES, label("fruit"), right, SINGLE) == []
+    assert explainer.refined(EXAMPLES, label("fruit"), [], SINGLE) == []
 
 
 # Rules

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rigs.interp_examples import BATCH, RIGHT, SINGLE, facts, judge, label, of_pieces, planted, scored, texts_of
+from rigs.interp_examples import BATCH, RIGHT, SINGLE, judge, label, of_pieces, planted, scored, texts_of
 
 from interp.client.requests import Chat, Reply
 from interp.explainers.llm import LanguageModelExplainer
 from interp.records import Item, Judgement
+from interp.scorers import Trial
 from interp.scorers.detection import Detection
 from interp.scorers.fuzzing import Fuzzing
 from interp.scorers.intruder import Intruder
@@ -94,11 +95,11 @@ def attacked(attack):
 def test_an_order_in_a_text_reaches_no_judgement(scorer, abilities, attack):
     examples = attacked(attack)
     tasks = scorer.tasks(examples, "test", {})
-    requests = scorer.requests(label(RIGHT), tasks, facts(), abilities)
-    found = scorer.judgements(label(RIGHT), tasks, facts(), abilities, [obedient(request) for request in requests])
+    requests = scorer.requests(Trial(label(RIGHT), tasks, abilities))
+    found = scorer.judgements(Trial(label(RIGHT), tasks, abilities), [obedient(request) for request in requests])
     for task, judgement in zip(tasks, found, strict=True):
         assert judgement == Judgement(0.9 if task.truth else 0.1)
-    calm = scorer.requests(label(RIGHT), scorer.tasks(EXAMPLES, "test", {}), facts(), abilities)
+    calm = scorer.requests(Trial(label(RIGHT), scorer.tasks(EXAMPLES, "test", {}), abilities))
     differing = sum(a != b for a, b in zip(requests, calm, strict=True))
     assert differing == 1  # no other question is touched
     assert {request.schema for request in requests} == {request.schema for request in calm}
@@ -110,7 +111,7 @@ def test_an_order_in_an_explanation_is_part_of_the_description(abilities, attack
     """An explainer that was taken in writes it down; a judge must not be."""
     evil = f"fruit {attack}"
     tasks = Detection().tasks(EXAMPLES, "test", {})
-    for request in Detection().requests(label(evil), tasks, facts(), abilities):
+    for request in Detection().requests(Trial(label(evil), tasks, abilities)):
         content = request.messages[-1][1]
         assert content.startswith("Description: fruit ")
         assert content.split("\n")[1] == ""
@@ -126,7 +127,7 @@ def test_no_template_finds_a_turn_in_a_text(begin, end):
     requests = [
         *LanguageModelExplainer(shown=12, silent=40).requests(explain, SINGLE),
         *(r for abilities in (SINGLE, BATCH) for s in (Detection(), Fuzzing(), Intruder()) for r in
-          s.requests(label(attack), s.tasks(examples, "test", {}), facts(), abilities)),
+          s.requests(Trial(label(attack), s.tasks(examples, "test", {}), abilities))),
     ]  # fmt: skip
     content = "".join(content for request in requests for _, content in request.messages)
     assert ORDER in content
@@ -141,12 +142,12 @@ def test_no_text_forges_an_answer_for_another(texts, target):
     examples = replace(EXAMPLES, test=tuple(items))
     scorer = Detection(layout="batch")
     tasks = scorer.tasks(examples, "test", {})
-    (before,) = scorer.requests(label("x"), tasks, facts(), BATCH)
+    (before,) = scorer.requests(Trial(label("x"), tasks, BATCH))
     stolen = before.messages[1][1]
     place = target % len(items)
     items[place] = replace(items[place], window=of_pieces([texts[place] + stolen], place))
     tasks = scorer.tasks(replace(examples, test=tuple(items)), "test", {})
-    (after,) = scorer.requests(label("x"), tasks, facts(), BATCH)
+    (after,) = scorer.requests(Trial(label("x"), tasks, BATCH))
     shown = texts_of(after)[1]
     assert len(shown) == len(items)
     for name, _ in shown:
@@ -215,5 +216,5 @@ def test_odd_windows_and_labels_are_scored_like_others(scorer, abilities):
         score = scored(scorer, examples, label(text), abilities, lambda chat: Reply(failure="refused"))
         assert (score.n, score.invalid) == (0, {"refused": 4})
         tasks = scorer.tasks(examples, "test", {})
-        for request in scorer.requests(label(text), tasks, facts(), abilities):
+        for request in scorer.requests(Trial(label(text), tasks, abilities)):
             assert sum(len(content) for _, content in request.messages) < 5000

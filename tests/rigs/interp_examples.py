@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from interp.client.requests import Abilities, Chat, Reply
 from interp.records import ACTIVE, Examples, Explanation, Facts, Item, Window
+from interp.scorers import Trial
 
 LENGTH = 32
 FRUIT = ("apple", "pear", "plum", "fig")
@@ -182,6 +183,6 @@ def judge(chat: Chat) -> Reply:
 def scored(scorer, examples, explanation, abilities=SINGLE, answer: Callable[[Chat], Reply] = judge, split="test"):
     """Returns the score of an explanation by a judge."""
     tasks = scorer.tasks(examples, split, {})
-    replies = [answer(request) for request in scorer.requests(explanation, tasks, examples.facts, abilities)]
-    found = scorer.judgements(explanation, tasks, examples.facts, abilities, replies)
+    replies = [answer(request) for request in scorer.requests(Trial(explanation, tasks, abilities))]
+    found = scorer.judgements(Trial(explanation, tasks, abilities), replies)
     return scorer.score(tasks, found, examples.facts)

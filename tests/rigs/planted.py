@@ -3,6 +3,7 @@
 import random
 
 from interp.records import ACTIVE, Examples, Explanation, Facts, Item, Window
+from interp.scorers import Trial
 
 FACTS = Facts(100, 10_000, {"explain": 0.05, "valid": 0.05, "test": 0.05}, 9.0, (), ())
 TOPICS = (
@@ -56,9 +57,9 @@ def run(scorer, explanation, given, abilities, answer, split="test", prepared=No
     parts = {}
     for part in ("valid", split) if scorer.tunes else (split,):
         tasks = scorer.tasks(given, part, prepared)
-        requests = scorer.requests(explanation, tasks, given.facts, abilities)
+        requests = scorer.requests(Trial(explanation, tasks, abilities))
         replies = [answer(request) for request in requests]
-        parts[part] = tasks, scorer.judgements(explanation, tasks, given.facts, abilities, replies), requests
+        parts[part] = tasks, scorer.judgements(Trial(explanation, tasks, abilities), replies), requests
     threshold = None
     if scorer.tunes:
         from interp.scoring.metrics import best_threshold

@@ -9,6 +9,7 @@ from rigs.interp_examples import BATCH, RIGHT, SINGLE, facts, judge, label, plan
 from interp.client.requests import FINAL, RETRYABLE, Reply
 from interp.prompts.windows import shown
 from interp.records import Judgement
+from interp.scorers import Trial
 from interp.scorers.detection import Detection
 from interp.scorers.fuzzing import Fuzzing
 from sae.base.errors import ConfigError
@@ -19,11 +20,11 @@ FACTS = facts()
 
 def asked(scorer, abilities, examples=EXAMPLES, explanation=None):
     tasks = scorer.tasks(examples, "test", {})
-    return tasks, scorer.requests(explanation or label(RIGHT), tasks, FACTS, abilities)
+    return tasks, scorer.requests(Trial(explanation or label(RIGHT), tasks, abilities))
 
 
 def judged(scorer, tasks, replies, abilities=SINGLE):
-    return scorer.judgements(label(RIGHT), tasks, FACTS, abilities, replies)
+    return scorer.judgements(Trial(label(RIGHT), tasks, abilities), replies)
 
 
 @pytest.mark.parametrize("scorer", [Detection(), Fuzzing()])

@@ -11,6 +11,7 @@ from interp.client.local.tfidf import DIGITS, features, tfidf
 from interp.client.requests import Abilities, Embed, Reply
 from interp.prompts.reading import passage_for_encoder, query_for_encoder, query_for_words
 from interp.records import Examples, Explanation, Item
+from interp.scorers import Trial
 from interp.scorers.embedding import BATCH, Embedding
 
 ENCODER, FITTED = Abilities(), Abilities(fits_texts=True)
@@ -42,21 +43,21 @@ def test_the_right_explanation_is_told_from_all_others(abilities, encode):
 def test_the_vectors_of_windows_are_asked_for_once_for_all_explanations():
     given = examples(0, n=40)
     tasks = SCORER.tasks(given, "test", {})
-    asked = [SCORER.requests(right(latent), tasks, given.facts, ENCODER) for latent in (0, 1)]
+    asked = [SCORER.requests(Trial(right(latent), tasks, ENCODER)) for latent in (0, 1)]
     assert [len(request.texts) for request in asked[0]] == [1, BATCH, len(tasks) - BATCH]
     assert asked[0][1:] == asked[1][1:]
     assert asked[0][0] != asked[1][0]
-    together = SCORER.requests(right(0), tasks, given.facts, FITTED)
+    together = SCORER.requests(Trial(right(0), tasks, FITTED))
     assert [len(request.texts) for request in together] == [1 + len(tasks)]
-    assert SCORER.requests(right(0), [], given.facts, ENCODER) == []
-    assert SCORER.judgements(right(0), [], given.facts, ENCODER, []) == []
+    assert SCORER.requests(Trial(right(0), [], ENCODER)) == []
+    assert SCORER.judgements(Trial(right(0), [], ENCODER), []) == []
 
 
 def test_cosines_are_those_of_the_vectors():
     given = examples(0)
     tasks = SCORER.tasks(given, "test", {})
-    requests = SCORER.requests(right(0), tasks, given.facts, ENCODER)
-    found = SCORER.judgements(right(0), tasks, given.facts, ENCODER, [bag_of_words(request) for request in requests])
+    requests = SCORER.requests(Trial(right(0), tasks, ENCODER))
+    found = SCORER.judgements(Trial(right(0), tasks, ENCODER), [bag_of_words(request) for request in requests])
     query = np.array(bag_of_words(requests[0]).vectors[0])
     for task, judgement in zip(tasks, found, strict=True):
         x = np.array(bag_of_words(Embed("encoder", (task.items[0].window.text,))).vectors[0])
@@ -66,15 +67,15 @@ def test_cosines_are_those_of_the_vectors():
 def test_what_fails_is_missing_and_nothing_else():
     given = examples(0, n=40)
     tasks = SCORER.tasks(given, "test", {})
-    requests = SCORER.requests(right(0), tasks, given.facts, ENCODER)
+    requests = SCORER.requests(Trial(right(0), tasks, ENCODER))
     replies = [bag_of_words(request) for request in requests]
-    found = SCORER.judgements(right(0), tasks, given.facts, ENCODER, [replies[0], Reply(failure="timeout"), replies[2]])
+    found = SCORER.judgements(Trial(right(0), tasks, ENCODER), [replies[0], Reply(failure="timeout"), replies[2]])
     assert [judgement.reason for judgement in found] == ["timeout"] * BATCH + [""] * (len(tasks) - BATCH)
-    found = SCORER.judgements(right(0), tasks, given.facts, ENCODER, [Reply(failure="quota"), *replies[1:]])
+    found = SCORER.judgements(Trial(right(0), tasks, ENCODER), [Reply(failure="quota"), *replies[1:]])
     assert {judgement.reason for judgement in found} == {"quota"}
     assert SCORER.score(tasks, found, FACTS).coverage == 0
     broken = Reply(vectors=((float("nan"),) * len(replies[0].vectors[0]),) * BATCH)
-    found = SCORER.judgements(right(0), tasks, given.facts, ENCODER, [replies[0], broken, replies[2]])
+    found = SCORER.judgements(Trial(right(0), tasks, ENCODER), [replies[0], broken, replies[2]])
     assert {judgement.reason for judgement in found[:BATCH]} == {"parse"}
 
 

@@ -12,6 +12,7 @@ from interp.client.requests import Abilities, LogProb, Reply
 from interp.evidence.subject import Subject
 from interp.prompts.reading import amplified
 from interp.records import ACTIVE, Examples, Explanation, Item, Task, Window
+from interp.scorers import Trial
 from interp.scorers.intervention import LEAST_PROMPTS, LEAST_TOKENS, Intervention, prompt
 from interp.scoring.steering import _drawn, steered
 from sae.base.errors import ConfigError
@@ -228,10 +229,10 @@ def test_what_cannot_be_done_is_said_and_judges_nothing():
 def test_missing_answers_are_in_no_figure():
     scorer = Intervention()
     tasks = [Task((), 1.0, section=number, text="zz", clean="z") for number in range(6)]
-    requests = scorer.requests(says(2), tasks, FACTS, READER)
+    requests = scorer.requests(Trial(says(2), tasks, READER))
     replies = [counting_reader(request) for request in requests]
     replies[1], replies[4] = Reply(failure="timeout"), Reply(logprobs=((0.0,),), counts=(0,))
-    found = scorer.judgements(says(2), tasks, FACTS, READER, replies)
+    found = scorer.judgements(Trial(says(2), tasks, READER), replies)
     score = scorer.score(tasks, found, FACTS)
     assert score.measures["nats"].value == 2
     assert score.n == 4

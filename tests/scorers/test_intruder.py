@@ -9,6 +9,7 @@ from rigs.interp_examples import BATCH, SINGLE, facts, judge, label, planted, te
 from interp.client.requests import Reply
 from interp.prompts.windows import shown
 from interp.records import Judgement
+from interp.scorers import Trial
 from interp.scorers.intruder import Intruder
 from sae.base.errors import ConfigError
 
@@ -46,7 +47,7 @@ def test_windows_of_one_section_are_no_common_ground():
 @pytest.mark.parametrize("abilities", [SINGLE, BATCH])
 def test_requests_show_the_windows_alone(abilities):
     tasks = Intruder().tasks(EXAMPLES, "test", {})
-    requests = Intruder().requests(label("a secret"), tasks, facts(), abilities)
+    requests = Intruder().requests(Trial(label("a secret"), tasks, abilities))
     for task, request in zip(tasks, requests, strict=True):
         labels, texts = zip(*texts_of(request)[1], strict=True)
         assert list(texts) == [shown(item.window) for item in task.items]
@@ -64,20 +65,20 @@ def test_answers_are_read_by_number_or_id_and_nothing_else():
         Reply(failure="timeout"),
         Reply(probabilities={"7": 0.9}),
     ]
-    assert read(label(""), tasks, facts(), SINGLE, replies) == [
+    assert read(Trial(label(""), tasks, SINGLE), replies) == [
         Judgement(3.0),
         Judgement(None, "no_mass"),
         Judgement(None, "timeout"),
         Judgement(None, "no_mass"),
     ]
-    ids = texts_of(Intruder().requests(label(""), tasks, facts(), BATCH)[1])[1]
+    ids = texts_of(Intruder().requests(Trial(label(""), tasks, BATCH))[1])[1]
     answers = [
         Reply(data={"id": "1"}),
         Reply(data={"id": ids[2][0]}),
         Reply(data=None, failure="empty"),
         Reply(data=[2]),
     ]
-    assert read(label(""), tasks, facts(), BATCH, answers) == [
+    assert read(Trial(label(""), tasks, BATCH), answers) == [
         Judgement(None, "parse"),
         Judgement(2.0),
         Judgement(None, "empty"),
@@ -88,9 +89,9 @@ def test_answers_are_read_by_number_or_id_and_nothing_else():
 def test_missing_answers_are_not_wrong_ones():
     scorer = Intruder()
     tasks = scorer.tasks(EXAMPLES, "test", {})
-    replies = [judge(request) for request in scorer.requests(label(""), tasks, facts(), SINGLE)]
+    replies = [judge(request) for request in scorer.requests(Trial(label(""), tasks, SINGLE))]
     replies[3:8] = [Reply(failure="refused")] * 5
-    score = scorer.score(tasks, scorer.judgements(label(""), tasks, facts(), SINGLE, replies), facts())
+    score = scorer.score(tasks, scorer.judgements(Trial(label(""), tasks, SINGLE), replies), facts())
     assert (score.measures["accuracy"].value, score.n, score.coverage, score.invalid) == (1, 15, 0.75, {"refused": 5})
     none = scorer.score([], [], facts())
     assert (none.measures["accuracy"].value, none.n, none.coverage) == (None, 0, 0)

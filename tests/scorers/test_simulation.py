@@ -12,7 +12,7 @@ from interp.client.requests import Abilities, Chat, LogProb, Reply
 from interp.client.schema import check
 from interp.prompts.reading import LEVELS, LEVELS_SCHEMA, UNKNOWN, simulate, simulated
 from interp.records import Item, Judgement, Task
-from interp.scorers import Scorer
+from interp.scorers import Scorer, Trial
 from interp.scorers.simulation import Simulation
 from sae.base.errors import ConfigError
 
@@ -86,7 +86,7 @@ def test_levels_are_expectations_among_the_levels():
     task = Task((Item(shown, "random"),), 0.0)
     even = (*[math.log(0.05)] * 10, math.log(0.3))
     reply = Reply(logprobs=(even, row(9, unknown=0.0, other=0.0)))
-    (found,) = SCORER.judgements(right(0), [task], FACTS, READER, [reply])
+    (found,) = SCORER.judgements(Trial(right(0), [task], READER), [reply])
     assert found.levels[0] == pytest.approx(4.5)
     assert found.levels[1] == pytest.approx(0.8 * 9 + 0.2 * 36 / 9)
     assert found.value == pytest.approx(found.levels[1] / 9)
@@ -104,7 +104,7 @@ def test_levels_are_expectations_among_the_levels():
 )
 def test_a_reader_that_expects_no_levels_gives_no_answer(rows, valid):
     task = Task((Item(window(["a", "b"]), "random"),), 0.0)
-    (found,) = SCORER.judgements(right(0), [task], FACTS, READER, [Reply(logprobs=rows)])
+    (found,) = SCORER.judgements(Trial(right(0), [task], READER), [Reply(logprobs=rows)])
     assert found.valid == valid
     assert found.reason == ("" if valid else "no_mass")
 
@@ -130,25 +130,25 @@ def test_a_reader_that_expects_no_levels_gives_no_answer(rows, valid):
 )
 def test_what_is_not_exact_is_no_answer(data):
     task = Task((Item(window(["a", "b"]), "random"),), 0.0)
-    (found,) = SCORER.judgements(right(0), [task], FACTS, JUDGE, [Reply(data=data)])
+    (found,) = SCORER.judgements(Trial(right(0), [task], JUDGE), [Reply(data=data)])
     assert found == Judgement(None, "parse")
 
 
 def test_missing_answers_are_in_no_figure_and_constant_ones_have_no_correlation():
     given = examples(1)
     tasks = SCORER.tasks(given, "test", {})
-    requests = SCORER.requests(right(1), tasks, given.facts, JUDGE)
+    requests = SCORER.requests(Trial(right(1), tasks, JUDGE))
     replies = [judge(request) for request in requests]
     replies[5] = Reply(failure="timeout")
-    found = SCORER.judgements(right(1), tasks, given.facts, JUDGE, replies)
+    found = SCORER.judgements(Trial(right(1), tasks, JUDGE), replies)
     score = SCORER.score(tasks, found, given.facts)
     assert score.invalid == {"timeout": 1}
     assert score.n == len(tasks) - 1
     silent = [Reply(data={"levels": []})] * len(tasks)
-    score = SCORER.score(tasks, SCORER.judgements(right(1), tasks, given.facts, JUDGE, silent), given.facts)
+    score = SCORER.score(tasks, SCORER.judgements(Trial(right(1), tasks, JUDGE), silent), given.facts)
     assert score.measures["correlation"].value is None
     assert score.coverage == 1
-    assert [j.value for j in SCORER.judgements(right(1), tasks[:1], given.facts, JUDGE, silent[:1])] == [0.0]
+    assert [j.value for j in SCORER.judgements(Trial(right(1), tasks[:1], JUDGE), silent[:1])] == [0.0]
     none = [Judgement(None, "timeout")] * len(tasks)
     assert SCORER.score(tasks, none, given.facts).measures["correlation"].value is None
     active = [j if task.truth else Judgement(None, "timeout") for j, task in zip(found, tasks, strict=True)]
@@ -189,7 +189,7 @@ def test_who_is_asked_is_a_setting():
     assert other.role == "reader"
     tasks = other.tasks(examples(0), "test", {})
     for abilities in (READER, JUDGE):
-        assert {request.role for request in other.requests(right(0), tasks, FACTS, abilities)} == {"reader"}
+        assert {request.role for request in other.requests(Trial(right(0), tasks, abilities))} == {"reader"}
     with pytest.raises(ConfigError, match=r"scorers\.simulation\.asks: 'raeder'.*reader"):
         Simulation(asks="raeder").validate()
 

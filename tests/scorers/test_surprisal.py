@@ -9,6 +9,7 @@ from rigs.planted import TOPICS, examples, right, run
 from interp.client.requests import Abilities, LogProb, Reply
 from interp.prompts.reading import NEUTRAL, described
 from interp.records import Explanation, Item
+from interp.scorers import Trial
 from interp.scorers.surprisal import Surprisal
 
 READER = Abilities(prompt_logprobs=True)
@@ -46,8 +47,8 @@ def test_the_right_explanation_is_told_from_all_others():
 def test_a_gain_is_in_nats_per_token_whatever_the_length():
     given = examples(0)
     tasks = SCORER.tasks(given, "test", {})
-    requests = SCORER.requests(right(0), tasks, given.facts, READER)
-    found = SCORER.judgements(right(0), tasks, given.facts, READER, [reader(request) for request in requests])
+    requests = SCORER.requests(Trial(right(0), tasks, READER))
+    found = SCORER.judgements(Trial(right(0), tasks, READER), [reader(request) for request in requests])
     for task, judgement in zip(tasks, found, strict=True):
         words = task.items[0].window.text.split()
         named, neutral = words_of(right(0).text), words_of(NEUTRAL)
@@ -58,7 +59,7 @@ def test_a_gain_is_in_nats_per_token_whatever_the_length():
 def test_the_neutral_request_is_the_same_for_every_explanation():
     given = examples(0)
     tasks = SCORER.tasks(given, "test", {})
-    asked = [SCORER.requests(right(latent), tasks, given.facts, READER) for latent in (0, 1)]
+    asked = [SCORER.requests(Trial(right(latent), tasks, READER)) for latent in (0, 1)]
     assert len(asked[0]) == 2 * len(tasks)
     assert asked[0][1::2] == asked[1][1::2]
     assert not set(asked[0][::2]) & set(asked[1][::2])
@@ -69,12 +70,12 @@ def test_the_neutral_request_is_the_same_for_every_explanation():
 def test_a_missing_answer_on_either_request_is_missing():
     given = examples(0)
     tasks = SCORER.tasks(given, "test", {})
-    replies = [reader(request) for request in SCORER.requests(right(0), tasks, given.facts, READER)]
+    replies = [reader(request) for request in SCORER.requests(Trial(right(0), tasks, READER))]
     replies[0] = Reply(failure="timeout")
     replies[3] = Reply(failure="refused")
     replies[4] = Reply(logprobs=((0.0,),), counts=(0,))
     replies[6] = Reply(logprobs=((-math.inf,),), counts=(3,))
-    found = SCORER.judgements(right(0), tasks, given.facts, READER, replies)
+    found = SCORER.judgements(Trial(right(0), tasks, READER), replies)
     assert [judgement.reason for judgement in found[:5]] == ["timeout", "refused", "empty", "no_mass", ""]
     score = SCORER.score(tasks, found, given.facts, 0.1)
     assert score.invalid == {"empty": 1, "no_mass": 1, "refused": 1, "timeout": 1}
