@@ -17,8 +17,8 @@ from sae.base.files import FolderLock
 
 def hold(folder: Path) -> int:
     with FolderLock(folder):
-        time.sleep(60)
-    return 0
+        while True:
+            time.sleep(3600)
 
 
 def test_a_second_run_in_a_folder_fails_at_once_and_a_killed_one_frees_it(tmp_path, tiny_train, monkeypatch):

@@ -99,7 +99,8 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path, tiny_mo
     while code == -9 and kills < 5:
         begun = (tmp_path / "killed" / "config.yaml").exists()
         child = runs.start("killed", resume=begun)[0]
-        time.sleep(draw.uniform(0.05, 0.45))
+        child.wait_for((tmp_path / "killed" / "config.yaml").exists)
+        time.sleep(draw.uniform(0.0, 0.4))
         child.kill()
         code, kills = child.wait(), kills + 1
     assert runs.run("killed", resume=True) == [0], runs.output

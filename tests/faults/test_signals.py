@@ -83,7 +83,8 @@ def slow_step() -> None:
     """A step that takes for ever, as seen by someone who has pressed Ctrl-C."""
     signal.raise_signal(signal.SIGINT)
     print("first signal taken", flush=True)
-    time.sleep(60)
+    while True:
+        time.sleep(3600)
 
 
 @pytest.fixture
@@ -98,10 +99,8 @@ def test_the_second_signal_ends_it_at_once_and_what_was_saved_is_kept(tmp_path, 
     argv = ["--config", str(config), "--run-dir", str(run)]
     child = Child(tmp_path / "log.txt", partial(sae_train, argv, partial(at_step, 7, slow_step)))
     child.wait_for(lambda: "first signal taken" in child.output)
-    began = time.monotonic()
     child.kill(signal.SIGTERM)
-    assert child.wait() == 128 + signal.SIGTERM
-    assert time.monotonic() - began < 2
+    assert child.wait() == 128 + signal.SIGTERM  # in the middle of that step
     assert checkpoints(run) == [5]
     code, printed = tiny_train(options=("--resume", run))
     assert code == 0, printed

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rigs.children import PATIENCE_S
 from rigs.fakes import tiny_tokenizer
 
 from sae.base.errors import ConfigError, DataError, Stopped
@@ -588,12 +589,12 @@ def test_a_second_run_waits_for_the_first_and_reads_its_rows(hundred):
 
     def pause() -> bool:
         inside.set()
-        assert go_on.wait(30)
+        assert go_on.wait(PATIENCE_S)
         return False
 
     first = threading.Thread(target=tokenize, args=(config(hundred), tokenizer, {}, Watch(pause)))
     first.start()
-    assert inside.wait(30)
+    assert inside.wait(PATIENCE_S)
     polls: list[int] = []
 
     def wait() -> bool:
