@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from rigs.markdown import NEEDS, ROOT, Block, anchors, blocks, links, pages, prose
 
+import sae
 from cli.common import Parser, read_config
 from interp.explainers import Explainer
 from interp.scorers import Scorer
@@ -109,9 +110,9 @@ def test_python_runs(page, shell, monkeypatch):
             CoderSpec(8, 8, 64, known["TopShare"](0))
 
 
-@pytest.mark.parametrize("block", of("python", run=False), ids=lambda block: block.where)
-def test_python_that_cannot_run_here_compiles(block):
-    compile(block.text, block.where, "exec")
+def test_python_that_cannot_run_here_compiles():
+    for block in of("python", run=False):
+        compile(block.text, block.where, "exec")
 
 
 @pytest.mark.parametrize("block", of("sh", run=True), ids=lambda block: block.where)
@@ -265,6 +266,14 @@ def test_the_tree_is_the_tree():
 def test_plug_ins_are_all_told(page, told):
     if page not in COMING:
         assert [name for name in told if f"`{name}`" not in PAGES[page]] == []
+
+
+def test_the_api_pages_have_all_public_names():
+    """Under the module that a name is of."""
+    told = re.findall(
+        r"^::: ([\w.]+)$", "".join(PAGES[page] for page in PAGES if page.startswith("docs/api/")), re.MULTILINE
+    )
+    assert [name for name in sae.__all__ if f"{getattr(sae, name).__module__}.{name}" not in told] == []
 
 
 def test_the_front_door_is_small():
