@@ -36,7 +36,7 @@ PAGES = pages()
 BLOCKS = [block for page, text in PAGES.items() for block in blocks(page, text)]
 COMMANDS = {"sae-train": "cli.train", "sae-eval": "cli.evaluate", "sae-explain": "cli.explain", "sae-load": "cli.load"}
 SMALL = {
-    "sae-train": "--tokens 20000 --text.max_tokens 60000 --eval.tokens 2000",
+    "sae-train": "--tokens 8192 --text.max_tokens 20000 --eval.tokens 1000 --activations.statistics_tokens 4096",
     "sae-explain": "--latents 20 --evidence.tokens 40000",
 }
 COMING = ("sae/formats/README.md", "interp/README.md", "sae/assets/README.md")
