@@ -73,8 +73,8 @@ class SparseCoder(Folding):
         if latents is not None:
             rows = self._rows(x, torch.promote_types(self.W_enc.dtype, torch.float32))
             beside = None if gradients is None else gradients.reshape(-1, self.spec.d_out)
-            looks = gradients is not None or self.spec.rule.looks_at_gradients
-            found = partial.encode(self, rows, latents, looks, lambda: self.encode(rows, beside))
+            whole = gradients is not None or self.spec.rule.looks_at_gradients or self.spec.encoding.pursues
+            found = partial.encode(self, rows, latents, whole, lambda: self.encode(rows, beside))
             return replace(found, shape=tuple(x.shape[:-1]))
         with torch.no_grad():
             rows, size = self._rows(x), max(1, CHUNK_ENTRIES // self.spec.d_sae)
@@ -149,20 +149,10 @@ class SparseCoder(Folding):
     def preactivations(
         self, y: Float[Tensor, "n d_in"], product_dtype: torch.dtype | None = None
     ) -> Float[Tensor, "n d_sae"]:
-        """Returns y W_enc^T + b_enc (times its gate) without gradient, the product taken in `product_dtype`."""
-        dtype, layers = product_dtype or self.W_enc.dtype, self.spec.n_blocks
-        weight, bias = self.W_enc.to(dtype), self.b_enc.to(dtype)
-        if layers == 1:
-            product = torch.nn.functional.linear(y.to(dtype), weight, bias)
-            if self.spec.encoder == "glu":
-                product = (
-                    product
-                    * torch.nn.functional.linear(y.to(dtype), self.W_glu.to(dtype), self.b_glu.to(dtype)).sigmoid()
-                )
-            return product.to(y.dtype)
-        seen = y.to(dtype).view(len(y), layers, -1).transpose(0, 1)
-        product = torch.bmm(seen, weight.view(layers, -1, weight.shape[1]).transpose(1, 2))
-        return (product.transpose(0, 1).reshape(len(y), -1) + bias).to(y.dtype)
+        """Returns what the encoder makes of its input, without gradient, the product taken in `product_dtype`."""
+        dtype = product_dtype or self.W_enc.dtype
+        tensors = {name: tensor.to(dtype) for name, tensor in self.encoder_tensors().items()}
+        return self.spec.encoding.preactivations(y.to(dtype), tensors, self.spec.n_blocks).to(y.dtype)
 
     def preactivations_at(
         self,
@@ -171,14 +161,8 @@ class SparseCoder(Folding):
         ids: Int[Tensor, "nnz"],
         scores: Float[Tensor, "n d_sae"] | None = None,
     ) -> Float[Tensor, "nnz"]:
-        """Returns y W_enc^T + b_enc (times its gate) at a support, differentiable.
-
-        `scores` is the product where it is there already.
-        """
+        """Returns pre-activations at a support, differentiable; `scores` are all of them, where they are known."""
         layers, n = self.spec.n_blocks, len(y)
-        if self.spec.encoder == "glu":
-            gates = kernels.encode_at(y, self.W_glu, self.b_glu, offsets, ids).sigmoid()
-            return kernels.encode_at(y, self.W_enc, self.b_enc, offsets, ids) * gates
         if scores is not None:
             scores = scores.reshape(-1).index_select(0, flat(offsets, ids, scores.shape[1]))
         if layers > 1:  # a row for each (token, layer): ids ascend, so the order of the entries stays
@@ -186,7 +170,7 @@ class SparseCoder(Folding):
             rows = rows_of(offsets) * layers + torch.div(ids, size, rounding_mode="floor")
             counts = torch.bincount(rows, minlength=n * layers)
             y, offsets = y.reshape(n * layers, -1), offsets_of(counts)
-        return kernels.encode_at(y, self.W_enc, self.b_enc, offsets, ids, scores)
+        return self.spec.encoding.preactivations_at(y, self.encoder_tensors(), offsets, ids, scores)
 
     def decoded(
         self,
@@ -260,8 +244,8 @@ class SparseCoder(Folding):
                 raise ValueError("gradients: this coder's selection.inference is 'gradient'; pass those of the loss")
         elif gradients is not None:
             raise ValueError("gradients: this coder's inference looks at none; leave them out")
-        if self.spec.selection.pursues:
-            (offsets, ids), values = self.spec.selection.pursue(self.centered(x)[0], self.W_dec)
+        if self.spec.encoding.pursues:
+            (offsets, ids), values = self.spec.encoding.pursue(self.centered(x)[0], self.W_dec, self.spec.selection)
             return SparseLatents(offsets, ids, values, self.spec.d_sae, (len(x),))
         look = self.look(x)
         return self.run(look, self.support(self.compared(look, gradients))).latents

@@ -9,13 +9,9 @@
     token norm      x - mean(x) 1        W_enc (I - 1 1^T / d), W_skip + 1 1^T / d, the pre-bias in b_enc
     pre-bias        x - p                b_enc - W_enc p
 
-A gated coder's b_mag takes exp(r_mag) times what is added to b_enc. W_skip is of raw inputs and outputs: no scale
-changes it. Encoder "glu" multiplies h by a gate that sees the same inputs: factors of inputs are in W_glu too, factors
-of latents in W_enc and b_enc alone.
-
-A fold that multiplies what selection compares takes thresholds along, per-latent tensors and `spec.calibration`. A rule
-that compares latents with each other allows one factor for all of them only, and is refused otherwise. A calibrated
-mutual choice whose latents get factors of their own becomes JumpReLU, which is what it is at inference. Constants of
+W_skip is of raw inputs and outputs: no scale changes it. What is said of W_enc holds for all matrices through which an
+encoder sees its input; which of them take factors of latents, it says (`sae/encoders/`), and a selection rule says what
+becomes of its tensors, its constants and `spec.calibration` (`sae/selection/`), or that a fold cannot be. Constants of
 training (JumpReLU's bandwidth) stay. `spec.variance` follows a scale, and is dropped where a fold leaves it unknown;
 `spec.metrics` and `spec.training` tell of the coder before.
 
@@ -34,7 +30,7 @@ from torch import Tensor
 from sae.base.errors import ConfigError
 from sae.base.settings import choose
 from sae.coder.normalization import Normalization
-from sae.coder.rescaling import Coder, norms, recompared, rescaled, rows_of_decoder, rule_tensors
+from sae.coder.rescaling import Coder, encoder_factors, norms, recompared, rescaled, rows_of_decoder, rule_tensors
 from sae.coder.spec import CoderSpec
 from sae.coder.tensors import CoderTensors
 from sae.kernels.scaling import alike, exact, ratio, times
@@ -106,7 +102,7 @@ def rescale_latents(spec: CoderSpec, tensors: dict[str, Tensor], factor: Float[T
     """
     n = factor.float()
     latent, _ = rows_of_decoder(spec, n.device)
-    changes = {"W_enc": n[:, None], "b_enc": n, "W_dec": 1 / n[latent, None]}
+    changes = {**encoder_factors(spec, n), "W_dec": 1 / n[latent, None]}
     changed = {name: times(t, changes[name]) if name in changes else t for name, t in tensors.items()}
     return spec, spec.selection.in_units(changed, n, n)
 
@@ -157,7 +153,7 @@ def whitening(
     refused = {
         "cross_layer": (spec.cross_layer, True),
         "skip": (spec.skip, True),
-        "encoder": (spec.selection.pursues, spec.encoder),
+        "encoder": (spec.encoding.pursues, spec.encoder),
         "normalization.kind": (kind != "none", kind),
         "writes": (not spec.is_autoencoder, [site.name for site in spec.writes]),
     }
@@ -171,7 +167,7 @@ def whitening(
     error = float((matrix @ inverse - torch.eye(d).to(matrix)).abs().max())
     if not error < 1e-2:
         raise ConfigError(f"inverse: it is not that of the whitening matrix; their product is off by {error:.2g}")
-    changed = {name: _product(tensors[name], matrix.T) for name in ("W_enc", "W_glu") if name in tensors}
+    changed = {name: _product(tensors[name], matrix.T) for name in spec.encoding.maps}
     changed["W_dec"] = _product(tensors["W_dec"], inverse)
     for name in {"b_dec", "b_pre"} & tensors.keys():
         changed[name] = (tensors[name].double() @ inverse + mean).to(exact(tensors[name]))
@@ -195,7 +191,7 @@ def token_norm(spec: CoderSpec, tensors: dict[str, Tensor], unbiased: bool | Non
         return spec, tensors
     if kind != "center":
         raise ConfigError(f"normalization.kind: {kind!r} {WHY_NOT[kind]}")
-    if spec.selection.pursues:
+    if spec.encoding.pursues:
         raise ConfigError(f"encoder: {spec.encoder!r} encodes by its decoder, which cannot take up the centering")
     spec, tensors = pre_bias(spec, tensors)
     layers = spec.n_blocks
@@ -203,7 +199,7 @@ def token_norm(spec: CoderSpec, tensors: dict[str, Tensor], unbiased: bool | Non
     squares = [torch.full((w, w), 1 / w, device=tensors["b_dec"].device) for w in widths]
     mean = squares[0].repeat(layers, 1) if layers > 1 else torch.block_diag(*squares)
     folded = {**tensors, "W_skip": _plus(tensors["W_skip"], mean) if spec.skip else mean.to(exact(tensors["b_dec"]))}
-    for name in {"W_enc", "W_glu"} & tensors.keys():
+    for name in spec.encoding.maps:
         parts = tensors[name].split(widths, dim=1)
         folded[name] = torch.cat([_plus(part, -part.double().mean(1, keepdim=True)) for part in parts], dim=1)
     return spec.with_(normalization=Normalization(), skip=True, variance=None), folded
@@ -213,8 +209,8 @@ def pre_bias(spec: CoderSpec, tensors: dict[str, Tensor]) -> Coder:
     """Returns the coder without pre-bias: `Folding.fold_pre_bias`."""
     if spec.pre_bias == "none":
         return spec, tensors
-    if spec.selection.pursues:
-        raise ConfigError(f"pre_bias: {spec.pre_bias!r} cannot go into b_enc, which matching pursuit does not have")
+    if spec.encoding.pursues:
+        raise ConfigError(f"pre_bias: {spec.pre_bias!r} cannot go into b_enc, which {spec.encoder} does not have")
     folded = _moved(spec, tensors, tensors["b_dec" if spec.pre_bias == "decoder" else "b_pre"])
     folded.pop("b_pre", None)
     return spec.with_(pre_bias="none"), folded
@@ -238,13 +234,12 @@ def _deviation(spec: CoderSpec, tensors: dict[str, Tensor], unbiased: bool) -> C
 def _moved(spec: CoderSpec, tensors: dict[str, Tensor], shift: Float[Tensor, "d_in"]) -> dict[str, Tensor]:
     """Returns the tensors of a coder that has its inputs less `shift`, for the inputs as they are."""
     moved = dict(tensors)
-    for weight, bias in (("W_enc", "b_enc"), ("W_glu", "b_glu")):
-        if weight in tensors:
-            parts = zip(tensors[weight].chunk(spec.n_blocks), shift.double().chunk(spec.n_blocks), strict=True)
-            change = -torch.cat([rows.double() @ part for m, part in parts for rows in m.split(ROWS_AT_ONCE)])
-            moved[bias] = _plus(tensors[bias], change)
-            if weight == "W_enc":
-                moved |= spec.selection.moved({name: tensors[name] for name in rule_tensors(spec)}, change)
+    for weight, bias in spec.encoding.maps.items():
+        parts = zip(tensors[weight].chunk(spec.n_blocks), shift.double().chunk(spec.n_blocks), strict=True)
+        change = -torch.cat([rows.double() @ part for m, part in parts for rows in m.split(ROWS_AT_ONCE)])
+        moved[bias] = _plus(tensors[bias], change)
+        if weight == "W_enc":
+            moved |= spec.selection.moved({name: tensors[name] for name in rule_tensors(spec)}, change)
     return moved
 
 

@@ -5,11 +5,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.base.seeding import generator
-from sae.coder.coder import SparseCoder
+from sae.coder.tensors import CoderTensors
+from sae.encoders.linear import Linear
 
 
 def initialize(
-    coder: SparseCoder,
+    coder: CoderTensors,
     center: Float[Tensor, "d_out"],
     seed: int,
     *key: str | int,
@@ -35,6 +36,8 @@ def initialize(
         elif input_center is not None and spec.pre_bias == "own":
             coder.b_pre.copy_(input_center)
         elif input_center is not None and spec.pre_bias == "none":
-            coder.b_enc.copy_(-(coder.preactivations(input_center[None].to(coder.W_enc)) - coder.b_enc)[0])
+            for weight, bias in ((getattr(coder, w), getattr(coder, b)) for w, b in spec.encoding.maps.items()):
+                tensors = {"W_enc": weight, "b_enc": bias}
+                bias.copy_(-(Linear().preactivations(input_center[None].to(weight), tensors, spec.n_blocks) - bias)[0])
         for name, start in spec.selection.parameters(spec.d_sae, spread).items():
             getattr(coder, name).copy_(start)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.coder.tensors import CoderTensors, checked_ids
+from sae.encoders import Encoder
 from sae.kernels.codes import Entries, SparseLatents, flat, offsets_of, rows_of
 from sae.selection import Budget
 
@@ -31,22 +32,22 @@ def encode(
     coder: CoderTensors,
     x: Float[Tensor, "n d_in"],
     latents: Sequence[int] | Int[Tensor, "m"],
-    looks: bool,
+    whole: bool,
     full: Callable[[], SparseLatents],
 ) -> SparseLatents:
     """Returns those entries of a coder's codes that are of some latents; `SparseCoder.encode` with `latents`.
 
-    `full` computes all codes; with `looks`, selection sees more than the inputs, and nothing else will do. ConfigError
-    names an id that is out of range or given twice.
+    `full` computes all codes; with `whole`, nothing else will do, whatever the rule. ConfigError names an id that is
+    out of range or given twice.
     """
     spec, best = coder.spec, coder.spec.rule.best_of(coder.rule_groups()[0].stop)
     ids = checked_ids(latents, spec.d_sae, x.device).sort().values
     twice = ids[1:][ids[1:] == ids[:-1]]
     if len(twice):
         raise ConfigError(f"latents: {int(twice[0])} is given twice; each may be asked for once")
-    if not looks and spec.rule.competes(bool(spec.calibration)) == "nothing":
+    if not whole and spec.rule.competes(bool(spec.calibration)) == "nothing":
         parts = _alone(coder, x, ids)
-    elif not looks and best:
+    elif not whole and best:
         parts = _best(coder, x, ids, *best)
     else:
         codes = full()
@@ -60,30 +61,26 @@ def encode(
 class EncoderPart(NamedTuple):
     """The encoders of some latents of one block, in memory."""
 
-    weight: Float[Tensor, "m width"]
-    bias: Float[Tensor, "m"]
-    gate: tuple[Tensor, Tensor] | None
-    """Weight and bias of encoder "glu"'s gate."""
+    encoder: Encoder
+    tensors: dict[str, Tensor]
+    """Rows of the encoder's tensors."""
     norms: Float[Tensor, "m"] | None
     """Of the decoders, where selection compares with them."""
 
     def scores(self, y: Float[Tensor, "n width"]) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
         """Returns pre-activations, and what selection compares."""
-        h = torch.nn.functional.linear(y, self.weight, self.bias)
-        if self.gate is not None:
-            h = h * torch.nn.functional.linear(y, *self.gate).sigmoid()
+        h = self.encoder.preactivations(y, self.tensors)
         return h, h if self.norms is None else h * self.norms
 
 
 def _read(coder: CoderTensors, number: int, some: Int[Tensor, "m"] | slice, dtype: torch.dtype) -> EncoderPart:
     """Returns the encoders of some latents of block `number`, counted from its first."""
     spec, (own, *_) = coder.spec, coder.blocks[number]
-    names = ("W_enc", "b_enc", "W_glu", "b_glu") if spec.encoder == "glu" else ("W_enc", "b_enc")
-    weight, bias, *gate = (getattr(coder, name)[own][some].to(dtype) for name in names)
+    tensors = {name: tensor[own][some].to(dtype) for name, tensor in coder.encoder_tensors().items()}
     norms = None
     if spec.select_by_decoder_norm:
         norms = coder.decoders(frozen=True)[number][some].to(dtype).norm(dim=1)
-    return EncoderPart(weight, bias, (gate[0], gate[1]) if gate else None, norms)
+    return EncoderPart(spec.encoding, tensors, norms)
 
 
 def _alone(coder: CoderTensors, x: Float[Tensor, "n d_in"], ids: Int[Tensor, "m"]) -> Iterator[Entries]:

@@ -37,13 +37,13 @@ def rescaled(
     columns = _narrow(into.view(layers, -1)).repeat_interleave(spec.d_sae // layers if layers > 1 else 1, dim=0)
     latent, layer = rows_of_decoder(spec, into.device)
     factors = {
-        "W_enc": columns * latents[:, None],
-        "W_glu": columns,
-        "b_enc": latents,
+        **dict.fromkeys(spec.encoding.maps, columns),
         "b_pre": 1 / into,
         "W_dec": torch.where(latents > 0, 1 / latents, 1.0)[latent, None] / _narrow(out.view(layers, -1))[layer],
         "b_dec": 1 / out,
     }
+    for name, factor in encoder_factors(spec, latents).items():
+        factors[name] = factors[name] * factor if name in factors else factor
     folded = {name: times(t, factors[name]) if name in factors else t for name, t in tensors.items()}
     factor = latents
     if spec.select_by_decoder_norm:
@@ -66,6 +66,14 @@ def recompared(spec: CoderSpec, tensors: dict[str, Tensor], latents: Tensor, com
     return spec.with_(selection=rule, calibration=calibration), {**tensors, **changed}
 
 
+def encoder_factors(spec: CoderSpec, latents: Float[Tensor, "d_sae"]) -> dict[str, Tensor]:
+    """Returns what the encoder's tensors are multiplied by where its latents are; ConfigError if nothing is known."""
+    if spec.encoding.scaled is None and not alike(latents, 1.0):
+        raise ConfigError(f"encoder: {spec.encoder!r} is not one of which it is known how latents are multiplied")
+    scaled = spec.encoding.scaled or ()
+    return {name: latents[:, None] if name in spec.encoding.maps else latents for name in scaled}
+
+
 def rule_tensors(spec: CoderSpec) -> set[str]:
     """Returns the names of the tensors that are the rule's own."""
     return {*spec.selection.parameters(0), *spec.selection.buffers(0)}
@@ -80,9 +88,9 @@ def _described(
     changes: dict[str, Any] = {"decoder_norm": spec.decoder_norm if decoder_stays else "free"}
     if spec.variance is not None:
         changes["variance"] = spec.variance / float(out[0]) ** 2 if alike(out) else None
-    if spec.selection.pursues and not (decoder_stays and alike(one * into, 1.0)):
+    if spec.encoding.pursues and not (decoder_stays and alike(one * into, 1.0)):
         raise ConfigError(
-            "selection: 'matching_pursuit' encodes by its decoder, whose rows must stay; of these folds it allows "
+            f"selection: {spec.encoder!r} encodes by its decoder, whose rows must stay; of these folds it allows "
             "that of one scale, with units='raw'"
         )
     return spec.with_(**changes)

@@ -20,8 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.base.errors import ConfigError, DataError
+from sae.base.plugins import names
 from sae.base.settings import choose, decode
 from sae.coder.normalization import Normalization, Undo, by_site
+from sae.encoders import Encoder
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
 from sae.selection import Selection
@@ -30,7 +32,6 @@ FORMAT_VERSION = 2
 PRE_BIASES = ("none", "decoder", "own")
 DECODER_NORMS = ("unit", "free")
 BUDGETS = ("block", "shared")
-ENCODERS = ("linear", "glu", "matching_pursuit")
 WIDEST = 2**30
 RELEASED = "released"  # of `CoderSpec.training`: where a coder that was not trained here comes from
 
@@ -46,8 +47,7 @@ class CoderSpec:
     reads: tuple[Site, ...] = ()
     writes: tuple[Site, ...] = ()
     encoder: str = "linear"
-    """linear | glu (h is multiplied by sigmoid(y W_glu^T + b_glu), as in OpenMOSS' coders) | matching_pursuit (latents
-    are chosen one after the other by the residual that is left; selection says when to stop)."""
+    """What h is: of `sae/encoders/`, a name."""
     pre_bias: str = "decoder"
     """p above: "none", "decoder" (b_dec is subtracted) or "own" (a tensor b_pre)."""
     normalization: Normalization = field(default_factory=Normalization)
@@ -82,8 +82,8 @@ class CoderSpec:
                     f"{name}: {getattr(self, name)} is not a width; it must be at least 1, at most {WIDEST}"
                 )
         self.normalization.validate("normalization")
-        choices = {"pre_bias": PRE_BIASES, "decoder_norm": DECODER_NORMS, "encoder": ENCODERS, "budget": BUDGETS}
-        for name, allowed in choices.items():
+        choices = {"pre_bias": PRE_BIASES, "decoder_norm": DECODER_NORMS, "budget": BUDGETS}
+        for name, allowed in {**choices, "encoder": tuple(names(Encoder))}.items():
             choose(name, getattr(self, name), allowed)
         if self.pre_bias == "decoder" and self.d_in != self.d_out:
             raise ConfigError(f"pre_bias: 'decoder' needs d_in = d_out, not {self.d_in} and {self.d_out}")
@@ -100,8 +100,9 @@ class CoderSpec:
             raise ConfigError(
                 "select_by_decoder_norm: true does not go with trained thresholds, which are of raw latents"
             )
-        if (self.encoder == "matching_pursuit") != (self.selection.pursues):
-            raise ConfigError("encoder: matching_pursuit and the selection of that name go together")
+        if self.selection.encoder != (self.encoder if self.encoding.pursues else None):
+            name = self.selection.encoder or self.encoder
+            raise ConfigError(f"encoder: {name} and the selection of that name go together")
         if self.cross_layer:
             self._check_cross_layer()
         self.rule.validate(self.d_sae // (1 if self.budget == "shared" else self.n_blocks))
@@ -113,7 +114,7 @@ class CoderSpec:
             raise ConfigError("cross_layer: the sites that are read must have one width, and those written too")
         if self.d_sae % len(self.reads):
             raise ConfigError(f"d_sae: {self.d_sae} latents cannot be shared equally by {len(self.reads)} layers")
-        if self.encoder != "linear" or self.pre_bias == "decoder":
+        if not self.encoding.cross_layer or self.pre_bias == "decoder":
             name = "pre_bias: 'decoder'" if self.pre_bias == "decoder" else f"encoder: {self.encoder!r}"
             raise ConfigError(f"{name} does not go with cross_layer")
 
@@ -126,6 +127,11 @@ class CoderSpec:
     def n_blocks(self) -> int:
         """Returns the number of blocks of latents."""
         return len(self.reads) if self.cross_layer else 1
+
+    @property
+    def encoding(self) -> Encoder:
+        """Returns the encoder."""
+        return Encoder.get_choice_class(self.encoder)()
 
     @property
     def rule(self) -> Selection:

@@ -33,11 +33,10 @@ class LatentBlock(NamedTuple):
 class CoderTensors(nn.Module):
     """A sparse autoencoder, transcoder or crosscoder with one latent per row.
 
-    Tensors: W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; b_pre [d_in], W_skip [d_out, d_in]
-    and, of encoder "glu", W_glu [d_sae, d_in] and b_glu [d_sae] where `spec` has them; what its selection rule has for
-    each latent, such as threshold [d_sae]. A cross-layer coder of L layers has W_enc [d_sae, d_in / L], W_skip
-    [d_out, d_in / L], and in W_dec [rows, d_out / L] as many rows for a latent as there are layers it writes to, one
-    after the other. Matching pursuit chooses by W_dec; its W_enc is a copy of it, and its b_enc is zero.
+    Tensors: W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; b_pre [d_in] and W_skip
+    [d_out, d_in] where `spec` has them; what its encoder and its selection rule have beside for each latent, such as
+    threshold [d_sae]. A cross-layer coder of L layers has W_enc [d_sae, d_in / L], W_skip [d_out, d_in / L], and in
+    W_dec [rows, d_out / L] as many rows for a latent as there are layers it writes to, one after the other.
     """
 
     def __init__(self, spec: CoderSpec, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -45,10 +44,8 @@ class CoderTensors(nn.Module):
         self.spec = spec
         layers = spec.n_blocks
         rows = spec.d_sae * (layers + 1) // 2  # a block writes to 1, 2, ..., L layers
-        encoder = {"W_enc": (spec.d_sae, spec.d_in // layers), "b_enc": (spec.d_sae,)}
-        if spec.encoder == "glu":
-            encoder |= {"W_glu": encoder["W_enc"], "b_glu": encoder["b_enc"]}
-        shapes = {**encoder, "W_dec": (rows, spec.d_out // layers), "b_dec": (spec.d_out,)}
+        encoder = spec.encoding.shapes(spec.d_sae, spec.d_in // layers)
+        shapes: dict[str, tuple[int, ...]] = {**encoder, "W_dec": (rows, spec.d_out // layers), "b_dec": (spec.d_out,)}
         if spec.pre_bias == "own":
             shapes["b_pre"] = (spec.d_in,)
         if spec.skip:
@@ -77,8 +74,6 @@ class CoderTensors(nn.Module):
     b_dec: nn.Parameter
     b_pre: nn.Parameter
     W_skip: nn.Parameter
-    W_glu: nn.Parameter
-    b_glu: nn.Parameter
 
     @property
     def blocks(self) -> list[LatentBlock]:
@@ -123,6 +118,10 @@ class CoderTensors(nn.Module):
             mine = (ids >= block.latents.start) & (ids < block.latents.stop)
             out[mine, block.columns] = weight[ids[mine] - block.latents.start].float()
         return out
+
+    def encoder_tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors of the encoder, with a row for each latent."""
+        return {name: getattr(self, name) for name in self.spec.encoding.shapes(0, 0)}
 
     def rule_groups(self) -> list[slice]:
         """Returns the latents among which selection chooses: each block, or all together."""

@@ -42,7 +42,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise DataError(f"{name}: holds NaN or Inf; not saved to {folder}")
-    if coder.spec.selection.pursues:
+    if coder.spec.encoding.pursues:
         tensors["W_enc"] = tensors["W_enc"].clone()  # it may be W_dec, and a file holds no tensor twice
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / FILE, tensors)

@@ -140,7 +140,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         selection,
         reads,
         writes,
-        encoder="matching_pursuit" if selection.pursues else "linear",
+        encoder=selection.encoder or "linear",
         pre_bias="decoder" if subtracts else "none",
         decoder_norm="free",
         skip="skip" in architecture,
@@ -321,7 +321,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
         if spec.select_by_decoder_norm:  # it is one of h n
             cut = cut / tensors["W_dec"].norm(dim=1).clamp_min(1e-30)
         tensors["threshold"] = cut.clamp_max(torch.finfo(torch.float32).max)
-    if spec.selection.pursues:
+    if spec.encoding.pursues:
         tensors = {name: tensors[name] for name in ("W_dec", "b_dec")}
     else:
         tensors["W_enc"] = tensors["W_enc"].T
@@ -339,7 +339,7 @@ def _config(spec: CoderSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
         spec,
         encoder=("matching_pursuit",),
         pre_bias=() if transcodes else ("decoder",),
-        normalization=[*([] if rule.pursues else ["scalar"]), *([] if transcodes else KINDS)],
+        normalization=[*([] if rule.encoder else ["scalar"]), *([] if transcodes else KINDS)],
         selection=[name for name, kind in RULES.items() if not transcodes or kind in ("standard", "jumprelu")],
         select_by_decoder_norm=(True,),
         skip=(True,),
@@ -356,7 +356,7 @@ def _config(spec: CoderSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
         raise ConfigError(
             "select_by_decoder_norm: SAELens' latents are then in units of the decoder's norms, here not 1; fold them"
         )
-    if rule.pursues and spec.pre_bias == "none" and tensors["b_dec"].any():
+    if spec.encoding.pursues and spec.pre_bias == "none" and tensors["b_dec"].any():
         raise ConfigError("pre_bias: SAELens' matching pursuit adds b_dec only where it subtracts it, not with 'none'")
     config = {
         "architecture": f"{'jumprelu_' * (kind == 'jumprelu')}{'skip_' * spec.skip}transcoder" if transcodes else kind,

@@ -89,8 +89,8 @@ class Selection(Plugin):
     units: ClassVar[Mapping[str, str] | None] = None
     """What its tensors and its `calibration` are measured in, where not in numbers: "scores" (what selection compares)
     or "latents". None: it is not known what a factor does to the rule, so that no fold may multiply its latents."""
-    pursues: ClassVar[bool] = False
-    """Whether it chooses by what earlier choices leave of the input (`pursue`), not by pre-activations."""
+    encoder: ClassVar[str | None] = None
+    """The encoder that chooses in its place and looks here for constants, if it is one that `pursues`."""
     needs: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Loss terms without which the rule does not train or its codes are not sparse: one of each group must be there."""
 
@@ -201,10 +201,6 @@ class Selection(Plugin):
             raise ConfigError(f"selection: {name!r} looks at b_enc, and it is not known what a fold of it does to that")
         return own
 
-    def pursue(self, y: Float[Tensor, "n d"], weight: Float[Tensor, "m d"]) -> tuple[Support, Float[Tensor, "nnz"]]:
-        """Returns the support and its values, for a rule that `pursues`, of inputs and the decoder."""
-        raise NotImplementedError
-
     def start(self, m: int) -> dict[str, Tensor]:
         """Returns what the rule remembers of m latents before the first step."""
         return {}
@@ -293,7 +289,7 @@ class Budget(Selection):
 
 def trainable() -> dict[str, type[Selection]]:
     """Returns {name: class} of the rules that training can use; the others are of coders that are loaded."""
-    return {name: kind for name, kind in names(Selection).items() if not kind.pursues}
+    return {name: kind for name, kind in names(Selection).items() if kind.encoder is None}
 
 
 discover(__name__, __path__)

@@ -132,7 +132,7 @@ class CoderConfig:
         if not any(term.weight for term in self.objectives.values()):
             raise ConfigError("coder.objectives: no term has a weight; at least one is needed, such as reconstruction")
         terms = [Objective.get_choice_name(type(term)) for term in self.objectives.values() if term.weight]
-        if self.selection.pursues:
+        if self.selection.encoder is not None:
             raise ConfigError(
                 f"coder.selection.type: {Selection.get_choice_name(type(self.selection))!r} is for coders that are "
                 f"loaded; training takes {', '.join(trainable())}"

@@ -107,7 +107,7 @@ def calibrated(coder, seed=2):
 def made(rule="relu", sites="autoencoder", normalization="none", seed=0, zero=(), unit=False, **fields):
     selection, (d_in, d_out, where) = RULES[rule], SITES[sites]
     fields = {"pre_bias": "own", "decoder_norm": "free", "variance": 3.0} | where | fields
-    if selection.pursues:
+    if selection.encoder:
         fields["encoder"] = "matching_pursuit"
     spec = CoderSpec(d_in, d_out, D_SAE, selection, normalization=NORMALIZATIONS[normalization], **fields)
     coder = randomized(spec, seed, zero, unit)
@@ -200,7 +200,7 @@ FOLDS = {
 def kinds(draw):
     """Arguments of `made`: any kind of coder that there is."""
     rule = draw(st.sampled_from(list(RULES)))
-    sites = draw(st.sampled_from(["nameless", "autoencoder"] if RULES[rule].pursues else list(SITES)))
+    sites = draw(st.sampled_from(["nameless", "autoencoder"] if RULES[rule].encoder else list(SITES)))
     reads_what_it_writes = SITES[sites][2].get("reads") == SITES[sites][2].get("writes")
     normalizations = list(NORMALIZATIONS) if reads_what_it_writes else ["none", "scalar"]
     fields = {"skip": draw(st.booleans()), "select_by_decoder_norm": draw(st.booleans())}

@@ -51,7 +51,7 @@ def made(rule="relu", seed=0, whole=False, layers=False, **fields):
     """A random coder; `whole`, of whole numbers, so that ties abound and every product is exact."""
     selection, (d_in, d_out) = RULES[rule], (12, 9) if layers else (6, 6)
     fields = (LAYERS if layers else {"reads": ONE, "writes": ONE, "pre_bias": "decoder"}) | fields
-    if selection.pursues:
+    if selection.encoder:
         fields["encoder"] = "matching_pursuit"
     draw = torch.Generator().manual_seed(seed)
     coder = SparseCoder(CoderSpec(d_in, d_out, D_SAE, selection, decoder_norm="free", **fields)).requires_grad_(False)
@@ -60,7 +60,7 @@ def made(rule="relu", seed=0, whole=False, layers=False, **fields):
         tensor.copy_(random.round() if whole else random)
         if name == "threshold":
             tensor.abs_()
-    if selection.pursues:
+    if selection.encoder:
         coder.W_enc.copy_(coder.W_dec)
         coder.b_enc.zero_()
     if rule in ("calibrated", "with gradients"):
@@ -96,7 +96,7 @@ def kinds(draw):
     """Arguments of `made`: any kind of coder that there is."""
     rule, layers = draw(st.sampled_from(list(RULES))), draw(st.booleans())
     fields = {"select_by_decoder_norm": draw(st.booleans()) and rule != "jumprelu"}
-    if RULES[rule].pursues or RULES[rule] == GroupMax(1) or RULES[rule] == GroupMax(24):
+    if RULES[rule].encoder or RULES[rule] == GroupMax(1) or RULES[rule] == GroupMax(24):
         layers = False
     if layers:
         fields["budget"] = draw(st.sampled_from(["block", "shared"]))
@@ -213,7 +213,7 @@ def test_only_the_rows_that_it_takes_are_read(rule, monkeypatch):
 
     def counted(*args):
         rows = inner(*args)
-        read.append(len(rows.weight))
+        read.append(len(rows.tensors["W_enc"]))
         return rows
 
     monkeypatch.setattr(partial, "_read", counted)

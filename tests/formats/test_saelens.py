@@ -605,7 +605,7 @@ RULES = {
 
 def coder_of(selection, d_out=D_IN, **more):
     """A coder with random tensors."""
-    encoder = "matching_pursuit" if selection.pursues else "linear"
+    encoder = selection.encoder or "linear"
     more = {"pre_bias": "decoder" if d_out == D_IN else "none", "decoder_norm": "free", "encoder": encoder, **more}
     calibration = (1.5,) if isinstance(selection, MutualChoice) else ()
     coder = SparseCoder(CoderSpec(D_IN, d_out, D_SAE, selection, calibration=calibration, **more))
@@ -613,7 +613,7 @@ def coder_of(selection, d_out=D_IN, **more):
     for name, tensor in coder.state_dict().items():
         random = draw.positive(*tensor.shape) if name == "threshold" else draw(*tensor.shape, scale=0.7)
         tensor.copy_(torch.from_numpy(random))
-    if selection.pursues:
+    if selection.encoder:
         coder.W_enc.data, coder.b_enc.data = coder.W_dec.data, torch.zeros(D_SAE)
     return coder.requires_grad_(False)
 
@@ -632,7 +632,7 @@ def exported(folder, coder):
 @pytest.mark.parametrize("name", RULES)
 def test_autoencoders_are_written(tmp_path, name, bias):
     coder = coder_of(RULES[name], reads=ALIAS, writes=ALIAS, pre_bias=bias)
-    if coder.spec.selection.pursues and bias == "none":
+    if coder.spec.encoding.pursues and bias == "none":
         coder.b_dec.data.zero_()
     config = exported(tmp_path, coder)
     assert config["metadata"]["hook_name"] == RESIDUAL

@@ -82,12 +82,12 @@ def coder_of(selection: Selection, d_in: int = D_IN, d_out: int | None = None, *
         selection,
         (reads,),
         (writes,),
-        encoder="matching_pursuit" if selection.pursues else "linear",
+        encoder=selection.encoder or "linear",
         calibration=(0.9,) if isinstance(selection, MutualChoice) else (),
         **{"pre_bias": "none" if d_out else "decoder", "decoder_norm": "free", **more},
     )
     coder = randomize(SparseCoder(spec).requires_grad_(False), seed=1)
-    if selection.pursues:
+    if selection.encoder:
         coder.W_enc.copy_(coder.W_dec)
         coder.b_enc.zero_()
     return coder
