@@ -15,6 +15,8 @@ from jaxtyping import install_import_hook
 install_import_hook(
     [
         "sae.coder.coder",
+        "sae.coder.tensors",
+        "sae.encoders",
         "sae.kernels",
         "sae.selection",
         "sae.objectives",

@@ -147,7 +147,7 @@ class CoderTensors(nn.Module):
         return y, how
 
 
-def checked_ids(latents: Sequence[int] | Int[Tensor, "m"], d_sae: int, device: torch.device) -> Int[Tensor, "m"]:
+def checked_ids(latents: Sequence[int] | Tensor, d_sae: int, device: torch.device) -> Int[Tensor, "m"]:
     """Returns latent ids as a tensor; ConfigError names one that there is not."""
     ids = torch.as_tensor(latents, device=device)
     if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):

@@ -8,7 +8,7 @@ coders are loaded, not trained.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from sae.encoders.linear import Linear
 from sae.kernels.codes import Support, where
 
 
+@runtime_checkable
 class Stops(Protocol):
     """What says when a token is done: the selection "matching_pursuit"."""
 

@@ -8,9 +8,11 @@ from typing import Any
 import draccus
 
 from sae.base.errors import ConfigError
+from sae.base.plugins import names
 from sae.base.settings import at_least, choose, decode, merge, set_dotted
 from sae.coder.normalization import Normalization
 from sae.coder.spec import BUDGETS, DECODER_NORMS, PRE_BIASES, CoderSpec
+from sae.encoders import Encoder
 from sae.lm.models import ModelConfig
 from sae.lm.site import Site
 from sae.objectives import Objective
@@ -81,6 +83,8 @@ class CoderConfig:
     """Number of latents; 0 means expansion x d_in."""
     expansion: int = 8
     """Latents per input dimension where d_sae is 0."""
+    encoder: str = "linear"
+    """How latents see their input (`sae/encoders/`)."""
     selection: Selection = field(default_factory=TopK)
     """The sparsifying rule."""
     objectives: dict[str, Objective] = field(default_factory=lambda: dict(OBJECTIVES))
@@ -117,6 +121,7 @@ class CoderConfig:
 
     def validate(self, d_in: int | None = None) -> None:
         """Raises ConfigError naming the field whose value is not allowed; widths are checked once d_in is known."""
+        choose("coder.encoder", self.encoder, [name for name, kind in names(Encoder).items() if kind.trainable])
         choose("coder.layout", self.layout, LAYOUTS)
         choose("coder.budget", self.budget, BUDGETS)
         choose("coder.center", self.center, ("mean", "geometric_median", "zero"))
@@ -170,6 +175,7 @@ class CoderConfig:
             selection=self.selection,
             reads=reads,
             writes=writes,
+            encoder=self.encoder,
             pre_bias=self.pre_bias or ("decoder" if tied else "own"),
             normalization=normalization,
             cross_layer=cross_layer,

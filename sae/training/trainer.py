@@ -28,6 +28,7 @@ STARTED_ALIKE = (
     "d_in",
     "d_out",
     "d_sae",
+    "encoder",
     "pre_bias",
     "decoder_norm",
     "cross_layer",

@@ -26,6 +26,7 @@ CHANGED = {
     "activations.statistics_tokens": 1000,
     "coder.d_sae": 32,
     "coder.expansion": 3,
+    "coder.encoder": "glu",
     "coder.selection.loss": "sampled",
     "coder.normalization.kind": "layer_norm",
     "coder.normalization.scale": 0.5,
