@@ -100,4 +100,4 @@ def no_model(monkeypatch):
     def loaded(*_args, **_kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("sae.training.run.load_language_model", loaded)
+    monkeypatch.setattr("sae.training.preparing.load_language_model", loaded)

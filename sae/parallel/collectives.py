@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -13,6 +14,17 @@ from sae.base.errors import Stopped
 
 STOPPED = 0.5  # less than any error: where one rank failed and another was stopped, the third tells of the failure
 PATIENCE = timedelta(days=1)  # rank 0 may tokenize or evaluate for hours; launchers end the ranks of one that died
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of several ranks does a part of their work."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+ALONE = Share()
 
 
 @contextmanager
@@ -40,6 +52,11 @@ def rank() -> int:
 def world_size() -> int:
     """Returns the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own_share() -> Share:
+    """Returns this process's share of what all do."""
+    return Share(rank(), world_size())
 
 
 def total(value: Tensor) -> Tensor:

@@ -10,26 +10,25 @@ The state is (visit, offset) per lane, that of the last batch handed out; what w
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.base.seeding import generator
+from sae.parallel.collectives import ALONE, Share
 from sae.stream.batch import LANES, ActivationBatch, Block
 from sae.stream.sources import Source
 
-if TYPE_CHECKING:
-    pass
 
-
-def lanes_of(rank: int, world_size: int) -> range:
+def lanes_of(share: Share) -> range:
     """Returns the lanes that a rank owns; ConfigError if the ranks cannot share them equally."""
-    if LANES % world_size:
-        raise ConfigError(f"WORLD_SIZE: {world_size} ranks cannot share {LANES} lanes; use 1, 2, 4, 8, 16, 32 or 64")
-    share = LANES // world_size
-    return range(rank * share, (rank + 1) * share)
+    if LANES % share.world_size:
+        raise ConfigError(
+            f"WORLD_SIZE: {share.world_size} ranks cannot share {LANES} lanes; use 1, 2, 4, 8, 16, 32 or 64"
+        )
+    each = LANES // share.world_size
+    return range(share.rank * each, (share.rank + 1) * each)
 
 
 class Reader:
@@ -68,12 +67,10 @@ class Reader:
 class Stream:
     """An endless iterator of batches whose position can be saved and restored exactly."""
 
-    def __init__(
-        self, source: Source, batch_tokens: int, seed: int, ahead: int = 0, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, source: Source, batch_tokens: int, seed: int, ahead: int = 0, share: Share = ALONE) -> None:
         self.source, self.seed, self.ahead = source, seed, ahead
         self.draw = batch_tokens // LANES
-        self.lanes = lanes_of(rank, world_size)
+        self.lanes = lanes_of(share)
         self.visit = torch.arange(LANES)
         self.offset = torch.zeros(LANES, dtype=torch.int64)
         self.pools: dict[int, tuple[int, Block, Tensor]] = {}

@@ -14,35 +14,24 @@ from torch import Tensor
 from sae.base.errors import ConfigError
 from sae.base.seeding import generator
 from sae.lm.hooks import capture
-from sae.lm.masking import MaskSpec, token_mask
-from sae.lm.models import DTYPES, LanguageModel
-from sae.lm.site import Site
+from sae.lm.masking import token_mask
+from sae.lm.models import DTYPES
+from sae.parallel.collectives import ALONE, Share
 from sae.stream.batch import ActivationBatch, TextBatch
+from sae.stream.sources import Reading
 from sae.text.tokenizing import TokenRows
 
 
 class RowStream:
     """An endless iterator of batches of whole rows whose position can be saved and restored exactly."""
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        rows: TokenRows,
-        sites: list[Site],
-        mask: MaskSpec,
-        batch_tokens: int,
-        seed: int,
-        dtype: str = "float32",
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.lm, self.rows, self.sites, self.mask, self.seed = lm, rows, sites, mask, seed
-        self.dtype, self.rank, self.world_size = DTYPES[dtype], rank, world_size
+    def __init__(self, reading: Reading, rows: TokenRows, batch_tokens: int, seed: int, share: Share = ALONE) -> None:
+        self.reading, self.rows, self.seed, self.share = reading, rows, seed, share
         self.per_batch = batch_tokens // rows.context_length
-        if self.per_batch < world_size or self.per_batch % world_size:
+        if self.per_batch < share.world_size or self.per_batch % share.world_size:
             raise ConfigError(
                 f"batch_tokens: {batch_tokens} are {self.per_batch} rows of {rows.context_length} tokens; end-to-end "
-                f"terms need whole rows, as many for each of {world_size} ranks"
+                f"terms need whole rows, as many for each of {share.world_size} ranks"
             )
         self.batch = 0
         self._order: tuple[int, Tensor] | None = None
@@ -56,14 +45,14 @@ class RowStream:
 
     def __next__(self) -> ActivationBatch:
         """Returns this rank's rows of the next batch, with `text`."""
-        share = self.per_batch // self.world_size
-        first = self.batch * self.per_batch + self.rank * share
-        chosen = torch.stack([self._row(place) for place in range(first, first + share)])
+        each = self.per_batch // self.share.world_size
+        first = self.batch * self.per_batch + self.share.rank * each
+        chosen = torch.stack([self._row(place) for place in range(first, first + each)])
         self.batch += 1
         tokens = self.rows.tokens(chosen)
-        keep = token_mask(tokens, self.mask)
-        seen = capture(self.lm, self.sites, tokens)
-        kept = {name: x[keep.to(x.device)].to(self.dtype) for name, x in seen.items()}
+        keep = token_mask(tokens, self.reading.mask)
+        seen = capture(self.reading.lm, self.reading.sites, tokens)
+        kept = {name: x[keep.to(x.device)].to(DTYPES[self.reading.dtype]) for name, x in seen.items()}
         return ActivationBatch(kept, {}, chosen[keep.nonzero()[:, 0]], TextBatch(tokens, keep))
 
     def _row(self, place: int) -> Tensor:
@@ -74,7 +63,7 @@ class RowStream:
 
     def state(self) -> dict[str, Tensor]:
         """Returns the position after the last batch; on other ranks zero, since these are summed."""
-        return {"batch": torch.tensor(self.batch if self.rank == 0 else 0)}
+        return {"batch": torch.tensor(self.batch if self.share.rank == 0 else 0)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continues behind the batch after which `state` was taken."""

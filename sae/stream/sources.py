@@ -48,22 +48,31 @@ class Blocks:
         return self.__dict__["_cached"]
 
 
-class LiveSource:
-    """Computes blocks with the language model, and the gradients of `loss` if one is named."""
+@dataclass(frozen=True)
+class Reading:
+    """What is read of a language model, or of two: the activations of unmasked tokens at some sites."""
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        blocks: Blocks,
-        sites: list[Site],
-        mask: MaskSpec,
-        dtype: str,
-        loss: str | None = None,
-        second: LanguageModel | None = None,
-    ) -> None:
-        self.lm, self.blocks, self.sites, self.mask, self.loss = lm, blocks, sites, mask, loss
-        self.models = {"": lm} | ({SECOND: second} if second else {})
-        self.dtype = DTYPES[dtype]
+    lm: LanguageModel
+    sites: list[Site]
+    mask: MaskSpec
+    dtype: str = "float32"
+    """Precision in which activations are kept."""
+    loss: str | None = None
+    """The loss whose gradients are read as well, if any."""
+    second: LanguageModel | None = None
+    """The model of the sites that are tagged so."""
+
+    @property
+    def models(self) -> dict[str, LanguageModel]:
+        """Returns the models by the tag of their sites."""
+        return {"": self.lm} | ({SECOND: self.second} if self.second else {})
+
+
+class LiveSource:
+    """Computes blocks with the language model."""
+
+    def __init__(self, reading: Reading, blocks: Blocks) -> None:
+        self.reading, self.blocks = reading, blocks
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -71,14 +80,15 @@ class LiveSource:
     def read(self, block: int) -> Block:
         """Returns one block."""
         tokens = self.blocks.tokens(block)
-        keep = token_mask(tokens, self.mask).to(self.lm.device)
+        reading = self.reading
+        keep = token_mask(tokens, reading.mask).to(reading.lm.device)
         activations: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
-        for tag, lm in self.models.items():
-            sites = of_model(self.sites, tag)
-            if self.loss:
+        for tag, lm in reading.models.items():
+            sites = of_model(reading.sites, tag)
+            if reading.loss:
                 seed = self.blocks.seed + block
-                seen, found = capture_with_gradients(lm, sites, tokens, self.mask, self.loss, seed)
+                seen, found = capture_with_gradients(lm, sites, tokens, reading.mask, reading.loss, seed)
                 gradients |= {name: x.to(keep.device) for name, x in found.items()}
             else:
                 seen = capture(lm, sites, tokens)
@@ -86,7 +96,8 @@ class LiveSource:
         return Block(self._kept(activations, keep), self._kept(gradients, keep))
 
     def _kept(self, tensors: dict[str, Tensor], keep: Bool[Tensor, "rows context"]) -> dict[str, Tensor]:
-        return {site.name: tensors[site.name][keep].to(self.dtype) for site in self.sites if site.name in tensors}
+        names = [site.name for site in self.reading.sites if site.name in tensors]
+        return {name: tensors[name][keep].to(DTYPES[self.reading.dtype]) for name in names}
 
 
 class CachedSource:

@@ -59,54 +59,44 @@ def sample(source: Source, tokens: int, watch: Watch) -> dict[str, Float[Tensor,
     return {site: torch.cat([b.activations[site].float() for b in blocks])[:tokens] for site in blocks[0].activations}
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a coder begins: by what its activations are measured."""
+
+    normalization: Normalization
+    norm_filter: float = 10.0
+    """Tokens whose norm exceeds this multiple of the median do not count; 0 keeps all."""
+    center: str = "mean"
+    """mean, geometric_median or zero."""
+    balance: bool = True
+    """Whether written sites are weighted so that the FVU of each counts alike."""
+    like: CoderSpec | None = None
+    """The spec whose scales and weights are taken over, if any: the weights of a coder that goes on need them."""
+
+
 def measure(
     activations: dict[str, Float[Tensor, "n d"]],
     reads: tuple[Site, ...],
     writes: tuple[Site, ...],
     mask: MaskSpec,
-    norm_filter: float,
-    normalization: Normalization,
-    center: str = "mean",
-    balance: bool = True,
-    like: CoderSpec | None = None,
+    recipe: Recipe,
 ) -> Statistics:
     """Returns the statistics of raw activations by site name: limits, scales, then center and variance of what is left.
 
-    `center` is mean, geometric_median or zero; `balance` weights written sites so that the FVU of each counts alike.
-    Scales and weights are those of the spec `like`, if there is one: the weights of a coder that goes on need them.
     ConfigError names the site if nothing is left, or if it holds NaN or Inf.
     """
     names = list(dict.fromkeys(site.name for site in (*reads, *writes)))
     medians = {name: _median_norm(name, activations[name]) for name in names}
-    limits = {name: norm_filter * median for name, median in medians.items() if norm_filter * median}
+    limits = {name: recipe.norm_filter * median for name, median in medians.items() if recipe.norm_filter * median}
     mask = replace(mask, norm_limits=limits)
     usual = norm_mask({name: activations[name] for name in names}, mask)
     if not usual.any():
-        raise ConfigError(f"activations.norm_filter: {norm_filter:g} leaves none of {len(usual):,} tokens")
+        raise ConfigError(f"activations.norm_filter: {recipe.norm_filter:g} leaves none of {len(usual):,} tokens")
     kept = {name: activations[name][usual] for name in names}
-    scales = {name: _scale(x) if normalization.kind == "scalar" else 1.0 for name, x in kept.items()}
-    if normalization.scale != 1.0:  # given, not to be measured
-        scales = dict.fromkeys(scales, 1.0)
-    if like:
-        normalization, balance = replace(like.normalization, kind=normalization.kind), False
-        scales |= {site.name: site.scale for site in (*like.reads, *like.writes)}
-    elif reads == writes and len(reads) == 1:
-        normalization = replace(normalization, scale=normalization.scale * scales[reads[0].name])
-        scales = dict.fromkeys(scales, 1.0)
-    reads, writes = (
-        tuple(replace(site, width=kept[site.name].shape[1], scale=scales[site.name]) for site in sites)
-        for sites in (reads, writes)
-    )
-    if like:
-        known = {site.name: site.weight for site in like.writes}
-        reads, writes = (tuple(replace(s, weight=known.get(s.name, 1.0)) for s in sites) for sites in (reads, writes))
+    reads, writes, normalization = _scaled(kept, reads, writes, recipe)
     x, y = (_normalized(kept, sites, normalization) for sites in (reads, writes))
-    if balance and len(writes) > 1:
-        spread = [float(part.var(0, correction=0).sum()) for part in y.split([s.width for s in writes], dim=1)]
-        mean = sum(spread) / len(spread)
-        writes = tuple(
-            replace(s, weight=mean / max(v, 1e-12 * mean, 1e-30)) for s, v in zip(writes, spread, strict=True)
-        )
+    if recipe.balance and not recipe.like and len(writes) > 1:
+        writes = _balanced(y, writes)
         reads = writes if [s.name for s in reads] == [s.name for s in writes] else reads
     weights = column_weights(writes)
     square = (y - y.mean(0)).square().mean(0)
@@ -116,14 +106,51 @@ def measure(
         writes,
         mask,
         normalization,
-        _center(y, center),
-        _center(x, center),
+        _center(y, recipe.center),
+        _center(x, recipe.center),
         float(x.var(0, correction=0).mean()) ** 0.5,
         max(float((weights * square).sum()), floor, 1e-30),
         medians,
         len(usual),
         int((~usual).sum()),
     )
+
+
+def _scaled(
+    kept: dict[str, Tensor], reads: tuple[Site, ...], writes: tuple[Site, ...], recipe: Recipe
+) -> tuple[tuple[Site, ...], tuple[Site, ...], Normalization]:
+    """Returns the sites with width and scale, and the normalization with the scale of a coder of one site."""
+    normalization, like = recipe.normalization, recipe.like
+    scales = {name: _scale(x) if normalization.kind == "scalar" else 1.0 for name, x in kept.items()}
+    if normalization.scale != 1.0:  # given, not to be measured
+        scales = dict.fromkeys(scales, 1.0)
+    if like:
+        normalization = replace(like.normalization, kind=normalization.kind)
+        scales |= {site.name: site.scale for site in (*like.reads, *like.writes)}
+    elif reads == writes and len(reads) == 1:
+        normalization = replace(normalization, scale=normalization.scale * scales[reads[0].name])
+        scales = dict.fromkeys(scales, 1.0)
+    known = {site.name: site.weight for site in like.writes} if like else {}
+    reads, writes = (
+        tuple(
+            replace(
+                site,
+                width=kept[site.name].shape[1],
+                scale=scales[site.name],
+                weight=known.get(site.name, 1.0) if like else site.weight,
+            )
+            for site in sites
+        )
+        for sites in (reads, writes)
+    )
+    return reads, writes, normalization
+
+
+def _balanced(y: Float[Tensor, "n d"], writes: tuple[Site, ...]) -> tuple[Site, ...]:
+    """Returns written sites with weights under which each has the same share of the variance."""
+    spread = [float(part.var(0, correction=0).sum()) for part in y.split([s.width for s in writes], dim=1)]
+    mean = sum(spread) / len(spread)
+    return tuple(replace(s, weight=mean / max(v, 1e-12 * mean, 1e-30)) for s, v in zip(writes, spread, strict=True))
 
 
 def _median_norm(name: str, x: Float[Tensor, "n d"]) -> float:

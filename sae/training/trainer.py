@@ -1,13 +1,13 @@
 """One coder in training: losses, guards, the update, and the counters that a resume needs."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.base.errors import ConfigError
@@ -115,6 +115,23 @@ def _started(coder: SparseCoder, folder: Path) -> SparseCoder:
     return coder
 
 
+@dataclass
+class _Sums:
+    """What adds up over the micro-batches of a step, and over ranks."""
+
+    terms: dict[str, Tensor]
+    """The loss terms, without their weights."""
+    error: Float[Tensor, "d_out"]
+    square: Float[Tensor, ""]
+    fired: Int[Tensor, "d_sae"]
+
+    @classmethod
+    def zero(cls, names: Iterable[str], d_out: int, d_sae: int, device: torch.device) -> "_Sums":
+        terms = {name: torch.zeros((), device=device) for name in names}
+        fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        return cls(terms, torch.zeros(d_out, device=device), torch.zeros((), device=device), fired)
+
+
 class CoderTrainer:
     """Trains one coder. `step` consumes the (masked, raw) activations of one batch and returns its metrics."""
 
@@ -149,15 +166,39 @@ class CoderTrainer:
         Raises NonFiniteError, with nothing changed, if an activation, a loss term or a gradient is not finite.
         """
         batch = batch if isinstance(batch, Batch) else Batch(batch, batch)
-        x, n_tokens = batch.x, self._counted(batch)
-        spec, dead = self.coder.spec, self.dead
+        n_tokens = self._counted(batch)
         progress = index / self.schedule.steps
         factors = {name: term.factor(progress, self.multipliers[name]) for name, term in self.objectives.items()}
         self.optimizer.zero_grad(set_to_none=False)
-        terms: dict[str, Tensor] = {name: torch.zeros((), device=x.device) for name in self.objectives}
-        error_sum, error_square = torch.zeros(spec.d_out, device=x.device), torch.zeros((), device=x.device)
-        fired = torch.zeros(spec.d_sae, dtype=torch.int64, device=x.device)
         self.chooser.begin(progress, n_tokens)
+        sums = self._backward(batch, n_tokens, factors)
+        gradients = [p.grad for p in self.coder.parameters() if p.grad is not None]
+        collectives.total_(*gradients, *sums.terms.values(), sums.error, sums.square, sums.fired)
+        grad_norm = self._checked_gradient_norm(sums.terms)
+        rate = self._update(grad_norm, index)
+        self._learn(sums, n_tokens)
+        reports = dict(
+            item for term in self.objectives.values() for item in term.report(self.density, self.dead).items()
+        )
+        n, variance = max(1, n_tokens), self.coder.spec.variance or 1.0  # the norm filter may leave nothing
+        return {
+            "loss": sum(float(sums.terms[name]) * factors[name] for name in self.objectives),
+            **{f"loss.{name}": float(loss) for name, loss in sums.terms.items()},
+            **{f"weight.{name}": w for name, w in factors.items() if w != self.objectives[name].weight},
+            "fvu": float(sums.square) / (n * variance),
+            "l0": float(sums.fired.sum()) / n,
+            "dead_share": float(self.dead.float().mean()),
+            **reports,
+            **self.chooser.report(),
+            "lr": rate,
+            "grad_norm": grad_norm,
+            "tokens": n_tokens,
+        }
+
+    def _backward(self, batch: Batch, n_tokens: int, factors: dict[str, float]) -> "_Sums":
+        """Adds the gradients of every micro-batch up, and what is reported of it."""
+        spec, dead = self.coder.spec, self.dead
+        sums = _Sums.zero(self.objectives, spec.d_out, spec.d_sae, batch.x.device)
         for number, (run, target) in enumerate(self._passes(batch)):
             spliced = None
             if batch.spliced is not None:
@@ -179,43 +220,26 @@ class CoderTrainer:
                 loss.backward()
             with torch.no_grad():
                 error = view.error(run.prediction)
-                error_sum += error.sum(0)
-                error_square += error.square().sum()
-                fired += run.latents.fired()
+                sums.error += error.sum(0)
+                sums.square += error.square().sum()
+                sums.fired += run.latents.fired()
                 for name, loss in losses.items():
-                    terms[name] += loss.detach()
-        gradients = [p.grad for p in self.coder.parameters() if p.grad is not None]
-        collectives.total_(*gradients, *terms.values(), error_sum, error_square, fired)
-        grad_norm = self._checked_gradient_norm(terms)
-        rate = self._update(grad_norm, index)
+                    sums.terms[name] += loss.detach()
+        return sums
 
-        n, variance = max(1, n_tokens), spec.variance or 1.0  # the norm filter may leave nothing
-        if n_tokens:
-            self.chooser.finish()
-            self._count(fired, n_tokens)
-            spread = error_square.double() / n - (error_sum.double() / n).square().sum()
-            self.residual_variance = max(float(spread), LEAST_RESIDUAL * variance)
-        l0 = float(fired.sum()) / n
-        for name, loss in terms.items():
+    def _learn(self, sums: "_Sums", n_tokens: int) -> None:
+        """Takes what a step has shown into the state that later steps, and a resume, start from."""
+        for name, loss in sums.terms.items():
             self.active_steps[name] += int(loss != 0)
-            if n_tokens:
-                self.multipliers[name] = self.objectives[name].adapted(self.multipliers[name], l0)
-        reports = dict(
-            item for term in self.objectives.values() for item in term.report(self.density, self.dead).items()
-        )
-        return {
-            "loss": sum(float(terms[name]) * factors[name] for name in self.objectives),
-            **{f"loss.{name}": float(loss) for name, loss in terms.items()},
-            **{f"weight.{name}": w for name, w in factors.items() if w != self.objectives[name].weight},
-            "fvu": float(error_square) / (n * variance),
-            "l0": l0,
-            "dead_share": float(self.dead.float().mean()),
-            **reports,
-            **self.chooser.report(),
-            "lr": rate,
-            "grad_norm": grad_norm,
-            "tokens": n_tokens,
-        }
+        if not n_tokens:
+            return
+        self.chooser.finish()
+        self._count(sums.fired, n_tokens)
+        spread = sums.square.double() / n_tokens - (sums.error.double() / n_tokens).square().sum()
+        self.residual_variance = max(float(spread), LEAST_RESIDUAL * (self.coder.spec.variance or 1.0))
+        l0 = float(sums.fired.sum()) / n_tokens
+        for name, term in self.objectives.items():
+            self.multipliers[name] = term.adapted(self.multipliers[name], l0)
 
     def _counted(self, batch: Batch) -> int:
         """Returns the number of tokens over all ranks, each of which raises if one of them has a bad token."""

@@ -27,11 +27,11 @@ from sae.lm.masking import MaskSpec, norm_mask
 from sae.lm.models import load_language_model
 from sae.lm.sites import resolve
 from sae.stream.lanes import Stream
-from sae.stream.sources import Blocks, LiveSource
+from sae.stream.sources import Blocks, LiveSource, Reading
 from sae.text.documents import TextConfig
 from sae.text.tokenizing import special_ids, tokenize
 from sae.training.config import CoderConfig
-from sae.training.measuring import measure, sample
+from sae.training.measuring import Recipe, measure, sample
 from sae.training.optim import OptimConfig
 from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
 
@@ -76,12 +76,12 @@ class Bench:
         text = tokenize(config, lm.tokenizer, lm.source())
         mask = MaskSpec(tuple(special_ids(lm.tokenizer)))
         self.name, reads = sites[0].name, tuple(sites)
-        self.live = LiveSource(lm, Blocks(text.train, args.block_rows, 0), sites, mask, "float32")
+        self.live = LiveSource(Reading(lm, sites, mask), Blocks(text.train, args.block_rows, 0))
         seen = sample(self.live, 16_384, UNWATCHED)
         self.trainers = []
         for name in args.coders:
             coder = coder_config(name, args.d_sae, args.k)
-            found = measure(seen, reads, reads, mask, 10.0, coder.normalization)
+            found = measure(seen, reads, reads, mask, Recipe(coder.normalization))
             trainer = CoderTrainer(new_coder(coder, found), coder.objectives, OptimConfig(), Schedule(10**4, 10**7))
             self.trainers.append(trainer)
             self.mask = found.mask

@@ -38,7 +38,7 @@ from sae.selection.relu import ReLU
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
 from sae.training.config import CoderConfig
-from sae.training.measuring import measure
+from sae.training.measuring import Recipe, measure
 from sae.training.optim import OptimConfig
 from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
 
@@ -103,7 +103,7 @@ def trained(family: Family, seed: int) -> CoderTrainer:
         seed=seed,
     )
     x, _ = truth.sample(32_768, "statistics")
-    found = measure({"synthetic": x}, site, site, MaskSpec(), 0.0, config.normalization)
+    found = measure({"synthetic": x}, site, site, MaskSpec(), Recipe(config.normalization, 0.0))
     optim = OptimConfig(lr=3e-3, decay_share=0.9)
     trainer = CoderTrainer(new_coder(config, found), family.terms, optim, Schedule(family.steps, 20 * BATCH))
     for step in range(family.steps):

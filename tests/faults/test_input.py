@@ -12,7 +12,7 @@ from rigs.fakes import tiny_config, tiny_model_folder, tiny_tokenizer
 from rigs.runs import error_of, lines
 from torch import nn
 
-import sae.training.run
+import sae.training.preparing
 from cli.evaluate import main as sae_eval
 from sae.base.settings import to_yaml
 from sae.lm.models import load_language_model
@@ -173,7 +173,7 @@ def test_a_module_that_never_runs_is_an_error_and_not_silence(monkeypatch, tiny_
         lm.model.spare = nn.Linear(16, 16)
         return lm
 
-    monkeypatch.setattr(sae.training.run, "load_language_model", with_more)
+    monkeypatch.setattr(sae.training.preparing, "load_language_model", with_more)
     code, printed = tiny_train({"activations.sites": ["layers.0", "spare"]})
     assert code == 2
     assert re.match(r"activations\.sites: spare never ran in a forward pass of ", error_of(printed))

@@ -14,6 +14,7 @@ from rigs.children import Child, ranks, sae_train
 from rigs.fakes import measured, tiny_config, tiny_model_folder
 from rigs.runs import assert_equal, checkpoints, error_of, lines
 
+import sae.training.preparing
 import sae.training.run
 from sae.base.files import load_tensors
 from sae.base.settings import to_yaml
@@ -160,7 +161,7 @@ def test_a_model_that_gives_nan_is_found_before_training(tmp_path, monkeypatch, 
         lm.model.get_submodule("model.layers.0.mlp.down_proj").weight.data[0, 0] = value
         return lm
 
-    monkeypatch.setattr(sae.training.run, "load_language_model", damaged)
+    monkeypatch.setattr(sae.training.preparing, "load_language_model", damaged)
     code, printed = tiny_train()
     assert code == 2
     assert re.match(r"activations: model\.layers\.1 holds NaN or Inf at 512 of 512 tokens; .*", error_of(printed))

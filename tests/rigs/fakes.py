@@ -14,7 +14,7 @@ from sae.lm.masking import MaskSpec
 from sae.lm.models import LanguageModel
 from sae.lm.site import Site
 from sae.training.config import TrainConfig
-from sae.training.measuring import Statistics, measure
+from sae.training.measuring import Recipe, Statistics, measure
 
 SPECIAL = {"bos": "<s>", "eos": "</s>", "pad": "<pad>"}
 
@@ -114,7 +114,9 @@ def measured(
 ) -> Statistics:
     """Returns the statistics of an autoencoder of one site whose activations are `x`."""
     sites = (Site(site),)
-    return measure({site: x}, sites, sites, mask or MaskSpec(), norm_filter, normalization or Normalization(), center)
+    return measure(
+        {site: x}, sites, sites, mask or MaskSpec(), Recipe(normalization or Normalization(), norm_filter, center)
+    )
 
 
 def tiny_config(model: Path, text: Path, changes: dict[str, Any] | None = None) -> TrainConfig:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sae.base.errors import ConfigError
+from sae.parallel.collectives import Share
 from sae.stream.batch import LANES, Block
 from sae.stream.lanes import Stream
 
@@ -79,7 +80,7 @@ def test_reading_ahead_changes_nothing(n_blocks):
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_the_batches_of_one(world):
     alone = taken(Stream(Numbered(), 2 * LANES, seed=0), 20)
-    ranks = [taken(Stream(Numbered(), 2 * LANES, 0, 0, rank, world), 20) for rank in range(world)]
+    ranks = [taken(Stream(Numbered(), 2 * LANES, 0, 0, Share(rank, world)), 20) for rank in range(world)]
     assert [[token for part in parts for token in part] for parts in zip(*ranks, strict=True)] == alone
 
 
@@ -132,4 +133,4 @@ def test_batches_are_handed_out_while_a_later_block_is_read():
 
 def test_ranks_must_divide_the_lanes():
     with pytest.raises(ConfigError, match="3 ranks cannot share 64 lanes"):
-        Stream(Numbered(), LANES, 0, 0, 0, 3)
+        Stream(Numbered(), LANES, 0, 0, Share(0, 3))

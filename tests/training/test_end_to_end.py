@@ -22,9 +22,11 @@ from sae.lm.site import Site
 from sae.objectives import Step
 from sae.objectives.ce import CE
 from sae.objectives.kl import KL
+from sae.parallel.collectives import Share
 from sae.selection.topk import TopK
 from sae.stream.batch import TextBatch
 from sae.stream.rows import RowStream
+from sae.stream.sources import Reading
 from sae.training.end_to_end import splicer
 
 SITE = Site("model.layers.1", model="tiny", width=16)
@@ -121,15 +123,15 @@ def test_micro_batches_of_rows_add_up_and_outliers_are_left_alone(lm):
 
 
 def test_batches_are_whole_rows_in_an_order_of_their_own(lm):
-    rows = sampled_rows(lm, count=20)
-    streams = [RowStream(lm, rows, [SITE], MASK, 4 * 12, 0, "float32", rank, 2) for rank in (0, 1)]
-    alone = RowStream(lm, rows, [SITE], MASK, 4 * 12, 0)
+    rows, reading = sampled_rows(lm, count=20), Reading(lm, [SITE], MASK)
+    streams = [RowStream(reading, rows, 4 * 12, 0, Share(rank, 2)) for rank in (0, 1)]
+    alone = RowStream(reading, rows, 4 * 12, 0)
     for _ in range(12):  # more than two epochs
         both = torch.cat([next(stream).text.tokens for stream in streams])
         batch = next(alone)
         assert torch.equal(both, batch.text.tokens)
         assert len(batch.activations[SITE.name]) == int(batch.text.keep.sum()) == len(batch.blocks)
-    again = RowStream(lm, rows, [SITE], MASK, 4 * 12, 0)
+    again = RowStream(reading, rows, 4 * 12, 0)
     again.load_state(alone.state())
     assert torch.equal(next(again).text.tokens, next(alone).text.tokens)
     first = torch.cat([alone.order(0), alone.order(1)])

@@ -28,7 +28,7 @@ from sae.selection.mutual_choice import MutualChoice
 from sae.selection.topk import TopK
 from sae.training.choosing import Chooser
 from sae.training.config import CoderConfig
-from sae.training.measuring import measure
+from sae.training.measuring import Recipe, measure
 from sae.training.optim import OptimConfig
 from sae.training.planning import paired
 from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
@@ -156,7 +156,7 @@ def transcoder(x, y, steps=150, **config):
     sites = (Site("a"),), (Site("b"),)
     settings = CoderConfig(**{"d_sae": 32, "selection": TopK(4)} | config)
     normalization = settings.normalization
-    found = measure({"a": x, "b": y}, *sites, MaskSpec(), 0.0, normalization)
+    found = measure({"a": x, "b": y}, *sites, MaskSpec(), Recipe(normalization, 0.0))
     terms = {"reconstruction": Reconstruction(), "auxk": AuxK(k=4)}
     return CoderTrainer(new_coder(settings, found), terms, OptimConfig(lr=1e-2), Schedule(steps, 500))
 
@@ -240,7 +240,7 @@ def test_a_crosscoder_normalizes_its_sites_apart_and_is_one_coder():
     sites = (Site("a", width=3), Site("b", width=5))
     activations = {"a": torch.randn(500, 3) * 9 + 1, "b": torch.randn(500, 5) * 0.1 - 2}
     for kind in ("none", "scalar", "layer_norm", "l2"):
-        found = measure(activations, sites, sites, MaskSpec(), 0.0, Normalization(kind))
+        found = measure(activations, sites, sites, MaskSpec(), Recipe(Normalization(kind), 0.0))
         coder = shaken(new_coder(CoderConfig(d_sae=16, selection=TopK(4), normalization=Normalization(kind)), found))
         x = torch.cat([activations["a"], activations["b"]], 1)
         y, how = coder.spec.normalize(x)

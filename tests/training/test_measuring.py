@@ -11,7 +11,7 @@ from sae.coder.normalization import Normalization
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
 from sae.stream.batch import Block
-from sae.training.measuring import geometric_median, measure, sample
+from sae.training.measuring import Recipe, geometric_median, measure, sample
 
 D = 6
 
@@ -85,7 +85,7 @@ def two_sites(n=3000):
 def test_several_sites_have_their_own_scale_limit_and_weight():
     activations, sites = two_sites()
     activations["b"][5] *= 1000
-    found = measure(activations, sites, sites, MaskSpec(), 10.0, Normalization("scalar"))
+    found = measure(activations, sites, sites, MaskSpec(), Recipe(Normalization("scalar")))
     assert found.outliers == 1
     assert found.mask.norm_limits == {name: 10 * median for name, median in found.median_norms.items()}
     assert found.reads == found.writes
@@ -97,13 +97,13 @@ def test_several_sites_have_their_own_scale_limit_and_weight():
         variances.append(x.var(0).sum())
         assert site.weight * variances[-1] == pytest.approx(found.writes[0].weight * variances[0], rel=1e-5)
     assert found.variance == pytest.approx(sum(variances), rel=1e-5), "balanced weights leave the total as it is"
-    plain = measure(activations, sites, sites, MaskSpec(), 10.0, Normalization("scalar"), balance=False)
+    plain = measure(activations, sites, sites, MaskSpec(), Recipe(Normalization("scalar"), balance=False))
     assert [site.weight for site in plain.writes] == [1.0, 1.0]
 
 
 def test_a_transcoder_is_centered_and_scaled_on_both_sides():
     activations, (a, b) = two_sites()
-    found = measure(activations, (a,), (b,), MaskSpec(), 10.0, Normalization("scalar"))
+    found = measure(activations, (a,), (b,), MaskSpec(), Recipe(Normalization("scalar")))
     for site, center in ((found.reads[0], found.input_center), (found.writes[0], found.center)):
         x = activations[site.name].double().numpy() * site.scale
         np.testing.assert_allclose(center, x.mean(0), rtol=1e-4)

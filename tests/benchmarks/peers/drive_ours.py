@@ -14,7 +14,7 @@ from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
 from sae.selection.topk import TopK
 from sae.training.config import CoderConfig
-from sae.training.measuring import measure
+from sae.training.measuring import Recipe, measure
 from sae.training.optim import OptimConfig
 from sae.training.trainer import CoderTrainer, Schedule, new_coder
 
@@ -23,7 +23,7 @@ def train(args, x):
     batches = common.Batches(x, common.row_order(len(x), args.batch, args.epochs, args.seed))
     config = CoderConfig(d_sae=args.d_sae, selection=TopK(args.k), seed=args.seed)
     site = (Site("benchmark"),)
-    found = measure({"benchmark": x[:32_768]}, site, site, MaskSpec(), 0.0, Normalization())
+    found = measure({"benchmark": x[:32_768]}, site, site, MaskSpec(), Recipe(Normalization(), 0.0))
     schedule = Schedule(len(batches), dead_after_tokens=len(batches) * args.batch // 10)
     trainer = CoderTrainer(new_coder(config, found), config.objectives, OptimConfig(lr=args.lr), schedule)
     for step, batch in enumerate(batches):

@@ -1,0 +1,195 @@
+"""What a run stands on before its first step: models, plans, text, activations, and coders as they begin."""
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import draccus
+
+from sae.base.errors import ConfigError
+from sae.base.files import atomic_write, cache_dir, write_json
+from sae.base.progress import Progress, Watch
+from sae.base.settings import decode, read_yaml, to_yaml
+from sae.base.store import fingerprint_key, repair
+from sae.coder.coder import SparseCoder
+from sae.coder.spec import CoderSpec
+from sae.lm.environment import environment
+from sae.lm.hooks import of_model, widths
+from sae.lm.masking import MaskSpec
+from sae.lm.models import DTYPES, LanguageModel, ModelConfig, load_language_model
+from sae.lm.site import SECOND
+from sae.loading import hub
+from sae.parallel import collectives
+from sae.stream.lanes import Stream, lanes_of
+from sae.stream.rows import RowStream
+from sae.stream.sources import Blocks, CachedSource, LiveSource, Reading, Source
+from sae.text.documents import commit_of_data, documents
+from sae.text.tokenizing import TokenizedText, special_ids, tokenize
+from sae.training import checkpoint
+from sae.training.config import TrainConfig
+from sae.training.measuring import Recipe, Statistics, measure, sample
+from sae.training.planning import Planned, paired, planned
+from sae.training.trainer import CoderTrainer, Schedule, new_coder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run works on: the same at each of its steps, and whenever it goes on."""
+
+    config: TrainConfig
+    """As it stands in the folder's config.yaml."""
+    folder: Path
+    reading: Reading
+    plans: list[Planned]
+    text: TokenizedText
+    fingerprint: dict[str, Any]
+    """What is read: models, precision, text."""
+
+    @property
+    def micro_tokens(self) -> int:
+        """Returns how many tokens of a micro-batch are this rank's."""
+        return -(-self.config.micro_batch_tokens // collectives.world_size())
+
+
+def set_up(config: TrainConfig, folder: Path, resume: bool, watch: Watch, trust_remote_code: bool) -> Setting:
+    """Returns what a run works on; of a new run, config.yaml and env.json are written as soon as all of it can be."""
+    lanes_of(collectives.own_share())  # refused here rather than when the stream begins
+    if Path(config.text.source).expanduser().exists():
+        next(documents(config.text))  # a missing column is known before the model is loaded
+
+    def load(model: ModelConfig) -> LanguageModel:
+        return load_language_model(model.name, model.revision, model.dtype, model.device, trust_remote_code)
+
+    lm, second = load(config.model), load(config.second_model) if config.second_model.name else None
+    if second and second.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+        raise ConfigError(f"second_model.name: {second.name} has another tokenizer than {lm.name}")
+    pairs = paired(config, lm, second)
+    sites = list({site.name: site for pair in pairs for site in pair}.values())
+    found = widths(lm, of_model(sites, ""))
+    if second:
+        found |= widths(second, of_model(sites, SECOND))
+    plans = planned(config, pairs, found)
+    if not resume:
+        with collectives.together():
+            if collectives.rank() == 0:  # from here on the run can be resumed, if only from its start
+                atomic_write(folder / "config.yaml", to_yaml(_pinned(config, lm)))
+                write_json(folder / "env.json", environment(lm, trust_remote_code=trust_remote_code))
+        config = decode(TrainConfig, read_yaml(folder / "config.yaml"))
+    text = _text(config, lm, watch)
+    fingerprint = {**lm.fingerprint(), "text": text.key}
+    if second:
+        fingerprint |= {f"{SECOND} {name}": value for name, value in second.fingerprint().items()}
+    settings, loss = config.activations, config.gradient_loss
+    mask = MaskSpec(tuple(sorted(special_ids(lm.tokenizer))), settings.skip_positions, next_token=loss is not None)
+    reading = Reading(lm, sites, mask, settings.dtype, loss, second)
+    return Setting(config, folder, reading, plans, text, fingerprint)
+
+
+def _pinned(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
+    """Returns the config with what would else be found anew at every start: commits, and how much text is wanted."""
+    text = replace(config.text, revision=commit_of_data(config.text), max_tokens=config.max_text_tokens)
+    return replace(config, model=replace(config.model, revision=lm.revision), text=text)
+
+
+def _text(config: TrainConfig, lm: LanguageModel, watch: Watch) -> TokenizedText:
+    progress = Progress("tokenizing", None, "tokens", visible=collectives.rank() == 0)
+    with collectives.rank_zero_first():
+        text = tokenize(config.text, lm.tokenizer, lm.source(), replace(watch, progress=progress.update))
+    progress.close()
+    n_tokens = text.train.n_rows * text.train.context_length
+    log.info(
+        "text: %s train tokens in rows of %d, %s held out; %.1f epochs planned",
+        f"{n_tokens:,}",
+        text.train.context_length,
+        f"{text.held_out.n_rows * text.held_out.context_length:,}",
+        config.tokens / n_tokens,
+    )
+    return text
+
+
+def open_source(setting: Setting, watch: Watch) -> Source:
+    """Returns where activations come from; those that are to lie on disk first are stored now."""
+    config, reading, settings = setting.config, setting.reading, setting.config.activations
+    live = LiveSource(reading, Blocks(setting.text.train, settings.block_rows, config.seed))
+    if settings.source == "live":
+        return live
+    fingerprint = {
+        **setting.fingerprint,
+        "sites": [site.name for site in reading.sites],
+        "block_rows": settings.block_rows,
+        "seed": config.seed,
+        "kept_as": settings.dtype,
+        "gradients": reading.loss,
+        "special_ids": list(reading.mask.special_ids),
+        "skip_positions": reading.mask.skip_positions,
+    }
+    folder, share = cache_dir() / "activations" / fingerprint_key(fingerprint), collectives.own_share()
+    if watch.repair:
+        with collectives.together():
+            if share.rank == 0:
+                repair(folder, "activations", fingerprint)
+    source = CachedSource(live, folder, fingerprint, part=str(share.rank))
+    if settings.source == "disk":
+        progress = Progress("storing activations", len(source), "blocks", visible=share.rank == 0)
+        with collectives.together():
+            mine = range(share.rank, len(source), share.world_size)
+            source.fill(mine, replace(watch, progress=progress.update))
+        progress.close()
+        source.reload()
+    return source
+
+
+def open_stream(setting: Setting, source: Source) -> Stream | RowStream:
+    """Returns this rank's batches: single tokens of many rows, or whole rows for losses that run the model."""
+    config, share = setting.config, collectives.own_share()
+    if config.needs_rows:
+        return RowStream(setting.reading, setting.text.train, config.batch_tokens, config.seed, share)
+    ahead = config.activations.blocks_ahead(on_cpu=setting.reading.lm.device.type == "cpu")
+    return Stream(source, config.batch_tokens, config.seed, ahead, share)
+
+
+def new_trainers(setting: Setting, source: Source, saved: Path | None, watch: Watch) -> dict[str, CoderTrainer]:
+    """Returns a trainer for every plan, of an untrained coder or, as yet without weights, of that in a checkpoint."""
+    config, device, trainers = setting.config, setting.reading.lm.device, {}
+    schedule = Schedule(config.steps, config.dead_after, setting.micro_tokens, DTYPES[config.precision])
+    specs = json.loads((saved / checkpoint.STATE).read_text())["specs"] if saved else {}
+    samples = {} if saved else sample(source, config.activations.statistics_tokens, watch)
+    measured: dict[tuple[Any, ...], Statistics] = {}
+    for plan in setting.plans:
+        if saved:
+            coder = SparseCoder(CoderSpec.from_json(specs[plan.name]), device)
+        else:
+            start = plan.coder.start_from
+            like = hub.load(start).spec if start else None
+            recipe = Recipe(
+                plan.coder.normalization,
+                config.activations.norm_filter,
+                plan.coder.center,
+                plan.coder.balance_sites,
+            )
+            key = (plan.reads, plan.writes, recipe, start)
+            if key not in measured:
+                mask = setting.reading.mask
+                measured[key] = measure(samples, plan.reads, plan.writes, mask, replace(recipe, like=like))
+            coder = new_coder(
+                plan.coder,
+                measured[key],
+                device,
+                context_length=setting.text.train.context_length,
+                bos=config.text.bos,
+                training={
+                    "text": draccus.encode(config.text),
+                    "tokens": config.steps * config.batch_tokens,
+                    "seed": plan.coder.seed,
+                    "sae-interp": version("sae-interp"),
+                },
+            )
+        trainers[plan.name] = CoderTrainer(coder, plan.coder.objectives, plan.optim, schedule)
+    for found in dict.fromkeys(map(str, measured.values())):
+        log.info("%s", found)
+    return trainers
