@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.common import DONE, ERROR, Parser, add_hints, hints, run
 from sae.base.errors import ConfigError
+from sae.base.units import data_size
 
 if TYPE_CHECKING:
     from sae.coder.coder import SparseCoder
@@ -142,12 +143,14 @@ def _download(files: "HubFiles", names: list[str], target: Path | None) -> None:
     left = [name for name in names if target or not files.is_cached(name)]
     sizes = files.sizes(left)
     total, root = sum(sizes.values()), target or files.folder
-    print(f"to fetch     {len(left)} of {len(names)} files, {_bytes(total)}, of commit {files.revision}")
+    print(f"to fetch     {len(left)} of {len(names)} files, {data_size(total)}, of commit {files.revision}")
     free = shutil.disk_usage(next(path for path in [root, *root.absolute().parents] if path.exists())).free
     if total > free:
-        raise ConfigError(f"{'--to' if target else '--cache-dir'}: {_bytes(total)} are needed, {_bytes(free)} are free")
+        raise ConfigError(
+            f"{'--to' if target else '--cache-dir'}: {data_size(total)} are needed, {data_size(free)} are free"
+        )
     for number, name in enumerate(left, 1):
-        print(f"{f'{number}/{len(left)}':12} {name}  {_bytes(sizes.get(name, 0))}", flush=True)
+        print(f"{f'{number}/{len(left)}':12} {name}  {data_size(sizes.get(name, 0))}", flush=True)
         digests.verify(files.copied(name, target) if target else files.path(name))
 
 
@@ -283,14 +286,6 @@ def _print_table(rows: list[Any]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
 
 
 if __name__ == "__main__":

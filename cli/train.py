@@ -92,7 +92,8 @@ def _train(config, folder: Path, resume: bool, trust_remote_code: bool, repair: 
 
 def _announce(config, folder: Path, trust_remote_code: bool) -> None:
     """Says what the run will take, before anything is loaded."""
-    from sae.training.estimate import estimate, size
+    from sae.base.units import data_size
+    from sae.training.estimate import estimate
 
     log.info("run folder   %s", folder)
     try:
@@ -107,7 +108,7 @@ def _announce(config, folder: Path, trust_remote_code: bool) -> None:
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if found.disk > free:  # no error: part of it may be there already
-        log.warning("warning      only %s of disk are free at %s", size(free), place)
+        log.warning("warning      only %s of disk are free at %s", data_size(free), place)
 
 
 def _new_folder(config) -> Path:

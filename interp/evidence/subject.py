@@ -1,10 +1,9 @@
 """The subject: the language model that a coder reads, and the coder, loaded when first needed."""
 
-import threading
 from collections.abc import Callable
 
 from sae.coder.coder import SparseCoder
-from sae.lm.models import LanguageModel
+from sae.lm.models import ONE_AT_A_TIME, LanguageModel
 
 
 class Subject:
@@ -13,8 +12,7 @@ class Subject:
     def __init__(self, coder: SparseCoder, load: Callable[[], LanguageModel]) -> None:
         self.coder, self._load = coder, load
         self._lm: LanguageModel | None = None
-        self.lock = threading.RLock()
-        """Held by whoever runs the model: hooks belong to it, not to a thread."""
+        self.lock = ONE_AT_A_TIME
 
     @property
     def lm(self) -> LanguageModel:

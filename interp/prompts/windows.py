@@ -18,10 +18,10 @@ import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from hashlib import blake2b
 from itertools import count, groupby
 
 from interp.records import Window
+from sae.base.seeding import keyed_hash
 
 OPEN, CLOSE = "<<", ">>"
 TOP_LEVEL = 9
@@ -118,7 +118,7 @@ def _label(digest: str, place: int, turn: int) -> str:
 
 
 def _hash(*key: str | int) -> bytes:
-    return blake2b(repr(key).encode(), digest_size=16).digest()
+    return keyed_hash(*key, size=16)
 
 
 def _escaped(text: str, mark_before: bool, mark_after: bool) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sae.base.errors import ConfigError, Stopped
+from sae.base.units import duration
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
@@ -74,13 +75,6 @@ class Progress:
             return ""
         seconds = (now - self.began) / (self.n - self.first) * (self.total - self.n)
         return f", {duration(seconds)} left"
-
-
-def duration(seconds: float) -> str:
-    """Returns a duration as people say it: "45 s", "12 min", "3.4 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _shown(values: dict[str, float]) -> str:

@@ -5,10 +5,14 @@ from hashlib import blake2b
 import torch
 
 
+def keyed_hash(*key: str | int, size: int) -> bytes:
+    """Returns so many bytes that depend on the key alone."""
+    return blake2b(repr(key).encode(), digest_size=size).digest()
+
+
 def generator(seed: int, *key: str | int) -> torch.Generator:
     """Returns a CPU generator for one draw, for example `generator(0, "rows", epoch)`."""
-    digest = blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(keyed_hash(seed, *key, size=8), "little") >> 1)
 
 
 def uniform(purpose: str, name: str) -> float:

@@ -4,7 +4,6 @@ Everything is read in blocks: block b is a fixed set of `block_rows` rows of tex
 holds the activations of its unmasked tokens. A block is the same whether it is computed now or read from disk.
 """
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,12 +15,10 @@ from torch import Tensor, nn
 from sae.base.errors import ConfigError
 from sae.base.seeding import generator
 from sae.lm.masking import MaskSpec, counted, token_mask
-from sae.lm.models import LanguageModel
+from sae.lm.models import ONE_AT_A_TIME, LanguageModel
 from sae.lm.site import Site
 from sae.lm.sites import located
 from sae.text.packing import PADDING
-
-ONE_AT_A_TIME = threading.RLock()  # hooks belong to a model, not to a thread: reading ahead must not meet an evaluation
 
 
 class _AllSeen(Exception):

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae.lm.hooks import ONE_AT_A_TIME, hooked, model_inputs
-from sae.lm.models import LanguageModel
+from sae.lm.hooks import hooked, model_inputs
+from sae.lm.models import ONE_AT_A_TIME, LanguageModel
 from sae.lm.site import Site, columns_of
 
 MOST_GROWTH = math.log(10)  # of the strength from one guess to the next, while only one side of the target is known

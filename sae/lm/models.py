@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,29 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The language model whose activations are read."""
+
+    name: str = "quickstart"
+    """"quickstart" (the model shipped with this package), a Hugging Face hub id, a folder, or a .gguf file."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: str = "auto"
+    """Precision of the model: auto (float32 on CPU, the checkpoint's on GPU), float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto (a GPU if there is one, its own for each rank), cpu, cuda, or cuda:1 ..."""
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field whose value is not allowed."""
+        choose("model.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held by whoever runs a language model: hooks belong to it and not to a thread, so that reading ahead must not meet an
+evaluation."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +142,17 @@ def load_language_model(
     model: Any = model.to(where)  # type: ignore[arg-type]
     commit = None if folder else commit_of(name, revision)
     return LanguageModel(model.eval().requires_grad_(False), tokenizer, name, commit or revision, causal)
+
+
+def untrained(model: ModelConfig, trust_remote_code: bool = False) -> LanguageModel:
+    """Returns the architecture of a model with weights that mean nothing, for shapes; it has no tokenizer."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    config = load_config(model.name, model.revision, trust_remote_code)
+    causal = is_causal(config)
+    auto = AutoModelForCausalLM if causal else AutoModel
+    made = auto.from_config(config, trust_remote_code=trust_remote_code)
+    return LanguageModel(made.eval(), None, model.name, model.revision, causal)  # type: ignore[arg-type]
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:
@@ -243,21 +278,3 @@ class _readable_errors:
                 f"model.name: {self.name!r} could not be loaded: {reason} "
                 "(a hub id needs the network or a cached copy; a local folder or .gguf file needs neither)"
             ) from error
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The language model whose activations are read."""
-
-    name: str = "quickstart"
-    """"quickstart" (the model shipped with this package), a Hugging Face hub id, a folder, or a .gguf file."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    dtype: str = "auto"
-    """Precision of the model: auto (float32 on CPU, the checkpoint's on GPU), float32, bfloat16 or float16."""
-    device: str = "auto"
-    """auto (a GPU if there is one, its own for each rank), cpu, cuda, or cuda:1 ..."""
-
-    def validate(self) -> None:
-        """Raises ConfigError naming the field whose value is not allowed."""
-        choose("model.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))

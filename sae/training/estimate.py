@@ -11,10 +11,10 @@ import psutil
 import torch
 from torch._subclasses import FakeTensorMode
 
-from sae.base.progress import duration
+from sae.base.units import data_size, duration
 from sae.evaluation.evaluation import rows_per_pass
 from sae.lm.hooks import of_model, widths
-from sae.lm.models import DTYPES, LanguageModel, ModelConfig, is_causal, load_config, resolve_device
+from sae.lm.models import DTYPES, LanguageModel, resolve_device, untrained
 from sae.lm.site import SECOND, Site
 from sae.stream.batch import LANES
 from sae.training.config import TrainConfig
@@ -53,12 +53,12 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """Returns the estimate as lines for people."""
-        parts = ", ".join(f"{name} {size(value)}" for name, value in self.memory.items())
+        parts = ", ".join(f"{name} {data_size(value)}" for name, value in self.memory.items())
         return [
             f"sites        {', '.join(f'{name} (d {d})' for name, d in self.widths.items())}",
             f"parameters   {self.lm_parameters:,} in the model, {self.coder_parameters:,} in the coders",
-            f"memory       {size(self.peak_memory)} at the peak ({parts})",
-            f"disk         {size(self.disk)}",
+            f"memory       {data_size(self.peak_memory)} at the peak ({parts})",
+            f"disk         {data_size(self.disk)}",
             f"compute      {self.flops:.3g} FLOPs, about {duration(self.seconds)} at this machine's measured speed",
         ]
 
@@ -67,8 +67,8 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     """Returns what a config will take on this machine; ConfigError for what the run itself would refuse."""
     config.validate()
     with FakeTensorMode():
-        lm = fake_model(config, trust_remote_code)
-        second = fake_model(config, trust_remote_code, config.second_model) if config.second_model.name else None
+        lm = untrained(config.model, trust_remote_code)
+        second = untrained(config.second_model, trust_remote_code) if config.second_model.name else None
         pairs = paired(config, lm, second)
         sites = list({site.name: site for pair in pairs for site in pair}.values())
         width = widths(lm, of_model(sites, ""))
@@ -119,18 +119,6 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     return Estimate(width, weights, parameters, memory, bool(config.eval.every_steps), disk, flops, seconds)
 
 
-def fake_model(config: TrainConfig, trust_remote_code: bool = False, model: ModelConfig | None = None) -> LanguageModel:
-    """Returns the architecture of a config's (or another) model without weights; for use under FakeTensorMode."""
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    model = model or config.model
-    found = load_config(model.name, model.revision, trust_remote_code)
-    causal = is_causal(found)
-    auto = AutoModelForCausalLM if causal else AutoModel
-    made = auto.from_config(found, trust_remote_code=trust_remote_code)
-    return LanguageModel(made.eval(), None, model.name, model.revision, causal)  # type: ignore[arg-type]
-
-
 def measured_flops_per_s(device: torch.device) -> float:
     """Returns the speed of a float32 matrix product on a device, timed for a tenth of a second."""
     a = torch.randn(512, 512, device=device)
@@ -140,15 +128,6 @@ def measured_flops_per_s(device: torch.device) -> float:
         float((a @ a)[0, 0])
         count += 1
     return count * 2 * 512**3 / (time.perf_counter() - began)
-
-
-def size(count: float) -> str:
-    """Returns a number of bytes as people say it."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _measured(plan: Planned) -> int:

@@ -213,7 +213,7 @@ def test_fetch_does_not_begin_what_the_disk_cannot_hold(load, hub, monkeypatch):
     _, asked = hub
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     code, _, error = load("fetch", f"{AJT}/2-res_sce-ajt")
-    assert (code, error) == (2, "error: --cache-dir: 1.3 kB are needed, 1.0 kB are free")
+    assert (code, error) == (2, "error: --cache-dir: 1.3 kB are needed, 1 kB are free")
     assert weights_fetched(asked) == []
 
 
