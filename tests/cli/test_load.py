@@ -163,8 +163,8 @@ def test_show_of_a_pickle_does_not_fetch_it(load, hub):
 def test_fetch_takes_what_one_coder_needs_and_says_where_it_is(load, hub):
     code, lines, _ = load("fetch", f"{RELEASE}/blocks.2.hook_resid_pre")
     assert code == 0
-    assert lines[0].startswith("to fetch     1 of 2 files, 1.3 kB, of commit ")  # its config was looked at before
-    assert lines[1].split() == ["1/1", "2-res_sce-ajt/sae_weights.safetensors", "1.3", "kB"]
+    assert lines[0].startswith("to fetch     1 of 2 files, 1.33 kB, of commit ")  # its config was looked at before
+    assert lines[1].split() == ["1/1", "2-res_sce-ajt/sae_weights.safetensors", "1.33", "kB"]
     folder = lines[-1].split()[1]
     assert sorted(path.name for path in Path(folder).iterdir()) == ["cfg.json", "sae_weights.safetensors"]
     assert sae.load(folder).spec.reads == sae.load(f"{AJT}/2-res_sce-ajt").spec.reads
@@ -213,7 +213,7 @@ def test_fetch_does_not_begin_what_the_disk_cannot_hold(load, hub, monkeypatch):
     _, asked = hub
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     code, _, error = load("fetch", f"{AJT}/2-res_sce-ajt")
-    assert (code, error) == (2, "error: --cache-dir: 1.3 kB are needed, 1 kB are free")
+    assert (code, error) == (2, "error: --cache-dir: 1.33 kB are needed, 1 kB are free")
     assert weights_fetched(asked) == []
 
 
