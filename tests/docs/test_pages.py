@@ -139,7 +139,7 @@ def follows(block: Block, other: Block) -> bool:
 
 def form(line: str) -> str:
     """Returns a printed line without its figures, quotations, and the outcomes that there happen to be."""
-    line = re.sub(r'"[^"]*"(, "[^"]*")*', '"..."', line)
+    line = re.sub(r'".*', '"..."', line)
     line = re.sub(r"-?\d[\d,.]*", "#", " ".join(line.split()))
     return re.sub(r": # \w+(, # \w+)*$", ": # of each outcome", line)
 
