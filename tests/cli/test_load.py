@@ -169,7 +169,7 @@ def test_fetch_takes_what_one_coder_needs_and_says_where_it_is(load, hub):
     assert sorted(path.name for path in Path(folder).iterdir()) == ["cfg.json", "sae_weights.safetensors"]
     assert sae.load(folder).spec.reads == sae.load(f"{AJT}/2-res_sce-ajt").spec.reads
     code, lines, _ = load("fetch", f"{AJT}/2-res_sce-ajt")
-    assert lines[0].startswith("to fetch     0 of 2 files, 0 bytes")
+    assert lines[0].startswith("to fetch     0 of 2 files, 0 B")
 
 
 def test_fetch_into_a_folder_for_a_machine_without_a_network(load, hub, tmp_path):
