@@ -2,8 +2,8 @@
 
 A paragraph that is nothing but a link to a YAML file becomes the file. A paragraph "Measured: [A; B](PAGE#SECTION)"
 becomes the rows of that section's table that are named "A", "B", or "A, ..."; "…" goes on with a row. A paragraph
-"Fields: `NAME`" becomes the constants of the rule or loss term of that name. Links to files that are no pages become
-their names. So no text and no figure stands twice.
+"Fields: `NAME`" becomes the constants of the rule or loss term of that name, "Section: [TITLE](PAGE#SECTION)" the
+section. Links to files that are no pages become their names. So no text and no figure stands twice.
 """
 
 import posixpath
@@ -31,6 +31,7 @@ FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
 CONFIG = re.compile(r"^\[[^\]]+\]\(([^)\s]+\.yaml)\)$", re.MULTILINE)
 FIELDS = re.compile(r"^Fields: `(\w+)`$", re.MULTILINE)
+SECTION = re.compile(r"^Section: \[[^\]]+\]\(([^)\s#]+)#([^)\s]+)\)$", re.MULTILINE)
 EQUATION = re.compile(r"^::: [\w.]+$", re.MULTILINE)
 ALONE = "    options: {members: false, show_root_heading: false, show_root_toc_entry: false}"
 MEASURED = re.compile(r"^Measured: \[([^\]]+)\]\(([^)\s#]+)#([^)\s]+)\)$", re.MULTILINE)
@@ -47,6 +48,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Returns the page with configs and measured rows put in, and with links as they are on the site."""
     here = page.file.src_uri
     source = PAGES.get(here, f"docs/{here}")
+    markdown = SECTION.sub(lambda found: section_of(at(source, found[1]), found[2]), markdown)
     markdown = CONFIG.sub(lambda found: yaml(at(source, found[1])), markdown)
     markdown = MEASURED.sub(lambda found: measured(found[1].split("; "), at(source, found[2]), found[3]), markdown)
     markdown = FIELDS.sub(lambda found: fields(found[1]), markdown)
@@ -69,11 +71,18 @@ def yaml(path: str) -> str:
     return f'```yaml title="{path}"\n{text}\n```'
 
 
+def section_of(path: str, section: str) -> str:
+    """Returns what stands below a heading of a page."""
+    parts = re.split(r"^##+ (.*)$", (ROOT / path).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    found = [body for heading, body in zip(parts[1::2], parts[2::2], strict=True) if slug(heading) == section]
+    if not found:
+        raise PluginError(f"{path} has no section {section}")
+    return found[0].strip() + "\n"
+
+
 def measured(names: list[str], path: str, section: str) -> str:
     """Returns the rows of those names in a section's table, below its head."""
-    text = (ROOT / path).read_text(encoding="utf-8")
-    parts = re.split(r"^#+ (.*)$", text, flags=re.MULTILINE)
-    body = next((body for heading, body in zip(parts[1::2], parts[2::2], strict=True) if slug(heading) == section), "")
+    body = section_of(path, section)
     for head, line, *rows in (table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", body, re.MULTILINE)):
         found, going, left = [], True, set(names)  # a row without a name belongs to the head
         for row in rows:
