@@ -247,7 +247,7 @@ def test_links_lead_somewhere(page):
 def test_options_named_are_known(shell):
     """Also those in tables and sentences."""
     for page, text in PAGES.items():
-        for command, option in re.findall(r"`(sae-\w+) (?:[A-Z][A-Z_]* )?(--[a-z-]+)", text):
+        for command, option in re.findall(r"`(sae-\w+) (?:[A-Z][A-Z_]* )?(--[a-z-]++)(?!\.)", text):
             with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
                 import_module(COMMANDS[command]).command(["--help"])
             assert option in out.getvalue(), f"{page}: {command} {option}"
