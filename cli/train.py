@@ -58,9 +58,9 @@ def command(argv: list[str]) -> int:
     saved = decode(TrainConfig, read_yaml(path)) if folder else None  # where a default is left out, it stays out
     config = read_config(TrainConfig, path, overrides, saved)
     if folder:
-        from sae.training.checkpoint import resumed
+        from sae.training.checkpoint import resumed_config
 
-        config = resumed(config, folder)
+        config = resumed_config(config, folder)
     config.validate()
     if options.print_config:
         from sae.base.settings import to_yaml
@@ -115,11 +115,11 @@ def _new_folder(config) -> Path:
     """Returns the run's folder; one named by the run alone gets a number if it is taken."""
     if config.run_dir:
         return Path(config.run_dir).expanduser()
-    from sae.training.checkpoint import begun
+    from sae.training.checkpoint import has_begun
 
     base, number = Path("runs") / config.name, 2
     folder = base
-    while begun(folder):
+    while has_begun(folder):
         folder = base.with_name(f"{base.name}-{number}")
         number += 1
     return folder

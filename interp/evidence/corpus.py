@@ -26,7 +26,7 @@ from sae.base.seeding import uniform
 from sae.base.store import Shards, ShardWriter, fingerprint_key
 from sae.text.documents import TextConfig, documents
 from sae.text.packing import PADDING
-from sae.text.tokenizing import PIECE_CHARS, SHARD_TOKENS, encode, made_from, piece_end
+from sae.text.tokenizing import PIECE_CHARS, SHARD_TOKENS, encode_texts, piece_end, rows_made_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,7 +134,7 @@ def corpus(
     damaged. Raises ConfigError if there is too little text for three parts.
     """
     bos: list[Any] = [tokenizer.bos_token_id] if text.bos != "none" and tokenizer.bos_token_id is not None else []
-    key, body = {**fingerprint, **made_from(text, tokenizer)}, text.context_length - len(bos)
+    key, body = {**fingerprint, **rows_made_from(text, tokenizer)}, text.context_length - len(bos)
     source = Source(f"text.source: {text.source}", key, text.context_length, bos, lambda: _rows(text, tokenizer, body))
     return split_rows(source, tokens, should_stop, progress, repair)
 
@@ -278,10 +278,10 @@ def _encoded(
         batch.append(piece)
         size += len(piece[1])
         if len(batch) >= BATCH_DOCUMENTS or size >= PIECE_CHARS:
-            yield from zip((name for name, _ in batch), encode(tokenizer, [t for _, t in batch]), strict=True)
+            yield from zip((name for name, _ in batch), encode_texts(tokenizer, [t for _, t in batch]), strict=True)
             batch, size = [], 0
     if batch:
-        yield from zip((name for name, _ in batch), encode(tokenizer, [t for _, t in batch]), strict=True)
+        yield from zip((name for name, _ in batch), encode_texts(tokenizer, [t for _, t in batch]), strict=True)
 
 
 def _parts(names: list[str]) -> Int[np.ndarray, "sections"]:

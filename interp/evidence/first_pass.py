@@ -27,7 +27,7 @@ from interp.evidence.tally import Evidence, Sizes, Tally
 from sae.base.errors import ConfigError, DataError, Stopped
 from sae.base.files import FolderLock, load_tensors, read_json, remove_stale, save_tensors, write_json
 from sae.base.progress import Progress, Watch
-from sae.base.store import Shards, ShardWriter, repair
+from sae.base.store import Shards, ShardWriter, remove_damaged
 from sae.parallel import collectives
 
 VERSION = 2  # raise it whenever the same rows would give other evidence, or other files
@@ -165,7 +165,7 @@ def _check(folder: Path, made_from: dict[str, Any]) -> None:
 
 def _repair(folder: Path, made_from: dict[str, Any]) -> None:
     for name, kind in ((LATENTS, "evidence"), (CODES, "codes")):
-        repair(folder / name, kind, made_from)
+        remove_damaged(folder / name, kind, made_from)
     for path in _passes(folder):
         try:
             load_tensors(path)

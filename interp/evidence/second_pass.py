@@ -25,8 +25,7 @@ from interp.records import SPLITS
 from sae.base.errors import Stopped
 from sae.base.progress import Progress
 from sae.base.seeding import generator
-from sae.base.store import Shards, ShardWriter, fingerprint_key
-from sae.base.store import repair as remake
+from sae.base.store import Shards, ShardWriter, fingerprint_key, remove_damaged
 from sae.parallel import collectives
 
 KIND = "windows"
@@ -116,7 +115,7 @@ def visit(
     with alone(folder, should_stop):
         with collectives.together():
             if repair and collectives.rank() == 0:
-                remake(folder, KIND, made_from)
+                remove_damaged(folder, KIND, made_from)
         with collectives.together():  # no rank goes on before all know what is done
             writer = ShardWriter(folder, KIND, made_from, str(collectives.rank()))
         missing = [number for number in range(len(batches)) if number not in writer.done]

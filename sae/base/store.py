@@ -183,7 +183,7 @@ class Shards:
             raise DataError(f"{path}: changed since it was written (checksum); {REMEDY}")
 
 
-def repair(folder: Path, kind: str, fingerprint: dict[str, Any]) -> None:
+def remove_damaged(folder: Path, kind: str, fingerprint: dict[str, Any]) -> None:
     """Deletes what is damaged of a partial store, so that it is made again: single shards, or all if it is not ours."""
     if not folder.exists():
         return

@@ -21,7 +21,7 @@ from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
 from sae.evaluation.metrics import fvu
 from sae.lm.site import Site
-from sae.lm.sites import located, resolve
+from sae.lm.sites import find_module, resolve_sites
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.topk import TopK
 
@@ -105,11 +105,11 @@ def other_gain(model: nn.Module, spec: CoderSpec) -> Iterator[CoderSpec]:
         layer, norm = LAYER.search(site.hook), NORM_BEFORE.get(site.hook.rpartition(".")[2])
         if site.side == "normalized":
             return replace(site, side="output")
-        if site.side == "output" and "Norm" in type(located(model, site)[0]).__name__:
+        if site.side == "output" and "Norm" in type(find_module(model, site)[0]).__name__:
             return replace(site, side="normalized")
         if site.side == "input" and layer and norm:
             with contextlib.suppress(ConfigError):
-                (found,) = resolve(model, [f"blocks.{layer[0]}.{norm}.hook_normalized"])
+                (found,) = resolve_sites(model, [f"blocks.{layer[0]}.{norm}.hook_normalized"])
                 return replace(site, hook=found.hook, side=found.side)
         return None
 
@@ -133,7 +133,7 @@ def _placed(
         return
     with contextlib.suppress(ConfigError):
         for site in itertools.chain(*found.values()):
-            located(model, site)
+            find_module(model, site)
         yield from _specs(spec, **found)
 
 

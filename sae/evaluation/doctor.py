@@ -30,15 +30,15 @@ from sae.coder.normalization import undo
 from sae.coder.spec import CoderSpec
 from sae.evaluation.alternatives import MAPS, PLACES, Observed, rebuilt
 from sae.evaluation.metrics import Reconstruction
-from sae.lm.hooks import capture, widths
+from sae.lm.hooks import capture, site_widths
 from sae.lm.masking import MaskSpec, norm_mask, token_mask
 from sae.lm.models import LanguageModel, load_language_model
 from sae.lm.site import Site
-from sae.lm.sites import resolve
+from sae.lm.sites import resolve_sites
 from sae.selection import Selection
 from sae.text.documents import TextConfig, documents
 from sae.text.packing import PADDING, Packer
-from sae.text.tokenizing import CHARS_PER_TOKEN, encode, special_ids
+from sae.text.tokenizing import CHARS_PER_TOKEN, encode_texts, special_ids
 
 LEAST_EV = 0.2
 PRICE = 0.05
@@ -150,7 +150,7 @@ def rows_of_text(
     packer = Packer(context, "packed", spec.bos, lm.tokenizer)
     wanted, got = -(-tokens // context) * context, 0
     for number, (_, document) in enumerate(documents(TextConfig(source=text or "quickstart"))):
-        (ids,) = encode(lm.tokenizer, [document[: context * CHARS_PER_TOKEN]])
+        (ids,) = encode_texts(lm.tokenizer, [document[: context * CHARS_PER_TOKEN]])
         got += packer.add(ids[:context], number)
         if got >= wanted:
             break
@@ -163,7 +163,7 @@ def rows_of_text(
 def observe(lm: LanguageModel, spec: CoderSpec, tokens: Int[Tensor, "rows context"]) -> Observed:
     """Returns what the model computes of some rows at a coder's sites and at those of all mistakes of place."""
     own = list({site.name: site for site in (*spec.reads, *spec.writes)}.values())
-    there = widths(lm, own)
+    there = site_widths(lm, own)
     for sites, width in ((spec.reads, spec.d_in), (spec.writes, spec.d_out)):
         found = sum(there[site.name] for site in sites)
         if found != width:
@@ -173,7 +173,7 @@ def observe(lm: LanguageModel, spec: CoderSpec, tokens: Int[Tensor, "rows contex
     for site in _sites(lm.model, spec):
         if site.name not in sites:
             with contextlib.suppress(ConfigError):  # no tensor, or it never runs
-                there |= widths(lm, [site])
+                there |= site_widths(lm, [site])
                 sites[site.name] = site
     parts = [capture(lm, list(sites.values()), rows) for rows in tokens.split(ROWS)]
     real = tokens != PADDING
@@ -208,7 +208,7 @@ def _resolved(spec: CoderSpec, lm: LanguageModel) -> CoderSpec:
         raise ConfigError("selection.inference: 'gradient' needs gradients; the doctor looks at activations: set plain")
 
     def found(site: Site) -> Site:
-        (one,) = resolve(lm.model, [site.name], field="site")
+        (one,) = resolve_sites(lm.model, [site.name], field="site")
         return replace(site, hook=one.hook, side=one.side)
 
     return spec.with_(reads=tuple(map(found, spec.reads)), writes=tuple(map(found, spec.writes)))

@@ -20,11 +20,19 @@ from sae.base.settings import decode
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.coder.splicing import reads_ahead, splice, with_special_tokens_masked
-from sae.evaluation.metrics import Moments, Reconstruction, head_shares, kl_divergence, recovered
+from sae.evaluation.metrics import Moments, Reconstruction, head_shares, kl_divergence, loss_recovered
 from sae.evaluation.nulls import null_fvus
-from sae.lm.hooks import capture, capture_with_gradients, hooked, model_inputs, next_token_losses, of_model, widths
+from sae.lm.hooks import (
+    capture,
+    capture_with_gradients,
+    hooked,
+    model_inputs,
+    next_token_losses,
+    site_widths,
+    sites_of_model,
+)
 from sae.lm.intervene import ablate
-from sae.lm.masking import counted, norm_mask, token_mask
+from sae.lm.masking import next_token_mask, norm_mask, token_mask
 from sae.lm.models import LanguageModel, load_language_model
 from sae.lm.site import SECOND, Site, columns_of
 from sae.text.documents import TextConfig
@@ -145,7 +153,7 @@ def _check_widths(coders: dict[str, SparseCoder], models: dict[str, LanguageMode
         for sites, total in sides:
             found = {}
             for tag, lm in models.items():
-                found |= widths(lm, of_model(sites, tag)) if of_model(sites, tag) else {}
+                found |= site_widths(lm, sites_of_model(sites, tag)) if sites_of_model(sites, tag) else {}
             for site in sites:
                 width = site.width or total
                 if found[site.name] != width:
@@ -234,7 +242,7 @@ def _seen(
     seen: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
     for tag, lm in models.items():
-        sites = of_model(_sites(coders), tag)
+        sites = sites_of_model(_sites(coders), tag)
         if not sites:
             continue
         if asking:
@@ -249,7 +257,7 @@ def _seen(
 
 def _writing(coders: dict[str, SparseCoder], tag: str) -> dict[str, SparseCoder]:
     """Returns the coders that write in one of the models."""
-    return {name: coder for name, coder in coders.items() if of_model(coder.spec.writes, tag)}
+    return {name: coder for name, coder in coders.items() if sites_of_model(coder.spec.writes, tag)}
 
 
 def _sites(coders: dict[str, SparseCoder]) -> list[Site]:
@@ -279,7 +287,7 @@ def _losses(
         gradients: dict[str, Tensor] = {}
         if len(models) > 1 or any(coder.spec.selection.looks_at_gradients for coder in coders.values()):
             seen, gradients = _seen(coders, models, batch)
-        own = of_model(_sites(coders), tag)
+        own = sites_of_model(_sites(coders), tag)
         with hooked(lm.model, own, lambda site, x, seen=seen: seen.update({site.name: x.to(device)})):
             clean = logits(tokens)
         ablated: dict[Any, tuple[Tensor, Tensor]] = {}  # the same for all coders of the same sites and mask
@@ -301,7 +309,7 @@ def _losses(
                 if key not in ablated:
                     with change:
                         patched = logits(tokens)
-                    kl = kl_divergence(clean, patched, counted(tokens, keep))
+                    kl = kl_divergence(clean, patched, next_token_mask(tokens, keep))
                     ablated[key] = next_token_losses(patched, tokens, keep), kl
                 losses, kl = ablated[key]
                 _add(total, arm, losses)
@@ -318,12 +326,12 @@ def _loss_table(sums: dict[str, float], count: int) -> dict[str, Any]:
         "ce_zero": ce["zero"],
         "ce_mean": ce["mean"],
         "ce_added": ce["spliced"] - ce["clean"],
-        "ce_recovered": recovered(ce["clean"], ce["spliced"], ce["zero"]),
-        "ce_recovered_from_mean": recovered(ce["clean"], ce["spliced"], ce["mean"]),
+        "ce_recovered": loss_recovered(ce["clean"], ce["spliced"], ce["zero"]),
+        "ce_recovered_from_mean": loss_recovered(ce["clean"], ce["spliced"], ce["mean"]),
         "kl_spliced": ce["kl_spliced"],
         "kl_zero": ce["kl_zero"],
         "kl_mean": ce["kl_mean"],
-        "kl_score": recovered(0.0, ce["kl_spliced"], ce["kl_zero"]),
+        "kl_score": loss_recovered(0.0, ce["kl_spliced"], ce["kl_zero"]),
     }
 
 

@@ -155,6 +155,6 @@ def kl_divergence(
     return (p.exp() * (p - q)).sum(-1)
 
 
-def recovered(clean: float, spliced: float, ablated: float) -> float | None:
+def loss_recovered(clean: float, spliced: float, ablated: float) -> float | None:
     """Returns (ablated - spliced) / (ablated - clean), or None where ablation does no harm: no ratio then."""
     return (ablated - spliced) / (ablated - clean) if ablated - clean > 1e-9 else None

@@ -22,7 +22,7 @@ from torch import Tensor
 from sae.base.errors import ConfigError, DataError, nearest
 from sae.base.plugins import discover
 from sae.coder.spec import CoderSpec
-from sae.lm.sites import pair_of, site_of
+from sae.lm.sites import parse_pair, parse_site
 from sae.untrusted.foreign import shown
 from sae.untrusted.places import Files, Hints, Place
 
@@ -100,9 +100,9 @@ def _moved(spec: CoderSpec, said: str, place: Place) -> CoderSpec:
     if "->" in said:
         if spec.reads and spec.is_autoencoder:
             raise ConfigError(f"site: {said!r} is of a transcoder, but {place} is an autoencoder")
-        reads, writes = pair_of(said, known)
+        reads, writes = parse_pair(said, known)
     else:
-        reads = (site_of(said, known),)
+        reads = (parse_site(said, known),)
         writes = reads if spec.is_autoencoder else spec.writes
         if not writes:
             raise ConfigError(f"site: {said!r} is where {place} reads; it writes elsewhere: say READ->WRITTEN")

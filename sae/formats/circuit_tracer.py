@@ -26,7 +26,7 @@ from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.formats._exporting import check
 from sae.lm.site import Site
-from sae.lm.sites import ALIAS, ALIASES, model_id, site_of
+from sae.lm.sites import ALIAS, ALIASES, model_id, parse_site
 from sae.selection import Selection
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU
@@ -110,7 +110,7 @@ def sites(place: Place, config: Mapping[str, Any], layers: Iterable[int], widths
         names = ("feature_input_hook", "feature_output_hook")
         hooks = tuple(f"blocks.*.{one_of(config.get(name), ALIASES, name, place)}" for name in names)
     reads, writes = (
-        tuple(site_of(hook.replace("*", str(layer)), model, width) for layer in layers)
+        tuple(parse_site(hook.replace("*", str(layer)), model, width) for layer in layers)
         for hook, width in zip(hooks, widths, strict=True)
     )
     return reads, writes

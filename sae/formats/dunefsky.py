@@ -18,7 +18,7 @@ from sae.base.errors import ConfigError, DataError
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
 from sae.lm.site import Site
-from sae.lm.sites import model_id, pair_of
+from sae.lm.sites import model_id, parse_pair
 from sae.selection.relu import ReLU
 from sae.untrusted import weights
 from sae.untrusted.places import Place, as_int
@@ -97,5 +97,7 @@ def _sites(place: Place, config: dict[str, Any], transcodes: bool) -> tuple[tupl
     if isinstance(read, str) and isinstance(written, str) and read and written:
         return (Site(read, model=model),), (Site(written, model=model),)
     if transcodes:
-        return pair_of(place.need("site", "a transcoder reads one place and writes another", "'READ->WRITTEN'"), model)
+        return parse_pair(
+            place.need("site", "a transcoder reads one place and writes another", "'READ->WRITTEN'"), model
+        )
     return (), ()

@@ -35,7 +35,7 @@ from sae.formats import _exporting
 from sae.formats.temporal import WHY
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
-from sae.lm.sites import ALIAS, is_centered, model_id, on_stream, pair_of
+from sae.lm.sites import ALIAS, is_centered, model_id, on_stream, parse_pair
 from sae.selection import Budget, Selection
 from sae.selection.gated import Gated
 from sae.selection.jumprelu import JumpReLU
@@ -290,7 +290,9 @@ def _sites(place: Place, metadata: dict[str, Any], transcodes: bool) -> tuple[tu
     hook, written = metadata.get("hook_name", ""), metadata.get("hook_name_out", "")
     model = place.hints.model or model_id(metadata.get("model_name", ""))
     if transcodes and not (hook and written):
-        return pair_of(place.need("site", "a transcoder reads one place and writes another", "'READ->WRITTEN'"), model)
+        return parse_pair(
+            place.need("site", "a transcoder reads one place and writes another", "'READ->WRITTEN'"), model
+        )
     if not hook:
         return (), ()
     reads = (Site(hook, model=model),)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from sae.base.errors import ConfigError
 from sae.base.seeding import generator
-from sae.lm.masking import MaskSpec, counted, token_mask
+from sae.lm.masking import MaskSpec, next_token_mask, token_mask
 from sae.lm.models import ONE_AT_A_TIME, LanguageModel
 from sae.lm.site import Site
-from sae.lm.sites import located
+from sae.lm.sites import find_module
 from sae.text.packing import PADDING
 
 
@@ -66,7 +66,7 @@ def hooked(model: nn.Module, sites: list[Site], see: Callable[[Site, Tensor], Te
     with ONE_AT_A_TIME:
         handles = []
         for site in sites:
-            module, side = located(model, site)
+            module, side = find_module(model, site)
             if side == "input":
                 handles.append(module.register_forward_pre_hook(before(site), with_kwargs=True))
             elif side == "normalized":
@@ -119,12 +119,12 @@ def capture(
     raise ConfigError(f"activations.sites: {', '.join(missing)} never ran in a forward pass of {lm.name}")
 
 
-def of_model(sites: Iterable[Site], tag: str) -> list[Site]:
+def sites_of_model(sites: Iterable[Site], tag: str) -> list[Site]:
     """Returns the sites of one model, each once."""
     return list({site.name: site for site in sites if site.tag == tag}.values())
 
 
-def widths(lm: LanguageModel, sites: list[Site]) -> dict[str, int]:
+def site_widths(lm: LanguageModel, sites: list[Site]) -> dict[str, int]:
     """Returns the width of every site by name, in the order in which the model computes them.
 
     ConfigError names one that does not give a vector per token.
@@ -186,7 +186,7 @@ def next_token_losses(
     keep: Bool[Tensor, "rows context"],
 ) -> Float[Tensor, "counted"]:
     """Returns -log p(next token) in nats at every kept position but the last, which has no next token."""
-    keep = counted(tokens, keep)
+    keep = next_token_mask(tokens, keep)
     return nn.functional.cross_entropy(logits[:, :-1][keep].float(), tokens[:, 1:][keep].long(), reduction="none")
 
 

@@ -48,6 +48,8 @@ def norm_mask(activations: dict[str, Float[Tensor, "*shape d"]], mask: MaskSpec)
     return keep
 
 
-def counted(tokens: Int[Tensor, "rows context"], keep: Bool[Tensor, "rows context"]) -> Bool[Tensor, "rows context_1"]:
+def next_token_mask(
+    tokens: Int[Tensor, "rows context"], keep: Bool[Tensor, "rows context"]
+) -> Bool[Tensor, "rows context_1"]:
     """Returns at which positions a next-token loss is counted: kept ones that have a next token."""
     return keep[:, :-1] & (tokens[:, 1:] != PADDING)

@@ -49,7 +49,7 @@ ALIAS = re.compile(r"blocks\.(\d+|\*)\.(.+)")
 EMBEDDINGS = ("model.embed_tokens", "transformer.wte", "gpt_neox.embed_in", "embed_tokens", "wte", "embed_in")
 
 
-def located(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
+def find_module(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     """Returns the module of a site and the side of it; ConfigError if this model has none of that name, or several.
 
     As in `resolve`, the end of a module path will do where it is unique: coders of others may be named below the base
@@ -69,7 +69,7 @@ def located(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     return model.get_submodule(path), side if alias else site.side
 
 
-def site_of(text: str, model: str, width: int = 0) -> Site:
+def parse_site(text: str, model: str, width: int = 0) -> Site:
     """Returns the site that a user means by "blocks.3.hook_resid_mid" or "model.layers.3.mlp:input"."""
     hook, _, side = text.strip().partition(":")
     if side and side not in SIDES:
@@ -79,15 +79,15 @@ def site_of(text: str, model: str, width: int = 0) -> Site:
     return Site(hook, side or "output", model, width=width)
 
 
-def pair_of(text: str, model: str) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+def parse_pair(text: str, model: str) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
     """Returns (reads, writes) of "READ->WRITTEN"; ConfigError if it names but one place."""
     read, arrow, written = text.partition("->")
     if not (read and arrow and written):
         raise ConfigError(f"site: {text!r} is not READ->WRITTEN, where a transcoder reads and where it writes")
-    return (site_of(read, model),), (site_of(written, model),)
+    return (parse_site(read, model),), (parse_site(written, model),)
 
 
-def resolve(
+def resolve_sites(
     model: nn.Module,
     typed: Iterable[str],
     name: str = "",

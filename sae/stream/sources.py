@@ -14,7 +14,7 @@ from torch import Tensor
 from sae.base.progress import Watch
 from sae.base.seeding import generator
 from sae.base.store import Shards, ShardWriter
-from sae.lm.hooks import capture, capture_with_gradients, of_model
+from sae.lm.hooks import capture, capture_with_gradients, sites_of_model
 from sae.lm.masking import MaskSpec, token_mask
 from sae.lm.models import DTYPES, LanguageModel
 from sae.lm.site import SECOND, Site
@@ -85,7 +85,7 @@ class LiveSource:
         activations: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
         for tag, lm in reading.models.items():
-            sites = of_model(reading.sites, tag)
+            sites = sites_of_model(reading.sites, tag)
             if reading.loss:
                 seed = self.blocks.seed + block
                 seen, found = capture_with_gradients(lm, sites, tokens, reading.mask, reading.loss, seed)

@@ -92,7 +92,7 @@ def documents(config: TextConfig, counts: Counter[str] | None = None) -> Iterato
         raise ConfigError(f"text.source: {config.source} holds no text ({counts['empty']} empty documents)")
 
 
-def identity(config: TextConfig) -> Any:
+def data_identity(config: TextConfig) -> Any:
     """Returns what the data are, JSON-ready: a digest of local files, versions for quickstart, id and revision else."""
     path = Path(config.source).expanduser()
     if config.source == "quickstart":

@@ -26,7 +26,7 @@ from sae.base.files import cache_dir, made_once
 from sae.base.progress import UNWATCHED, Watch
 from sae.base.seeding import uniform
 from sae.base.store import Shards, ShardWriter, fingerprint_key
-from sae.text.documents import TextConfig, documents, identity
+from sae.text.documents import TextConfig, data_identity, documents
 from sae.text.packing import Packer
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def tokenize(
     Raises ConfigError if the text gives no row, or none to hold out; DataError if the cached rows are damaged.
     """
     config.validate()
-    full = {**fingerprint, **made_from(config, tokenizer), "version": VERSION}
+    full = {**fingerprint, **rows_made_from(config, tokenizer), "version": VERSION}
     key = fingerprint_key(full)
     folder = cache_dir() / "tokens" / key
     made_once(folder, lambda draft: _fill(draft, full, config, tokenizer, watch), watch)
@@ -116,10 +116,10 @@ def tokenize(
     return TokenizedText(parts["train"], parts["held_out"], parts["train"].shards.meta, key)
 
 
-def made_from(config: TextConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+def rows_made_from(config: TextConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Returns what token rows of a text depend on beside the model: settings, data and tokenizer, for a fingerprint."""
     settings = {name: value for name, value in asdict(config).items() if name not in ("source", "streaming")}
-    return {"tokenizer": tokenizer_digest(tokenizer), "text": settings, "data": identity(config)}
+    return {"tokenizer": tokenizer_digest(tokenizer), "text": settings, "data": data_identity(config)}
 
 
 def is_held_out(document_id: str, share: float) -> bool:
@@ -151,7 +151,7 @@ def _fill(
 
     for batch in _batches(_assigned(config, counts)):
         watch.poll("while tokenizing")
-        for piece, ids in zip(batch, encode(tokenizer, [piece.text for piece in batch]), strict=True):
+        for piece, ids in zip(batch, encode_texts(tokenizer, [piece.text for piece in batch]), strict=True):
             left = _left(config, counts) if piece.part == "train" else sys.maxsize
             if left > 0:
                 last = piece.last or len(ids) >= left
@@ -239,7 +239,7 @@ def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[Int[np.ndarray, "n"]]:
+def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[Int[np.ndarray, "n"]]:
     """Yields the token ids of each text, none of them special.
 
     `split_special_tokens` stops a tokenizer from looking for special tokens in text; that its vocabulary spells one

@@ -85,7 +85,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return tensors, read_json(folder / STATE)
 
 
-def begun(run_dir: Path) -> bool:
+def has_begun(run_dir: Path) -> bool:
     """Returns whether a run has trained in a folder: there is something to resume, which a new run would overwrite."""
     return any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "coders"))
 
@@ -100,14 +100,14 @@ def locked(run_dir: Path, resume: bool) -> Iterator[None]:
                     held.enter_context(FolderLock(run_dir))
                 except ConfigError as error:
                     raise ConfigError(f"run_dir: {error}") from error
-                if begun(run_dir) and not resume:
+                if has_begun(run_dir) and not resume:
                     raise ConfigError(
                         f"run_dir: {run_dir} holds a run; continue it with --resume {run_dir}, or name another"
                     )
         yield
 
 
-def resumed(config: TrainConfig, folder: Path) -> TrainConfig:
+def resumed_config(config: TrainConfig, folder: Path) -> TrainConfig:
     """Returns the run's own config with what may change of `config`: logging, evaluation, retention.
 
     ConfigError names a field whose change would make it another run.

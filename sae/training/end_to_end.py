@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae.lm.hooks import model_inputs
 from sae.lm.intervene import replace_at
-from sae.lm.masking import counted
+from sae.lm.masking import next_token_mask
 from sae.lm.models import LanguageModel
 from sae.lm.site import Site
 from sae.objectives import Spliced
@@ -32,7 +32,7 @@ def splicer(
     def run(number: int, outputs: Float[Tensor, "m d_out"]) -> Spliced:
         tokens, kept = (part.to(lm.device) for part in chunks[number])
         outputs = outputs.to(lm.device)
-        chosen = counted(tokens, kept)
+        chosen = next_token_mask(tokens, kept)
 
         def logits() -> Tensor:
             found = lm.model(**model_inputs(lm, tokens)).logits[:, :-1][chosen]

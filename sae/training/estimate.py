@@ -13,12 +13,12 @@ from torch._subclasses import FakeTensorMode
 
 from sae.base.units import data_size, duration
 from sae.evaluation.evaluation import rows_per_pass
-from sae.lm.hooks import of_model, widths
+from sae.lm.hooks import site_widths, sites_of_model
 from sae.lm.models import DTYPES, LanguageModel, resolve_device, untrained
 from sae.lm.site import SECOND, Site
 from sae.stream.batch import LANES
 from sae.training.config import TrainConfig
-from sae.training.planning import Planned, paired, planned
+from sae.training.planning import CoderPlan, plan_coders, site_pairs
 
 FLOAT = 4
 LATER = 250_000_000  # measured: model code, plotting and the allocator's slack come after the estimate
@@ -69,18 +69,18 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     with FakeTensorMode():
         lm = untrained(config.model, trust_remote_code)
         second = untrained(config.second_model, trust_remote_code) if config.second_model.name else None
-        pairs = paired(config, lm, second)
+        pairs = site_pairs(config, lm, second)
         sites = list({site.name: site for pair in pairs for site in pair}.values())
-        width = widths(lm, of_model(sites, ""))
+        width = site_widths(lm, sites_of_model(sites, ""))
         if second:
-            width |= widths(second, of_model(sites, SECOND))
-        plans = planned(config, pairs, width)
+            width |= site_widths(second, sites_of_model(sites, SECOND))
+        plans = plan_coders(config, pairs, width)
     copies = [(p.parameters, 5 if p.optim.ema else 4) for p in plans]  # weights, gradients, two moments, an average
     context, settings = config.text.context_length, config.activations
     item = DTYPES[settings.dtype].itemsize
     row = sum(width.values()) * item * (2 if config.gradient_loss else 1)
     block = settings.block_rows * context * row
-    models = [(model, of_model(sites, tag)) for model, tag in ((lm, ""), (second, SECOND)) if model]
+    models = [(model, sites_of_model(sites, tag)) for model, tag in ((lm, ""), (second, SECOND)) if model]
     weights = sum(p.numel() for model, _ in models for p in model.model.parameters())
     device = resolve_device(config.model.device)
     dtype = DTYPES.get(config.model.dtype)
@@ -130,7 +130,7 @@ def measured_flops_per_s(device: torch.device) -> float:
     return count * 2 * 512**3 / (time.perf_counter() - began)
 
 
-def _measured(plan: Planned) -> int:
+def _measured(plan: CoderPlan) -> int:
     """Returns how many numbers of a token are measured at once."""
     return plan.d_in + (plan.d_out if plan.reads != plan.writes else 0)
 

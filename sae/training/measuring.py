@@ -47,7 +47,7 @@ class Statistics:
         return f"{norms}; {self.outliers:,} of {self.tokens:,} tokens beyond the norm limit are masked"
 
 
-def sample(source: Source, tokens: int, watch: Watch) -> dict[str, Float[Tensor, "n d"]]:
+def sample_activations(source: Source, tokens: int, watch: Watch) -> dict[str, Float[Tensor, "n d"]]:
     """Returns, by site, the activations of about `tokens` tokens from blocks spread evenly over the text."""
     blocks, n_blocks = [source.read(0)], len(source)
     stride = max(1, n_blocks // max(1, -(-tokens // max(1, len(blocks[0])))))

@@ -6,12 +6,12 @@ from sae.base.errors import ConfigError
 from sae.coder.spec import CoderSpec
 from sae.lm.models import LanguageModel
 from sae.lm.site import SECOND, Site
-from sae.lm.sites import resolve
+from sae.lm.sites import resolve_sites
 from sae.training.config import CoderConfig, OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)
-class Planned:
+class CoderPlan:
     """One coder to train: where it reads and writes, and how it is built."""
 
     name: str
@@ -60,23 +60,23 @@ class Planned:
         return encoder + decoder + extra + self.d_sae + self.d_out + self.d_in * (spec.pre_bias == "own")
 
 
-def paired(config: TrainConfig, lm: LanguageModel, second: LanguageModel | None = None) -> list[tuple[Site, Site]]:
+def site_pairs(config: TrainConfig, lm: LanguageModel, second: LanguageModel | None = None) -> list[tuple[Site, Site]]:
     """Returns the (read, written) sites that a config names, in order; of an autoencoder both are one.
 
     ConfigError for a site that is not there, and for a model that cannot do what the config asks for.
     The sites of a second model follow those of the first, with a tag.
     """
     if second is not None:
-        pairs = [tuple(replace(site, tag=SECOND) for site in pair) for pair in paired(config, second)]
-        return paired(config, lm) + pairs  # type: ignore[return-value]
+        pairs = [tuple(replace(site, tag=SECOND) for site in pair) for pair in site_pairs(config, second)]
+        return site_pairs(config, lm) + pairs  # type: ignore[return-value]
     if not lm.is_causal and (config.needs_rows or config.gradient_loss):
         what = "end-to-end terms (kl, ce) need" if config.needs_rows else "selection gradient_topk needs"
         raise ConfigError(f"coder: {what} a model that predicts the next token, and {lm.name} does not")
     settings, pairs = config.activations, []
     for i, typed in enumerate(settings.sites):
-        reads = resolve(lm.model, [typed], lm.name, lm.revision)
+        reads = resolve_sites(lm.model, [typed], lm.name, lm.revision)
         target = settings.targets[i] if settings.targets else None
-        writes = resolve(lm.model, [target], lm.name, lm.revision, "activations.targets") if target else reads
+        writes = resolve_sites(lm.model, [target], lm.name, lm.revision, "activations.targets") if target else reads
         if len(reads) != len(writes):
             found = f"{len(writes)} sites, but {typed!r} {len(reads)}"
             raise ConfigError(f"activations.targets: {target!r} names {found}; each site needs its own target")
@@ -84,13 +84,13 @@ def paired(config: TrainConfig, lm: LanguageModel, second: LanguageModel | None 
     return list(dict.fromkeys(pairs))
 
 
-def planned(config: TrainConfig, pairs: list[tuple[Site, Site]], widths: dict[str, int]) -> list[Planned]:
+def plan_coders(config: TrainConfig, pairs: list[tuple[Site, Site]], widths: dict[str, int]) -> list[CoderPlan]:
     """Returns the coders of every grid point, site by site; ConfigError for what does not fit the sites.
 
     `widths` are those of the sites by name, in the order in which the model computes them. Grid points with a skip
     path leave out autoencoders.
     """
-    by_place: dict[str, list[Planned]] = {}
+    by_place: dict[str, list[CoderPlan]] = {}
     for label, coder, optim in config.points():
         alone = {_folder(*pair): [pair] for pair in pairs}
         for place, group in alone.items() if coder.layout == "per_site" else [(coder.layout, pairs)]:
@@ -99,7 +99,7 @@ def planned(config: TrainConfig, pairs: list[tuple[Site, Site]], widths: dict[st
             )
             if coder.layout != "crosscoder":
                 _check_order(reads, writes, list(widths), coder.layout == "cross_layer")
-            plan = Planned(f"{place}/{label}" if label else place, reads, writes, coder, optim)
+            plan = CoderPlan(f"{place}/{label}" if label else place, reads, writes, coder, optim)
             coder.validate(plan.d_in)
             if coder.skip and reads == writes:  # it would copy its input
                 continue

@@ -13,11 +13,11 @@ from sae.base.errors import ConfigError
 from sae.base.files import atomic_write, cache_dir, write_json
 from sae.base.progress import Progress, Watch
 from sae.base.settings import decode, read_yaml, to_yaml
-from sae.base.store import fingerprint_key, repair
+from sae.base.store import fingerprint_key, remove_damaged
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.lm.environment import environment
-from sae.lm.hooks import of_model, widths
+from sae.lm.hooks import site_widths, sites_of_model
 from sae.lm.masking import MaskSpec
 from sae.lm.models import DTYPES, LanguageModel, ModelConfig, load_language_model
 from sae.lm.site import SECOND
@@ -30,8 +30,8 @@ from sae.text.documents import commit_of_data, documents
 from sae.text.tokenizing import TokenizedText, special_ids, tokenize
 from sae.training import checkpoint
 from sae.training.config import TrainConfig
-from sae.training.measuring import Recipe, Statistics, measure, sample
-from sae.training.planning import Planned, paired, planned
+from sae.training.measuring import Recipe, Statistics, measure, sample_activations
+from sae.training.planning import CoderPlan, plan_coders, site_pairs
 from sae.training.trainer import CoderTrainer, Schedule, new_coder
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Setting:
     """As it stands in the folder's config.yaml."""
     folder: Path
     reading: Reading
-    plans: list[Planned]
+    plans: list[CoderPlan]
     text: TokenizedText
     fingerprint: dict[str, Any]
     """What is read: models, precision, text."""
@@ -68,12 +68,12 @@ def set_up(config: TrainConfig, folder: Path, resume: bool, watch: Watch, trust_
     lm, second = load(config.model), load(config.second_model) if config.second_model.name else None
     if second and second.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
         raise ConfigError(f"second_model.name: {second.name} has another tokenizer than {lm.name}")
-    pairs = paired(config, lm, second)
+    pairs = site_pairs(config, lm, second)
     sites = list({site.name: site for pair in pairs for site in pair}.values())
-    found = widths(lm, of_model(sites, ""))
+    found = site_widths(lm, sites_of_model(sites, ""))
     if second:
-        found |= widths(second, of_model(sites, SECOND))
-    plans = planned(config, pairs, found)
+        found |= site_widths(second, sites_of_model(sites, SECOND))
+    plans = plan_coders(config, pairs, found)
     if not resume:
         with collectives.together():
             if collectives.rank() == 0:  # from here on the run can be resumed, if only from its start
@@ -132,7 +132,7 @@ def open_source(setting: Setting, watch: Watch) -> Source:
     if watch.repair:
         with collectives.together():
             if share.rank == 0:
-                repair(folder, "activations", fingerprint)
+                remove_damaged(folder, "activations", fingerprint)
     source = CachedSource(live, folder, fingerprint, part=str(share.rank))
     if settings.source == "disk":
         progress = Progress("storing activations", len(source), "blocks", visible=share.rank == 0)
@@ -158,7 +158,7 @@ def new_trainers(setting: Setting, source: Source, saved: Path | None, watch: Wa
     config, device, trainers = setting.config, setting.reading.lm.device, {}
     schedule = Schedule(config.steps, config.dead_after, setting.micro_tokens, DTYPES[config.precision])
     specs = json.loads((saved / checkpoint.STATE).read_text())["specs"] if saved else {}
-    samples = {} if saved else sample(source, config.activations.statistics_tokens, watch)
+    samples = {} if saved else sample_activations(source, config.activations.statistics_tokens, watch)
     measured: dict[tuple[Any, ...], Statistics] = {}
     for plan in setting.plans:
         if saved:

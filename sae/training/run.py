@@ -31,7 +31,7 @@ from sae.stream.batch import ActivationBatch
 from sae.training import checkpoint
 from sae.training.config import TrainConfig
 from sae.training.end_to_end import splicer
-from sae.training.planning import Planned
+from sae.training.planning import CoderPlan
 from sae.training.preparing import Setting, new_trainers, open_source, open_stream, set_up
 from sae.training.report import write_report
 from sae.training.trainer import Batch, CoderTrainer, NonFiniteError
@@ -66,7 +66,7 @@ def train(
     config.validate()
     folder = Path(run_dir or config.run_dir or Path("runs") / config.name).expanduser()
     if resume:
-        config = checkpoint.resumed(config, folder)
+        config = checkpoint.resumed_config(config, folder)
     with collectives.process_group(), stop_flag() as stop, checkpoint.locked(folder, resume):
         check_writable(cache_dir(), "SAE_CACHE")
         name = config.log.tracker if collectives.rank() == 0 else "none"
@@ -192,7 +192,7 @@ class Run:
             self._skip("; ".join(errors), batch)
         return lines
 
-    def _batch(self, batch: ActivationBatch, plan: Planned, coder: SparseCoder) -> Batch:
+    def _batch(self, batch: ActivationBatch, plan: CoderPlan, coder: SparseCoder) -> Batch:
         """Returns a coder's share of what was streamed: its sites side by side, without outliers."""
         usual = norm_mask({name: batch.activations[name] for name in plan.sites}, coder.spec.mask)
         device = coder.W_enc.device

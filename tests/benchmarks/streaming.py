@@ -25,13 +25,13 @@ from sae.base.progress import UNWATCHED
 from sae.base.settings import decode
 from sae.lm.masking import MaskSpec, norm_mask
 from sae.lm.models import load_language_model
-from sae.lm.sites import resolve
+from sae.lm.sites import resolve_sites
 from sae.stream.lanes import Stream
 from sae.stream.sources import Blocks, LiveSource, Reading
 from sae.text.documents import TextConfig
 from sae.text.tokenizing import special_ids, tokenize
 from sae.training.config import CoderConfig
-from sae.training.measuring import Recipe, measure, sample
+from sae.training.measuring import Recipe, measure, sample_activations
 from sae.training.optim import OptimConfig
 from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
 
@@ -71,13 +71,13 @@ class Bench:
     def __init__(self, args) -> None:
         self.args = args
         lm = load_language_model(args.model)
-        sites = resolve(lm.model, [args.site])
+        sites = resolve_sites(lm.model, [args.site])
         config = TextConfig(source=args.text, context_length=args.context, max_tokens=300_000)
         text = tokenize(config, lm.tokenizer, lm.source())
         mask = MaskSpec(tuple(special_ids(lm.tokenizer)))
         self.name, reads = sites[0].name, tuple(sites)
         self.live = LiveSource(Reading(lm, sites, mask), Blocks(text.train, args.block_rows, 0))
-        seen = sample(self.live, 16_384, UNWATCHED)
+        seen = sample_activations(self.live, 16_384, UNWATCHED)
         self.trainers = []
         for name in args.coders:
             coder = coder_config(name, args.d_sae, args.k)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.special import log_softmax, rel_entr
 
-from sae.evaluation.metrics import Moments, Reconstruction, fvu, kl_divergence, recovered
+from sae.evaluation.metrics import Moments, Reconstruction, fvu, kl_divergence, loss_recovered
 from sae.kernels.codes import SparseLatents, by_rows
 
 N, D, WIDTH, K = 60, 6, 12, 3
@@ -79,7 +79,7 @@ def test_extremes_have_their_known_values():
 def test_no_ratio_where_there_is_nothing_to_explain():
     constant = torch.ones(N, D)
     assert gathered(constant, constant + 1, data()[2], 7).result()["fvu"] is None
-    assert recovered(2.0, 2.5, 2.0) is None
+    assert loss_recovered(2.0, 2.5, 2.0) is None
 
 
 def test_moments_of_large_offsets_keep_their_variance():
@@ -102,6 +102,6 @@ def test_kl_divergence_against_scipy():
 
 
 def test_recovered_is_one_for_no_harm_and_zero_for_ablation():
-    assert recovered(2.0, 2.0, 8.0) == 1
-    assert recovered(2.0, 8.0, 8.0) == 0
-    assert recovered(2.0, 11.0, 8.0) == -0.5
+    assert loss_recovered(2.0, 2.0, 8.0) == 1
+    assert loss_recovered(2.0, 8.0, 8.0) == 0
+    assert loss_recovered(2.0, 11.0, 8.0) == -0.5

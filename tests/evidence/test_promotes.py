@@ -12,7 +12,7 @@ from sae.coder.spec import CoderSpec
 from sae.lm.hooks import capture
 from sae.lm.intervene import add
 from sae.lm.site import Site
-from sae.lm.sites import resolve
+from sae.lm.sites import resolve_sites
 from sae.selection.topk import TopK
 
 TOKENS = torch.tensor([[0, 40, 41, 90, 7, 33]])
@@ -55,7 +55,7 @@ def extremes(lm, change, count):
 @pytest.mark.parametrize("family", LAYERS)
 def test_the_ranking_is_that_of_the_models_own_logits(family):
     lm = subject_lm(family)
-    site = resolve(lm.model, ["blocks.2.hook_resid_post"])[0]
+    site = resolve_sites(lm.model, ["blocks.2.hook_resid_post"])[0]
     stream = last(lm, site)
     centered = family in ("gpt2", "neox")
     rows = without(torch.randn(5, D).double() + 0.5, stream - stream.mean() if centered else stream)
@@ -74,10 +74,10 @@ def test_what_is_written_below_goes_to_the_stream_as_the_model_takes_it(family, 
     lm = subject_lm(family)
     below = {"attention": {"gpt2": "attn", "neox": "attention"}.get(family, "self_attn"), "mlp": "mlp"}
     typed = f"{LAYERS[family]}.2.{below[name]}" if name in below else f"blocks.2.{name}"
-    site = resolve(lm.model, [typed])[0]
+    site = resolve_sites(lm.model, [typed])[0]
     attention = "att" in name
     after = "blocks.2.hook_resid_mid" if attention and family != "neox" else "blocks.2.hook_resid_post"
-    stream = resolve(lm.model, [after])[0]
+    stream = resolve_sites(lm.model, [after])[0]
     rows = torch.randn(3, last(lm, site).shape[0]).double()
     if family == "gemma2" and not site.hook.endswith("layernorm"):  # a norm follows: hold its scale
         norm = "post_attention_layernorm" if attention else "post_feedforward_layernorm"
@@ -100,7 +100,7 @@ def test_what_is_written_below_goes_to_the_stream_as_the_model_takes_it(family, 
 )
 def test_what_is_not_linear_in_the_stream_promotes_nothing(name):
     lm = subject_lm("llama")
-    coder = writing(resolve(lm.model, [name])[0], rows=torch.randn(2, D))
+    coder = writing(resolve_sites(lm.model, [name])[0], rows=torch.randn(2, D))
     assert promoted(lm, coder, [0, 1]) == [((), ()), ((), ())]
 
 

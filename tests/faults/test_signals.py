@@ -23,7 +23,7 @@ CHANGES = {"activations.source": "disk", "eval.every_steps": 8}
 PHASES = {
     "preparing tokens": (sae.text.tokenizing, "documents", 1, []),
     "storing activations": (sae.stream.sources.LiveSource, "read", 50, []),
-    "measuring": (sae.training.preparing, "sample", 1, []),
+    "measuring": (sae.training.preparing, "sample_activations", 1, []),
     "a step": (sae.training.trainer.CoderTrainer, "step", 8, [5, 8]),
     "an evaluation on the way": (sae.training.run, "evaluate", 1, [5, 8]),
     "the last evaluation": (sae.training.run, "evaluate", 3, [15, 20]),
@@ -125,13 +125,13 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, config, rank)
 
 def stop_while_measuring() -> None:
     if os.environ["RANK"] == "1":
-        original = sae.training.preparing.sample
+        original = sae.training.preparing.sample_activations
 
         def sample(*args):
             signal.raise_signal(signal.SIGTERM)
             return original(*args)
 
-        sae.training.preparing.sample = sample
+        sae.training.preparing.sample_activations = sample
 
 
 def test_a_signal_to_one_rank_while_measuring_stops_all(tmp_path, config):

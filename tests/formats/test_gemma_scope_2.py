@@ -10,7 +10,7 @@ from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGe
 
 import sae
 from sae.base.errors import ConfigError, DataError
-from sae.lm.sites import located, resolve
+from sae.lm.sites import find_module, resolve_sites
 from sae.loading.hub import load_all
 
 REPOSITORY = "google/gemma-scope-2-4b-pt"
@@ -299,6 +299,6 @@ def test_the_sites_are_found_with_and_without_images(tmp_path, build, prefix, ki
     spec, model = sae.load(folder).spec, build()
     for site, place in zip((spec.reads[0], spec.writes[0]), PLACES[kind], strict=True):
         path, _, side = f"{prefix}.layers.1.{place}".rpartition(".")
-        found = resolve(model, [site.name])
+        found = resolve_sites(model, [site.name])
         assert [(s.hook, s.side) for s in found] == [(path, side)]
-        assert located(model, site) == (model.get_submodule(path), side)
+        assert find_module(model, site) == (model.get_submodule(path), side)

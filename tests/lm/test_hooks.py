@@ -16,11 +16,11 @@ from transformers import (
 )
 
 from sae.base.errors import ConfigError
-from sae.lm.hooks import capture, capture_with_gradients, widths
+from sae.lm.hooks import capture, capture_with_gradients, site_widths
 from sae.lm.masking import MaskSpec, norm_mask, token_mask
 from sae.lm.models import LanguageModel
 from sae.lm.site import Site
-from sae.lm.sites import resolve
+from sae.lm.sites import resolve_sites
 from sae.stream.batch import Block
 from sae.stream.sources import CachedSource
 from sae.text.packing import PADDING
@@ -49,7 +49,7 @@ def tokens(rows=3, context=7):
 
 
 def at(lm, *typed):
-    return resolve(lm.model, typed)
+    return resolve_sites(lm.model, typed)
 
 
 @pytest.mark.parametrize(
@@ -166,13 +166,13 @@ def test_of_a_tuple_the_first_is_meant_and_keyword_inputs_are_seen(toy):
 def test_a_site_that_cannot_be_read_is_named(toy, site, message):
     sites = [site, Site("unused")] if site.hook == "shared" else [site]
     with pytest.raises(ConfigError, match=message):
-        widths(toy, sites)
+        site_widths(toy, sites)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in toy.model.modules())
 
 
 def test_widths_of_all_kinds_of_site():
     lm = causal("llama")
-    found = widths(lm, at(lm, "layers.0", "layers.0.mlp.down_proj:input", "lm_head"))
+    found = site_widths(lm, at(lm, "layers.0", "layers.0.mlp.down_proj:input", "lm_head"))
     assert found == {"model.layers.0": D, "model.layers.0.mlp.down_proj:input": 32, "lm_head": VOCABULARY}
 
 

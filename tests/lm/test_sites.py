@@ -26,7 +26,7 @@ from transformers import (
 from sae.base.errors import ConfigError
 from sae.lm.hooks import capture
 from sae.lm.models import LanguageModel
-from sae.lm.sites import ALIASES, resolve
+from sae.lm.sites import ALIASES, resolve_sites
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2, "vocab_size": 30}
 MODELS = {
@@ -52,7 +52,7 @@ def model(kind):
 
 
 def names(kind, *typed):
-    return [site.name for site in resolve(model(kind), typed)]
+    return [site.name for site in resolve_sites(model(kind), typed)]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_each_site_once_in_the_order_typed():
 def test_the_residual_stream_adds_up(kind):
     """Pre + attention = mid and mid + MLP = post: each alias is where TransformerLens says it is."""
     hooks = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-    sites = {hook: resolve(model(kind), [f"blocks.1.hook_{hook}"])[0] for hook in hooks}
+    sites = {hook: resolve_sites(model(kind), [f"blocks.1.hook_{hook}"])[0] for hook in hooks}
     lm = LanguageModel(model(kind), None, kind, None, True)
     seen = capture(lm, list(sites.values()), torch.randint(0, 30, (2, 5)))
     x = {hook: seen[site.name] for hook, site in sites.items() if site.name in seen}
@@ -137,9 +137,9 @@ def test_the_residual_stream_adds_up(kind):
 
 
 def test_only_concatenated_heads_have_a_head_count():
-    found = resolve(model("llama"), [f"blocks.0.{alias}" for alias in ALIASES])
+    found = resolve_sites(model("llama"), [f"blocks.0.{alias}" for alias in ALIASES])
     assert {site.name: site.heads for site in found if site.heads} == {"model.layers.0.self_attn.o_proj:input": 2}
-    bert = resolve(
+    bert = resolve_sites(
         model("bert"), ["encoder.layer.0.attention.output.dense:input", "encoder.layer.0.output.dense:input"]
     )
     assert [site.heads for site in bert] == [2, None]

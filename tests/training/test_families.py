@@ -30,7 +30,7 @@ from sae.training.choosing import Chooser
 from sae.training.config import CoderConfig
 from sae.training.measuring import Recipe, measure
 from sae.training.optim import OptimConfig
-from sae.training.planning import paired
+from sae.training.planning import site_pairs
 from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
 
 D = 16
@@ -390,7 +390,7 @@ def paired_of(lm, sites, targets=()):
     from types import SimpleNamespace
 
     settings = SimpleNamespace(activations=SimpleNamespace(sites=tuple(sites), targets=tuple(targets)))
-    return paired(settings, lm)  # type: ignore[arg-type]
+    return site_pairs(settings, lm)  # type: ignore[arg-type]
 
 
 def test_sites_and_targets_are_paired_in_order(lm):

@@ -11,7 +11,7 @@ from sae.coder.normalization import Normalization
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
 from sae.stream.batch import Block
-from sae.training.measuring import Recipe, geometric_median, measure, sample
+from sae.training.measuring import Recipe, geometric_median, measure, sample_activations
 
 D = 6
 
@@ -69,12 +69,12 @@ def test_a_sample_is_spread_over_the_text_and_can_be_stopped():
             return Block({"x": torch.full((10, 2), float(block))}, {})
 
     source = Source()
-    found = sample(source, 95, Watch())["x"]  # type: ignore[arg-type]
+    found = sample_activations(source, 95, Watch())["x"]  # type: ignore[arg-type]
     assert found.shape == (95, 2)
     assert sorted(set(found[:, 0].tolist())) == [10.0 * i for i in range(10)]
     assert len(source.reads) == 10  # none twice
     with pytest.raises(Stopped):
-        sample(source, 95, Watch(lambda: True))  # type: ignore[arg-type]
+        sample_activations(source, 95, Watch(lambda: True))  # type: ignore[arg-type]
 
 
 def two_sites(n=3000):
