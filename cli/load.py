@@ -15,9 +15,11 @@ from sae.base.units import data_size
 if TYPE_CHECKING:
     from sae.coder.coder import SparseCoder
     from sae.loading.outline import Outline
-    from sae.loading.releases import Listed, Release
+    from sae.loading.releases import Release, ReleaseSummary
     from sae.loading.remote import HubFiles
-    from sae.untrusted.places import Files, Hints, Place
+    from sae.untrusted.files import Files
+    from sae.untrusted.hints import Hints
+    from sae.untrusted.places import Place
 
 EPILOG = """ID is what sae.load takes: a folder or file, OWNER/REPO[/FOLDER] on the hub, SAELens' RELEASE/SAE_ID, or
 Neuronpedia's MODEL/SOURCE.
@@ -83,7 +85,7 @@ def _list(options: argparse.Namespace) -> int:
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return DONE
     head = ("release", "model", "coders", "layers", "widths", "L0", "format", "verified")
-    _print_table([head, *map(_listed, rows)])
+    _print_table([head, *map(_release_row, rows)])
     print(f"\n{len(rows)} releases, {sum(row.coders or 0 for row in rows):,} coders; sae-load show RELEASE lists them")
     return DONE
 
@@ -102,7 +104,7 @@ def _show(options: argparse.Namespace) -> int:
     files, below, hints = _located(options)
     found = coders_at(files, below, hints)
     if len(found) == 1:
-        _print_table(_rows(options.id, outline(found[0])))
+        _print_table(_facts(options.id, outline(found[0])))
         return DONE
     folders = [place.folder for place in found]
     for place in found:
@@ -114,7 +116,7 @@ def _show(options: argparse.Namespace) -> int:
 
 def _fetch(options: argparse.Namespace) -> int:
     """Fetch the files of a coder, of all coders of a release, or of a whole repository."""
-    from sae.loading.outline import coders_at, needed, outline, with_configs
+    from sae.loading.outline import coders_at, files_needed, outline, with_configs
     from sae.loading.remote import HubFiles
 
     members = _members(options.id)
@@ -129,7 +131,7 @@ def _fetch(options: argparse.Namespace) -> int:
             return DONE
         found = coders_at(files, below, hints)
         whole = [name for name in files.names() if not below or name.startswith(f"{below}/")]
-        names = needed(outline(found[0])) if len(found) == 1 else with_configs(files, whole)
+        names = files_needed(outline(found[0])) if len(found) == 1 else with_configs(files, whole)
     target = Path(options.to).expanduser() / files.identity if options.to else None
     _download(files, names, target)
     print(f"in           {(target or files.snapshot) / below}")
@@ -151,7 +153,7 @@ def _download(files: "HubFiles", names: list[str], target: Path | None) -> None:
         )
     for number, name in enumerate(left, 1):
         print(f"{f'{number}/{len(left)}':12} {name}  {data_size(sizes.get(name, 0))}", flush=True)
-        digests.verify(files.copied(name, target) if target else files.path(name))
+        digests.verify(files.copy_into(name, target) if target else files.path(name))
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -159,7 +161,7 @@ def _convert(options: argparse.Namespace) -> int:
     from sae.loading import hub
     from sae.loading.converting import convert
 
-    coder = hub.load(options.id, **_how(options))
+    coder = hub.load(options.id, **_load_arguments(options))
     changed = convert(coder, options.to, options.folder)
     print(f"written      {Path(options.folder).expanduser()}, in the format {options.to}")
     if changed:
@@ -172,7 +174,7 @@ def _push(options: argparse.Namespace) -> int:
     from sae.loading import hub
     from sae.loading.card import push
 
-    coders = hub.load_all(options.id, **_how(options))
+    coders = hub.load_all(options.id, **_load_arguments(options))
     if len(coders) == 1:
         coders = {"": next(iter(coders.values()))}
     print(f"pushed       {push(coders, options.repo, options.private)}")
@@ -204,55 +206,56 @@ def _doctor(options: argparse.Namespace) -> int:
 def _open_questions(options: argparse.Namespace) -> "dict[str, SparseCoder]":
     """Returns the coder under "" or, where its files leave a question open, one for each answer, by the option."""
     from sae.loading import hub
-    from sae.untrusted.places import Unsaid
+    from sae.untrusted.hints import Unsaid
 
     try:
-        return {"": hub.load(options.id, **_how(options))}
+        return {"": hub.load(options.id, **_load_arguments(options))}
     except Unsaid as unsaid:
         if not unsaid.choices:
             raise
         answers = {f"{unsaid.field.replace('_', '-')} {choice}": {unsaid.field: choice} for choice in unsaid.choices}
-        return {said: hub.load(options.id, **{**_how(options), **answer}) for said, answer in answers.items()}
+        return {said: hub.load(options.id, **(_load_arguments(options) | answer)) for said, answer in answers.items()}
 
 
-def _how(options: argparse.Namespace) -> dict[str, Any]:
+def _load_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Returns what was typed as `sae.load` takes it."""
     said = {**hints(options), "model": options.model_name}
     return {"revision": options.revision, "cache_dir": options.cache_dir, **said}
 
 
 def _located(options: argparse.Namespace) -> "tuple[Files, str, Hints]":
-    from sae.loading import hub
+    from sae.loading.hints import checked_hints
+    from sae.loading.hub import locate
 
-    files, below = hub.locate(options.id, options.revision, options.cache_dir)
-    return files, below, hub.told({**hints(options), "model": options.model_name})
+    files, below = locate(options.id, options.revision, options.cache_dir)
+    return files, below, checked_hints({**hints(options), "model": options.model_name})
 
 
 def _members(typed: str) -> "list[Release]":
     """Returns the coders of a release that has several; [] for any other address."""
     from sae.loading import releases
 
-    found = releases.coders(typed) if typed in releases.names() and not Path(typed).exists() else []
+    found = releases.coders_of(typed) if typed in releases.names() and not Path(typed).exists() else []
     return found if len(found) > 1 else []
 
 
-def _rows(typed: str, known: "Outline") -> list[tuple[str, str]]:
-    from sae.loading.card import described
+def _facts(typed: str, known: "Outline") -> list[tuple[str, str]]:
+    from sae.loading.card import description
 
     place = known.place
     commit = f", commit {place.files.revision}" if place.files.revision else ""
     rows = [("address", typed), ("files", f"{place.files.label}{commit}"), ("weights", place.weights)]
     rows.append(("format", known.format or "not known"))
     rows += [("tensor", f"{name} {dtype} {list(shape)}") for name, (dtype, shape) in known.tensors.items()]
-    rows += described(known.spec) if known.spec else [("spec", f"not known: {known.why}")]
-    return rows + _stated(place)
+    rows += description(known.spec) if known.spec else [("spec", f"not known: {known.why}")]
+    return rows + _published_facts(place)
 
 
-def _stated(place: "Place") -> list[tuple[str, str]]:
+def _published_facts(place: "Place") -> list[tuple[str, str]]:
     """Returns what the table of releases says of a coder."""
-    from sae.loading import releases
+    from sae.loading.hints import known_release
 
-    said = releases.about(place.files.identity, place.weights)
+    said = known_release(place)
     if said is None:
         return []
     rows = [
@@ -265,7 +268,7 @@ def _stated(place: "Place") -> list[tuple[str, str]]:
     return rows
 
 
-def _listed(row: "Listed") -> tuple[str, ...]:
+def _release_row(row: "ReleaseSummary") -> tuple[str, ...]:
     l0 = f"{row.l0[0]:g}-{row.l0[1]:g}" if row.l0 and row.l0[0] != row.l0[1] else _figure(row.l0[0] if row.l0 else None)
     coders = "?" if row.coders is None else str(row.coders)
     verified = "yes" if row.verified else "no"

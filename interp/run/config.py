@@ -17,8 +17,8 @@ from interp.scorers.fuzzing import Fuzzing
 from sae.base.errors import ConfigError, nearest
 from sae.base.settings import at_least, choose
 from sae.lm.models import ModelConfig
+from sae.loading.hints import Hints
 from sae.text.documents import TextConfig
-from sae.untrusted.places import Hints
 
 TOKENS, QUICKSTART_TOKENS = 10_000_000, 250_000
 BASELINES = ("none", "neurons", "topk_neurons", "random_direction", "random_init")

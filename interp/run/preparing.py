@@ -29,6 +29,7 @@ from sae.base.errors import ConfigError
 from sae.base.files import write_json
 from sae.base.progress import Progress
 from sae.base.seeding import generator
+from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED
 from sae.coder.splicing import with_special_tokens_masked
 from sae.evaluation.evaluation import text_of
@@ -36,7 +37,6 @@ from sae.lm.models import load_language_model, load_tokenizer, resolve_device
 from sae.loading import hub
 from sae.parallel import collectives
 from sae.text.documents import TextConfig
-from sae.untrusted.places import Place
 
 log = logging.getLogger(__name__)
 NEIGHBORS = 8
@@ -70,7 +70,7 @@ def resolved(config: ExplainConfig) -> ExplainConfig:
 
     Raises ConfigError if the coder cannot be loaded or does not say what it reads, or it has no such latents.
     """
-    spec = hub.read(replace(coder_place(config), lazy=True)).spec
+    spec = load_coder(config, lazy=True).spec
     if not spec.reads:
         raise ConfigError(f"coder.path: the coder in {config.coder.path} names no site to read; say coder.hints.site")
     model, text, run_dir = config.model, config.text, config.run_dir
@@ -104,13 +104,14 @@ def resolved(config: ExplainConfig) -> ExplainConfig:
     return replace(config, model=model, text=text, run_dir=run_dir, evidence=evidence, **plugins)
 
 
-def coder_place(config: ExplainConfig) -> Place:
-    """Returns where the one coder lies that is meant."""
+def load_coder(config: ExplainConfig, device: str | torch.device = "cpu", lazy: bool = False) -> SparseCoder:
+    """Returns the one coder that is meant."""
     asked = config.coder
     try:
-        return hub.pick(asked.path, asked.name, asked.revision, **vars(asked.hints))
+        place = hub.find_place(asked.path, asked.name, asked.revision, **vars(asked.hints))
     except ConfigError as error:
         raise ConfigError(f"coder.{error}") from None
+    return hub.read_coder(replace(place, lazy=lazy), device)
 
 
 def prepare(
@@ -147,7 +148,7 @@ def read_from(
     repair: bool = False,
 ) -> tuple[Subject, Corpus, KeyedCodes]:
     """Returns the coder (or its baseline) with its language model, the text of a resolved config, and its codes."""
-    coder = hub.read(coder_place(config), resolve_device(config.model.device))
+    coder = load_coder(config, resolve_device(config.model.device))
     options = {**vars(config.model), "trust_remote_code": trust_remote_code}
     if RELEASED in coder.spec.training:
         tokenizer = load_tokenizer(config.model.name, config.model.revision, trust_remote_code)

@@ -7,7 +7,7 @@ Each module has
     read(place) -> (spec, tensors)      in this toolkit's terms (`sae/coder/spec.py`); no fold, no guess
 
 and those that can be written `write(folder, coder)`. What a file is silent about, `read` asks of the user by
-`place.need`; what it does not know it refuses, naming the field or tensor.
+`place.required_hint`; what it does not know it refuses, naming the field or tensor.
 """
 
 import re
@@ -23,8 +23,10 @@ from sae.base.errors import ConfigError, DataError, nearest
 from sae.base.plugins import discover
 from sae.coder.spec import CoderSpec
 from sae.lm.sites import parse_pair, parse_site
-from sae.untrusted.foreign import shown
-from sae.untrusted.places import Files, Hints, Place
+from sae.untrusted.damage import printable
+from sae.untrusted.files import Files
+from sae.untrusted.hints import Hints
+from sae.untrusted.places import Place
 
 NATIVE = "native"  # the name of our own format
 
@@ -35,7 +37,7 @@ def formats() -> dict[str, ModuleType]:
     return discover(__name__, __path__)
 
 
-def named(files: Files, below: str = "", hints: Hints | None = None) -> list[Place]:
+def candidates(files: Files, below: str = "", hints: Hints | None = None) -> list[Place]:
     """Returns the weight files at or below a folder (or that one file) whose names are those of a format, sorted."""
     patterns = [re.compile(module.WEIGHTS) for module in formats().values()]
     start = f"{below}/" if below else ""
@@ -44,7 +46,7 @@ def named(files: Files, below: str = "", hints: Hints | None = None) -> list[Pla
     return [Place(files, name, hints or Hints()) for name in sorted(found)]
 
 
-def detected(place: Place) -> list[str]:
+def formats_of(place: Place) -> list[str]:
     """Returns the names of the formats that a place may be in: the one asked for, or all that recognize it."""
     asked = place.hints.format
     if asked is not None:
@@ -56,7 +58,7 @@ def detected(place: Place) -> list[str]:
     fitting = {n: m for n, m in formats().items() if re.fullmatch(m.WEIGHTS, place.name)}
     found = []
     for name, module in fitting.items():
-        with _readable(place, name):
+        with _naming_breakage(place, name):
             if module.detect(place):
                 found.append(name)
     return found
@@ -64,27 +66,27 @@ def detected(place: Place) -> list[str]:
 
 def read(place: Place) -> tuple[str, CoderSpec, dict[str, Tensor]]:
     """Returns (format, spec, tensors) of a place; ConfigError if it is in no known format, or may be in several."""
-    found = detected(place)
+    found = formats_of(place)
     if len(found) > 1:
         raise ConfigError(f"format: {place} may be {' or '.join(found)}; say which with format=")
     if not found:
         shapes = place.shapes()
         listed = ", ".join(f"{name} {list(shape)}" for name, shape in list(shapes.items())[:6])
         raise ConfigError(f"path: {place} is in no known format; it holds {listed or 'no tensors'}")
-    with _readable(place, found[0]):
+    with _naming_breakage(place, found[0]):
         spec, tensors = formats()[found[0]].read(place)
     for opened in place.opened:
-        opened.finish()
-    return found[0], _placed(spec, place), tensors
+        opened.refuse_unused()
+    return found[0], _with_hinted_sites(spec, place), tensors
 
 
-def _placed(spec: CoderSpec, place: Place) -> CoderSpec:
+def _with_hinted_sites(spec: CoderSpec, place: Place) -> CoderSpec:
     """Returns the spec with the sites and the model that the user says, where the format has not asked for them."""
     said, model = place.hints.site, place.hints.model
-    if said is not None and "site" not in place.asked:
+    if said is not None and "site" not in place.hints_read:
         if max(len(spec.reads), len(spec.writes)) > 1:
             raise ConfigError(f"site: {place} is of several sites, which its files name; leave it out")
-        spec = _moved(spec, said, place)
+        spec = _at_site(spec, said, place)
     if model is not None:
         reads, writes = (
             tuple(site if site.tag else replace(site, model=model) for site in sites)
@@ -94,7 +96,7 @@ def _placed(spec: CoderSpec, place: Place) -> CoderSpec:
     return spec
 
 
-def _moved(spec: CoderSpec, said: str, place: Place) -> CoderSpec:
+def _at_site(spec: CoderSpec, said: str, place: Place) -> CoderSpec:
     """Returns the spec of a coder of one site read and one written where the user says; what it is stays."""
     known = next((site.model for site in spec.reads), "")
     if "->" in said:
@@ -110,12 +112,12 @@ def _moved(spec: CoderSpec, said: str, place: Place) -> CoderSpec:
 
 
 @contextmanager
-def _readable(place: Place, name: str) -> Iterator[None]:
+def _naming_breakage(place: Place, name: str) -> Iterator[None]:
     """Makes whatever breaks a reader that takes a file for what it is not, such as a matrix for a bias, a DataError."""
     try:
         yield
     except (ConfigError, DataError, OSError, MemoryError):
         raise
     except Exception as error:
-        why = shown(f"{type(error).__name__}: {error}")
+        why = printable(f"{type(error).__name__}: {error}")
         raise DataError(f"{place} is damaged, or no {name} coder as they are known: {why}") from error

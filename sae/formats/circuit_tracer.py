@@ -31,7 +31,9 @@ from sae.selection import Selection
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU
 from sae.selection.unrectified_topk import UnrectifiedTopK
-from sae.untrusted.places import Place, Tensors, as_int, finite, one_of
+from sae.untrusted.configs import as_int, one_of
+from sae.untrusted.places import Place
+from sae.untrusted.tensors import Tensors, check_finite
 
 log = logging.getLogger(__name__)
 WEIGHTS = r"layer_\d+\.safetensors"
@@ -99,7 +101,7 @@ def sites(place: Place, config: Mapping[str, Any], layers: Iterable[int], widths
     """Returns (reads, writes), one site a layer, as the config or the user says; Unsaid if neither does."""
     asks = "feature_input_hook" not in config and "feature_output_hook" not in config
     how = "'blocks.*.READ->blocks.*.WRITTEN'"
-    said = place.need("site", "its config is not there", how) if asks else place.said("site")
+    said = place.required_hint("site", "its config is not there", how) if asks else place.hint("site")
     model = place.hints.model or model_id(str(config.get("model_name") or ""))
     if said is not None:
         hooks = tuple(said.split("->"))
@@ -172,7 +174,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
     tensors = {name: tensor.detach().cpu() for name, tensor in coder.state_dict().items()}
     if "threshold" in tensors:
         tensors[THRESHOLD] = tensors.pop("threshold").clamp_min(0)
-    finite(tensors, f"the coder for {folder}")
+    check_finite(tensors, f"the coder for {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG
     if path.exists() and read_yaml(path) != config:

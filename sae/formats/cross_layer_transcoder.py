@@ -17,7 +17,8 @@ from sae.coder.spec import CoderSpec
 from sae.formats.circuit_tracer import described, sites, thresholds
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU
-from sae.untrusted.places import Place, one_of
+from sae.untrusted.configs import one_of
+from sae.untrusted.places import Place
 
 WEIGHTS = r"W_enc_0\.safetensors"
 KIND = "cross_layer_transcoder"
@@ -55,7 +56,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     reads, writes = sites(place, config, range(n_layers), (d_in, d_out))
     if not reads:
         where = "'blocks.*.hook_resid_mid->blocks.*.hook_mlp_out' or the like, where * is the layer"
-        place.need("site", "it has no config.yaml with hooks", where)
+        place.required_hint("site", "it has no config.yaml with hooks", where)
     spec = CoderSpec(
         n_layers * d_in,
         n_layers * d_out,

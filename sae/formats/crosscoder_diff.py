@@ -15,7 +15,8 @@ from sae.coder.spec import CoderSpec
 from sae.lm.site import SECOND, Site
 from sae.lm.sites import model_id
 from sae.selection.relu import ReLU
-from sae.untrusted.places import Place, as_int
+from sae.untrusted.configs import as_int
+from sae.untrusted.places import Place
 
 WEIGHTS = r".+\.pt"
 FIELDS = {"d_in", "dict_size", "hook_point"}
@@ -39,7 +40,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         "W_dec": found.take("W_dec", d_sae, 2, d).reshape(d_sae, 2 * d),
         "b_dec": found.take("b_dec", 2, d).reshape(2 * d),
     }
-    hook, released = place.said("site") or str(config["hook_point"]), RELEASED in place.identity
+    hook, released = place.hint("site") or str(config["hook_point"]), RELEASED in place.identity
     first = place.hints.model or (MODELS[0] if released else model_id(str(config.get("model_name") or "")))
     models, scales = (first, MODELS[1] if released else ""), _scales(place, released)
     sites = tuple(
@@ -63,10 +64,10 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
 
 def _scales(place: Place, released: bool) -> tuple[float, ...]:
     """Returns the factor of each model: as the user says it, two numbers or one for both, or as it is known."""
-    if released and place.said("scale") is None:
+    if released and place.hint("scale") is None:
         return SCALES
     why = "each model's inputs were scaled to a mean norm of sqrt(d)"
-    said = place.need("scale", why, "(FIRST, SECOND), two factors sqrt(d) / E|x|, or one number for both")
+    said = place.required_hint("scale", why, "(FIRST, SECOND), two factors sqrt(d) / E|x|, or one number for both")
     scales = tuple(map(float, said if isinstance(said, (tuple, list)) else (said, said)))
     if len(scales) != 2 or not min(scales) > 0:
         raise ConfigError(f"scale: {said} is not one or two positive numbers, the factors of the two models of {place}")

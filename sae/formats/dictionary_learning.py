@@ -37,8 +37,10 @@ from sae.selection.jumprelu import JumpReLU
 from sae.selection.mutual_choice import MutualChoice
 from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
-from sae.untrusted import weights
-from sae.untrusted.places import Place, Tensors, as_int, finite, one_of
+from sae.untrusted.configs import as_int, one_of
+from sae.untrusted.pickles import read_pickle
+from sae.untrusted.places import Place
+from sae.untrusted.tensors import Tensors, check_finite
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +139,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
         trainer["k"] = spec.selection.k
         state["k"] = torch.tensor(spec.selection.k, dtype=torch.int)
         state["threshold"] = torch.tensor(spec.calibration[0] if spec.calibration else -1.0)
-    finite(state, folder)
+    check_finite(state, folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / FILE, lambda path: torch.save(state, path))
     write_json(folder / CONFIG, {"trainer": trainer, "buffer": {"ctx_len": spec.context_length}})
@@ -193,13 +195,13 @@ def _opened(place: Place) -> tuple[Tensors, Normalization]:
     if not own:
         return found, Normalization()
     found.ignore("step", "norm_factor", *(name for name in found if name.startswith("optimizer.")))  # of the training
-    factor = weights.read_pickle(place.path(place.name)).get("norm_factor")
+    factor = read_pickle(place.path(place.name)).get("norm_factor")
     if factor is None:
         why = "it is a backup without norm_factor, whose inputs may have been scaled"
-        scale = float(place.need("scale", why, "1 / norm_factor, or 1"))
+        scale = float(place.required_hint("scale", why, "1 / norm_factor, or 1"))
     else:
         scale = 1 / float(factor)
-    return place.taken(own), Normalization() if scale == 1 else Normalization("scalar", scale)
+    return place.as_tensors(own), Normalization() if scale == 1 else Normalization("scalar", scale)
 
 
 def _selection(place: Place, kind: str, trainer: dict[str, Any], found: Tensors) -> tuple[Selection, tuple[float, ...]]:

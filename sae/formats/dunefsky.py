@@ -17,11 +17,14 @@ from torch import Tensor
 from sae.base.errors import ConfigError, DataError
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
+from sae.formats._transformer_lens import centering, hinted_pair
 from sae.lm.site import Site
-from sae.lm.sites import model_id, parse_pair
+from sae.lm.sites import model_id
 from sae.selection.relu import ReLU
-from sae.untrusted import weights
-from sae.untrusted.places import Place, as_int
+from sae.untrusted.configs import as_int
+from sae.untrusted.pickles import Inert, read_pickle
+from sae.untrusted.places import Place
+from sae.untrusted.weights import flatten, verify
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +35,7 @@ PACKAGE = ("sae_training.",)
 def detect(place: Place) -> bool:
     """Returns whether the pickle holds a config and a state dict."""
     try:
-        return _is_pair(weights.read_pickle(place.path(place.name), PACKAGE))
+        return _is_pair(read_pickle(place.path(place.name), PACKAGE))
     except DataError:  # someone else's
         return False
 
@@ -41,11 +44,11 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     """Returns (spec, tensors)."""
     path = place.path(place.name)
     if not place.lazy:
-        weights.verify(path)
-    pair = weights.read_pickle(path, PACKAGE)
+        verify(path)
+    pair = read_pickle(path, PACKAGE)
     if not _is_pair(pair):
         raise DataError(f"{place}: expected a cfg of a class of sae_training and a state_dict")
-    config, found = vars(pair["cfg"]), place.taken(weights.flattened(pair["state_dict"]))
+    config, found = vars(pair["cfg"]), place.as_tensors(flatten(pair["state_dict"]))
     transcodes = bool(config.get("is_transcoder", False))
     d_sae, d_in = found["b_enc"].numel(), found["b_dec"].numel()
     written = "b_dec_out" if transcodes else "b_dec"
@@ -60,7 +63,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         tensors["b_pre"] = found.take("b_dec", d_in)
     reads, writes = _sites(place, config, transcodes)
     target = str(config.get("out_hook_point" if transcodes else "hook_point"))
-    normalization = place.centering(target, str(config.get("model_name") or ""))
+    normalization = centering(place, target, str(config.get("model_name") or ""))
     if normalization.per_token and transcodes:
         log.warning(
             "%s: trained on outputs without their mean over components (TransformerLens centers what is written to the "
@@ -86,7 +89,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
 
 def _is_pair(pair: Any) -> bool:
     parts = (pair.get("cfg"), pair.get("state_dict")) if isinstance(pair, dict) else (None, None)
-    return isinstance(parts[0], weights.Inert) and isinstance(parts[1], dict)
+    return isinstance(parts[0], Inert) and isinstance(parts[1], dict)
 
 
 def _sites(place: Place, config: dict[str, Any], transcodes: bool) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
@@ -97,7 +100,5 @@ def _sites(place: Place, config: dict[str, Any], transcodes: bool) -> tuple[tupl
     if isinstance(read, str) and isinstance(written, str) and read and written:
         return (Site(read, model=model),), (Site(written, model=model),)
     if transcodes:
-        return parse_pair(
-            place.need("site", "a transcoder reads one place and writes another", "'READ->WRITTEN'"), model
-        )
+        return hinted_pair(place, model)
     return (), ()

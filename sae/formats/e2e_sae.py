@@ -14,10 +14,12 @@ from torch.nn.functional import normalize
 
 from sae.base.errors import ConfigError, DataError, nearest
 from sae.coder.spec import CoderSpec
+from sae.formats._transformer_lens import centering
 from sae.lm.site import Site
 from sae.lm.sites import model_id
 from sae.selection.relu import ReLU
-from sae.untrusted.places import Place, as_int
+from sae.untrusted.configs import as_int
+from sae.untrusted.places import Place
 
 WEIGHTS = r"samples_\d+\.pt"
 CONFIG, MARK = "final_config.yaml", ".encoder.0.weight"
@@ -35,7 +37,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         raise DataError(f"{place}: {CONFIG} is not beside it, which says the model and how it was loaded")
     starts = [name.removesuffix(MARK) for name in found if name.endswith(MARK)]
     hooks = {start.replace("-", "."): start for start in starts}
-    hook = place.said("site") or (next(iter(hooks)) if len(hooks) == 1 else "")
+    hook = place.hint("site") or (next(iter(hooks)) if len(hooks) == 1 else "")
     if hook not in hooks:
         asked = f"{hook!r} is not in {place}" if hook else f"{place} holds coders of {len(hooks)} hooks"
         raise ConfigError(f"site: {asked}; say one of {', '.join(hooks)}.{nearest(hook, hooks)}")
@@ -60,7 +62,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         sites,
         sites,
         pre_bias="none",
-        normalization=place.centering(hook, model),
+        normalization=centering(place, hook, model),
         context_length=as_int(data.get("n_ctx") or 0, "train_data.n_ctx", place),
         training={"dataset": data.get("dataset_name")},
     )

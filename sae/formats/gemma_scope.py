@@ -38,7 +38,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     found = {name.lower(): opened[name] for name in opened}
     (d_sae,), (d_out,) = found["b_enc"].shape, found["b_dec"].shape
     d_in = sum(found["w_enc"].shape) - d_sae
-    lower = place.taken(found)
+    lower = place.as_tensors(found)
     tensors = {
         "W_enc": lower.matrix("w_enc", d_sae, d_in, transposed=True),
         "W_dec": lower.matrix("w_dec", d_sae, d_out),
@@ -52,7 +52,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     normalization = Normalization()
     if "/embedding/" in _below(place):
         why = "hook_embed has Gemma's factor sqrt(d), and the coder may be of embeddings without it"
-        scale = float(place.need("scale", why, f"1 or {d_in**-0.5:.6g}", (1.0, d_in**-0.5)))
+        scale = float(place.required_hint("scale", why, f"1 or {d_in**-0.5:.6g}", (1.0, d_in**-0.5)))
         normalization = normalization if scale == 1 else Normalization("scalar", scale)
     l0 = re.search(r"average_l0_(\d+)/", _below(place))
     spec = CoderSpec(
@@ -92,7 +92,7 @@ def _sites(place: Place) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
         why = "it is known to read the norm before the MLP, but not on which side of that norm's gain"
         before = f"blocks.{layer[1]}.ln2.hook_normalized"
         after = f"model.layers.{layer[1]}.pre_feedforward_layernorm"
-        said = place.need("site", why, f"{before!r} or {after!r}", (before, after))
+        said = place.required_hint("site", why, f"{before!r} or {after!r}", (before, after))
         if said not in (before, after):
             raise ConfigError(f"site: {said!r} is not where {place} reads; allowed: {before}, {after}")
         return (Site(said, model=model),), (Site(f"blocks.{layer[1]}.hook_mlp_out", model=model),)

@@ -22,7 +22,9 @@ from sae.formats.cross_layer_transcoder import stacked
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
 from sae.selection.jumprelu import JumpReLU
-from sae.untrusted.places import Place, Tensors, as_flag, one_of
+from sae.untrusted.configs import as_flag, one_of
+from sae.untrusted.places import Place
+from sae.untrusted.tensors import Tensors
 
 WEIGHTS = r"params(_layer_0)?\.safetensors"
 TENSORS = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}

@@ -14,10 +14,12 @@ import logging
 from torch import Tensor
 
 from sae.coder.spec import CoderSpec
+from sae.formats._transformer_lens import centering
 from sae.lm.site import Site
 from sae.lm.sites import model_id
 from sae.selection.relu import ReLU
-from sae.untrusted.places import Place, as_int
+from sae.untrusted.configs import as_int
+from sae.untrusted.places import Place
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         ReLU(),
         sites,
         sites,
-        normalization=place.centering(hook, model),
+        normalization=centering(place, hook, model),
         decoder_norm="free",
         context_length=as_int(config.get("seq_len") or 0, "seq_len", place),
     )

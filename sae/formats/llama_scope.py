@@ -31,7 +31,8 @@ from sae.selection import Selection
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
-from sae.untrusted.places import Place, as_flag, as_int, one_of
+from sae.untrusted.configs import as_flag, as_int, one_of
+from sae.untrusted.places import Place
 
 CONFIG = "../hyperparams.json"
 WEIGHTS = r"(final|pruned)\.safetensors"

@@ -19,8 +19,9 @@ from sae.coder.spec import CoderSpec
 from sae.lm.site import Site
 from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
-from sae.untrusted import weights
-from sae.untrusted.places import Place, as_int, one_of
+from sae.untrusted.configs import as_int, one_of
+from sae.untrusted.pickles import read_pickle
+from sae.untrusted.places import Place
 
 WEIGHTS = r".+\.pt"
 TENSORS = {"pre_bias", "encoder.weight", "latent_bias", "decoder.weight"}
@@ -55,7 +56,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         "b_dec": found.take("pre_bias", d_in),
     }
     found.ignore(*STATISTICS)  # how often latents fired in training
-    said = weights.read_pickle(place.path(place.name))  # without a word on it, their own loader takes ReLU
+    said = read_pickle(place.path(place.name))  # without a word on it, their own loader takes ReLU
     activation = one_of(said.get("activation", "ReLU"), ("ReLU", "TopK"), "activation", place)
     state = said.get("activation_state_dict") or {}
     one_of(state.get("postact_fn", "ReLU"), ("ReLU",), "activation_state_dict.postact_fn", place)

@@ -42,7 +42,9 @@ from sae.selection.jumprelu import JumpReLU
 from sae.selection.mutual_choice import MutualChoice
 from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
-from sae.untrusted.places import Place, Tensors, as_flag, as_int, one_of
+from sae.untrusted.configs import as_flag, as_int, one_of
+from sae.untrusted.places import Place
+from sae.untrusted.tensors import Tensors
 
 log = logging.getLogger(__name__)
 
@@ -263,7 +265,9 @@ def _scale(place: Place, found: Tensors, d: int, hook: str) -> float:
     """Returns the factor of the only site: it has been published without, too."""
     if NORM + hook in found:
         return _factor(found, d, hook)
-    return float(place.need("scale", f"it was trained on inputs scaled by sqrt({d}) / E|x|", f"sqrt({d}) / E|x|"))
+    return float(
+        place.required_hint("scale", f"it was trained on inputs scaled by sqrt({d}) / E|x|", f"sqrt({d}) / E|x|")
+    )
 
 
 def _factor(found: Tensors, d: int, hook: str) -> float:

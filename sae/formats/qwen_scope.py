@@ -16,7 +16,8 @@ from sae.base.errors import ConfigError, DataError
 from sae.coder.spec import CoderSpec
 from sae.lm.site import Site
 from sae.selection.unrectified_topk import UnrectifiedTopK
-from sae.untrusted.places import Place, as_int
+from sae.untrusted.configs import as_int
+from sae.untrusted.places import Place
 
 WEIGHTS = r"layer\d+\.sae\.pt"
 REPOSITORY = re.compile(r"SAE-Res-(?P<model>[\w.-]+)-W(?P<width>\d+)K-L0_(?P<k>\d+)")

@@ -32,10 +32,11 @@ from sae.coder.coder import SparseCoder
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
 from sae.formats import _exporting
+from sae.formats._transformer_lens import hinted_pair
 from sae.formats.temporal import WHY
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
-from sae.lm.sites import ALIAS, is_centered, model_id, on_stream, parse_pair
+from sae.lm.sites import ALIAS, is_centered, model_id, on_stream
 from sae.selection import Budget, Selection
 from sae.selection.gated import Gated
 from sae.selection.jumprelu import JumpReLU
@@ -43,8 +44,10 @@ from sae.selection.matching_pursuit import MatchingPursuit
 from sae.selection.relu import ReLU
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
-from sae.untrusted.foreign import shown
-from sae.untrusted.places import Place, Tensors, as_int, finite, one_of
+from sae.untrusted.configs import as_int, one_of
+from sae.untrusted.damage import printable
+from sae.untrusted.places import Place
+from sae.untrusted.tensors import Tensors, check_finite
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +152,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         bos="row" if metadata.get("prepend_bos", True) else "none",
         training={"architecture": architecture, "dataset": metadata.get("dataset_path")},
     )
-    normalizes = place.said("normalization") or config["normalize_activations"]
+    normalizes = place.hint("normalization") or config["normalize_activations"]
     spec, tensors = _normalized(place, normalizes, transcodes, spec, tensors | own)
     return _of_raw_activations(place, metadata, transcodes, spec, tensors)
 
@@ -165,7 +168,7 @@ def migrated(config: dict[str, Any], source: object = CONFIG) -> dict[str, Any]:
             new |= {"architecture": "topk", "k": new.get("activation_fn_kwargs", {}).get("k", new.get("k"))}
         metadata = new | metadata
     if new.get("architecture", "standard") not in CHOOSING and (new.get("k") or new.get("activation_fn_kwargs")):
-        what, kind = "k" if new.get("k") else "activation_fn_kwargs", shown(new.get("architecture", "standard"))
+        what, kind = "k" if new.get("k") else "activation_fn_kwargs", printable(new.get("architecture", "standard"))
         raise DataError(f"{source}: {what} is given, but architecture {kind} has none")
     new.setdefault("apply_b_dec_to_input", "transcoder" not in str(new.get("architecture")))
     said = new.get("normalize_activations", False)
@@ -244,7 +247,7 @@ def _normalized(
     if normalization is None:
         scale = _typed(place.config(SCALER), f"{place.files.label}/{SCALER}").get("scaling_factor")
         why = "it was trained on inputs scaled to a mean norm of sqrt(d_in)"
-        scale = place.need("scale", why, "sqrt(d_in) / E|x|") if scale is None else scale
+        scale = place.required_hint("scale", why, "sqrt(d_in) / E|x|") if scale is None else scale
         normalization = Normalization("scalar", float(scale))
     return spec.with_(normalization=normalization), tensors
 
@@ -254,7 +257,7 @@ def _of_raw_activations(
 ) -> tuple[CoderSpec, dict[str, Tensor]]:
     """Returns the coder of raw activations, where its own are those of a processed TransformerLens model."""
     how = metadata.get("model_from_pretrained_kwargs", {})
-    said = place.said("processed")
+    said = place.hint("processed")
     processed = how.get("center_writing_weights", False) if said is None else said
     hooks = [metadata[name] for name in ("hook_name", "hook_name_out")[: 1 + transcodes] if name in metadata]
     if (said or how.get("fold_value_biases")) and any(hook.endswith(("hook_z", "hook_v")) for hook in hooks):
@@ -290,9 +293,7 @@ def _sites(place: Place, metadata: dict[str, Any], transcodes: bool) -> tuple[tu
     hook, written = metadata.get("hook_name", ""), metadata.get("hook_name_out", "")
     model = place.hints.model or model_id(metadata.get("model_name", ""))
     if transcodes and not (hook and written):
-        return parse_pair(
-            place.need("site", "a transcoder reads one place and writes another", "'READ->WRITTEN'"), model
-        )
+        return hinted_pair(place, model)
     if not hook:
         return (), ()
     reads = (Site(hook, model=model),)
@@ -314,7 +315,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
     A scale on the inputs is folded into the weights, as SAELens does itself. ConfigError names what it cannot say.
     """
     spec, tensors = coder.spec, {name: t.detach().float().cpu() for name, t in coder.state_dict().items()}
-    finite(tensors, folder)
+    check_finite(tensors, folder)
     config = _config(spec, tensors)
     if spec.normalization.kind == "scalar":
         spec, tensors = folds.scale(spec, tensors)

@@ -30,7 +30,9 @@ from sae.selection import Selection
 from sae.selection.groupmax import GroupMax
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
-from sae.untrusted.places import Place, as_flag, as_int, finite, one_of
+from sae.untrusted.configs import as_flag, as_int, one_of
+from sae.untrusted.places import Place
+from sae.untrusted.tensors import check_finite
 
 CONFIG, FILE, RUN = "cfg.json", "sae.safetensors", "config.json"
 WEIGHTS = r"sae\.safetensors"
@@ -117,7 +119,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
             )
     names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
     tensors = {names.get(name, name): tensor for name, tensor in coder.state_dict().items()}
-    finite(tensors, folder)
+    check_finite(tensors, folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / FILE, tensors)
     site = spec.reads[0] if spec.reads else Site("")
@@ -157,11 +159,11 @@ def _selection(place: Place, config: dict[str, Any]) -> Selection:
 
 
 def _pre_bias(place: Place, config: dict[str, Any]) -> str:
-    said = place.said("pre_bias")
+    said = place.hint("pre_bias")
     if said is None and "activation" in config:
         return "none"
     why = "a transcoder from before February 2025 subtracts b_dec from its input, a later one does not"
-    said = said or place.need("pre_bias", why, "none or decoder", ("none", "decoder"))
+    said = said or place.required_hint("pre_bias", why, "none or decoder", ("none", "decoder"))
     choose("pre_bias", said, ("none", "decoder"))
     return said
 
@@ -172,9 +174,9 @@ def _sites(place: Place, run: dict[str, Any], transcodes: bool) -> tuple[tuple[S
     folder = above if re.fullmatch(r"seed\d+", name) else name
     listed = run.get("hookpoints") if place.has(RUN) else None
     known = listed[0] if listed and len(listed) == 1 else folder if HOOK.fullmatch(folder) else ""
-    hook = place.said("site") or known
+    hook = place.hint("site") or known
     if not hook and transcodes:
-        hook = place.need("site", "a transcoder reads one place and writes another", "MODULE")
+        hook = place.required_hint("site", "a transcoder reads one place and writes another", "MODULE")
     if not hook:
         return (), ()
     read, _, written = hook.partition("->")

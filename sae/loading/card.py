@@ -15,10 +15,10 @@ from sae.formats import native
 from sae.lm.site import Site
 
 LIBRARY = "sae-interp"
-Rows = list[tuple[str, str]]
+Description = list[tuple[str, str]]
 
 
-def described(spec: CoderSpec) -> Rows:
+def description(spec: CoderSpec) -> Description:
     """Returns what a coder is as (name, text) rows: the same on the card and in the terminal."""
     rows = [("reads", _sites(spec.reads)), ("writes", "what it reads" if spec.is_autoencoder else _sites(spec.writes))]
     rows += [("latents", f"{spec.d_sae:,} (d_in {spec.d_in}, d_out {spec.d_out})")]
@@ -37,7 +37,7 @@ def described(spec: CoderSpec) -> Rows:
     return [*rows, *([("advertised L0", f"{l0:g}")] if l0 is not None else [])]
 
 
-def card(coders: Mapping[str, SparseCoder], repo: str) -> str:
+def model_card(coders: Mapping[str, SparseCoder], repo: str) -> str:
     """Returns the README.md of a repository that holds these coders, by the names of their folders ("" at the root)."""
     specs = {name: coder.spec for name, coder in coders.items()}
     models = sorted({site.model for spec in specs.values() for site in (*spec.reads, *spec.writes) if site.model})
@@ -56,7 +56,7 @@ def card(coders: Mapping[str, SparseCoder], repo: str) -> str:
     for name, spec in specs.items():
         if name:
             lines += [f"## {name}", ""]
-        lines += _table(("what", "it is"), described(spec))
+        lines += _table(("what", "it is"), description(spec))
         if {"reconstruction", "density"} <= spec.metrics.keys():
             lines += ["Held-out metrics:", "", *_table(("metric", "value"), table(spec.metrics))]
     first = next(iter(specs))
@@ -81,7 +81,7 @@ def push(coders: Mapping[str, SparseCoder], repo: str, private: bool = False) ->
     with tempfile.TemporaryDirectory() as temp:
         for name, coder in coders.items():
             native.write(safe_join(temp, name) if name else Path(temp), coder)
-        atomic_write(Path(temp, "README.md"), card(coders, repo))
+        atomic_write(Path(temp, "README.md"), model_card(coders, repo))
         try:
             HfApi().create_repo(repo, private=private, exist_ok=True)
             done = HfApi().upload_folder(repo_id=repo, folder_path=temp, commit_message=f"Upload with {LIBRARY}")
@@ -125,7 +125,7 @@ def _text(text: Any) -> str:
     return f" of {text['source']}" if isinstance(text, dict) and text.get("source") else ""
 
 
-def _table(head: tuple[str, str], rows: Rows) -> list[str]:
+def _table(head: tuple[str, str], rows: Description) -> list[str]:
     cells = [f"| {_cell(name)} | {_cell(text)} |" for name, text in rows]
     return [f"| {head[0]} | {head[1]} |", "| --- | --- |", *cells, ""]
 

@@ -10,7 +10,7 @@ import torch
 from sae.base.errors import ConfigError, DataError, nearest
 from sae.coder.coder import SparseCoder
 from sae.formats import NATIVE, formats
-from sae.loading import hub
+from sae.loading.hub import load
 
 TOKENS, SAME = 64, 1e-3  # of the comparison: its random inputs, and the largest relative difference of outputs
 
@@ -35,7 +35,7 @@ def convert(coder: SparseCoder, name: str, folder: str | Path) -> list[str]:
         raise ConfigError(f"folder: {folder} exists and is not empty; choose another")
     try:
         writers()[name](folder, coder)
-        return _changed(coder, hub.load(folder, format=name), exact=name == NATIVE)
+        return _changed(coder, load(folder, format=name), exact=name == NATIVE)
     except BaseException:
         if new:
             shutil.rmtree(folder, ignore_errors=True)

@@ -4,10 +4,9 @@ An address is a folder or weight file, "owner/repo" on the hub with a path below
 is known: SAELens' "release/sae_id" and Neuronpedia's "model/source" (`sae/loading/releases.py`).
 """
 
-import math
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +16,14 @@ from sae.base.errors import ConfigError, DataError, nearest
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED, CoderSpec
 from sae.formats import native
+from sae.loading import releases
+from sae.loading.hints import REFUSED_WHERE_UNUSED, Hints, checked_hints, known_release, with_known_hints
 from sae.loading.remote import HubFiles
-from sae.untrusted.places import Files, Hints, LocalFiles, Place, finite
+from sae.untrusted.files import Files, LocalFiles
+from sae.untrusted.places import Place
+from sae.untrusted.tensors import check_finite
 
-if TYPE_CHECKING:
-    from sae.loading.releases import Release
-
-NEEDED = ("scale", "pre_bias", "processed", "normalization")  # hints that are refused where they are not needed
 MOST_OPENED = 16  # files beside each other that are looked into to tell which of them is a coder
-WORDS: dict[str, Any] = {"scale": (int, float, tuple), "processed": bool}  # what hints are, if not text
-KINDS: dict[Any, str] = {str: "it in words", bool: "True or False", WORDS["scale"]: "a number"}
 Address = str | Path | tuple[str, str]
 
 
@@ -43,18 +40,18 @@ def load(
 
     The format is found by file names, tensor names and shapes (`sae/formats/`). Thresholds stay float32 whatever the
     dtype. `lazy` maps the tensors into memory, in the precision they are stored in; it reads what is looked at. `hints`
-    say what the files do not (`sae.untrusted.places.Hints`: model, site, pre_bias, scale, format).
+    say what the files do not (`sae.loading.hints.Hints`: model, site, pre_bias, scale, format).
     `spec.training["released"]` says where it came from.
 
     Raises ConfigError if there is no coder or several (naming them), a format is unknown or ambiguous, or a hint is
     needed; DataError naming the file or tensor that is missing, damaged, of the wrong shape, unknown, or not finite.
     """
     files, below = locate(path, revision, cache_dir)
-    place = _one(files, below, told(hints))
-    return read(replace(place, lazy=lazy), device, dtype)
+    place = _single_place(files, below, checked_hints(hints))
+    return read_coder(replace(place, lazy=lazy), device, dtype)
 
 
-def pick(
+def find_place(
     path: Address, name: str = "", revision: str | None = None, cache_dir: str | Path | None = None, **hints: Any
 ) -> Place:
     """Returns the place of the one coder at an address, or of the one called `name` among several there.
@@ -63,8 +60,8 @@ def pick(
     """
     files, below = locate(path, revision, cache_dir)
     if not name:
-        return _one(files, below, told(hints))
-    found = places(files, below, told(hints))
+        return _single_place(files, below, checked_hints(hints))
+    found = places_below(files, below, checked_hints(hints))
     for fitting in ([name], [f"coders/{name}"], [full for full in found if full.endswith(f"/{name}")]):
         if len(fitting) == 1 and fitting[0] in found:
             return found[fitting[0]]
@@ -82,13 +79,13 @@ def load_all(
 ) -> dict[str, SparseCoder]:
     """Returns every coder at or below an address by its name there; arguments and errors as those of `load`."""
     files, below = locate(repo, revision, cache_dir)
-    found = places(files, below, told(hints))
+    found = places_below(files, below, checked_hints(hints))
     said = [name for name in ("site", "scale") if hints.get(name) is not None]
     if said and len(found) > 1:
         raise ConfigError(f"{said[0]}: there are {len(found)} coders, which it cannot fit alike; load them one by one")
     if not found:
-        raise ConfigError(f"path: {none_in(files, below)}")
-    return {name: read(replace(place, lazy=lazy), device, dtype) for name, place in found.items()}
+        raise ConfigError(f"path: {why_no_coder(files, below)}")
+    return {name: read_coder(replace(place, lazy=lazy), device, dtype) for name, place in found.items()}
 
 
 def save(coder: SparseCoder, folder: str | Path) -> None:
@@ -101,13 +98,11 @@ def locate(path: Address, revision: str | None = None, cache_dir: str | Path | N
 
     Raises ConfigError if there is no such folder, repository or release, naming the nearest.
     """
-    from sae.loading import releases
-
     text = "/".join(path) if isinstance(path, tuple) else str(path)
     local = Path(text).expanduser()
     if not isinstance(path, tuple) and local.exists():
         return (LocalFiles(local), "") if local.is_dir() else (LocalFiles(local.parent), local.name)
-    release = releases.find(text)
+    release = releases.find_release(text)
     if release is not None:
         return HubFiles(release.repo, revision, cache_dir, release.path), release.path
     if local.is_absolute() or text.startswith((".", "~")) or text.count("/") < 1:
@@ -119,9 +114,9 @@ def locate(path: Address, revision: str | None = None, cache_dir: str | Path | N
     return HubFiles(f"{owner}/{name}", revision, cache_dir, wanted), wanted
 
 
-def places(files: Files, below: str = "", hints: Hints | None = None) -> dict[str, Place]:
+def places_below(files: Files, below: str = "", hints: Hints | None = None) -> dict[str, Place]:
     """Returns the coders at or below a name, by their own names there: folders or, where those hold several, files."""
-    found = [place for place in formats.named(files, below, hints) if formats.detected(place)]
+    found = [place for place in formats.candidates(files, below, hints) if formats.formats_of(place)]
     alone = {place.folder for place in found if sum(other.folder == place.folder for other in found) == 1}
     start = f"{below}/" if below else ""
     own = PurePosixPath(below or files.identity).name  # of the coder that lies in the folder itself
@@ -129,7 +124,7 @@ def places(files: Files, below: str = "", hints: Hints | None = None) -> dict[st
     return {own if n in ("", below) else n.removeprefix(start): p for n, p in zip(names, found, strict=True)}
 
 
-def read(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SparseCoder:
+def read_coder(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SparseCoder:
     """Returns the coder at a place."""
     if not dtype.is_floating_point:
         raise ConfigError(f"dtype: {dtype} has no fractions; choose float32, float64, bfloat16 or float16")
@@ -137,41 +132,26 @@ def read(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = 
         raise ConfigError(
             "lazy: mapped weights stay on the CPU in the precision they are stored in; leave out the rest"
         )
-    typed = {name for name in NEEDED if getattr(place.hints, name) is not None}
-    known = listed(place)
-    place = informed(place, known)
+    typed = {name for name in REFUSED_WHERE_UNUSED if getattr(place.hints, name) is not None}
+    known = known_release(place)
+    place = with_known_hints(place, known)
     name, spec, tensors = formats.read(place)
-    for unused in sorted(typed - place.asked):
+    for unused in sorted(typed - place.hints_read):
         raise ConfigError(f"{unused}: {place} is complete without it; leave it out")
     if known is not None and known.l0 is not None:
         spec = spec.with_(metrics={"advertised": {"l0": known.l0}, **spec.metrics})
     source = {"format": name, "file": place.weights, "from": place.files.identity, "revision": place.files.revision}
     if name != formats.NATIVE:
         spec = spec.with_(training={**spec.training, RELEASED: source})
-    coder = made(spec, tensors, str(place))
+    coder = coder_from_tensors(spec, tensors, str(place))
     if place.lazy:
         return coder.to_dtype(None)
     coder = coder.to(device).to_dtype(dtype)
-    finite(coder.state_dict(), place)  # in the precision asked for: float16 ends at 65,504
+    check_finite(coder.state_dict(), place)  # in the precision asked for: float16 ends at 65,504
     return coder
 
 
-def informed(place: Place, known: "Release | None") -> Place:
-    """Returns a place among whose hints is what the table of releases knows of it, where the user has said nothing."""
-    if known is None:
-        return place
-    said = {name: value for name, value in vars(place.hints).items() if value is not None}
-    return replace(place, hints=Hints(**{**known.hints(), **said}))
-
-
-def listed(place: Place) -> "Release | None":
-    """Returns what the table of releases says of a place on the hub, or in its cache."""
-    from sae.loading import releases
-
-    return releases.about(place.files.identity, place.weights)
-
-
-def made(spec: CoderSpec, tensors: dict[str, Tensor], source: str) -> SparseCoder:
+def coder_from_tensors(spec: CoderSpec, tensors: dict[str, Tensor], source: str) -> SparseCoder:
     """Returns the coder of a spec with these tensors; DataError names one that does not belong.
 
     Nothing is allocated before the shapes are known to fit: a config may declare any size.
@@ -193,43 +173,23 @@ def made(spec: CoderSpec, tensors: dict[str, Tensor], source: str) -> SparseCode
     return coder.requires_grad_(False).eval()
 
 
-def _one(files: Files, below: str, hints: Hints) -> Place:
-    named = formats.named(files, below, hints)
+def _single_place(files: Files, below: str, hints: Hints) -> Place:
+    named = formats.candidates(files, below, hints)
     own = [place for place in named if place.weights == below] or [p for p in named if p.folder == below] or named
     if len(own) > 1 and len({place.folder for place in own}) == 1 and len(own) <= MOST_OPENED:
-        own = [place for place in own if formats.detected(place)] or own
+        own = [place for place in own if formats.formats_of(place)] or own
     if len(own) == 1:
         return own[0]
     if not own:
-        raise ConfigError(f"path: {none_in(files, below)}")
+        raise ConfigError(f"path: {why_no_coder(files, below)}")
     listed = ", ".join(place.weights for place in own[:6]) + (", ..." if len(own) > 6 else "")
     raise ConfigError(f"path: {files.label}/{below} is not one coder; it holds {len(own)}: {listed}")
 
 
-def none_in(files: Files, below: str) -> str:
+def why_no_coder(files: Files, below: str) -> str:
     """Returns why there is no coder at or below a name: what is there instead, or what name is near."""
     names = files.names()
     there = [name for name in names if name == below or name.startswith(f"{below}/")] if below else names
     if below and not there:
         return f"{files.label} has no {below!r}.{nearest(below, {n.rpartition('/')[0] for n in names} | set(names))}"
     return f"{files.label}/{below} holds no coder in a known format; its files are {', '.join(there[:6]) or 'none'}"
-
-
-def told(hints: dict[str, Any]) -> Hints:
-    """Returns what was said of a coder; ConfigError names what cannot be said, and the nearest that can."""
-    allowed = Hints.__dataclass_fields__
-    for name in hints:
-        if name not in allowed:
-            raise ConfigError(
-                f"{name}: not something to say of a coder; allowed: {', '.join(allowed)}.{nearest(name, allowed)}"
-            )
-    found = Hints(**hints)
-    for name, value in hints.items():
-        kind = WORDS.get(name, str)
-        right = isinstance(value, kind) and (not isinstance(value, bool) or kind is bool)
-        if value is not None and not right:
-            raise ConfigError(f"{name}: {value!r} is a {type(value).__name__}; say {KINDS[kind]}")
-    scales = found.scale if isinstance(found.scale, tuple) else (found.scale,)
-    if any(value is not None and not 0 < value < math.inf for value in scales):
-        raise ConfigError(f"scale: {found.scale} must be positive and finite")
-    return found

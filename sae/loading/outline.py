@@ -14,11 +14,14 @@ from torch import Tensor
 from sae import formats
 from sae.base.errors import ConfigError, DataError
 from sae.coder.spec import CoderSpec
-from sae.loading import hub
+from sae.loading.hints import Hints, known_release, with_known_hints
+from sae.loading.hub import MOST_OPENED, why_no_coder
 from sae.loading.remote import HubFiles
 from sae.untrusted import weights
-from sae.untrusted.places import Files, Hints, Place, Tensors
+from sae.untrusted.files import Files
+from sae.untrusted.places import Place
 from sae.untrusted.ranged import Header
+from sae.untrusted.tensors import Tensors
 from sae.untrusted.weights import Shapes
 
 
@@ -47,7 +50,7 @@ def outline(place: Place) -> Outline:
     bare = _Bare(seen, place.weights, place.hints, lazy=True)
     name, spec, why = None, None, ""
     try:
-        found = formats.detected(bare)
+        found = formats.formats_of(bare)
         if not found:
             held = ", ".join(bare.shapes()) or "no tensors"
             raise ConfigError(f"path: {place} is in no known format; it holds {held}")
@@ -56,7 +59,7 @@ def outline(place: Place) -> Outline:
         why = "" if spec else f"{place.name} would have to be fetched"
     except ConfigError as error:  # a hint may be missing, or the coder one that cannot be carried
         why = str(error)
-    return Outline(place, name, spec, why, bare.headers, tuple(seen.asked))
+    return Outline(place, name, spec, why, bare.headers, tuple(seen.requested))
 
 
 def _read(place: "_Bare") -> CoderSpec | None:
@@ -77,15 +80,15 @@ def coders_at(files: Files, below: str, hints: Hints) -> list[Place]:
 
     What the table of releases knows of them is among their hints.
     """
-    named = [hub.informed(place, hub.listed(place)) for place in formats.named(files, below, hints)]
+    named = [with_known_hints(place, known_release(place)) for place in formats.candidates(files, below, hints)]
     own = [place for place in named if below in (place.weights, place.folder)] or named
-    found = [place for place in own if _may_be_coder(place)] if len(own) <= hub.MOST_OPENED else own
+    found = [place for place in own if _may_be_coder(place)] if len(own) <= MOST_OPENED else own
     if not own:
-        raise ConfigError(f"path: {hub.none_in(files, below)}")
+        raise ConfigError(f"path: {why_no_coder(files, below)}")
     return found or own
 
 
-def needed(known: Outline) -> list[str]:
+def files_needed(known: Outline) -> list[str]:
     """Returns the names of the files that reading a coder takes: where that is not known, all configs around it too."""
     place = known.place
     found = [place.weights, *(name for name in known.files if place.files.has(name))]
@@ -102,7 +105,7 @@ def with_configs(files: Files, names: list[str]) -> list[str]:
 
 def _may_be_coder(place: Place) -> bool:
     try:
-        return bool(formats.detected(replace(place, files=_Seen(place.files))))
+        return bool(formats.formats_of(replace(place, files=_Seen(place.files))))
     except Unread:
         return True
 
@@ -112,7 +115,7 @@ class _Seen:
 
     def __init__(self, files: Files) -> None:
         self.files, self.label, self.identity = files, files.label, files.identity
-        self.asked: dict[str, None] = {}
+        self.requested: dict[str, None] = {}
 
     @property
     def revision(self) -> str | None:
@@ -129,7 +132,7 @@ class _Seen:
         return not isinstance(self.files, HubFiles) or self.files.is_cached(name)
 
     def path(self, name: str) -> Path:
-        self.asked[name] = None
+        self.requested[name] = None
         if weights.is_weights(name) and not self.is_here(name):
             raise Unread(f"{name} would have to be fetched")
         return self.files.path(name)
@@ -139,9 +142,9 @@ class _Seen:
 
     def header(self, name: str) -> Header:
         """Returns dtype and shape by tensor."""
-        self.asked[name] = None
+        self.requested[name] = None
         if self.is_here(name):
-            return {n: (_word(t), tuple(t.shape)) for n, t in weights.tensors(self.files.path(name)).items()}
+            return {n: (_dtype_name(t), tuple(t.shape)) for n, t in weights.tensors(self.files.path(name)).items()}
         found = self.files.header(name) if isinstance(self.files, HubFiles) else None
         if found is None:
             raise Unread(f"{name} would have to be fetched: it has no header")
@@ -183,5 +186,5 @@ class _StandIns(Tensors):
         raise Unread(f"{name} in {self.source} would have to be fetched")
 
 
-def _word(tensor: Tensor) -> str:
+def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")

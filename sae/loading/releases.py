@@ -51,7 +51,7 @@ class Release:
         return f"{self.name}/{self.id}" if self.id else self.name
 
     def hints(self) -> dict[str, Any]:
-        """Returns what the table knows that files may be silent about, as `sae.untrusted.places.Hints` calls it."""
+        """Returns what the table knows that files may be silent about, as `sae.untrusted.hints.Hints` calls it."""
         loaded = self.overrides.get("model_from_pretrained_kwargs", {})
         stated = {
             "model": self.model,
@@ -63,7 +63,7 @@ class Release:
 
 
 @dataclass(frozen=True)
-class Listed:
+class ReleaseSummary:
     """One release, summed up."""
 
     name: str
@@ -91,17 +91,17 @@ class Table:
     @cached_property
     def neuronpedia(self) -> dict[str, Release]:
         """Returns the coders that have a page on Neuronpedia by their address there."""
-        found = (coder for row in self.rows.values() for coder in expanded(row, "neuronpedia"))
+        found = (coder for row in self.rows.values() for coder in expand(row, "neuronpedia"))
         return {coder.neuronpedia: coder for coder in found if coder.neuronpedia}
 
 
 @cache
-def table() -> Table:
+def shipped_table() -> Table:
     """Returns the table that is shipped."""
     return Table(json.loads(RELEASES.read_text(encoding="utf-8")))
 
 
-def expanded(row: dict[str, Any], having: str = "id") -> Iterator[Release]:
+def expand(row: dict[str, Any], having: str = "id") -> Iterator[Release]:
     """Yields the coders of a release whose pattern has a field."""
     common = {f.name: row[f.name] for f in fields(Release) if f.name in row}
     common["notes"] = row.get("refused") or row.get("notes", "")
@@ -115,19 +115,19 @@ def expanded(row: dict[str, Any], having: str = "id") -> Iterator[Release]:
             yield Release(**{"path": text["id"], **common, **text, **numbers})
 
 
-def find(address: str) -> Release | None:
+def find_release(address: str) -> Release | None:
     """Returns the coder of a name: "release/sae_id", "release" if it has but one, or "model/source" of Neuronpedia.
 
     None if that is the name of neither. ConfigError if the release is known and the id is not, naming the nearest, and
     if the coder is one that cannot be carried.
     """
     first, _, rest = address.strip("/").partition("/")
-    row = table().rows.get(first)
+    row = shipped_table().rows.get(first)
     if row is None:
-        found = table().neuronpedia.get(address)
-        if found is None and first in {name.partition("/")[0] for name in table().neuronpedia}:
-            raise ConfigError(f"path: no source {rest!r} of {first}.{_closest(address, table().neuronpedia)}")
-        row = table().rows[found.name] if found else {}
+        found = shipped_table().neuronpedia.get(address)
+        if found is None and first in {name.partition("/")[0] for name in shipped_table().neuronpedia}:
+            raise ConfigError(f"path: no source {rest!r} of {first}.{_closest(address, shipped_table().neuronpedia)}")
+        row = shipped_table().rows[found.name] if found else {}
     elif "coders" not in row:
         found = Release(**{f.name: row[f.name] for f in fields(Release) if f.name in row}, path=rest, id=rest)
     else:
@@ -137,54 +137,54 @@ def find(address: str) -> Release | None:
     return found
 
 
-def coders(name: str) -> list[Release]:
+def coders_of(name: str) -> list[Release]:
     """Returns the coders of a release that are listed; ConfigError if there is no release of that name."""
-    if name not in table().rows:
+    if name not in shipped_table().rows:
         raise ConfigError(f"path: no release {name!r}.{nearest(name, names())}")
-    return list(expanded(table().rows[name]))
+    return list(expand(shipped_table().rows[name]))
 
 
-def about(repo: str, path: str) -> Release | None:
+def release_at(repo: str, path: str) -> Release | None:
     """Returns what the table says of the coder at a path of a repository (its folder or weight file), None if nothing.
 
     The repository may also be a folder that holds it by its whole name, as `sae-load fetch --to` makes them. Where a
     coder has several names, that of its page on Neuronpedia comes first.
     """
     found = []
-    for row in table().rows.values():
+    for row in shipped_table().rows.values():
         inside = f"/{repo}/{path}/".partition(f"/{row['repo']}/")[2]
         if inside and "refused" not in row:
-            found += [coder for coder in expanded(row) if coder.path and inside.startswith(f"{coder.path}/")]
+            found += [coder for coder in expand(row) if coder.path and inside.startswith(f"{coder.path}/")]
     longest = [coder for coder in found if len(coder.path) == max(len(other.path) for other in found)]
     return max(longest, key=lambda coder: coder.neuronpedia is not None) if longest else None
 
 
 def names() -> list[str]:
     """Returns the names of all releases."""
-    return list(table().rows)
+    return list(shipped_table().rows)
 
 
 def repositories() -> list[str]:
     """Returns the repositories that the releases lie in."""
-    return sorted({row["repo"] for row in table().rows.values()})
+    return sorted({row["repo"] for row in shipped_table().rows.values()})
 
 
-def list_released(model: str | None = None) -> list[Listed]:
+def list_released(model: str | None = None) -> list[ReleaseSummary]:
     """Returns all releases, or those of one language model (hub id, or the end of it), sorted by model and name."""
-    rows = [row for row in table().rows.values() if model is None or _is_model(row["model"], model)]
+    rows = [row for row in shipped_table().rows.values() if model is None or _is_model(row["model"], model)]
     if model is not None and not rows:
-        known = sorted({row["model"] for row in table().rows.values()})
+        known = sorted({row["model"] for row in shipped_table().rows.values()})
         raise ConfigError(f"model: no coder of {model!r} is known.{nearest(model, _short(known), 3)}")
-    return sorted((_listed(row) for row in rows), key=lambda listed: (listed.model, listed.name))
+    return sorted((_summed_up(row) for row in rows), key=lambda listed: (listed.model, listed.name))
 
 
-def _listed(row: dict[str, Any]) -> Listed:
-    found = list(expanded(row))
+def _summed_up(row: dict[str, Any]) -> ReleaseSummary:
+    found = list(expand(row))
     texts = [f"{coder.id}/{coder.path}/{coder.neuronpedia or ''}/{row['repo']}" for coder in found] or [row["repo"]]
     layers = {int(layer) for text in texts for layer in _first(LAYERS, text)}
     widths = {width.lower() for text in texts for width in _first(WIDTHS, text)}
     l0 = [coder.l0 for coder in found if coder.l0 is not None]
-    return Listed(
+    return ReleaseSummary(
         row["name"],
         row["repo"],
         row["model"],
@@ -199,7 +199,7 @@ def _listed(row: dict[str, Any]) -> Listed:
 
 
 def _one_of(row: dict[str, Any], rest: str) -> Release:
-    found = {coder.id: coder for coder in expanded(row)}
+    found = {coder.id: coder for coder in expand(row)}
     if rest in found or (not rest and len(found) == 1):
         return found[rest] if rest else next(iter(found.values()))
     what = f"has no coder {rest!r}" if rest else f"has {len(found)} coders"

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from sae.base.errors import ConfigError, DataError, nearest
 from sae.base.files import atomic_write, read_json, safe_join, write_json
+from sae.loading import releases
 from sae.untrusted import digests, weights
 from sae.untrusted.ranged import TIMEOUT_S, Header, npz_header
 from sae.untrusted.weights import Shapes
@@ -36,7 +37,7 @@ class HubFiles:
     ) -> None:
         from huggingface_hub import constants
 
-        self.label, self.identity, self.asked = f"hf://{repo}", repo, revision
+        self.label, self.identity, self.asked_revision = f"hf://{repo}", repo, revision
         self.wanted = f"{repo}/{wanted}".rstrip("/")
         self.cache_dir = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
         self.folder = self.cache_dir / f"models--{repo.replace('/', '--')}"
@@ -48,11 +49,11 @@ class HubFiles:
         """Commit and names: from the hub or, where it cannot be asked, as they were when it was asked last."""
         from huggingface_hub import HfApi
 
-        kept = self._kept(self.asked) if COMMIT.fullmatch(self.asked or "") else None
+        kept = self._kept(self.asked_revision) if COMMIT.fullmatch(self.asked_revision or "") else None
         if kept is not None:  # what a commit holds does not change
             return kept
         try:
-            info = HfApi().model_info(self.identity, revision=self.asked, timeout=TIMEOUT_S)
+            info = HfApi().model_info(self.identity, revision=self.asked_revision, timeout=TIMEOUT_S)
         except Exception as error:  # the client's own, or of whatever it reaches the network with
             return self._cached(error)
         commit, names = str(info.sha), sorted(item.rfilename for item in info.siblings or [])
@@ -62,7 +63,7 @@ class HubFiles:
             self._check(name)
         with suppress(OSError):  # a cache that cannot be written to
             write_json(self.folder / LISTINGS / f"{commit}.json", names)
-            if self.asked != commit:
+            if self.asked_revision != commit:
                 atomic_write(self._ref(), commit)
         return commit, names
 
@@ -87,13 +88,15 @@ class HubFiles:
         """Returns the commit that was asked for, as far as the cache knows it."""
         if self._ref().is_file():
             return self._ref().read_text(encoding="utf-8").strip()
-        found = [path.name for path in self.folder.glob("snapshots/*") if path.name.startswith(self.asked or "")]
+        found = [
+            path.name for path in self.folder.glob("snapshots/*") if path.name.startswith(self.asked_revision or "")
+        ]
         if len(found) > 1:
             raise ConfigError(f"revision: {self.label} is cached at {', '.join(found)}; say which")
         return found[0] if found else None
 
     def _ref(self) -> Path:
-        return safe_join(self.folder / "refs", self.asked or "main")
+        return safe_join(self.folder / "refs", self.asked_revision or "main")
 
     def _kept(self, commit: str | None) -> tuple[str, list[str]] | None:
         path = self.folder / LISTINGS / f"{commit}.json"
@@ -110,10 +113,8 @@ class HubFiles:
         if isinstance(error, GatedRepoError):
             return ConfigError(_gated(self.identity))
         if isinstance(error, RevisionNotFoundError):
-            return ConfigError(f"revision: {self.asked!r} is no branch, tag or commit of {self.identity}")
+            return ConfigError(f"revision: {self.asked_revision!r} is no branch, tag or commit of {self.identity}")
         if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-            from sae.loading import releases
-
             close = nearest(self.identity, releases.repositories())
             close = close or nearest(self.identity.partition("/")[0], releases.names())
             return ConfigError(f"path: no folder and no hub repository {self.identity!r} (or it is private).{close}")
@@ -229,7 +230,7 @@ class HubFiles:
             found |= {info.path: int(getattr(info, "size", 0)) for info in infos}
         return found
 
-    def copied(self, name: str, folder: Path) -> Path:
+    def copy_into(self, name: str, folder: Path) -> Path:
         """Returns a file put into a folder, with its digest beside it; DataError as `path`."""
         from huggingface_hub import hf_hub_download
 

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from sae.base.errors import DataError
-from sae.untrusted.foreign import shown
+from sae.untrusted.damage import printable
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 BOMB_BYTES, BOMB_RATIO = 64 * 2**20, 20  # weights do not shrink by more, when they are compressed
@@ -66,7 +66,7 @@ class Archive:
         }
         for what, is_so in wrong.items():
             if is_so:
-                raise DataError(f"{self.path} is refused: its member {shown(info.filename)} {what}")
+                raise DataError(f"{self.path} is refused: its member {printable(info.filename)} {what}")
 
     def read(self, name: str) -> Bytes:
         """Returns a member's bytes, to be written to: memory-mapped, and copied where written, if it is stored."""
@@ -94,4 +94,4 @@ class Archive:
                     while member.read(2**20):
                         pass
             except Exception as error:
-                raise DataError(f"{self.path} is damaged: its member {name}: {shown(error)}") from error
+                raise DataError(f"{self.path} is damaged: its member {name}: {printable(error)}") from error

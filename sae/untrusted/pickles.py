@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sae.base.errors import DataError
 from sae.untrusted.archives import Archive, Bytes, allowance, is_archive
-from sae.untrusted.foreign import reading, shown
+from sae.untrusted.damage import naming_damage, printable
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ def read_pickle(path: Path, inert: tuple[str, ...] = ()) -> Any:
     Tensors are memory-mapped where the file allows. Objects of classes whose full names begin with one of `inert` come
     as `Inert`. DataError names what else the file wants to import, and a file that is damaged or no pickle.
     """
-    with reading(path, "file of tensors"):
+    with naming_damage(path, "file of tensors"):
         reader = _Reader(path, inert)
         if path.name.endswith(".gz"):
             return reader.sequence(_Source(_unzipped(path)))
@@ -172,7 +172,7 @@ class _Reader:
         for key in self.run(source):
             kind, size = declared[key]
             if int.from_bytes(source.read(8), "little") != size:
-                raise self.refused(f"storage {shown(key)} does not have the length that is declared")
+                raise self.refused(f"storage {printable(key)} does not have the length that is declared")
             storages[key] = self._typed(source.take(size * STORAGES[kind].itemsize), kind, size)
         self._end(source)
         source.at = start  # the values once more, now that there is something to look at
@@ -245,7 +245,7 @@ class _Reader:
             return vars(torch)[name]
         if full in self.calls or full in STORAGES or full.startswith(self.inert or ("\0",)):
             return _Name(full)
-        raise self.refused(f"it wants to import {shown(full)}, which no file of tensors needs")
+        raise self.refused(f"it wants to import {printable(full)}, which no file of tensors needs")
 
     def _called(self, what: Any, args: Any) -> Any:
         name = self._of(_Name, what).full
@@ -330,6 +330,8 @@ class _Reader:
         flat = flat if dtype is None else flat.view(dtype)
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         if min(numbers) < 0 or (math.prod(shape) and last >= len(flat)):
-            raise self.refused(f"a tensor of shape {shown(shape)} lies outside of its storage of {len(flat):,} numbers")
+            raise self.refused(
+                f"a tensor of shape {printable(shape)} lies outside of its storage of {len(flat):,} numbers"
+            )
         self._spend(math.prod(shape) * flat.element_size())
         return flat.as_strided(shape, stride, offset)

@@ -23,10 +23,8 @@ from sae.base.errors import DataError
 from sae.base.files import load_tensors
 from sae.untrusted import digests
 from sae.untrusted.archives import Archive, Bytes, is_archive
-from sae.untrusted.foreign import reading, shown
-from sae.untrusted.pickles import Inert, read_pickle
-
-__all__ = ["Inert", "Shapes", "flattened", "is_weights", "parse_header", "read_pickle", "shapes", "tensors", "verify"]
+from sae.untrusted.damage import naming_damage, printable
+from sae.untrusted.pickles import read_pickle
 
 SAFETENSORS, NPZ, PICKLES = (".safetensors",), (".npz",), (".pt", ".pth", ".bin", ".pkl.gz")
 HEADER_BYTES = 4 * 2**20  # of safetensors: forty thousand tensors
@@ -66,8 +64,8 @@ def tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix in SAFETENSORS:
         _header(path)
         return load_tensors(path)
-    with reading(path, "file of tensors"):
-        return _npz(path) if path.suffix in NPZ else flattened(read_pickle(path), str(path))
+    with naming_damage(path, "file of tensors"):
+        return _npz(path) if path.suffix in NPZ else flatten(read_pickle(path), str(path))
 
 
 def verify(path: Path) -> None:
@@ -75,14 +73,14 @@ def verify(path: Path) -> None:
 
     Zip archives have one for each member.
     """
-    with reading(path, "file of tensors"):
+    with naming_damage(path, "file of tensors"):
         digests.verify(path)
         if not path.name.endswith(SAFETENSORS) and is_archive(path):
             with Archive(path) as archive:
                 archive.verify()
 
 
-def flattened(tree: Any, source: str = "a file") -> dict[str, Tensor]:
+def flatten(tree: Any, source: str = "a file") -> dict[str, Tensor]:
     """Returns the tensors in nested dicts and lists by dotted name.
 
     DataError if two have one name, or if the containers hold each other without end.
@@ -93,7 +91,7 @@ def flattened(tree: Any, source: str = "a file") -> dict[str, Tensor]:
         name, value, depth = todo.pop()
         if isinstance(value, Tensor):
             if name in found:
-                raise DataError(f"{source} is refused: two tensors are called {shown(name)}")
+                raise DataError(f"{source} is refused: two tensors are called {printable(name)}")
             found[_checked(name, source)] = value.detach()
             continue
         left -= len(value)
@@ -119,7 +117,7 @@ def parse_header(raw: bytes, size: int, path: Path | str) -> Shapes:
     for name, (start, stop, dtype, shape) in parsed.items():
         _checked(name, path)
         if dtype not in tuple(SIZES):
-            raise DataError(f"{path}: tensor {name} holds {shown(dtype)}; known are {', '.join(SIZES)}")
+            raise DataError(f"{path}: tensor {name} holds {printable(dtype)}; known are {', '.join(SIZES)}")
         if len(shape) > MOST_AXES or not all(type(n) is int and 0 <= n < 2**63 for n in (start, stop, *shape)):
             raise DataError(f"{path} is damaged: tensor {name} has a shape or place of other than whole numbers")
     end = 0
@@ -137,7 +135,7 @@ def parse_header(raw: bytes, size: int, path: Path | str) -> Shapes:
 
 
 def _header(path: Path) -> Shapes:
-    with reading(path, "safetensors file"), open(path, "rb") as file:
+    with naming_damage(path, "safetensors file"), open(path, "rb") as file:
         size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
@@ -162,7 +160,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _checked(name: str, source: Path | str) -> str:
     """Returns the name of a tensor; DataError if it is not one line that can be shown."""
     if not name.isprintable() or len(name) > LONGEST_NAME:
-        raise DataError(f"{source} is refused: {shown(name)} is no name of a tensor")
+        raise DataError(f"{source} is refused: {printable(name)} is no name of a tensor")
     return name
 
 
@@ -187,8 +185,8 @@ def _array(raw: Bytes, source: str) -> Tensor:
     found = raw[text.tell() :]
     declared = math.prod(shape) * dtype.itemsize
     if dtype.str[1:] not in NUMBERS:
-        raise DataError(f"{source} is refused: it holds {shown(dtype)}, not numbers")
+        raise DataError(f"{source} is refused: it holds {printable(dtype)}, not numbers")
     if declared != len(found) or len(shape) > MOST_AXES or not all(type(n) is int and n >= 0 for n in shape):
-        raise DataError(f"{source} is refused: it declares {shown(declared)} bytes but holds {len(found)}")
+        raise DataError(f"{source} is refused: it declares {printable(declared)} bytes but holds {len(found)}")
     array = np.asarray(found).view(dtype).reshape(shape, order="F" if fortran else "C")
     return torch.from_numpy(array.astype(dtype.newbyteorder("="), copy=False))

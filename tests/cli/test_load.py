@@ -21,7 +21,7 @@ from sae.coder.coder import SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.spec import CoderSpec
 from sae.selection.groupmax import GroupMax
-from sae.untrusted.places import Hints
+from sae.untrusted.hints import Hints
 
 ROOT = Path(__file__).parents[2]
 AJT = "neuronpedia/gpt2-small__res_sce-ajt"

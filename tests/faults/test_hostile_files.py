@@ -39,7 +39,7 @@ from rigs.hostile import (
 import sae
 from sae.base.errors import ConfigError, DataError
 from sae.untrusted import weights
-from sae.untrusted.weights import read_pickle
+from sae.untrusted.pickles import read_pickle
 
 KINDS = ["x.safetensors", "x.npz", "x.pt", "x.bin", "x.pkl.gz"]
 

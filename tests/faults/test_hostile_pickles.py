@@ -33,7 +33,7 @@ import sae
 from cli.evaluate import main as sae_eval
 from sae.base.errors import ConfigError, DataError
 from sae.untrusted import weights
-from sae.untrusted.weights import Inert, read_pickle
+from sae.untrusted.pickles import Inert, read_pickle
 
 
 def by_stack(module, name, text):

@@ -270,7 +270,7 @@ def test_a_blob_that_several_repositories_share_is_compared_by_the_name_of_its_l
 def test_a_folder_that_was_fetched_is_compared_with_the_digests_beside_it(hub, tmp_path):
     files = HubFiles(REPO)
     for name in ("sub/cfg.json", WEIGHTS):
-        files.copied(name, tmp_path / "there")
+        files.copy_into(name, tmp_path / "there")
     sae.load(tmp_path / "there" / "sub")
     path = tmp_path / "there" / WEIGHTS
     raw = bytearray(path.read_bytes())

@@ -12,7 +12,7 @@ from sae import formats
 from sae.base.errors import ConfigError
 from sae.formats.sparsify import write
 from sae.loading.hub import save
-from sae.untrusted.places import LocalFiles
+from sae.untrusted.files import LocalFiles
 
 
 def saelens(root):
@@ -43,8 +43,8 @@ FIXTURES = {
 @pytest.mark.parametrize("name", FIXTURES)
 def test_each_is_recognized_by_its_own_format_alone(tmp_path, name):
     FIXTURES[name](tmp_path)
-    (place,) = formats.named(LocalFiles(tmp_path))
-    assert formats.detected(place) == [name.split()[0]]
+    (place,) = formats.candidates(LocalFiles(tmp_path))
+    assert formats.formats_of(place) == [name.split()[0]]
 
 
 def test_a_coder_that_is_refused_is_still_one_of_its_format(tmp_path):
@@ -57,5 +57,5 @@ def test_weights_of_these_names_without_their_configs_are_in_no_format(tmp_path)
     for name in ("sae.safetensors", "sae_weights.safetensors", "checkpoints/final.safetensors", "pruned.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         save_file({"encoder.weight": Draw()(D_SAE, D_IN)}, tmp_path / name)
-    found = {place.weights: formats.detected(place) for place in formats.named(LocalFiles(tmp_path))}
+    found = {place.weights: formats.formats_of(place) for place in formats.candidates(LocalFiles(tmp_path))}
     assert list(found.values()) == [[]] * 4

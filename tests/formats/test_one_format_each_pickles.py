@@ -12,7 +12,7 @@ from formats import test_openai as openai
 from formats import test_qwen_scope as qwen_scope
 
 from sae import formats
-from sae.untrusted.places import LocalFiles
+from sae.untrusted.files import LocalFiles
 
 WRITERS = {
     **{
@@ -37,8 +37,8 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_each_is_recognized_by_its_own_format_alone(tmp_path, name):
     WRITERS[name](tmp_path)
-    (place,) = formats.named(LocalFiles(tmp_path))
-    assert formats.detected(place) == [name.split()[0]]
+    (place,) = formats.candidates(LocalFiles(tmp_path))
+    assert formats.formats_of(place) == [name.split()[0]]
 
 
 def test_what_training_leaves_beside_is_in_no_format(tmp_path):
@@ -46,5 +46,5 @@ def test_what_training_leaves_beside_is_in_no_format(tmp_path):
     torch.save({"encoder.weight": torch.ones(3, 2), "encoder.bias": torch.ones(3)}, tmp_path / "model.pt")
     torch.save({"W": torch.Generator}, tmp_path / "trainer_state.pt")  # which asks for an import
     (tmp_path / "broken.pt").write_bytes(b"PK\3\4 is no archive")
-    found = {place.name: formats.detected(place) for place in formats.named(LocalFiles(tmp_path))}
+    found = {place.name: formats.formats_of(place) for place in formats.candidates(LocalFiles(tmp_path))}
     assert found == {"optimizer.pt": [], "model.pt": [], "trainer_state.pt": [], "broken.pt": []}

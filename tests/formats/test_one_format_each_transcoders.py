@@ -6,7 +6,7 @@ from formats import test_cross_layer_transcoder as cross_layer
 from formats import test_gemma_scope_2 as gemma_scope_2
 
 from sae import formats
-from sae.untrusted.places import LocalFiles
+from sae.untrusted.files import LocalFiles
 
 FIXTURES = {
     "gemma_scope_2": [
@@ -31,5 +31,5 @@ CASES = [(name, number) for name, makers in FIXTURES.items() for number in range
 @pytest.mark.parametrize(("name", "number"), CASES)
 def test_every_fixture_is_in_one_format(tmp_path, name, number):
     FIXTURES[name][number](tmp_path)
-    (place,) = formats.named(LocalFiles(tmp_path))
-    assert formats.detected(place) == [name]
+    (place,) = formats.candidates(LocalFiles(tmp_path))
+    assert formats.formats_of(place) == [name]

@@ -30,7 +30,8 @@ from sae.selection.mutual_choice import MutualChoice
 from sae.selection.relu import ReLU
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
-from sae.untrusted.places import LocalFiles, Place
+from sae.untrusted.files import LocalFiles
+from sae.untrusted.places import Place
 
 RESIDUAL = "blocks.3.hook_resid_post"
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")

@@ -12,8 +12,8 @@ import sae
 from sae.base.errors import ConfigError, DataError
 from sae.formats import formats
 from sae.loading import releases
-from sae.loading.releases import Table, expanded
-from sae.untrusted.places import Hints
+from sae.loading.releases import Table, expand
+from sae.untrusted.hints import Hints
 
 STATED = {
     "gemma": {
@@ -83,7 +83,7 @@ def test_every_stated_coder_comes_back_as_it_was_stated(stated_file, tmp_path, c
     assert made.source["version"] == "9.8.7"
     assert made.source["license"] == "MIT"
     for name, release in STATED.items():
-        found = {coder.id: coder for coder in expanded(made.rows[name])}
+        found = {coder.id: coder for coder in expand(made.rows[name])}
         assert found.keys() == {coder["id"] for coder in release["saes"]}
         for coder in release["saes"]:
             mine = found[coder["id"]]
@@ -93,7 +93,7 @@ def test_every_stated_coder_comes_back_as_it_was_stated(stated_file, tmp_path, c
             if "l0" in coder:
                 assert mine.l0 == coder["l0"]
             assert not mine.verified
-    assert [coder.l0 for coder in expanded(made.rows["gemma"])] == [105, 90, 77, 6]  # as the paths say
+    assert [coder.l0 for coder in expand(made.rows["gemma"])] == [105, 90, 77, 6]  # as the paths say
     assert made.rows["twice"]["overrides"] == {"normalize_activations": "constant_norm_rescale"}
     assert main([str(stated_file), "--out", str(out), "--check"]) == 0
 
@@ -134,10 +134,10 @@ def test_what_the_script_does_not_know_is_one_line(stated_file, tmp_path, capsys
 
 
 def test_the_shipped_table_is_whole_small_and_of_known_formats():
-    shipped = releases.table()
+    shipped = releases.shipped_table()
     assert shipped.source["package"] == "sae-lens"
     assert (files("sae") / "assets" / "releases.json").stat().st_size < 300_000
-    everything = {name: list(expanded(row)) for name, row in shipped.rows.items()}
+    everything = {name: list(expand(row)) for name, row in shipped.rows.items()}
     package = [coder for found in everything.values() for coder in found if coder.notes != ORIGIN]
     assert len({coder.name for coder in package}) == 170
     assert len({coder.address for coder in package}) == len(package) == 13_857
@@ -178,24 +178,26 @@ def test_the_shipped_table_is_whole_small_and_of_known_formats():
     ],
 )
 def test_names_lead_to_repositories(address, repo, path):
-    found = releases.find(address)
+    found = releases.find_release(address)
     assert found is not None
     assert found.repo == repo
     assert path is None or found.path == path
 
 
 def test_what_is_known_beside_the_place():
-    found = releases.find("llama_scope_lxr_8x/l0r_8x")
+    found = releases.find_release("llama_scope_lxr_8x/l0r_8x")
     assert (found.l0, found.scale, found.model) == (50, 58.935251798561154, "meta-llama/Llama-3.1-8B")
     assert found.hints() == {"model": "meta-llama/Llama-3.1-8B", "scale": 58.935251798561154}
-    assert releases.find("gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91").model == "google/gemma-2-9b-it"
-    centered = releases.find("gpt2-small-res-jb/blocks.8.hook_resid_pre")
+    assert (
+        releases.find_release("gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91").model == "google/gemma-2-9b-it"
+    )
+    centered = releases.find_release("gpt2-small-res-jb/blocks.8.hook_resid_pre")
     assert centered.overrides["model_from_pretrained_kwargs"] == {"center_writing_weights": True}
 
 
 def test_hints_are_what_can_be_said_and_nothing_that_must_be_said_is_left_out():
     for name in releases.names():
-        for coder in releases.coders(name):
+        for coder in releases.coders_of(name):
             said = Hints(**coder.hints())  # no other name is taken
             assert (said.model, said.scale, said.format) == (coder.model, coder.scale, None)
             assert said.processed is (True if "center_writing_weights" in str(coder.overrides) else None)
@@ -222,30 +224,30 @@ def test_hints_are_what_can_be_said_and_nothing_that_must_be_said_is_left_out():
 )
 def test_unknown_and_refused_names_are_told(address, named):
     with pytest.raises(ConfigError) as told:
-        releases.find(address)
+        releases.find_release(address)
     assert named in str(told.value)
 
 
 @pytest.mark.parametrize("address", ["google/gemma-scope-2b-pt-res", "owner/repo/x", "nothing", "hf://a/b", ""])
 def test_other_addresses_are_nobodys(address):
-    assert releases.find(address) is None
+    assert releases.find_release(address) is None
 
 
 def test_the_table_speaks_of_coders_that_are_loaded_by_their_place():
-    by_name = releases.find("gpt2-small-mlp-tm/blocks.1.hook_mlp_out")
+    by_name = releases.find_release("gpt2-small-mlp-tm/blocks.1.hook_mlp_out")
     for path in (by_name.path, f"{by_name.path}/sae_weights.safetensors"):
-        assert releases.about(by_name.repo, path) == by_name
-    canonical = releases.about("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82/params.npz")
+        assert releases.release_at(by_name.repo, path) == by_name
+    canonical = releases.release_at("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82/params.npz")
     assert (canonical.neuronpedia, canonical.l0) == ("gemma-2-2b/12-gemmascope-res-16k", 82)
-    plain = releases.about("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_22/params.npz")
+    plain = releases.release_at("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_22/params.npz")
     assert plain.address == "gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_22"
-    assert releases.about(f"{by_name.repo}/{by_name.path}", "sae_weights.safetensors") == by_name
-    assert releases.about(f"/home/me/{by_name.repo}", by_name.path) == by_name
-    assert releases.about(f"x{by_name.repo}", by_name.path) is None
-    assert releases.about(by_name.repo, f"{by_name.path}x") is None
-    assert releases.about(by_name.repo, "other") is None
-    assert releases.about("some/repo", by_name.path) is None
-    assert releases.about(by_name.repo, "") is None
+    assert releases.release_at(f"{by_name.repo}/{by_name.path}", "sae_weights.safetensors") == by_name
+    assert releases.release_at(f"/home/me/{by_name.repo}", by_name.path) == by_name
+    assert releases.release_at(f"x{by_name.repo}", by_name.path) is None
+    assert releases.release_at(by_name.repo, f"{by_name.path}x") is None
+    assert releases.release_at(by_name.repo, "other") is None
+    assert releases.release_at("some/repo", by_name.path) is None
+    assert releases.release_at(by_name.repo, "") is None
 
 
 def test_the_list_can_be_had_for_one_model():
@@ -266,7 +268,7 @@ def test_the_list_can_be_had_for_one_model():
 
 
 def test_a_name_is_found_quickly():
-    releases.table.cache_clear()
+    releases.shipped_table.cache_clear()
     started = time.perf_counter()
-    releases.find("gemma-2-2b/12-gemmascope-res-16k")
+    releases.find_release("gemma-2-2b/12-gemmascope-res-16k")
     assert time.perf_counter() - started < 2

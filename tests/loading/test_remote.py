@@ -11,9 +11,9 @@ from rigs.hub_coders import D_IN, D_SAE, GEMMA, gemma, native, saelens
 import sae
 from sae.base.errors import ConfigError, DataError
 from sae.loading import hub as hubs
-from sae.loading.outline import coders_at, needed, outline
+from sae.loading.outline import coders_at, files_needed, outline
 from sae.loading.remote import HubFiles
-from sae.untrusted.places import Hints
+from sae.untrusted.hints import Hints
 
 AJT = "neuronpedia/gpt2-small__res_sce-ajt/2-res_sce-ajt"
 
@@ -117,7 +117,7 @@ def test_headers_tell_what_a_coder_is_before_its_weights_are_fetched(hub, addres
     assert seen.spec == coder.spec.with_(training=seen.spec.training)
     assert seen.why == ""
     assert seen.tensors["W_enc"] == ("float32", (D_IN, D_SAE))
-    assert set(needed(seen)) == set(fetched(asked))
+    assert set(files_needed(seen)) == set(fetched(asked))
     again = outline(place)  # which is cached now, and read in earnest
     assert (again.spec, again.tensors, again.files) == (seen.spec, seen.tensors, seen.files)
 
@@ -151,7 +151,7 @@ def test_a_file_without_a_header_is_not_fetched_to_be_looked_at(hub):
     assert seen.spec is None
     assert "would have to be fetched" in seen.why
     assert "ae.pt" not in fetched(asked)
-    assert needed(seen) == ["ae.pt", "config.json"]
+    assert files_needed(seen) == ["ae.pt", "config.json"]
 
 
 def test_a_number_among_the_weights_is_not_guessed(hub):

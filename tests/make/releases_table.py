@@ -22,7 +22,7 @@ from sae.assets import RELEASES
 from sae.base.errors import ConfigError, DataError
 from sae.base.files import atomic_write
 from sae.lm.sites import model_id
-from sae.loading.releases import Release, Table, expanded
+from sae.loading.releases import Release, Table, expand
 
 LICENSE = "MIT"
 FORMATS = {
@@ -191,7 +191,7 @@ def coder_row(coder: dict[str, Any]) -> dict[str, Any]:
 
 
 def folded(coders: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns patterns that stand for these coders; `sae.loading.releases.expanded` is the inverse."""
+    """Returns patterns that stand for these coders; `sae.loading.releases.expand` is the inverse."""
     groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for coder in coders:
         texts = tuple(tuple(_texts(coder[name])) for name in TEXTS)
@@ -270,7 +270,7 @@ def check(stated: dict[str, Any], written: Table) -> int:
         row = written.rows.get(name)
         if row is None:
             raise DataError(f"{name} is not in the table")
-        mine = {coder.id: coder for coder in expanded(row)}
+        mine = {coder.id: coder for coder in expand(row)}
         if len(mine) != len(release["saes"]):
             raise DataError(f"{name}: {len(release['saes'])} coders are stated, {len(mine)} in the table")
         for coder in release["saes"]:

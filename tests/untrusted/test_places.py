@@ -8,7 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from sae.base.errors import ConfigError, DataError
-from sae.untrusted.places import Hints, LocalFiles, Place, Tensors, as_int, finite, one_of
+from sae.untrusted.configs import as_int, one_of
+from sae.untrusted.files import LocalFiles
+from sae.untrusted.hints import Hints
+from sae.untrusted.places import Place
+from sae.untrusted.tensors import Tensors, check_finite
 
 
 @pytest.fixture
@@ -244,8 +248,8 @@ def test_tensors_of_several_files_come_together_but_no_name_twice(root):
 
 def test_what_files_are_silent_about_is_asked_for(root):
     with pytest.raises(ConfigError, match=r"^scale: .*does not say it \(why\); pass scale=a number"):
-        place(root).need("scale", "why", "a number")
-    assert place(root, scale=2.0).need("scale", "why", "a number") == 2.0
+        place(root).required_hint("scale", "why", "a number")
+    assert place(root, scale=2.0).required_hint("scale", "why", "a number") == 2.0
 
 
 # Tensors
@@ -288,9 +292,9 @@ def test_what_is_left_over_is_refused():
     found.take("a")
     found.ignore("b", "not there")
     with pytest.raises(DataError, match=r"^file: tensor c is not part of this format"):
-        found.finish()
+        found.refuse_unused()
     assert list(found.all()) == ["a", "b", "c"]
-    found.finish()
+    found.refuse_unused()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2])
@@ -298,20 +302,20 @@ def test_what_is_left_over_is_refused():
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4)])
 def test_nan_and_infinity_are_found_in_every_precision(dtype, bad, shape):
     tensor = torch.ones(shape)
-    finite({"w": tensor.to(dtype), "i": torch.ones(2, dtype=torch.int64), "e": torch.ones(0, 3)}, "file")
+    check_finite({"w": tensor.to(dtype), "i": torch.ones(2, dtype=torch.int64), "e": torch.ones(0, 3)}, "file")
     tensor.view(-1)[-1] = bad
     with pytest.raises(DataError, match=rf"^file: tensor w holds NaN or Inf, read as {dtype}$"):
-        finite({"w": tensor.to(dtype)}, "file")
+        check_finite({"w": tensor.to(dtype)}, "file")
 
 
 def test_nan_is_found_wherever_it_is_in_a_large_tensor():
     tensor = torch.ones(300, 70_000, dtype=torch.float16)  # which is looked at in parts
-    finite({"w": tensor, "t": tensor.T}, "file")
+    check_finite({"w": tensor, "t": tensor.T}, "file")
     for place in (0, 16_777_216, -1):
         tensor.view(-1)[place] = torch.nan
         for w in (tensor, tensor.T):
             with pytest.raises(DataError, match="tensor w holds NaN or Inf"):
-                finite({"w": w}, "file")
+                check_finite({"w": w}, "file")
         tensor.view(-1)[place] = 1
 
 

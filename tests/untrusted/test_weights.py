@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from sae.base.errors import DataError
 from sae.untrusted import weights
-from sae.untrusted.weights import Inert, flattened, read_pickle
+from sae.untrusted.pickles import Inert, read_pickle
+from sae.untrusted.weights import flatten
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
@@ -33,7 +34,7 @@ def contents():
         "number": torch.tensor(3.5),
         "k": torch.tensor(4),
         "empty": torch.zeros(0, 5),
-        "expanded": torch.tensor(2.0).expand(30),
+        "expand": torch.tensor(2.0).expand(30),
         "nested": {"x": [torch.ones(2), (torch.arange(3), 1, -5, 2.5, 10**40, "text", b"bytes", None, True)]},
         **{str(dtype): torch.tensor([0, 1, 2, 3]).to(dtype) for dtype in DTYPES},
     }
@@ -85,7 +86,7 @@ def test_pickles_come_as_they_were_written(tmp_path, make, name, protocol, archi
     path = saved(tmp_path / name, tree, protocol, archive)
     assert_same(read_pickle(path), dict(tree))
     weights.verify(path)
-    wanted = flattened(dict(tree))
+    wanted = flatten(dict(tree))
     assert_same(weights.tensors(path), wanted)
     assert weights.shapes(path) == {name: tuple(tensor.shape) for name, tensor in wanted.items()}
 
@@ -130,7 +131,7 @@ def test_objects_of_named_classes_come_without_their_class(tmp_path, name, proto
     found = read_pickle(path, inert=(f"{__name__}.",))
     assert type(found["cfg"]) is Inert
     assert vars(found["cfg"]) == {"d_in": 7, "dtype": torch.float32, "device": "cpu"}
-    assert list(weights.flattened(found)) == ["state_dict.W"]
+    assert list(weights.flatten(found)) == ["state_dict.W"]
 
 
 # npz
@@ -229,19 +230,19 @@ def test_safetensors_come_as_the_library_reads_them(tmp_path):
 def test_names_of_nested_tensors_are_dotted_and_in_order():
     a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
     tree = OrderedDict(z=a, sub={"y": [b, {"x": c}], 7: a, "text": "t"}, n=3, none=None)
-    found = flattened(tree)
+    found = flatten(tree)
     assert list(found) == ["z", "sub.y.0", "sub.y.1.x", "sub.7"]
     assert [tensor.numel() for tensor in found.values()] == [1, 2, 3, 1]
-    assert flattened(3) == flattened(None) == flattened([]) == {}
-    assert not flattened({"p": torch.nn.Parameter(a)})["p"].requires_grad
+    assert flatten(3) == flatten(None) == flatten([]) == {}
+    assert not flatten({"p": torch.nn.Parameter(a)})["p"].requires_grad
 
 
 def test_one_tensor_may_have_two_names_but_two_tensors_not_one():
     w = torch.ones(2)
-    assert list(flattened({"a": w, "b": w})) == ["a", "b"]
+    assert list(flatten({"a": w, "b": w})) == ["a", "b"]
     for tree in ({"a.b": w, "a": {"b": w}}, {1: w, "1": w}):
         with pytest.raises(DataError, match=r"^file is refused: two tensors are called (a\.b|1)$"):
-            flattened(tree, "file")
+            flatten(tree, "file")
 
 
 def test_containers_within_each_other_come_to_an_end():
@@ -254,7 +255,7 @@ def test_containers_within_each_other_come_to_an_end():
     wide = [[0] * 1000] * 1000
     for tree in (endless, doubled, deep, wide, {"k" * 1000: [torch.ones(1)]}):
         with pytest.raises(DataError, match="its containers hold each other, too deep or too often"):
-            flattened(tree)
+            flatten(tree)
 
 
 def test_files_of_tensors_are_known_by_their_names():

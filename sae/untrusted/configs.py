@@ -1,49 +1,27 @@
-"""Files of others, which may be damaged or made to do harm: each ends in a value or in one line that names it."""
+"""Configs of strangers: JSON and YAML that come to an end, and values in them that are what they should be."""
 
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sae.base.errors import DataError
+from sae.base.errors import DataError, nearest
 from sae.base.files import read_json
 from sae.base.settings import read_yaml
+from sae.untrusted.damage import naming_damage, printable
 
 JSON_BYTES, YAML_BYTES = 16 * 2**20, 2**17  # the largest configs; YAML is read at 50 kB a second
 MOST_ALIASES = 16  # of YAML, which stand for text elsewhere in the file: a few lines of them can stand for anything
 MOST_VALUES, DEEPEST = 1_000_000, 50
-
-
-@contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
-    """Makes whatever goes wrong inside one DataError that names the file; one that is no file is not opened."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{path} is a folder, a device or a pipe, not a file of tensors")
-        yield
-    except DataError:
-        raise
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # a damaged file breaks its reader in any way
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path} is damaged or no {what}: {shown(why)}") from error
-
-
-def shown(value: object) -> str:
-    """Returns something that a file says as a short piece of one line."""
-    text = str(value)
-    return text if text.isprintable() and len(text) <= 200 else ascii(text)[:200]
+LARGEST = 2**40  # no width or count of a coder is larger
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Returns the mapping in a JSON or YAML file of strangers; DataError if it holds none, or far too much."""
     is_yaml = path.suffix in (".yaml", ".yml")
     limit = YAML_BYTES if is_yaml else JSON_BYTES
-    with reading(path, "config"):
+    with naming_damage(path, "config"):
         if path.stat().st_size > limit:
             raise DataError(f"{path} is refused: it has {path.stat().st_size:,} bytes, and a config at most {limit:,}")
         if is_yaml:
@@ -76,3 +54,32 @@ def _check_nesting(tree: Any, path: Path) -> None:
             raise DataError(f"{path} is refused: its values lie too deep in each other, or are there too often")
         inner = value.values() if isinstance(value, dict) else value
         todo += [(item, depth + 1) for item in inner if isinstance(item, dict | list)]
+
+
+def as_int(value: Any, name: str, source: object) -> int:
+    """Returns a whole number of a config, 0 or more; DataError names the field if it is none."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LARGEST
+    if not fits or value != int(value):
+        raise DataError(f"{source}: {name} is {_said(value)}, expected a whole number")
+    return int(value)
+
+
+def as_flag(config: Mapping[str, Any], name: str, source: object, default: bool = False) -> bool:
+    """Returns a truth value of a config, `default` where it is left out or null; DataError names one that is none."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise DataError(f"{source}: {name} is {value!r}, expected true or false")
+    return default if value is None else value
+
+
+def one_of(value: Any, allowed: Iterable[str], name: str, source: object) -> str:
+    """Returns a word of a config that must be one of these; DataError names the field, the value and the nearest."""
+    words = list(allowed)
+    if value not in words:
+        close = nearest(value, words) if isinstance(value, str) and len(value) < 100 else ""
+        raise DataError(f"{source}: {name} is {_said(value)}; known are {', '.join(words)}.{close}")
+    return value
+
+
+def _said(value: Any) -> str:
+    return printable(repr(value)) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
