@@ -36,7 +36,7 @@ def properties(spec: CoderSpec) -> dict[str, Any]:
     }
 
 
-def check(target: str, spec: CoderSpec, **more: Collection[Any]) -> None:
+def check_expressible(target: str, spec: CoderSpec, **more: Collection[Any]) -> None:
     """Raises ConfigError naming what of a coder the format `target` cannot say; `more` adds to what PLAIN allows."""
     for name, value in properties(spec).items():
         allowed = {*PLAIN[name], *more.get(name, ())}

@@ -24,7 +24,7 @@ from sae.base.files import atomic_write, save_tensors
 from sae.base.settings import read_yaml, to_yaml
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
-from sae.formats._exporting import check
+from sae.formats._exporting import check_expressible
 from sae.lm.site import Site
 from sae.lm.sites import ALIAS, ALIASES, model_id, parse_site
 from sae.selection import Selection
@@ -51,7 +51,7 @@ def detect(place: Place) -> bool:
 
 def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     """Returns (spec, tensors)."""
-    config = described(place, KIND)
+    config = read_set_config(place, KIND)
     found = place.tensors()
     d_sae, d_out = found["b_enc"].numel(), found["b_dec"].numel()
     d_in = found["W_enc"].numel() // max(1, d_sae)
@@ -65,8 +65,8 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         tensors["W_skip"] = found.take("W_skip", d_out, d_in)
     selection = _selection(place, config, found)
     if isinstance(selection, JumpReLU):
-        tensors["threshold"] = thresholds(found, THRESHOLD, d_sae)
-    reads, writes = sites(place, config, [int(re.sub(r"\D", "", place.name))])
+        tensors["threshold"] = checked_thresholds(found, THRESHOLD, d_sae)
+    reads, writes = layer_sites(place, config, [int(re.sub(r"\D", "", place.name))])
     training = {"transcoders": list(map(str, config["transcoders"]))} if config.get("transcoders") else {}
     spec = CoderSpec(
         d_in,
@@ -83,7 +83,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     return spec, tensors
 
 
-def described(place: Place, kind: str) -> dict[str, Any]:
+def read_set_config(place: Place, kind: str) -> dict[str, Any]:
     """Returns the config of a folder whose `model_kind`, if it says one, is `kind`; DataError otherwise.
 
     Of the one released set that has none it is what SAELens' table of releases knows.
@@ -97,7 +97,9 @@ def described(place: Place, kind: str) -> dict[str, Any]:
     return config
 
 
-def sites(place: Place, config: Mapping[str, Any], layers: Iterable[int], widths: tuple[int, int] = (0, 0)) -> Sites:
+def layer_sites(
+    place: Place, config: Mapping[str, Any], layers: Iterable[int], widths: tuple[int, int] = (0, 0)
+) -> Sites:
     """Returns (reads, writes), one site a layer, as the config or the user says; Unsaid if neither does."""
     asks = "feature_input_hook" not in config and "feature_output_hook" not in config
     how = "'blocks.*.READ->blocks.*.WRITTEN'"
@@ -118,7 +120,7 @@ def sites(place: Place, config: Mapping[str, Any], layers: Iterable[int], widths
     return reads, writes
 
 
-def thresholds(found: Tensors, name: str, d_sae: int) -> Tensor:
+def checked_thresholds(found: Tensors, name: str, d_sae: int) -> Tensor:
     """Returns the thresholds of h 1[h > threshold]; DataError if one is negative, for then codes would be too."""
     threshold = found.take(name, d_sae)
     if (threshold < 0).any():
@@ -154,7 +156,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
     Scale and pre-bias are not folded here: `SparseCoder.fold_scale` and `fold_pre_bias` do that.
     """
     spec = coder.spec
-    check("circuit-tracer", spec, selection=("relu", "jumprelu", "unrectified_topk"), skip=(True,))
+    check_expressible("circuit-tracer", spec, selection=("relu", "jumprelu", "unrectified_topk"), skip=(True,))
     if spec.d_in != spec.d_out:
         raise ConfigError(
             f"d_out: circuit-tracer cannot say {spec.d_out} beside d_in = {spec.d_in}; they must be equal"

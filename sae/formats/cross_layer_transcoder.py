@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae.base.errors import DataError
 from sae.coder.spec import CoderSpec
-from sae.formats.circuit_tracer import described, sites, thresholds
+from sae.formats.circuit_tracer import checked_thresholds, layer_sites, read_set_config
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU
 from sae.untrusted.configs import one_of
@@ -31,7 +31,7 @@ def detect(place: Place) -> bool:
 
 def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     """Returns (spec, tensors) of the whole folder; DataError if a layer is missing or there is one too many."""
-    config = described(place, KIND)
+    config = read_set_config(place, KIND)
     m, n_layers, d_out = _decoder(place)
     d_in, jumps, skips = 0, False, False
     layers = []
@@ -47,13 +47,13 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
             "b_dec": found.take(f"b_dec_{i}", d_out),
         }
         if jumps:
-            layer["threshold"] = thresholds(found, f"threshold_{i}", m)
+            layer["threshold"] = checked_thresholds(found, f"threshold_{i}", m)
         if skips:
             layer["W_skip"] = found.take(f"W_skip_{i}", d_in, d_out).T
         layers.append(layer)
     rule = "jump_relu" if jumps else "relu"
     one_of(config.get("activation", rule), (rule,), "activation", place)
-    reads, writes = sites(place, config, range(n_layers), (d_in, d_out))
+    reads, writes = layer_sites(place, config, range(n_layers), (d_in, d_out))
     if not reads:
         where = "'blocks.*.hook_resid_mid->blocks.*.hook_mlp_out' or the like, where * is the layer"
         place.required_hint("site", "it has no config.yaml with hooks", where)
@@ -69,10 +69,10 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         decoder_norm="free",
         skip=skips,
     )
-    return spec, stacked(layers)
+    return spec, stack_layers(layers)
 
 
-def stacked(layers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def stack_layers(layers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Returns a cross-layer coder's tensors from those of each layer, whose W_dec is [M, layers at or after it, d_out].
 
     The decoders, which are most of it, are copied once.

@@ -149,7 +149,7 @@ def _written_as(coder: SparseCoder) -> str:
     """Returns the class that computes what a coder does."""
     target, spec = "dictionary_learning", coder.spec
     rules = {rule for rule, _ in WRITTEN}
-    _exporting.check(target, spec, selection=rules, pre_bias=("decoder",))
+    _exporting.check_expressible(target, spec, selection=rules, pre_bias=("decoder",))
     rule = _exporting.properties(spec)["selection"]
     if (rule, spec.pre_bias) not in WRITTEN:
         other = next(pre_bias for known, pre_bias in WRITTEN if known == rule)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError, DataError
 from sae.coder.spec import CoderSpec
-from sae.formats.cross_layer_transcoder import stacked
+from sae.formats.cross_layer_transcoder import stack_layers
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
 from sae.selection.jumprelu import JumpReLU
@@ -81,7 +81,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         context_length=1024,
         metrics={"advertised": config["advertised"]} if config["advertised"] else {},
     )
-    return spec, stacked(layers) if several else layers[0]
+    return spec, stack_layers(layers) if several else layers[0]
 
 
 def _described(place: Place) -> dict[str, Any]:

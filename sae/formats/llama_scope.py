@@ -25,7 +25,7 @@ from sae.base.errors import ConfigError, DataError
 from sae.coder import folds
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
-from sae.formats.openmoss import flag, hook, linear, model_of, token_wise
+from sae.formats.openmoss import linear_tensors, model_of, required_hook, token_wise_normalization
 from sae.lm.site import Site
 from sae.selection import Selection
 from sae.selection.jumprelu import JumpReLU
@@ -48,8 +48,8 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     """Returns (spec, tensors)."""
     config, found = place.config(CONFIG), place.tensors()
     d = as_int(config.get("d_model"), "d_model", place)
-    ins, outs = [hook(config, "hook_point_in", place)], [hook(config, "hook_point_out", place)]
-    tensors = {name: tensor.float() for name, tensor in linear(place, config, found, d).items()}
+    ins, outs = [required_hook(config, "hook_point_in", place)], [required_hook(config, "hook_point_out", place)]
+    tensors = {name: tensor.float() for name, tensor in linear_tensors(place, config, found, d).items()}
     biased = as_flag(config, "apply_decoder_bias_to_pre_encoder", place) and as_flag(config, "use_decoder_bias", place)
     normalization, s_in, s_out = _scaled(place, config, d, ins, outs)
     if "W_glu" in tensors and s_in != 1:
@@ -80,7 +80,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         decoder_norm="free",
         context_length=1024,
     )
-    if flag(config, "sparsity_include_decoder_norm", place):
+    if as_flag(config, "sparsity_include_decoder_norm", place, None):
         spec, tensors = folds.rescale_latents(spec, tensors, tensors["W_dec"].norm(dim=1).clamp_min(1e-8))
     if threshold is not None:
         tensors["threshold"] = torch.full((spec.d_sae,), threshold)
@@ -95,7 +95,7 @@ def _scaled(
     if kind == "batch-wise":
         raise ConfigError(f"norm_activation: {place} is 'batch-wise', by which codes depend on the rest of the batch")
     if kind == "token-wise":
-        return token_wise(place, ins, outs), 1.0, 1.0
+        return token_wise_normalization(place, ins, outs), 1.0, 1.0
     if kind != "dataset-wise":
         return Normalization(), 1.0, 1.0
     said = config.get("dataset_average_activation_norm")

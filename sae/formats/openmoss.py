@@ -88,10 +88,11 @@ def read(place: Place) -> tuple[CoderSpec, Coded]:
         ins, outs = _hooks(config, "hook_points_in", place), _hooks(config, "hook_points_out", place)
         tensors, norms = _cross_layer(found, d, len(ins))
     else:
-        ins, outs = [hook(config, "hook_point_in", place)], [hook(config, "hook_point_out", place)]
-        tensors = linear(place, config, found, d) if "encoder.weight" in found else _plain(place, config, found, d)
+        ins, outs = [required_hook(config, "hook_point_in", place)], [required_hook(config, "hook_point_out", place)]
+        layout = linear_tensors if "encoder.weight" in found else _plain
+        tensors = layout(place, config, found, d)
         norms, pre_bias = tensors["W_dec"].float().norm(dim=1), _pre_bias(place, config, found)
-    included = flag(config, "sparsity_include_decoder_norm", place)
+    included = as_flag(config, "sparsity_include_decoder_norm", place, None)
     if act == "jumprelu":
         shape = (len(ins), len(norms) // len(ins)) if kind == "clt" else (len(norms),)
         name = next((name for name in THRESHOLDS if name in found), THRESHOLDS[0])
@@ -118,14 +119,7 @@ def read(place: Place) -> tuple[CoderSpec, Coded]:
     return spec, tensors
 
 
-def flag(config: dict[str, Any], name: str, place: Place) -> bool:
-    """Returns a truth value of a config; DataError names a field that has none."""
-    if not isinstance(config.get(name), bool):
-        raise DataError(f"{place}: {name} is {config.get(name)!r}, expected true or false")
-    return config[name]
-
-
-def hook(config: dict[str, Any], name: str, place: Place) -> str:
+def required_hook(config: dict[str, Any], name: str, place: Place) -> str:
     """Returns the hook that a config names; DataError names the field if it names none."""
     if not isinstance(config.get(name), str):
         raise DataError(f"{place}: {name} is {config.get(name)!r}, expected the name of a hook")
@@ -138,7 +132,7 @@ def model_of(place: Place) -> str:
     return place.hints.model or next(named, "")
 
 
-def linear(place: Place, config: dict[str, Any], found: Tensors, d: int) -> Coded:
+def linear_tensors(place: Place, config: dict[str, Any], found: Tensors, d: int) -> Coded:
     """Returns the tensors of Linear layers: encoder, decoder and, where the config has one, encoder_glu."""
     m = found["encoder.bias"].numel()
     names = {"W_enc": ("encoder.weight", m, d), "b_enc": ("encoder.bias", m)}
@@ -146,11 +140,11 @@ def linear(place: Place, config: dict[str, Any], found: Tensors, d: int) -> Code
         names |= {"W_glu": ("encoder_glu.weight", m, d), "b_glu": ("encoder_glu.bias", m)}
     tensors = {name: found.take(*stored) for name, stored in names.items()}
     tensors["W_dec"] = found.take("decoder.weight", d, m).T
-    biased = flag(config, "use_decoder_bias", place)
+    biased = as_flag(config, "use_decoder_bias", place, None)
     return tensors | {"b_dec": found.take("decoder.bias", d) if biased else torch.zeros(d)}
 
 
-def token_wise(place: Place, ins: list[str], outs: list[str]) -> Normalization:
+def token_wise_normalization(place: Place, ins: list[str], outs: list[str]) -> Normalization:
     """Returns the normalization by the norm of each token: exactly that, for a coder of the sites that it writes."""
     if ins != outs:
         raise ConfigError(
@@ -172,7 +166,7 @@ def _plain(place: Place, config: dict[str, Any], found: Tensors, d: int) -> Code
     tensors = {"W_enc": found.take("W_E", d, m).T, "b_enc": found.take("b_E", m), "W_dec": found.take("W_D", m, d)}
     if as_flag(config, "use_glu_encoder", place):
         tensors |= {"W_glu": found.take("W_E_glu", d, m).T, "b_glu": found.take("b_E_glu", m)}
-    biased = flag(config, "use_decoder_bias", place)
+    biased = as_flag(config, "use_decoder_bias", place, None)
     return tensors | {"b_dec": found.take("b_D", d) if biased else torch.zeros(d)}
 
 
@@ -184,7 +178,7 @@ def _crosscoder(place: Place, config: dict[str, Any], act: str, found: Tensors, 
     m = found["b_E"].shape[-1]
     W_D = found.take("W_D", n, m, d)
     norms = W_D.float().norm(dim=2)
-    if not flag(config, "sparsity_include_decoder_norm", place):
+    if not as_flag(config, "sparsity_include_decoder_norm", place, None):
         raise ConfigError(f"sparsity_include_decoder_norm: false, but {place} is a crosscoder, which has it always")
     if act != "relu" and not torch.allclose(norms, norms[0].expand_as(norms), rtol=1e-5, atol=0):
         raise ConfigError(
@@ -250,7 +244,7 @@ def _normalized(
     scales, normalization = dict.fromkeys(hook_points, 1.0), Normalization()
     if kind != "dataset-wise":  # the tensors are written all the same, without a value
         found.ignore(*(NORM + hook for hook in hook_points))
-        normalization = token_wise(place, ins, outs) if kind == "token-wise" else Normalization()
+        normalization = token_wise_normalization(place, ins, outs) if kind == "token-wise" else Normalization()
     elif len(hook_points) == 1:
         normalization = Normalization("scalar", _scale(place, found, d, ins[0]))
     else:

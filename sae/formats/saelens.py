@@ -104,7 +104,7 @@ def detect(place: Place) -> bool:
 
 def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     """Returns (spec, tensors)."""
-    config = migrated(place.config(CONFIG), place)
+    config = upgraded_config(place.config(CONFIG), place)
     architecture = one_of(config.get("architecture"), ARCHITECTURES, "architecture", place)
     if architecture == "temporal":
         raise ConfigError(f"architecture: {place} {WHY}")
@@ -157,7 +157,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     return _of_raw_activations(place, metadata, transcodes, spec, tensors)
 
 
-def migrated(config: dict[str, Any], source: object = CONFIG) -> dict[str, Any]:
+def upgraded_config(config: dict[str, Any], source: object = CONFIG) -> dict[str, Any]:
     """Returns a config in the terms of version 6, with every default that bears on the map; DataError names a field."""
     new = _typed({OLD_NAMES.get(name, name): value for name, value in config.items()}, source)
     metadata = _typed(new.get("metadata", {}), source)
@@ -337,7 +337,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
 def _config(spec: CoderSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Returns the config of a coder; ConfigError names what it cannot say."""
     transcodes, rule = not spec.is_autoencoder or spec.skip, spec.selection
-    _exporting.check(
+    _exporting.check_expressible(
         "SAELens",
         spec,
         encoder=("matching_pursuit",),

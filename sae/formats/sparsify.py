@@ -101,7 +101,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
     ConfigError names what the format cannot say; weights come first, so that a folder with a config is whole.
     """
     spec = coder.spec
-    _exporting.check("sparsify", spec, pre_bias=("decoder",), selection=("topk", "groupmax"), skip=(True,))
+    _exporting.check_expressible("sparsify", spec, pre_bias=("decoder",), selection=("topk", "groupmax"), skip=(True,))
     if spec.d_in != spec.d_out:
         raise ConfigError(f"d_out: sparsify cannot say {spec.d_out}, other than d_in = {spec.d_in}")
     transcodes = not spec.is_autoencoder

@@ -64,12 +64,15 @@ def as_int(value: Any, name: str, source: object) -> int:
     return int(value)
 
 
-def as_flag(config: Mapping[str, Any], name: str, source: object, default: bool = False) -> bool:
-    """Returns a truth value of a config, `default` where it is left out or null; DataError names one that is none."""
-    value = config.get(name)
-    if value is not None and not isinstance(value, bool):
+def as_flag(config: Mapping[str, Any], name: str, source: object, default: bool | None = False) -> bool:
+    """Returns a truth value of a config, `default` where it is left out or null; DataError names one that is none.
+
+    Without a default (None), it may not be left out either.
+    """
+    value = default if config.get(name) is None else config[name]
+    if not isinstance(value, bool):
         raise DataError(f"{source}: {name} is {value!r}, expected true or false")
-    return default if value is None else value
+    return value
 
 
 def one_of(value: Any, allowed: Iterable[str], name: str, source: object) -> str:
