@@ -22,23 +22,21 @@ PLAIN: dict[str, Collection[Any]] = {
 FOLDS = {"pre_bias": "fold_pre_bias()", "select_by_decoder_norm": "fold_decoder_norm()"}
 
 
-def properties(spec: CoderSpec) -> dict[str, Any]:
-    """Returns what a coder is as a map, a word or number a property: the keys of PLAIN."""
-    named = {
-        name: getattr(spec, name) for name in ("encoder", "pre_bias", "cross_layer", "select_by_decoder_norm", "skip")
-    }
-    rule = type(spec.selection)
-    return {
-        **named,
-        "normalization": spec.normalization.kind,
-        "selection": rule.get_choice_name(rule),
-        "sites": max(1, len(spec.reads), len(spec.writes)),
-    }
+def rule_of(spec: CoderSpec) -> tuple[str, dict[str, Any]]:
+    """Returns the registered name of a coder's selection rule, which formats have a table for, and its constants."""
+    constants = dict(spec.to_json()["selection"])
+    return constants.pop("type"), constants
 
 
 def check_expressible(target: str, spec: CoderSpec, **more: Collection[Any]) -> None:
     """Raises ConfigError naming what of a coder the format `target` cannot say; `more` adds to what PLAIN allows."""
-    for name, value in properties(spec).items():
+    found = {
+        **{name: getattr(spec, name, None) for name in PLAIN},
+        "normalization": spec.normalization.kind,
+        "selection": rule_of(spec)[0],
+        "sites": max(1, len(spec.reads), len(spec.writes)),
+    }
+    for name, value in found.items():
         allowed = {*PLAIN[name], *more.get(name, ())}
         if value not in allowed:
             can = ", ".join(sorted(map(str, allowed))) or "nothing of that kind"

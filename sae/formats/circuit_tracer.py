@@ -24,7 +24,7 @@ from sae.base.files import atomic_write, save_tensors
 from sae.base.settings import read_yaml, to_yaml
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
-from sae.formats._exporting import check_expressible
+from sae.formats._exporting import check_expressible, rule_of
 from sae.lm.site import Site
 from sae.lm.sites import ALIAS, ALIASES, model_id, parse_site
 from sae.selection import Selection
@@ -38,6 +38,7 @@ from sae.untrusted.tensors import Tensors, check_finite
 log = logging.getLogger(__name__)
 WEIGHTS = r"layer_\d+\.safetensors"
 CONFIG, KIND, THRESHOLD = "config.yaml", "transcoder_set", "activation_function.threshold"
+ACTIVATIONS = {"relu": "relu", "jumprelu": "", "unrectified_topk": "topk"}  # our rules in their words
 TENSORS = {"W_enc", "W_dec", "b_enc", "b_dec"}
 CRV = "facebook/crv-8b-instruct-transcoders"  # TopK of 128, which at first only circuit-tracer itself knew
 QWEN = re.compile(r"mwhanna/qwen3-(\d+(?:\.\d+)?)b-transcoders")  # ReLU; those of the 14B have no config.yaml
@@ -64,7 +65,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     if "W_skip" in found:
         tensors["W_skip"] = found.take("W_skip", d_out, d_in)
     selection = _selection(place, config, found)
-    if isinstance(selection, JumpReLU):
+    if "threshold" in selection.parameters(1):
         tensors["threshold"] = checked_thresholds(found, THRESHOLD, d_sae)
     reads, writes = layer_sites(place, config, [int(re.sub(r"\D", "", place.name))])
     training = {"transcoders": list(map(str, config["transcoders"]))} if config.get("transcoders") else {}
@@ -156,7 +157,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
     Scale and pre-bias are not folded here: `SparseCoder.fold_scale` and `fold_pre_bias` do that.
     """
     spec = coder.spec
-    check_expressible("circuit-tracer", spec, selection=("relu", "jumprelu", "unrectified_topk"), skip=(True,))
+    check_expressible("circuit-tracer", spec, selection=ACTIVATIONS, skip=(True,))
     if spec.d_in != spec.d_out:
         raise ConfigError(
             f"d_out: circuit-tracer cannot say {spec.d_out} beside d_in = {spec.d_in}; they must be equal"
@@ -168,11 +169,12 @@ def write(folder: Path, coder: SparseCoder) -> None:
         raise ConfigError(f"writes: circuit-tracer cannot say layer {other} of a transcoder that reads layer {layer}")
     config = {"model_name": spec.writes[0].model} if spec.writes[0].model else {}
     config |= {"model_kind": KIND, "feature_input_hook": read_hook, "feature_output_hook": written_hook}
-    if isinstance(spec.selection, UnrectifiedTopK):
+    rule, constants = rule_of(spec)
+    if ACTIVATIONS[rule]:
+        config |= {"activation": ACTIVATIONS[rule]}
+    if "k" in constants:
         log.warning("%s: circuit-tracer 0.5.0 takes TopK for ReLU; a newer one is needed", folder)
-        config |= {"activation": "topk", "k": spec.selection.k}
-    elif isinstance(spec.selection, ReLU):
-        config |= {"activation": "relu"}
+        config |= {"k": constants["k"]}
     tensors = {name: tensor.detach().cpu() for name, tensor in coder.state_dict().items()}
     if "threshold" in tensors:
         tensors[THRESHOLD] = tensors.pop("threshold").clamp_min(0)

@@ -123,6 +123,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
     Raises ConfigError naming what of it the library cannot say.
     """
     spec, kind = coder.spec, _written_as(coder)
+    _, constants = _exporting.rule_of(spec)
     state = {theirs: _stored(getattr(coder, name), theirs) for name, theirs in CLASSES[kind].items()}
     site = spec.reads[0] if spec.reads else Site("")
     layer = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site.hook)
@@ -135,9 +136,9 @@ def write(folder: Path, coder: SparseCoder) -> None:
         "lm_name": site.model,
         "submodule_name": f"resid_post_layer_{residual[1]}" if residual else site.hook or None,
     }
-    if isinstance(spec.selection, (TopK, MutualChoice)):
-        trainer["k"] = spec.selection.k
-        state["k"] = torch.tensor(spec.selection.k, dtype=torch.int)
+    if "k" in constants:
+        trainer["k"] = constants["k"]
+        state["k"] = torch.tensor(constants["k"], dtype=torch.int)
         state["threshold"] = torch.tensor(spec.calibration[0] if spec.calibration else -1.0)
     check_finite(state, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +151,7 @@ def _written_as(coder: SparseCoder) -> str:
     target, spec = "dictionary_learning", coder.spec
     rules = {rule for rule, _ in WRITTEN}
     _exporting.check_expressible(target, spec, selection=rules, pre_bias=("decoder",))
-    rule = _exporting.properties(spec)["selection"]
+    rule, _ = _exporting.rule_of(spec)
     if (rule, spec.pre_bias) not in WRITTEN:
         other = next(pre_bias for known, pre_bias in WRITTEN if known == rule)
         raise ConfigError(f"pre_bias: {target} has {rule} with pre_bias {other!r} only, not {spec.pre_bias!r}")

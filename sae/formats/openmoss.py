@@ -112,7 +112,7 @@ def read(place: Place) -> tuple[CoderSpec, Coded]:
         normalization=normalization,
         cross_layer=kind == "clt",
         budget="shared" if act in OF_LAYERS else "block",
-        select_by_decoder_norm=included and isinstance(selection, TopK | MutualChoice),
+        select_by_decoder_norm=included and "topk" in act,
         decoder_norm="free",
         training={"sae_type": kind, "act_fn": act},
     )

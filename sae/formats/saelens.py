@@ -18,7 +18,6 @@ takes it out of a raw activation. (RMSNorm's models are never centered; Transfor
 
 import logging
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from sae.formats.temporal import WHY
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
 from sae.lm.sites import ALIAS, is_centered, model_id, on_stream
-from sae.selection import Budget, Selection
+from sae.selection import Selection
 from sae.selection.gated import Gated
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.matching_pursuit import MatchingPursuit
@@ -347,9 +346,10 @@ def _config(spec: CoderSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
         select_by_decoder_norm=(True,),
         skip=(True,),
     )
-    kind, normalizes = RULES[_exporting.properties(spec)["selection"]], KINDS.get(spec.normalization.kind, "none")
+    name, constants = _exporting.rule_of(spec)
+    kind, normalizes = RULES[name], KINDS.get(spec.normalization.kind, "none")
     top, wanted = kind in ("topk", "abstopk"), NORMALIZATIONS[normalizes]
-    _only("selection.inference", getattr(rule, "inference", "plain"), "plain")
+    _only("selection.inference", constants.get("inference", "plain"), "plain")
     if normalizes != "none":
         for field in ("eps", "unbiased", "undo_eps") if wanted.eps else ("eps",):
             _only(f"normalization.{field}", getattr(spec.normalization, field), getattr(wanted, field))
@@ -366,8 +366,8 @@ def _config(spec: CoderSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "d_in": spec.d_in,
         "d_sae": spec.d_sae,
         **({"d_out": spec.d_out} if transcodes else {}),
-        **({"k": rule.k, "rescale_acts_by_decoder_norm": False} if top and isinstance(rule, Budget) else {}),
-        **(asdict(rule) if isinstance(rule, MatchingPursuit) else {}),
+        **({"k": constants["k"], "rescale_acts_by_decoder_norm": False} if top else {}),
+        **(constants if kind == "matching_pursuit" else {}),
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": spec.pre_bias == "decoder",

@@ -131,10 +131,11 @@ def write(folder: Path, coder: SparseCoder) -> None:
         "dataset": spec.training.get("dataset"),
     }
     write_json(folder / RUN, {name: value for name, value in run.items() if value})
+    activation, constants = _exporting.rule_of(spec)
     config = {
-        "activation": _exporting.properties(spec)["selection"],
+        "activation": activation,
         "d_in": spec.d_in,
-        "k": spec.selection.k,  # type: ignore[attr-defined]
+        "k": constants["k"],
         "multi_topk": False,
         "normalize_decoder": spec.decoder_norm == "unit",
         "num_latents": spec.d_sae,
