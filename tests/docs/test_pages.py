@@ -41,7 +41,7 @@ SMALL = {
     "sae-train": "--tokens 8192 --text.max_tokens 20000 --eval.tokens 1000 --activations.statistics_tokens 4096",
     "sae-explain": "--latents 20 --evidence.tokens 40000",
 }
-COMING = ("sae/formats/README.md", "interp/README.md", "sae/assets/README.md")
+COMING = ("interp/README.md",)
 RUN, MODEL = "runs/quickstart", "quickstart"
 STANDS_FOR = {  # what a page writes where a reader puts something of their own
     **dict.fromkeys(("RUN", "RUN_A", "RUN_B", "RUN_DIR", "A"), RUN),
