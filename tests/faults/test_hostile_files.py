@@ -2,10 +2,9 @@
 
 import json
 import os
+import re
 import resource
-import shutil
 import struct
-import time
 import zipfile
 import zlib
 from functools import partial
@@ -45,30 +44,24 @@ KINDS = ["x.safetensors", "x.npz", "x.pt", "x.bin", "x.pkl.gz"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("what", ["empty", "short", "missing", "folder", "pipe", "device", "loop", "dangling", "zeros"])
-def test_what_is_no_file_of_tensors_is_named_at_once(tmp_path, kind, what):
+def test_what_is_no_file_of_tensors_is_named_at_once(tmp_path, kind):
     path = tmp_path / kind
-    make = {
-        "empty": path.touch,
-        "short": lambda: path.write_bytes(b"PK"),
-        "missing": lambda: None,
-        "folder": path.mkdir,
-        "pipe": lambda: os.mkfifo(path),
-        "device": lambda: path.symlink_to("/dev/zero"),
-        "loop": lambda: path.symlink_to(path),
-        "dangling": lambda: path.symlink_to("nowhere"),
-        "zeros": lambda: path.write_bytes(bytes(10_000)),
+    cases = {
+        "empty": (path.touch, "cannot read|damaged|refused"),
+        "short": (lambda: path.write_bytes(b"PK"), "cannot read|damaged|refused"),
+        "zeros": (lambda: path.write_bytes(bytes(10_000)), "cannot read|damaged|refused"),
+        "missing": (lambda: None, "cannot read"),
+        "pipe": (lambda: os.mkfifo(path), "not a file"),
+        "device": (lambda: path.symlink_to("/dev/zero"), "not a file"),
+        "loop": (lambda: path.symlink_to(path), "cannot read"),
+        "folder": (path.mkdir, "not a file of tensors"),
     }
-    make[what]()
-    message = {
-        "folder": "not a file of tensors",
-        "pipe": "not a file",
-        "device": "not a file",
-        "missing": "cannot read",
-    }
-    refused(path, message.get(what, "cannot read|damaged|refused"))
-    if what in ("missing", "folder", "pipe", "device", "loop", "dangling"):
-        refused(path, "not a file|cannot read", weights.verify)
+    for what, (make, message) in cases.items():
+        path.unlink(missing_ok=True)
+        make()
+        refused(path, message)
+        if what not in ("empty", "short", "zeros"):
+            refused(path, "not a file|cannot read", weights.verify)
 
 
 def without_rights(folder):
@@ -180,33 +173,37 @@ def of_keys(path):
 
 BIG = npy(W[:0], (2**25,))
 OFTEN = {str(i): view((2**16,), (1,), storage=Storage(2**16)) for i in range(5000)}
-BOMBS = {
-    "unpacks.npz": lambda path: by_hand(path, b"W.npy", deflated(128 * MIB, BIG), 128 * MIB + len(BIG)),
-    "lies.npz": lambda path: by_hand(path, b"W.npy", deflated(128 * MIB, BIG), 152),
-    "overlaps.npz": lambda path: by_hand(path, b"W.npy000000", deflated(64 * MIB), MIB, copies=5000),
-    "bzip2.npz": lambda path: npz(path, {"W.npy": bytes(16 * MIB)}, zipfile.ZIP_BZIP2),
-    "declares.npz": lambda path: npz(path, {"W.npy": npy(W, (25 * 10**9,))}),
-    "unpacks.pt": lambda path: by_hand(path, b"x/data.pkl", deflated(128 * MIB), 128 * MIB),
-    "zeros.pkl.gz": lambda path: gzipped(path, 128 * MIB),
-    "text.pkl.gz": lambda path: gzipped(path, 128 * MIB, b"\x80\x04X" + struct.pack("<I", 128 * MIB)),
-    "declares.safetensors": lambda path: safetensors(path, {"W": entry((25, 10**9), 0, 10**11)}),
-    "length.safetensors": lambda path: safetensors(path, b"{", length=2**63),
-    "header.safetensors": lambda path: sparse(path, (14 * GIB).to_bytes(8, "little") + b'{"'),
-    "sparse.safetensors": lambda path: sparse(path, b""),
-    "sparse.pt": lambda path: sparse(path, b""),
-    "sparse.npz": lambda path: sparse(path, LOCAL),
-    "line.pt": lambda path: sparse(path, b"c", 2 * GIB),
-    "value.pt": lambda path: sparse(path, b"\x80\x04\x8e" + (16 * GIB).to_bytes(8, "little"), 2 * GIB),
-    "lists.pt": lambda path: archive(path, b"\x80\x02" + b"]" * 4_000_000 + b"."),
-    "twice.pt": lambda path: archive(path, b"\x80\x02" + TWICE + b"."),
-    "key.pt": lambda path: archive(path, b"\x80\x02" + TWICE + b"}h\x00Ns."),
-    "keys.pt": of_keys,
-    "fields.pt": of_fields,
-    "view.pt": lambda path: of_views(path, "older", {"W": view((25 * 10**9,), (1,))}),
-    "expanded.pt": lambda path: of_views(path, "archive", {"W": view((10**6, 10**6), (0, 0))}),
-    "often.pt": lambda path: archive(path, pickled(OFTEN), {"data/0": bytes(2**18)}),
-    "encoded.bin": lambda path: again_and_again(path, "_codecs.encode", text(b"x" * MIB) + text(b"latin1") + b"\x86"),
-    "nested.bin": of_storage,
+UNPACKS, SMALLER, STEPS = "unpacks? to", "its tensors are far larger than the file", "more than 500,000 instructions"
+BOMBS = {  # what writes it, and by what it is refused: a limit that is counted, so that no machine is too slow
+    "unpacks.npz": (lambda p: by_hand(p, b"W.npy", deflated(128 * MIB, BIG), 128 * MIB + len(BIG)), UNPACKS),
+    "lies.npz": (lambda p: by_hand(p, b"W.npy", deflated(128 * MIB, BIG), 152), "Bad CRC-32"),
+    "overlaps.npz": (lambda p: by_hand(p, b"W.npy000000", deflated(64 * MIB), MIB, copies=5000), "one over the other"),
+    "bzip2.npz": (lambda p: npz(p, {"W.npy": bytes(16 * MIB)}, zipfile.ZIP_BZIP2), "neither stored nor deflated"),
+    "declares.npz": (lambda p: npz(p, {"W.npy": npy(W, (25 * 10**9,))}), "declares 100000000000 bytes but holds 24"),
+    "unpacks.pt": (lambda p: by_hand(p, b"x/data.pkl", deflated(128 * MIB), 128 * MIB), UNPACKS),
+    "zeros.pkl.gz": (lambda p: gzipped(p, 128 * MIB), UNPACKS),
+    "text.pkl.gz": (lambda p: gzipped(p, 128 * MIB, b"\x80\x04X" + struct.pack("<I", 128 * MIB)), UNPACKS),
+    "declares.safetensors": (lambda p: safetensors(p, {"W": entry((25, 10**9), 0, 10**11)}), "not what follows"),
+    "length.safetensors": (lambda p: safetensors(p, b"{", length=2**63), "longer than the file"),
+    "header.safetensors": (lambda p: sparse(p, (14 * GIB).to_bytes(8, "little") + b'{"'), "4,194,304 are plenty"),
+    "sparse.safetensors": (lambda p: sparse(p, b""), "header cannot be read"),
+    "sparse.pt": (lambda p: sparse(p, b""), "damaged"),
+    "sparse.npz": (lambda p: sparse(p, LOCAL), "not a zip file"),
+    "line.pt": (lambda p: sparse(p, b"c", 2 * GIB), "damaged"),
+    "value.pt": (lambda p: sparse(p, b"\x80\x04\x8e" + (16 * GIB).to_bytes(8, "little"), 2 * GIB), "too early"),
+    "lists.pt": (lambda p: archive(p, b"\x80\x02" + b"]" * 4_000_000 + b"."), STEPS),
+    "twice.pt": (lambda p: archive(p, b"\x80\x02" + TWICE + b"."), "too deep or too often"),
+    "key.pt": (lambda p: archive(p, b"\x80\x02" + TWICE + b"}h\x00Ns."), "a tuple is no name"),
+    "keys.pt": (of_keys, "a int is no name"),
+    "fields.pt": (of_fields, STEPS),
+    "view.pt": (lambda p: of_views(p, "older", {"W": view((25 * 10**9,), (1,))}), "lies outside of its storage"),
+    "expanded.pt": (lambda p: of_views(p, "archive", {"W": view((10**6, 10**6), (0, 0))}), SMALLER),
+    "often.pt": (lambda p: archive(p, pickled(OFTEN), {"data/0": bytes(2**18)}), SMALLER),
+    "encoded.bin": (
+        lambda p: again_and_again(p, "_codecs.encode", text(b"x" * MIB) + text(b"latin1") + b"\x86"),
+        SMALLER,
+    ),
+    "nested.bin": (of_storage, SMALLER),
 }
 
 
@@ -216,40 +213,38 @@ def status(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+def unclassed(path):
+    """Reads a pickle with objects of a package whose classes are not imported, as one format does."""
+    return weights.flatten(read_pickle(path, ("sae_training.",)), str(path))
+
+
 def defused(folder):
-    """Reads every bomb, and prints what came of it: errors, MiB of memory at its peak, seconds of the processor."""
+    """Reads every bomb, and prints what came of it: errors, and MiB of memory at its peak."""
     room = status("VmSize") + 16 * GIB  # so that a bomb that goes off harms nothing else
     resource.setrlimit(resource.RLIMIT_AS, (room, resource.getrlimit(resource.RLIMIT_AS)[1]))
     for bomb in BOMBS:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-        start, peak, said = time.process_time(), status("VmHWM"), []
-        for read in (weights.shapes, weights.tensors, weights.verify, partial(read_pickle, inert=("sae_training.",))):
+        peak, said = status("VmHWM"), []
+        for read in (unclassed if bomb == "fields.pt" else weights.tensors, weights.verify):
             try:
                 read(folder / bomb)
-                said.append("")
             except DataError as error:
                 said.append(str(error))
-        print(json.dumps([bomb, said, (status("VmHWM") - peak) / MIB, time.process_time() - start]), flush=True)
+        print(json.dumps([bomb, said, (status("VmHWM") - peak) / MIB]), flush=True)
     return 0
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bombs")
-    for name, build in BOMBS.items():
-        build(folder / name)
-    child = Child(folder / "log.txt", partial(defused, folder))
+def test_bombs_are_refused_by_what_they_count_and_take_no_memory(tmp_path):
+    for name, (build, _) in BOMBS.items():
+        build(tmp_path / name)
+    child = Child(tmp_path / "log.txt", partial(defused, tmp_path))
     assert child.wait() == 0, child.output
-    lines = [json.loads(line) for line in child.output.splitlines()]
-    shutil.rmtree(folder)
-    return {name: rest for name, *rest in lines}
-
-
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_bombs_take_neither_memory_nor_time(outcomes, bomb):
-    said, mebibytes, seconds = outcomes[bomb]
-    for line in said[:2]:
-        assert f"/{bomb}" in line
-        assert line.isprintable()
-    assert mebibytes < 160
-    assert seconds < 10
+    outcomes = {name: rest for name, *rest in map(json.loads, child.output.splitlines())}
+    for name in BOMBS:
+        (tmp_path / name).unlink()
+    for name, (_, message) in BOMBS.items():
+        said, mebibytes = outcomes[name]
+        assert re.search(message, said[0]), said
+        assert f"/{name}" in said[0]
+        assert all(line.isprintable() for line in said)
+        assert mebibytes < 160, name
