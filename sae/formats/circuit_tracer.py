@@ -65,7 +65,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     if "W_skip" in found:
         tensors["W_skip"] = found.take("W_skip", d_out, d_in)
     selection = _selection(place, config, found)
-    if "threshold" in selection.parameters(1):
+    if selection.trains_thresholds:
         tensors["threshold"] = checked_thresholds(found, THRESHOLD, d_sae)
     reads, writes = layer_sites(place, config, [int(re.sub(r"\D", "", place.name))])
     training = {"transcoders": list(map(str, config["transcoders"]))} if config.get("transcoders") else {}

@@ -349,7 +349,7 @@ def _config(spec: CoderSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
     name, constants = _exporting.rule_of(spec)
     kind, normalizes = RULES[name], KINDS.get(spec.normalization.kind, "none")
     top, wanted = kind in ("topk", "abstopk"), NORMALIZATIONS[normalizes]
-    _only("selection.inference", constants.get("inference", "plain"), "plain")
+    _only("selection.inference", "gradient" if rule.looks_at_gradients else "plain", "plain")
     if normalizes != "none":
         for field in ("eps", "unbiased", "undo_eps") if wanted.eps else ("eps",):
             _only(f"normalization.{field}", getattr(spec.normalization, field), getattr(wanted, field))
