@@ -92,7 +92,7 @@ def _forward(model: Any, ids: Tensor, mask: Tensor, start: int, keep: list[int],
     device = next(model.parameters()).device
     kept = torch.tensor(keep, device=device)
     accepted = _parameters(type(model).forward)
-    kept_as = "cache" if "cache" in accepted else "past_key_values"  # its name in transformers before 5.20
+    kept_as = "cache" if "cache" in accepted else "past_key_values"  # as older versions call it
     options: dict[str, Any] = {"attention_mask": mask.to(device), "use_cache": True}
     if "position_ids" in accepted:
         options["position_ids"] = torch.arange(start, start + ids.shape[1], device=device).expand_as(ids)
