@@ -211,7 +211,7 @@ def mirrors() -> Iterator[str]:
             yield f"tests/{folder}/{path.name} mirrors no module of that name; MIRRORLESS says why one may"
 
 
-RULES = [homeless, forbidden, circles, renames, helpers, mirrors]
+RULES = [upward, homeless, forbidden, strays, circles, renames, helpers, mirrors]
 
 
 @pytest.mark.parametrize("rule", RULES)
