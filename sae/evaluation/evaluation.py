@@ -78,10 +78,7 @@ def evaluate(
     _check_widths(several, models)
     rows = rows or tokenize(text_of(spec), lm.tokenizer, lm.source(), watch).held_out
     modes = _modes(several)
-    n_rows = min(rows.n_rows, max(1, -(-tokens // rows.context_length)))
-    size = rows_per_pass(rows.context_length, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
-    chosen = torch.arange(n_rows) * rows.n_rows // n_rows
-    batches = [rows.tokens(part) for part in chosen.split(size)]
+    batches = _spread(rows, tokens, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
     causal = {tag: _writing(modes, tag) for tag, model in models.items() if model.is_causal}
     progress = Progress("evaluating", len(batches) * (1 + sum(map(len, causal.values()))), "passes")
 
@@ -168,9 +165,68 @@ def text_of(spec: CoderSpec) -> TextConfig:
     return decode(TextConfig, spec.training["text"], "text")
 
 
+def _spread(rows: TokenRows, tokens: int, vocabulary: int) -> list[Int[Tensor, "rows context"]]:
+    """Returns about so many tokens in rows spread evenly over a text, a pass of the model each."""
+    n_rows = min(rows.n_rows, max(1, -(-tokens // rows.context_length)))
+    chosen = torch.arange(n_rows) * rows.n_rows // n_rows
+    return [rows.tokens(part) for part in chosen.split(rows_per_pass(rows.context_length, vocabulary))]
+
+
 def rows_per_pass(context_length: int, vocabulary: int) -> int:
     """Returns how many rows the evaluation runs at once."""
     return max(1, min(16, PASS_LOGITS // max(1, context_length * vocabulary)))
+
+
+class _Figures:
+    """What pass 1 adds up of one coder."""
+
+    def __init__(self, coder: SparseCoder, nulls: bool) -> None:
+        self.coder, self.nulls, self.moments = coder, nulls, Moments()
+        self.filtered, self.unfiltered, self.skipped = (Reconstruction(coder.spec.d_sae) for _ in range(3))
+        self.held: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, batch: Int[Tensor, "rows context"], seen: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+        """Takes in the activations (and gradients, if the coder looks at them) of some rows."""
+        coder, spec, device = self.coder, self.coder.spec, self.coder.W_enc.device
+        keep = token_mask(batch, spec.mask).to(next(iter(seen.values())).device)
+        own = {site.name: seen[site.name][keep] for site in (*spec.reads, *spec.writes)}
+        x, target = (_columns(own, side).to(device) for side in (spec.reads, spec.writes))
+        usual = norm_mask(own, spec.mask).to(device)
+        g = _columns(gradients, spec.writes)[keep].to(device) if spec.selection.looks_at_gradients else None
+        out, latents = coder(x, g)
+        self.unfiltered.update(target, out, latents)
+        if not usual.all():
+            x, target, g = x[usual], target[usual], None if g is None else g[usual]
+            out, latents = coder(x, g)
+        self.filtered.update(target, out, latents)
+        self.moments.update(target)
+        if spec.skip:
+            none = latents.with_values(torch.zeros_like(latents.values))
+            self.skipped.update(target, coder.decode(none, x) + coder.skipped(x), none)
+        if self.nulls:
+            self.held.append((x.cpu(), target.cpu()))
+
+    def result(self, name: str) -> dict[str, Any]:
+        """Returns the metrics of pass 1; ConfigError if no token counts."""
+        if not self.filtered.target.n:
+            raise ConfigError(f"coder {name}: its mask leaves none of the held-out tokens; there is nothing to measure")
+        writes, unmasked = self.coder.spec.writes, self.unfiltered.result()
+        found: dict[str, Any] = {
+            "reconstruction": self.filtered.result(),
+            "reconstruction_unfiltered": {key: unmasked[key] for key in ("tokens", "fvu", "ev")},
+            "density": self.filtered.density(),
+        }
+        if len(writes) > 1:
+            columns = zip(writes, columns_of(writes), strict=True)
+            found["fvu_by_site"] = {site.name: self.filtered.fvu(part) for site, part in columns}
+        if self.coder.spec.skip:
+            found["skip"] = {"ev": self.skipped.result()["ev"]}
+        if len(writes) == 1 and writes[0].heads:
+            found["heads"] = head_shares(self.coder.W_dec, writes[0].heads, self.filtered.fired > 0)
+        if self.nulls:
+            x, target = (torch.cat(parts) for parts in zip(*self.held, strict=True))
+            found["nulls"] = null_fvus(self.coder, (x[::2], target[::2]), (x[1::2], target[1::2]))
+        return found
 
 
 def _reconstruct(
@@ -180,55 +236,15 @@ def _reconstruct(
     nulls: bool,
     advance: Callable[[], None],
 ) -> tuple[dict[str, Any], dict[str, Float[Tensor, "d"]]]:
-    device = models[""].device
-    filtered = {name: Reconstruction(coder.spec.d_sae) for name, coder in coders.items()}
-    unfiltered = {name: Reconstruction(coder.spec.d_sae) for name, coder in coders.items()}
-    skipped = {name: Reconstruction(coder.spec.d_sae) for name, coder in coders.items() if coder.spec.skip}
-    moments = {name: Moments() for name in coders}
-    held: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in coders}
+    """Returns the metrics of pass 1 and the mean activation at the sites written, by coder."""
+    figures = {name: _Figures(coder, nulls) for name, coder in coders.items()}
     for batch in batches:
         advance()
-        seen, gradients = _seen(coders, models, batch)
-        for name, coder in coders.items():
-            spec = coder.spec
-            keep = token_mask(batch, spec.mask).to(device)
-            own = {site.name: seen[site.name][keep] for site in (*spec.reads, *spec.writes)}
-            x, target = (_columns(own, side).to(coder.W_enc.device) for side in (spec.reads, spec.writes))
-            usual = norm_mask(own, spec.mask).to(x.device)
-            g = _columns(gradients, spec.writes)[keep].to(x.device) if spec.selection.looks_at_gradients else None
-            out, latents = coder(x, g)
-            unfiltered[name].update(target, out, latents)
-            if not usual.all():
-                x, target, g = x[usual], target[usual], None if g is None else g[usual]
-                out, latents = coder(x, g)
-            filtered[name].update(target, out, latents)
-            moments[name].update(target)
-            if name in skipped:
-                none = latents.with_values(torch.zeros_like(latents.values))
-                skipped[name].update(target, coder.decode(none, x) + coder.skipped(x), none)
-            if nulls:
-                held[name].append((x.cpu(), target.cpu()))
-    results = {}
-    for name, coder in coders.items():
-        if not filtered[name].target.n:
-            raise ConfigError(f"coder {name}: its mask leaves none of the held-out tokens; there is nothing to measure")
-        unmasked = unfiltered[name].result()
-        results[name] = {
-            "reconstruction": filtered[name].result(),
-            "reconstruction_unfiltered": {key: unmasked[key] for key in ("tokens", "fvu", "ev")},
-            "density": filtered[name].density(),
-        }
-        if len(coder.spec.writes) > 1:
-            columns = zip(coder.spec.writes, columns_of(coder.spec.writes), strict=True)
-            results[name]["fvu_by_site"] = {site.name: filtered[name].fvu(part) for site, part in columns}
-        if name in skipped:
-            results[name]["skip"] = {"ev": skipped[name].result()["ev"]}
-        if len(coder.spec.writes) == 1 and coder.spec.writes[0].heads:
-            results[name]["heads"] = head_shares(coder.W_dec, coder.spec.writes[0].heads, filtered[name].fired > 0)
-        if nulls:
-            x, target = (torch.cat(parts) for parts in zip(*held[name], strict=True))
-            results[name]["nulls"] = null_fvus(coder, (x[::2], target[::2]), (x[1::2], target[1::2]))
-    return results, {name: m.mean.float() for name, m in moments.items()}
+        seen = _seen(coders, models, batch)
+        for found in figures.values():
+            found.update(batch, *seen)
+    results = {name: found.result(name) for name, found in figures.items()}
+    return results, {name: found.moments.mean.float() for name, found in figures.items()}
 
 
 def _seen(
