@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -111,11 +113,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def load_language_model(
-    name: str,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
+    name: str, revision: str | None = None, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> LanguageModel:
     """Returns the model called `name`, loaded for reading activations.
 
@@ -262,19 +260,16 @@ def _file_digest(path: Path, _size: int, _mtime_ns: int) -> str:
     return sha256_file(path)
 
 
-class _readable_errors:
+@contextmanager
+def _readable_errors(name: str) -> Iterator[None]:
     """Turns the loaders' long errors into one line that names the model and the way out."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError)) and not isinstance(error, ConfigError):
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(
-                f"model.name: {self.name!r} could not be loaded: {reason} "
-                "(a hub id needs the network or a cached copy; a local folder or .gguf file needs neither)"
-            ) from error
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"model.name: {name!r} could not be loaded: {reason} "
+            "(a hub id needs the network or a cached copy; a local folder or .gguf file needs neither)"
+        ) from error

@@ -89,10 +89,7 @@ class TokenizedText:
 
 
 def tokenize(
-    config: TextConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    fingerprint: dict[str, Any],
-    watch: Watch = UNWATCHED,
+    config: TextConfig, tokenizer: "PreTrainedTokenizerBase", fingerprint: dict[str, Any], watch: Watch = UNWATCHED
 ) -> TokenizedText:
     """Returns the rows of a text, tokenized now or read from the cache below `cache_dir()/tokens`.
 
@@ -134,11 +131,7 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
 
 
 def _fill(
-    folder: Path,
-    fingerprint: dict[str, Any],
-    config: TextConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    watch: Watch,
+    folder: Path, fingerprint: dict[str, Any], config: TextConfig, tokenizer: "PreTrainedTokenizerBase", watch: Watch
 ) -> None:
     packers = {part: Packer(config.context_length, config.layout, config.bos, tokenizer) for part in PARTS}
     writers = {part: ShardWriter(folder / part, f"tokens/{part}", fingerprint) for part in PARTS}

@@ -44,9 +44,7 @@ def save(run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], values
         shutil.rmtree(folder, ignore_errors=True)
         with publish(folder) as draft:
             for name, group in tensors.items():
-                save_tensors(
-                    draft / f"{name}.safetensors", {k: v.detach().cpu().contiguous() for k, v in group.items()}
-                )
+                save_tensors(draft / f"{name}.safetensors", group)
             write_json(draft / STATE, {"step": step, **values})
     older = [path for path in complete(run_dir) if path < folder]
     for old in older[: max(0, len(older) - keep + 1)]:

@@ -300,16 +300,11 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises ConfigError naming the first field whose value is not allowed."""
-        for part in (
-            self.model,
-            self.second_model,
-            self.text,
-            self.activations,
-            self.optim,
-            self.eval,
-            self.checkpoints,
-            self.log,
-        ):
+        data, rest = (
+            (self.model, self.second_model, self.text, self.activations),
+            (self.eval, self.checkpoints, self.log),
+        )
+        for part in (*data, self.optim, *rest):
             part.validate()
         at_least("batch_tokens", self.batch_tokens, LANES)
         if self.batch_tokens % LANES:

@@ -13,12 +13,12 @@ from torch._subclasses import FakeTensorMode
 
 from sae.base.units import data_size, duration
 from sae.evaluation.evaluation import rows_per_pass
-from sae.lm.hooks import site_widths, sites_of_model
+from sae.lm.hooks import sites_of_model
 from sae.lm.models import DTYPES, LanguageModel, resolve_device, untrained
 from sae.lm.site import SECOND, Site
 from sae.stream.batch import LANES
 from sae.training.config import TrainConfig
-from sae.training.planning import CoderPlan, plan_coders, site_pairs
+from sae.training.planning import CoderPlan, plan_run
 
 FLOAT = 4
 LATER = 250_000_000  # measured: model code, plotting and the allocator's slack come after the estimate
@@ -69,12 +69,7 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     with FakeTensorMode():
         lm = untrained(config.model, trust_remote_code)
         second = untrained(config.second_model, trust_remote_code) if config.second_model.name else None
-        pairs = site_pairs(config, lm, second)
-        sites = list({site.name: site for pair in pairs for site in pair}.values())
-        width = site_widths(lm, sites_of_model(sites, ""))
-        if second:
-            width |= site_widths(second, sites_of_model(sites, SECOND))
-        plans = plan_coders(config, pairs, width)
+        sites, width, plans = plan_run(config, lm, second)
     copies = [(p.parameters, 5 if p.optim.ema else 4) for p in plans]  # weights, gradients, two moments, an average
     context, settings = config.text.context_length, config.activations
     item = DTYPES[settings.dtype].itemsize

@@ -131,19 +131,12 @@ def _scaled(
         normalization = replace(normalization, scale=normalization.scale * scales[reads[0].name])
         scales = dict.fromkeys(scales, 1.0)
     known = {site.name: site.weight for site in like.writes} if like else {}
-    reads, writes = (
-        tuple(
-            replace(
-                site,
-                width=kept[site.name].shape[1],
-                scale=scales[site.name],
-                weight=known.get(site.name, 1.0) if like else site.weight,
-            )
-            for site in sites
-        )
-        for sites in (reads, writes)
-    )
-    return reads, writes, normalization
+
+    def found(site: Site) -> Site:
+        weight = known.get(site.name, 1.0) if like else site.weight
+        return replace(site, width=kept[site.name].shape[1], scale=scales[site.name], weight=weight)
+
+    return tuple(map(found, reads)), tuple(map(found, writes)), normalization
 
 
 def _balanced(y: Float[Tensor, "n d"], writes: tuple[Site, ...]) -> tuple[Site, ...]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from sae.base.errors import ConfigError
 from sae.coder.spec import CoderSpec
+from sae.lm.hooks import site_widths, sites_of_model
 from sae.lm.models import LanguageModel
 from sae.lm.site import SECOND, Site
 from sae.lm.sites import resolve_sites
@@ -58,6 +59,18 @@ class CoderPlan:
         encoder, decoder = self.d_sae * self.d_in // layers, self.d_sae * (layers + 1) * self.d_out // (2 * layers)
         extra = len(spec.selection.parameters(0)) * self.d_sae + self.d_in * self.d_out * spec.skip // layers
         return encoder + decoder + extra + self.d_sae + self.d_out + self.d_in * (spec.pre_bias == "own")
+
+
+def plan_run(
+    config: TrainConfig, lm: LanguageModel, second: LanguageModel | None = None
+) -> tuple[list[Site], dict[str, int], list[CoderPlan]]:
+    """Returns the sites that a run reads, their widths by name, and its coders; ConfigError for what cannot be."""
+    pairs = site_pairs(config, lm, second)
+    sites = list({site.name: site for pair in pairs for site in pair}.values())
+    widths = site_widths(lm, sites_of_model(sites, ""))
+    if second:
+        widths |= site_widths(second, sites_of_model(sites, SECOND))
+    return sites, widths, plan_coders(config, pairs, widths)
 
 
 def site_pairs(config: TrainConfig, lm: LanguageModel, second: LanguageModel | None = None) -> list[tuple[Site, Site]]:

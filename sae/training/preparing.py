@@ -17,7 +17,6 @@ from sae.base.store import fingerprint_key, remove_damaged
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.lm.environment import environment
-from sae.lm.hooks import site_widths, sites_of_model
 from sae.lm.masking import MaskSpec
 from sae.lm.models import DTYPES, LanguageModel, ModelConfig, load_language_model
 from sae.lm.site import SECOND
@@ -31,7 +30,7 @@ from sae.text.tokenizing import TokenizedText, special_ids, tokenize
 from sae.training import checkpoint
 from sae.training.config import TrainConfig
 from sae.training.measuring import Recipe, Statistics, measure, sample_activations
-from sae.training.planning import CoderPlan, plan_coders, site_pairs
+from sae.training.planning import CoderPlan, plan_run
 from sae.training.trainer import CoderTrainer, Schedule, new_coder
 
 log = logging.getLogger(__name__)
@@ -68,12 +67,7 @@ def set_up(config: TrainConfig, folder: Path, resume: bool, watch: Watch, trust_
     lm, second = load(config.model), load(config.second_model) if config.second_model.name else None
     if second and second.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
         raise ConfigError(f"second_model.name: {second.name} has another tokenizer than {lm.name}")
-    pairs = site_pairs(config, lm, second)
-    sites = list({site.name: site for pair in pairs for site in pair}.values())
-    found = site_widths(lm, sites_of_model(sites, ""))
-    if second:
-        found |= site_widths(second, sites_of_model(sites, SECOND))
-    plans = plan_coders(config, pairs, found)
+    sites, _, plans = plan_run(config, lm, second)
     if not resume:
         with collectives.together():
             if collectives.rank() == 0:  # from here on the run can be resumed, if only from its start
@@ -167,10 +161,7 @@ def new_trainers(setting: Setting, source: Source, saved: Path | None, watch: Wa
             start = plan.coder.start_from
             like = hub.load(start).spec if start else None
             recipe = Recipe(
-                plan.coder.normalization,
-                config.activations.norm_filter,
-                plan.coder.center,
-                plan.coder.balance_sites,
+                plan.coder.normalization, config.activations.norm_filter, plan.coder.center, plan.coder.balance_sites
             )
             key = (plan.reads, plan.writes, recipe, start)
             if key not in measured:

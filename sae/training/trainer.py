@@ -24,18 +24,8 @@ from sae.training.config import CoderConfig
 from sae.training.measuring import Statistics
 from sae.training.optim import Average, OptimConfig, adam, normalize_decoder, project_decoder_gradient
 
-STARTED_ALIKE = (
-    "d_in",
-    "d_out",
-    "d_sae",
-    "encoder",
-    "pre_bias",
-    "decoder_norm",
-    "cross_layer",
-    "budget",
-    "select_by_decoder_norm",
-    "skip",
-)
+STARTED_ALIKE = ("d_in", "d_out", "d_sae", "encoder", "pre_bias", "decoder_norm", "cross_layer", "budget", "skip")
+STARTED_ALIKE += ("select_by_decoder_norm",)
 LEAST_RESIDUAL = 1e-6  # of the variance: a batch of one token has none, and AuxK divides by it
 
 
@@ -126,10 +116,9 @@ class _Sums:
     fired: Int[Tensor, "d_sae"]
 
     @classmethod
-    def zero(cls, names: Iterable[str], d_out: int, d_sae: int, device: torch.device) -> "_Sums":
-        terms = {name: torch.zeros((), device=device) for name in names}
-        fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        return cls(terms, torch.zeros(d_out, device=device), torch.zeros((), device=device), fired)
+    def zero(cls, names: Iterable[str], d_out: int, d_sae: int) -> "_Sums":
+        terms = {name: torch.zeros(()) for name in names}
+        return cls(terms, torch.zeros(d_out), torch.zeros(()), torch.zeros(d_sae, dtype=torch.int64))
 
 
 class CoderTrainer:
@@ -198,7 +187,8 @@ class CoderTrainer:
     def _backward(self, batch: Batch, n_tokens: int, factors: dict[str, float]) -> "_Sums":
         """Adds the gradients of every micro-batch up, and what is reported of it."""
         spec, dead = self.coder.spec, self.dead
-        sums = _Sums.zero(self.objectives, spec.d_out, spec.d_sae, batch.x.device)
+        with batch.x.device:
+            sums = _Sums.zero(self.objectives, spec.d_out, spec.d_sae)
         for number, (run, target) in enumerate(self._passes(batch)):
             spliced = None
             if batch.spliced is not None:
