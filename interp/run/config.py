@@ -191,9 +191,9 @@ class ExplainConfig:
         found: dict[str, Scorer] = {"detection": Detection(), "embedding": Embedding()}
         return found | ({"fuzzing": Fuzzing()} if self.endpoint("judge").model else {})
 
-    def chooser(self) -> Detection:
-        """Returns the scorer by which explainers choose between candidates: the run's detection or fuzzing."""
-        return next((scorer for scorer in self.all_scorers().values() if isinstance(scorer, Detection)), Detection())
+    def chooser(self) -> Scorer:
+        """Returns the scorer by which explainers choose between candidates: the run's first that may, or detection."""
+        return next((scorer for scorer in self.all_scorers().values() if scorer.chooses), Detection())
 
     def roles_asked(self) -> list[str]:
         """Returns the roles that are asked, as far as they have a model."""

@@ -37,11 +37,14 @@ class Scorer(Plugin):
     headline: ClassVar[str] = "balanced_accuracy"
     """The measure by which explanations are compared, and whose null and lift are told."""
     needs_explanation: ClassVar[bool] = True
-    """Whether the score is one of an explanation; else it is one of the latent, and has no shuffled null."""
+    """Whether the score is one of an explanation; else it is one of the latent, and what guessing gives, its measure
+    `chance`, stands for the shuffled null."""
     takes_rules: ClassVar[bool] = False
     """Whether the rule of an explanation that has one decides, so that nobody need be asked."""
     tunes: ClassVar[bool] = False
     """Whether judgements have no natural threshold, so that one is tuned on the valid split, which is judged too."""
+    chooses: ClassVar[bool] = False
+    """Whether explainers may choose between candidates by what it makes of the valid split: a judge's probabilities."""
 
     def validate(self) -> None:
         """Raises ConfigError naming the field whose value is not allowed."""

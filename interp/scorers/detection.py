@@ -39,6 +39,7 @@ class Detection(Scorer):
     """Of the layout batch."""
 
     takes_rules: ClassVar[bool] = True
+    chooses: ClassVar[bool] = True
     question: ClassVar[str] = DETECTION
 
     def validate(self) -> None:
