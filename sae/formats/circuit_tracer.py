@@ -25,6 +25,7 @@ from sae.base.settings import read_yaml, to_yaml
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.formats._exporting import check_expressible, rule_of
+from sae.formats._specs import released_spec
 from sae.lm.site import Site
 from sae.lm.sites import ALIAS, ALIASES, model_id, parse_site
 from sae.selection import Selection
@@ -69,17 +70,8 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         tensors["threshold"] = checked_thresholds(found, THRESHOLD, d_sae)
     reads, writes = layer_sites(place, config, [int(re.sub(r"\D", "", place.name))])
     training = {"transcoders": list(map(str, config["transcoders"]))} if config.get("transcoders") else {}
-    spec = CoderSpec(
-        d_in,
-        d_out,
-        d_sae,
-        selection,
-        reads,
-        writes,
-        pre_bias="none",
-        decoder_norm="free",
-        skip="W_skip" in tensors,
-        training=training,
+    spec = released_spec(
+        (d_in, d_out, d_sae), selection, (reads, writes), pre_bias="none", skip="W_skip" in tensors, training=training
     )
     return spec, tensors
 
@@ -98,9 +90,7 @@ def read_set_config(place: Place, kind: str) -> dict[str, Any]:
     return config
 
 
-def layer_sites(
-    place: Place, config: Mapping[str, Any], layers: Iterable[int], widths: tuple[int, int] = (0, 0)
-) -> Sites:
+def layer_sites(place: Place, config: dict[str, Any], layers: Iterable[int], widths: tuple[int, int] = (0, 0)) -> Sites:
     """Returns (reads, writes), one site a layer, as the config or the user says; Unsaid if neither does."""
     asks = "feature_input_hook" not in config and "feature_output_hook" not in config
     how = "'blocks.*.READ->blocks.*.WRITTEN'"

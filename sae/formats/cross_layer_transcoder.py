@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae.base.errors import DataError
 from sae.coder.spec import CoderSpec
+from sae.formats._specs import released_spec
 from sae.formats.circuit_tracer import checked_thresholds, layer_sites, read_set_config
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.relu import ReLU
@@ -57,16 +58,12 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     if not reads:
         where = "'blocks.*.hook_resid_mid->blocks.*.hook_mlp_out' or the like, where * is the layer"
         place.required_hint("site", "it has no config.yaml with hooks", where)
-    spec = CoderSpec(
-        n_layers * d_in,
-        n_layers * d_out,
-        n_layers * m,
+    spec = released_spec(
+        (n_layers * d_in, n_layers * d_out, n_layers * m),
         JumpReLU() if jumps else ReLU(),
-        reads,
-        writes,
+        (reads, writes),
         pre_bias="none",
         cross_layer=True,
-        decoder_norm="free",
         skip=skips,
     )
     return spec, stack_layers(layers)

@@ -12,6 +12,7 @@ from torch import Tensor
 from sae.base.errors import ConfigError
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
+from sae.formats._specs import released_spec
 from sae.lm.site import SECOND, Site
 from sae.lm.sites import model_id
 from sae.selection.relu import ReLU
@@ -47,16 +48,12 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         Site(hook, model=model, tag=tag, width=d, scale=scale)
         for model, tag, scale in zip(models, ("", SECOND), scales, strict=True)
     )
-    spec = CoderSpec(
-        2 * d,
-        2 * d,
-        d_sae,
+    spec = released_spec(
+        (2 * d, 2 * d, d_sae),
         ReLU(),
-        sites,
-        sites,
+        (sites, sites),
         pre_bias="none",
         normalization=Normalization("scalar"),
-        decoder_norm="free",
         context_length=as_int(config.get("seq_len") or 0, "seq_len", place),
     )
     return spec, tensors

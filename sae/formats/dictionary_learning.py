@@ -29,6 +29,7 @@ from sae.coder.coder import SparseCoder
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
 from sae.formats import _exporting
+from sae.formats._specs import released_spec
 from sae.lm.site import Site
 from sae.lm.sites import model_id
 from sae.selection import Selection
@@ -100,17 +101,13 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
             tensors[name] = found.take(theirs, d_in if name == "b_dec" else d_sae)
     selection, cut = _selection(place, kind, trainer, found)
     sites = _sites(place, trainer)
-    spec = CoderSpec(
-        d_in,
-        d_in,
-        d_sae,
+    spec = released_spec(
+        (d_in, d_in, d_sae),
         selection,
-        sites,
-        sites,
+        (sites, sites),
         calibration=cut,
         pre_bias="none" if kind in NO_PRE_BIAS else "decoder",
         normalization=normalization,
-        decoder_norm="free",
         context_length=as_int(_part(config, "buffer").get("ctx_len") or 0, "buffer.ctx_len", place),
         training={"dict_class": kind},
     )

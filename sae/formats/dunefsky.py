@@ -17,6 +17,7 @@ from torch import Tensor
 from sae.base.errors import ConfigError, DataError
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
+from sae.formats._specs import released_spec
 from sae.formats._transformer_lens import centering, hinted_pair
 from sae.lm.site import Site
 from sae.lm.sites import model_id
@@ -71,16 +72,12 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
             place,
             target,
         )
-    spec = CoderSpec(
-        d_in,
-        d_out,
-        d_sae,
+    spec = released_spec(
+        (d_in, d_out, d_sae),
         ReLU(),
-        reads,
-        writes,
+        (reads, writes),
         pre_bias="own" if transcodes else "decoder",
         normalization=Normalization() if transcodes else normalization,
-        decoder_norm="free",
         context_length=as_int(config.get("context_size") or 0, "cfg.context_size", place),
         training={"dataset": config.get("dataset_path")},
     )

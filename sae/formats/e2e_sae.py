@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from sae.base.errors import ConfigError, DataError, nearest
 from sae.coder.spec import CoderSpec
+from sae.formats._specs import released_spec
 from sae.formats._transformer_lens import centering
 from sae.lm.site import Site
 from sae.lm.sites import model_id
@@ -54,16 +55,14 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     model, data = str(config.get("tlens_model_name") or ""), config.get("train_data")
     data = data if isinstance(data, dict) else {}
     sites = (Site(hook, model=place.hints.model or model_id(model)),)
-    spec = CoderSpec(
-        d_in,
-        d_in,
-        d_sae,
+    spec = released_spec(
+        (d_in, d_in, d_sae),
         ReLU(),
-        sites,
-        sites,
+        (sites, sites),
         pre_bias="none",
         normalization=centering(place, hook, model),
         context_length=as_int(data.get("n_ctx") or 0, "train_data.n_ctx", place),
         training={"dataset": data.get("dataset_name")},
+        decoder_norm="unit",
     )
     return spec, tensors

@@ -16,6 +16,7 @@ from torch import Tensor
 from sae.base.errors import ConfigError, DataError
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
+from sae.formats._specs import released_spec
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
 from sae.selection.jumprelu import JumpReLU
@@ -55,16 +56,12 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         scale = float(place.required_hint("scale", why, f"1 or {d_in**-0.5:.6g}", (1.0, d_in**-0.5)))
         normalization = normalization if scale == 1 else Normalization("scalar", scale)
     l0 = re.search(r"average_l0_(\d+)/", _below(place))
-    spec = CoderSpec(
-        d_in,
-        d_out,
-        d_sae,
+    spec = released_spec(
+        (d_in, d_out, d_sae),
         JumpReLU(),
-        reads,
-        writes,
+        (reads, writes),
         pre_bias="none",
         normalization=normalization,
-        decoder_norm="free",
         mask=MaskSpec(skip_positions=1),  # trained without BOS, which must be there all the same
         context_length=1024,
         metrics={"advertised": {"l0": float(l0[1])}} if l0 else {},

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError, DataError
 from sae.coder.spec import CoderSpec
+from sae.formats._specs import released_spec
 from sae.formats.cross_layer_transcoder import stack_layers
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
@@ -66,16 +67,12 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     reads, writes = (_sites(place, config, name, n, model, width if several else 0) for name, width in ends)
     if several and not reads:
         raise ConfigError(f"path: {place} does not say which layers it reads; put its config.json beside it")
-    spec = CoderSpec(
-        n * d_in,
-        n * d_out,
-        n * m,
+    spec = released_spec(
+        (n * d_in, n * d_out, n * m),
         JumpReLU(),
-        reads,
-        writes,
+        (reads, writes),
         pre_bias="none",
         cross_layer=several,
-        decoder_norm="free",
         skip="W_skip" in layers[0],
         mask=MaskSpec(skip_positions=1),  # special tokens were left out
         context_length=1024,

@@ -14,6 +14,7 @@ import logging
 from torch import Tensor
 
 from sae.coder.spec import CoderSpec
+from sae.formats._specs import released_spec
 from sae.formats._transformer_lens import centering
 from sae.lm.site import Site
 from sae.lm.sites import model_id
@@ -52,15 +53,11 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
             hook,
         )
     sites = (Site(hook, model=place.hints.model or model_id(model)),)
-    spec = CoderSpec(
-        d_in,
-        d_in,
-        d_sae,
+    spec = released_spec(
+        (d_in, d_in, d_sae),
         ReLU(),
-        sites,
-        sites,
+        (sites, sites),
         normalization=centering(place, hook, model),
-        decoder_norm="free",
         context_length=as_int(config.get("seq_len") or 0, "seq_len", place),
     )
     return spec, tensors

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae.base.errors import DataError
 from sae.coder.spec import CoderSpec
+from sae.formats._specs import released_spec
 from sae.lm.site import Site
 from sae.selection.relu import ReLU
 from sae.untrusted.places import Place
@@ -44,7 +45,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         "b_dec": found.take(f"{decoder}.bias", d_in),
     }
     sites = _sites(place)
-    return CoderSpec(d_in, d_in, d_sae, ReLU(), sites, sites, pre_bias="none", decoder_norm="free"), tensors
+    return released_spec((d_in, d_in, d_sae), ReLU(), (sites, sites), pre_bias="none"), tensors
 
 
 def _names(layers: tuple[str, str]) -> set[str]:

@@ -25,6 +25,7 @@ from sae.base.errors import ConfigError, DataError
 from sae.coder import folds
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
+from sae.formats._specs import released_spec
 from sae.formats.openmoss import linear_tensors, model_of, required_hook, token_wise_normalization
 from sae.lm.site import Site
 from sae.selection import Selection
@@ -67,17 +68,13 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     tensors["W_dec"] = tensors["W_dec"] * (s_in / s_out)
     selection, threshold = _selection(place, config)
     reads, writes = ((Site(name, model=model_of(place), width=d),) for (name,) in (ins, outs))
-    spec = CoderSpec(
-        d,
-        d,
-        len(tensors["b_enc"]),
+    spec = released_spec(
+        (d, d, len(tensors["b_enc"])),
         selection,
-        reads,
-        writes,
+        (reads, writes),
         encoder="glu" if "W_glu" in tensors else "linear",
         pre_bias="decoder" if biased else "none",
         normalization=normalization,
-        decoder_norm="free",
         context_length=1024,
     )
     if as_flag(config, "sparsity_include_decoder_norm", place, None):

@@ -33,7 +33,7 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
         raise DataError(f"{place.path(CONFIG)}: {error}") from error
     if digest is not None and not place.lazy and digest != sha256_file(place.path(FILE)):
         raise DataError(f"{place} is damaged: its sha256 differs from the one in {CONFIG}")
-    return spec, dict(place.tensors().all())
+    return spec, dict(place.tensors())
 
 
 def write(folder: Path, coder: SparseCoder) -> None:

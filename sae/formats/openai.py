@@ -16,6 +16,7 @@ from torch import Tensor
 from sae.base.errors import DataError
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
+from sae.formats._specs import released_spec
 from sae.lm.site import Site
 from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
@@ -62,15 +63,11 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     one_of(state.get("postact_fn", "ReLU"), ("ReLU",), "activation_state_dict.postact_fn", place)
     top = activation == "TopK"
     sites = _sites(place)
-    spec = CoderSpec(
-        d_in,
-        d_in,
-        d_sae,
+    spec = released_spec(
+        (d_in, d_in, d_sae),
         TopK(as_int(state.get("k"), "activation_state_dict.k", place)) if top else ReLU(),
-        sites,
-        sites,
+        (sites, sites),
         normalization=Normalization("layer_norm", eps=1e-5, undo_eps=False) if top else Normalization(),
-        decoder_norm="free",
         context_length=CONTEXT,
     )
     return spec, tensors

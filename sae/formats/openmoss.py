@@ -36,6 +36,7 @@ from torch import Tensor
 from sae.base.errors import ConfigError, DataError
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
+from sae.formats._specs import released_spec
 from sae.lm.site import Site
 from sae.selection import Selection
 from sae.selection.jumprelu import JumpReLU
@@ -100,20 +101,16 @@ def read(place: Place) -> tuple[CoderSpec, Coded]:
         tensors["threshold"] = (threshold / norms).clamp_max(LARGEST) if included else threshold
     selection = _selection(place, config, act, len(ins) if act in OF_LAYERS else 1)
     normalization, reads, writes = _normalized(place, config, found, d, ins, outs)
-    spec = CoderSpec(
-        d * len(ins),
-        d * len(outs),
-        len(tensors["b_enc"]),
+    spec = released_spec(
+        (d * len(ins), d * len(outs), len(tensors["b_enc"])),
         selection,
-        reads,
-        writes,
+        (reads, writes),
         encoder="glu" if "W_glu" in tensors else "linear",
         pre_bias=pre_bias,
         normalization=normalization,
         cross_layer=kind == "clt",
         budget="shared" if act in OF_LAYERS else "block",
         select_by_decoder_norm=included and "topk" in act,
-        decoder_norm="free",
         training={"sae_type": kind, "act_fn": act},
     )
     return spec, tensors

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError, DataError
 from sae.coder.spec import CoderSpec
+from sae.formats._specs import released_spec
 from sae.lm.site import Site
 from sae.selection.unrectified_topk import UnrectifiedTopK
 from sae.untrusted.configs import as_int
@@ -52,6 +53,4 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     layer = re.findall(r"\d+", place.name)[0]
     model = place.hints.model or str(config.get("base_model") or "") or (f"Qwen/{known['model']}" if known else "")
     sites = (Site(f"blocks.{layer}.hook_resid_post", model=model),)
-    return CoderSpec(
-        d_in, d_in, d_sae, UnrectifiedTopK(said.pop()), sites, sites, pre_bias="none", decoder_norm="free"
-    ), tensors
+    return released_spec((d_in, d_in, d_sae), UnrectifiedTopK(said.pop()), (sites, sites), pre_bias="none"), tensors

@@ -31,6 +31,7 @@ from sae.coder.coder import SparseCoder
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
 from sae.formats import _exporting
+from sae.formats._specs import released_spec
 from sae.formats._transformer_lens import hinted_pair
 from sae.formats.temporal import WHY
 from sae.lm.masking import MaskSpec
@@ -135,16 +136,12 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     selection, own = _selection(place, config, architecture, found, d_sae)
     metadata = config["metadata"]
     reads, writes = _sites(place, metadata, transcodes)
-    spec = CoderSpec(
-        d_in,
-        d_out,
-        d_sae,
+    spec = released_spec(
+        (d_in, d_out, d_sae),
         selection,
-        reads,
-        writes,
+        (reads, writes),
         encoder=selection.encoder or "linear",
         pre_bias="decoder" if subtracts else "none",
-        decoder_norm="free",
         skip="skip" in architecture,
         mask=_mask(place, metadata),
         context_length=as_int(metadata.get("context_size", 0), "context_size", place),

@@ -24,6 +24,7 @@ from sae.base.settings import choose
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.formats import _exporting
+from sae.formats._specs import released_spec
 from sae.lm.site import Site
 from sae.lm.sites import ALIAS
 from sae.selection import Selection
@@ -79,15 +80,11 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     if skip:
         tensors["W_skip"] = found.take("W_skip", d_out, d_in)
     reads, writes = _sites(place, run, transcodes)
-    spec = CoderSpec(
-        d_in,
-        d_out,
-        d_sae,
+    spec = released_spec(
+        (d_in, d_out, d_sae),
         _selection(place, config),
-        reads,
-        writes,
+        (reads, writes),
         pre_bias=_pre_bias(place, config) if transcodes else "decoder",
-        decoder_norm="free",
         skip=skip,
         context_length=as_int(run.get("ctx_len") or 0, "ctx_len", place),
         training={"dataset": run.get("dataset")},

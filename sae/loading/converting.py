@@ -40,7 +40,8 @@ def convert(coder: SparseCoder, name: str, folder: str | Path) -> list[str]:
         if new:
             shutil.rmtree(folder, ignore_errors=True)
         else:
-            _empty(folder)
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
 
 
@@ -54,8 +55,3 @@ def _changed(coder: SparseCoder, again: SparseCoder, exact: bool) -> list[str]:
         if not error <= SAME:
             raise DataError(f"what was written is another map: outputs differ by {error:.2g} of their norm")
     return [field for field in old if old[field] != new[field]]
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()

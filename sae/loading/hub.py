@@ -46,8 +46,7 @@ def load(
     Raises ConfigError if there is no coder or several (naming them), a format is unknown or ambiguous, or a hint is
     needed; DataError naming the file or tensor that is missing, damaged, of the wrong shape, unknown, or not finite.
     """
-    files, below = locate(path, revision, cache_dir)
-    place = _single_place(files, below, checked_hints(hints))
+    place = find_place(path, "", revision, cache_dir, **hints)
     return read_coder(replace(place, lazy=lazy), device, dtype)
 
 

@@ -126,7 +126,7 @@ def find_release(address: str) -> Release | None:
     if row is None:
         found = shipped_table().neuronpedia.get(address)
         if found is None and first in {name.partition("/")[0] for name in shipped_table().neuronpedia}:
-            raise ConfigError(f"path: no source {rest!r} of {first}.{_closest(address, shipped_table().neuronpedia)}")
+            raise ConfigError(f"path: no source {rest!r} of {first}.{nearest(address, shipped_table().neuronpedia, 3)}")
         row = shipped_table().rows[found.name] if found else {}
     elif "coders" not in row:
         found = Release(**{f.name: row[f.name] for f in fields(Release) if f.name in row}, path=rest, id=rest)
@@ -174,7 +174,8 @@ def list_released(model: str | None = None) -> list[ReleaseSummary]:
     rows = [row for row in shipped_table().rows.values() if model is None or _is_model(row["model"], model)]
     if model is not None and not rows:
         known = sorted({row["model"] for row in shipped_table().rows.values()})
-        raise ConfigError(f"model: no coder of {model!r} is known.{nearest(model, _short(known), 3)}")
+        known += [name.rpartition("/")[2] for name in known]
+        raise ConfigError(f"model: no coder of {model!r} is known.{nearest(model, known, 3)}")
     return sorted((_summed_up(row) for row in rows), key=lambda listed: (listed.model, listed.name))
 
 
@@ -203,12 +204,8 @@ def _one_of(row: dict[str, Any], rest: str) -> Release:
     if rest in found or (not rest and len(found) == 1):
         return found[rest] if rest else next(iter(found.values()))
     what = f"has no coder {rest!r}" if rest else f"has {len(found)} coders"
-    close = _closest(rest, found) or f" It has: {', '.join(list(found)[:4])}{', ...' if len(found) > 4 else ''}"
+    close = nearest(rest, found, 3) or f" It has: {', '.join(list(found)[:4])}{', ...' if len(found) > 4 else ''}"
     raise ConfigError(f"path: the release {row['name']} {what}.{close}")
-
-
-def _closest(name: str, known: Any) -> str:
-    return nearest(name, known, 3) if name else ""
 
 
 def _first(patterns: tuple[str, ...], text: str) -> list[str]:
@@ -223,10 +220,6 @@ def _size(width: str) -> tuple[bool, float]:
 
 def _is_model(model: str, typed: str) -> bool:
     return typed.lower() in (model.lower(), model.lower().rpartition("/")[2])
-
-
-def _short(models: list[str]) -> list[str]:
-    return [*models, *(model.rpartition("/")[2] for model in models)]
 
 
 def _column(column: Any) -> list[Any]:

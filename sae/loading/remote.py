@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from sae.base.errors import ConfigError, DataError, nearest
 from sae.base.files import atomic_write, read_json, safe_join, write_json
@@ -103,18 +104,13 @@ class HubFiles:
         return (str(commit), list(read_json(path))) if path.is_file() else None
 
     def _unreachable(self, error: Exception) -> ConfigError:
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HFValidationError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        from huggingface_hub import errors
 
-        if isinstance(error, GatedRepoError):
+        if isinstance(error, errors.GatedRepoError):
             return ConfigError(_gated(self.identity))
-        if isinstance(error, RevisionNotFoundError):
+        if isinstance(error, errors.RevisionNotFoundError):
             return ConfigError(f"revision: {self.asked_revision!r} is no branch, tag or commit of {self.identity}")
-        if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+        if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
             close = nearest(self.identity, releases.repositories())
             close = close or nearest(self.identity.partition("/")[0], releases.names())
             return ConfigError(f"path: no folder and no hub repository {self.identity!r} (or it is private).{close}")
@@ -151,22 +147,10 @@ class HubFiles:
 
     def path(self, name: str) -> Path:
         """Returns the file, fetched unless it is cached; DataError says how to get it by hand, or what is damaged."""
-        from huggingface_hub import hf_hub_download
-
         self._check(name)
         if not self.has(name):
             raise DataError(f"{self.label} has no file {name!r}.{nearest(name, self.names())}")
-        try:
-            found = hf_hub_download(
-                self.identity,
-                name,
-                revision=self.revision,
-                cache_dir=self.cache_dir,
-                local_files_only=not self.reachable,
-            )
-        except Exception as error:  # of the client, the network or the disk: all mean that the file is not here
-            raise self._unfetched(name, error) from error
-        path = Path(found)
+        path = self._download(name, local_files_only=not self.reachable)
         if not any(path.resolve().is_relative_to(root.resolve()) for root in (self.folder, self.cache_dir)):
             raise DataError(f"{path} is refused: it points outside of {self.cache_dir}")
         if not weights.is_weights(name):
@@ -232,16 +216,16 @@ class HubFiles:
 
     def copy_into(self, name: str, folder: Path) -> Path:
         """Returns a file put into a folder, with its digest beside it; DataError as `path`."""
+        self._check(name)
+        return self._download(name, local_dir=folder)
+
+    def _download(self, name: str, **how: Any) -> Path:
         from huggingface_hub import hf_hub_download
 
-        self._check(name)
         try:
-            found = hf_hub_download(
-                self.identity, name, revision=self.revision, cache_dir=self.cache_dir, local_dir=folder
-            )
-        except Exception as error:
+            return Path(hf_hub_download(self.identity, name, revision=self.revision, cache_dir=self.cache_dir, **how))
+        except Exception as error:  # of the client, the network or the disk: all mean that the file is not here
             raise self._unfetched(name, error) from error
-        return Path(found)
 
 
 def _gated(repo: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sae.base.errors import DataError
+from sae.untrusted.weights import NPY_VERSIONS
 
 TIMEOUT_S = 10
 BLOCK_BYTES = 2**16
@@ -23,10 +24,7 @@ def npz_header(url: str, size: int) -> Header:
         with zipfile.ZipFile(io.BufferedReader(file, BLOCK_BYTES)) as archive:
             for info in archive.infolist():
                 with archive.open(info) as member:
-                    version = np.lib.format.read_magic(member)
-                    headers = np.lib.format
-                    read = headers.read_array_header_1_0 if version == (1, 0) else headers.read_array_header_2_0
-                    shape, _, dtype = read(member)
+                    shape, _, dtype = NPY_VERSIONS[np.lib.format.read_magic(member)](member)
                     found[info.filename.removesuffix(".npy")] = (dtype.name, tuple(shape))
     except zipfile.BadZipFile:
         raise file.error or DataError(f"{url} is damaged or no npz file") from None

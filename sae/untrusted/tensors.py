@@ -54,10 +54,6 @@ class Tensors(Mapping[str, Tensor]):
         flip = transposed if rows == columns else shape == (columns, rows)
         return tensor.T if flip else tensor
 
-    def all(self) -> dict[str, Tensor]:
-        """Returns all tensors, each counted as used."""
-        return {name: self[name] for name in self._found}
-
     def number(self, name: str) -> float:
         """Returns a tensor of one value as a number; DataError names it if it is none."""
         tensor = self[name]

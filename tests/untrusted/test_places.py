@@ -293,7 +293,7 @@ def test_what_is_left_over_is_refused():
     found.ignore("b", "not there")
     with pytest.raises(DataError, match=r"^file: tensor c is not part of this format"):
         found.refuse_unused()
-    assert list(found.all()) == ["a", "b", "c"]
+    assert list(dict(found)) == ["a", "b", "c"]
     found.refuse_unused()
 
 
