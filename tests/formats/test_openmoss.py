@@ -2,10 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from rigs.format_files import D_IN, D_SAE, loads, relu, top, write_json
+from rigs.format_files import D_IN, D_SAE, loads, write_json
 from rigs.released.openmoss import CLT, CROSSCODER, IN, NORM, OUT, PLAIN, TRANSCODER, H, K, release
 
 import sae
@@ -13,19 +12,6 @@ from sae.base.errors import ConfigError, DataError
 from sae.coder.normalization import Normalization
 from sae.selection.mutual_choice import MutualChoice
 from sae.selection.topk import TopK
-
-
-def activate(h, stored, config):
-    """Returns act_fn of [token, hook or layer, latent], and each token's distance from where a latent comes or goes."""
-    act = config["act_fn"]
-    if act == "relu":
-        return relu(h), np.abs(h).min((1, 2))
-    if act == "jumprelu":
-        threshold = np.exp(stored["activation_function.log_jumprelu_threshold"])
-        return np.where(h > threshold, h, 0), np.abs(h - threshold).min((1, 2))
-    rows = h.reshape(len(h), -1) if "layer" in act else h.reshape(-1, h.shape[2])
-    kept, margin = top(rows, config["top_k"])
-    return relu(kept).reshape(h.shape), margin.reshape(len(h), -1).min(1)
 
 
 @pytest.mark.parametrize("kind", [PLAIN, TRANSCODER, CLT], ids=["sae", "transcoder", "clt"])

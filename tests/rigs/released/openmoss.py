@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from rigs.format_files import D_IN, D_SAE, Draw, write_json
+from rigs.format_files import D_IN, D_SAE, Draw, relu, top, write_json
 from safetensors.torch import save_file
 
 K, H = 4, 3
@@ -111,3 +111,16 @@ def reference(x, stored, config):
     acts = acts[:, 0] / n
     out = acts @ stored["W_D"] + stored.get("b_D", 0)
     return acts, (out[:, None] * undo).reshape(len(x), -1), margin
+
+
+def activate(h, stored, config):
+    """Returns act_fn of [token, hook or layer, latent], and each token's distance from where a latent comes or goes."""
+    act = config["act_fn"]
+    if act == "relu":
+        return relu(h), np.abs(h).min((1, 2))
+    if act == "jumprelu":
+        threshold = np.exp(stored["activation_function.log_jumprelu_threshold"])
+        return np.where(h > threshold, h, 0), np.abs(h - threshold).min((1, 2))
+    rows = h.reshape(len(h), -1) if "layer" in act else h.reshape(-1, h.shape[2])
+    kept, margin = top(rows, config["top_k"])
+    return relu(kept).reshape(h.shape), margin.reshape(len(h), -1).min(1)
