@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae.coder.coder import CHUNK_ENTRIES, SparseCoder
-from sae.coder.splicing import directions, written
+from sae.coder.splicing import directions
 from sae.lm.models import LanguageModel
 from sae.lm.site import Site, columns_of
 from sae.lm.sites import ATTENTION, ATTENTION_OUT, LAYER_LISTS, MLP_OUT
@@ -86,7 +86,7 @@ def neighbors(coder: SparseCoder, latents: Sequence[int], count: int = 10) -> li
     found: list[list[tuple[int, float]]] = []
     for some in torch.tensor(list(latents), dtype=torch.long).split(max(1, CHUNK_ENTRIES // coder.spec.d_sae)):
         chosen = some.to(norms.device)
-        rows = written(coder, chosen)
+        rows = coder.decoder_rows(chosen)
         parts = zip(coder.blocks, coder.decoders(frozen=True), strict=True)
         products = torch.cat([rows[:, block.columns] @ weight.float().T for block, weight in parts], dim=1)
         cosines = products / norms / norms[chosen, None]

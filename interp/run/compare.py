@@ -41,7 +41,6 @@ from sae.base.seeding import generator
 from sae.base.settings import decode, read_yaml
 from sae.base.store import Shards
 from sae.coder.coder import CHUNK_ENTRIES, SparseCoder
-from sae.coder.splicing import written
 
 MOST = 20_000  # explained latents of a coder
 
@@ -267,5 +266,5 @@ def cosines(vectors_a: Float[ndarray, "a d"], vectors_b: Float[ndarray, "b d"]) 
 
 
 def _directions(coder: SparseCoder, latents: Int[ndarray, "n"]) -> Float[torch.Tensor, "n d_out"]:
-    rows = written(coder, torch.from_numpy(latents).to(coder.W_dec.device)).detach().float().cpu()
+    rows = coder.decoder_rows(torch.from_numpy(latents).to(coder.W_dec.device)).cpu()
     return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sae.base.seeding import generator
 from sae.coder.tensors import CoderTensors
-from sae.encoders.linear import Linear
+from sae.encoders import affine
 
 
 def initialize(
@@ -37,7 +37,6 @@ def initialize(
             coder.b_pre.copy_(input_center)
         elif input_center is not None and spec.pre_bias == "none":
             for weight, bias in ((getattr(coder, w), getattr(coder, b)) for w, b in spec.encoding.maps.items()):
-                tensors = {"W_enc": weight, "b_enc": bias}
-                bias.copy_(-(Linear().preactivations(input_center[None].to(weight), tensors, spec.n_blocks) - bias)[0])
+                bias.copy_(-(affine(input_center[None].to(weight), weight, bias, spec.n_blocks) - bias)[0])
         for name, start in spec.selection.parameters(spec.d_sae, spread).items():
             getattr(coder, name).copy_(start)

@@ -114,7 +114,7 @@ class CoderSpec:
             raise ConfigError("cross_layer: the sites that are read must have one width, and those written too")
         if self.d_sae % len(self.reads):
             raise ConfigError(f"d_sae: {self.d_sae} latents cannot be shared equally by {len(self.reads)} layers")
-        if not self.encoding.cross_layer or self.pre_bias == "decoder":
+        if self.encoding.pursues or self.pre_bias == "decoder":
             name = "pre_bias: 'decoder'" if self.pre_bias == "decoder" else f"encoder: {self.encoder!r}"
             raise ConfigError(f"{name} does not go with cross_layer")
 

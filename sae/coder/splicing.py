@@ -36,18 +36,12 @@ def with_special_tokens_masked(coder: SparseCoder, tokenizer: "PreTrainedTokeniz
 
 
 @torch.no_grad()
-def written(coder: SparseCoder, latents: Int[Tensor, "m"]) -> Float[Tensor, "m d_out"]:
-    """Returns the decoder rows of some latents, in float32; zero in columns that a latent does not write."""
-    return coder.decoder_rows(latents)
-
-
-@torch.no_grad()
 def directions(coder: SparseCoder, latents: Int[Tensor, "m"]) -> Float[Tensor, "m d_out"]:
     """Returns what a unit of each latent adds to the output, in the units of the model.
 
     A per-token normalization, whose factor every token has of its own, is left out.
     """
-    out = written(coder, latents)
+    out = coder.decoder_rows(latents)
     if coder.spec.normalization.per_token:
         return out
     return out * coder.spec.normalize(out.new_zeros(1, coder.spec.d_in))[1][1]

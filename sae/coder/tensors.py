@@ -44,8 +44,10 @@ class CoderTensors(nn.Module):
         self.spec = spec
         layers = spec.n_blocks
         rows = spec.d_sae * (layers + 1) // 2  # a block writes to 1, 2, ..., L layers
-        encoder = spec.encoding.shapes(spec.d_sae, spec.d_in // layers)
-        shapes: dict[str, tuple[int, ...]] = {**encoder, "W_dec": (rows, spec.d_out // layers), "b_dec": (spec.d_out,)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for weight, bias in spec.encoding.maps.items():
+            shapes |= {weight: (spec.d_sae, spec.d_in // layers), bias: (spec.d_sae,)}
+        shapes |= {"W_dec": (rows, spec.d_out // layers), "b_dec": (spec.d_out,)}
         if spec.pre_bias == "own":
             shapes["b_pre"] = (spec.d_in,)
         if spec.skip:
@@ -121,7 +123,7 @@ class CoderTensors(nn.Module):
 
     def encoder_tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of the encoder, with a row for each latent."""
-        return {name: getattr(self, name) for name in self.spec.encoding.shapes(0, 0)}
+        return {name: getattr(self, name) for name in self.spec.encoding.tensors}
 
     def rule_groups(self) -> list[slice]:
         """Returns the latents among which selection chooses: each block, or all together."""

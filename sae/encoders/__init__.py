@@ -1,46 +1,51 @@
 """Encoders: how latents see an input, as pre-activations h = f(y). One a file; `CoderSpec.encoder` is its name.
 
-An encoder has no constants, only tensors with a row for each latent; W_enc [d_sae, width] and b_enc [d_sae] are always
-among them. What it does not say of itself is taken to be so in the careful way: a fold is refused, and pre-activations
-at a support are picked out of all of them.
+An encoder has no constants, only tensors with a row for each latent: the affine maps y W^T + b through which it sees
+the input, W_enc [d_sae, width] and b_enc [d_sae] always among them.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae import kernels
 from sae.base.plugins import Plugin, discover
-from sae.kernels.codes import Support, flat
+from sae.kernels.codes import Support
 
 
 @dataclass(frozen=True)
 class Encoder(Plugin):
-    """A way from inputs to pre-activations."""
+    """A way from inputs to pre-activations; as it stands, of one map."""
 
     maps: ClassVar[Mapping[str, str]] = {"W_enc": "b_enc"}
-    """The matrices through which alone it sees the input, each with its bias. All but W_enc start at 0."""
+    """The matrix of every map with its bias. All but W_enc start at 0."""
     scaled: ClassVar[tuple[str, ...] | None] = None
     """The tensors that take a positive factor of pre-activations. None: not known, so no fold may multiply latents."""
-    cross_layer: ClassVar[bool] = False
-    """Whether it takes inputs of several blocks side by side, each seen by the latents of its own alone."""
+    affine: ClassVar[bool] = False
+    """Whether pre-activations are what the one map makes of the input."""
     pursues: ClassVar[bool] = False
     """Whether it chooses latents itself, with their values (`pursue`); the selection of its name has its constants."""
     trainable: ClassVar[bool] = True
     """Whether training can use it; others are of coders that are loaded."""
 
-    def shapes(self, d_sae: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of its tensors, of latents that see `width` inputs."""
-        pairs = self.maps.items()
-        return {name: shape for w, b in pairs for name, shape in ((w, (d_sae, width)), (b, (d_sae,)))}
+    @property
+    def tensors(self) -> list[str]:
+        """Returns the names of its tensors."""
+        return [name for pair in self.maps.items() for name in pair]
+
+    def combined(self, *mapped: Tensor) -> Tensor:
+        """Returns pre-activations from what each map makes of the input, element by element and differentiable."""
+        raise NotImplementedError
 
     def preactivations(
         self, y: Float[Tensor, "n d_in"], tensors: Mapping[str, Tensor], blocks: int = 1
     ) -> Float[Tensor, "n m"]:
-        """Returns those of m latents, given their rows of the tensors; of equal `blocks`, if it takes several."""
-        raise NotImplementedError
+        """Returns those of m latents, given their rows of the tensors; of `blocks`, each sees columns of its own."""
+        return self.combined(*(affine(y, tensors[w], tensors[b], blocks) for w, b in self.maps.items()))
 
     def preactivations_at(
         self,
@@ -50,18 +55,27 @@ class Encoder(Plugin):
         ids: Int[Tensor, "nnz"],
         known: Float[Tensor, "nnz"] | None = None,
     ) -> Float[Tensor, "nnz"]:
-        """Returns pre-activations at a support, differentiable in inputs and tensors.
-
-        `known` are these numbers where they were computed already, without gradient.
-        """
-        scores = self.preactivations(y, tensors)
-        return scores.reshape(-1).index_select(0, flat(offsets, ids, scores.shape[1]))
+        """Returns those at a support, differentiable; `known` are these numbers if they were computed already."""
+        known = known if self.affine else None
+        pairs = self.maps.items()
+        return self.combined(*(kernels.encode_at(y, tensors[w], tensors[b], offsets, ids, known) for w, b in pairs))
 
     def pursue(
         self, y: Float[Tensor, "n d"], decoder: Float[Tensor, "m d"], rule: Any
     ) -> tuple[Support, Float[Tensor, "nnz"]]:
         """Returns the support and its values, given the selection that has the constants; if it `pursues`."""
         raise NotImplementedError
+
+
+def affine(
+    y: Float[Tensor, "n d_in"], weight: Float[Tensor, "m width"], bias: Float[Tensor, "m"], blocks: int = 1
+) -> Float[Tensor, "n m"]:
+    """Returns y W^T + b; of several equal blocks of rows, each is multiplied with its own columns of y alone."""
+    if blocks == 1:
+        return torch.nn.functional.linear(y, weight, bias)
+    seen = y.view(len(y), blocks, -1).transpose(0, 1)
+    product = torch.bmm(seen, weight.view(blocks, -1, weight.shape[1]).transpose(1, 2))
+    return product.transpose(0, 1).reshape(len(y), -1) + bias
 
 
 discover(__name__, __path__)

@@ -33,7 +33,6 @@ class Stops(Protocol):
 class MatchingPursuit(Linear):
     """Chooses by the residual; its W_enc is a copy of W_dec and its b_enc 0."""
 
-    cross_layer: ClassVar[bool] = False
     pursues: ClassVar[bool] = True
     trainable: ClassVar[bool] = False
 

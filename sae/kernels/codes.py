@@ -1,14 +1,11 @@
 """Compressed sparse rows: row i of a matrix owns entries offsets[i]:offsets[i+1] of its columns and values."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 
 def offsets_of(counts: Int[Tensor, "n"]) -> Int[Tensor, "n_plus_1"]:

@@ -76,6 +76,9 @@ class Selection(Plugin):
 
     batch_wide: ClassVar[bool] = False
     """Whether one token's latents depend on the other tokens of the batch, in training."""
+    over: ClassVar[str] = "token"
+    """Among what a latent must win to be kept by `infer`: "nothing", its "group" of neighbors, or the whole "token".
+    Groups lie within a block of latents, also where blocks share a budget."""
     signed: ClassVar[bool] = False
     """Whether codes may be negative."""
     gated: ClassVar[bool] = False
@@ -132,11 +135,8 @@ class Selection(Plugin):
         return None
 
     def competes(self, calibrated: bool) -> str:
-        """Returns among what a latent must win to be kept by `infer`: "nothing", its "group" of neighbors, or "token".
-
-        Groups lie within a block of latents, also where blocks share a budget.
-        """
-        return "token"
+        """Returns `over`, or what is so once training has found a calibration."""
+        return self.over
 
     def best_of(self, m: int) -> "tuple[int, Budget] | None":
         """Returns (size, rule) if `infer` keeps of each `size` neighbors among m latents the k best, as `rule` does.

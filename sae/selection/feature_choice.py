@@ -40,6 +40,7 @@ from sae.selection.mutual_choice import MutualChoice, add_to_mean, mean_of, runn
 class FeatureChoice(MutualChoice):
     """Keeps, for each latent, its largest tokens of the batch."""
 
+    over: ClassVar[str] = "nothing"  # every latent has a threshold of its own
     units: ClassVar[Mapping[str, str] | None] = {"threshold": "scores"}
     mutual_share: float = 0.0
     """Share of the steps in which Mutual Choice trains first."""
@@ -68,10 +69,6 @@ class FeatureChoice(MutualChoice):
     def buffers(self, d_sae: int) -> dict[str, Float[Tensor, "d_sae"]]:
         """Returns thresholds under which nothing fires until they are calibrated."""
         return {"threshold": torch.full((d_sae,), NEVER)}
-
-    def competes(self, calibrated: bool) -> str:
-        """Returns "nothing": every latent has a threshold of its own."""
-        return "nothing"
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the entries above their latent's threshold."""

@@ -26,6 +26,7 @@ from sae.selection import Selection
 class Gated(Selection):
     """Keeps the latents whose gate is open."""
 
+    over: ClassVar[str] = "nothing"
     needs: ClassVar[tuple[tuple[str, ...], ...]] = (("gate",), ("l1",))
     gated: ClassVar[bool] = True
     reads_bias: ClassVar[bool] = True
@@ -34,10 +35,6 @@ class Gated(Selection):
     def parameters(self, d_sae: int, spread: float = 1.0) -> dict[str, Float[Tensor, "d_sae"]]:
         """Returns the log scale and the bias of the magnitudes."""
         return {"r_mag": torch.zeros(d_sae), "b_mag": torch.zeros(d_sae)}
-
-    def competes(self, calibrated: bool) -> str:
-        """Returns "nothing"."""
-        return "nothing"
 
     def moved(self, own: dict[str, Tensor], change: Float[Tensor, "d_sae"]) -> dict[str, Tensor]:
         """Returns the magnitudes' bias with what they see of the change."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 class GroupMax(Selection):
     """Keeps the largest of each of k groups."""
 
+    over: ClassVar[str] = "group"
     units: ClassVar[Mapping[str, str] | None] = {}
     k: int = 32
     """Number of groups, and so of latents kept per token."""
@@ -44,10 +45,6 @@ class GroupMax(Selection):
     def implied_l0(self) -> int | None:
         """Returns k: one latent of each group."""
         return self.k
-
-    def competes(self, calibrated: bool) -> str:
-        """Returns "group"."""
-        return "group"
 
     def best_of(self, m: int) -> tuple[int, Budget] | None:
         """Returns the size of a group, and the rule for the best one."""

@@ -32,6 +32,7 @@ from sae.selection import Moment, Selection
 class JumpReLU(Selection):
     """Keeps what lies above the latent's own trained threshold."""
 
+    over: ClassVar[str] = "nothing"
     needs: ClassVar[tuple[tuple[str, ...], ...]] = (("l0",),)
     trains_thresholds: ClassVar[bool] = True
     units: ClassVar[Mapping[str, str] | None] = {"threshold": "scores"}
@@ -49,10 +50,6 @@ class JumpReLU(Selection):
     def parameters(self, d_sae: int, spread: float = 1.0) -> dict[str, Float[Tensor, "d_sae"]]:
         """Returns the thresholds."""
         return {"threshold": torch.full((d_sae,), self.threshold_start * spread)}
-
-    def competes(self, calibrated: bool) -> str:
-        """Returns "nothing"."""
-        return "nothing"
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the entries above their threshold."""

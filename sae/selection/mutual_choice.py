@@ -44,8 +44,8 @@ class MutualChoice(Budget):
             raise ConfigError(f"selection.threshold_decay: {self.threshold_decay} is not at least 0 and below 1")
 
     def competes(self, calibrated: bool) -> str:
-        """Returns "token" while there is no threshold, in whose place k are kept."""
-        return "nothing" if calibrated else "token"
+        """Returns "nothing" once there is a threshold, in whose place k are kept before."""
+        return "nothing" if calibrated else self.over
 
     def rescaled(self, own: dict[str, Tensor], calibration: tuple[float, ...], by: Factors) -> Owned:
         """Returns JumpReLU, which it is at inference, where latents come to have thresholds of their own."""

@@ -19,13 +19,10 @@ from sae.selection import Selection
 class ReLU(Selection):
     """Keeps what is positive."""
 
+    over: ClassVar[str] = "nothing"
     needs: ClassVar[tuple[tuple[str, ...], ...]] = (("l1", "tanh"),)
     keeps_positive: ClassVar[bool] = True
     units: ClassVar[Mapping[str, str] | None] = {}
-
-    def competes(self, calibrated: bool) -> str:
-        """Returns "nothing"."""
-        return "nothing"
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the positive entries."""

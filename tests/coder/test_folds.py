@@ -204,11 +204,11 @@ def kinds(draw):
     reads_what_it_writes = SITES[sites][2].get("reads") == SITES[sites][2].get("writes")
     normalizations = list(NORMALIZATIONS) if reads_what_it_writes else ["none", "scalar"]
     fields = {"skip": draw(st.booleans()), "select_by_decoder_norm": draw(st.booleans())}
+    fields["encoder"] = draw(st.sampled_from(["linear", "glu"]))
     pre_biases = ["none", "own"]
     if "cross_layer" in SITES[sites][2]:
         fields["budget"] = draw(st.sampled_from(["block", "shared"]))
     else:
-        fields["encoder"] = draw(st.sampled_from(["linear", "glu"]))
         pre_biases += ["decoder"] * (SITES[sites][0] == SITES[sites][1])
     if rule == "jumprelu":
         fields["select_by_decoder_norm"] = False

@@ -117,9 +117,8 @@ class Bilinear(Encoder):
 
     maps: ClassVar[Mapping[str, str]] = {"W_enc": "b_enc", "W_by": "b_by"}
 
-    def preactivations(self, y, tensors, blocks=1):
-        gain = 1 + y @ tensors["W_by"].T + tensors["b_by"]
-        return (y @ tensors["W_enc"].T + tensors["b_enc"]) * gain
+    def combined(self, mapped, by):
+        return mapped * (1 + by)
 '''
 SCALED = 'scaled: ClassVar[tuple[str, ...] | None] = ("W_enc", "b_enc")\n    maps:'
 SAYING = ENCODER.replace("maps:", SCALED).replace("bilinear", "saying")

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sae.coder.coder import SparseCoder
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
-from sae.coder.splicing import directions, written
+from sae.coder.splicing import directions
 from sae.lm.hooks import capture
 from sae.lm.intervene import Matched, add, matched_strength, next_logits
 from sae.lm.models import LanguageModel
@@ -68,7 +68,7 @@ def test_written_rows_are_what_decoding_one_latent_adds():
     with torch.no_grad():
         per_token.W_dec.copy_(torch.randn(6, 4))
     assert torch.equal(directions(per_token, chosen), per_token.W_dec[chosen])
-    assert torch.equal(written(per_token, chosen), per_token.W_dec[chosen])
+    assert torch.equal(per_token.decoder_rows(chosen), per_token.W_dec[chosen])
 
 
 def gpt2():

@@ -24,6 +24,7 @@ from sae.selection import Budget, trainable
 from sae.selection.feature_choice import FeatureChoice
 from sae.selection.gradient_topk import GradientTopK
 from sae.selection.jumprelu import JumpReLU
+from sae.selection.matching_pursuit import MatchingPursuit
 from sae.selection.mutual_choice import MutualChoice
 from sae.selection.topk import TopK
 from sae.training.choosing import Chooser
@@ -431,7 +432,10 @@ def test_ablating_several_sites_at_once(lm, rows):
 BAD_SPECS = [
     ({"reads": READS[:2]}, "cross_layer: 2 sites read and 3 written"),
     ({"d_sae": 25}, "d_sae: 25 latents cannot be shared equally by 3 layers"),
-    ({"encoder": "glu"}, "encoder: 'glu' does not go with cross_layer"),
+    (
+        {"encoder": "matching_pursuit", "selection": MatchingPursuit()},
+        "encoder: 'matching_pursuit' does not go with cross_layer",
+    ),
     ({"pre_bias": "decoder"}, "pre_bias: 'decoder' does not go with cross_layer"),
     ({"d_in": 47}, "d_in: 47 is not the sum of the sites' widths 16"),
     ({"budget": "all"}, "budget: 'all' is not one of block, shared"),
