@@ -216,7 +216,7 @@ class SparseCoder(Folding):
         effects = self.effects(gradients * look.how[1])  # the chain rule, with the normalization taken as constant
         groups = self.rule_groups()
         found = self.spec.calibration or (0.0,) * len(groups)
-        states = states or [self.spec.rule.recalled(calibration) for calibration in found]
+        states = states or [{"calibration": torch.tensor(calibration)} for calibration in found]
         parts = [self.spec.rule.augment(scores[:, g], effects[:, g], s) for g, s in zip(groups, states, strict=True)]
         return torch.cat(parts, dim=1)
 
@@ -226,15 +226,11 @@ class SparseCoder(Folding):
         A cross-layer coder asks once for every block.
         """
         ask = ask or (lambda rule, scores, tensors, group: rule.infer(scores, tensors))
-        tensors, found = self.per_latent(), []
-        for number, group in enumerate(self.rule_groups()):
-            own = {name: tensor[group] for name, tensor in tensors.items()}
-            if number < len(self.spec.calibration):
-                own["calibration"] = torch.tensor(self.spec.calibration[number], dtype=torch.float32)
-            found.append((group, ask(self.spec.rule, scores[:, group], own, number)))
+        groups, rule = self.rule_groups(), self.spec.rule
+        found = [ask(rule, scores[:, group], self.given(i, group), i) for i, group in enumerate(groups)]
         if len(found) == 1:
-            return found[0][1]
-        parts = [(rows_of(offsets), ids + group.start) for group, (offsets, ids) in found]
+            return found[0]
+        parts = [(rows_of(offsets), ids + group.start) for group, (offsets, ids) in zip(groups, found, strict=True)]
         tokens, ids = (torch.cat(members) for members in zip(*parts, strict=True))
         return Entries(tokens, ids, ids).to_support(len(scores))
 

@@ -90,10 +90,8 @@ def _alone(coder: CoderTensors, x: Float[Tensor, "n d_in"], ids: Int[Tensor, "m"
         mine = ids[(ids >= block.latents.start) & (ids < block.latents.stop)]
         for some in mine.split(max(1, HELD // y.shape[1])) if len(mine) else ():
             rows = _read(coder, number, some - block.latents.start, x.dtype)
-            own = {name: tensor[some].to(x.dtype) for name, tensor in coder.per_latent().items()}
-            if spec.calibration:
-                cut = spec.calibration[0 if spec.budget == "shared" else number]
-                own["calibration"] = torch.tensor(cut, dtype=torch.float32)
+            given = coder.given(0 if spec.budget == "shared" else number, some)
+            own = {name: tensor.to(x.dtype) for name, tensor in given.items()}
             for start, part in _split(y, max(1, HELD // len(some))):
                 h, compared = rows.scores(part)
                 offsets, local = spec.rule.infer(compared, own)

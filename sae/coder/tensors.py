@@ -129,6 +129,13 @@ class CoderTensors(nn.Module):
         """Returns the latents among which selection chooses: each block, or all together."""
         return [slice(0, self.spec.d_sae)] if self.spec.budget == "shared" else [block.latents for block in self.blocks]
 
+    def given(self, number: int, some: slice | Int[Tensor, "m"]) -> dict[str, Tensor]:
+        """Returns what a rule is given of some latents: its tensors, and the calibration of their group if there is."""
+        own = {name: tensor[some] for name, tensor in self.per_latent().items()}
+        if number < len(self.spec.calibration):
+            own["calibration"] = torch.tensor(self.spec.calibration[number], dtype=torch.float32)
+        return own
+
     def per_latent(self) -> dict[str, Float[Tensor, "d_sae"]]:
         """Returns the tensors with one value a latent that a selection rule may look at."""
         rule = self.spec.selection

@@ -212,12 +212,11 @@ class Selection(Plugin):
     def augment(
         self, scores: Float[Tensor, "n m"], effect: Float[Tensor, "n m"], state: dict[str, Tensor]
     ) -> Float[Tensor, "n m"]:
-        """Returns the scores of a rule that has a `gradient_loss`; `effect` is |<g, W_dec_i>|."""
-        raise NotImplementedError
+        """Returns the scores of a rule that has a `gradient_loss`; `effect` is |<g, W_dec_i>|.
 
-    def recalled(self, calibration: float) -> dict[str, Tensor]:
-        """Returns the state that `augment` looks at outside training; 0 is for a coder that was not calibrated."""
-        return {}
+        Outside training the state is a number `calibration`, 0 if none was found.
+        """
+        raise NotImplementedError
 
     def begin(self, moment: Moment) -> None:
         """Is called before the batch is looked at."""

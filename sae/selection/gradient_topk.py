@@ -113,15 +113,11 @@ class GradientTopK(Budget):
         if self.gradient_norm == "token":
             effect = effect / effect.mean(1, keepdim=True).clamp_min(1e-30)
         elif self.gradient_norm == "batch":
-            mean = float(state["effect.mean"])
+            mean = float(state["effect.mean" if "effect.mean" in state else "calibration"])
             if mean == 0:
                 return scores
             effect = effect / mean
         return torch.where(scores > 0, scores * (1 + self.beta * effect), scores)
-
-    def recalled(self, calibration: float) -> dict[str, Tensor]:
-        """Returns the mean effect."""
-        return {"effect.mean": torch.tensor(calibration)}
 
     def finish(self, moment: Moment) -> None:
         """Takes the step's mean effect over to the next step."""
