@@ -29,7 +29,9 @@ from sae.selection.topk import TopK
 
 D_SAE, TOKENS = 24, 20
 RULES = {
-    name: kind(k=3) if "k" in kind.__dataclass_fields__ else kind() for name, kind in plugins.names(Selection).items()
+    name: kind(k=3) if "k" in kind.__dataclass_fields__ else kind()
+    for name, kind in plugins.names(Selection).items()
+    if name == kind.get_choice_name(kind)
 }
 RULES |= {"groupmax": GroupMax(4), "groups of one": GroupMax(24), "one group": GroupMax(1)}
 RULES |= {"calibrated": MutualChoice(3), "with gradients": GradientTopK(3, inference="gradient")}
@@ -139,8 +141,8 @@ def test_there_are_ties_to_be_broken():
     assert (scores[:, 2] == scores[:, 3]).float().mean() > 0.2
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (0,), (2, 0)])
+@pytest.mark.parametrize("rule", ["relu", "calibrated", "topk", "groupmax", *WHOLE])
+@pytest.mark.parametrize("shape", [(), (2, 3), (0,), (2, 0)])
 def test_any_leading_shape_and_no_latents_at_all(rule, shape):
     coder = made(rule)
     x, gradients = batch(coder, shape=shape)
@@ -224,14 +226,15 @@ def test_only_the_rows_that_it_takes_are_read(rule, monkeypatch):
         assert max(read) <= 30 // 6, "no more than a chunk at once"
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rule", "dtype"),
+    [(rule, torch.float32) for rule in RULES]
+    + [(rule, torch.bfloat16) for rule in ("gated", "signed_topk", "groupmax")],
+)
 def test_a_mapped_coder_has_the_codes_of_one_that_is_loaded(rule, dtype, tmp_path):
     sae.save(made(rule, select_by_decoder_norm=rule != "jumprelu").to_dtype(dtype), tmp_path)
     mapped, loaded = sae.load(tmp_path, lazy=True), sae.load(tmp_path)
     assert mapped.W_enc.dtype == dtype
-    if dtype == torch.bfloat16 and rule in WHOLE:
-        return  # these take the full codes, in the coder's precision
     x, gradients = batch(loaded)
     asked = [3, 4, 17, 23]
     expected, found = entries(loaded.encode(x, gradients), asked), entries(mapped.encode(x, gradients, asked))

@@ -15,7 +15,7 @@ from sae.selection import trainable
 from sae.training.optim import OptimConfig
 from sae.training.trainer import Batch, CoderTrainer, Schedule
 
-RULES = trainable()
+RULES = {name: kind for name, kind in trainable().items() if name == kind.get_choice_name(kind)}  # no second names
 ONE, OTHER = (Site("a", width=12),), (Site("b", width=8),)
 READS, WRITES = (tuple(Site(f"{side}.{i}", width=4) for i in range(3)) for side in ("read", "write"))
 FREE = {"pre_bias": "own", "decoder_norm": "free"}

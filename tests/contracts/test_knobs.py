@@ -15,7 +15,8 @@ from sae.training.optim import OptimConfig
 from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
 
 D, M, N, STEPS = 8, 24, 48, 10
-RULES, TERMS = trainable(), plugins.names(Objective)
+RULES = {name: kind for name, kind in trainable().items() if name == kind.get_choice_name(kind)}  # no second names
+TERMS = plugins.names(Objective)
 # what to change a field to where its type does not say; all others are moved by `changed`
 CHANGED = {
     ("gradient_topk", "loss"): None,  # what the language model is asked for, before any coder: tests/cli/test_fields.py

@@ -17,7 +17,7 @@ from sae.training.choosing import Chooser
 from sae.training.optim import OptimConfig
 from sae.training.trainer import Batch, CoderTrainer, Schedule
 
-RULES = trainable()
+RULES = {name: kind for name, kind in trainable().items() if name == kind.get_choice_name(kind)}  # no second names
 D, M, N, K = 16, 64, 24, 4
 
 
