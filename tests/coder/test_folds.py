@@ -12,6 +12,7 @@ from sae.base.errors import ConfigError
 from sae.coder.coder import SparseCoder
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
+from sae.encoders.glu import GLU
 from sae.lm.site import Site
 from sae.selection import NEVER, Selection
 from sae.selection.feature_choice import FeatureChoice
@@ -333,6 +334,12 @@ def test_an_unknown_rule_is_not_guessed_at(monkeypatch):
     monkeypatch.setattr(ReLU, "units", None)
     with pytest.raises(ConfigError, match=r"^selection: 'relu' is not a rule of which it is known"):
         made("relu").fold_decoder_norm()
+    monkeypatch.setattr(ReLU, "reads_bias", True)
+    with pytest.raises(ConfigError, match=r"^selection: 'relu' looks at b_enc, and it is not known"):
+        made("relu").fold_pre_bias()
+    monkeypatch.setattr(GLU, "scaled", None)
+    with pytest.raises(ConfigError, match=r"^encoder: 'glu' is not one of which it is known"):
+        made("gated", encoder="glu").fold_decoder_norm()
 
 
 @pytest.mark.parametrize(
@@ -526,6 +533,7 @@ def test_a_latent_that_never_fired_does_not_begin_to():
 
 def test_numbers_of_the_normalized_space_follow_the_scale():
     assert made(normalization="scalar").fold_scale().spec.variance == pytest.approx(3.0 / 0.48**2)
+    assert made(normalization="scalar", variance=None).fold_scale().spec.variance is None
     assert made(sites="crosscoder", normalization="scalar").fold_scale().spec.variance is None
     assert made(normalization="center").fold_token_norm().spec.variance is None
     assert made(decoder_norm="unit", unit=True).fold_decoder_norm().spec.decoder_norm == "unit"
