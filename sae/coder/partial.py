@@ -12,7 +12,6 @@ loaded in float32. The last line is the exception: there the coder's own precisi
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.coder.tensors import CoderTensors, checked_ids
-from sae.encoders import Encoder
 from sae.kernels.codes import Entries, SparseLatents, flat, offsets_of, rows_of
 from sae.selection import Budget
 
+Scores = Callable[[Tensor], tuple[Tensor, Tensor]]
 HELD = 2**22  # most entries of W_enc, and of a [tokens, latents] product, at once: 16 MiB in float32
 
 
@@ -58,29 +57,20 @@ def encode(
     return SparseLatents(offsets, found.ids, found.values, spec.d_sae, (len(x),))
 
 
-class EncoderPart(NamedTuple):
-    """The encoders of some latents of one block, in memory."""
+def _read(coder: CoderTensors, number: int, some: Int[Tensor, "m"] | slice, dtype: torch.dtype) -> Scores:
+    """Reads the encoders of some latents of block `number`, counted from its first.
 
-    encoder: Encoder
-    tensors: dict[str, Tensor]
-    """Rows of the encoder's tensors."""
-    norms: Float[Tensor, "m"] | None
-    """Of the decoders, where selection compares with them."""
-
-    def scores(self, y: Float[Tensor, "n width"]) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
-        """Returns pre-activations, and what selection compares."""
-        h = self.encoder.preactivations(y, self.tensors)
-        return h, h if self.norms is None else h * self.norms
-
-
-def _read(coder: CoderTensors, number: int, some: Int[Tensor, "m"] | slice, dtype: torch.dtype) -> EncoderPart:
-    """Returns the encoders of some latents of block `number`, counted from its first."""
+    Returns what makes of inputs their pre-activations, and what selection compares.
+    """
     spec, (own, *_) = coder.spec, coder.blocks[number]
     tensors = {name: tensor[own][some].to(dtype) for name, tensor in coder.encoder_tensors().items()}
-    norms = None
-    if spec.select_by_decoder_norm:
-        norms = coder.decoders(frozen=True)[number][some].to(dtype).norm(dim=1)
-    return EncoderPart(spec.encoding, tensors, norms)
+    norms = coder.decoders(frozen=True)[number][some].to(dtype).norm(dim=1) if spec.select_by_decoder_norm else None
+
+    def scores(y: Float[Tensor, "n width"]) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
+        h = spec.encoding.preactivations(y, tensors)
+        return h, h if norms is None else h * norms
+
+    return scores
 
 
 def _alone(coder: CoderTensors, x: Float[Tensor, "n d_in"], ids: Int[Tensor, "m"]) -> Iterator[Entries]:
@@ -89,11 +79,11 @@ def _alone(coder: CoderTensors, x: Float[Tensor, "n d_in"], ids: Int[Tensor, "m"
     for number, (block, y) in enumerate(zip(coder.blocks, _inputs(coder, x), strict=True)):
         mine = ids[(ids >= block.latents.start) & (ids < block.latents.stop)]
         for some in mine.split(max(1, HELD // y.shape[1])) if len(mine) else ():
-            rows = _read(coder, number, some - block.latents.start, x.dtype)
+            scores = _read(coder, number, some - block.latents.start, x.dtype)
             given = coder.given(0 if spec.budget == "shared" else number, some)
             own = {name: tensor.to(x.dtype) for name, tensor in given.items()}
             for start, part in _split(y, max(1, HELD // len(some))):
-                h, compared = rows.scores(part)
+                h, compared = scores(part)
                 offsets, local = spec.rule.infer(compared, own)
                 kept = h.reshape(-1).index_select(0, flat(offsets, local, len(some)))
                 values = spec.selection.activate(kept, local, own)
@@ -123,11 +113,11 @@ def _walk(
         step = max(1, HELD // y.shape[1])
         for begin in range(first, last, step):
             end, parts = min(begin + step, last), []
-            rows = _read(coder, number, slice(begin, end), y.dtype)
+            scores = _read(coder, number, slice(begin, end), y.dtype)
             ids = torch.arange(begin, end, device=y.device) + block.latents.start
             for start, part in _split(y, max(1, HELD // (k + len(ids)))):
                 here = slice(start, start + len(part))
-                own, key = rows.scores(part)
+                own, key = scores(part)
                 both = [torch.cat(pair, dim=1) for pair in ((h[here], own), (compared[here], key))]
                 all_ids = torch.cat([chosen[here], ids.expand(len(part), -1)], dim=1)
                 if all_ids.shape[1] > k:

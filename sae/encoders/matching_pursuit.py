@@ -8,7 +8,7 @@ coders are loaded, not trained.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -17,15 +17,6 @@ from torch import Tensor
 from sae.encoders import Encoder
 from sae.encoders.linear import Linear
 from sae.kernels.codes import Support, where
-
-
-@runtime_checkable
-class Stops(Protocol):
-    """What says when a token is done: the selection "matching_pursuit"."""
-
-    residual_threshold: float
-    max_iterations: int | None
-    stop_on_duplicate_support: bool
 
 
 @Encoder.register_subclass("matching_pursuit")
@@ -37,9 +28,9 @@ class MatchingPursuit(Linear):
     trainable: ClassVar[bool] = False
 
     def pursue(
-        self, y: Float[Tensor, "n d"], decoder: Float[Tensor, "m d"], rule: Stops
+        self, y: Float[Tensor, "n d"], decoder: Float[Tensor, "m d"], rule: Any
     ) -> tuple[Support, Float[Tensor, "nnz"]]:
-        """Returns the support and its values."""
+        """Returns the support and its values; `rule`, the selection of the same name, says when a token is done."""
         acts, residual = y.new_zeros(len(y), len(decoder)), y.clone()
         live = torch.arange(len(y), device=y.device)  # the tokens that are not done
         for _ in range(rule.max_iterations or y.shape[1]):

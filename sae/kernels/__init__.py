@@ -1,7 +1,6 @@
 """`encode_at` and `decode` on a support, with gradients that touch nothing else: all that training and inference need.
 
-Each module here has the two: `reference` is plain torch and obviously right; `segmented` is the fast path for few
-entries and `dense` for many, both tested against it. Row i of the codes owns entries offsets[i]:offsets[i+1].
+`segmented` has both for few entries and `dense` for many. Row i of the codes owns entries offsets[i]:offsets[i+1].
 """
 
 from jaxtyping import Float, Int

@@ -80,7 +80,7 @@ class Selection(Plugin):
     """Among what a latent must win to be kept by `infer`: "nothing", its "group" of neighbors, or the whole "token".
     Groups lie within a block of latents, also where blocks share a budget."""
     signed: ClassVar[bool] = False
-    """Whether codes may be negative."""
+    """Whether codes may be negative: they are then pre-activations as they are."""
     gated: ClassVar[bool] = False
     """Whether pre-activations say only whether a latent fires, and tensors of the rule how much."""
     keeps_positive: ClassVar[bool] = False
@@ -157,7 +157,7 @@ class Selection(Plugin):
         self, kept: Float[Tensor, "nnz"], ids: Int[Tensor, "nnz"], tensors: Mapping[str, Tensor]
     ) -> Float[Tensor, "nnz"]:
         """Returns the latents' values from their pre-activations at the support."""
-        return torch.relu(kept)
+        return kept if self.signed else torch.relu(kept)
 
     def active(
         self, kept: Float[Tensor, "nnz"], ids: Int[Tensor, "nnz"], tensors: Mapping[str, Tensor]

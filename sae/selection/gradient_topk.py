@@ -16,19 +16,17 @@ A token's gradient is that of all later losses: it knows the future. So inferenc
 with `gradient`, the coder must be given g, and figures obtained that way are labeled.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae.base.errors import ConfigError
-from sae.kernels.codes import Support, by_rows
-from sae.kernels.largest import top_ids
 from sae.parallel import collectives
-from sae.selection import Budget, Factors, Moment, Owned, Selection
+from sae.selection import Factors, Moment, Owned, Selection
+from sae.selection.topk import TopK
 
 if TYPE_CHECKING:
     from typing import Self
@@ -40,11 +38,9 @@ INFERENCE = ("plain", "gradient")
 
 @Selection.register_subclass("gradient_topk")
 @dataclass(frozen=True)
-class GradientTopK(Budget):
+class GradientTopK(TopK):
     """Keeps the k largest of every token, by a score that counts what a latent does to the loss."""
 
-    ranks: ClassVar[bool] = True
-    units: ClassVar[Mapping[str, str] | None] = {}
     beta: float = 0.5
     """Weight of the gradient term in the score."""
     loss: str = "next_token"
@@ -86,14 +82,6 @@ class GradientTopK(Budget):
         if self.looks_at_gradients:
             raise ConfigError("selection.inference: 'gradient' looks at |<g, W_dec_i>|, which this fold would change")
         return super().rescaled(own, (), by)  # the mean effect was of other decoders
-
-    def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
-        """Returns k entries per row of the scores, augmented or not."""
-        return by_rows(top_ids(scores, self.k))
-
-    def choose(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor], moment: Moment) -> Support:
-        """Returns as many entries per row as k is at this step."""
-        return by_rows(top_ids(scores, self.k_at(moment.progress)))
 
     def start(self, m: int) -> dict[str, Tensor]:
         """Returns the mean effect of the previous step, of which there is none."""

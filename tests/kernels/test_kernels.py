@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from rigs import plain_kernels as reference
 
 from sae import kernels
-from sae.kernels import dense, reference, segmented
+from sae.kernels import dense, segmented
 
 
 def random_support(n, m, most, seed=0):
