@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 import pytest
 from rigs.interp_examples import BATCH, RIGHT, SINGLE, label, planted
 
-from interp.client.requests import FINAL, RETRYABLE, ROLES, Abilities, Chat, Reply, key
+from interp.client.requests import ROLES, Abilities, Chat, Reply, key
 from interp.explainers import Explainer
-from interp.records import Examples, Explanation
+from interp.records import Examples, Explanation, Judgement
 from interp.scorers import Scorer, Trial
 from sae.base.plugins import names
 
@@ -17,6 +17,23 @@ ABILITIES = {"single": SINGLE, "batch": BATCH, "all": ALL, "fits": Abilities(fit
 PASSAGES = [{"section": i, "clean": f"clean {i}", "amplified": f"more {i}"} for i in range(6)]
 EXAMPLES = planted(n=12)
 PREPARED = {"strength": 1.0, "kl": 1.0, "passages": PASSAGES}
+WRONG = (Reply(), Reply(text="maybe"), Reply(data={}), Reply(data={"answers": "yes"}), Reply(data=[]))
+"""Answers to something else."""
+
+
+def ways(of_text):
+    """Returns every scorer with each of the abilities that make it ask in another way; chats alone, or all."""
+    found = []
+    for name, kind in names(Scorer).items():
+        asked = []
+        for able, abilities in ABILITIES.items():
+            trial = Trial(label(RIGHT), kind().tasks(EXAMPLES, "test", PREPARED), abilities)
+            requests = kind().requests(trial)
+            fits = not of_text or all(isinstance(request, Chat) for request in requests)
+            if requests and requests not in asked and fits:
+                asked.append(requests)
+                found.append(pytest.param(kind(), trial, requests, id=f"{name}-{able}"))
+    return found
 
 
 @pytest.fixture(params=names(Scorer))
@@ -29,71 +46,41 @@ def explainer(request):
     return names(Explainer)[request.param]()
 
 
-@pytest.fixture(params=ABILITIES)
-def abilities(request):
-    return ABILITIES[request.param]
-
-
-def said(reply_of, requests):
-    return [reply_of(request) for request in requests]
-
-
-def failed(request, failure="timeout"):
-    return Reply(failure=failure)
-
-
 def test_a_scorer_says_who_is_asked_and_what_counts(scorer):
     scorer.validate()
     assert scorer.role in ROLES
     score = scorer.score([], [], EXAMPLES.facts)
     assert scorer.headline in score.measures
+    assert scorer.needs_explanation or score.measures["chance"].value is not None
     assert score.n == 0
     assert all(measure.value is None or measure.value >= 0 for measure in score.measures.values())
 
 
-def test_the_same_question_is_asked_in_the_same_words(scorer, abilities):
-    examples = EXAMPLES
-    tasks, again = (scorer.tasks(examples, "test", PREPARED) for _ in range(2))
-    assert tasks == again
-    first, second = (scorer.requests(Trial(label(RIGHT), tasks, abilities)) for _ in range(2))
-    assert first == second
-    assert {request.role for request in first} <= {scorer.role}
-    keys = [key(request, "model", "here", abilities) for request in first]
-    assert len(set(keys)) == len(set(first))
-    json.dumps([asdict(task) for task in tasks])
+@pytest.mark.parametrize(("scorer", "trial", "requests"), ways(of_text=False))
+def test_the_same_question_is_asked_in_the_same_words(scorer, trial, requests):
+    assert trial.tasks == scorer.tasks(EXAMPLES, "test", PREPARED)
+    assert requests == scorer.requests(trial)
+    assert {request.role for request in requests} == {scorer.role}
+    keys = [key(request, "model", "here", trial.abilities) for request in requests]
+    assert len(set(keys)) == len(set(requests))
+    json.dumps([asdict(task) for task in trial.tasks])
 
 
-@pytest.mark.parametrize("failure", [*RETRYABLE, *FINAL])
-def test_a_failed_call_is_never_a_score(scorer, abilities, failure):
-    examples = EXAMPLES
-    tasks = scorer.tasks(examples, "test", PREPARED)
-    requests = scorer.requests(Trial(label(RIGHT), tasks, abilities))
-    replies = [Reply(failure=failure) for _ in requests]
-    found = scorer.judgements(Trial(label(RIGHT), tasks, abilities), replies)
-    assert len(found) == len(tasks)
-    if requests:
-        assert {judgement.value for judgement in found} <= {None}
-        assert all(judgement.reason for judgement in found)
-    score = scorer.score(tasks, found, examples.facts)
-    if requests:
-        assert score.n == 0
-        assert score.coverage == 0
-        assert score.measures[scorer.headline].value is None
-        assert sum(score.invalid.values()) == len(tasks)
+@pytest.mark.parametrize(("scorer", "trial", "requests"), ways(of_text=False))
+def test_a_failed_call_is_never_a_score(scorer, trial, requests):
+    found = scorer.judgements(trial, [Reply(failure="timeout") for _ in requests])
+    assert found == [Judgement(None, "timeout")] * len(trial.tasks)
+    score = scorer.score(trial.tasks, found, EXAMPLES.facts)
+    assert (score.n, score.coverage, score.invalid) == (0, 0, {"timeout": len(trial.tasks)})
+    assert score.measures[scorer.headline].value is None
 
 
-@pytest.mark.parametrize(
-    "reply", [Reply(), Reply(text="maybe"), Reply(data={}), Reply(data={"answers": "yes"}), Reply(data=[])]
-)
-def test_an_answer_to_something_else_is_missing(scorer, abilities, reply):
-    examples = EXAMPLES
-    tasks = scorer.tasks(examples, "test", PREPARED)
-    requests = scorer.requests(Trial(label(RIGHT), tasks, abilities))
-    if not all(isinstance(request, Chat) for request in requests):
-        pytest.skip("an answer in numbers has the form that was asked for, or is a failure: the client sees to it")
-    found = scorer.judgements(Trial(label(RIGHT), tasks, abilities), [reply for _ in requests])
-    assert len(found) == len(tasks)
-    if requests:
+@pytest.mark.parametrize(("scorer", "trial", "requests"), ways(of_text=True))
+def test_an_answer_to_something_else_is_missing(scorer, trial, requests):
+    """An answer in numbers has the form that was asked for, or is a failure: the client sees to it."""
+    for reply in WRONG:
+        found = scorer.judgements(trial, [reply for _ in requests])
+        assert len(found) == len(trial.tasks)
         assert not any(judgement.valid for judgement in found)
 
 
@@ -111,29 +98,27 @@ def test_tests_are_of_the_test_split(scorer):
         assert {item.window.start for item in task.items} <= starts
 
 
-def test_an_explainer_sees_the_explain_split_alone(explainer, abilities):
+def test_an_explainer_sees_the_explain_split_alone(explainer):
     explainer.validate()
-    examples = EXAMPLES
-    asked = explainer.requests(examples, abilities)
-    assert asked == explainer.requests(replace(examples, valid=(), test=()), abilities)
+    asked = explainer.requests(EXAMPLES, ALL)
+    assert asked == explainer.requests(replace(EXAMPLES, valid=(), test=()), ALL)
     assert bool(asked) == explainer.needs_llm
     assert {request.role for request in asked} <= {"explainer"}
 
 
-def test_failed_calls_are_no_explanation(explainer, abilities):
-    if explainer.needs_llm:
-        examples = EXAMPLES
-        replies = [Reply(failure="refused") for _ in explainer.requests(examples, abilities)]
-        assert explainer.explanations(examples, replies) == []
+def test_failed_calls_are_no_explanation(explainer):
+    replies = [Reply(failure="refused") for _ in explainer.requests(EXAMPLES, ALL)]
+    assert not (explainer.needs_llm and explainer.explanations(EXAMPLES, replies))
+    bare = Examples(0, EXAMPLES.facts)
+    assert explainer.explanations(bare, [Reply(failure="empty") for _ in explainer.requests(bare, ALL)]) == []
 
 
-def test_explanations_are_texts_that_survive_the_journal(explainer, abilities):
-    examples = EXAMPLES
-    replies = [Reply(data={"explanation": "ripe fruit"}) for _ in explainer.requests(examples, abilities)]
-    found = explainer.explanations(examples, replies)
+def test_explanations_are_texts_that_survive_the_journal(explainer):
+    found = []
+    for examples in (EXAMPLES, replace(EXAMPLES, facts=replace(EXAMPLES.facts, promoted=(" fig", " plum")))):
+        replies = [Reply(data={"explanation": "ripe fruit"}) for _ in explainer.requests(examples, ALL)]
+        found += explainer.explanations(examples, replies)
     for explanation in found:
-        assert explanation.latent == examples.latent
+        assert explanation.latent == EXAMPLES.latent
         assert explanation.text.strip()
         assert Explanation.from_json(json.loads(json.dumps(explanation.to_json()))) == explanation
-    bare = Examples(0, examples.facts)
-    assert explainer.explanations(bare, [Reply(failure="empty") for _ in explainer.requests(bare, abilities)]) == []

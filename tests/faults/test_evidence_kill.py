@@ -1,7 +1,6 @@
 """Both passes of evidence, killed with SIGKILL or out of disk at any moment, end bit for bit like undisturbed ones."""
 
-import random
-import time
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -106,24 +105,27 @@ def test_killed_at_a_moment_it_goes_on(tmp_path, source, whole, moment):
     assert not list((tmp_path / "run").rglob(".tmp-*"))  # what the dead one left
 
 
-def slowly(patch) -> None:
+def counting(reads: Path, patch) -> None:
+    """Notes every block that is read; after the fourth, waits to be killed."""
+
     def read(codes, rows):
-        time.sleep(0.01)
+        with reads.open("ab") as file:
+            file.write(b".")
+        while reads.stat().st_size > 4:
+            signal.pause()
         return planted(codes.rows.tokens(rows))
 
     patch.setattr(PlantedCodes, "read", read)
 
 
 def test_killed_again_and_again_at_any_moment(tmp_path, source, whole):
-    draw, kills = random.Random(0), 0
-    for _ in range(6):
-        child = run(tmp_path, source, slowly)
-        part = tmp_path / "run" / "evidence" / "evidence.json"
-        child.wait_for(part.exists)
-        time.sleep(draw.uniform(0.0, 0.3))
+    for number in range(5):
+        reads = tmp_path / f"reads-{number}"
+        reads.touch()
+        child = run(tmp_path, source, partial(counting, reads))
+        child.wait_for(lambda reads=reads, number=number: reads.stat().st_size >= number)
         child.kill()
-        kills += child.wait() == -9
-    assert kills > 2
+        assert child.wait() == -9, child.output
     assert passes(source, tmp_path / "run") == 0
     assert result(tmp_path / "run") == whole
 

@@ -117,11 +117,12 @@ def test_one_who_goes_away_does_not_take_the_answer_of_another(tmp_path):
     async def work(client):
         first = asyncio.create_task(client.ask(question()))
         second = asyncio.create_task(client.ask(question()))
-        await asyncio.sleep(0.05)
+        while not fake.asked("question"):
+            await asyncio.sleep(0.001)
         first.cancel()
         return await second
 
-    with FakeLLM(lambda asked: Answer("hi", delay_s=0.2)) as fake:
+    with FakeLLM(lambda asked: Answer("hi", delay_s=0.1)) as fake:
         reply, _ = run(fake, tmp_path, work)
         assert reply.text == "hi"
         assert len(fake.asked("question")) == 1

@@ -3,9 +3,6 @@
 import asyncio
 import json
 import socket
-import time
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 
 import pytest
 from rigs.fake_llm import (
@@ -31,7 +28,7 @@ from rigs.fake_llm import (
 from interp.client.client import Client
 from interp.client.remote import limiter
 from interp.client.requests import FINAL, RETRYABLE, Chat, Embed, LogProb
-from sae.base.errors import ConfigError, Stopped
+from sae.base.errors import Stopped
 
 SCHEMA = json.dumps(
     {
@@ -117,27 +114,24 @@ def limits(client):
     shared.enter = noted
 
 
-@pytest.mark.parametrize("date", [False, True])
-def test_a_pause_that_the_server_asks_for_is_one_for_all(date, tmp_path):
-    wait = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True) if date else "0.4"
+def test_a_pause_that_the_server_asks_for_is_one_for_all(tmp_path, monkeypatch):
+    pauses, pause = [], limiter.Limiter._pause
+    monkeypatch.setattr(limiter.Limiter, "_pause", lambda self, seconds: pauses.append(seconds) or pause(self, seconds))
     with FakeLLM() as fake:
-        _, calls, _ = ask(fake, tmp_path, [question(n) for n in range(20)], [rate_limited(wait)], max_concurrency=1)
+        _, calls, _ = ask(fake, tmp_path, [question(n) for n in range(20)], [rate_limited("0.4")], max_concurrency=1)
     assert len(calls) == 21
-    gap = calls[1].at - calls[0].at
-    assert 0.4 <= gap < 4
-    assert calls[-1].at - calls[1].at < 19 * 0.4 / 2
+    assert calls[1].at - calls[0].at >= 0.4
+    assert pauses == [0.4]
 
 
 def test_a_server_that_wants_to_be_left_alone_for_long_is(tmp_path):
     with FakeLLM() as fake:
-        start = time.monotonic()
         replies, calls, _ = ask(
-            fake, tmp_path, [question(n) for n in range(40)], [rate_limited(300)], max_concurrency=1
+            fake, tmp_path, [question(n) for n in range(40)], [rate_limited(1e6)], max_concurrency=1
         )
-        assert time.monotonic() - start < 60
     assert len(calls) == 1
     assert {reply.failure for reply in replies} == {"rate_limit"}
-    assert all("wants to be left alone for 300 s" in reply.cut_off for reply in replies)
+    assert all("wants to be left alone for 1000000 s" in reply.cut_off for reply in replies)
 
 
 def test_a_spent_quota_stops_the_endpoint_at_once(tmp_path):
@@ -390,48 +384,35 @@ def test_vectors_that_are_missing_are_no_vectors(tmp_path):
 
 
 def test_a_signal_ends_the_wave_once_what_is_under_way_is_stored(tmp_path):
-    stop = []
-    with FakeLLM(lambda asked: Answer("hi", delay_s=0.15)) as fake:
+    with FakeLLM(lambda asked: Answer("hi", delay_s=0.05)) as fake:
 
         async def run(wave):
-            async with Client({"judge": endpoint(fake)}, tmp_path / "cache", should_stop=lambda: bool(stop)) as client:
+            stop = lambda: len(fake.asked("question")) >= 20  # noqa: E731
+            async with Client({"judge": endpoint(fake)}, tmp_path / "cache", should_stop=stop) as client:
                 await client.abilities("judge")
-                asyncio.get_running_loop().call_later(0.25, stop.append, 1)
                 await client.ask_all(wave)
 
         wave = [question(n) for n in range(200)]
         with pytest.raises(Stopped):
             asyncio.run(run(wave))
         answered = len(fake.asked("question"))
-        assert 0 < answered < 100
-        stop.clear()
+        assert 20 <= answered < 28  # and those that were under way: at most eight at once
         fake.answer = lambda asked: "hi"
         replies, calls, _ = ask(fake, tmp_path, wave)
     assert all(reply.ok for reply in replies)
     assert len(calls) == 200 - answered
 
 
-def test_a_signal_does_not_wait_for_a_pause_to_end(tmp_path):
-    stop = []
+def test_a_signal_does_not_wait_for_a_pause_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("interp.client.remote.limiter.LONGEST_RETRY_AFTER_S", 1e6)
     with FakeLLM() as fake:
+        stop = lambda: bool(fake.asked("question"))  # noqa: E731
 
         async def run():
-            async with Client({"judge": endpoint(fake)}, tmp_path / "cache", should_stop=lambda: bool(stop)) as client:
+            async with Client({"judge": endpoint(fake)}, tmp_path / "cache", should_stop=stop) as client:
                 await client.abilities("judge")
-                fake.always = rate_limited(60)
-                asyncio.get_running_loop().call_later(0.1, stop.append, 1)
+                fake.always = rate_limited(1e5)
                 await client.ask_all([question(n) for n in range(20)])
 
-        start = time.monotonic()
         with pytest.raises(Stopped):
             asyncio.run(run())
-    assert time.monotonic() - start < 30
-
-
-def test_a_role_without_a_model_is_an_error_of_one_line(tmp_path):
-    async def run():
-        async with Client({}, tmp_path / "cache") as client:
-            await client.ask(question())
-
-    with pytest.raises(ConfigError, match=r"judge\.model: not set"):
-        asyncio.run(run())

@@ -107,4 +107,4 @@ def scripted(asked: Any) -> str:
 def with_llm(url: str, **more: Any) -> dict[str, Any]:
     """Returns the changes of a config that let the model at an address explain, and judge several texts at once."""
     scorers = {n: {"type": n, "layout": "batch", "windows_per_request": 24} for n in ("detection", "fuzzing")}
-    return {"models.explainer": {"model": "fake", "base_urls": [url], "timeout_s": 5.0}, "scorers": scorers, **more}
+    return {"models.explainer": {"model": "fake", "base_urls": [url]}, "scorers": scorers, **more}

@@ -73,7 +73,7 @@ def test_reading_by_key_and_reading_through_agree(tmp_path_factory, rows, reopen
         assert len(found) == len(wanted)
 
 
-@pytest.mark.parametrize("cut", range(1, 40))
+@pytest.mark.parametrize("cut", [1, 2, 20, 39])
 def test_a_torn_last_line_is_cut_off_and_the_rest_kept(path, cut):
     journal = Journal(path, KEY)
     for number in range(3):
