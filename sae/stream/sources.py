@@ -5,6 +5,7 @@ holds the activations of its unmasked tokens. A block is the same whether it is 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Blocks:
     def __len__(self) -> int:
         return -(-self.rows.n_rows // self.block_rows)
 
+    @cached_property
     def order(self) -> Int[Tensor, "rows"]:
         """Returns the fixed shuffled order of rows."""
         return torch.randperm(self.rows.n_rows, generator=generator(self.seed, "rows"))
@@ -40,12 +42,7 @@ class Blocks:
     def tokens(self, block: int) -> Int[Tensor, "block_rows context"]:
         """Returns the tokens of one block; the last may have fewer rows."""
         start = block * self.block_rows
-        return self.rows.tokens(self._order()[start : start + self.block_rows])
-
-    def _order(self) -> Int[Tensor, "rows"]:
-        if "_cached" not in self.__dict__:
-            object.__setattr__(self, "_cached", self.order())
-        return self.__dict__["_cached"]
+        return self.rows.tokens(self.order[start : start + self.block_rows])
 
 
 @dataclass(frozen=True)

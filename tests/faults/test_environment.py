@@ -143,20 +143,3 @@ def test_asking_works_anywhere_and_touches_nothing(bare, capsys, command, argv, 
     assert shown in capsys.readouterr().out
     assert files(bare) == set()
     assert list(bare.iterdir()) == []
-
-
-HELP = """
-import importlib, sys
-for name in ("train", "evaluate"):
-    try:
-        importlib.import_module(f"cli.{name}").main(["--help"])
-    except SystemExit as end:
-        assert end.code == 0
-print("heavy:", [name for name in ("transformers", "datasets", "openai", "matplotlib") if name in sys.modules])
-"""
-
-
-def test_help_imports_nothing_heavy():
-    done = run_python(HELP)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "heavy: []"

@@ -59,15 +59,10 @@ BAD_TEXT = {
 }
 
 
-@pytest.mark.parametrize(("rows", "changes", "named"), BAD_TEXT.values(), ids=BAD_TEXT)
-def test_text_that_gives_nothing_is_named(tmp_path, tiny_train, rows, changes, named):
-    code, printed = tiny_train(changes, text=jsonl(tmp_path / "text.jsonl", rows))
-    assert code == 2
-    assert re.match(named, error_of(printed))
-
-
-@pytest.mark.parametrize("name", ["empty", "no such column", "not text"])
-def test_and_known_before_the_model_is_loaded(tmp_path, tiny_train, no_model, name):
+@pytest.mark.parametrize("name", BAD_TEXT)
+def test_text_that_gives_nothing_is_named(tmp_path, tiny_train, request, name):
+    if name in ("empty", "no such column", "not text"):
+        request.getfixturevalue("no_model")  # it is known before
     rows, changes, named = BAD_TEXT[name]
     code, printed = tiny_train(changes, text=jsonl(tmp_path / "text.jsonl", rows))
     assert code == 2
@@ -92,8 +87,16 @@ def test_ranks_neither_wait_for_each_other_nor_differ_on_little_text(tmp_path, t
 # Row 16
 
 
-@pytest.mark.parametrize("has", [(True, True, True), (False, True, False), (True, False, False), (False, False, False)])
-@pytest.mark.parametrize("layout", ["packed", "one_per_row"])
+@pytest.mark.parametrize(
+    ("has", "layout"),
+    [
+        ((True, True, True), "packed"),
+        ((True, True, True), "one_per_row"),
+        ((False, True, False), "packed"),
+        ((True, False, False), "packed"),
+        ((False, False, False), "one_per_row"),
+    ],
+)
 def test_any_tokenizer_will_do_and_the_mask_is_right(tmp_path, tiny_train, has, layout):
     tokenizer = tiny_tokenizer(*has)
     model = tiny_model_folder(tmp_path / "model", tokenizer)
