@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from interp.client.requests import Abilities, Chat, Reply
 from interp.records import ACTIVE, Examples, Explanation, Facts, Item, Window
@@ -58,6 +59,7 @@ def facts(**changes: object) -> Facts:
     return replace(plain, **changes)
 
 
+@lru_cache(None)
 def planted(latent: int = 0, n: int = 40, tiers: Sequence[str] = ("random", "same_token", "neighbor")) -> Examples:
     """Returns the examples of a latent that fires on FRUIT after BEFORE: n active windows a split, n silent a tier."""
     draw = random.Random(latent)

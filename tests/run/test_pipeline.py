@@ -1,6 +1,7 @@
 """A run of sae-explain from evidence to results: resumed, in shards, in batches, with failing servers, out of funds."""
 
 import json
+from pathlib import Path
 from zlib import crc32
 
 import pyarrow.parquet as pq
@@ -39,6 +40,23 @@ def prepared(coder, tmp_path_factory):
         return prepare(explain_config(coder, folder / "run"), lambda: False)
 
 
+@pytest.fixture(scope="module")
+def whole(coder, prepared, tmp_path_factory):
+    """A run with a language model that nothing disturbed: (its config, its server)."""
+    folder = tmp_path_factory.mktemp("whole")
+    with FakeLLM(scripted, **ABLE) as server:
+        config = explain_config(coder, folder, with_llm(server.url))
+        run(config, prepared)
+        yield config, server
+
+
+def same_as_whole(run_dir, whole):
+    """Raises unless a run came to the rows of the undisturbed one."""
+    folder = Path(whole[0].run_dir)
+    assert scores(run_dir) == scores(folder)
+    assert explained(run_dir) == explained(folder)
+
+
 def asked(server):
     """The bodies of all calls but the probes of what the server can do."""
     bodies = [json.dumps(call.body, sort_keys=True) for call in server.calls]
@@ -69,26 +87,22 @@ def test_the_same_settings_give_the_same_bytes(coder, prepared, tmp_path):
     assert scores(tmp_path / "one") == scores(tmp_path / "two")
 
 
-def test_a_finished_run_asks_nothing_again(coder, prepared, tmp_path):
-    with FakeLLM(scripted, **ABLE) as server:
-        config = explain_config(coder, tmp_path / "run", with_llm(server.url))
-        run(config, prepared)
-        before, rows = len(server.calls), scores(tmp_path / "run")
-        pipeline, _ = run(config, prepared)
-        assert len(server.calls) == before
-        assert scores(tmp_path / "run") == rows
-        assert pipeline.spent["roles"]["judge"]["calls"] == 0
+def test_a_finished_run_asks_nothing_again(whole, prepared):
+    config, server = whole
+    before, rows = len(server.calls), scores(Path(config.run_dir))
+    pipeline, _ = run(config, prepared)
+    assert len(server.calls) == before
+    assert scores(Path(config.run_dir)) == rows
+    assert pipeline.spent["roles"]["judge"]["calls"] == 0
 
 
-def test_results_hold_every_latent_with_null_and_lift(coder, prepared, tmp_path):
-    with FakeLLM(scripted, **ABLE) as server:
-        config = explain_config(coder, tmp_path / "run", with_llm(server.url))
-        run(config, prepared)
-    summary = write_results(tmp_path / "run", config.all_scorers(), {"coder": "tiny"})
-    table = pq.read_table(tmp_path / "run" / "results.parquet").to_pylist()
+def test_results_hold_every_latent_with_null_and_lift(whole, prepared):
+    config, folder = whole[0], Path(whole[0].run_dir)
+    summary = write_results(folder, config.all_scorers(), {"coder": "tiny"})
+    table = pq.read_table(folder / "results.parquet").to_pylist()
     assert {row["latent"] for row in table} <= set(prepared.latents.tolist())
     assert {row["scorer"] for row in table} == {"detection[fake]", "detection[rule]", "fuzzing[fake]", "fuzzing[rule]"}
-    insufficient = sum(row["status"] == INSUFFICIENT for row in explained(tmp_path / "run").values())
+    insufficient = sum(row["status"] == INSUFFICIENT for row in explained(folder).values())
     assert sum(counts.get(INSUFFICIENT, 0) for counts in summary["explanations"].values()) == insufficient
     for one in summary["scores"]:
         if one["explainer"] == "llm":
@@ -109,22 +123,18 @@ def test_under_twenty_latents_the_null_is_not_available(coder, prepared, tmp_pat
 
 
 @pytest.mark.parametrize("after", [10, 70])
-def test_stopped_and_continued_is_the_same_and_pays_nothing_twice(coder, prepared, tmp_path, after):
+def test_stopped_and_continued_is_the_same_and_pays_nothing_twice(coder, prepared, whole, tmp_path, after):
     with FakeLLM(scripted, **ABLE) as server:
-        whole = explain_config(coder, tmp_path / "whole", with_llm(server.url))
-        run(whole, prepared)
-        server.calls.clear()
         changes = with_llm(server.url, in_flight=3)
         changes["models.explainer"] = {**changes["models.explainer"], "max_concurrency": 3}
         config = explain_config(coder, tmp_path / "run", changes)
         with pytest.raises(Stopped):
             run(config, prepared, should_stop=lambda: len(server.calls) >= after)
-        assert scores(tmp_path / "run") != scores(tmp_path / "whole")
+        assert scores(tmp_path / "run") != scores(Path(whole[0].run_dir))
         run(config, prepared)
         bodies = asked(server)
         assert len(bodies) == len(set(bodies))
-    assert scores(tmp_path / "run") == scores(tmp_path / "whole")
-    assert explained(tmp_path / "run") == explained(tmp_path / "whole")
+    same_as_whole(tmp_path / "run", whole)
 
 
 def test_what_failed_is_counted_and_done_again_on_request(coder, prepared, tmp_path):
@@ -192,9 +202,10 @@ def test_a_budget_is_kept(coder, prepared, tmp_path):
 
 def test_shards_put_together_are_the_whole(coder, prepared, tmp_path):
     with FakeLLM(scripted, **ABLE) as server:
-        whole = explain_config(coder, tmp_path / "whole", with_llm(server.url, null_latents=0))
-        run(whole, prepared)
-        config = explain_config(coder, tmp_path / "parts", with_llm(server.url, null_latents=0))
+        changes = with_llm(server.url, null_latents=0)
+        del changes["scorers"]["fuzzing"]
+        run(explain_config(coder, tmp_path / "whole", changes), prepared)
+        config = explain_config(coder, tmp_path / "parts", changes)
         run(config, prepared, shard=(1, 2))
         with pytest.raises(ConfigError, match="shard 2 of 2 is missing"):
             write_results(tmp_path / "parts", config.all_scorers(), {})
@@ -208,17 +219,14 @@ def test_shards_put_together_are_the_whole(coder, prepared, tmp_path):
     assert {**merged, "spent": None} == {**alone, "spent": None}
 
 
-def test_batches_give_the_same_scores_as_live_calls(coder, prepared, tmp_path):
+def test_batches_give_the_same_scores_as_live_calls(coder, prepared, whole, tmp_path):
     with FakeLLM(scripted, **ABLE) as server:
-        run(explain_config(coder, tmp_path / "live", with_llm(server.url)), prepared)
         changes = with_llm(server.url)
         changes["models.explainer"] = {**changes["models.explainer"], "via": "batch"}
         config = explain_config(coder, tmp_path / "batch", changes)
         run(config, prepared)
         assert 1 <= len(server.batches) <= 4
-    live, batch = scores(tmp_path / "live"), scores(tmp_path / "batch")
-    assert live == batch
-    assert explained(tmp_path / "live") == explained(tmp_path / "batch")
+    same_as_whole(tmp_path / "batch", whole)
 
 
 def test_explanations_from_a_file_are_scored_like_any(coder, prepared, tmp_path):

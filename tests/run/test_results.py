@@ -73,7 +73,7 @@ def test_a_file_of_the_name_of_an_explainer_is_refused(coder, tmp_path):
 
 
 def test_a_model_may_come_later_and_all_of_the_run_is_told(coder, prepared, tmp_path):
-    folder, few = tmp_path / "run", some(prepared, 22)
+    folder, few = tmp_path / "run", some(prepared, 8)
     scorers = {"detection": with_llm("")["scorers"]["detection"], "embedding": {"type": "embedding"}}
     run(config_of(coder, folder, {"scorers": scorers}), few)
     before = scores(folder)
