@@ -26,24 +26,12 @@ class _EncodeAt(torch.autograd.Function):
         return grad_y, grad_weight, full.sum(0), None, None
 
 
-def encode_at(
-    y: Float[Tensor, "n d_in"],
-    weight: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, "d_sae"],
-    offsets: Int[Tensor, "n_plus_1"],
-    ids: Int[Tensor, "nnz"],
-    known: Float[Tensor, "nnz"] | None = None,
-) -> Float[Tensor, "nnz"]:
-    """Returns y W^T + b at the support."""
-    return _EncodeAt.apply(y, weight, bias, flat(offsets, ids, len(weight)), known)  # type: ignore[no-any-return]
+def encode_at(y, weight, bias, offsets, ids, known=None):
+    """Returns y W^T + b at the support, as `sae.kernels.encode_at` says."""
+    return _EncodeAt.apply(y, weight, bias, flat(offsets, ids, len(weight)), known)
 
 
-def decode(
-    values: Float[Tensor, "nnz"],
-    weight: Float[Tensor, "d_sae d_out"],
-    offsets: Int[Tensor, "n_plus_1"],
-    ids: Int[Tensor, "nnz"],
-) -> Float[Tensor, "n d_out"]:
+def decode(values, weight, offsets, ids):
     """Returns the codes times the decoder."""
     places = flat(offsets, ids, len(weight))
     return _full(values.to(weight.dtype), places, offsets.numel() - 1, len(weight)) @ weight

@@ -53,26 +53,14 @@ class _Decode(torch.autograd.Function):
         return grad_values, grad_weight, None, None
 
 
-def encode_at(
-    y: Float[Tensor, "n d_in"],
-    weight: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, "d_sae"],
-    offsets: Int[Tensor, "n_plus_1"],
-    ids: Int[Tensor, "nnz"],
-    known: Float[Tensor, "nnz"] | None = None,
-) -> Float[Tensor, "nnz"]:
-    """Returns y W^T + b at the support."""
-    return _EncodeAt.apply(y, weight, bias, offsets, ids, known)  # type: ignore[no-any-return]
+def encode_at(y, weight, bias, offsets, ids, known=None):
+    """Returns y W^T + b at the support, as `sae.kernels.encode_at` says."""
+    return _EncodeAt.apply(y, weight, bias, offsets, ids, known)
 
 
-def decode(
-    values: Float[Tensor, "nnz"],
-    weight: Float[Tensor, "d_sae d_out"],
-    offsets: Int[Tensor, "n_plus_1"],
-    ids: Int[Tensor, "nnz"],
-) -> Float[Tensor, "n d_out"]:
+def decode(values, weight, offsets, ids):
     """Returns the codes times the decoder."""
-    return _Decode.apply(values, weight, offsets, ids)  # type: ignore[no-any-return]
+    return _Decode.apply(values, weight, offsets, ids)
 
 
 def _spmm(

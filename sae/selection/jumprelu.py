@@ -63,44 +63,29 @@ class JumpReLU(Selection):
         self, kept: Float[Tensor, "nnz"], ids: Int[Tensor, "nnz"], tensors: Mapping[str, Tensor]
     ) -> Float[Tensor, "nnz"]:
         """Returns what lies above its threshold, and 0 elsewhere."""
-        return _Jump.apply(kept, tensors["threshold"].index_select(0, ids), self.bandwidth)  # type: ignore[no-any-return]
+        return _Step.apply(kept, tensors["threshold"].index_select(0, ids), self.bandwidth, True)  # type: ignore[no-any-return]
 
     def active(
         self, kept: Float[Tensor, "nnz"], ids: Int[Tensor, "nnz"], tensors: Mapping[str, Tensor]
     ) -> Float[Tensor, "nnz"]:
         """Returns H(h - theta)."""
-        return _Heaviside.apply(kept, tensors["threshold"].index_select(0, ids), self.bandwidth)  # type: ignore[no-any-return]
+        return _Step.apply(kept, tensors["threshold"].index_select(0, ids), self.bandwidth, False)  # type: ignore[no-any-return]
 
 
-class _Jump(torch.autograd.Function):
-    """h H(h - theta) with the straight-through gradient to theta."""
+class _Step(torch.autograd.Function):
+    """H(h - theta), whose gradient goes to theta alone, or h times it, with the straight-through gradient to theta."""
 
     @staticmethod
-    def forward(ctx: Any, kept: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, kept: Tensor, threshold: Tensor, bandwidth: float, jumps: bool) -> Tensor:
         threshold = threshold.clamp_min(0)
         ctx.save_for_backward(kept, threshold)
-        ctx.bandwidth = bandwidth
-        return torch.where(kept > threshold, kept, torch.zeros_like(kept))
+        ctx.bandwidth, ctx.jumps = bandwidth, jumps
+        return torch.where(kept > threshold, kept, torch.zeros_like(kept)) if jumps else (kept > threshold).to(kept)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         (grad,), (kept, threshold) = grads, ctx.saved_tensors
-        near = ((kept - threshold).abs() < ctx.bandwidth / 2).to(grad)
-        return grad * (kept > threshold), -grad * near * threshold / ctx.bandwidth, None
-
-
-class _Heaviside(torch.autograd.Function):
-    """H(h - theta), whose gradient goes to theta alone; the term `l0` sums it."""
-
-    @staticmethod
-    def forward(ctx: Any, kept: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        threshold = threshold.clamp_min(0)
-        ctx.save_for_backward(kept, threshold)
-        ctx.bandwidth = bandwidth
-        return (kept > threshold).to(kept)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
-        (grad,), (kept, threshold) = grads, ctx.saved_tensors
-        near = ((kept - threshold).abs() < ctx.bandwidth / 2).to(grad)
-        return None, -grad * near / ctx.bandwidth, None
+        near = -grad * ((kept - threshold).abs() < ctx.bandwidth / 2).to(grad)
+        if not ctx.jumps:
+            return None, near / ctx.bandwidth, None, None
+        return grad * (kept > threshold), near * threshold / ctx.bandwidth, None, None

@@ -300,12 +300,8 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises ConfigError naming the first field whose value is not allowed."""
-        data, rest = (
-            (self.model, self.second_model, self.text, self.activations),
-            (self.eval, self.checkpoints, self.log),
-        )
-        for part in (*data, self.optim, *rest):
-            part.validate()
+        for part in ("model", "second_model", "text", "activations", "optim", "eval", "checkpoints", "log"):
+            getattr(self, part).validate()
         at_least("batch_tokens", self.batch_tokens, LANES)
         if self.batch_tokens % LANES:
             raise ConfigError(f"batch_tokens: {self.batch_tokens} is not a multiple of {LANES}, the number of lanes")

@@ -24,8 +24,7 @@ from sae.training.config import CoderConfig
 from sae.training.measuring import Statistics
 from sae.training.optim import Average, OptimConfig, adam, normalize_decoder, project_decoder_gradient
 
-STARTED_ALIKE = ("d_in", "d_out", "d_sae", "encoder", "pre_bias", "decoder_norm", "cross_layer", "budget", "skip")
-STARTED_ALIKE += ("select_by_decoder_norm",)
+STARTED_ALIKE = "d_in d_out d_sae encoder pre_bias decoder_norm cross_layer budget select_by_decoder_norm skip".split()
 LEAST_RESIDUAL = 1e-6  # of the variance: a batch of one token has none, and AuxK divides by it
 
 
