@@ -24,7 +24,8 @@ from sae.training.config import CoderConfig
 from sae.training.measuring import Statistics
 from sae.training.optim import Average, OptimConfig, adam, normalize_decoder, project_decoder_gradient
 
-STARTED_ALIKE = "d_in d_out d_sae encoder pre_bias decoder_norm cross_layer budget select_by_decoder_norm skip".split()
+SHAPES = ("d_in", "d_out", "d_sae", "encoder", "cross_layer", "skip")
+STARTED_ALIKE = (*SHAPES, "pre_bias", "decoder_norm", "budget", "select_by_decoder_norm")
 LEAST_RESIDUAL = 1e-6  # of the variance: a batch of one token has none, and AuxK divides by it
 
 
