@@ -15,7 +15,6 @@ from rigs.hub_coders import GEMMA, gemma, native, saelens
 import sae
 from sae.base.errors import ConfigError, DataError
 from sae.loading.remote import HubFiles
-from sae.untrusted import digests
 
 REPO = "own/coder"
 WEIGHTS = "sub/sae_weights.safetensors"
@@ -248,23 +247,6 @@ def test_a_cached_file_that_changed_later_is_named(hub, cached):
     for address in (f"{REPO}/sub", path.parent):
         with pytest.raises(DataError, match=r"sae_weights\.safetensors is damaged: its sha256"):
             sae.load(address)
-
-
-def test_a_blob_that_several_repositories_share_is_compared_by_the_name_of_its_link(tmp_path):
-    good, shared = b"good", tmp_path / "blobs" / "ab" / ("c" * 64)
-    shared.parent.mkdir(parents=True)
-    shared.write_bytes(good)
-    import hashlib
-
-    blob = tmp_path / "models--a--b" / "blobs" / hashlib.sha256(good).hexdigest()
-    link = tmp_path / "models--a--b" / "snapshots" / COMMIT / "x" / "w.safetensors"
-    for path, target in ((blob, shared), (link, blob)):
-        path.parent.mkdir(parents=True)
-        path.symlink_to(os.path.relpath(target, path.parent))
-    digests.verify(link)
-    shared.write_bytes(b"bad!")
-    with pytest.raises(DataError, match=f"delete {blob}"):
-        digests.verify(link)
 
 
 def test_a_folder_that_was_fetched_is_compared_with_the_digests_beside_it(hub, tmp_path):

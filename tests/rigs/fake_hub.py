@@ -176,6 +176,12 @@ def digest(name: str, content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
+def fetched(asked):
+    """The names of the files that were fetched whole."""
+    gets = [request.split() for request in asked if request.startswith("GET") and "/resolve/" in request]
+    return sorted({words[1].partition(f"/resolve/{COMMIT}/")[2] for words in gets if len(words) == 2})
+
+
 @contextmanager
 def fake_hub(root: Path, home: Path, faults: Faults | None = None) -> Iterator[tuple[dict[str, str], list[str]]]:
     """Serves `root`; yields (the environment of a process that uses it, the requests so far)."""

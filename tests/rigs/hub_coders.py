@@ -15,6 +15,7 @@ from sae.selection.topk import TopK
 
 D_IN, D_SAE = 6, 20
 GEMMA = "google/gemma-scope-2b-pt-res"
+AJT = "neuronpedia/gpt2-small__res_sce-ajt/2-res_sce-ajt"
 
 
 def gemma(root, layer=3, l0=59, repo=GEMMA, width=D_SAE):
