@@ -1,7 +1,7 @@
 """The table of released coders: names by which they are known, and where they lie.
 
-`assets/releases.json` was derived by `releases_table.py`; nothing of it was compared with the repositories unless a row
-says `verified`. `sae.load` reads the files themselves, and refuses what does not fit.
+`assets/releases.json` was derived by `tests/make/releases_table.py`; nothing of it was compared with the repositories
+unless a row says `verified`. `sae.load` reads the files themselves, and refuses what does not fit.
 """
 
 import json

@@ -1,7 +1,9 @@
-"""Makes the files beside it: a coder as version 1 of the format wrote it, and what it computed then.
+"""Makes tests/golden/coder-v1: a coder as version 1 of the format wrote it, and what it computed then.
 
-Run where `sae` is that of commit e95203f, the last whose FORMAT_VERSION is 1:
-`git archive e95203f | tar -x -C /tmp/v1; PYTHONPATH=/tmp/v1 python tests/make/coder_v1.py tests/golden/coder-v1`
+Run with the `sae` of commit e95203f, the last whose FORMAT_VERSION is 1 and whose modules are imported here:
+
+    mkdir OLD; git archive e95203f | tar -x -C OLD
+    PYTHONPATH=OLD python tests/make/coder_v1.py tests/golden/coder-v1
 """
 
 import json
@@ -9,11 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
+from sae.normalization import Normalization
+from sae.spec import FORMAT_VERSION, CoderSpec, MaskSpec, Site
 
 import sae
 from sae.coder import SparseCoder
-from sae.coder.normalization import Normalization
-from sae.coder.spec import FORMAT_VERSION, CoderSpec, MaskSpec, Site
 from sae.selection.topk import TopK
 
 
