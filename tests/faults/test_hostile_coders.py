@@ -172,6 +172,12 @@ def test_tensors_that_do_not_fit_are_named_by_every_reader(tmp_path, name):
         assert "tensor" in line or "coder as they are known" in line or "is in no known format" in line, (wrong, line)
 
 
+def test_what_breaks_a_reader_is_damage_of_the_file_that_it_read(tmp_path):
+    folder = written(tmp_path / "coder", "gemma_scope", lambda tensors: tensors.update(b_enc=torch.tensor(1.0)))
+    line = error_of(folder, DataError)
+    assert line.startswith(f"{folder / FILES['gemma_scope']} is damaged, or no gemma_scope coder as they are known: ")
+
+
 def test_the_command_says_it_too(tmp_path, capsys):
     folder = written(tmp_path / "coder", "gemma_scope", lambda tensors: tensors["threshold"].fill_(torch.nan))
     assert sae_eval([str(folder)]) == 1
