@@ -7,7 +7,6 @@ from pathlib import Path
 
 from cli.common import BAD_USAGE, DONE, Parser, config_path, configs, field_help, print_tables, read_config, run
 from sae.base.errors import ConfigError
-from sae.base.settings import decode, read_yaml
 
 log = logging.getLogger(__name__)
 EPILOG = """Every config field is an option: --coder.selection.k 64 --activations.sites '[layers.3]'.
@@ -52,15 +51,12 @@ def command(argv: list[str]) -> int:
             "--config: a resumed run has its own; change fields one by one, for example --log.every_steps 50"
         )
     folder = Path(options.resume) if options.resume else None
-    if folder is not None and not (folder / "config.yaml").is_file():
-        raise ConfigError(f"--resume: {folder} is not the folder of a run; it has no config.yaml")
-    path = folder / "config.yaml" if folder else config_path(options.config or "quickstart", "train")
-    saved = decode(TrainConfig, read_yaml(path)) if folder else None  # where a default is left out, it stays out
-    config = read_config(TrainConfig, path, overrides, saved)
     if folder:
-        from sae.training.checkpoint import resumed_config
+        from sae.training.checkpoint import resumed_config, saved_config
 
-        config = resumed_config(config, folder)
+        config = resumed_config(read_config(TrainConfig, None, overrides, saved_config(folder)), folder)
+    else:
+        config = read_config(TrainConfig, config_path(options.config or "quickstart", "train"), overrides)
     config.validate()
     if options.print_config:
         from sae.base.settings import to_yaml

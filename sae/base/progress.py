@@ -47,9 +47,8 @@ class Progress:
         self.label, self.total, self.unit, self.n, self.visible = label, total, unit, start, visible
         self.first, self.began = start, time.monotonic()
         self.last_line = self.began
-        self.bar = (
-            tqdm(total=total, initial=start, desc=label, unit=f" {unit}") if visible and sys.stderr.isatty() else None
-        )
+        on_terminal = visible and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=start, desc=label, unit=f" {unit}") if on_terminal else None
 
     def update(self, n: int, **shown: float) -> None:
         """Moves to position n and shows a few numbers."""

@@ -7,6 +7,7 @@ neither replaced nor counted. Losses are averaged over tokens first; ratios are 
 
 import contextlib
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -119,17 +120,14 @@ def _compare(coders: dict[str, SparseCoder], results: dict[str, Any]) -> None:
         ours = results[name]["loss"]["ce_spliced"]
         found: dict[str, Any] = {}
         for other, rival in coders.items():
-            if rival.spec.is_autoencoder and _names(rival.spec.writes) == _names(coder.spec.writes):
+            theirs = [site.name for site in rival.spec.writes]
+            if rival.spec.is_autoencoder and theirs == [site.name for site in coder.spec.writes]:
                 loss, l0 = results[other]["loss"], results[other]["reconstruction"]["l0"]
                 theirs, added = loss["ce_spliced"], loss["ce_added"]
                 ratio = ours / theirs if theirs else None
                 found[other] = {"l0": l0, "ce_spliced": theirs, "ce_added": added, "ce_ratio": ratio}
         if found:
             results[name]["against"] = found
-
-
-def _names(sites: tuple[Site, ...]) -> list[str]:
-    return [site.name for site in sites]
 
 
 def _columns(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> Tensor:
@@ -291,7 +289,7 @@ def _losses(
 ) -> dict[str, dict[str, Any]]:
     """Returns the losses of one model with the sites replaced that each coder writes; all of them write in it."""
     lm, device = models[tag], models[""].device
-    sums: dict[str, dict[str, float]] = {name: {} for name in coders}
+    sums: dict[str, dict[str, float]] = {name: defaultdict(float) for name in coders}
     counts = dict.fromkeys(coders, 0)
 
     def logits(tokens: Tensor) -> Tensor:
@@ -319,17 +317,16 @@ def _losses(
             }
             clean_losses = next_token_losses(clean, tokens, keep)
             counts[name] += len(clean_losses)
-            _add(total, "clean", clean_losses)
+            total["clean"] += float(clean_losses.double().sum())
             for arm, change in arms.items():
-                key = (name if arm == "spliced" else arm, tuple(_names(spec.writes)), str(spec.mask))
+                key = (name if arm == "spliced" else arm, tuple(site.name for site in spec.writes), str(spec.mask))
                 if key not in ablated:
                     with change:
                         patched = logits(tokens)
                     kl = kl_divergence(clean, patched, next_token_mask(tokens, keep))
                     ablated[key] = next_token_losses(patched, tokens, keep), kl
-                losses, kl = ablated[key]
-                _add(total, arm, losses)
-                _add(total, f"kl_{arm}", kl)
+                for label, found in zip((arm, f"kl_{arm}"), ablated[key], strict=True):
+                    total[label] += float(found.double().sum())
     return {name: _loss_table(sums[name], counts[name]) for name in coders}
 
 
@@ -337,19 +334,10 @@ def _loss_table(sums: dict[str, float], count: int) -> dict[str, Any]:
     ce = {name: value / max(1, count) for name, value in sums.items()}
     return {
         "tokens": count,
-        "ce_clean": ce["clean"],
-        "ce_spliced": ce["spliced"],
-        "ce_zero": ce["zero"],
-        "ce_mean": ce["mean"],
+        **{f"ce_{name}": ce[name] for name in ("clean", "spliced", "zero", "mean")},
         "ce_added": ce["spliced"] - ce["clean"],
         "ce_recovered": loss_recovered(ce["clean"], ce["spliced"], ce["zero"]),
         "ce_recovered_from_mean": loss_recovered(ce["clean"], ce["spliced"], ce["mean"]),
-        "kl_spliced": ce["kl_spliced"],
-        "kl_zero": ce["kl_zero"],
-        "kl_mean": ce["kl_mean"],
+        **{name: ce[name] for name in ("kl_spliced", "kl_zero", "kl_mean")},
         "kl_score": loss_recovered(0.0, ce["kl_spliced"], ce["kl_zero"]),
     }
-
-
-def _add(sums: dict[str, float], name: str, losses: Float[Tensor, "n"]) -> None:
-    sums[name] = sums.get(name, 0.0) + float(losses.double().sum())

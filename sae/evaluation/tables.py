@@ -39,12 +39,8 @@ def table(found: dict[str, Any]) -> list[tuple[str, str]]:
     if "with_gradients" in found:
         other = found["with_gradients"]
         r, after = other["reconstruction"], other.get("loss", {}).get("ce_spliced")
-        rows.append(
-            (
-                f"with gradients ({other['label'].partition(': ')[2]})",
-                f"FVU {_number(r['fvu'])}, CE {_number(after, 3)}",
-            )
-        )
+        label = f"with gradients ({other['label'].partition(': ')[2]})"
+        rows.append((label, f"FVU {_number(r['fvu'])}, CE {_number(after, 3)}"))
     for name, count in found.get("training", {}).get("active_steps", {}).items():
         if name != "reconstruction":
             rows.append((f"steps with {name} active", f"{count:,} of {found['training']['steps']:,}"))

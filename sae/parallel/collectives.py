@@ -83,22 +83,25 @@ def before(count: int) -> int:
     """Returns the sum of `count` over the ranks before this one."""
     if not dist.is_initialized():
         return 0
-    counts = torch.zeros(world_size(), dtype=torch.int64)
-    counts[rank()] = count
-    return int(total(counts)[: rank()].sum())
+    return int(_counts(count)[: rank()].sum())
 
 
 def gathered(value: Tensor) -> Tensor:
     """Returns the rows of all ranks one after the other; ranks may have different numbers of them."""
     if not dist.is_initialized():
         return value
-    counts = torch.zeros(world_size(), dtype=torch.int64)
-    counts[rank()] = len(value)
-    most = int(total(counts).max())
-    padded = torch.cat([value, value.new_zeros(most - len(value), *value.shape[1:])])
+    counts = _counts(len(value))
+    padded = torch.cat([value, value.new_zeros(int(counts.max()) - len(value), *value.shape[1:])])
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, total(counts).tolist(), strict=True)])
+    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
+
+
+def _counts(own: int) -> Tensor:
+    """A count of every rank."""
+    counts = torch.zeros(world_size(), dtype=torch.int64)
+    counts[rank()] = own
+    return total(counts)
 
 
 def any_rank(flag: bool) -> bool:

@@ -105,15 +105,20 @@ def locked(run_dir: Path, resume: bool) -> Iterator[None]:
         yield
 
 
+def saved_config(folder: Path) -> TrainConfig:
+    """Returns the config of the run in a folder; ConfigError if there is none."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"--resume: {folder} is not the folder of a run; it has no config.yaml")
+    return decode(TrainConfig, read_yaml(path))
+
+
 def resumed_config(config: TrainConfig, folder: Path) -> TrainConfig:
     """Returns the run's own config with what may change of `config`: logging, evaluation, retention.
 
     ConfigError names a field whose change would make it another run.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"--resume: {folder} is not the folder of a run; it has no config.yaml")
-    saved = decode(TrainConfig, read_yaml(path))
+    saved = saved_config(folder)
     was, now = flat(draccus.encode(saved)), flat(draccus.encode(config))
     changed = [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]
     changed = [key for key in changed if key not in PINNED or _is_pin(now.get(key))]

@@ -82,19 +82,20 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     itemsize = dtype.itemsize if dtype else FLOAT if device.type == "cpu" else 2
     micro = config.micro_batch_tokens or config.batch_tokens
     described = lm.model.config.get_text_config()
-    vocabulary, layers = getattr(described, "vocab_size", 0), getattr(described, "num_hidden_layers", 0)
+    sizes = ("vocab_size", "num_hidden_layers", "hidden_size")
+    vocabulary, layers, hidden = (getattr(described, name, 0) for name in sizes)
     parameters = sum(count for count, _ in copies)
     ahead = settings.blocks_ahead(on_cpu=device.type == "cpu")
     tokens = settings.block_rows * context
     backward = tokens if config.gradient_loss else micro if config.needs_rows else 0
-    graph = backward * (GRAPH_LOGITS * vocabulary + 20 * layers * _width(lm)) * FLOAT
+    graph = backward * (GRAPH_LOGITS * vocabulary + 20 * layers * hidden) * FLOAT
     memory = {
         "process": psutil.Process().memory_info().rss + LATER,
         "model": weights * itemsize,
         "coders": sum(count * times * FLOAT for count, times in copies),
         "pool": config.batch_tokens * row if config.needs_rows else block * (LANES + ahead),
         "step": max((3 * p.d_sae + 4 * (p.d_in + p.d_out)) * micro + p.parameters for p in plans) * FLOAT
-        + 4 * tokens * _width(lm) * FLOAT
+        + 4 * tokens * hidden * FLOAT
         + graph,
         "statistics": (FLOAT * sum(width.values()) + MEASURED_BYTES * max(map(_measured, plans)))
         * min(settings.statistics_tokens, config.max_text_tokens),
@@ -128,10 +129,6 @@ def measured_flops_per_s(device: torch.device) -> float:
 def _measured(plan: CoderPlan) -> int:
     """Returns how many numbers of a token are measured at once."""
     return plan.d_in + (plan.d_out if plan.reads != plan.writes else 0)
-
-
-def _width(lm: LanguageModel) -> int:
-    return getattr(lm.model.config.get_text_config(), "hidden_size", 0)
 
 
 def _parameters_below(lm: LanguageModel, sites: list[Site]) -> int:

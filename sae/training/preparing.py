@@ -12,7 +12,7 @@ import draccus
 from sae.base.errors import ConfigError
 from sae.base.files import atomic_write, cache_dir, write_json
 from sae.base.progress import Progress, Watch
-from sae.base.settings import decode, read_yaml, to_yaml
+from sae.base.settings import to_yaml
 from sae.base.store import fingerprint_key, remove_damaged
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
@@ -73,7 +73,7 @@ def set_up(config: TrainConfig, folder: Path, resume: bool, watch: Watch, trust_
             if collectives.rank() == 0:  # from here on the run can be resumed, if only from its start
                 atomic_write(folder / "config.yaml", to_yaml(_pinned(config, lm)))
                 write_json(folder / "env.json", environment(lm, trust_remote_code=trust_remote_code))
-        config = decode(TrainConfig, read_yaml(folder / "config.yaml"))
+        config = checkpoint.saved_config(folder)
     text = _text(config, lm, watch)
     fingerprint = {**lm.fingerprint(), "text": text.key}
     if second:
