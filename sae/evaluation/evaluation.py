@@ -120,8 +120,8 @@ def _compare(coders: dict[str, SparseCoder], results: dict[str, Any]) -> None:
         ours = results[name]["loss"]["ce_spliced"]
         found: dict[str, Any] = {}
         for other, rival in coders.items():
-            theirs = [site.name for site in rival.spec.writes]
-            if rival.spec.is_autoencoder and theirs == [site.name for site in coder.spec.writes]:
+            written = [site.name for site in rival.spec.writes]
+            if rival.spec.is_autoencoder and written == [site.name for site in coder.spec.writes]:
                 loss, l0 = results[other]["loss"], results[other]["reconstruction"]["l0"]
                 theirs, added = loss["ce_spliced"], loss["ce_added"]
                 ratio = ours / theirs if theirs else None
