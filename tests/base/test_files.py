@@ -125,7 +125,8 @@ for write in (
 
 
 def test_a_file_cut_off_by_the_kernel_never_gets_its_name(tmp_path):
-    output, errors = run_python(FULL_DISK, tmp_path).communicate(timeout=900)
+    with run_python(FULL_DISK, tmp_path) as process:
+        output, errors = process.communicate(timeout=900)
     assert not errors
     lines = output.splitlines()
     assert len(lines) == 4
@@ -402,7 +403,8 @@ print(kills)
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_the_latest_checkpoint_whole(tmp_path):
-    output, errors = run_python(KILLED_SAVES, tmp_path).communicate(timeout=900)
+    with run_python(KILLED_SAVES, tmp_path) as process:
+        output, errors = process.communicate(timeout=900)
     assert not errors, errors
     assert int(output) > 10
 
@@ -448,14 +450,15 @@ with FolderLock(sys.argv[1]):
 
 def test_a_second_run_fails_at_once_naming_the_holder_and_a_killed_one_frees_the_folder(tmp_path, monkeypatch):
     folder = tmp_path / "my run"
-    holder = run_python(HOLD, folder)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: pytest.fail("it waited"))
-    with pytest.raises(ConfigError, match=rf"my run is in use by process {holder.pid} \(started 20\d\d-"):
-        FolderLock(folder).__enter__()
-    holder.kill()
-    holder.communicate()
+    with run_python(HOLD, folder) as holder:  # waits for it, and closes its pipes, whatever happens here
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            monkeypatch.setattr(files.time, "sleep", lambda seconds: pytest.fail("it waited"))
+            with pytest.raises(ConfigError, match=rf"my run is in use by process {holder.pid} \(started 20\d\d-"):
+                FolderLock(folder).__enter__()
+        finally:
+            holder.kill()
     with FolderLock(folder):
         assert read_json(folder / ".lock")["pid"] == os.getpid()
 
