@@ -41,7 +41,6 @@ SMALL = {
     "sae-train": "--tokens 8192 --text.max_tokens 20000 --eval.tokens 1000 --activations.statistics_tokens 4096",
     "sae-explain": "--latents 20 --evidence.tokens 40000",
 }
-COMING = ("interp/README.md",)
 RUN, MODEL = "runs/quickstart", "quickstart"
 STANDS_FOR = {  # what a page writes where a reader puts something of their own
     **dict.fromkeys(("RUN", "RUN_A", "RUN_B", "RUN_DIR", "A"), RUN),
@@ -233,7 +232,7 @@ def test_blocks_say_what_they_are(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     for target in links(PAGES[page]):
-        if "://" in target or target.endswith(COMING):
+        if "://" in target:
             continue
         name, _, anchor = target.partition("#")
         path = ((ROOT / page).parent / name).resolve() if name else ROOT / page
@@ -273,8 +272,6 @@ def test_the_tree_is_the_tree():
 )
 def test_plug_ins_told_are_there(page, head, known):
     """A new one need not be told: it is one file."""
-    if page in COMING:
-        return
     table = PAGES[page].split(f"| {head} |", 1)[1].split("\n\n", 1)[0]
     told = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
     assert told
