@@ -8,6 +8,7 @@ import random
 import struct
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +43,19 @@ def flips(raw, count, seed=0):
         changed = bytearray(raw)
         changed[at // 8] ^= 1 << at % 8
         yield at // 8, bytes(changed)
+
+
+def memory(field):
+    """Returns a number of bytes that the kernel tells of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def memory_at_peak(anew=False):
+    """Returns the most bytes of memory that this process has had since they were last counted `anew`."""
+    if anew:
+        Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmHWM")
 
 
 # ---- pickles
