@@ -131,9 +131,8 @@ class SparseCoder(Folding):
     def run(self, look: Look, support: Support | None = None, exact: bool = True) -> Pass:
         """Returns one pass over what was looked at, differentiable in the parameters at the support.
 
-        Without a support, the per-token rule chooses.
-
-        `exact` says that the scores have the parameters' precision, so that kept ones need not be computed again.
+        Without a support, the per-token rule chooses. `exact` says that the scores have the parameters' precision, so
+        that kept ones need not be computed again.
         """
         offsets, ids = self.support(self.compared(look)) if support is None else support
         kept = self.preactivations_at(look.y, offsets, ids, look.scores if exact else None)

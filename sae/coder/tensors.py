@@ -123,7 +123,7 @@ class CoderTensors(nn.Module):
 
     def encoder_tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of the encoder, with a row for each latent."""
-        return {name: getattr(self, name) for name in self.spec.encoding.tensors}
+        return {name: getattr(self, name) for pair in self.spec.encoding.maps.items() for name in pair}
 
     def rule_groups(self) -> list[slice]:
         """Returns the latents among which selection chooses: each block, or all together."""

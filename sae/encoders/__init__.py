@@ -32,11 +32,6 @@ class Encoder(Plugin):
     trainable: ClassVar[bool] = True
     """Whether training can use it; others are of coders that are loaded."""
 
-    @property
-    def tensors(self) -> list[str]:
-        """Returns the names of its tensors."""
-        return [name for pair in self.maps.items() for name in pair]
-
     def combined(self, *mapped: Tensor) -> Tensor:
         """Returns pre-activations from what each map makes of the input, element by element and differentiable."""
         raise NotImplementedError
