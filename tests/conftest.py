@@ -12,21 +12,10 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("MPLCONFIGDIR", os.path.join(os.environ.get("TMPDIR", "/tmp"), "matplotlib"))
 
 from jaxtyping import install_import_hook
+from rigs import shapes
 
-install_import_hook(
-    [
-        "sae.coder.coder",
-        "sae.coder.tensors",
-        "sae.encoders",
-        "sae.kernels",
-        "sae.selection",
-        "sae.objectives",
-        "sae.evaluation.metrics",
-        "sae.coder.spec",
-        "sae.coder.normalization",
-    ],
-    "beartype.beartype",
-)
+install_import_hook(shapes.WHOLE, "beartype.beartype")
+install_import_hook(shapes.shaped(), "rigs.shapes.checked")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -133,7 +133,7 @@ def stored(coded: Coded, rows: Int[ndarray, "rows"]) -> dict[str, Tensor]:
     }
 
 
-def blocks(corpus: Corpus, rows: Int[ndarray, "rows"]) -> list[Int[ndarray, "some"]]:
+def blocks(corpus: Corpus, rows: Int[ndarray, "rows"]) -> list[Int[ndarray, "_some"]]:
     """Returns rows in groups of about `BLOCK_TOKENS` tokens, padding counted; rows should come longest first."""
     groups, start = [], 0
     while start < len(rows):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt
 from torch import Tensor
 
 from interp.records import SPLITS
@@ -115,7 +115,7 @@ class Source(NamedTuple):
     context_length: int
     bos: list[int]
     """What every row begins with, beside its own tokens."""
-    rows: Callable[[], Iterator[tuple[str, int, Int[np.ndarray, "n"]]]]
+    rows: Callable[[], Iterator[tuple[str, int, Int[np.ndarray, "_n"]]]]
     """Gives (document, number of the row in it, its own tokens)."""
 
 
@@ -243,7 +243,7 @@ def _is_one_text(text: TextConfig) -> bool:
 
 def _rows(
     text: TextConfig, tokenizer: "PreTrainedTokenizerBase", body: int
-) -> Iterator[tuple[str, int, Int[np.ndarray, "n"]]]:
+) -> Iterator[tuple[str, int, Int[np.ndarray, "_n"]]]:
     """Yields (document, number of the row in it, its tokens without BOS). A document is never held whole."""
     source = documents(text)
     if _is_one_text(text):
@@ -271,7 +271,7 @@ def _cut(whole: str) -> Iterator[str]:
 
 def _encoded(
     pieces: Iterator[tuple[str, str]], tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[tuple[str, Int[np.ndarray, "n"]]]:
+) -> Iterator[tuple[str, Int[np.ndarray, "_n"]]]:
     batch: list[tuple[str, str]] = []
     size = 0
     for piece in pieces:
@@ -296,7 +296,7 @@ def _parts(names: list[str]) -> Int[np.ndarray, "sections"]:
 
 
 def _repeating(
-    shards: list[Int[np.ndarray, "rows context"]], split: Int[np.ndarray, "rows"], first: int
+    shards: list[Int[np.ndarray, "_rows context"]], split: Int[np.ndarray, "rows"], first: int
 ) -> Int[np.ndarray, "repeating"]:
     """Returns the rows of explain that repeat valid or test, and those of valid that repeat test.
 
@@ -323,7 +323,7 @@ def _repeating(
     return np.flatnonzero((shared >= REPEATED * counts) & (shared > 0))
 
 
-def _shingles(tokens: Int[np.ndarray, "rows n"]) -> tuple[Int[np.ndarray, "found"], Int[np.ndarray, "found"]]:
+def _shingles(tokens: Int[np.ndarray, "rows n"]) -> tuple[UInt[np.ndarray, "found"], Int[np.ndarray, "found"]]:
     ids = (tokens.astype(np.int64) + 2).astype(np.uint64)
     width = min(SHINGLE_TOKENS, ids.shape[1])
     size = ids.shape[1] - width + 1

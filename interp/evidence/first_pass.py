@@ -96,7 +96,7 @@ def _pass(
     codes: Codes,
     corpus: Corpus,
     folder: Path,
-    groups: list[Int[ndarray, "some"]],
+    groups: list[Int[ndarray, "_some"]],
     new_tally: Callable[[], Tally],
     all_tallied: bool,
     kept: ShardWriter | None,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt
 from numpy import ndarray
 
 from interp.evidence.codes import Codes, blocks
@@ -277,7 +277,7 @@ def tokens_at(corpus: Corpus, positions: Int[ndarray, "m"]) -> Int[ndarray, "m"]
     return corpus.tokens(rows).numpy()[index, positions % corpus.context_length]
 
 
-def _occurrences(corpus: Corpus, tokens: list[int], seed: int) -> dict[int, list[Int[ndarray, "some"]]]:
+def _occurrences(corpus: Corpus, tokens: list[int], seed: int) -> dict[int, list[Int[ndarray, "_some"]]]:
     """Returns by token and part up to `PLACES_OF_TOKEN` places where it stands, drawn by hash, in that order."""
     wanted = np.array(tokens, np.int64)
     kept: list[tuple[ndarray, ndarray, ndarray, ndarray]] = []  # token, part, draw, position
@@ -309,13 +309,13 @@ def _fewest(parts: list[tuple[ndarray, ndarray, ndarray, ndarray]]) -> tuple[nda
     return token[few], part[few], draw[few], position[few]
 
 
-def _draws(positions: Int[ndarray, "m"], seed: int) -> Int[ndarray, "m"]:
+def _draws(positions: Int[ndarray, "m"], seed: int) -> UInt[ndarray, "m"]:
     x = (positions.astype(np.uint64) + np.uint64(seed + 1)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     return x ^ (x >> np.uint64(27))
 
 
-def _in_turn(lists: list[Int[ndarray, "some"]]) -> Int[ndarray, "few"]:
+def _in_turn(lists: list[Int[ndarray, "_some"]]) -> Int[ndarray, "few"]:
     """Returns the first of each list, then the second of each, until there are enough candidates."""
     longest = max(map(len, lists), default=0)
     table = np.full((len(lists), longest), -1, np.int64)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Integer
 from numpy import ndarray
 from torch import Tensor
 
@@ -56,7 +56,7 @@ def bin_edges() -> list[float]:
 class Smallest:
     """Keeps, for every latent, the n smallest of the numbers it is offered."""
 
-    def __init__(self, kept: Int[ndarray, "d n"]) -> None:
+    def __init__(self, kept: Integer[ndarray, "d n"]) -> None:
         self.kept = kept
         self.limit = kept.max(1, initial=0)
         """By latent: what is not below it cannot enter."""
@@ -64,7 +64,7 @@ class Smallest:
         self._waiting: list[tuple[ndarray, ndarray]] = []
         self._n = 0
 
-    def offer(self, latents: Int[ndarray, "m"], numbers: Int[ndarray, "m"]) -> None:
+    def offer(self, latents: Integer[ndarray, "m"], numbers: Integer[ndarray, "m"]) -> None:
         """Takes in numbers, latents ascending; each (latent, number) may be offered once."""
         chosen = np.flatnonzero(numbers < self.limit[latents])
         if len(chosen):
@@ -73,7 +73,7 @@ class Smallest:
             if self._n >= self.pending:
                 self.settle()
 
-    def settle(self) -> Int[ndarray, "d n"]:
+    def settle(self) -> Integer[ndarray, "d n"]:
         """Merges what waits, and returns all that is kept, in no order."""
         if not self._n:
             return self.kept
@@ -122,11 +122,11 @@ class Tally:
     def add(
         self,
         latents: SparseLatents,
-        rows: Int[ndarray, "n"],
-        places: Int[ndarray, "n"],
-        names: Int[ndarray, "n_rows"],
-        splits: Int[ndarray, "n_rows"],
-        numbers: Int[ndarray, "n_rows"],
+        rows: Integer[ndarray, "n"],
+        places: Integer[ndarray, "n"],
+        names: Integer[ndarray, "n_rows"],
+        splits: Integer[ndarray, "n_rows"],
+        numbers: Integer[ndarray, "n_rows"],
     ) -> None:
         """Takes in the codes of n tokens.
 
@@ -211,7 +211,7 @@ class Evidence:
         """Returns the number of tokens that were looked at."""
         return int(self.state["tokens"][0])
 
-    def places(self, kind: str, split: str, latent: int) -> Int[ndarray, "found"]:
+    def places(self, kind: str, split: str, latent: int) -> Integer[ndarray, "found"]:
         """Returns positions in the corpus where the latent is largest in its cells, by hash or ("top") by strength.
 
         A position is row times row length plus place in the row.
@@ -219,7 +219,7 @@ class Evidence:
         numbers = self.state[f"{kind}.{split}"][latent].view(np.uint64)
         return (numbers[numbers != EMPTY] & LOW).astype(np.int64)
 
-    def alive(self) -> Int[ndarray, "latents"]:
+    def alive(self) -> Integer[ndarray, "latents"]:
         """Returns the latents that fired at all."""
         return np.flatnonzero(self.state["fired"])
 
@@ -238,7 +238,7 @@ class Evidence:
         }
 
 
-def _by_latent(ids: Int[ndarray, "nnz"], d_sae: int) -> Int[ndarray, "nnz"]:
+def _by_latent(ids: Integer[ndarray, "nnz"], d_sae: int) -> Integer[ndarray, "nnz"]:
     """The stable order by latent: a radix sort, 16 bits at a time, is several times faster than comparing."""
     order = ids.astype(np.uint16).argsort(kind="stable")
     if d_sae > 2**16:
@@ -246,12 +246,14 @@ def _by_latent(ids: Int[ndarray, "nnz"], d_sae: int) -> Int[ndarray, "nnz"]:
     return order
 
 
-def _bins(bits: Int[ndarray, "n"]) -> Int[ndarray, "n"]:
+def _bins(bits: Integer[ndarray, "n"]) -> Integer[ndarray, "n"]:
     """The bin of positive floats given as bits: exponent and first bit of the mantissa are the half octave."""
     return np.clip((bits >> 22).astype(np.int64) - 2 * (127 + OCTAVES[0]), 0, BINS - 1)
 
 
-def _hash(seed: int, latent: Int[ndarray, "m"], name: Int[ndarray, "m"], cell: Int[ndarray, "m"]) -> Int[ndarray, "m"]:
+def _hash(
+    seed: int, latent: Integer[ndarray, "m"], name: Integer[ndarray, "m"], cell: Integer[ndarray, "m"]
+) -> Integer[ndarray, "m"]:
     """32 bits that look drawn at random, one for each (seed, latent, row's name, cell): splitmix64's finalizer."""
     x = name.astype(np.uint64) + cell.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
     x ^= (latent.astype(np.uint64) + np.uint64(seed + 1)) * np.uint64(0x9E3779B97F4A7C15)

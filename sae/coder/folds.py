@@ -72,7 +72,7 @@ class Folding(CoderTensors):
         return self._folded(decoder_norm)
 
     def fold_whitening(
-        self, mean: Float[Tensor, "d"], matrix: Float[Tensor, "d d"], inverse: Float[Tensor, "d d"]
+        self, mean: Float[Tensor, "_d"], matrix: Float[Tensor, "d d"], inverse: Float[Tensor, "d d"]
     ) -> "Self":
         """Returns this coder of whitened inputs (x - mean) matrix as one of raw inputs x, with the same latents."""
         return self._folded(whitening, mean, matrix, inverse)
@@ -140,7 +140,7 @@ def decoder_norm(spec: CoderSpec, tensors: dict[str, Tensor]) -> Coder:
 def whitening(
     spec: CoderSpec,
     tensors: dict[str, Tensor],
-    mean: Float[Tensor, "d"],
+    mean: Float[Tensor, "_d"],
     matrix: Float[Tensor, "d d"],
     inverse: Float[Tensor, "d d"],
 ) -> Coder:

@@ -63,7 +63,7 @@ def splice(
     coder: SparseCoder,
     keep: Bool[Tensor, "rows context"] | None = None,
     error: bool = False,
-    given: dict[str, Float[Tensor, "rows context d"]] | None = None,
+    given: dict[str, Float[Tensor, "rows context _d"]] | None = None,
     gradients: Float[Tensor, "rows context d_out"] | None = None,
     tag: str = "",
 ) -> Iterator[None]:

@@ -37,7 +37,7 @@ THRESHOLD_TOKENS = 512  # from which a threshold is found: all pre-activations o
 class Observed:
     """What a language model computed at some sites, one row a token; padding is left out."""
 
-    activations: dict[str, Float[Tensor, "m d"]]
+    activations: dict[str, Float[Tensor, "m _d"]]
     usual: Bool[Tensor, "m"]
     """Which tokens count: not special, not at the row's beginning, and no outlier by norm at any of the sites."""
     l0: float | None

@@ -163,7 +163,7 @@ def text_of(spec: CoderSpec) -> TextConfig:
     return decode(TextConfig, spec.training["text"], "text")
 
 
-def _spread(rows: TokenRows, tokens: int, vocabulary: int) -> list[Int[Tensor, "rows context"]]:
+def _spread(rows: TokenRows, tokens: int, vocabulary: int) -> list[Int[Tensor, "_rows context"]]:
     """Returns about so many tokens in rows spread evenly over a text, a pass of the model each."""
     n_rows = min(rows.n_rows, max(1, -(-tokens // rows.context_length)))
     chosen = torch.arange(n_rows) * rows.n_rows // n_rows
@@ -230,10 +230,10 @@ class _Figures:
 def _reconstruct(
     coders: dict[str, SparseCoder],
     models: dict[str, LanguageModel],
-    batches: list[Int[Tensor, "rows context"]],
+    batches: list[Int[Tensor, "_rows context"]],
     nulls: bool,
     advance: Callable[[], None],
-) -> tuple[dict[str, Any], dict[str, Float[Tensor, "d"]]]:
+) -> tuple[dict[str, Any], dict[str, Float[Tensor, "_d"]]]:
     """Returns the metrics of pass 1 and the mean activation at the sites written, by coder."""
     figures = {name: _Figures(coder, nulls) for name, coder in coders.items()}
     for batch in batches:
@@ -283,8 +283,8 @@ def _losses(
     coders: dict[str, SparseCoder],
     models: dict[str, LanguageModel],
     tag: str,
-    batches: list[Int[Tensor, "rows context"]],
-    means: dict[str, Float[Tensor, "d"]],
+    batches: list[Int[Tensor, "_rows context"]],
+    means: dict[str, Float[Tensor, "_d"]],
     advance: Callable[[], None],
 ) -> dict[str, dict[str, Any]]:
     """Returns the losses of one model with the sites replaced that each coder writes; all of them write in it."""

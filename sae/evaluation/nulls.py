@@ -9,7 +9,7 @@ from sae.coder.initialization import initialize
 from sae.evaluation.metrics import fvu
 from sae.selection.topk import TopK
 
-Pairs = tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]
+Pairs = tuple[Float[Tensor, "_n d_in"], Float[Tensor, "_n d_out"]]
 
 
 def null_fvus(coder: SparseCoder, fitted: Pairs, test: Pairs) -> dict[str, dict[str, float]]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from sae.base.errors import ConfigError
@@ -94,10 +94,10 @@ def before_gain(norm: nn.Module, x: Float[Tensor, "*shape d"], site: Site) -> Fl
 
 def capture(
     lm: LanguageModel, sites: list[Site], tokens: Int[Tensor, "rows context"]
-) -> dict[str, Float[Tensor, "rows context d"]]:
-    """Returns the activations at every site by name. The model stops after the last of them.
+) -> dict[str, Shaped[Tensor, "..."]]:
+    """Returns what is at every site by name: activations [rows, context, d], or what `site_widths` refuses.
 
-    Raises ConfigError naming a site whose module did not run.
+    The model stops after the last of them. Raises ConfigError naming a site whose module did not run.
     """
     seen: dict[str, Tensor] = {}
 
@@ -145,7 +145,7 @@ def capture_with_gradients(
     mask: MaskSpec,
     loss: str = "next_token",
     seed: int = 0,
-) -> tuple[dict[str, Float[Tensor, "rows context d"]], dict[str, Float[Tensor, "rows context d"]]]:
+) -> tuple[dict[str, Float[Tensor, "rows context _d"]], dict[str, Float[Tensor, "rows context _d"]]]:
     """Returns activations and, by site, the gradient of the summed next-token cross-entropy over unmasked tokens.
 
     `loss` "next_token" takes the token that follows, "sampled" one drawn from the model's own prediction with `seed`

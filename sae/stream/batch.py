@@ -12,9 +12,9 @@ LANES = 64
 class Block:
     """The unmasked tokens of one pass of the language model."""
 
-    activations: dict[str, Float[Tensor, "n d"]]
+    activations: dict[str, Float[Tensor, "n _d"]]
     """By site name."""
-    gradients: dict[str, Float[Tensor, "n d"]]
+    gradients: dict[str, Float[Tensor, "n _d"]]
     """By site name; empty unless asked for."""
 
     def __len__(self) -> int:
@@ -25,9 +25,9 @@ class Block:
 class ActivationBatch:
     """This rank's share of one batch."""
 
-    activations: dict[str, Float[Tensor, "n d"]]
+    activations: dict[str, Float[Tensor, "n _d"]]
     """By site name; rows of all sites belong to the same tokens."""
-    gradients: dict[str, Float[Tensor, "n d"]]
+    gradients: dict[str, Float[Tensor, "n _d"]]
     """By site name; empty unless captured."""
     blocks: Int[Tensor, "n"]
     """The block each row comes from, to name the rows of a bad batch."""

@@ -232,7 +232,7 @@ def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[Int[np.ndarray, "n"]]:
+def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[Int[np.ndarray, "_n"]]:
     """Yields the token ids of each text, none of them special.
 
     `split_special_tokens` stops a tokenizer from looking for special tokens in text; that its vocabulary spells one

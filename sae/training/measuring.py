@@ -47,7 +47,7 @@ class Statistics:
         return f"{norms}; {self.outliers:,} of {self.tokens:,} tokens beyond the norm limit are masked"
 
 
-def sample_activations(source: Source, tokens: int, watch: Watch) -> dict[str, Float[Tensor, "n d"]]:
+def sample_activations(source: Source, tokens: int, watch: Watch) -> dict[str, Float[Tensor, "n _d"]]:
     """Returns, by site, the activations of about `tokens` tokens from blocks spread evenly over the text."""
     blocks, n_blocks = [source.read(0)], len(source)
     stride = max(1, n_blocks // max(1, -(-tokens // max(1, len(blocks[0])))))
@@ -75,7 +75,7 @@ class Recipe:
 
 
 def measure(
-    activations: dict[str, Float[Tensor, "n d"]],
+    activations: dict[str, Float[Tensor, "n _d"]],
     reads: tuple[Site, ...],
     writes: tuple[Site, ...],
     mask: MaskSpec,

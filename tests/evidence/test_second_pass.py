@@ -98,7 +98,7 @@ def test_the_places_are_those_that_evidence_kept(found):
                 assert not len(same) + len(near)
                 continue
             assert max(len(same), len(near)) <= CANDIDATES
-            usual = rows.tokens([p // CONTEXT_LENGTH for p in found.evidence.places("sample", "explain", latent)])
+            usual = rows.tokens(found.evidence.places("sample", "explain", latent) // CONTEXT_LENGTH)
             peaks = usual[np.arange(len(usual)), found.evidence.places("sample", "explain", latent) % CONTEXT_LENGTH]
             assert {rows.span(p, 1)[0] for p in same.tolist()} <= set(peaks.tolist())
             neighbors = [(latent + 40) % D_SAE, (latent + 1) % D_SAE]
