@@ -287,9 +287,13 @@ CENTERED = {"center_writing_weights": True}
 
 
 @pytest.mark.parametrize(
-    "hook", ["blocks.3.hook_resid_pre", "blocks.3.hook_resid_mid", "blocks.3.hook_mlp_out", "blocks.3.hook_attn_out"]
+    ("architecture", "hook"),
+    [
+        ("standard", "blocks.3.hook_resid_pre"),
+        ("topk", "blocks.3.hook_mlp_out"),
+        ("matching_pursuit", "blocks.3.hook_attn_out"),
+    ],
 )
-@pytest.mark.parametrize("architecture", ["standard", "topk", "matching_pursuit"])
 def test_a_coder_of_a_centered_model_reads_raw_activations(tmp_path, architecture, hook):
     tensors = drawn(architecture)
     config = config6(architecture, hook=hook, metadata={"model_from_pretrained_kwargs": CENTERED})
