@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
 HEAVY = ("torch", "transformers", "datasets", "openai", "accelerate", "matplotlib")
 FLOORS = {
     "sae": "base assets < kernels parallel text < lm selection encoders < coder stream untrusted"
@@ -175,10 +176,10 @@ def long() -> Iterator[str]:
 
 
 def helpers() -> Iterator[str]:
+    marks = dict.fromkeys(FAMILIES, "register_subclass(") | {"sae.formats": "def detect("}
     for module, tree in TREES.items():
-        family = module.rpartition(".")[0]
-        name = module.rpartition(".")[2]
-        if family in FAMILIES and not name.startswith("_") and "register_subclass" not in ast.unparse(tree):
+        family, _, name = module.rpartition(".")
+        if family in marks and not name.startswith("_") and marks[family] not in ast.unparse(tree):
             yield f"{module} is no plug-in: its folder holds those alone, and the names of helpers begin with _"
 
 
@@ -202,7 +203,8 @@ MIRRORLESS = {
 
 
 def mirrors() -> Iterator[str]:
-    for path in sorted((ROOT / "tests").glob("**/test_*.py")):
+    yield from (f"tests/{name} is gone; MIRRORLESS tells of it" for name in MIRRORLESS if not (TESTS / name).exists())
+    for path in sorted(TESTS.glob("**/test_*.py")):
         folder, name = path.parent.name, path.stem.removeprefix("test_")
         packages = "cli" if folder == "cli" else f"sae.{folder} interp.{folder}"
         if folder in ELSEWHERE or f"{folder}/{path.name}" in MIRRORLESS:
@@ -211,7 +213,7 @@ def mirrors() -> Iterator[str]:
             yield f"tests/{folder}/{path.name} mirrors no module of that name; MIRRORLESS says why one may"
 
 
-RULES = [upward, homeless, forbidden, strays, circles, renames, helpers, mirrors]
+RULES = [upward, homeless, forbidden, strays, circles, type_tests, renames, long, helpers, mirrors]
 
 
 @pytest.mark.parametrize("rule", RULES)
