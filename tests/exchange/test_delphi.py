@@ -1,4 +1,4 @@
-"""delphi's caches, explanations and scores, read from files that delphi itself wrote (tests/make/delphi.py)."""
+"""delphi's caches, explanations and scores, read from files that delphi itself wrote (tests/make/delphi_files.py)."""
 
 import json
 import shutil
@@ -329,7 +329,7 @@ def test_predictions_without_probabilities_are_yes_and_no() -> None:
 
 
 def test_tiers_are_not_filled_from_others() -> None:
-    """What these windows are of: tests/make/delphi.py."""
+    """What these windows are of: tests/make/delphi_files.py."""
     measures = rows_of(GOLDEN / "neighbours", "detection")[3]["score"]["measures"]
     assert measures["balanced_accuracy[other_latent]"]["value"] == pytest.approx((measures["tpr"]["value"] + 4 / 9) / 2)
     assert measures["balanced_accuracy"]["value"] is None

@@ -3,7 +3,7 @@
 Run by eai-delphi 0.1.3 with torch 2.13.0, transformers 4.57.3 (under 5 its windows lose their tokens), tokenizers
 0.22.1, datasets 4.4.1, safetensors 0.8.0, orjson 3.13.0, numpy 2.4.6, Python 3.11, no GPU: after
 `pip install torch==2.13.0`, with `pip install --no-deps`, eai-delphi, eai-sparsify and what these import; then
-`python tests/make/delphi.py`. Everything on disk is written by delphi's own code:
+`python tests/make/delphi_files.py`. Everything on disk is written by delphi's own code:
 
 - the cache by `LatentCache.run`, `save_splits` and `save_config` on a random GPT-NeoX of 2 layers; the one in wide/,
   with locations in uint16 and uint32, by `InMemoryCache.add` and the same saving;
