@@ -21,13 +21,14 @@ def export(argv: list[str]) -> int:
     from interp.run.compare import run_folder
     from interp.run.config import ExplainConfig
     from interp.run.preparing import prepare, resolved
+    from sae.base.progress import Watch
     from sae.base.settings import decode, read_yaml
     from sae.parallel.stopping import stop_flag
 
     folder = run_folder(Path(options.run_dir).expanduser())
     config = resolved(decode(ExplainConfig, read_yaml(folder / "config.yaml")))
     with stop_flag() as stop:
-        prepared = prepare(config, stop, options.trust_remote_code)
+        prepared = prepare(config, options.trust_remote_code, Watch(stop))
         examples = (prepared.examples(latent) for latent in prepared.latents.tolist())
         names = options.model_id, options.source_id
         counts = written(folder, options.folder, config.all_scorers(), *names, examples, config.text.source)

@@ -82,6 +82,7 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> i
     from interp.run.preparing import prepare, resolved
     from interp.run.results import lines
     from interp.run.rundir import begin
+    from sae.base.progress import Watch
     from sae.parallel.collectives import process_group, rank
     from sae.parallel.stopping import stop_flag
 
@@ -92,16 +93,17 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> i
         print("\n".join(dry_run(config, options.trust_remote_code)))
         return DONE
     with stop_flag() as stop:
+        watch = Watch(stop, repair=options.repair)
         begin(config)
         log.info("run folder   %s", config.run_dir)
         with process_group():
             if rank() == 0:
                 asyncio.run(check(config, shard))
-            prepared = prepare(config, stop, options.trust_remote_code, options.repair)
+            prepared = prepare(config, options.trust_remote_code, watch)
             first = rank() == 0
         if not first:
             return DONE  # the ranks share the passes; what is left is to wait for answers
-        ended = Pipeline(config, prepared, shard).run(options.retry_failed, stop)
+        ended = Pipeline(config, prepared, shard).run(options.retry_failed, watch)
     code = DONE
     if shard == (1, 1):
         summary = _write(Path(config.run_dir))

@@ -8,7 +8,7 @@ from the environment when a call goes out and stand nowhere else; what servers s
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from interp.client.holder import Holder
 from interp.client.ledger import Ledger, Usage
 from interp.client.requests import ROLES, Abilities, Chat, Reply, Request, key
 from sae.base.errors import ConfigError, Stopped
+from sae.base.progress import UNWATCHED, Watch
 from sae.base.settings import choose
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Client:
         budget_usd: what all roles together may spend, with what stands in the cache file as spent before: the budget is
             one of the file, however many commands work with it (with --shard, each shard has its own). None for no
             limit.
-        should_stop: polled; once it is true no call goes out any more, and whoever asks gets Stopped.
+        watch: once it says to stop no call goes out any more, and whoever asks gets Stopped.
         poll_s: how often the state of batches is looked at.
         retry_failed: whether questions whose stored answer is a failure (a refusal, an answer that does not parse) are
             asked once more; the new answer then stands in its place.
@@ -49,7 +50,7 @@ class Client:
         endpoints: Mapping[str, EndpointConfig],
         cache: Path,
         budget_usd: float | None = None,
-        should_stop: Callable[[], bool] | None = None,
+        watch: Watch = UNWATCHED,
         poll_s: float = 60.0,
         retry_failed: bool = False,
         shared: "Mapping[str, Shared] | None" = None,
@@ -58,16 +59,14 @@ class Client:
             choose("role", role, ROLES)
             config.validate(role)
         self.endpoints, self.ledger = dict(endpoints), Ledger(endpoints, budget_usd)
-        self._path, self._poll_s, self._retry_failed = cache, poll_s, retry_failed
+        self._path, self._watch, self._poll_s, self._retry_failed = cache, watch, poll_s, retry_failed
         self._shared = dict(shared or {})
-        self._should_stop = should_stop or (lambda: False)
-        self._watched = should_stop is not None
         self._holders: dict[EndpointConfig, Holder] = {}
         self._abilities: dict[str, Abilities] = {}
         self._probing: dict[str, asyncio.Lock] = {role: asyncio.Lock() for role in endpoints}
         self._flights: dict[str, asyncio.Task[Reply]] = {}
         self._retried: set[str] = set()
-        self._watch: asyncio.Task[None] | None = None
+        self._halting: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> "Client":
         self._cache = Cache(self._path)
@@ -75,12 +74,12 @@ class Client:
         for batch in self._cache.facts("batch ").values():
             if batch["open"]:
                 self.ledger.hold(batch["role"], Usage(*batch["worst"]))
-        if self._watched:
-            self._watch = asyncio.create_task(self._halt_when_stopped())
+        if self._watch is not UNWATCHED:
+            self._halting.append(asyncio.create_task(self._halt_when_stopped()))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        tasks = [*self._flights.values(), *([self._watch] if self._watch else [])]
+        tasks = [*self._flights.values(), *self._halting]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -184,14 +183,14 @@ class Client:
 
             if config.model == NAME:
                 return WordEncoder(self.ledger)
-            return LocalModel(config, self.ledger, self._should_stop, self._shared.get(config.model))
+            return LocalModel(config, self.ledger, self._watch, self._shared.get(config.model))
         if config.via == "batch":
             from interp.client.remote.batch import Batches
 
-            return Batches(config, self.ledger, self._cache, self._should_stop, self._poll_s)
+            return Batches(config, self.ledger, self._cache, self._watch, self._poll_s)
         from interp.client.remote.http import Endpoint
 
-        return Endpoint(config, self.ledger, self._cache, self._should_stop)
+        return Endpoint(config, self.ledger, self._cache, self._watch)
 
     async def _ask(self, request: Request) -> Reply:
         """Returns the stored reply, that of the same question under way, or one that is fetched now."""
@@ -269,7 +268,7 @@ class Client:
             task.exception()  # seen, should nobody wait any more
 
     async def _halt_when_stopped(self) -> None:
-        while not self._should_stop():
+        while not self._watch.should_stop():
             await asyncio.sleep(STOP_EVERY_S)
         for holder in self._holders.values():
             holder.halt()

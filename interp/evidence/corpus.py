@@ -6,7 +6,6 @@ the test part (40 %), by a hash of its name. Rows that repeat what another part 
 documents (one text file) is one long document, so its split is one by blocks and labeled so.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import groupby
@@ -21,7 +20,7 @@ from torch import Tensor
 from interp.records import SPLITS
 from sae.base.errors import ConfigError
 from sae.base.files import cache_dir, made_once
-from sae.base.progress import Watch
+from sae.base.progress import UNWATCHED, Watch
 from sae.base.seeding import uniform
 from sae.base.store import Shards, ShardWriter, fingerprint_key
 from sae.text.documents import TextConfig, documents
@@ -119,103 +118,38 @@ class Source(NamedTuple):
     """Gives (document, number of the row in it, its own tokens)."""
 
 
-def corpus(
+def corpus_of_text(
     text: TextConfig,
     tokenizer: "PreTrainedTokenizerBase",
     fingerprint: dict[str, Any],
     tokens: int,
-    should_stop: Callable[[], bool] = lambda: False,
-    progress: Callable[[int], None] = lambda n: None,
-    repair: bool = False,
+    watch: Watch = UNWATCHED,
 ) -> Corpus:
     """Returns the first `tokens` tokens of a text as rows with their split, made now or read from the cache.
 
-    `fingerprint` says whose tokenizer it is; with `repair`, cached rows are verified, and made again if they are
-    damaged. Raises ConfigError if there is too little text for three parts.
+    `fingerprint` says whose tokenizer it is. Raises ConfigError if there is too little text for three parts.
     """
     bos: list[Any] = [tokenizer.bos_token_id] if text.bos != "none" and tokenizer.bos_token_id is not None else []
     key, body = {**fingerprint, **rows_made_from(text, tokenizer)}, text.context_length - len(bos)
     source = Source(f"text.source: {text.source}", key, text.context_length, bos, lambda: _rows(text, tokenizer, body))
-    return split_rows(source, tokens, should_stop, progress, repair)
+    return split_rows(source, tokens, watch)
 
 
-def split_rows(
-    source: Source,
-    tokens: int,
-    should_stop: Callable[[], bool] = lambda: False,
-    progress: Callable[[int], None] = lambda n: None,
-    repair: bool = False,
-) -> Corpus:
-    """Returns the rows of a source with their split; see `corpus`."""
+def split_rows(source: Source, tokens: int, watch: Watch = UNWATCHED) -> Corpus:
+    """Returns the rows of a source with their split; see `corpus_of_text`."""
     full = {**source.fingerprint, "tokens": tokens, "version": VERSION}
     folder = cache_dir() / "corpora" / fingerprint_key(full)
-    watch = Watch(should_stop, progress, repair)
     made_once(folder, lambda draft: _fill(draft, full, source, tokens, watch), watch)
     return Corpus(folder, full)
 
 
-def _fill(
-    folder: Path,
-    fingerprint: dict[str, Any],
-    source: Source,
-    tokens: int,
-    watch: Watch,
-) -> None:
-    writer = ShardWriter(folder / TOKENS, TOKENS, fingerprint)
-    bos, per_shard = source.bos, max(1, SHARD_TOKENS // source.context_length)
-    rows: list[np.ndarray] = []
-    sections: list[int] = []
-    lengths: list[int] = []
-    names: list[str] = []  # of sections
-    counts: Counter[str] = Counter()
-
-    def flush(least: int) -> None:
-        while len(rows) >= least:
-            taken = np.stack(rows[:per_shard])
-            del rows[:per_shard]
-            writer.write(len(writer.done), {"tokens": torch.from_numpy(taken)})
-
-    for name, number, ids in source.rows():
-        if number % (SECTION_ROWS + 1) == SECTION_ROWS:
-            counts["gaps"] += 1  # left out between two sections
-            continue
-        section = f"{name}#{number // (SECTION_ROWS + 1)}"
-        if not names or names[-1] != section:
-            names.append(section)
-            counts["documents"] += section.endswith("#0")
-        row = np.full(source.context_length, PADDING, np.int32)
-        filled = [*bos, *ids.tolist()]
-        row[: len(filled)] = filled
-        rows.append(row)
-        sections.append(len(names) - 1)
-        lengths.append(len(filled))
-        counts["tokens"] += len(ids)
-        flush(per_shard)
-        if len(lengths) % 64 == 0:
-            watch.progress(counts["tokens"])
-            watch.poll("while tokenizing")
-        if counts["tokens"] >= tokens:
-            break
-    flush(1)
-    section = np.array(sections, np.int32)
-    part = _parts(names)
-    if len(names) < len(SPLITS):
-        raise ConfigError(
-            f"{source.name} gives {len(names)} sections of text ({counts['tokens']:,} tokens); at least "
-            f"{len(SPLITS)} are needed, one to explain from, one to choose by, one to test on"
-        )
-    split = part[section]
-    writer.finish(
-        {
-            "context_length": source.context_length,
-            "first": len(bos),
-            "documents": counts["documents"],
-            "sections": len(names),
-            "split_by": "blocks" if counts["documents"] == 1 else "document",
-        }
-    )
+def _fill(folder: Path, fingerprint: dict[str, Any], source: Source, tokens: int, watch: Watch) -> None:
+    """Writes a corpus into a folder: the tokens, and what is known of every row."""
+    taken = _take(folder, fingerprint, source, tokens, watch)
+    section, split = np.array(taken.sections, np.int32), _parts(taken.names)[taken.sections]
     shards = Shards(folder / TOKENS, TOKENS, fingerprint)
-    split[_repeating([shards.read(i)["tokens"].numpy() for i in range(len(shards))], split, len(bos))] = DROPPED
+    tables = [shards.read(number)["tokens"].numpy() for number in range(len(shards))]
+    split[_repeating(tables, split, len(source.bos))] = DROPPED
     empty = [name for number, name in enumerate(SPLITS) if not (split == number).any()]
     if empty:
         raise ConfigError(
@@ -223,17 +157,70 @@ def _fill(
             "another part; give other text, or more of it"
         )
     place = np.arange(len(section)) - np.searchsorted(section, section)  # the row's place in its section
-    hashes = np.array([int(uniform("section", name) * 2**63) for name in names], np.int64)
+    hashes = np.array([int(uniform("section", name) * 2**63) for name in taken.names], np.int64)
     index = {
-        "document": np.cumsum([name.endswith("#0") for name in names], dtype=np.int32)[section] - 1,
+        "document": np.cumsum([name.endswith("#0") for name in taken.names], dtype=np.int32)[section] - 1,
         "section": section,
         "split": split,
-        "length": np.array(lengths, np.int32),
+        "length": np.array(taken.lengths, np.int32),
         "name": hashes[section] + place.astype(np.int64),
     }
     writer = ShardWriter(folder / INDEX, INDEX, fingerprint)
     writer.write(0, {key: torch.from_numpy(value) for key, value in index.items()})
     writer.finish({})
+
+
+class _Taken(NamedTuple):
+    """What is known of the rows that were written."""
+
+    sections: list[int]
+    """By row, which of the sections it lies in."""
+    lengths: list[int]
+    names: list[str]
+    """Of sections."""
+
+
+def _take(folder: Path, fingerprint: dict[str, Any], source: Source, tokens: int, watch: Watch) -> _Taken:
+    """Writes the first tokens of a source shard by shard; ConfigError if they are fewer sections than parts."""
+    writer, bos = ShardWriter(folder / TOKENS, TOKENS, fingerprint), source.bos
+    per_shard, n_tokens = max(1, SHARD_TOKENS // source.context_length), 0
+    taken, rows = _Taken([], [], []), list[np.ndarray]()
+
+    def flush(least: int) -> None:
+        while len(rows) >= least:
+            writer.write(len(writer.done), {"tokens": torch.from_numpy(np.stack(rows[:per_shard]))})
+            del rows[:per_shard]
+
+    for name, number, ids in source.rows():
+        if number % (SECTION_ROWS + 1) == SECTION_ROWS:
+            continue  # left out between two sections
+        section = f"{name}#{number // (SECTION_ROWS + 1)}"
+        if taken.names[-1:] != [section]:
+            taken.names.append(section)
+        row = np.full(source.context_length, PADDING, np.int32)
+        filled = [*bos, *ids.tolist()]
+        row[: len(filled)] = filled
+        rows.append(row)
+        taken.sections.append(len(taken.names) - 1)
+        taken.lengths.append(len(filled))
+        n_tokens += len(ids)
+        flush(per_shard)
+        if len(taken.lengths) % 64 == 0:
+            watch.progress(n_tokens)
+            watch.poll("while tokenizing")
+        if n_tokens >= tokens:
+            break
+    flush(1)
+    if len(taken.names) < len(SPLITS):
+        raise ConfigError(
+            f"{source.name} gives {len(taken.names)} sections of text ({n_tokens:,} tokens); at least "
+            f"{len(SPLITS)} are needed, one to explain from, one to choose by, one to test on"
+        )
+    documents = sum(name.endswith("#0") for name in taken.names)
+    meta = {"context_length": source.context_length, "first": len(bos), "documents": documents}
+    split_by = "blocks" if documents == 1 else "document"
+    writer.finish(meta | {"sections": len(taken.names), "split_by": split_by})
+    return taken
 
 
 def _is_one_text(text: TextConfig) -> bool:

@@ -13,7 +13,7 @@ context]. The firing counts beside it are pickled, so they are not read.
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from interp.evidence.codes import Coded
 from interp.evidence.corpus import SECTION_ROWS, Corpus, Source, split_rows
 from sae.base.errors import DataError
 from sae.base.files import load_tensors, read_json, safe_join
+from sae.base.progress import UNWATCHED, Watch
 from sae.base.store import fingerprint_key
 from sae.kernels.codes import SparseLatents
 from sae.lm.masking import MaskSpec, token_mask
@@ -131,7 +132,7 @@ class DelphiCache:
 
 
 class CachedCodes:
-    """A cache of delphi as the codes of a corpus; see `corpus_of`."""
+    """A cache of delphi as the codes of a corpus; see `corpus_of_cache`."""
 
     def __init__(self, cache: DelphiCache) -> None:
         self.cache, self.d_sae = cache, cache.d_sae
@@ -145,7 +146,7 @@ class CachedCodes:
         return {"cache": fingerprint_key(self.cache.fingerprint())}
 
 
-def corpus_of(cache: DelphiCache, tokens: int, should_stop: Callable[[], bool], repair: bool = False) -> Corpus:
+def corpus_of_cache(cache: DelphiCache, tokens: int, watch: Watch = UNWATCHED) -> Corpus:
     """Returns the first `tokens` tokens of a cache's text as rows with their split, which is one by blocks."""
     rows = cache.tokens.numpy()
     source = Source(
@@ -155,7 +156,7 @@ def corpus_of(cache: DelphiCache, tokens: int, should_stop: Callable[[], bool], 
         [],
         lambda: (("cache", number, row) for number, row in enumerate(rows)),
     )
-    return split_rows(source, tokens, should_stop, repair=repair)
+    return split_rows(source, tokens, watch)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from numpy import ndarray
 
 from interp.evidence.corpus import Corpus
 from interp.evidence.decode import Decoder
-from interp.evidence.second_pass import KINDS, REACH, Visits, tokens_at
+from interp.evidence.places import KINDS, tokens_at
+from interp.evidence.second_pass import REACH, Visits
 from interp.evidence.tally import Evidence
 from interp.records import ACTIVE, SPLITS, TIERS, Examples, Facts, Item, Window
 from sae.base.seeding import generator

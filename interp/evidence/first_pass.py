@@ -11,14 +11,14 @@ all in another one was merged into it already. So a kill at any moment loses a m
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool
 from numpy import ndarray
 
 from interp.evidence.codes import Codes, KeyedCodes, blocks, stored
@@ -26,7 +26,7 @@ from interp.evidence.corpus import Corpus
 from interp.evidence.tally import Evidence, Sizes, Tally
 from sae.base.errors import ConfigError, DataError, Stopped
 from sae.base.files import FolderLock, load_tensors, read_json, remove_stale, save_tensors, write_json
-from sae.base.progress import Progress, Watch
+from sae.base.progress import UNWATCHED, Progress, Watch
 from sae.base.store import Shards, ShardWriter, remove_damaged
 from sae.parallel import collectives
 
@@ -37,22 +37,22 @@ POSITIONS = 2**32
 HEADER, LATENTS, CODES = "evidence.json", "latents", "codes"
 
 
-def gather(
-    codes: KeyedCodes,
-    corpus: Corpus,
-    folder: Path,
-    sizes: Sizes,
-    seed: int = 0,
-    store: bool = False,
-    should_stop: Callable[[], bool] = lambda: False,
-    repair: bool = False,
-) -> Evidence:
+@dataclass(frozen=True)
+class Keep:
+    """What is kept of a text."""
+
+    sizes: Sizes = field(default_factory=Sizes)
+    seed: int = 0
+    store: bool = False
+    """Whether all codes are kept too (`interp.evidence.codes.StoredCodes` reads them)."""
+
+
+def gather(codes: KeyedCodes, corpus: Corpus, folder: Path, keep: Keep, watch: Watch = UNWATCHED) -> Evidence:
     """Returns the evidence of every latent on the whole corpus, from `folder` as far as it is there.
 
-    `codes` are those of this corpus. With `store`, all are kept there too (`StoredCodes` reads them); with
-    `repair`, damaged files are found and made again. Raises DataError if the folder holds evidence of something else,
-    ConfigError if there is too much text, Stopped (everything saved) when asked to stop. Another process that gathers
-    in the same folder is waited for.
+    `codes` are those of this corpus. Raises DataError if the folder holds evidence of something else, ConfigError if
+    there is too much text, Stopped (everything saved) when asked to stop. Another process that gathers in the same
+    folder is waited for.
     """
     if corpus.n_rows * corpus.context_length > POSITIONS:
         raise ConfigError(
@@ -62,28 +62,26 @@ def gather(
     made_from = codes.fingerprint() | {
         "version": VERSION,
         "rows": corpus.key,
-        "sizes": asdict(sizes),
-        "seed": seed,
+        "sizes": asdict(keep.sizes),
+        "seed": keep.seed,
     }
-    groups, part = blocks(corpus, corpus.kept), str(collectives.rank())
-    with alone(folder, should_stop):
+    first = collectives.rank() == 0
+    with held_with_ranks(folder, watch):
         with collectives.together():
             _check(folder, made_from)
-            if repair and collectives.rank() == 0:
+            if watch.repair and first:
                 _repair(folder, made_from)
+        new_tally = partial(Tally, codes.d_sae, corpus.context_length, keep.sizes, keep.seed)
+        work = _Pass(codes, corpus, folder, new_tally, watch)
+        part = str(collectives.rank())
         merged = ShardWriter(folder / LATENTS, "evidence", made_from, part)
-        kept = ShardWriter(folder / CODES, "codes", made_from, part) if store else None
-        new_tally = partial(Tally, codes.d_sae, corpus.context_length, sizes, seed)
-        if not merged.done or (kept is not None and len(kept.done) < len(groups)):
-            _pass(codes, corpus, folder, groups, new_tally, bool(merged.done), kept, should_stop)
+        kept = ShardWriter(folder / CODES, "codes", made_from, part) if keep.store else None
+        if not merged.done or (kept is not None and len(kept.done) < len(work.groups)):
+            work.encode(kept, all_tallied=bool(merged.done))
         with collectives.together():
-            if collectives.rank() == 0:
+            if first:
                 if not merged.done:
-                    tally = new_tally()
-                    done = _take_in(folder, tally, len(groups))
-                    if not done.all():
-                        raise DataError(f"{folder}: {int((~done).sum())} blocks are missing; run the command again")
-                    merged.write(0, tally.state())
+                    merged.write(0, work.merged().state())
                 merged.finish({})
                 if kept is not None:
                     kept.finish({})
@@ -92,58 +90,86 @@ def gather(
     return Evidence(Shards(folder / LATENTS, "evidence", made_from).read(0))
 
 
-def _pass(
-    codes: Codes,
-    corpus: Corpus,
-    folder: Path,
-    groups: list[Int[ndarray, "_some"]],
-    new_tally: Callable[[], Tally],
-    all_tallied: bool,
-    kept: ShardWriter | None,
-    should_stop: Callable[[], bool],
-) -> None:
-    """Encodes this rank's share of the blocks that are in no tally yet, or whose codes are to be stored and are not."""
-    tally, first, own = new_tally(), folder / "pass-0.safetensors", folder / f"pass-{collectives.rank()}.safetensors"
-    with collectives.together():
-        if collectives.rank() == 0 and not all_tallied:
-            _save(first, tally, _take_in(folder, tally, len(groups)))
-            for path in _passes(folder):
-                if path != first:
-                    path.unlink()
-    with collectives.together():  # no rank goes on before all know what is done
-        tallied = np.ones(len(groups), bool) if all_tallied else load_tensors(first)["done"].numpy().copy()
-    done_before = range(len(groups)) if kept is None else set(kept.done)
-    missing = [number for number in range(len(groups)) if not tallied[number] or number not in done_before]
-    mine = missing[collectives.rank() :: collectives.world_size()]
-    done = tallied & (collectives.rank() == 0)
-    progress = Progress("evidence", len(mine), "blocks", visible=collectives.rank() == 0)
-    due = time.monotonic() + SAVE_EVERY_S
-    with collectives.together():
-        for count, number in enumerate(mine, 1):
-            rows = groups[number]
-            coded = codes.read(rows)
-            if kept is not None and number not in done_before:
-                kept.write(number, stored(coded, rows))
-            if not tallied[number]:
-                tally.add(coded.latents, coded.rows, coded.places, corpus.name[rows], corpus.split[rows], rows)
-                done[number] = True
-            progress.update(count)
-            now, stop = time.monotonic(), should_stop()
-            if not all_tallied and (stop or now > due or count == len(mine)):
-                _save(own, tally, done)
-                due = time.monotonic() + max(SAVE_EVERY_S, (time.monotonic() - now) / SAVING_SHARE)
-            if stop and count < len(mine):
-                raise Stopped("during the evidence pass; the same command goes on")
-        progress.close()
+class _Pass:
+    """The blocks of a corpus on their way into tallies."""
+
+    def __init__(
+        self, codes: Codes, corpus: Corpus, folder: Path, new_tally: Callable[[], Tally], watch: Watch
+    ) -> None:
+        self.codes, self.corpus, self.folder, self.new_tally, self.watch = codes, corpus, folder, new_tally, watch
+        self.groups = blocks(corpus, corpus.kept)
+
+    def encode(self, kept: ShardWriter | None, all_tallied: bool) -> None:
+        """Encodes this rank's share of the blocks that are in no tally yet, or whose codes are to be stored."""
+        rank, tallied = collectives.rank(), np.ones(len(self.groups), bool)
+        tally, own = self.new_tally(), self.folder / f"pass-{rank}.safetensors"
+        if not all_tallied:
+            tallied = self._tallied(tally)
+        done_before = range(len(self.groups)) if kept is None else set(kept.done)
+        missing = [n for n in range(len(self.groups)) if not tallied[n] or n not in done_before]
+        mine = missing[rank :: collectives.world_size()]
+        done = tallied & (rank == 0)
+        progress = Progress("evidence", len(mine), "blocks", visible=rank == 0)
+        due = time.monotonic() + SAVE_EVERY_S
+        with collectives.together():
+            for count, number in enumerate(mine, 1):
+                rows = self.groups[number]
+                coded = self.codes.read(rows)
+                if kept is not None and number not in done_before:
+                    kept.write(number, stored(coded, rows))
+                if not tallied[number]:
+                    names, splits = self.corpus.name[rows], self.corpus.split[rows]
+                    tally.add(coded.latents, coded.rows, coded.places, names, splits, rows)
+                    done[number] = True
+                progress.update(count)
+                now, stop = time.monotonic(), self.watch.should_stop()
+                if not all_tallied and (stop or now > due or count == len(mine)):
+                    _save(own, tally, done)
+                    due = time.monotonic() + max(SAVE_EVERY_S, (time.monotonic() - now) / SAVING_SHARE)
+                if stop and count < len(mine):
+                    raise Stopped("during the evidence pass; the same command goes on")
+            progress.close()
+
+    def merged(self) -> Tally:
+        """Returns the tally of all blocks; DataError if some are in none."""
+        tally = self.new_tally()
+        done = self._take_in(tally)
+        if not done.all():
+            raise DataError(f"{self.folder}: {int((~done).sum())} blocks are missing; run the command again")
+        return tally
+
+    def _tallied(self, tally: Tally) -> Bool[ndarray, "blocks"]:
+        """Has the first rank take into its tally all that was gathered before; returns which blocks that is."""
+        first = self.folder / "pass-0.safetensors"
+        with collectives.together():
+            if collectives.rank() == 0:
+                _save(first, tally, self._take_in(tally))
+                for path in _passes(self.folder):
+                    if path != first:
+                        path.unlink()
+        with collectives.together():  # no rank goes on before all know what is done
+            return load_tensors(first)["done"].numpy().copy()
+
+    def _take_in(self, tally: Tally) -> Bool[ndarray, "blocks"]:
+        """Merges all that was gathered into a tally and returns which blocks that is."""
+        done = np.zeros(len(self.groups), bool)
+        for path in _passes(self.folder):
+            state = load_tensors(path)
+            blocks_there = state.pop("done").numpy()
+            if not (blocks_there & ~done).any():
+                continue
+            tally.merge(state)
+            done |= blocks_there
+        return done
 
 
 @contextmanager
-def alone(folder: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
+def held_with_ranks(folder: Path, watch: Watch) -> Iterator[None]:
     """Holds a folder for this process and its ranks; waits for whoever holds it, until asked to stop."""
     with ExitStack() as held:
         with collectives.together():
             if collectives.rank() == 0:
-                held.enter_context(FolderLock(folder, Watch(should_stop)))
+                held.enter_context(FolderLock(folder, watch))
                 remove_stale(folder)
         yield
 
@@ -177,18 +203,5 @@ def _passes(folder: Path) -> list[Path]:
     return sorted(folder.glob("pass-*.safetensors"))
 
 
-def _take_in(folder: Path, tally: Tally, n_blocks: int) -> Any:
-    """Merges all that was gathered into a tally and returns which blocks that is."""
-    done = np.zeros(n_blocks, bool)
-    for path in _passes(folder):
-        state = load_tensors(path)
-        blocks_there = state.pop("done").numpy()
-        if not (blocks_there & ~done).any():
-            continue
-        tally.merge(state)
-        done |= blocks_there
-    return done
-
-
-def _save(path: Path, tally: Tally, done: Any) -> None:
+def _save(path: Path, tally: Tally, done: Bool[ndarray, "blocks"]) -> None:
     save_tensors(path, tally.state() | {"done": torch.from_numpy(done)})

@@ -22,6 +22,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from interp.records import SPLITS
+from sae.base.seeding import GOLDEN, mixed
 from sae.kernels.codes import SparseLatents
 
 CELL = 32
@@ -254,9 +255,7 @@ def _bins(bits: Integer[ndarray, "n"]) -> Integer[ndarray, "n"]:
 def _hash(
     seed: int, latent: Integer[ndarray, "m"], name: Integer[ndarray, "m"], cell: Integer[ndarray, "m"]
 ) -> Integer[ndarray, "m"]:
-    """32 bits that look drawn at random, one for each (seed, latent, row's name, cell): splitmix64's finalizer."""
+    """32 bits that look drawn at random, one for each (seed, latent, row's name, cell)."""
     x = name.astype(np.uint64) + cell.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
-    x ^= (latent.astype(np.uint64) + np.uint64(seed + 1)) * np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return (x ^ (x >> np.uint64(31))) >> np.uint64(32)
+    x ^= (latent.astype(np.uint64) + np.uint64(seed + 1)) * GOLDEN
+    return mixed(x) >> np.uint64(32)

@@ -140,7 +140,7 @@ def _side(folder: Path, explainer: str | None, trust_remote_code: bool) -> Side:
         raise ConfigError(
             f"path: {folder} has {len(found[name]):,} explained latents; at most {MOST:,} can be compared"
         )
-    subject, rows, _ = read_from(config, trust_remote_code=trust_remote_code)
+    subject, rows, _ = read_from(config, trust_remote_code)
     return Side(folder, config, subject, rows, found[name])
 
 

@@ -8,7 +8,7 @@ counted are questions that are asked once more because an answer failed, nor tho
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
@@ -39,15 +39,13 @@ class Asked:
     """Whether it is asked with another latent's explanation too."""
 
 
-def dry_run(
-    config: ExplainConfig, trust_remote_code: bool = False, should_stop: Callable[[], bool] = lambda: False
-) -> list[str]:
+def dry_run(config: ExplainConfig, trust_remote_code: bool = False) -> list[str]:
     """Returns the lines to print, given a resolved config."""
     with tempfile.TemporaryDirectory() as folder:
         tokens = min(SAMPLE_TOKENS, config.evidence.tokens or SAMPLE_TOKENS)
         small = replace(config, run_dir=folder, evidence=replace(config.evidence, tokens=tokens, store=False))
         small = replace(small, latents="50")
-        prepared = prepare(small, should_stop, trust_remote_code)
+        prepared = prepare(small, trust_remote_code)
         return list(lines(config, prepared))
 
 

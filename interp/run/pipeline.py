@@ -32,9 +32,8 @@ from interp.run.journal import Journal
 from interp.run.preparing import Prepared
 from interp.run.rundir import CACHE, LATENTS, explained_in, scores_in, shard_folder
 from interp.scorers import Scorer
-from sae.base.errors import Stopped
 from sae.base.files import FolderLock, write_json
-from sae.base.progress import Progress
+from sae.base.progress import UNWATCHED, Progress, Watch
 from sae.base.seeding import uniform
 
 log = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ class Pipeline:
         self.kept: dict[int, Examples] = {}
         self.failed_in_a_row = 0
 
-    def run(self, retry_failed: bool = False, should_stop: Callable[[], bool] = lambda: False) -> Ended:
+    def run(self, retry_failed: bool = False, watch: Watch = UNWATCHED) -> Ended:
         """Does all that is not in the journals yet; with `retry_failed`, also what failed before.
 
         Raises Stopped when asked to stop; everything finished is kept.
@@ -86,7 +85,7 @@ class Pipeline:
             write_json(self.folder / LATENTS, self.latents)
             self._take_in_file()
             with threadpool_limits(1, "blas"):  # figures are small: more threads only wait for one another
-                spent = asyncio.run(self._run(should_stop))
+                spent = asyncio.run(self._run(watch))
         rows = [*self.explained.rows(), *self.scores.rows()]
         failed = {row["latent"] for row in rows if row["status"] == FAILED and not row.get("null")}
         return Ended(len(failed), len(self.latents), spent)
@@ -104,14 +103,14 @@ class Pipeline:
                 row = {"latent": latent, "explainer": name, "by": "", "status": OK, "reason": ""}
                 self.explained.append(row | {"explanation": explanation})
 
-    async def _run(self, should_stop: Callable[[], bool]) -> str:
+    async def _run(self, watch: Watch) -> str:
         roles = {role: self.config.endpoint(role) for role in ROLES}
         cache, budget, again = self.folder / CACHE, self.config.budget_usd, bool(self.again)
         shared = {self.config.model.name: self.prepared.subject}
-        async with Client(roles, cache, budget, should_stop, POLL_S, again, shared) as self.client:
+        async with Client(roles, cache, budget, watch, POLL_S, again, shared) as self.client:
             for role in self.config.roles_asked():
                 self.abilities[role] = await self.client.abilities(role)
-            self.stopping = should_stop
+            self.watch = watch
             try:
                 if self.config.only != "score":
                     await self._phase("explaining", self.latents, self._explain)
@@ -135,7 +134,7 @@ class Pipeline:
         async def worker() -> None:
             nonlocal done
             for group in todo:
-                if self.stopping() or errors:
+                if self.watch.should_stop() or errors:
                     return
                 try:
                     await (self._in_waves(group, work) if batched else self._do(await work(group[0])))
@@ -149,8 +148,7 @@ class Pipeline:
         progress.close()
         for error in sorted(errors, key=lambda error: isinstance(error, CutOff)):
             raise error
-        if self.stopping():
-            raise Stopped(f"while {label}; the same command goes on")
+        self.watch.poll(f"while {label}; the same command goes on")
 
     async def _in_waves(self, latents: list[int], work: Callable[[int], Awaitable[list[Work]]]) -> None:
         """Asks what all latents have to ask together, then begins each anew with the answers, until nobody asks more.
@@ -161,7 +159,7 @@ class Pipeline:
         while True:
             wanted: dict[Request, None] = {}
             for latent in latents:
-                if self.stopping():
+                if self.watch.should_stop():
                     return
                 for journal, row, flow in await work(latent):
                     try:

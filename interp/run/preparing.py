@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,13 +12,14 @@ from numpy import ndarray
 
 from interp.evidence.baselines import baseline, sample_of
 from interp.evidence.codes import KeyedCodes, LiveCodes, StoredCodes
-from interp.evidence.corpus import Corpus, corpus
+from interp.evidence.corpus import Corpus, corpus_of_text
 from interp.evidence.decode import Decoder
-from interp.evidence.delphi_cache import CachedCodes, DelphiCache, corpus_of
+from interp.evidence.delphi_cache import CachedCodes, DelphiCache, corpus_of_cache
 from interp.evidence.examples import ExampleMaker
-from interp.evidence.first_pass import CODES, gather
+from interp.evidence.first_pass import CODES, Keep, gather
+from interp.evidence.places import plan
 from interp.evidence.promotes import Tokens, neighbors, promoted
-from interp.evidence.second_pass import plan, visit
+from interp.evidence.second_pass import visit
 from interp.evidence.subject import Subject
 from interp.evidence.tally import Evidence
 from interp.records import Examples
@@ -27,7 +27,7 @@ from interp.run import explanations_file
 from interp.run.config import QUICKSTART_TOKENS, TOKENS, ExplainConfig
 from sae.base.errors import ConfigError
 from sae.base.files import write_json
-from sae.base.progress import Progress
+from sae.base.progress import UNWATCHED, Progress, Watch
 from sae.base.seeding import generator
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED
@@ -114,27 +114,22 @@ def load_coder(config: ExplainConfig, device: str | torch.device = "cpu", lazy: 
     return hub.read_coder(replace(place, lazy=lazy), device)
 
 
-def prepare(
-    config: ExplainConfig, should_stop: Callable[[], bool], trust_remote_code: bool = False, repair: bool = False
-) -> Prepared:
-    """Returns everything about the latents of a resolved config, computed as far as it is not in its folder.
-
-    With `repair`, files are verified, and made again if they are damaged.
-    """
-    subject, rows, codes = read_from(config, should_stop, trust_remote_code, repair)
+def prepare(config: ExplainConfig, trust_remote_code: bool = False, watch: Watch = UNWATCHED) -> Prepared:
+    """Returns everything about the latents of a resolved config, computed as far as it is not in its folder."""
+    subject, rows, codes = read_from(config, trust_remote_code, watch)
     folder = Path(config.run_dir) / "evidence"
     n_sections, by = rows.meta["sections"], rows.meta["split_by"]
     log.info("text: %s tokens in %s sections, split by %s", f"{rows.n_tokens:,}", f"{n_sections:,}", by)
-    sizes, store = config.evidence.sizes, config.evidence.store
-    evidence = gather(codes, rows, folder, sizes, config.seed, store, should_stop, repair)
-    known = StoredCodes(folder / CODES, rows, codes.d_sae) if store else codes
+    keep = Keep(config.evidence.sizes, config.seed, config.evidence.store)
+    evidence = gather(codes, rows, folder, keep, watch)
+    known = StoredCodes(folder / CODES, rows, codes.d_sae) if keep.store else codes
     if collectives.rank() == 0:
         found = {"latents": evidence.d_sae, "alive": len(evidence.alive()), "tokens_counted": evidence.tokens}
         write_json(folder / TEXT, {"tokens": rows.n_tokens, **rows.meta, **found})
     latents = chosen_latents(config.latents, evidence, config.seed)
     near = neighbors(subject.coder, latents.tolist(), NEIGHBORS)
     places = plan(evidence, rows, latents, [[other for other, _ in pairs] for pairs in near], config.seed)
-    visits = visit(known, rows, places, folder, should_stop, repair)
+    visits = visit(known, rows, places, folder, watch)
     maker = ExampleMaker(evidence, visits, rows, Decoder(subject.lm.tokenizer), config.examples, config.seed)
     tokens = dict(zip(latents.tolist(), promoted(subject.lm, subject.coder, latents.tolist()), strict=True))
     neighborhood = {latent: tuple(pairs) for latent, pairs in zip(latents.tolist(), near, strict=True)}
@@ -142,10 +137,7 @@ def prepare(
 
 
 def read_from(
-    config: ExplainConfig,
-    should_stop: Callable[[], bool] = lambda: False,
-    trust_remote_code: bool = False,
-    repair: bool = False,
+    config: ExplainConfig, trust_remote_code: bool = False, watch: Watch = UNWATCHED
 ) -> tuple[Subject, Corpus, KeyedCodes]:
     """Returns the coder (or its baseline) with its language model, the text of a resolved config, and its codes."""
     coder = load_coder(config, resolve_device(config.model.device))
@@ -162,9 +154,10 @@ def read_from(
             )
         if cache.model != config.model.name:
             log.warning("evidence.cache: %s is of %s; the coder reads %s", cache.folder, cache.model, config.model.name)
-        return subject, corpus_of(cache, tokens, should_stop, repair), CachedCodes(cache)
+        return subject, corpus_of_cache(cache, tokens, watch), CachedCodes(cache)
     progress = Progress("text", tokens, "tokens")
-    rows = corpus(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, should_stop, progress.update, repair)
+    shown = replace(watch, progress=progress.update)
+    rows = corpus_of_text(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, shown)
     progress.close()
     if config.coder.baseline != "none":
         stand_in = baseline(config.coder.baseline, coder, config.seed, sample_of(subject, rows))

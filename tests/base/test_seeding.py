@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from sae.base.seeding import generator, uniform
+from sae.base.seeding import generator, mixed, uniform
 
 
 def test_a_draw_depends_on_its_key_alone():
@@ -18,6 +18,7 @@ def test_a_draw_depends_on_its_key_alone():
 def test_draws_are_those_of_every_machine():
     assert generator(0, "rows", 3).initial_seed() == 3341452320115232186
     assert uniform("held-out", "a.txt") == 0.8414334950684622
+    assert mixed(np.array([1, 2**63], np.uint64)).tolist() == [6238072747940578789, 2720858781877447050]
 
 
 def test_names_spread_evenly_and_purposes_are_independent():

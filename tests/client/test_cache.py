@@ -69,7 +69,7 @@ def no_text_read(monkeypatch):
 
 def test_a_cache_is_explained_without_the_model(coder, cache, tmp_path, no_text_read):
     config = explain_config(coder, tmp_path / "run", {"evidence.cache": str(cache)})
-    prepared = prepare(config, lambda: False)
+    prepared = prepare(config)
     run(config, prepared)
     done = [row for row in scores(tmp_path / "run").values() if row["status"] == OK]
     assert {row["scorer"] for row in done} == {"detection", "embedding"}
@@ -129,12 +129,10 @@ def test_a_mask_leaves_tokens_of_a_cache_out(cache):
 
 def test_with_a_store_other_latents_are_explained_without_the_model(coder, tmp_path, monkeypatch, request):
     config = explain_config(coder, tmp_path / "run", {"evidence.store": True, "latents": "0-9"})
-    prepare(config, lambda: False)
-    live = prepare(explain_config(coder, tmp_path / "live", {"latents": "10-19"}), lambda: False)
+    prepare(config)
+    live = prepare(explain_config(coder, tmp_path / "live", {"latents": "10-19"}))
     request.getfixturevalue("no_text_read")
-    others = prepare(
-        explain_config(coder, tmp_path / "run", {"evidence.store": True, "latents": "10-19"}), lambda: False
-    )
+    others = prepare(explain_config(coder, tmp_path / "run", {"evidence.store": True, "latents": "10-19"}))
     for latent in range(10, 20):
         a, b = (found.maker.visits.spots(latent) for found in (others, live))
         assert np.array_equal(a.position, b.position)

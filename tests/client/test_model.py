@@ -28,6 +28,7 @@ from interp.client.local.model import Model
 from interp.client.requests import Abilities, Chat, Embed, LogProb
 from sae.assets import QUICKSTART_LM
 from sae.base.errors import ConfigError, Stopped
+from sae.base.progress import UNWATCHED, Watch
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 LONG = {"max_position_embeddings": 512, "initializer_range": 0.5}
@@ -66,12 +67,12 @@ def config(folder, **changes):
     return EndpointConfig(model=str(folder), via="local", **changes)
 
 
-def ask(folder, requests, cache, should_stop=None, **changes):
+def ask(folder, requests, cache, watch=UNWATCHED, **changes):
     roles = {request.role for request in requests}
 
     async def run():
         endpoints = {role: config(folder, **changes) for role in roles}
-        async with Client(endpoints, cache / "cache", should_stop=should_stop) as client:
+        async with Client(endpoints, cache / "cache", watch=watch) as client:
             return await client.ask_all(requests)
 
     return asyncio.run(run())
@@ -327,7 +328,7 @@ def test_a_signal_ends_between_two_batches(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(prefix, "token_budget", lambda *_: 30)
     requests = [LogProb("reader", f"some text {n}", ((0, 5),)) for n in range(20)]
     with pytest.raises(Stopped):
-        ask(folders["llama"], requests, tmp_path, should_stop=lambda: len(batches) >= 3)
+        ask(folders["llama"], requests, tmp_path, watch=Watch(lambda: len(batches) >= 3))
     done = sum(batches)
     assert done < 20
     batches.clear()

@@ -9,9 +9,10 @@ import pytest
 from rigs.interp_evidence import WORDS, drawn, read_corpus, tokenizer, write_documents
 
 import interp.evidence.corpus
-from interp.evidence.corpus import DROPPED, SECTION_ROWS, SHARES, corpus
+from interp.evidence.corpus import DROPPED, SECTION_ROWS, SHARES, corpus_of_text
 from sae.base.errors import ConfigError, DataError, Stopped
 from sae.base.files import cache_dir
+from sae.base.progress import Watch
 from sae.text.documents import TextConfig
 
 CONTEXT = 64
@@ -204,17 +205,17 @@ def test_it_is_made_once_and_only_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(interp.evidence.corpus, "BATCH_DOCUMENTS", 1)
     text = TextConfig(source=str(source), context_length=8)
     with pytest.raises(Stopped):
-        corpus(text, tokenizer(), {"model": "planted"}, 10**9, lambda: next(calls))
+        corpus_of_text(text, tokenizer(), {"model": "planted"}, 10**9, Watch(lambda: next(calls)))
     assert not list((cache_dir() / "corpora").glob("[!.]*"))
-    first = corpus(text, tokenizer(), {"model": "planted"}, 10**9)
+    first = corpus_of_text(text, tokenizer(), {"model": "planted"}, 10**9)
     monkeypatch.setattr(interp.evidence.corpus, "_encoded", None)  # no second time
-    again = corpus(text, tokenizer(), {"model": "planted"}, 10**9)
+    again = corpus_of_text(text, tokenizer(), {"model": "planted"}, 10**9)
     assert again.key == first.key
     assert np.array_equal(again.split, first.split)
     for other in ({"model": "another"}, {"model": "planted"}):
         tokens = 10**9 if other["model"] == "another" else 500
         with pytest.raises(TypeError):  # it would have to be made
-            corpus(text, tokenizer(), other, tokens)
+            corpus_of_text(text, tokenizer(), other, tokens)
 
 
 def test_only_so_many_tokens_are_taken(tmp_path):
@@ -226,7 +227,7 @@ def test_only_so_many_tokens_are_taken(tmp_path):
 @pytest.mark.parametrize("bos", ["none", "document"])
 def test_rows_begin_with_bos_if_there_is_one(tmp_path, bos):
     source = write_documents(tmp_path / "text.jsonl", [100] * 5)
-    without = corpus(
+    without = corpus_of_text(
         TextConfig(source=str(source), context_length=CONTEXT), tokenizer(bos=False), {"model": "planted"}, 10**9
     )
     rows = read_corpus(source, bos=bos)
@@ -253,8 +254,12 @@ def test_damage_is_named_and_repaired(tmp_path, part):
     shard.write_bytes(data)
     with pytest.raises(DataError, match=shard.name):
         read_corpus(source).tokens([0])
-    mended = corpus(
-        TextConfig(source=str(source), context_length=CONTEXT), tokenizer(), {"model": "planted"}, 10**9, repair=True
+    mended = corpus_of_text(
+        TextConfig(source=str(source), context_length=CONTEXT),
+        tokenizer(),
+        {"model": "planted"},
+        10**9,
+        Watch(repair=True),
     )
     assert words(mended, 3) == text
     assert np.array_equal(mended.split, split)

@@ -28,7 +28,8 @@ from rigs.interp_evidence import (
 import interp.evidence.examples
 from interp.evidence.decode import Decoder
 from interp.evidence.examples import GRAM, MARK_SHARE, OFFSETS, REPEATED, WINDOW, ExampleConfig, ExampleMaker
-from interp.evidence.second_pass import plan, visit
+from interp.evidence.places import plan
+from interp.evidence.second_pass import visit
 from interp.records import ACTIVE, SPLITS, TIERS, Examples
 from sae.base.errors import ConfigError
 

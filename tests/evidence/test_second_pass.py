@@ -17,21 +17,22 @@ from rigs.interp_evidence import (
     SIZES,
     Found,
     dense,
-    of_rows,
     planted,
     read_corpus,
     write_documents,
 )
 
 import interp.evidence.codes
-import interp.evidence.corpus
 import interp.evidence.second_pass
 from interp.evidence.codes import LiveCodes
-from interp.evidence.first_pass import gather
-from interp.evidence.second_pass import CANDIDATES, KINDS, PLACES_OF_TOKEN, POOL, REACH, SPAN, plan, visit
+from interp.evidence.corpus import corpus_of_text
+from interp.evidence.first_pass import Keep, gather
+from interp.evidence.places import CANDIDATES, KINDS, POOL, plan
+from interp.evidence.second_pass import REACH, SPAN, visit
 from interp.evidence.subject import Subject
 from interp.records import SPLITS
 from sae.base.errors import DataError, Stopped
+from sae.base.progress import Watch
 from sae.coder.coder import SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.spec import CoderSpec
@@ -159,7 +160,7 @@ def test_stopped_and_continued_it_finds_the_same(found, tmp_path, monkeypatch):
     for _ in range(100):
         asked = iter(range(1000))
         try:
-            again = visit(found.codes, found.rows, few, tmp_path, lambda it=asked: next(it) >= 3)
+            again = visit(found.codes, found.rows, few, tmp_path, Watch(lambda it=asked: next(it) >= 3))
             break
         except Stopped:
             stops += 1
@@ -210,43 +211,7 @@ def test_damage_is_named_and_repaired(found, tmp_path):
     shard.write_bytes(data)
     with pytest.raises(DataError, match=shard.name):
         visit(found.codes, found.rows, few, tmp_path)
-    assert np.array_equal(visit(found.codes, found.rows, few, tmp_path, repair=True).spots(9).values, wanted)
-
-
-def test_places_of_a_token_are_a_sample_by_hash(tmp_path, monkeypatch):
-    draw = np.random.default_rng(0)
-    lines = [[0, *(FIRST_WORD + draw.integers(0, 5, 60)).tolist()] for _ in range(90)]
-    rows = of_rows(tmp_path, lines, draw.integers(0, 3, 90).tolist())
-    wanted = [0, FIRST_WORD, FIRST_WORD + 3, FIRST_WORD + 100]  # BOS is no text
-    found = interp.evidence.second_pass._occurrences(rows, wanted, 0)
-    every = {
-        (token, split): [
-            row * CONTEXT_LENGTH + place
-            for row in range(90)
-            if rows.split[row] == split
-            for place in range(1, 61)
-            if lines[row][place] == token
-        ]
-        for token in wanted
-        for split in range(3)
-    }
-    for (token, split), positions in every.items():
-        kept = found[token][split]
-        assert len(kept) == min(PLACES_OF_TOKEN, len(positions))
-        order = np.argsort(interp.evidence.second_pass._draws(np.array(positions, np.int64), 0), kind="stable")
-        assert kept.tolist() == np.array(positions, np.int64)[order][: len(kept)].tolist()
-    assert any(len(positions) > PLACES_OF_TOKEN for positions in every.values())
-    monkeypatch.setattr(interp.evidence.second_pass, "ROWS_AT_ONCE", 4)  # in many parts
-    for token, kept in interp.evidence.second_pass._occurrences(rows, wanted, 0).items():
-        assert all(np.array_equal(a, b) for a, b in zip(kept, found[token], strict=True))
-    assert interp.evidence.second_pass._occurrences(rows, [], 0) == {}
-
-
-def test_candidates_are_taken_in_turn_and_once():
-    lists = [np.array([5, 3, 9]), np.array([3, 4]), np.array([], np.int64)]
-    assert interp.evidence.second_pass._in_turn(lists).tolist() == [5, 3, 4, 9]
-    assert interp.evidence.second_pass._in_turn([]).tolist() == []
-    assert len(interp.evidence.second_pass._in_turn([np.arange(100), np.arange(1000, 1100)])) == CANDIDATES
+    assert np.array_equal(visit(found.codes, found.rows, few, tmp_path, Watch(repair=True)).spots(9).values, wanted)
 
 
 def test_a_real_model_in_other_blocks_says_the_same(tmp_path, monkeypatch):
@@ -255,15 +220,13 @@ def test_a_real_model_in_other_blocks_says_the_same(tmp_path, monkeypatch):
     texts = ["".join(draw.choice(list("abcdefgh ij"), int(draw.integers(2, 150)))) for _ in range(20)]
     source = tmp_path / "text.jsonl"
     source.write_text("".join(json.dumps({"text": "x" + text}) + "\n" for text in texts))
-    rows = interp.evidence.corpus.corpus(
-        TextConfig(source=str(source), context_length=48), lm.tokenizer, lm.source(), 10**9
-    )
+    rows = corpus_of_text(TextConfig(source=str(source), context_length=48), lm.tokenizer, lm.source(), 10**9)
     site = Site("model.layers.1", width=16)
     mask = MaskSpec(tuple(special_ids(lm.tokenizer)))
     coder = SparseCoder(CoderSpec(16, 16, 32, TopK(3), reads=(site,), writes=(site,), mask=mask))
     initialize(coder, torch.zeros(16), 0, "test")
     codes = LiveCodes(Subject(coder, lambda: lm), rows)
-    evidence = gather(codes, rows, tmp_path / "run", SIZES)
+    evidence = gather(codes, rows, tmp_path / "run", Keep(SIZES))
     latents = evidence.alive()
     few = plan(evidence, rows, latents, [[int(latents[0])]] * len(latents), 0)
     visits = visit(codes, rows, few, tmp_path / "run")

@@ -10,6 +10,7 @@ from interp.client.client import Client
 from interp.client.remote import batch
 from interp.client.requests import Chat, Embed
 from sae.base.errors import Stopped
+from sae.base.progress import UNWATCHED, Watch
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +25,12 @@ def question(number, **asked):
 WAVE = [question(n) for n in range(12)]
 
 
-def ask(fake, cache, wave=WAVE, faults=(), budget=None, should_stop=None, **changes):
+def ask(fake, cache, wave=WAVE, faults=(), budget=None, watch=UNWATCHED, **changes):
     """Probes, then sets the faults and asks. Returns (replies, the ledger)."""
 
     async def run():
         config = endpoint(fake, **{"via": "batch", **changes})
-        async with Client({"judge": config, "encoder": config}, cache / "cache", budget, should_stop, 0.01) as client:
+        async with Client({"judge": config, "encoder": config}, cache / "cache", budget, watch, 0.01) as client:
             await client.abilities("judge")
             fake.faults.extend(faults)
             return await client.ask_all(wave), client.ledger
@@ -149,7 +150,7 @@ def test_a_crash_after_the_batch_was_made_finds_it_by_its_id(tmp_path):
 
     with FakeLLM(echo, batch_script=script) as fake:
         with pytest.raises(Stopped, match="1 batches stay open; the same command collects them"):
-            ask(fake, tmp_path, should_stop=lambda: bool(stop))
+            ask(fake, tmp_path, watch=Watch(lambda: bool(stop)))
         fake.batch_script = lambda made: made.finish()
         assert answered(ask(fake, tmp_path)[0])
         assert len(fake.batches) == 1

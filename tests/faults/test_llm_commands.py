@@ -17,6 +17,7 @@ from interp.client.config import EndpointConfig
 from interp.client.ledger import Ledger, Usage, worst_case
 from interp.client.requests import Chat
 from sae.base.errors import ConfigError, DataError, Stopped
+from sae.base.progress import UNWATCHED, Watch
 
 ROOT = Path(__file__).parent.parent.parent
 PRICE = {"price_in": 1.0, "price_out": 2.0}
@@ -34,12 +35,12 @@ def question(number=0, role="explainer", **asked):
     return Chat(role, (("user", f"question {number}"),), **{"max_tokens": 50, **asked})
 
 
-def ask(fake, folder, requests, budget=None, *, retry_failed=False, should_stop=None, times=1, **changes):
+def ask(fake, folder, requests, budget=None, *, retry_failed=False, watch=UNWATCHED, times=1, **changes):
     """One command, which asks the same so many times. Returns (the last replies, its ledger)."""
 
     async def run():
         roles = {"explainer": endpoint(fake, **changes)}
-        async with Client(roles, folder / "cache", budget, should_stop, 0.01, retry_failed) as client:
+        async with Client(roles, folder / "cache", budget, watch, 0.01, retry_failed) as client:
             for _ in range(times):
                 replies = await client.ask_all(requests)
             return replies, client.ledger
@@ -85,6 +86,7 @@ from pathlib import Path
 from interp.client.client import Client
 from interp.client.config import EndpointConfig
 from interp.client.requests import Chat
+from sae.base.progress import UNWATCHED, Watch
 
 async def main(url, cache):
     config = EndpointConfig(model="fake", base_urls=(url,), max_concurrency=4, price_in=1.0, price_out=2.0)
@@ -176,7 +178,7 @@ def test_what_an_open_batch_may_cost_is_set_aside_in_the_next_command(tmp_path):
         wave, others = [question(n) for n in range(10)], [question(n) for n in range(10, 20)]
         changes = {"via": "batch", **PRICE}
         with pytest.raises(Stopped):
-            ask(fake, tmp_path, wave, 1.0, should_stop=lambda: bool(stop), **changes)
+            ask(fake, tmp_path, wave, 1.0, watch=Watch(lambda: bool(stop)), **changes)
         probed = spent_in(tmp_path / "cache")["explainer"]["usd"]
         worst = worst_case(fake.batches[0].requests()[0]["body"])
         budget = probed + 15.5 * (worst.tokens_in + 2 * worst.tokens_out) / 1e6
@@ -260,7 +262,7 @@ def test_a_batch_that_answers_more_than_is_asked_now_is_paid_once(tmp_path):
     changes = {"via": "batch", **PRICE}
     with FakeLLM(lambda _: Answer('{"p": 0.5}', usage=USAGE), batch_script=script) as fake:
         with pytest.raises(Stopped):
-            ask(fake, tmp_path, wave, should_stop=lambda: bool(stop), **changes)
+            ask(fake, tmp_path, wave, watch=Watch(lambda: bool(stop)), **changes)
         before = spent_in(tmp_path / "cache")["explainer"]
         names = sorted(entry["custom_id"] for entry in fake.batches[0].requests())
         number = {

@@ -29,6 +29,7 @@ from interp.client.client import Client
 from interp.client.remote import limiter
 from interp.client.requests import FINAL, RETRYABLE, Chat, Embed, LogProb
 from sae.base.errors import Stopped
+from sae.base.progress import Watch
 
 SCHEMA = json.dumps(
     {
@@ -388,7 +389,7 @@ def test_a_signal_ends_the_wave_once_what_is_under_way_is_stored(tmp_path):
 
         async def run(wave):
             stop = lambda: len(fake.asked("question")) >= 20  # noqa: E731
-            async with Client({"judge": endpoint(fake)}, tmp_path / "cache", should_stop=stop) as client:
+            async with Client({"judge": endpoint(fake)}, tmp_path / "cache", watch=Watch(stop)) as client:
                 await client.abilities("judge")
                 await client.ask_all(wave)
 
@@ -409,7 +410,7 @@ def test_a_signal_does_not_wait_for_a_pause_to_end(tmp_path, monkeypatch):
         stop = lambda: bool(fake.asked("question"))  # noqa: E731
 
         async def run():
-            async with Client({"judge": endpoint(fake)}, tmp_path / "cache", should_stop=stop) as client:
+            async with Client({"judge": endpoint(fake)}, tmp_path / "cache", watch=Watch(stop)) as client:
                 await client.abilities("judge")
                 fake.always = rate_limited(1e5)
                 await client.ask_all([question(n) for n in range(20)])

@@ -16,12 +16,14 @@ import torch
 from rigs.fakes import tiny_tokenizer
 
 from interp.evidence.codes import Coded
-from interp.evidence.corpus import INDEX, TOKENS, Corpus, corpus
+from interp.evidence.corpus import INDEX, TOKENS, Corpus, corpus_of_text
 from interp.evidence.decode import Decoder
 from interp.evidence.examples import ExampleConfig, ExampleMaker
-from interp.evidence.first_pass import gather
-from interp.evidence.second_pass import Plan, Visits, plan, visit
+from interp.evidence.first_pass import Keep, gather
+from interp.evidence.places import Plan, plan
+from interp.evidence.second_pass import Visits, visit
 from interp.evidence.tally import Evidence, Sizes
+from sae.base.progress import Watch
 from sae.base.store import ShardWriter
 from sae.kernels.codes import SparseLatents
 from sae.text.documents import TextConfig
@@ -113,7 +115,7 @@ def write_documents(path: Path, lengths: list[int], seed: int = 0) -> Path:
 def read_corpus(source: Path, tokens: int = 10**9, context_length: int = CONTEXT_LENGTH, **options: Any) -> Corpus:
     """Returns a file of words as rows."""
     text = TextConfig(source=str(source), context_length=context_length, **options)
-    return corpus(text, tokenizer(), {"model": "planted"}, tokens)
+    return corpus_of_text(text, tokenizer(), {"model": "planted"}, tokens)
 
 
 def of_rows(folder: Path, rows: list[list[int]], splits: list[int], context_length: int = CONTEXT_LENGTH) -> Corpus:
@@ -147,11 +149,11 @@ class Found:
         self, folder: Path, rows: Corpus, latents: Any = None, should_stop: Callable[[], bool] = lambda: False
     ) -> None:
         self.rows, first, self.codes = rows, PlantedCodes(rows, "evidence"), PlantedCodes(rows, "windows")
-        self.evidence: Evidence = gather(first, rows, folder / "evidence", SIZES, should_stop=should_stop)
+        self.evidence: Evidence = gather(first, rows, folder / "evidence", Keep(SIZES), Watch(should_stop))
         self.latents = np.arange(D_SAE) if latents is None else np.array(latents)
         near = [[(int(latent) + 40) % D_SAE, (int(latent) + 1) % D_SAE] for latent in self.latents]
         self.plan: Plan = plan(self.evidence, rows, self.latents, near, 0)
-        self.visits: Visits = visit(self.codes, rows, self.plan, folder / "evidence", should_stop)
+        self.visits: Visits = visit(self.codes, rows, self.plan, folder / "evidence", Watch(should_stop))
         self.maker = ExampleMaker(self.evidence, self.visits, rows, Decoder(tokenizer()), ExampleConfig(), 0)
 
 

@@ -77,7 +77,7 @@ def explain_config(coder: Path, run_dir: Path, changes: dict[str, Any] | None = 
 def run(config: ExplainConfig, prepared: Prepared | None = None, **options: Any) -> tuple[Pipeline, Ended]:
     """Runs a resolved config to its end."""
     begin(config)
-    pipeline = Pipeline(config, prepared or prepare(config, lambda: False), options.pop("shard", (1, 1)))
+    pipeline = Pipeline(config, prepared or prepare(config), options.pop("shard", (1, 1)))
     return pipeline, pipeline.run(**options)
 
 

@@ -26,7 +26,7 @@ def prepared(coder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("estimate-evidence")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAE_CACHE", str(folder / "cache"))
-        return prepare(explain_config(coder, folder / "run"), lambda: False)
+        return prepare(explain_config(coder, folder / "run"))
 
 
 def counted(config, prepared):

@@ -13,6 +13,7 @@ from interp.run.flows import AGAIN, FAILED, INSUFFICIENT, OK
 from interp.run.preparing import prepare
 from interp.run.results import lines, write_results
 from sae.base.errors import ConfigError, Stopped
+from sae.base.progress import Watch
 
 ABLE = {"logprobs": 0, "schemas": ("json_schema",)}
 
@@ -37,7 +38,7 @@ def prepared(coder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evidence")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAE_CACHE", str(folder / "cache"))
-        return prepare(explain_config(coder, folder / "run"), lambda: False)
+        return prepare(explain_config(coder, folder / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def test_stopped_and_continued_is_the_same_and_pays_nothing_twice(coder, prepare
         changes["models.explainer"] = {**changes["models.explainer"], "max_concurrency": 3}
         config = explain_config(coder, tmp_path / "run", changes)
         with pytest.raises(Stopped):
-            run(config, prepared, should_stop=lambda: len(server.calls) >= after)
+            run(config, prepared, watch=Watch(lambda: len(server.calls) >= after))
         assert scores(tmp_path / "run") != scores(Path(whole[0].run_dir))
         run(config, prepared)
         bodies = asked(server)

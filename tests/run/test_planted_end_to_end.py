@@ -23,8 +23,9 @@ from interp.client.requests import Abilities, Reply
 from interp.evidence.codes import Coded
 from interp.evidence.decode import Decoder
 from interp.evidence.examples import ExampleConfig, ExampleMaker
-from interp.evidence.first_pass import gather
-from interp.evidence.second_pass import plan, visit
+from interp.evidence.first_pass import Keep, gather
+from interp.evidence.places import plan
+from interp.evidence.second_pass import visit
 from interp.records import TIERS
 from interp.run.config import CoderConfig, ExplainConfig, ModelsConfig
 from interp.run.pipeline import Pipeline
@@ -134,7 +135,7 @@ def found(tmp_path_factory):
         patch.setenv("SAE_CACHE", str(folder / "cache"))
         rows = read_corpus(write_documents(folder / "text.jsonl", [60] * 400))
     codes, latents = WordCodes(rows), np.arange(LATENTS)
-    evidence = gather(codes, rows, folder / "evidence", SIZES)
+    evidence = gather(codes, rows, folder / "evidence", Keep(SIZES))
     near = [[(latent + 1) % LATENTS] for latent in range(LATENTS)]
     visits = visit(codes, rows, plan(evidence, rows, latents, near, 0), folder / "evidence")
     config = ExampleConfig(shown=5, contrast=5, valid=5, test=12)

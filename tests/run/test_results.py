@@ -30,7 +30,7 @@ def prepared(coder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evidence")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAE_CACHE", str(folder / "cache"))
-        return prepare(config_of(coder, folder / "run", {"latents": "44"}), lambda: False)
+        return prepare(config_of(coder, folder / "run", {"latents": "44"}))
 
 
 def config_of(coder, run_dir, changes=None):

@@ -22,6 +22,7 @@ from interp.client.local import prefix
 from interp.client.local.model import Model, Prompt, Ready, Spans, Texts, of_role
 from interp.client.requests import Abilities, Reply, Request
 from sae.base.errors import ConfigError, Stopped
+from sae.base.progress import Watch
 from sae.lm.models import LanguageModel, load_config
 
 WAITING = 2048
@@ -55,10 +56,8 @@ class LocalModel(Holder):
 
     waiting = WAITING
 
-    def __init__(
-        self, config: EndpointConfig, ledger: Ledger, should_stop: Callable[[], bool], shared: Shared | None = None
-    ) -> None:
-        self.config, self.ledger, self.should_stop, self._shared = config, ledger, should_stop, shared
+    def __init__(self, config: EndpointConfig, ledger: Ledger, watch: Watch, shared: Shared | None = None) -> None:
+        self.config, self.ledger, self.watch, self._shared = config, ledger, watch, shared
         self._turn = shared.lock if shared else contextlib.nullcontext()
         self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._model: Model | None = None
@@ -157,7 +156,7 @@ class LocalModel(Holder):
 
     def _run(self, batch: Batch) -> None:
         """Answers a batch; one that does not fit into memory is halved."""
-        if self._ending or self.should_stop():
+        if self._ending or self.watch.should_stop():
             for asked, _ in batch:
                 asked.answer(Stopped("no more calls were made"))
             return

@@ -30,7 +30,7 @@ from interp.client.remote.failures import Outcome, of_body, of_exception, of_sta
 from interp.client.remote.http import Endpoint, usage_of
 from interp.client.remote.limiter import LONGEST_RETRY_AFTER_S, backoff
 from interp.client.requests import FINAL, Abilities, Reply, Request
-from sae.base.errors import Stopped
+from sae.base.progress import Watch
 
 MAX_LINES, MAX_BYTES = 50_000, 200 * 2**20
 MAX_ROUNDS = 3
@@ -78,10 +78,8 @@ class Batches(Endpoint):
 
     in_waves = True
 
-    def __init__(
-        self, config: EndpointConfig, ledger: Ledger, cache: Cache, should_stop: Callable[[], bool], poll_s: float
-    ) -> None:
-        super().__init__(config, ledger, cache, should_stop)
+    def __init__(self, config: EndpointConfig, ledger: Ledger, cache: Cache, watch: Watch, poll_s: float) -> None:
+        super().__init__(config, ledger, cache, watch)
         self.poll_s, self._found = poll_s, False
 
     async def answer_all(self, role: str, asked: dict[str, Request], abilities: Abilities) -> dict[str, Reply]:
@@ -282,12 +280,12 @@ class Batches(Endpoint):
 
     async def _nap(self, count: int) -> None:
         end = time.monotonic() + self.poll_s
-        while not self.should_stop():
+        while True:
+            self.watch.poll(f"{count} batches stay open; the same command collects them")
             left = end - time.monotonic()
             if left <= 0:
                 return
             await asyncio.sleep(min(left, 0.2))
-        raise Stopped(f"{count} batches stay open; the same command collects them")
 
 
 def _is_full(batch: Any) -> bool:

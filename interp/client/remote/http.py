@@ -8,7 +8,7 @@ than all the rest.
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -23,11 +23,12 @@ from interp.client.remote.failures import Outcome, of_exception, of_text, scrub
 from interp.client.remote.limiter import Closed, Limiter, backoff
 from interp.client.requests import Abilities, Reply, Request
 from sae.base.errors import ConfigError, Stopped
+from sae.base.progress import Watch
 
 CONNECT_S = 10.0
 REST_S = 10.0
 """An address that cannot be reached is left out for so long, if there are others."""
-STOPPED = "stopped"
+STOPPED, NO_MORE = "stopped", "no more calls were made"
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ log = logging.getLogger(__name__)
 class Endpoint(Holder):
     """One model on one or several servers; all roles that name it share it."""
 
-    def __init__(self, config: EndpointConfig, ledger: Ledger, cache: Cache, should_stop: Callable[[], bool]) -> None:
-        self.config, self.ledger, self.cache, self.should_stop = config, ledger, cache, should_stop
+    def __init__(self, config: EndpointConfig, ledger: Ledger, cache: Cache, watch: Watch) -> None:
+        self.config, self.ledger, self.cache, self.watch = config, ledger, cache, watch
         self.limiter = Limiter(config.max_concurrency)
         self.turns, self.waiting = asyncio.Semaphore(config.max_concurrency), 2 * config.max_concurrency
         self._doubt = asyncio.Lock()
@@ -100,11 +101,10 @@ class Endpoint(Holder):
                 started = await self.limiter.enter()
             except Closed as closed:
                 if closed.failure == STOPPED:
-                    raise Stopped("no more calls were made") from None
+                    raise Stopped(NO_MORE) from None
                 return Outcome(failure=closed.failure, detail=closed.detail, given_up=True), Usage(0, 0)
             try:
-                if self.should_stop():
-                    raise Stopped("no more calls were made")
+                self.watch.poll(NO_MORE)
                 if not self.ledger.reserve(role, worst):
                     return Outcome(failure="budget", detail=self.ledger.refusal()), Usage(0, 0)
                 used = worst  # should this task be cancelled: what was sent may be charged
@@ -121,8 +121,7 @@ class Endpoint(Holder):
                 answered = self.limiter.answered
         if not probing and self.limiter.answered == answered:  # nobody was answered meanwhile
             await self.limiter.rest(max(backoff(tries), outcome.wait_s or 0.0))
-            if self.should_stop():
-                raise Stopped("no more calls were made")
+            self.watch.poll(NO_MORE)
             outcome = replace(outcome, given_up=await self._is_down(role, path, body, outcome))
         return outcome, used
 
