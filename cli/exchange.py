@@ -17,21 +17,21 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(argv)
 
-    from interp.exchange.neuronpedia import export as written
+    from interp.exchange.neuronpedia import export_run
     from interp.run.compare import run_folder
     from interp.run.config import ExplainConfig
-    from interp.run.preparing import prepare, resolved
+    from interp.run.preparing import prepare, resolve_config
     from sae.base.progress import Watch
     from sae.base.settings import decode, read_yaml
     from sae.parallel.stopping import stop_flag
 
     folder = run_folder(Path(options.run_dir).expanduser())
-    config = resolved(decode(ExplainConfig, read_yaml(folder / "config.yaml")))
+    config = resolve_config(decode(ExplainConfig, read_yaml(folder / "config.yaml")))
     with stop_flag() as stop:
         prepared = prepare(config, options.trust_remote_code, Watch(stop))
         examples = (prepared.examples(latent) for latent in prepared.latents.tolist())
         names = options.model_id, options.source_id
-        counts = written(folder, options.folder, config.all_scorers(), *names, examples, config.text.source)
+        counts = export_run(folder, options.folder, config.all_scorers(), *names, examples, config.text.source)
     print(f"{counts.explanations} explanations and {counts.activations} windows in {options.folder}")
     return DONE
 
@@ -48,7 +48,7 @@ def take_in(argv: list[str]) -> int:
     from interp.exchange.delphi import EXPLAINER, SCORERS, read_explanations, read_scores
     from interp.records import Explanation
     from interp.run.flows import OK
-    from interp.run.results import lines, write_results
+    from interp.run.results import summary_lines, write_results
     from interp.run.rundir import explained_in, scores_in, shard_folder
     from sae.base.files import check_writable
 
@@ -70,5 +70,5 @@ def take_in(argv: list[str]) -> int:
         if row["hookpoint"] == chosen:
             scored.append(row)
     names = {scorer.get_choice_name(type(scorer)): scorer for scorer in SCORERS.values()}
-    print("\n".join(lines(write_results(run_dir, names, {"imported": "delphi", "hookpoint": chosen}))))
+    print("\n".join(summary_lines(write_results(run_dir, names, {"imported": "delphi", "hookpoint": chosen}))))
     return DONE

@@ -78,15 +78,15 @@ def command(argv: list[str]) -> int:
 
 
 def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> int:
-    from interp.run.pipeline import Pipeline, check
-    from interp.run.preparing import prepare, resolved
-    from interp.run.results import lines
-    from interp.run.rundir import begin
+    from interp.run.pipeline import Pipeline, check_models
+    from interp.run.preparing import prepare, resolve_config
+    from interp.run.results import summary_lines
+    from interp.run.rundir import begin_run
     from sae.base.progress import Watch
     from sae.parallel.collectives import process_group, rank
     from sae.parallel.stopping import stop_flag
 
-    config = resolved(config)
+    config = resolve_config(config)
     if options.dry_run:
         from interp.run.estimate import dry_run
 
@@ -94,11 +94,11 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> i
         return DONE
     with stop_flag() as stop:
         watch = Watch(stop, repair=options.repair)
-        begin(config)
+        begin_run(config)
         log.info("run folder   %s", config.run_dir)
         with process_group():
             if rank() == 0:
-                asyncio.run(check(config, shard))
+                asyncio.run(check_models(config, shard))
             prepared = prepare(config, options.trust_remote_code, watch)
             first = rank() == 0
         if not first:
@@ -107,7 +107,7 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> i
     code = DONE
     if shard == (1, 1):
         summary = _write(Path(config.run_dir))
-        print("\n".join(lines(summary)))
+        print("\n".join(summary_lines(summary)))
         print(f"\nresults      {Path(config.run_dir) / 'results.parquet'}")
         print(f"summary      {Path(config.run_dir) / 'summary.json'}")
     if ended.cut_off:
@@ -140,10 +140,10 @@ def _merge(argv: list[str]) -> int:
     parser.add_argument("run_dir", help="folder of the run, which holds shards/")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(argv)
-    from interp.run.results import lines
+    from interp.run.results import summary_lines
 
     summary = _write(Path(options.run_dir).expanduser())
-    print("\n".join(lines(summary)))
+    print("\n".join(summary_lines(summary)))
     return DONE
 
 

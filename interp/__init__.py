@@ -1,14 +1,15 @@
 """Labels for the latents of a sparse coder: evidence, explanation, score.
 
-    text -> rows with their split                corpus
-    rows -> codes                                subject, codes, delphi (baselines: stand-ins for the coder)
-    codes -> evidence of every latent            latents, evidence; windows (second pass)
-    evidence -> what is shown of a latent        examples, decode, promotes; together: preparing
-    examples -> explanations                     explainers/
-    explanations -> tasks -> judgements -> score tasks, scorers/, judging, metrics, steering, tfidf
-    requests -> replies                          prompts/, client/
-    one latent, all latents, the run's folder    flows, pipeline, journal, rundir
-    journals -> tables, files of others          results, compare, outside, neuronpedia, delphi_results
+    records      the plain data that passes between all: windows, examples, explanations, judgements
+    prompts/     the only place where text of a data set becomes a message
+    client/      requests -> replies, of models on servers (remote/) and in this process (local/)
+    evidence/    text -> rows (corpus) -> codes -> what every latent does (first_pass into a tally), where to look again
+                 (places) and what is there (second_pass) -> what is shown of a latent (examples, promotes)
+    scoring/     what scorers share: judging, tasks, metrics, steering
+    explainers/  examples -> explanations: plug-ins
+    scorers/     explanation + tasks -> requests -> replies -> judgements -> score: plug-ins
+    run/         config -> preparing -> pipeline (one latent: flows) -> journal -> results; estimate, compare
+    exchange/    other people's files: delphi, Neuronpedia
 
-`config` says what a run is, `estimate` what it would cost, `records` holds the plain data that passes between all.
+Each knows those above it alone; prompts, client and evidence do not know each other.
 """

@@ -18,7 +18,7 @@ from typing import Any
 
 from interp.client import schema
 from interp.client.requests import Abilities, Chat, Embed, LogProb, Reply, Request
-from interp.client.spans import places, spanned
+from interp.client.spans import token_places, tokens_in_span
 
 _LEADING = " \t\n\u2581\u0120\u010a"
 _THOUGHT = re.compile(r"\s*<think(?:ing)?>.*?</think(?:ing)?>\s*", re.DOTALL)
@@ -136,17 +136,17 @@ def _embed(request: Embed, data: list[dict[str, Any]]) -> Reply:
 def _logprob(request: LogProb, choice: dict[str, Any]) -> Reply:
     told = choice.get("logprobs") or {}
     tokens, values = told.get("tokens") or [], told.get("token_logprobs") or []
-    found = places(request.text, list(map(str, tokens)))
+    found = token_places(request.text, list(map(str, tokens)))
     if not found or not all(value is None or _is_number(value) for value in values) or len(values) < len(found):
         return Reply(failure="unsupported", detail="the log-probabilities that came back do not fit the text")
     if request.choices:
         tops = told.get("top_logprobs") or []
-        after = [spanned(found, (start, len(request.text) + 1)) for start, _ in request.spans]
+        after = [tokens_in_span(found, (start, len(request.text) + 1)) for start, _ in request.spans]
         rows = [_top(tops, tokens_of[0] if tokens_of else len(found), request.choices) for tokens_of in after]
         if None in rows:
             return Reply(failure="unsupported", detail="no alternatives came back where a span starts")
         return Reply(logprobs=tuple(row for row in rows if row is not None))
-    inside = [spanned(found, span) for span in request.spans]
+    inside = [tokens_in_span(found, span) for span in request.spans]
     counted = [[values[token] for token in tokens_of if values[token] is not None] for tokens_of in inside]
     return Reply(logprobs=tuple((math.fsum(row),) for row in counted), counts=tuple(map(len, counted)))
 

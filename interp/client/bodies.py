@@ -32,7 +32,7 @@ def payload(request: Request, model: str, abilities: Abilities) -> tuple[str, di
     return CHAT, body | json.loads(abilities.quiet or "{}")
 
 
-def hello(path: str, body: dict[str, Any]) -> dict[str, Any]:
+def least_body(path: str, body: dict[str, Any]) -> dict[str, Any]:
     """Returns a body like this one that asks next to nothing."""
     plain = {name: value for name, value in body.items() if name not in ("response_format", "logprobs", "top_logprobs")}
     if path == EMBEDDINGS:

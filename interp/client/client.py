@@ -18,7 +18,7 @@ from interp.client.cache import Cache
 from interp.client.config import EndpointConfig
 from interp.client.holder import Holder
 from interp.client.ledger import Ledger, Usage
-from interp.client.requests import ROLES, Abilities, Chat, Reply, Request, key
+from interp.client.requests import ROLES, Abilities, Chat, Reply, Request, cache_key
 from sae.base.errors import ConfigError, Stopped
 from sae.base.progress import UNWATCHED, Watch
 from sae.base.settings import choose
@@ -260,7 +260,7 @@ class Client:
         return replies
 
     def _key(self, request: Request, abilities: Abilities) -> str:
-        return key(request, self.endpoints[request.role].model, self._holder(request.role).where, abilities)
+        return cache_key(request, self.endpoints[request.role].model, self._holder(request.role).where, abilities)
 
     def _landed(self, name: str, task: "asyncio.Task[Reply]") -> None:
         self._flights.pop(name, None)

@@ -181,12 +181,12 @@ def worst_case(body: Mapping[str, Any]) -> Usage:
     return Usage(sent + TEMPLATE_TOKENS * len(body.get("messages", ())), limit, estimated=True)
 
 
-def guessed(chars_in: int, chars_out: int) -> Usage:
+def guessed_usage(chars_in: int, chars_out: int) -> Usage:
     """Returns the tokens of a call whose server does not tell, by the number of characters."""
     return Usage(-(-chars_in // CHARS_PER_TOKEN), -(-chars_out // CHARS_PER_TOKEN), estimated=True)
 
 
-def estimate(requests: Iterable[Request], endpoints: Mapping[str, EndpointConfig]) -> dict[str, Account]:
+def estimated_accounts(requests: Iterable[Request], endpoints: Mapping[str, EndpointConfig]) -> dict[str, Account]:
     """Returns by role what requests would come to if none is cached: a guess of the prompts, the limits of the answers.
 
     Nothing is asked and no file is touched. `usd` is None where the price is unknown.
@@ -198,13 +198,13 @@ def estimate(requests: Iterable[Request], endpoints: Mapping[str, EndpointConfig
         if isinstance(request, Chat):
             chars = sum(len(content) for _, content in request.messages) + len(request.schema)
             answer = 1 if request.choices else request.max_tokens + config.thinking_tokens
-            used = guessed(
+            used = guessed_usage(
                 chars + CHARS_PER_TOKEN * TEMPLATE_TOKENS * len(request.messages) // 2, CHARS_PER_TOKEN * answer
             )
         elif isinstance(request, LogProb):
-            used = guessed(len(request.text), 0)
+            used = guessed_usage(len(request.text), 0)
         else:
-            used = guessed(sum(map(len, request.texts)), 0)
+            used = guessed_usage(sum(map(len, request.texts)), 0)
         account.calls += 1
         account.estimated += 1
         account.tokens_in += used.tokens_in

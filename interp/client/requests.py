@@ -139,7 +139,7 @@ class Abilities:
         return ""
 
 
-def key(request: Request, model: str, where: str, abilities: Abilities) -> str:
+def cache_key(request: Request, model: str, where: str, abilities: Abilities) -> str:
     """Returns 64 hex digits that are equal for equal questions alone: what a cache may go by."""
     asked = {"kind": type(request).__name__, **asdict(request), "abilities": asdict(abilities)}
     text = json.dumps({"model": model, "where": where, "asked": asked}, sort_keys=True, ensure_ascii=False)

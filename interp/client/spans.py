@@ -14,12 +14,12 @@ Place = tuple[int, int]
 OWN = (-1, -1)
 
 
-def spanned(places: Sequence[Place], span: tuple[int, int]) -> list[int]:
+def tokens_in_span(places: Sequence[Place], span: tuple[int, int]) -> list[int]:
     """Returns the tokens that belong to a span of the text."""
     return [token for token, (start, end) in enumerate(places) if span[0] <= max(start, end - 1) < span[1]]
 
 
-def places(text: str, tokens: Sequence[str]) -> list[Place] | None:
+def token_places(text: str, tokens: Sequence[str]) -> list[Place] | None:
     """Returns where the tokens of a text lie, without those generated after it; None if they do not spell it.
 
     A token that is shown as no text ("", or with U+FFFD) is a part of a character: a run of them takes up the

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.evidence.codes import activations, blocks
+from interp.evidence.codes import read_activations, row_blocks
 from interp.evidence.corpus import Corpus
 from interp.evidence.subject import Subject
 from sae.base.errors import ConfigError
@@ -33,12 +33,12 @@ BASELINES = ("neurons", "topk_neurons", "random_direction", "random_init")
 SAMPLE_TOKENS = 8192
 
 
-def baseline(
+def baseline_coder(
     name: str, coder: SparseCoder, seed: int = 0, sample: Float[Tensor, "n d_in"] | None = None, k: int = 32
 ) -> SparseCoder:
     """Returns the stand-in called `name` for a trained coder; it reads the same sites of the same tokens.
 
-    `sample` holds activations such as the coder reads (`sample_of`); the random ones fire as often on it as the trained
+    `sample` holds activations such as the coder reads (`activation_sample`); the random ones fire as often on it as the trained
     ones. `k` is that of topk_neurons. What it is stands in its spec, under training["baseline"].
     """
     choose("coder.baseline", name, BASELINES)
@@ -50,11 +50,11 @@ def baseline(
     return _directions(coder, sample, seed) if name == "random_direction" else _untrained(coder, sample, seed)
 
 
-def sample_of(subject: Subject, corpus: Corpus, tokens: int = SAMPLE_TOKENS) -> Float[Tensor, "n d_in"]:
+def activation_sample(subject: Subject, corpus: Corpus, tokens: int = SAMPLE_TOKENS) -> Float[Tensor, "n d_in"]:
     """Returns what the coder reads at about `tokens` tokens, of rows taken evenly from a corpus."""
     each = corpus.n_tokens / max(1, len(corpus.kept))
     rows = corpus.kept[:: max(1, round(len(corpus.kept) * each / tokens))]
-    parts = [activations(subject, corpus.tokens(group))[0] for group in blocks(corpus, rows)]
+    parts = [read_activations(subject, corpus.tokens(group))[0] for group in row_blocks(corpus, rows)]
     return torch.cat(parts)[:tokens]
 
 

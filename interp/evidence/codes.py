@@ -73,7 +73,7 @@ class LiveCodes:
 
     def read(self, rows: Int[ndarray, "rows"]) -> Coded:
         """Returns the codes of rows of the corpus; DataError if a number is none."""
-        return encode(self.subject, self.corpus.tokens(rows))
+        return encode_rows(self.subject, self.corpus.tokens(rows))
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns what tells this coder and this language model from others."""
@@ -93,7 +93,7 @@ class StoredCodes:
     def __init__(self, folder: Path, corpus: Corpus, d_sae: int) -> None:
         self.d_sae, self._shards = d_sae, Shards(folder, "codes")
         self._number = np.full(corpus.n_rows, -1)
-        for number, group in enumerate(blocks(corpus, corpus.kept)):
+        for number, group in enumerate(row_blocks(corpus, corpus.kept)):
             self._number[group] = number
 
     def read(self, rows: Int[ndarray, "rows"]) -> Coded:
@@ -122,7 +122,7 @@ class StoredCodes:
             yield self._shards.read(number)
 
 
-def stored(coded: Coded, rows: Int[ndarray, "rows"]) -> dict[str, Tensor]:
+def block_tensors(coded: Coded, rows: Int[ndarray, "rows"]) -> dict[str, Tensor]:
     """Returns what is kept of the codes of a block: of every token its row and place, and its codes."""
     return {
         "row": torch.from_numpy(rows[coded.rows].astype(np.int32)),
@@ -133,7 +133,7 @@ def stored(coded: Coded, rows: Int[ndarray, "rows"]) -> dict[str, Tensor]:
     }
 
 
-def blocks(corpus: Corpus, rows: Int[ndarray, "rows"]) -> list[Int[ndarray, "_some"]]:
+def row_blocks(corpus: Corpus, rows: Int[ndarray, "rows"]) -> list[Int[ndarray, "_some"]]:
     """Returns rows in groups of about `BLOCK_TOKENS` tokens, padding counted; rows should come longest first."""
     groups, start = [], 0
     while start < len(rows):
@@ -144,7 +144,7 @@ def blocks(corpus: Corpus, rows: Int[ndarray, "rows"]) -> list[Int[ndarray, "_so
 
 
 @torch.no_grad()
-def activations(
+def read_activations(
     subject: Subject, tokens: Int[Tensor, "rows context"]
 ) -> tuple[Float[Tensor, "n d_in"], Bool[Tensor, "rows context"]]:
     """Returns what the coder reads of rows of text, at the tokens that are not masked, and which these are."""
@@ -159,10 +159,10 @@ def activations(
     return x.to(coder.W_enc.device), keep
 
 
-def encode(subject: Subject, tokens: Int[Tensor, "rows context"]) -> Coded:
+def encode_rows(subject: Subject, tokens: Int[Tensor, "rows context"]) -> Coded:
     """Returns the codes of rows of text. Masked tokens (special, first, outliers by norm) have none."""
     with subject.lock:
-        x, keep = activations(subject, tokens)
+        x, keep = read_activations(subject, tokens)
         latents = subject.coder.encode(x)
     if not all(torch.isfinite(found).all() for found in (x, latents.values)):
         raise DataError(

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool
 from numpy import ndarray
 
-from interp.evidence.codes import Codes, KeyedCodes, blocks, stored
+from interp.evidence.codes import Codes, KeyedCodes, block_tensors, row_blocks
 from interp.evidence.corpus import Corpus
 from interp.evidence.tally import Evidence, Sizes, Tally
 from sae.base.errors import ConfigError, DataError, Stopped
@@ -47,7 +47,7 @@ class Keep:
     """Whether all codes are kept too (`interp.evidence.codes.StoredCodes` reads them)."""
 
 
-def gather(codes: KeyedCodes, corpus: Corpus, folder: Path, keep: Keep, watch: Watch = UNWATCHED) -> Evidence:
+def gather_evidence(codes: KeyedCodes, corpus: Corpus, folder: Path, keep: Keep, watch: Watch = UNWATCHED) -> Evidence:
     """Returns the evidence of every latent on the whole corpus, from `folder` as far as it is there.
 
     `codes` are those of this corpus. Raises DataError if the folder holds evidence of something else, ConfigError if
@@ -97,7 +97,7 @@ class _Pass:
         self, codes: Codes, corpus: Corpus, folder: Path, new_tally: Callable[[], Tally], watch: Watch
     ) -> None:
         self.codes, self.corpus, self.folder, self.new_tally, self.watch = codes, corpus, folder, new_tally, watch
-        self.groups = blocks(corpus, corpus.kept)
+        self.groups = row_blocks(corpus, corpus.kept)
 
     def encode(self, kept: ShardWriter | None, all_tallied: bool) -> None:
         """Encodes this rank's share of the blocks that are in no tally yet, or whose codes are to be stored."""
@@ -116,7 +116,7 @@ class _Pass:
                 rows = self.groups[number]
                 coded = self.codes.read(rows)
                 if kept is not None and number not in done_before:
-                    kept.write(number, stored(coded, rows))
+                    kept.write(number, block_tensors(coded, rows))
                 if not tallied[number]:
                     names, splits = self.corpus.name[rows], self.corpus.split[rows]
                     tally.add(coded.latents, coded.rows, coded.places, names, splits, rows)

@@ -40,7 +40,9 @@ class Plan:
     pool_split: Int[ndarray, "pool"]
 
 
-def plan(evidence: Evidence, corpus: Corpus, latents: Int[ndarray, "n"], neighbors: list[list[int]], seed: int) -> Plan:
+def plan_places(
+    evidence: Evidence, corpus: Corpus, latents: Int[ndarray, "n"], neighbors: list[list[int]], seed: int
+) -> Plan:
     """Returns the places to visit for some latents, whose neighbors are given in their order."""
     found: list[tuple[int, int, int, ndarray]] = [(0, 0, 0, np.zeros(0, np.int64))]
     usual = [_usual_tokens(evidence, corpus, int(latent)) for latent in latents]

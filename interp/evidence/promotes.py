@@ -57,7 +57,7 @@ class Path(NamedTuple):
         return x if self.norm is None else through_norm(self.norm, x)
 
 
-def promoted(lm: LanguageModel, coder: SparseCoder, latents: Sequence[int], count: int = 10) -> list[Tokens]:
+def promoted_tokens(lm: LanguageModel, coder: SparseCoder, latents: Sequence[int], count: int = 10) -> list[Tokens]:
     """Returns for each latent the `count` tokens whose logits it raises most, and those that it lowers most.
 
     Both are empty where its direction does not reach the residual stream linearly, where the parts of the model are
@@ -80,7 +80,7 @@ def promoted(lm: LanguageModel, coder: SparseCoder, latents: Sequence[int], coun
     return found
 
 
-def neighbors(coder: SparseCoder, latents: Sequence[int], count: int = 10) -> list[list[tuple[int, float]]]:
+def decoder_neighbors(coder: SparseCoder, latents: Sequence[int], count: int = 10) -> list[list[tuple[int, float]]]:
     """Returns for each latent the `count` others whose decoders point most nearly its way, as (latent, cosine)."""
     norms = coder.decoder_norms().detach().float().clamp_min(1e-30)
     found: list[list[tuple[int, float]]] = []

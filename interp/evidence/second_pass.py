@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from interp.evidence.codes import Codes, blocks
+from interp.evidence.codes import Codes, row_blocks
 from interp.evidence.corpus import Corpus
 from interp.evidence.first_pass import held_with_ranks
 from interp.evidence.places import Plan
@@ -40,7 +40,7 @@ class Spots(NamedTuple):
     """Where it fires around the places of the shared pool."""
 
 
-def visit(codes: Codes, corpus: Corpus, plan: Plan, folder: Path, watch: Watch = UNWATCHED) -> "Visits":
+def visit_places(codes: Codes, corpus: Corpus, plan: Plan, folder: Path, watch: Watch = UNWATCHED) -> "Visits":
     """Returns what was found at the places of a plan, computed now as far as it is not in `folder`.
 
     Each plan has a folder of its own in there, so that other latents can be looked at later. Raises Stopped, with all
@@ -51,7 +51,7 @@ def visit(codes: Codes, corpus: Corpus, plan: Plan, folder: Path, watch: Watch =
     context, first = corpus.context_length, collectives.rank() == 0
     rows = np.unique(np.concatenate([plan.position, plan.pool]) // context)
     rows = rows[np.argsort(-corpus.length[rows], kind="stable")]
-    groups, visitor = blocks(corpus, rows), _Visitor(codes, context, plan)
+    groups, visitor = row_blocks(corpus, rows), _Visitor(codes, context, plan)
     batches = [groups[i : i + SHARD_BLOCKS] for i in range(0, len(groups), SHARD_BLOCKS)]
     with held_with_ranks(folder, watch):
         with collectives.together():

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from interp.client.requests import Abilities, Reply, Request
 from interp.records import ACTIVE, TIERS, Examples, Explanation, Facts, Item, Judgement, Score, Task, Window
 from interp.run.explanations_file import LONGEST_CHARS
-from interp.run.flows import Row, scored
+from interp.run.flows import Row, score_flow
 from interp.scorers import Scorer, Trial
 from interp.scorers.detection import Detection
 from interp.scorers.fuzzing import Fuzzing
@@ -69,7 +69,7 @@ def read_explanations(folder: Path | str) -> dict[str, dict[int, str]]:
 def read_scores(folder: Path | str) -> Iterator[Row]:
     """Yields a row for every scorer, hookpoint and latent of a run's folder or that of its scores.
 
-    It is a row of the score journal (`interp.run.flows.scored`) by the explainer "delphi", and tells beside it
+    It is a row of the score journal (`interp.run.flows.score_flow`) by the explainer "delphi", and tells beside it
 
     - `hookpoint`: that the latent is of;
     - `doubtful`: how many answers may be failed calls. For these delphi's simulator writes zeros, but its judge may
@@ -138,7 +138,7 @@ def _settings(path: Path) -> _Settings:
 
 
 def _scored(name: str, path: Path, settings: _Settings) -> Row:
-    """Returns what `interp.run.flows.scored` makes of the judgements in a file."""
+    """Returns what `interp.run.flows.score_flow` makes of the judgements in a file."""
     entries = read_json(path)
     if name == "simulation" and isinstance(entries, list):
         entries = _sequences(entries)
@@ -148,7 +148,7 @@ def _scored(name: str, path: Path, settings: _Settings) -> Row:
     found = [read(_Entry(path, number, entry), name, settings) for number, entry in enumerate(entries)]
     recorded = _Recorded(SCORERS[name], tuple(task for task, _ in found), tuple(judgement for _, judgement in found))
     try:
-        next(scored(recorded, Explanation(0, "", EXPLAINER), Examples(0, _NOTHING_KNOWN), {}, Abilities()))
+        next(score_flow(recorded, Explanation(0, "", EXPLAINER), Examples(0, _NOTHING_KNOWN), {}, Abilities()))
     except StopIteration as ended:
         row: Row = ended.value
     else:

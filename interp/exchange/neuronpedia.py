@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from interp.records import Examples, Window
-from interp.run.flows import measure
+from interp.run.flows import measure_of
 from interp.run.rundir import explained_in, scores_in, shard_folders
 from interp.scorers import Scorer
 from sae.base.errors import ConfigError
@@ -46,7 +46,7 @@ class Exported(NamedTuple):
     activations: int
 
 
-def export(
+def export_run(
     run_dir: Path | str,
     folder: Path | str,
     scorers: dict[str, Scorer],
@@ -106,7 +106,7 @@ def _explanations(run_dir: Path, scorers: dict[str, Scorer], where: dict[str, st
 
 def _score(row: dict[str, Any], headline: str) -> dict[str, Any] | None:
     """Returns a score by its headline, with the interval and the coverage beside it; None where it is n/a."""
-    found = measure(row, headline)
+    found = measure_of(row, headline)
     if found.value is None:
         return None
     details = {"measure": headline, "low": found.low, "high": found.high}

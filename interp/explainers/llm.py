@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from interp.client.requests import Abilities, Chat, Reply, Request
 from interp.explainers import Explainer
-from interp.prompts.explaining import SCHEMA, correct, explain
+from interp.prompts.explaining import SCHEMA, correction_messages, explanation_messages
 from interp.prompts.judging import Messages
 from interp.records import Examples, Explanation, Item, Judged
 from sae.base.settings import at_least
@@ -85,7 +85,9 @@ class LanguageModelExplainer(Explainer):
         if not asked or not wrong:
             return []
         n = self.counterexamples
-        return [self._chat(correct(asked, explanation.text, overlooked[:n], mistaken[:n]), 0, self.temperature)]
+        return [
+            self._chat(correction_messages(asked, explanation.text, overlooked[:n], mistaken[:n]), 0, self.temperature)
+        ]
 
     def _asked(self, examples: Examples) -> Messages:
         """Returns the messages with as many windows as are wanted and the prompt has room for; none without any."""
@@ -94,7 +96,7 @@ class LanguageModelExplainer(Explainer):
             return ()
         shown, against = min(self.shown, len(active)), min(self.silent, len(silent))
         while True:
-            messages = explain(_spread(active, shown), silent[:against], examples.facts.promoted)
+            messages = explanation_messages(_spread(active, shown), silent[:against], examples.facts.promoted)
             if shown == 1 or sum(len(content) for _, content in messages) <= self.max_prompt_chars:
                 return messages
             shown, against = max(1, shown * 4 // 5), against * 4 // 5

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from interp.prompts.judging import Messages
-from interp.prompts.windows import fenced, levels, quoted, shown
+from interp.prompts.windows import activation_levels, fenced, quoted, shown
 from interp.records import Item
 
 TOKENS_WITH_LEVELS = 10  # of a window: the strongest
@@ -39,7 +39,7 @@ _WRONG = (
 )
 
 
-def explain(active: Sequence[Item], silent: Sequence[Item], promoted: Sequence[str] = ()) -> Messages:
+def explanation_messages(active: Sequence[Item], silent: Sequence[Item], promoted: Sequence[str] = ()) -> Messages:
     """Returns the messages that ask for an explanation of active windows, set against silent ones.
 
     `promoted` are the tokens that the latent makes more likely to follow, most first.
@@ -53,7 +53,9 @@ def explain(active: Sequence[Item], silent: Sequence[Item], promoted: Sequence[s
     return (("system", _SYSTEM), ("user", user))
 
 
-def correct(asked: Messages, explanation: str, overlooked: Sequence[Item], mistaken: Sequence[Item]) -> Messages:
+def correction_messages(
+    asked: Messages, explanation: str, overlooked: Sequence[Item], mistaken: Sequence[Item]
+) -> Messages:
     """Returns the messages that ask for a better explanation, given `asked`, which the first answers.
 
     `overlooked` are active windows that it was not judged to fit, `mistaken` silent ones that it was.
@@ -67,7 +69,7 @@ def correct(asked: Messages, explanation: str, overlooked: Sequence[Item], mista
 
 def _with_levels(item: Item, largest: float) -> str:
     """Returns an active window with its marks, and a line with the levels of its strongest tokens in their order."""
-    pieces, level = item.window.pieces(), levels(item.window, largest)
+    pieces, level = item.window.pieces(), activation_levels(item.window, largest)
     strongest = sorted((-level[place], place) for place in range(len(pieces)) if level[place] and pieces[place].strip())
     places = sorted(place for _, place in strongest[:TOKENS_WITH_LEVELS])
     told = ", ".join(f"{quoted(pieces[place].strip())} {level[place]}" for place in places)

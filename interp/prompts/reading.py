@@ -45,7 +45,7 @@ _COLLECTIONS = (
 )
 
 
-def described(description: str, window: Window) -> Framed:
+def described_window(description: str, window: Window) -> Framed:
     """Returns a text in which a window follows a description; the span is the window."""
     start = _COLLECTIONS + _block(prose(description), "")
     text = start + shown(window)
@@ -79,7 +79,7 @@ _UNITS = (
 )
 
 
-def simulated(description: str, window: Window) -> Framed:
+def simulated_levels(description: str, window: Window) -> Framed:
     """Returns a text that lists a window's tokens with no level known; a span is the place of one level."""
     text, spans = f"{_UNITS}Description: {prose(description)}\nTokens:\n", []
     for piece in window.pieces():
@@ -114,7 +114,7 @@ _SIMULATE = (
 )
 
 
-def simulate(description: str, window: Window) -> Messages:
+def simulation_messages(description: str, window: Window) -> Messages:
     """Returns the messages that ask for the levels of a window's tokens, numbered from 0."""
     lines = [f"{number}\t{quoted(piece)}" for number, piece in enumerate(window.pieces())]
     listed = "\n".join(lines)
@@ -135,7 +135,7 @@ _PASSAGES = "".join(
 )
 
 
-def amplified(passage: str, description: str) -> Framed:
+def amplified_passage(passage: str, description: str) -> Framed:
     """Returns a text that says of a passage that it has much of what is described; the span is the description."""
     start = _PASSAGES + _passage(passage)
     text = start + prose(description)

@@ -73,7 +73,7 @@ def prose(text: str, longest: int = 2000) -> str:
     return _harmless("".join(_code(character) if character != "\\" else character for character in line))
 
 
-def levels(window: Window, largest: float) -> tuple[int, ...]:
+def activation_levels(window: Window, largest: float) -> tuple[int, ...]:
     """Returns every token's activation as 0 (none) to 9 (the top ninth of `largest`, the largest there is)."""
     scale = TOP_LEVEL / largest if largest > 0 else 0.0
     return tuple(min(TOP_LEVEL, math.ceil(abs(value) * scale)) for value in window.activations)

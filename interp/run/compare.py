@@ -26,16 +26,16 @@ from scipy.optimize import linear_sum_assignment
 from interp.client.client import Client
 from interp.client.config import EndpointConfig
 from interp.client.requests import Embed
-from interp.evidence.codes import Codes, LiveCodes, blocks
+from interp.evidence.codes import Codes, LiveCodes, row_blocks
 from interp.evidence.corpus import Corpus
 from interp.evidence.first_pass import LATENTS
 from interp.evidence.subject import Subject
 from interp.evidence.tally import Evidence
 from interp.run.config import ExplainConfig
-from interp.run.preparing import read_from, resolved
-from interp.run.results import explanations
+from interp.run.preparing import read_from, resolve_config
+from interp.run.results import explanations_of_run
 from interp.scorers.embedding import BATCH
-from interp.scoring.metrics import mean
+from interp.scoring.metrics import mean_measure
 from sae.base.errors import ConfigError, nearest
 from sae.base.seeding import generator
 from sae.base.settings import decode, read_yaml
@@ -128,8 +128,8 @@ def compare(
 
 
 def _side(folder: Path, explainer: str | None, trust_remote_code: bool) -> Side:
-    config = resolved(decode(ExplainConfig, read_yaml(folder / "config.yaml")))
-    found = explanations(folder)
+    config = resolve_config(decode(ExplainConfig, read_yaml(folder / "config.yaml")))
+    found = explanations_of_run(folder)
     name = explainer or ("llm" if "llm" in found else next(iter(found), ""))
     if not found.get(name):
         known = ", ".join(found) or "none"
@@ -219,7 +219,7 @@ def coactivation(
     rows = corpus.kept[order]
     rows = rows[: int(np.searchsorted(np.cumsum(corpus.length[rows]), tokens)) + 1]
     rows = rows[np.argsort(-corpus.length[rows], kind="stable")]
-    for group in blocks(corpus, rows):
+    for group in row_blocks(corpus, rows):
         coded = [side.read(group) for side in codes]
         spots = [c.rows.astype(np.int64) * corpus.context_length + c.places for c in coded]
         common = np.intersect1d(*spots, assume_unique=True)
@@ -256,7 +256,10 @@ def semantic(matching: Matching, similarity: Float[ndarray, "a b"]) -> dict[str,
         sums = (table.sum(0) + table.sum(1) - 2 * own) / (n - 1)  # of both latents' means over the other pairs
         others = sums - sums.mean() / 2
         lift = own - others
-    return {name: asdict(mean(values.tolist())) for name, values in (("value", own), ("null", others), ("lift", lift))}
+    return {
+        name: asdict(mean_measure(values.tolist()))
+        for name, values in (("value", own), ("null", others), ("lift", lift))
+    }
 
 
 def cosines(vectors_a: Float[ndarray, "a d"], vectors_b: Float[ndarray, "b d"]) -> Float[ndarray, "a b"]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
-from interp.client.ledger import estimate
+from interp.client.ledger import estimated_accounts
 from interp.client.requests import ROLES, Abilities, Chat, LogProb, Request
 from interp.evidence.examples import ExampleConfig
 from interp.explainers import Explainer
@@ -142,7 +142,7 @@ def _costs(config: ExplainConfig, asked: list[tuple[Asked, float]]) -> Iterator[
     endpoints = {role: config.endpoint(role) for role in ROLES}
     calls, sent, answered = (defaultdict[str, float](float) for _ in range(3))
     for one, times in asked:
-        for role, account in estimate([one.request], endpoints).items():
+        for role, account in estimated_accounts([one.request], endpoints).items():
             calls[role] += times
             sent[role] += times * (account.tokens_in + sum(map(_more, _texts(one.request))))
             answered[role] += times * account.tokens_out

@@ -13,7 +13,7 @@ LONGEST_CHARS = 10_000
 _NUMBER = re.compile(r"[0-9]{1,12}")
 
 
-def explanations(path: Path, d_sae: int) -> dict[int, str]:
+def read_explanations(path: Path, d_sae: int) -> dict[int, str]:
     """Returns the explanation of every latent in a file.
 
     Either lines of JSON, {"latent": 3, "text": "..."} (also with the field names of Neuronpedia's exports, "index" and

@@ -29,7 +29,7 @@ class CutOff(Exception):
     exit_code = 3
 
 
-def explained(
+def explanation_flow(
     explainer: Explainer, examples: Examples, abilities: dict[str, Abilities], chooser: Scorer | None
 ) -> Flow:
     """Returns the row of an explanation: `status`, `explanation`, and of several candidates how it was chosen.
@@ -62,7 +62,7 @@ def explained(
     return {"status": OK, "reason": "", "explanation": best.with_(detail=detail).to_json()}
 
 
-def scored(
+def score_flow(
     scorer: Scorer,
     explanation: Explanation,
     examples: Examples,
@@ -104,7 +104,7 @@ def scored(
     }
 
 
-def measure(row: Row, name: str) -> Measure:
+def measure_of(row: Row, name: str) -> Measure:
     """Returns one figure of a score's row; n/a where it has none."""
     found = row.get("score", {}).get("measures", {}).get(name)
     return Measure(**found) if found else Measure(None)

@@ -27,7 +27,7 @@ from interp.client.requests import ROLES, Abilities, Reply, Request
 from interp.records import Examples, Explanation
 from interp.run import explanations_file
 from interp.run.config import ExplainConfig
-from interp.run.flows import AGAIN, FAILED, OK, CutOff, Flow, Row, explained, scored
+from interp.run.flows import AGAIN, FAILED, OK, CutOff, Flow, Row, explanation_flow, score_flow
 from interp.run.journal import Journal
 from interp.run.preparing import Prepared
 from interp.run.rundir import CACHE, LATENTS, explained_in, scores_in, shard_folder
@@ -95,7 +95,7 @@ class Pipeline:
         if not self.config.explanations:
             return
         path = Path(self.config.explanations).expanduser()
-        name, found = path.stem, explanations_file.explanations(path, self.prepared.evidence.d_sae)
+        name, found = path.stem, explanations_file.read_explanations(path, self.prepared.evidence.d_sae)
         for latent in self.latents:
             there = self._explanation(latent, name)
             if latent in found and (there is None or there.text != found[latent]):
@@ -205,7 +205,7 @@ class Pipeline:
             explainer = self.explainers[name]
             by = self.config.endpoint("explainer").model if explainer.needs_llm else ""
             row = {"latent": latent, "explainer": name, "by": by}
-            found.append((self.explained, row, explained(explainer, examples, self.abilities, chooser)))
+            found.append((self.explained, row, explanation_flow(explainer, examples, self.abilities, chooser)))
         return found
 
     async def _score(self, latent: int) -> list[Work]:
@@ -232,7 +232,7 @@ class Pipeline:
             row = {"latent": latent, "scorer": name, "explainer": explainer, "null": null, "of": explanation.latent}
             row |= {"explanation": explanation.text, "judge": self._judge(scorer)}
             able = self.abilities.get(scorer.role, Abilities())
-            found.append((self.scores, row, scored(scorer, explanation, examples, ready, able)))
+            found.append((self.scores, row, score_flow(scorer, explanation, examples, ready, able)))
         return found
 
     def _open(self, journal: Journal, key: Hashable, explanation: str | None = None) -> bool:
@@ -305,7 +305,7 @@ class Pipeline:
         return asked | {"missing": missing} | ({} if usd is None else {"usd": usd})
 
 
-async def check(config: ExplainConfig, shard: tuple[int, int]) -> None:
+async def check_models(config: ExplainConfig, shard: tuple[int, int]) -> None:
     """Raises ConfigError in one line if a model that the run asks cannot be asked; before any long work starts."""
     cache = shard_folder(Path(config.run_dir), shard) / CACHE
     async with Client({role: config.endpoint(role) for role in ROLES}, cache, config.budget_usd) as client:

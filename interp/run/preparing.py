@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Int
 from numpy import ndarray
 
-from interp.evidence.baselines import baseline, sample_of
+from interp.evidence.baselines import activation_sample, baseline_coder
 from interp.evidence.codes import KeyedCodes, LiveCodes, StoredCodes
 from interp.evidence.corpus import Corpus, corpus_of_text
 from interp.evidence.decode import Decoder
 from interp.evidence.delphi_cache import CachedCodes, DelphiCache, corpus_of_cache
 from interp.evidence.examples import ExampleMaker
-from interp.evidence.first_pass import CODES, Keep, gather
-from interp.evidence.places import plan
-from interp.evidence.promotes import Tokens, neighbors, promoted
-from interp.evidence.second_pass import visit
+from interp.evidence.first_pass import CODES, Keep, gather_evidence
+from interp.evidence.places import plan_places
+from interp.evidence.promotes import Tokens, decoder_neighbors, promoted_tokens
+from interp.evidence.second_pass import visit_places
 from interp.evidence.subject import Subject
 from interp.evidence.tally import Evidence
 from interp.records import Examples
@@ -64,7 +64,7 @@ class Prepared:
         return self.maker.make(latent, facts)
 
 
-def resolved(config: ExplainConfig) -> ExplainConfig:
+def resolve_config(config: ExplainConfig) -> ExplainConfig:
     """Returns the config with the coder's own model and text, explainers and scorers where none are named, and the
     run's folder.
 
@@ -99,7 +99,7 @@ def resolved(config: ExplainConfig) -> ExplainConfig:
         )
     asked_latents(config.latents, spec.d_sae)
     if config.explanations:
-        explanations_file.explanations(Path(config.explanations).expanduser(), spec.d_sae)
+        explanations_file.read_explanations(Path(config.explanations).expanduser(), spec.d_sae)
     plugins = {"explainers": config.all_explainers(), "scorers": config.all_scorers()}
     return replace(config, model=model, text=text, run_dir=run_dir, evidence=evidence, **plugins)
 
@@ -121,17 +121,17 @@ def prepare(config: ExplainConfig, trust_remote_code: bool = False, watch: Watch
     n_sections, by = rows.meta["sections"], rows.meta["split_by"]
     log.info("text: %s tokens in %s sections, split by %s", f"{rows.n_tokens:,}", f"{n_sections:,}", by)
     keep = Keep(config.evidence.sizes, config.seed, config.evidence.store)
-    evidence = gather(codes, rows, folder, keep, watch)
+    evidence = gather_evidence(codes, rows, folder, keep, watch)
     known = StoredCodes(folder / CODES, rows, codes.d_sae) if keep.store else codes
     if collectives.rank() == 0:
         found = {"latents": evidence.d_sae, "alive": len(evidence.alive()), "tokens_counted": evidence.tokens}
         write_json(folder / TEXT, {"tokens": rows.n_tokens, **rows.meta, **found})
     latents = chosen_latents(config.latents, evidence, config.seed)
-    near = neighbors(subject.coder, latents.tolist(), NEIGHBORS)
-    places = plan(evidence, rows, latents, [[other for other, _ in pairs] for pairs in near], config.seed)
-    visits = visit(known, rows, places, folder, watch)
+    near = decoder_neighbors(subject.coder, latents.tolist(), NEIGHBORS)
+    places = plan_places(evidence, rows, latents, [[other for other, _ in pairs] for pairs in near], config.seed)
+    visits = visit_places(known, rows, places, folder, watch)
     maker = ExampleMaker(evidence, visits, rows, Decoder(subject.lm.tokenizer), config.examples, config.seed)
-    tokens = dict(zip(latents.tolist(), promoted(subject.lm, subject.coder, latents.tolist()), strict=True))
+    tokens = dict(zip(latents.tolist(), promoted_tokens(subject.lm, subject.coder, latents.tolist()), strict=True))
     neighborhood = {latent: tuple(pairs) for latent, pairs in zip(latents.tolist(), near, strict=True)}
     return Prepared(subject, rows, evidence, latents, maker, tokens, neighborhood)
 
@@ -160,7 +160,7 @@ def read_from(
     rows = corpus_of_text(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, shown)
     progress.close()
     if config.coder.baseline != "none":
-        stand_in = baseline(config.coder.baseline, coder, config.seed, sample_of(subject, rows))
+        stand_in = baseline_coder(config.coder.baseline, coder, config.seed, activation_sample(subject, rows))
         lm = subject.lm
         subject = Subject(stand_in, lambda: lm)
     return subject, rows, LiveCodes(subject, rows)

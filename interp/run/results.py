@@ -10,11 +10,11 @@ from typing import Any
 
 from interp.client.cache import spent_in
 from interp.records import Measure
-from interp.run.flows import FAILED, OK, PARTIAL, Row, measure
+from interp.run.flows import FAILED, OK, PARTIAL, Row, measure_of
 from interp.run.pipeline import FEWEST_FOR_NULL
 from interp.run.rundir import CACHE, LATENTS, explained_in, scores_in, shard_folders
 from interp.scorers import Scorer
-from interp.scoring.metrics import difference, mean
+from interp.scoring.metrics import lift_over, mean_measure
 from sae.base.files import read_json, write_json, write_whole
 
 RESULTS, SUMMARY = "results.parquet", "summary.json"
@@ -41,7 +41,7 @@ def write_results(run_dir: Path, scorers: dict[str, Scorer], about: dict[str, An
     return summary
 
 
-def explanations(run_dir: Path) -> dict[str, dict[int, str]]:
+def explanations_of_run(run_dir: Path) -> dict[str, dict[int, str]]:
     """Returns by explainer the text of every latent that has one."""
     found: dict[str, dict[int, str]] = defaultdict(dict)
     for folder in shard_folders(run_dir):
@@ -71,7 +71,7 @@ class _Run:
         for row in self._rows():
             self.labels[row["explainer"], row["scorer"]].setdefault(label(row))
             self.measures |= dict.fromkeys(row.get("score", {}).get("measures", {}))
-            null = measure(row, CHANCE if not row["explainer"] else scorers[row["scorer"]].headline).value
+            null = measure_of(row, CHANCE if not row["explainer"] else scorers[row["scorer"]].headline).value
             if (row["null"] or not row["explainer"]) and row["status"] in SCORED and null is not None:
                 self.nulls[row["explainer"], label(row)].append(null)
         asked = {latent for folder in folders for latent in _latents(folder)}
@@ -83,7 +83,7 @@ class _Run:
         values = self.nulls[explainer, name]
         if not explainer:
             return Measure(values[0], values[0], values[0]) if values else Measure(None)
-        return mean(values) if len(values) >= FEWEST_FOR_NULL else Measure(None)
+        return mean_measure(values) if len(values) >= FEWEST_FOR_NULL else Measure(None)
 
     def explained(self) -> dict[str, dict[str, int]]:
         """By explainer, how many latents ended how."""
@@ -127,7 +127,7 @@ class _Run:
     ) -> dict[str, Any]:
         headline, score = self.scorers[pair[1]].headline, row.get("score", {})
         counts = row["status"] in SCORED
-        found, null = measure(row, headline) if counts else Measure(None), nulls[pair[0], name]
+        found, null = measure_of(row, headline) if counts else Measure(None), nulls[pair[0], name]
         flat = {
             "latent": row["latent"],
             "explainer": pair[0],
@@ -141,7 +141,7 @@ class _Run:
             "coverage": score.get("coverage"),
             "invalid": sum(score.get("invalid", {}).values()),
         }
-        flat |= _columns("score", found) | _columns("null", null) | _columns("lift", difference(found, null))
+        flat |= _columns("score", found) | _columns("null", null) | _columns("lift", lift_over(found, null))
         for measured, figures in score.get("measures", {}).items() if counts else ():
             flat |= _columns(measured, Measure(**figures))
         return flat
@@ -169,7 +169,7 @@ class _Group:
 
     def summary(self, explainer: str, scorer: str, null: Measure) -> dict[str, Any]:
         """Counts by status, mean and quartiles of the headline, null and lift."""
-        values, average = sorted(self.values), mean(self.values)
+        values, average = sorted(self.values), mean_measure(self.values)
         return {
             "explainer": explainer,
             "scorer": scorer,
@@ -179,7 +179,7 @@ class _Group:
             "mean": asdict(average),
             "quartiles": [values[round(q * (len(values) - 1))] for q in (0.25, 0.5, 0.75)] if values else None,
             "null": asdict(null),
-            "lift": asdict(difference(average, null)),
+            "lift": asdict(lift_over(average, null)),
             "coverage": sum(self.coverage) / len(self.coverage) if self.coverage else None,
         }
 
@@ -215,7 +215,7 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], measures: Iterabl
             writer.write_table(pa.table(columns, schema))
 
 
-def lines(summary: dict[str, Any]) -> list[str]:
+def summary_lines(summary: dict[str, Any]) -> list[str]:
     """Returns a summary as people read it."""
     found = []
     for name, counts in summary["explanations"].items():
@@ -230,7 +230,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
 
 
 def _line(one: dict[str, Any]) -> str:
-    average, null, lift = (told(Measure(**one[name])) for name in ("mean", "null", "lift"))
+    average, null, lift = (with_interval(Measure(**one[name])) for name in ("mean", "null", "lift"))
     of = sum(one["statuses"].values())
     return (
         f"  {one['scorer']}: {one['headline'].replace('_', ' ')} {average}, null {null}, lift {lift}; "
@@ -261,7 +261,7 @@ def _spent(folders: list[Path]) -> dict[str, Any]:
     return total
 
 
-def told(found: Measure) -> str:
+def with_interval(found: Measure) -> str:
     """Returns a figure with its interval, as people read it."""
     if found.value is None:
         return "n/a"

@@ -57,7 +57,7 @@ def shard_folders(run_dir: Path) -> list[Path]:
     return found
 
 
-def begin(config: ExplainConfig) -> None:
+def begin_run(config: ExplainConfig) -> None:
     """Writes config.yaml and env.json of a run; ConfigError if the folder holds a run with other settings.
 
     Explainers, scorers and models may come in later commands: config.yaml tells of all that the run ever had.

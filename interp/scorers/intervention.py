@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from interp.client.requests import LogProb, Reply, Request
-from interp.prompts.reading import amplified
+from interp.prompts.reading import amplified_passage
 from interp.records import Examples, Facts, Judgement, Score, Task, Window
 from interp.scorers import Scorer, Trial
 from interp.scoring.judging import likelier
-from interp.scoring.metrics import clustered, score_of
+from interp.scoring.metrics import bootstrapped, score_of
 from sae.base.errors import ConfigError
 from sae.base.settings import at_least
 
@@ -83,7 +83,7 @@ class Intervention(Scorer):
     def requests(self, trial: Trial) -> list[Request]:
         """Returns two requests a prompt: the explanation after either passage."""
         return [
-            LogProb(self.role, *amplified(passage, trial.explanation.text))
+            LogProb(self.role, *amplified_passage(passage, trial.explanation.text))
             for task in trial.tasks
             for passage in (task.text, task.clean)
         ]
@@ -98,7 +98,7 @@ class Intervention(Scorer):
         """Returns the mean over prompts, with the interval of a bootstrap over their sections."""
         answered = [(t.section, j.value) for t, j in zip(tasks, judgements, strict=True) if j.value is not None]
         values = [value for _, value in answered]
-        mean = clustered(lambda weights: weights @ values / weights.sum(1), [section for section, _ in answered])
+        mean = bootstrapped(lambda weights: weights @ values / weights.sum(1), [section for section, _ in answered])
         return score_of({"nats": mean}, judgements)
 
 

@@ -16,7 +16,7 @@ from interp.prompts.windows import shown
 from interp.records import TIERS, Examples, Facts, Judgement, Measure, Score, Task
 from interp.scorers import Scorer, Trial
 from interp.scoring.judging import CHOSEN, choice, chosen_id
-from interp.scoring.metrics import rate, score_of
+from interp.scoring.metrics import hit_rate, score_of
 from sae.base.errors import ConfigError
 from sae.base.seeding import generator
 from sae.base.settings import at_least
@@ -86,7 +86,7 @@ class Intruder(Scorer):
     ) -> Score:
         """Returns the share of intruders found, and what guessing finds."""
         answered = [(task, found.value) for task, found in zip(tasks, judgements, strict=True) if found.valid]
-        accuracy = rate([value == task.truth for task, value in answered], [task.section for task, _ in answered])
+        accuracy = hit_rate([value == task.truth for task, value in answered], [task.section for task, _ in answered])
         chance = 1 / self.windows
         return score_of({"accuracy": accuracy, "chance": Measure(chance, chance, chance)}, judgements)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from interp.client.requests import Abilities, Chat, LogProb, Reply, Request
-from interp.prompts.reading import LEVELS, LEVELS_SCHEMA, UNKNOWN, simulate, simulated
+from interp.prompts.reading import LEVELS, LEVELS_SCHEMA, UNKNOWN, simulated_levels, simulation_messages
 from interp.records import ACTIVE, Examples, Facts, Judgement, Measure, Score, Task, Window
 from interp.scorers import Scorer, Trial
 from interp.scoring.judging import LEAST_MASS
@@ -55,12 +55,12 @@ class Simulation(Scorer):
         """Returns one request a window, of the kind that the judge can answer."""
         windows = [task.items[0].window for task in trial.tasks]
         if _reads(trial.abilities):
-            framed = [simulated(trial.explanation.text, window) for window in windows]
+            framed = [simulated_levels(trial.explanation.text, window) for window in windows]
             return [LogProb(self.role, *frame, choices=(*LEVELS, UNKNOWN)) for frame in framed]
         return [
             Chat(
                 self.role,
-                simulate(trial.explanation.text, window),
+                simulation_messages(trial.explanation.text, window),
                 max_tokens=TOKENS_PER_LEVEL * (len(window.tokens) + 2),
                 schema=LEVELS_SCHEMA,
             )

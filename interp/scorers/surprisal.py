@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from interp.client.requests import LogProb, Reply, Request
-from interp.prompts.reading import NEUTRAL, described
+from interp.prompts.reading import NEUTRAL, described_window
 from interp.records import Examples, Facts, Judgement, Score, Task
 from interp.scorers import Scorer, Trial
 from interp.scoring.judging import likelier
@@ -36,7 +36,7 @@ class Surprisal(Scorer):
     def requests(self, trial: Trial) -> list[Request]:
         """Returns two requests a window: after the explanation, and after the neutral description."""
         return [
-            LogProb(self.role, *described(description, task.items[0].window))
+            LogProb(self.role, *described_window(description, task.items[0].window))
             for task in trial.tasks
             for description in (trial.explanation.text, NEUTRAL)
         ]

@@ -43,7 +43,7 @@ def wilson(share: float, n: float) -> Measure:
     return Measure(share, min(share, max(0.0, center - half)), max(share, min(1.0, center + half)))
 
 
-def rate(hits: Sequence[bool] | Bool[ndarray, "n"], sections: Sequence[int]) -> Measure:
+def hit_rate(hits: Sequence[bool] | Bool[ndarray, "n"], sections: Sequence[int]) -> Measure:
     """Returns the share of hits, with Wilson's interval for as many draws as the windows amount to.
 
     Windows of one section agree more than others do, so they amount to fewer: n / max(1, d) with the design effect
@@ -73,7 +73,7 @@ def linear(*parts: tuple[float, Measure]) -> Measure:
     return Measure(value, value - low, value + high)
 
 
-def difference(score: Measure, null: Measure) -> Measure:
+def lift_over(score: Measure, null: Measure) -> Measure:
     """Returns score - null, the lift. The interval is wider than need be where both are of the same windows."""
     return linear((1.0, score), (-1.0, null))
 
@@ -106,7 +106,7 @@ def auroc(values: Sequence[float], truths: Sequence[float], sections: Sequence[i
     class, by var(AUROC) <= A (1 - A) / min(n_active, n_silent) (Birnbaum & Klose 1957, Ann. Math. Stat. 28:933).
     """
     active = np.asarray(truths, float) > 0
-    found = clustered(lambda weights: weighted_auroc(values, truths, weights), sections)
+    found = bootstrapped(lambda weights: weighted_auroc(values, truths, weights), sections)
     if found.value in (0.0, 1.0):
         places = _clusters(sections)
         return wilson(found.value, min(len(set(places[active])), len(set(places[~active]))))
@@ -149,18 +149,18 @@ def correlation(
             square = np.where((xx * n - x * x > 1e-12 * n * xx) & (yy * n - y * y > 1e-12 * n * yy), 1.0, np.nan)
             return square * (xy * n - x * y) / np.sqrt((xx * n - x * x) * (yy * n - y * y))
 
-    return clustered(pearson, sections)
+    return bootstrapped(pearson, sections)
 
 
-def mean(values: Sequence[float]) -> Measure:
+def mean_measure(values: Sequence[float]) -> Measure:
     """Returns the mean of independent values, such as one a latent, with its bootstrap interval; n/a of none."""
     if not len(values):
         return NONE
     x = np.asarray(values, float)
-    return clustered(lambda weights: weights @ x / weights.sum(1), range(len(x)))
+    return bootstrapped(lambda weights: weights @ x / weights.sum(1), range(len(x)))
 
 
-def clustered(statistic: Callable[[Float[ndarray, "b n"]], Float[ndarray, "b"]], sections: Sequence[int]) -> Measure:
+def bootstrapped(statistic: Callable[[Float[ndarray, "b n"]], Float[ndarray, "b"]], sections: Sequence[int]) -> Measure:
     """Returns a statistic of n windows and its percentile interval over draws of whole sections.
 
     `statistic` takes weights [b, n] and returns b values, nan where a draw has none; it is n/a if it is nan for weights
@@ -245,7 +245,7 @@ def _share(answered: Sequence[tuple[Task, float]], threshold: float | None, abov
     if threshold is None:
         return NONE
     hits = [(value >= threshold) == above for _, value in answered]
-    return rate(hits, [task.section for task, _ in answered])
+    return hit_rate(hits, [task.section for task, _ in answered])
 
 
 def _auroc(answered: Sequence[tuple[Task, float]]) -> Measure:

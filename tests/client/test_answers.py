@@ -301,7 +301,7 @@ def test_tokens_cut_anywhere_are_found_again(text, data):
     cuts = sorted(data.draw(st.sets(st.integers(1, len(raw)), max_size=8)) - {len(raw)})
     edges = [0, *cuts, len(raw)]
     tokens = [raw[a:b].decode(errors="replace") for a, b in itertools.pairwise(edges)]
-    found = spans.places(text, [*tokens, " generated"])
+    found = spans.token_places(text, [*tokens, " generated"])
     if found is None:
         return  # several characters in parts, beside their like
     assert len(found) == len(tokens)
@@ -316,4 +316,4 @@ def test_a_text_with_many_parts_of_characters_is_followed():
     told = ["<s>", "The", " ", "\ufffd", "\ufffd", "\ufffd", " caf", "\u00e9", "", "", "s", " \ufffd", "\ufffd"]
     text = "The \u65e5 caf\u00e9\U0001f600s \u00df"
     places = [(-1, -1), (0, 3), (3, 4), *[(4, 5)] * 3, (5, 9), (9, 10), *[(10, 11)] * 2, (11, 12), (12, 13), (13, 14)]
-    assert spans.places(text, told) == places
+    assert spans.token_places(text, told) == places

@@ -12,7 +12,7 @@ from rigs.interp_runs import D_SAE, explain_config, run, scores, tiny_coder
 from safetensors.numpy import save_file
 
 from interp.evidence import codes
-from interp.evidence.codes import encode
+from interp.evidence.codes import encode_rows
 from interp.evidence.delphi_cache import CachedCodes, DelphiCache
 from interp.run.flows import OK
 from interp.run.preparing import prepare, read_from
@@ -43,7 +43,7 @@ def cache(coder, tmp_path_factory):
         dense = np.zeros((ROWS, CONTEXT, D_SAE), np.float16)
         spec = subject.coder.spec
         subject.coder.spec = spec.with_(mask=type(spec.mask)((), skip_positions=0))
-        coded = encode(subject, torch.from_numpy(tokens.astype(np.int32)))
+        coded = encode_rows(subject, torch.from_numpy(tokens.astype(np.int32)))
         dense[coded.rows, coded.places] = coded.latents.to_dense().numpy()
     for first in range(0, D_SAE, SPLIT):
         part = dense[..., first : first + SPLIT]
@@ -87,7 +87,7 @@ def test_rows_and_codes_of_a_cache_belong_together(coder, cache, tmp_path):
     assert spec.mask.special_ids
     some = rows.kept[[0, 3, 8, 9, -1]]
     found, tokens = cached.read(some), rows.tokens(some)
-    live = encode(subject, tokens)
+    live = encode_rows(subject, tokens)
     assert np.array_equal(found.rows, live.rows)
     assert np.array_equal(found.places, live.places)
     assert len(found.rows) == int(token_mask(tokens, spec.mask).sum()) < tokens.numel() - len(some)

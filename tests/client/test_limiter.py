@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from interp.client.config import EndpointConfig
-from interp.client.ledger import Ledger, Usage, estimate
+from interp.client.ledger import Ledger, Usage, estimated_accounts
 from interp.client.remote import limiter
 from interp.client.remote.failures import retry_after, scrub
 from interp.client.remote.limiter import Closed, Limiter
@@ -153,7 +153,7 @@ def test_a_ledger_projects_and_an_estimate_asks_nobody():
         LogProb("reader", "x" * 40, ((0, 40),)),
         Embed("encoder", ("x" * 40, "y")),
     ]
-    found = estimate(asked, endpoints)
+    found = estimated_accounts(asked, endpoints)
     assert found["judge"].calls == 2
     assert 200 <= found["judge"].tokens_in <= 260
     assert found["judge"].tokens_out == 51

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 from rigs.interp_examples import BATCH, RIGHT, SINGLE, label, planted
 
-from interp.client.requests import ROLES, Abilities, Chat, Reply, key
+from interp.client.requests import ROLES, Abilities, Chat, Reply, cache_key
 from interp.explainers import Explainer
 from interp.records import Examples, Explanation, Judgement
 from interp.scorers import Scorer, Trial
@@ -61,7 +61,7 @@ def test_the_same_question_is_asked_in_the_same_words(scorer, trial, requests):
     assert trial.tasks == scorer.tasks(EXAMPLES, "test", PREPARED)
     assert requests == scorer.requests(trial)
     assert {request.role for request in requests} == {scorer.role}
-    keys = [key(request, "model", "here", trial.abilities) for request in requests]
+    keys = [cache_key(request, "model", "here", trial.abilities) for request in requests]
     assert len(set(keys)) == len(set(requests))
     json.dumps([asdict(task) for task in trial.tasks])
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from rigs.fakes import tiny_lm
 
-from interp.evidence.baselines import BASELINES, baseline, sample_of
-from interp.evidence.codes import activations, encode
+from interp.evidence.baselines import BASELINES, activation_sample, baseline_coder
+from interp.evidence.codes import encode_rows, read_activations
 from interp.evidence.subject import Subject
 from sae.base.errors import ConfigError
 from sae.coder.coder import SparseCoder
@@ -70,20 +70,20 @@ def sample():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_neurons_are_the_positive_coordinates(kind, sample):
-    made = baseline("neurons", trained(kind))
+    made = baseline_coder("neurons", trained(kind))
     assert torch.equal(made.encode(sample).to_dense(), sample.relu())
     assert made.spec.reads == made.spec.writes == trained(kind).spec.reads
-    few = baseline("topk_neurons", trained(kind), k=3)
+    few = baseline_coder("topk_neurons", trained(kind), k=3)
     kept = few.encode(sample).to_dense()
     assert torch.equal(kept, sample.relu().where(sample >= sample.topk(3).values[:, -1:], 0))
-    assert baseline("topk_neurons", trained(kind)).spec.selection.k == D, "32 of 16 are all"
+    assert baseline_coder("topk_neurons", trained(kind)).spec.selection.k == D, "32 of 16 are all"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_directions_fire_as_often_as_the_trained_latents(kind, sample, monkeypatch):
     coder = trained(kind)
     monkeypatch.setattr("interp.evidence.baselines.CHUNK_ENTRIES", 2000)  # a few latents, or tokens, at a time
-    made = baseline("random_direction", coder, sample=sample)
+    made = baseline_coder("random_direction", coder, sample=sample)
     fired = coder.encode(sample).fired()
     assert torch.equal(made.encode(sample).fired(), fired)
     assert (fired[:4] == 0).all()
@@ -97,7 +97,7 @@ def test_random_directions_fire_as_often_as_the_trained_latents(kind, sample, mo
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_untrained_coder_has_as_many_active_latents(kind, sample):
     coder = trained(kind)
-    made = baseline("random_init", coder, sample=sample)
+    made = baseline_coder("random_init", coder, sample=sample)
     assert isinstance(made.spec.selection, TopK)
     layers = coder.spec.n_blocks
     ours, theirs = (float(c.encode(sample).l0().mean()) for c in (made, coder))
@@ -114,7 +114,7 @@ def test_an_untrained_coder_has_as_many_active_latents(kind, sample):
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_are_the_same_by_seed_and_say_what_they_are(name, kind, sample, tmp_path):
     coder = trained(kind)
-    made, again, other = (baseline(name, coder, seed, sample) for seed in (0, 0, 1))
+    made, again, other = (baseline_coder(name, coder, seed, sample) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True))
     assert torch.equal(made.W_enc, other.W_enc) == (not name.startswith("random"))
     assert made.spec.training == {"text": {"source": "x"}, "seed": 3, "baseline": name}
@@ -132,17 +132,17 @@ def test_latents_that_always_fire_still_do(sample):
     coder = trained()
     with torch.no_grad():
         coder.b_enc[7] = 1000
-    made = baseline("random_direction", coder, sample=sample)
+    made = baseline_coder("random_direction", coder, sample=sample)
     assert int(made.encode(sample).fired()[7]) == len(sample)
 
 
 def test_what_is_missing_is_named(sample):
     with pytest.raises(ConfigError, match=r"coder\.baseline: 'random_init' needs activations"):
-        baseline("random_init", trained())
+        baseline_coder("random_init", trained())
     with pytest.raises(ConfigError, match=r"coder\.baseline: 'random_direction' needs activations"):
-        baseline("random_direction", trained(), sample=sample[:0])
+        baseline_coder("random_direction", trained(), sample=sample[:0])
     with pytest.raises(ConfigError, match=r"coder\.baseline: 'neuron'.*neurons"):
-        baseline("neuron", trained())
+        baseline_coder("neuron", trained())
 
 
 def test_they_are_read_and_coded_like_the_trained_coder():
@@ -157,14 +157,14 @@ def test_they_are_read_and_coded_like_the_trained_coder():
     coder = trained()
     coder.spec = coder.spec.with_(mask=MaskSpec((0, 1, 2), 1, {"model.layers.1": 1e6}))
     subject = Subject(coder, lambda: lm)
-    everything = activations(subject, rows)[0]
+    everything = read_activations(subject, rows)[0]
     assert len(everything) == corpus.n_tokens
-    assert torch.allclose(sample_of(subject, corpus), everything)
-    some = sample_of(subject, corpus, 100)
+    assert torch.allclose(activation_sample(subject, corpus), everything)
+    some = activation_sample(subject, corpus, 100)
     assert 60 <= len(some) <= 100
     assert {tuple(row) for row in some.tolist()} <= {tuple(row) for row in everything.tolist()}
     for name in BASELINES:
-        made = Subject(baseline(name, coder, sample=some), lambda: lm)
-        coded = encode(made, rows)
+        made = Subject(baseline_coder(name, coder, sample=some), lambda: lm)
+        coded = encode_rows(made, rows)
         assert len(coded.latents) == corpus.n_tokens, "of the same tokens"
         assert torch.allclose(coded.latents.values, made.coder.encode(everything).values, atol=1e-4)

@@ -28,8 +28,8 @@ from rigs.interp_evidence import (
 import interp.evidence.examples
 from interp.evidence.decode import Decoder
 from interp.evidence.examples import GRAM, MARK_SHARE, OFFSETS, REPEATED, WINDOW, ExampleConfig, ExampleMaker
-from interp.evidence.places import plan
-from interp.evidence.second_pass import visit
+from interp.evidence.places import plan_places
+from interp.evidence.second_pass import visit_places
 from interp.records import ACTIVE, SPLITS, TIERS, Examples
 from sae.base.errors import ConfigError
 
@@ -175,8 +175,8 @@ def test_a_tier_is_never_filled_from_another(found, made, tmp_path):
     assert by_tier[DENSE].keys() == {ACTIVE}  # it is silent nowhere
     assert "same_token" not in by_tier[RARE]  # it always fires on its one token
     assert by_tier[RARE]["random"] == by_tier[9]["random"] == 50
-    alone = plan(found.evidence, found.rows, np.array([9]), [[]], 0)  # without neighbors
-    visits = visit(found.codes, found.rows, alone, tmp_path)
+    alone = plan_places(found.evidence, found.rows, np.array([9]), [[]], 0)  # without neighbors
+    visits = visit_places(found.codes, found.rows, alone, tmp_path)
     examples = ExampleMaker(found.evidence, visits, found.rows, Decoder(tokenizer()), ExampleConfig(), 0).make(9)
     counts = Counter(item.tier for item in examples.test)
     assert counts.keys() == {ACTIVE, "random", "same_token"}

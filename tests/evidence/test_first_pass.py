@@ -23,9 +23,9 @@ from rigs.interp_evidence import (
 
 import interp.evidence.codes
 import interp.evidence.first_pass
-from interp.evidence.codes import LiveCodes, StoredCodes, blocks, encode
+from interp.evidence.codes import LiveCodes, StoredCodes, encode_rows, row_blocks
 from interp.evidence.corpus import Corpus, corpus_of_text
-from interp.evidence.first_pass import CODES, Keep, gather
+from interp.evidence.first_pass import CODES, Keep, gather_evidence
 from interp.evidence.subject import Subject
 from interp.evidence.tally import Evidence, Tally
 from sae.assets import QUICKSTART_LM
@@ -73,7 +73,7 @@ def calls_of(monkeypatch) -> list[np.ndarray]:
 
 def test_it_gathers_every_row_once(tmp_path, rows, monkeypatch):
     seen = calls_of(monkeypatch)
-    found = gather(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES))
+    found = gather_evidence(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES))
     states_equal(found, by_hand(rows))
     assert sum(map(len, seen)) == len(rows.kept)
     assert max(tokens.size for tokens in seen) <= 1024
@@ -82,12 +82,12 @@ def test_it_gathers_every_row_once(tmp_path, rows, monkeypatch):
     assert len(found.alive()) == D_SAE - 1
     assert not list((tmp_path / "run").glob("pass-*"))
     seen.clear()
-    states_equal(gather(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES)), found)
+    states_equal(gather_evidence(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES)), found)
     assert not seen  # it was all there
 
 
 def test_the_largest_value_of_a_cell_is_its_place(tmp_path, rows):
-    found = gather(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES))
+    found = gather_evidence(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES))
     for latent in (NEGATIVE, 9, 33):
         for split in ("explain", "test"):
             for position in found.places("sample", split, latent):
@@ -98,20 +98,20 @@ def test_the_largest_value_of_a_cell_is_its_place(tmp_path, rows):
 
 
 def test_other_blocks_in_another_order_give_the_same_bits(tmp_path, rows, monkeypatch):
-    found = gather(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES))
+    found = gather_evidence(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES))
     shuffled = np.random.default_rng(0).permutation(rows.kept)
     monkeypatch.setattr(interp.evidence.first_pass, "blocks", lambda corpus, of: np.array_split(shuffled, 23))
-    states_equal(gather(PlantedCodes(rows), rows, tmp_path / "other", Keep(SIZES)), found)
+    states_equal(gather_evidence(PlantedCodes(rows), rows, tmp_path / "other", Keep(SIZES)), found)
 
 
 def test_blocks_hold_every_row_once_and_are_bounded(rows, monkeypatch):
-    groups = blocks(rows, rows.kept)
+    groups = row_blocks(rows, rows.kept)
     assert np.array_equal(np.concatenate(groups), rows.kept)
     sizes = [len(group) * int(rows.length[group].max()) for group in groups]
     assert max(sizes) <= 1024
     assert np.mean(sizes) > 800
     monkeypatch.setattr(interp.evidence.codes, "BLOCK_TOKENS", 10)  # less than a row
-    assert all(len(group) == 1 for group in blocks(rows, rows.kept)[:5])
+    assert all(len(group) == 1 for group in row_blocks(rows, rows.kept)[:5])
 
 
 @pytest.mark.parametrize("save_every_s", [0.0, 1e9])
@@ -122,7 +122,7 @@ def test_stopped_again_and_again_it_ends_with_the_same_bits(tmp_path, rows, monk
     for _ in range(100):
         asked = iter(range(1000))
         try:
-            found = gather(
+            found = gather_evidence(
                 PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES), Watch(lambda it=asked: next(it) >= 1)
             )
             break
@@ -136,20 +136,20 @@ def test_stopped_again_and_again_it_ends_with_the_same_bits(tmp_path, rows, monk
 def test_files_that_were_merged_before_are_not_counted_twice(tmp_path, rows):
     run = tmp_path / "run"
     with pytest.raises(Stopped):
-        gather(PlantedCodes(rows), rows, run, Keep(SIZES), Watch(lambda: True))
+        gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES), Watch(lambda: True))
     first = (run / "pass-0.safetensors").read_bytes()
     asked = iter([False, True])
     with pytest.raises(Stopped):
-        gather(PlantedCodes(rows), rows, run, Keep(SIZES), Watch(lambda: next(asked)))
+        gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES), Watch(lambda: next(asked)))
     (run / "pass-1.safetensors").write_bytes(first)  # as if killed between merging it and deleting it
-    states_equal(gather(PlantedCodes(rows), rows, run, Keep(SIZES)), by_hand(rows))
+    states_equal(gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES)), by_hand(rows))
 
 
 def test_two_halves_by_two_passes_are_the_whole(tmp_path, rows, monkeypatch):
     run = tmp_path / "run"
-    groups = blocks(rows, rows.kept)
+    groups = row_blocks(rows, rows.kept)
     with pytest.raises(Stopped):
-        gather(PlantedCodes(rows), rows, run, Keep(SIZES), Watch(lambda: True))
+        gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES), Watch(lambda: True))
     tally = Tally(D_SAE, rows.context_length, SIZES, 0)
     done = np.zeros(len(groups), bool)
     done[1::2] = True  # what a second rank had when all were killed
@@ -158,7 +158,7 @@ def test_two_halves_by_two_passes_are_the_whole(tmp_path, rows, monkeypatch):
         tally.add(coded.latents, coded.rows, coded.places, rows.name[group], rows.split[group], group)
     interp.evidence.first_pass._save(run / "pass-1.safetensors", tally, done)
     seen = calls_of(monkeypatch)
-    states_equal(gather(PlantedCodes(rows), rows, run, Keep(SIZES)), by_hand(rows))
+    states_equal(gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES)), by_hand(rows))
     assert len(seen) == len(groups) - 1 - done.sum()
 
 
@@ -180,8 +180,8 @@ def test_the_full_store_holds_all_codes(tmp_path, rows):
     run = tmp_path / "run"
     asked = iter([False, False, True])
     with pytest.raises(Stopped):
-        gather(PlantedCodes(rows), rows, run, Keep(SIZES, store=True), Watch(lambda: next(asked)))
-    gather(PlantedCodes(rows), rows, run, Keep(SIZES, store=True))
+        gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES, store=True), Watch(lambda: next(asked)))
+    gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES, store=True))
     found = kept_codes(run, rows)
     checked = 0
     for row in rows.kept.tolist():
@@ -195,10 +195,10 @@ def test_the_full_store_holds_all_codes(tmp_path, rows):
 
 
 def test_the_full_store_is_read_as_the_codes_that_were_put_in(tmp_path, rows, monkeypatch):
-    gather(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES, store=True))
+    gather_evidence(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES, store=True))
     codes = StoredCodes(tmp_path / "run" / CODES, rows, D_SAE)
     monkeypatch.setattr(interp.evidence.codes, "BLOCK_TOKENS", 300)
-    groups = [*blocks(rows, rows.kept), np.random.default_rng(0).permutation(rows.kept)]
+    groups = [*row_blocks(rows, rows.kept), np.random.default_rng(0).permutation(rows.kept)]
     for group in groups:
         found, wanted = codes.read(group), planted(rows.tokens(group))
         assert np.array_equal(found.rows, wanted.rows)
@@ -208,7 +208,7 @@ def test_the_full_store_is_read_as_the_codes_that_were_put_in(tmp_path, rows, mo
 
 def test_a_row_that_is_not_in_use_is_in_no_store(tmp_path):
     rows = of_rows(tmp_path / "corpus", [[0, 5, 6, 7]] * 4, [0, 1, -1, 2])
-    gather(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES, store=True))
+    gather_evidence(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES, store=True))
     with pytest.raises(IndexError, match=r"row 2 .*not in use"):
         StoredCodes(tmp_path / "run" / CODES, rows, D_SAE).read(np.array([0, 2]))
 
@@ -217,14 +217,14 @@ def test_the_full_store_can_be_asked_for_later(tmp_path, rows, monkeypatch):
     run = tmp_path / "run"
     asked = iter([False, True])
     with pytest.raises(Stopped):
-        gather(PlantedCodes(rows), rows, run, Keep(SIZES), Watch(lambda: next(asked)))
-    gather(PlantedCodes(rows), rows, run, Keep(SIZES, store=True))
+        gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES), Watch(lambda: next(asked)))
+    gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES, store=True))
     whole = kept_codes(run, rows)
-    states_equal(gather(PlantedCodes(rows), rows, run, Keep(SIZES)), by_hand(rows))
+    states_equal(gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES)), by_hand(rows))
     late = tmp_path / "late"
-    gather(PlantedCodes(rows), rows, late, Keep(SIZES))
+    gather_evidence(PlantedCodes(rows), rows, late, Keep(SIZES))
     seen = calls_of(monkeypatch)
-    states_equal(gather(PlantedCodes(rows), rows, late, Keep(SIZES, store=True)), by_hand(rows))
+    states_equal(gather_evidence(PlantedCodes(rows), rows, late, Keep(SIZES, store=True)), by_hand(rows))
     assert kept_codes(late, rows) == whole
     assert sum(map(len, seen)) == len(rows.kept)
 
@@ -240,29 +240,29 @@ def test_the_full_store_can_be_asked_for_later(tmp_path, rows, monkeypatch):
 def test_evidence_of_something_else_is_not_taken(tmp_path, rows, changed, name):
     given = {"codes": PlantedCodes(rows), "corpus": rows, "folder": tmp_path / "run", "keep": Keep(SIZES)}
     with pytest.raises(Stopped):
-        gather(**given, watch=Watch(lambda: True))
+        gather_evidence(**given, watch=Watch(lambda: True))
     with pytest.raises(DataError, match=f"made with another {name}; choose another run_dir"):
-        gather(**{**given, **changed(rows)})
+        gather_evidence(**{**given, **changed(rows)})
 
 
 def test_evidence_of_other_rows_or_another_version_is_not_taken(tmp_path, rows):
     given = {"codes": PlantedCodes(rows), "folder": tmp_path / "run", "keep": Keep(SIZES)}
-    gather(corpus=rows, **given)
+    gather_evidence(corpus=rows, **given)
     fewer = read_corpus(tmp_path / "text.jsonl", tokens=1000)
     with pytest.raises(DataError, match="made with another rows"):
-        gather(corpus=fewer, **given)
+        gather_evidence(corpus=fewer, **given)
     header = tmp_path / "run" / "evidence.json"
     write_json(header, {"version": interp.evidence.first_pass.VERSION + 1})
     with pytest.raises(DataError, match=r"version \d is newer than \d; upgrade"):
-        gather(corpus=rows, **given)
+        gather_evidence(corpus=rows, **given)
     header.write_text("[]")
     with pytest.raises(DataError, match="made with another"):
-        gather(corpus=rows, **given)
+        gather_evidence(corpus=rows, **given)
 
 
 def test_damage_is_named_and_repaired(tmp_path, rows, monkeypatch):
     run = tmp_path / "run"
-    found = gather(PlantedCodes(rows), rows, run, Keep(SIZES, store=True))
+    found = gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES, store=True))
     wanted, codes = by_hand(rows), kept_codes(run, rows)
     states_equal(found, wanted)
     for part in ("latents", "codes"):
@@ -271,27 +271,29 @@ def test_damage_is_named_and_repaired(tmp_path, rows, monkeypatch):
         data[-9] ^= 1
         shard.write_bytes(data)
         with pytest.raises(DataError, match=shard.name):
-            kept_codes(run, rows) if part == "codes" else gather(PlantedCodes(rows), rows, run, Keep(SIZES))
+            kept_codes(run, rows) if part == "codes" else gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES))
         seen = calls_of(monkeypatch)
-        states_equal(gather(PlantedCodes(rows), rows, run, Keep(SIZES, store=True), Watch(repair=True)), wanted)
+        states_equal(
+            gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES, store=True), Watch(repair=True)), wanted
+        )
         assert kept_codes(run, rows) == codes
-        assert len(seen) == (1 if part == "codes" else len(blocks(rows, rows.kept)))
+        assert len(seen) == (1 if part == "codes" else len(row_blocks(rows, rows.kept)))
 
 
 def test_a_damaged_part_of_a_pass_is_named_and_repaired(tmp_path, rows):
     run = tmp_path / "run"
     with pytest.raises(Stopped):
-        gather(PlantedCodes(rows), rows, run, Keep(SIZES), Watch(lambda: True))
+        gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES), Watch(lambda: True))
     part = run / "pass-0.safetensors"
     part.write_bytes(part.read_bytes()[:1000])
     with pytest.raises(DataError, match=r"pass-0\.safetensors"):
-        gather(PlantedCodes(rows), rows, run, Keep(SIZES))
-    states_equal(gather(PlantedCodes(rows), rows, run, Keep(SIZES), Watch(repair=True)), by_hand(rows))
+        gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES))
+    states_equal(gather_evidence(PlantedCodes(rows), rows, run, Keep(SIZES), Watch(repair=True)), by_hand(rows))
 
 
 def test_another_process_is_waited_for(tmp_path, rows):
     with FolderLock(tmp_path / "run"), pytest.raises(Stopped, match="waiting"):
-        gather(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES), Watch(lambda: True))
+        gather_evidence(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES), Watch(lambda: True))
 
 
 def test_coders_that_cannot_be_read_are_refused(rows):
@@ -303,10 +305,10 @@ def test_coders_that_cannot_be_read_are_refused(rows):
 
 def test_more_places_than_can_be_told_apart_are_refused(tmp_path, rows, monkeypatch):
     monkeypatch.setattr(interp.evidence.first_pass, "POSITIONS", rows.n_rows * rows.context_length)
-    gather(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES))
+    gather_evidence(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES))
     monkeypatch.setattr(interp.evidence.first_pass, "POSITIONS", rows.n_rows * rows.context_length - 1)
     with pytest.raises(ConfigError, match=r"evidence.tokens: .* places"):
-        gather(PlantedCodes(rows), rows, tmp_path / "other", Keep(SIZES))
+        gather_evidence(PlantedCodes(rows), rows, tmp_path / "other", Keep(SIZES))
 
 
 def tiny_coder(lm, d_sae: int = 24, rule=None, reads: str = "model.layers.1", **fields) -> SparseCoder:
@@ -342,7 +344,7 @@ def test_a_real_model_row_by_row_says_the_same(tmp_path, monkeypatch, rule):
     x = x[x.norm(dim=1) <= limit]
     mask = MaskSpec(tuple(special_ids(lm.tokenizer)), skip_positions=2, norm_limits={"model.layers.1": limit})
     coder = tiny_coder(lm, rule=rule, mask=mask)
-    found = gather(LiveCodes(Subject(coder, lambda: lm), rows), rows, tmp_path / "run", Keep(SIZES))
+    found = gather_evidence(LiveCodes(Subject(coder, lambda: lm), rows), rows, tmp_path / "run", Keep(SIZES))
     fired = (coder.encode(x).to_dense() != 0).sum(0)
     assert found.tokens == len(x) > 200
     assert found.state["fired"].tolist() == fired.tolist()
@@ -352,9 +354,14 @@ def test_a_real_model_row_by_row_says_the_same(tmp_path, monkeypatch, rule):
 def test_rows_without_a_token_that_counts_are_no_trouble(tmp_path):
     lm = tiny_lm()
     rows = of_rows(tmp_path / "corpus", [[0]] * 4 + [[0, 5, 6, 7]] * 2, [0, 1, 2] * 2, context_length=8)
-    coded = encode(Subject(tiny_coder(lm), lambda: lm), rows.tokens([0, 1]))
+    coded = encode_rows(Subject(tiny_coder(lm), lambda: lm), rows.tokens([0, 1]))
     assert (len(coded.latents), len(coded.rows)) == (0, 0)
-    assert gather(LiveCodes(Subject(tiny_coder(lm), lambda: lm), rows), rows, tmp_path / "run", Keep(SIZES)).tokens == 6
+    assert (
+        gather_evidence(
+            LiveCodes(Subject(tiny_coder(lm), lambda: lm), rows), rows, tmp_path / "run", Keep(SIZES)
+        ).tokens
+        == 6
+    )
 
 
 def test_numbers_that_are_none_are_an_error(tmp_path):
@@ -364,7 +371,7 @@ def test_numbers_that_are_none_are_an_error(tmp_path):
     rows = of_rows(tmp_path / "corpus", [[0, 5, 6, 7]] * 6, [0, 1, 2] * 2, context_length=8)
     for number, rule in enumerate((TopK(4), JumpReLU())):  # which takes what is not above its threshold for silent
         with pytest.raises(DataError, match=r"NaN or Inf .*model.dtype"):
-            gather(
+            gather_evidence(
                 LiveCodes(Subject(tiny_coder(lm, rule=rule), lambda: lm), rows),
                 rows,
                 tmp_path / str(number),
@@ -382,14 +389,14 @@ def test_the_quickstart_model(tmp_path):
     copy.write_bytes((Path(__file__).parents[2] / "README.md").read_bytes())
     rows = corpus_of_text(TextConfig(source=str(copy), context_length=32), lm.tokenizer, lm.source(), 3000)
     subject = Subject(coder, lambda: lm)
-    found = gather(LiveCodes(subject, rows), rows, tmp_path / "run", Keep())
+    found = gather_evidence(LiveCodes(subject, rows), rows, tmp_path / "run", Keep())
     assert rows.meta["split_by"] == "blocks"
     assert found.state["fired"].sum() == 8 * found.tokens  # TopK fires k times on every token
     assert found.state["histogram"].sum() == found.state["positions"].sum() == found.state["fired"].sum()
     latent = int(found.state["fired"].argmax())
     position = int(found.places("top", "test", latent)[0])
     row, place = divmod(position, rows.context_length)
-    coded = encode(subject, rows.tokens([row]))
+    coded = encode_rows(subject, rows.tokens([row]))
     codes = coded.latents.to_dense()[:, latent].numpy()
     assert codes[coded.places == place].item() == pytest.approx(strongest(found, latent, subject, rows), rel=1e-4)
 
@@ -398,6 +405,6 @@ def strongest(found: Evidence, latent: int, subject: Subject, rows) -> float:
     """The largest value of a latent in the test part, row by row."""
     values = [0.0]
     for row in np.flatnonzero(rows.split == 2).tolist():
-        dense_codes = encode(subject, rows.tokens([row])).latents.to_dense()[:, latent]
+        dense_codes = encode_rows(subject, rows.tokens([row])).latents.to_dense()[:, latent]
         values.append(float(dense_codes.max()) if len(dense_codes) else 0.0)
     return max(values)

@@ -5,7 +5,7 @@ import torch
 from rigs.fakes import tiny_lm
 from rigs.interp_lms import LAYERS, D, subject_lm
 
-from interp.evidence.promotes import _stream, neighbors, promoted, token_text
+from interp.evidence.promotes import _stream, decoder_neighbors, promoted_tokens, token_text
 from sae.coder.coder import SparseCoder
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
@@ -60,7 +60,7 @@ def test_the_ranking_is_that_of_the_models_own_logits(family):
     centered = family in ("gpt2", "neox")
     rows = without(torch.randn(5, D).double() + 0.5, stream - stream.mean() if centered else stream)
     assert rows.mean(1).abs().max() > 0.2, "or centering would not be tried"
-    found = promoted(lm, writing(site, rows=rows), range(5), 6)
+    found = promoted_tokens(lm, writing(site, rows=rows), range(5), 6)
     for row, got in zip(rows, found, strict=True):
         change = raised(lm, [site], row)
         assert got == extremes(lm, change, 6)
@@ -101,15 +101,15 @@ def test_what_is_written_below_goes_to_the_stream_as_the_model_takes_it(family, 
 def test_what_is_not_linear_in_the_stream_promotes_nothing(name):
     lm = subject_lm("llama")
     coder = writing(resolve_sites(lm.model, [name])[0], rows=torch.randn(2, D))
-    assert promoted(lm, coder, [0, 1]) == [((), ()), ((), ())]
+    assert promoted_tokens(lm, coder, [0, 1]) == [((), ()), ((), ())]
 
 
 def test_norms_that_read_the_stream_are_the_stream():
     lm = subject_lm("llama")
     rows = torch.randn(2, D)
-    expected = promoted(lm, writing(Site("model.layers.1"), rows=rows), [0, 1])
+    expected = promoted_tokens(lm, writing(Site("model.layers.1"), rows=rows), [0, 1])
     for name in ("input_layernorm", "post_attention_layernorm"):
-        assert promoted(lm, writing(Site(f"model.layers.2.{name}", "input"), rows=rows), [0, 1]) == expected
+        assert promoted_tokens(lm, writing(Site(f"model.layers.2.{name}", "input"), rows=rows), [0, 1]) == expected
 
 
 def test_several_sites_add_up_and_the_stream_holds_what_was_before_it():
@@ -118,11 +118,17 @@ def test_several_sites_add_up_and_the_stream_holds_what_was_before_it():
     mlps = (Site("model.layers.1.mlp"), Site("model.layers.0.mlp"))
     both = torch.cat([a, b], 1)
     one = Site("model.layers.2")
-    assert promoted(lm, writing(*mlps, rows=both), range(3)) == promoted(lm, writing(one, rows=a + b), range(3))
+    assert promoted_tokens(lm, writing(*mlps, rows=both), range(3)) == promoted_tokens(
+        lm, writing(one, rows=a + b), range(3)
+    )
     stream = (Site("model.layers.2"), Site("model.layers.1"))
-    assert promoted(lm, writing(*stream, rows=both), range(3)) == promoted(lm, writing(one, rows=a), range(3))
+    assert promoted_tokens(lm, writing(*stream, rows=both), range(3)) == promoted_tokens(
+        lm, writing(one, rows=a), range(3)
+    )
     gemma = subject_lm("gemma2")
-    assert promoted(gemma, writing(*mlps, rows=both), [0]) == [((), ())], "how its norms scale the two is not known"
+    assert promoted_tokens(gemma, writing(*mlps, rows=both), [0]) == [((), ())], (
+        "how its norms scale the two is not known"
+    )
 
 
 def test_latents_that_write_nothing_promote_nothing_and_pieces_change_nothing(monkeypatch):
@@ -130,20 +136,20 @@ def test_latents_that_write_nothing_promote_nothing_and_pieces_change_nothing(mo
     coder = writing(Site("transformer.h.2"), rows=torch.randn(9, D))
     with torch.no_grad():
         coder.W_dec[4] = 0
-    whole = promoted(lm, coder, [8, 4, 0], 7)
+    whole = promoted_tokens(lm, coder, [8, 4, 0], 7)
     assert whole[1] == ((), ())
     assert len(whole[0][0]) == len(whole[0][1]) == 7
     monkeypatch.setattr("interp.evidence.promotes.LATENTS", 2)
     monkeypatch.setattr("interp.evidence.promotes.PIECE", 5)
-    assert promoted(lm, coder, [8, 4, 0], 7) == whole
-    assert len(promoted(lm, coder, [8], 10**6)[0][0]) == len(lm.tokenizer)
-    assert promoted(lm, coder, []) == []
+    assert promoted_tokens(lm, coder, [8, 4, 0], 7) == whole
+    assert len(promoted_tokens(lm, coder, [8], 10**6)[0][0]) == len(lm.tokenizer)
+    assert promoted_tokens(lm, coder, []) == []
 
 
 def test_models_without_an_unembedding_promote_nothing():
     lm = subject_lm("llama")
     bare = type(lm)(lm.model.model, lm.tokenizer, "bare", None, False)
-    assert promoted(bare, writing(Site("layers.1"), rows=torch.randn(1, D)), [0]) == [((), ())]
+    assert promoted_tokens(bare, writing(Site("layers.1"), rows=torch.randn(1, D)), [0]) == [((), ())]
 
 
 def test_tokens_keep_their_space():
@@ -164,7 +170,7 @@ def test_neighbors_are_the_nearest_decoders(monkeypatch):
     unit = torch.nn.functional.normalize(rows, dim=1)
     cosines = unit @ unit.T
     monkeypatch.setattr("interp.evidence.promotes.CHUNK_ENTRIES", 60)
-    for latent, found in zip([3, 29, 7], neighbors(coder, [3, 29, 7], 5), strict=True):
+    for latent, found in zip([3, 29, 7], decoder_neighbors(coder, [3, 29, 7], 5), strict=True):
         others = [i for i in cosines[latent].argsort(descending=True, stable=True).tolist() if i != latent]
         assert latent not in [other for other, _ in found]
         if latent == 7:
@@ -172,7 +178,7 @@ def test_neighbors_are_the_nearest_decoders(monkeypatch):
             continue
         assert [other for other, _ in found] == others[:5]
         assert [cosine for _, cosine in found] == pytest.approx(cosines[latent][others[:5]].tolist(), abs=1e-5)
-    assert len(neighbors(coder, [0], 100)[0]) == 29
+    assert len(decoder_neighbors(coder, [0], 100)[0]) == 29
 
 
 def test_neighbors_of_a_cross_layer_coder_compare_what_both_write():
@@ -185,7 +191,7 @@ def test_neighbors_of_a_cross_layer_coder_compare_what_both_write():
     for latent in range(6):  # two latents a layer; layer l writes the columns from 4 l on
         rows[latent, 4 * (latent // 2) :] = coder.decoders()[latent // 2][latent % 2].detach()
     unit = torch.nn.functional.normalize(rows, dim=1)
-    for latent, found in enumerate(neighbors(coder, range(6), 5)):
+    for latent, found in enumerate(decoder_neighbors(coder, range(6), 5)):
         for other, cosine in found:
             assert cosine == pytest.approx(float(unit[latent] @ unit[other]), abs=1e-5)
         assert [cosine for _, cosine in found] == sorted((cosine for _, cosine in found), reverse=True)
@@ -201,12 +207,14 @@ def test_scales_of_sites_count_where_several_are_added():
     with torch.no_grad():
         coder.W_dec.copy_(rows)
     summed = rows[:, :D] + rows[:, D:] / 4
-    assert promoted(lm, coder, range(3)) == promoted(lm, writing(Site("model.layers.2"), rows=summed), range(3))
+    assert promoted_tokens(lm, coder, range(3)) == promoted_tokens(
+        lm, writing(Site("model.layers.2"), rows=summed), range(3)
+    )
 
 
 def test_half_precision_is_no_hindrance():
     lm = tiny_lm()
     coder = writing(Site("model.layers.1"), rows=torch.randn(2, D))
-    expected = promoted(lm, coder, [0, 1], 3)
+    expected = promoted_tokens(lm, coder, [0, 1], 3)
     lm.model.to(torch.bfloat16)
-    assert [up[0] for up, _ in promoted(lm, coder, [0, 1], 3)] == [up[0] for up, _ in expected]
+    assert [up[0] for up, _ in promoted_tokens(lm, coder, [0, 1], 3)] == [up[0] for up, _ in expected]

@@ -26,9 +26,9 @@ import interp.evidence.codes
 import interp.evidence.second_pass
 from interp.evidence.codes import LiveCodes
 from interp.evidence.corpus import corpus_of_text
-from interp.evidence.first_pass import Keep, gather
-from interp.evidence.places import CANDIDATES, KINDS, POOL, plan
-from interp.evidence.second_pass import REACH, SPAN, visit
+from interp.evidence.first_pass import Keep, gather_evidence
+from interp.evidence.places import CANDIDATES, KINDS, POOL, plan_places
+from interp.evidence.second_pass import REACH, SPAN, visit_places
 from interp.evidence.subject import Subject
 from interp.records import SPLITS
 from sae.base.errors import DataError, Stopped
@@ -135,13 +135,13 @@ def test_no_row_is_read_twice_and_none_without_a_place(found, tmp_path, monkeypa
         return planted(tokens)
 
     monkeypatch.setattr("rigs.interp_evidence.planted", noting)
-    few = plan(found.evidence, found.rows, np.array([9, 41]), [[10], [42]], 0)
-    visit(found.codes, found.rows, few, tmp_path)
+    few = plan_places(found.evidence, found.rows, np.array([9, 41]), [[10], [42]], 0)
+    visit_places(found.codes, found.rows, few, tmp_path)
     wanted = np.unique(np.concatenate([few.position, few.pool]) // CONTEXT_LENGTH)
     trimmed = sorted(tuple(i for i in row if i >= 0) for row in seen)
     assert trimmed == sorted(tuple(i for i in r if i >= 0) for r in found.rows.tokens(wanted).tolist())
     seen.clear()
-    visit(found.codes, found.rows, few, tmp_path)
+    visit_places(found.codes, found.rows, few, tmp_path)
     assert not seen
 
 
@@ -155,12 +155,12 @@ def test_stopped_and_continued_it_finds_the_same(found, tmp_path, monkeypatch):
 
     monkeypatch.setattr("rigs.interp_evidence.planted", noting)
     chosen = np.array([CONTEXT, 9, 41])
-    few = plan(found.evidence, found.rows, chosen, [[10], [10], [42]], 0)
+    few = plan_places(found.evidence, found.rows, chosen, [[10], [10], [42]], 0)
     stops = 0
     for _ in range(100):
         asked = iter(range(1000))
         try:
-            again = visit(found.codes, found.rows, few, tmp_path, Watch(lambda it=asked: next(it) >= 3))
+            again = visit_places(found.codes, found.rows, few, tmp_path, Watch(lambda it=asked: next(it) >= 3))
             break
         except Stopped:
             stops += 1
@@ -168,7 +168,7 @@ def test_stopped_and_continued_it_finds_the_same(found, tmp_path, monkeypatch):
     total = len(np.unique(np.concatenate([few.position, few.pool]) // CONTEXT_LENGTH))
     assert total <= sum(seen) <= 1.7 * total  # at most the shard in hand is lost
     monkeypatch.setattr(interp.evidence.second_pass, "SHARD_BLOCKS", 1000)
-    whole = visit(found.codes, found.rows, few, tmp_path / "whole")
+    whole = visit_places(found.codes, found.rows, few, tmp_path / "whole")
     for latent in chosen.tolist():
         for name, a, b in zip(again.spots(9)._fields, again.spots(latent), whole.spots(latent), strict=True):
             assert np.array_equal(a, b), name
@@ -176,8 +176,8 @@ def test_stopped_and_continued_it_finds_the_same(found, tmp_path, monkeypatch):
 
 def test_other_latents_can_be_looked_at_later(found, tmp_path):
     for latents in ([9], [9, 41], [41]):
-        some = plan(found.evidence, found.rows, np.array(latents), [[]] * len(latents), 0)
-        spots = visit(found.codes, found.rows, some, tmp_path).spots(latents[-1])
+        some = plan_places(found.evidence, found.rows, np.array(latents), [[]] * len(latents), 0)
+        spots = visit_places(found.codes, found.rows, some, tmp_path).spots(latents[-1])
         usual = found.visits.spots(latents[-1])
         for kind in range(2):
             here, there = (s.values[s.kind == kind] for s in (spots, usual))
@@ -185,8 +185,8 @@ def test_other_latents_can_be_looked_at_later(found, tmp_path):
 
 
 def test_what_is_not_there_is_told(found, tmp_path):
-    few = plan(found.evidence, found.rows, np.array([9, 41]), [[10], [42]], 0)
-    visits = visit(found.codes, found.rows, few, tmp_path)
+    few = plan_places(found.evidence, found.rows, np.array([9, 41]), [[10], [42]], 0)
+    visits = visit_places(found.codes, found.rows, few, tmp_path)
     for latent in (10, 8, 63):
         with pytest.raises(KeyError):
             visits.spots(latent)
@@ -196,22 +196,24 @@ def test_what_is_not_there_is_told(found, tmp_path):
 
 
 def test_no_latents_are_no_trouble(found, tmp_path):
-    none = plan(found.evidence, found.rows, np.zeros(0, np.int64), [], 0)
+    none = plan_places(found.evidence, found.rows, np.zeros(0, np.int64), [], 0)
     assert len(none.position) == 0
     with pytest.raises(KeyError):
-        visit(found.codes, found.rows, none, tmp_path).spots(9)
+        visit_places(found.codes, found.rows, none, tmp_path).spots(9)
 
 
 def test_damage_is_named_and_repaired(found, tmp_path):
-    few = plan(found.evidence, found.rows, np.array([9]), [[10]], 0)
-    wanted = visit(found.codes, found.rows, few, tmp_path).spots(9).values.copy()
+    few = plan_places(found.evidence, found.rows, np.array([9]), [[10]], 0)
+    wanted = visit_places(found.codes, found.rows, few, tmp_path).spots(9).values.copy()
     shard = next(tmp_path.rglob("shard-*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-9] ^= 1
     shard.write_bytes(data)
     with pytest.raises(DataError, match=shard.name):
-        visit(found.codes, found.rows, few, tmp_path)
-    assert np.array_equal(visit(found.codes, found.rows, few, tmp_path, Watch(repair=True)).spots(9).values, wanted)
+        visit_places(found.codes, found.rows, few, tmp_path)
+    assert np.array_equal(
+        visit_places(found.codes, found.rows, few, tmp_path, Watch(repair=True)).spots(9).values, wanted
+    )
 
 
 def test_a_real_model_in_other_blocks_says_the_same(tmp_path, monkeypatch):
@@ -226,10 +228,10 @@ def test_a_real_model_in_other_blocks_says_the_same(tmp_path, monkeypatch):
     coder = SparseCoder(CoderSpec(16, 16, 32, TopK(3), reads=(site,), writes=(site,), mask=mask))
     initialize(coder, torch.zeros(16), 0, "test")
     codes = LiveCodes(Subject(coder, lambda: lm), rows)
-    evidence = gather(codes, rows, tmp_path / "run", Keep(SIZES))
+    evidence = gather_evidence(codes, rows, tmp_path / "run", Keep(SIZES))
     latents = evidence.alive()
-    few = plan(evidence, rows, latents, [[int(latents[0])]] * len(latents), 0)
-    visits = visit(codes, rows, few, tmp_path / "run")
+    few = plan_places(evidence, rows, latents, [[int(latents[0])]] * len(latents), 0)
+    visits = visit_places(codes, rows, few, tmp_path / "run")
     codes = {}
     for row in rows.kept.tolist():
         ids = rows.tokens([row])[:, : int(rows.length[row])].long()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from interp.exchange.neuronpedia import AUTHOR, Exported, export
+from interp.exchange.neuronpedia import AUTHOR, Exported, export_run
 from interp.records import ACTIVE, Examples, Explanation, Facts, Item, Measure, Score, Window
 from interp.run.rundir import explained_in, scores_in
 from interp.scorers.detection import Detection
@@ -104,7 +104,7 @@ def example(latent: int, *windows: Window) -> Examples:
 
 def test_explanations_and_scores(tmp_path: Path) -> None:
     run = made(tmp_path / "run")
-    assert export(run, tmp_path / "out", SCORERS, "gemma-2-2b", "20-some-res") == Exported(7, 0)
+    assert export_run(run, tmp_path / "out", SCORERS, "gemma-2-2b", "20-some-res") == Exported(7, 0)
     rows = read(tmp_path / "out" / "explanations.jsonl", EXPLANATION)
     assert (tmp_path / "out" / "activations.jsonl").read_bytes() == b""
     places = [(row["index"], row["typeName"]) for row in rows]
@@ -132,7 +132,7 @@ def test_scores_that_are_none_or_of_another_text(tmp_path: Path) -> None:
     journal.append(row)
     journal.append({**journal.get((0, "simulation", "llm", False)), "explanation": "an older one"})
     journal.append({**row, "latent": 1, "status": "insufficient"} | {"score": {}})
-    export(run, tmp_path, SCORERS, "m", "s")
+    export_run(run, tmp_path, SCORERS, "m", "s")
     rows = {(row["index"], row["typeName"]): row for row in read(tmp_path / "explanations.jsonl", EXPLANATION)}
     assert rows["0", "llm"]["scores"] == []
     assert [one["explanationScoreTypeName"] for one in rows["1", "llm"]["scores"]] == ["simulation"]
@@ -141,7 +141,7 @@ def test_scores_that_are_none_or_of_another_text(tmp_path: Path) -> None:
 def test_activations(tmp_path: Path) -> None:
     weak, strong = window([" a", "b", " c"], {1: 0.1}, 40), window([" x", " y"], {0: -1 / 3, 1: 0.5}, 10)
     given = [example(12, weak, strong, weak), example(3, strong)]
-    count = export(made(tmp_path), tmp_path, SCORERS, "m", "s", iter(given), dataset="some/texts")
+    count = export_run(made(tmp_path), tmp_path, SCORERS, "m", "s", iter(given), dataset="some/texts")
     assert count == Exported(7, 3)
     rows = read(tmp_path / "activations.jsonl", ACTIVATION)
     assert [(row["index"], row["maxValue"]) for row in rows] == [("3", 0.5), ("12", 0.5), ("12", 0.1)]
@@ -158,7 +158,7 @@ def test_activations(tmp_path: Path) -> None:
 def test_a_latent_that_fires_below_zero_is_told_by_magnitude(tmp_path: Path) -> None:
     strengths = (-0.5, -3.0, 2.0)
     windows = [window("abc", {1: value, 2: 0.25}, start=100 * place) for place, value in enumerate(strengths)]
-    export(made(tmp_path), tmp_path, SCORERS, "m", "s", [example(0, *windows)])
+    export_run(made(tmp_path), tmp_path, SCORERS, "m", "s", [example(0, *windows)])
     rows = read(tmp_path / "activations.jsonl", ACTIVATION)
     assert [(row["maxValue"], row["maxValueTokenIndex"]) for row in rows] == [(-3.0, 1), (2.0, 1), (-0.5, 1)]
     assert [row["minValue"] for row in rows] == [-3.0, 0.0, -0.5]
@@ -166,7 +166,7 @@ def test_a_latent_that_fires_below_zero_is_told_by_magnitude(tmp_path: Path) -> 
 
 def test_tokens_that_are_parts_of_characters(tmp_path: Path) -> None:
     text = Window(0, 0, (1, 2, 3, 4), "a\U0001f642!", (0, 1, 1, 2, 3), (0.0, 1.0, 2.0, 0.0), 0)
-    export(made(tmp_path), tmp_path, SCORERS, "m", "s", [example(0, text)])
+    export_run(made(tmp_path), tmp_path, SCORERS, "m", "s", [example(0, text)])
     assert read(tmp_path / "activations.jsonl", ACTIVATION)[0]["tokens"] == ["a", "", "\U0001f642", "!"]
 
 
@@ -178,7 +178,7 @@ HOSTILE = [
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     texts = {(i, "llm"): text for i, text in enumerate(HOSTILE) if i != 2} | {(99, "llm"): HOSTILE[2]}
-    export(made(tmp_path, texts=texts), tmp_path, SCORERS, "m", "s", [example(5, window(HOSTILE, {0: 1.0}))])
+    export_run(made(tmp_path, texts=texts), tmp_path, SCORERS, "m", "s", [example(5, window(HOSTILE, {0: 1.0}))])
     rows = read(tmp_path / "explanations.jsonl", EXPLANATION)
     plain = {str(latent): text.replace("\0", " ") for (latent, _), text in texts.items()}
     assert {row["index"]: row["description"] for row in rows} == plain
@@ -189,8 +189,8 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 def test_the_same_results_are_the_same_bytes(tmp_path: Path) -> None:
     given = [example(latent, window("abc", {latent: 1.0}, start=latent)) for latent in range(3)]
     for name, shards, order in (("one", 1, given), ("three", 3, given[::-1])):
-        export(made(tmp_path / name, shards), tmp_path / name, SCORERS, "m", "s", order)
-    export(tmp_path / "one", tmp_path / "again", SCORERS, "m", "s", given)
+        export_run(made(tmp_path / name, shards), tmp_path / name, SCORERS, "m", "s", order)
+    export_run(tmp_path / "one", tmp_path / "again", SCORERS, "m", "s", given)
     for file in ("explanations.jsonl", "activations.jsonl"):
         first, *others = ((tmp_path / name / file).read_bytes() for name in ("one", "three", "again"))
         assert first
@@ -202,7 +202,7 @@ def test_ids_differ_where_anything_does(tmp_path: Path) -> None:
     one = example(0, window("ab", {0: 1.0}))
     shifted = example(0, replace(one.explain[0].window, start=7))
     for model, source, given in (("m", "s", one), ("n", "s", one), ("m", "t", one), ("m", "s", shifted)):
-        export(run, tmp_path, SCORERS, model, source, [given])
+        export_run(run, tmp_path, SCORERS, model, source, [given])
         found.add(read(tmp_path / "activations.jsonl", ACTIVATION)[0]["id"])
     assert len(found) == 4
 
@@ -211,23 +211,23 @@ def test_ids_differ_where_anything_does(tmp_path: Path) -> None:
 def test_ids_that_neuronpedia_has_not(tmp_path: Path, wrong: str) -> None:
     run = made(tmp_path)
     with pytest.raises(ConfigError, match=r"^model_id: "):
-        export(run, tmp_path / "out", SCORERS, wrong, "s")
+        export_run(run, tmp_path / "out", SCORERS, wrong, "s")
     with pytest.raises(ConfigError, match=r"^source_id: "):
-        export(run, tmp_path / "out", SCORERS, "m", wrong)
+        export_run(run, tmp_path / "out", SCORERS, "m", wrong)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_without_results(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no shards"):
-        export(tmp_path, tmp_path / "out", SCORERS, "m", "s")
+        export_run(tmp_path, tmp_path / "out", SCORERS, "m", "s")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_failure_leaves_the_files_of_before(tmp_path: Path) -> None:
     run = made(tmp_path / "run")
-    export(run, tmp_path, SCORERS, "m", "s", [example(0, window("ab", {0: 1.0}))])
+    export_run(run, tmp_path, SCORERS, "m", "s", [example(0, window("ab", {0: 1.0}))])
     before = {name: (tmp_path / name).read_bytes() for name in ("explanations.jsonl", "activations.jsonl")}
     with pytest.raises(ValueError, match="not JSON compliant"):
-        export(run, tmp_path, SCORERS, "m", "other", [example(0, window("ab", {0: float("inf")}))])
+        export_run(run, tmp_path, SCORERS, "m", "other", [example(0, window("ab", {0: float("inf")}))])
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["activations.jsonl", "explanations.jsonl", "run"]

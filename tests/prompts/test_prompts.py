@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from rigs.interp_examples import FILLER, facts, make_window, of_pieces, parts_of, planted, texts_of, unescaped
 
 from interp.client.requests import Chat
-from interp.prompts.explaining import correct, explain
+from interp.prompts.explaining import correction_messages, explanation_messages
 from interp.prompts.judging import DETECTION, FUZZING, odd_one, one_text, several_texts
-from interp.prompts.windows import fenced, levels, prose, quoted, shown, spans
+from interp.prompts.windows import activation_levels, fenced, prose, quoted, shown, spans
 from interp.records import ACTIVE, Item
 
 HOSTILE = [
@@ -92,9 +92,9 @@ def test_long_explanations_are_cut():
 
 def test_levels_are_ninths():
     window = make_window(list("abcde"), {0: 9.0, 1: 1.0, 2: 1.01, 3: -8.5})
-    assert levels(window, 9.0) == (9, 1, 2, 9, 0)
-    assert levels(window, 18.0) == (5, 1, 1, 5, 0)
-    assert levels(window, 0.0) == (0,) * 5
+    assert activation_levels(window, 9.0) == (9, 1, 2, 9, 0)
+    assert activation_levels(window, 18.0) == (5, 1, 1, 5, 0)
+    assert activation_levels(window, 0.0) == (0,) * 5
 
 
 # Fences
@@ -169,7 +169,7 @@ def test_the_odd_one_is_asked_for_by_number_or_by_id():
 def test_an_explainer_sees_marks_levels_silent_windows_and_promoted_tokens():
     examples = planted(n=10)
     active, silent = examples.explain[:4], examples.explain[10:13]
-    (_, system), (_, user) = explain(active, silent, (" pie", '"\n'))
+    (_, system), (_, user) = explanation_messages(active, silent, (" pie", '"\n'))
     parts = parts_of(user.split("\n\nTokens that")[0])
     assert [label for label, _ in parts] == [
         *(f"active {n + 1}" for n in range(4)),
@@ -178,7 +178,7 @@ def test_an_explainer_sees_marks_levels_silent_windows_and_promoted_tokens():
     for item, (_, text) in zip(active, parts, strict=False):
         line, told = text.split("\n")
         assert line == shown(item.window, item.marks)
-        level = levels(item.window, active[0].window.strength)[item.window.peak]
+        level = activation_levels(item.window, active[0].window.strength)[item.window.peak]
         assert told == f'levels: "{item.window.pieces()[item.window.peak].strip()}" {level}'
     assert [text for _, text in parts[4:]] == [shown(item.window) for item in silent]
     assert user.endswith(r'more likely to come next: " pie", "\"\n"')
@@ -187,8 +187,8 @@ def test_an_explainer_sees_marks_levels_silent_windows_and_promoted_tokens():
 
 def test_a_correction_shows_what_went_wrong():
     examples = planted(n=10)
-    asked = explain(examples.explain[:4], ())
-    messages = correct(asked, 'words "x"', examples.valid[:2], examples.valid[10:11])
+    asked = explanation_messages(examples.explain[:4], ())
+    messages = correction_messages(asked, 'words "x"', examples.valid[:2], examples.valid[10:11])
     assert messages[:2] == asked
     assert json.loads(messages[2][1]) == {"explanation": 'words "x"'}
     assert [label for label, _ in parts_of(messages[3][1])] == [

@@ -19,9 +19,9 @@ from interp.evidence.codes import Coded
 from interp.evidence.corpus import INDEX, TOKENS, Corpus, corpus_of_text
 from interp.evidence.decode import Decoder
 from interp.evidence.examples import ExampleConfig, ExampleMaker
-from interp.evidence.first_pass import Keep, gather
-from interp.evidence.places import Plan, plan
-from interp.evidence.second_pass import Visits, visit
+from interp.evidence.first_pass import Keep, gather_evidence
+from interp.evidence.places import Plan, plan_places
+from interp.evidence.second_pass import Visits, visit_places
 from interp.evidence.tally import Evidence, Sizes
 from sae.base.progress import Watch
 from sae.base.store import ShardWriter
@@ -149,11 +149,11 @@ class Found:
         self, folder: Path, rows: Corpus, latents: Any = None, should_stop: Callable[[], bool] = lambda: False
     ) -> None:
         self.rows, first, self.codes = rows, PlantedCodes(rows, "evidence"), PlantedCodes(rows, "windows")
-        self.evidence: Evidence = gather(first, rows, folder / "evidence", Keep(SIZES), Watch(should_stop))
+        self.evidence: Evidence = gather_evidence(first, rows, folder / "evidence", Keep(SIZES), Watch(should_stop))
         self.latents = np.arange(D_SAE) if latents is None else np.array(latents)
         near = [[(int(latent) + 40) % D_SAE, (int(latent) + 1) % D_SAE] for latent in self.latents]
-        self.plan: Plan = plan(self.evidence, rows, self.latents, near, 0)
-        self.visits: Visits = visit(self.codes, rows, self.plan, folder / "evidence", Watch(should_stop))
+        self.plan: Plan = plan_places(self.evidence, rows, self.latents, near, 0)
+        self.visits: Visits = visit_places(self.codes, rows, self.plan, folder / "evidence", Watch(should_stop))
         self.maker = ExampleMaker(self.evidence, self.visits, rows, Decoder(tokenizer()), ExampleConfig(), 0)
 
 

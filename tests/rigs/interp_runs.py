@@ -13,8 +13,8 @@ from rigs.interp_examples import judge
 from interp.client.requests import Chat
 from interp.run.config import ExplainConfig
 from interp.run.pipeline import Ended, Pipeline
-from interp.run.preparing import Prepared, prepare, resolved
-from interp.run.rundir import SCORE_KEY, begin, explained_in, scores_in
+from interp.run.preparing import Prepared, prepare, resolve_config
+from interp.run.rundir import SCORE_KEY, begin_run, explained_in, scores_in
 from sae.base.settings import decode, merge, set_dotted
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
@@ -71,12 +71,12 @@ def explain_config(coder: Path, run_dir: Path, changes: dict[str, Any] | None = 
         set_dotted(data, key, value)
     config = decode(ExplainConfig, merge(draccus.encode(ExplainConfig()), data))
     config.validate()
-    return resolved(config)
+    return resolve_config(config)
 
 
 def run(config: ExplainConfig, prepared: Prepared | None = None, **options: Any) -> tuple[Pipeline, Ended]:
     """Runs a resolved config to its end."""
-    begin(config)
+    begin_run(config)
     pipeline = Pipeline(config, prepared or prepare(config), options.pop("shard", (1, 1)))
     return pipeline, pipeline.run(**options)
 

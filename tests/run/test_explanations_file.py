@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from interp.run.explanations_file import LONGEST_CHARS, explanations
+from interp.run.explanations_file import LONGEST_CHARS, read_explanations
 from interp.run.preparing import chosen_latents
 from sae.base.errors import ConfigError
 
@@ -18,7 +18,7 @@ def read(tmp_path):
     def of(content: str | bytes) -> dict[int, str]:
         path = tmp_path / "mine.jsonl"
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return explanations(path, D_SAE)
+        return read_explanations(path, D_SAE)
 
     return of
 
@@ -80,7 +80,7 @@ def test_what_is_none_is_named(read, content, message):
 
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
-        explanations(tmp_path / "none.jsonl", D_SAE)
+        read_explanations(tmp_path / "none.jsonl", D_SAE)
 
 
 ALIVE = np.array([2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47])

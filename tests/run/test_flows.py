@@ -8,7 +8,17 @@ from interp.client.requests import FINAL, RETRYABLE, Abilities, Reply
 from interp.explainers.llm import LanguageModelExplainer
 from interp.explainers.token_lookup import TokenLookup
 from interp.records import Examples
-from interp.run.flows import FAILED, INSUFFICIENT, NONE, NOT_APPLICABLE, OK, PARTIAL, CutOff, explained, scored
+from interp.run.flows import (
+    FAILED,
+    INSUFFICIENT,
+    NONE,
+    NOT_APPLICABLE,
+    OK,
+    PARTIAL,
+    CutOff,
+    explanation_flow,
+    score_flow,
+)
 from interp.scorers.detection import Detection
 from interp.scorers.embedding import Embedding
 
@@ -44,13 +54,13 @@ def explainers(*texts):
 
 
 def test_one_candidate_is_taken_unjudged():
-    row, waves = drive(explained(LanguageModelExplainer(), planted(), ABLE, Detection()), explainers(BROKEN))
+    row, waves = drive(explanation_flow(LanguageModelExplainer(), planted(), ABLE, Detection()), explainers(BROKEN))
     assert row["explanation"]["text"] == BROKEN
     assert [len(wave) for wave in waves] == [1]
 
 
 def test_the_best_of_several_on_the_valid_split_is_taken():
-    flow = explained(LanguageModelExplainer(candidates=3), planted(), ABLE, Detection())
+    flow = explanation_flow(LanguageModelExplainer(candidates=3), planted(), ABLE, Detection())
     row, waves = drive(flow, explainers(TOO_NARROW, RIGHT, BROKEN))
     assert row["explanation"]["text"] == RIGHT
     assert [wave[0].role for wave in waves] == ["explainer", "judge"]
@@ -62,7 +72,7 @@ def test_the_best_of_several_on_the_valid_split_is_taken():
 
 @pytest.mark.parametrize(("answer", "taken"), [(RIGHT, True), (BROKEN, False), (TOO_NARROW, False)])
 def test_a_correction_is_taken_only_if_it_wins_on_the_valid_split(answer, taken):
-    flow = explained(LanguageModelExplainer(refine=True), planted(), ABLE, Detection())
+    flow = explanation_flow(LanguageModelExplainer(refine=True), planted(), ABLE, Detection())
     row, waves = drive(flow, explainers(TOO_NARROW, answer))
     assert [wave[0].role for wave in waves] == ["explainer", "judge", "explainer", "judge"]
     assert row["explanation"]["text"] == (RIGHT if taken else TOO_NARROW)
@@ -73,7 +83,7 @@ def test_a_correction_is_taken_only_if_it_wins_on_the_valid_split(answer, taken)
 
 def test_the_valid_and_not_the_test_split_is_judged_in_choosing():
     examples = planted()
-    flow = explained(LanguageModelExplainer(candidates=2), examples, ABLE, Detection())
+    flow = explanation_flow(LanguageModelExplainer(candidates=2), examples, ABLE, Detection())
     _, waves = drive(flow, explainers(TOO_NARROW, RIGHT))
     asked = str([request.messages for request in waves[1]])
     assert all(item.window.text.strip() in asked for item in examples.valid if item.tier in ("active", "random"))
@@ -82,31 +92,31 @@ def test_the_valid_and_not_the_test_split_is_judged_in_choosing():
 
 def test_what_stops_an_explanation_is_said():
     missing = Examples(3, planted().facts, missing="insufficient: 2 active windows from 1 documents in test")
-    row, waves = drive(explained(LanguageModelExplainer(), missing, ABLE, None), None)
+    row, waves = drive(explanation_flow(LanguageModelExplainer(), missing, ABLE, None), None)
     assert (row["status"], row["explanation"], waves) == (INSUFFICIENT, None, [])
     for failure in (*RETRYABLE, *FINAL):
-        flow = explained(LanguageModelExplainer(), planted(), ABLE, None)
+        flow = explanation_flow(LanguageModelExplainer(), planted(), ABLE, None)
         if failure in ("budget", "quota"):
             with pytest.raises(CutOff, match=failure):
                 drive(flow, explainers(Reply(failure=failure)))
             continue
         with pytest.raises(CutOff, match="does not answer any more"):  # the server's, and nobody's row
             drive(
-                explained(LanguageModelExplainer(), planted(), ABLE, None),
+                explanation_flow(LanguageModelExplainer(), planted(), ABLE, None),
                 explainers(Reply(failure=failure, given_up=True)),
             )
         row, _ = drive(flow, explainers(Reply(failure=failure)))
         assert (row["status"], row["reason"], row["explanation"]) == (FAILED, f"1 {failure}", None)
-    row, _ = drive(explained(LanguageModelExplainer(), planted(), ABLE, None), explainers(" "))
+    row, _ = drive(explanation_flow(LanguageModelExplainer(), planted(), ABLE, None), explainers(" "))
     assert row["status"] == NONE
 
 
 def test_a_rule_is_scored_without_any_question():
-    row, waves = drive(explained(TokenLookup(), planted(), {}, Detection()), None)
+    row, waves = drive(explanation_flow(TokenLookup(), planted(), {}, Detection()), None)
     from interp.records import Explanation
 
     explanation = Explanation.from_json(row["explanation"])
-    row, waves = drive(scored(Detection(), explanation, planted(), {}, SINGLE), None)
+    row, waves = drive(score_flow(Detection(), explanation, planted(), {}, SINGLE), None)
     assert waves == []
     assert row["by_rule"]
     assert row["status"] == OK
@@ -127,8 +137,8 @@ def failing(n, failure="timeout"):
 
 
 def test_a_missing_answer_is_in_no_figure_but_in_the_coverage():
-    whole, _ = drive(scored(Detection(), label(RIGHT), planted(), {}, SINGLE), judge)
-    row, _ = drive(scored(Detection(), label(RIGHT), planted(), {}, SINGLE), failing(4))
+    whole, _ = drive(score_flow(Detection(), label(RIGHT), planted(), {}, SINGLE), judge)
+    row, _ = drive(score_flow(Detection(), label(RIGHT), planted(), {}, SINGLE), failing(4))
     n = len(row["values"])
     assert row["status"] == PARTIAL
     assert row["score"]["coverage"] == pytest.approx(0.75)
@@ -136,13 +146,13 @@ def test_a_missing_answer_is_in_no_figure_but_in_the_coverage():
     assert sum(value is None for value in row["values"]) == n // 4 == len(row["reasons"])
     assert row["score"]["measures"]["balanced_accuracy"]["value"] == 1
     assert whole["status"] == OK
-    row, _ = drive(scored(Detection(), label(RIGHT), planted(), {}, SINGLE), failing(4, "refused"))
+    row, _ = drive(score_flow(Detection(), label(RIGHT), planted(), {}, SINGLE), failing(4, "refused"))
     assert row["status"] == OK  # asking again would not mend it
     assert row["score"]["coverage"] == pytest.approx(0.75)
 
 
 def test_a_score_without_answers_has_failed_and_has_no_value():
-    row, _ = drive(scored(Detection(), label(RIGHT), planted(), {}, SINGLE), failing(1, "connection"))
+    row, _ = drive(score_flow(Detection(), label(RIGHT), planted(), {}, SINGLE), failing(1, "connection"))
     assert row["status"] == FAILED
     assert row["score"]["measures"]["balanced_accuracy"]["value"] is None
     assert row["score"]["n"] == 0
@@ -155,14 +165,15 @@ def test_thresholds_are_tuned_on_the_valid_split():
         return Reply(vectors=tfidf(request.texts))
 
     row, waves = drive(
-        scored(Embedding(), label("ripe apple, ripe pear, ripe plum"), examples, {}, Abilities(fits_texts=True)), answer
+        score_flow(Embedding(), label("ripe apple, ripe pear, ripe plum"), examples, {}, Abilities(fits_texts=True)),
+        answer,
     )
     asked = [str(request.texts) for request in waves[0]]
     assert len(asked) == 2
     assert row["threshold"] is not None
     assert row["score"]["measures"]["balanced_accuracy"]["value"] > 0.8
     worse = Examples(0, examples.facts, examples.explain, (), examples.test)
-    row, _ = drive(scored(Embedding(), label("ripe apple"), worse, {}, Abilities(fits_texts=True)), answer)
+    row, _ = drive(score_flow(Embedding(), label("ripe apple"), worse, {}, Abilities(fits_texts=True)), answer)
     assert row["threshold"] is None
     assert row["score"]["measures"]["balanced_accuracy"]["value"] is None
     assert row["score"]["measures"]["auroc"]["value"] > 0.8
@@ -170,6 +181,6 @@ def test_thresholds_are_tuned_on_the_valid_split():
 
 def test_a_scorer_without_tasks_is_not_applicable():
     bare = Examples(0, planted().facts, planted().explain)
-    row, waves = drive(scored(Detection(), label(RIGHT), bare, {}, SINGLE), None)
+    row, waves = drive(score_flow(Detection(), label(RIGHT), bare, {}, SINGLE), None)
     assert row["status"] == NOT_APPLICABLE
     assert waves == []

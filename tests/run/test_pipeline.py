@@ -11,7 +11,7 @@ from rigs.interp_runs import explain_config, explained, run, scores, scripted, t
 
 from interp.run.flows import AGAIN, FAILED, INSUFFICIENT, OK
 from interp.run.preparing import prepare
-from interp.run.results import lines, write_results
+from interp.run.results import summary_lines, write_results
 from sae.base.errors import ConfigError, Stopped
 from sae.base.progress import Watch
 
@@ -111,7 +111,7 @@ def test_results_hold_every_latent_with_null_and_lift(whole, prepared):
             assert one["lift"]["value"] == pytest.approx(one["mean"]["value"] - one["null"]["value"])
             assert one["lift"]["low"] <= one["lift"]["value"] <= one["lift"]["high"]
             assert one["coverage"] == 1
-    assert any("null 0." in line for line in lines(summary))
+    assert any("null 0." in line for line in summary_lines(summary))
 
 
 def test_under_twenty_latents_the_null_is_not_available(coder, prepared, tmp_path):
@@ -120,7 +120,7 @@ def test_under_twenty_latents_the_null_is_not_available(coder, prepared, tmp_pat
     assert not any(row["null"] for row in scores(tmp_path / "run").values())
     summary = write_results(tmp_path / "run", config.all_scorers(), {})
     assert all(one["null"]["value"] is None and one["lift"]["value"] is None for one in summary["scores"])
-    assert any("null n/a" in line for line in lines(summary))
+    assert any("null n/a" in line for line in summary_lines(summary))
 
 
 @pytest.mark.parametrize("after", [10, 70])

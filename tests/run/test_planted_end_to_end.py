@@ -23,14 +23,14 @@ from interp.client.requests import Abilities, Reply
 from interp.evidence.codes import Coded
 from interp.evidence.decode import Decoder
 from interp.evidence.examples import ExampleConfig, ExampleMaker
-from interp.evidence.first_pass import Keep, gather
-from interp.evidence.places import plan
-from interp.evidence.second_pass import visit
+from interp.evidence.first_pass import Keep, gather_evidence
+from interp.evidence.places import plan_places
+from interp.evidence.second_pass import visit_places
 from interp.records import TIERS
 from interp.run.config import CoderConfig, ExplainConfig, ModelsConfig
 from interp.run.pipeline import Pipeline
 from interp.run.preparing import Prepared
-from interp.run.rundir import begin
+from interp.run.rundir import begin_run
 from interp.scorers.detection import Detection
 from interp.scorers.fuzzing import Fuzzing
 from interp.scorers.simulation import Simulation
@@ -135,9 +135,9 @@ def found(tmp_path_factory):
         patch.setenv("SAE_CACHE", str(folder / "cache"))
         rows = read_corpus(write_documents(folder / "text.jsonl", [60] * 400))
     codes, latents = WordCodes(rows), np.arange(LATENTS)
-    evidence = gather(codes, rows, folder / "evidence", Keep(SIZES))
+    evidence = gather_evidence(codes, rows, folder / "evidence", Keep(SIZES))
     near = [[(latent + 1) % LATENTS] for latent in range(LATENTS)]
-    visits = visit(codes, rows, plan(evidence, rows, latents, near, 0), folder / "evidence")
+    visits = visit_places(codes, rows, plan_places(evidence, rows, latents, near, 0), folder / "evidence")
     config = ExampleConfig(shown=5, contrast=5, valid=5, test=12)
     maker = ExampleMaker(evidence, visits, rows, Decoder(tokenizer()), config, 0)
     nothing, pairs = dict.fromkeys(range(LATENTS), ((), ())), {i: ((near[i][0], 0.9),) for i in range(LATENTS)}
@@ -155,7 +155,7 @@ def found(tmp_path_factory):
             explanations=str(file),
             null_latents=-1 if name == "right" else 0,
         )
-        begin(run)
+        begin_run(run)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("interp.run.pipeline.Client", ScriptedClient)
             patch.setattr("interp.scoring.metrics.DRAWS", 20)  # no interval is looked at

@@ -12,7 +12,7 @@ from rigs.interp_runs import explain_config, explained, run, scores, scripted, t
 from interp.run.config import ExplainConfig
 from interp.run.flows import OK
 from interp.run.preparing import prepare
-from interp.run.results import lines, write_results
+from interp.run.results import summary_lines, write_results
 from interp.run.rundir import scores_in
 from sae.base.errors import ConfigError
 from sae.base.settings import decode, read_yaml
@@ -173,7 +173,7 @@ def test_what_failed_is_no_figure_and_what_is_missing_has_its_row(coder, prepare
     assert [row["status"] for row in table if row["latent"] == beyond] == ["missing"] * 2
     (row,) = [row for row in table if (row["latent"], row["scorer"]) == (failed["latent"], "detection[rule]")]
     assert (row["status"], row["score"], row["balanced_accuracy"]) == ("failed", None, None)
-    assert f"{one['latents']} of 25 latents" in "\n".join(lines(summary))
+    assert f"{one['latents']} of 25 latents" in "\n".join(summary_lines(summary))
     statuses = {row["latent"]: row["status"] for row in explained(tmp_path / "run").values()}
     short = [latent for latent, status in statuses.items() if status == "insufficient"]
     assert {row["status"] for row in table if row["latent"] in short} <= {"insufficient"}

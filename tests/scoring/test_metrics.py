@@ -19,7 +19,7 @@ shares = st.integers(0, 40).flatmap(lambda n: st.tuples(st.integers(0, n), st.ju
 
 
 def independent(hits, n):
-    return metrics.rate([True] * hits + [False] * (n - hits), range(n))
+    return metrics.hit_rate([True] * hits + [False] * (n - hits), range(n))
 
 
 def tasks_of(rows):
@@ -40,16 +40,16 @@ def test_rates_have_wilsons_interval(hits, n):
 
 def test_windows_of_one_section_count_for_less_as_far_as_they_agree():
     alternating = [True, False] * 20
-    alone = metrics.rate(alternating, range(40))
-    assert metrics.rate(alternating, [i // 2 for i in range(40)]) == alone  # as they differ within, each is news
-    assert metrics.rate([i // 2 % 2 == 0 for i in range(40)], [i // 2 for i in range(40)]) == independent(10, 20)
-    assert metrics.rate([True] * 40, [i // 4 for i in range(40)]) == independent(10, 10)
-    assert metrics.rate(alternating, [-1] * 40) == alone  # no section is one of its own
+    alone = metrics.hit_rate(alternating, range(40))
+    assert metrics.hit_rate(alternating, [i // 2 for i in range(40)]) == alone  # as they differ within, each is news
+    assert metrics.hit_rate([i // 2 % 2 == 0 for i in range(40)], [i // 2 for i in range(40)]) == independent(10, 20)
+    assert metrics.hit_rate([True] * 40, [i // 4 for i in range(40)]) == independent(10, 10)
+    assert metrics.hit_rate(alternating, [-1] * 40) == alone  # no section is one of its own
 
 
 def test_difference_of_rates_is_newcombes_example():
     """56/70 against 48/80 (Newcombe 1998, Stat. Med. 17:873, method 10)."""
-    found = metrics.difference(independent(56, 70), independent(48, 80))
+    found = metrics.lift_over(independent(56, 70), independent(48, 80))
     assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
 
 
@@ -76,7 +76,7 @@ def test_made_of_rates_stays_in_range_and_is_symmetric(a, b):
     assert 0 <= both.low <= both.value <= both.high <= 1
     assert both == metrics.balanced_accuracy(tnr, tpr)
     assert both.value == pytest.approx((a[0] / a[1] + b[0] / b[1]) / 2)
-    lift, back = metrics.difference(tpr, tnr), metrics.difference(tnr, tpr)
+    lift, back = metrics.lift_over(tpr, tnr), metrics.lift_over(tnr, tpr)
     assert (lift.value, lift.low, lift.high) == pytest.approx((-back.value, -back.high, -back.low))
     for figure in (metrics.f1(tpr, tnr), *(metrics.precision(tpr, tnr, r) for r in (1e-6, 0.01, 0.5, 1.0))):
         assert figure == NONE or 0 <= figure.low <= figure.value <= figure.high <= 1
@@ -95,12 +95,12 @@ def test_precision_at_the_true_rate_shows_what_balanced_accuracy_hides():
 
 
 def test_nothing_comes_of_nothing():
-    assert metrics.rate([], []) == metrics.wilson(0.5, 0) == metrics.mean([]) == NONE
+    assert metrics.hit_rate([], []) == metrics.wilson(0.5, 0) == metrics.mean_measure([]) == NONE
     assert metrics.auroc([], [], []) == metrics.auroc([0.2, 0.3], [1, 1], [0, 1]) == NONE
     assert metrics.correlation([], [], []) == metrics.correlation([[1, 1]], [[1, 2]], [0]) == NONE
     some = Measure(0.5, 0.4, 0.6)
-    assert metrics.difference(some, NONE) == metrics.difference(NONE, some) == metrics.f1(NONE, some) == NONE
-    assert metrics.difference(some, Measure(0.25)) == Measure(0.25)
+    assert metrics.lift_over(some, NONE) == metrics.lift_over(NONE, some) == metrics.f1(NONE, some) == NONE
+    assert metrics.lift_over(some, Measure(0.25)) == Measure(0.25)
     assert metrics.best_threshold([], []) is None
     assert metrics.best_threshold([0.1, 0.2], [1, 1]) is None
 
@@ -175,10 +175,10 @@ def test_correlation_is_pearsons_over_all_tokens():
 def test_mean_over_latents():
     draw = np.random.default_rng(3)
     values = draw.normal(3, 1, 200)
-    found, half = metrics.mean(values), 1.96 * values.std() / math.sqrt(200)
+    found, half = metrics.mean_measure(values), 1.96 * values.std() / math.sqrt(200)
     assert found.value == pytest.approx(values.mean())
     assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
-    assert metrics.mean([0.3]) == Measure(0.3)  # of one, nothing says how far another would lie
+    assert metrics.mean_measure([0.3]) == Measure(0.3)  # of one, nothing says how far another would lie
 
 
 # How often intervals hold the truth
@@ -196,7 +196,7 @@ def test_intervals_hold_the_truth_nineteen_times_in_twenty():
         for _ in range(runs):
             a, b = independent(draw.binomial(n, tpr), n), independent(draw.binomial(n, tnr), n)
             found = metrics.balanced_accuracy(a, b), metrics.f1(a, b), metrics.precision(a, b, r)
-            for place, figure in enumerate((*found, metrics.difference(a, b))):
+            for place, figure in enumerate((*found, metrics.lift_over(a, b))):
                 row[place] += figure.low <= known[place] <= figure.high
     held /= runs
     assert ((held.mean(0) > 0.94) & (held.mean(0) < 0.97)).all(), dict(zip(names, held.mean(0), strict=True))
@@ -211,7 +211,7 @@ def test_sections_are_what_makes_intervals_honest():
         mood = draw.beta(1.2, 1.2, 25)[sections]  # windows of a section are alike
         hits = draw.random(100) < mood
         for name, by in (("rate", sections), ("naive", np.arange(100))):
-            found = metrics.rate(hits, by)
+            found = metrics.hit_rate(hits, by)
             held[name] += found.low <= 0.5 <= found.high
         if run < 200:
             truths = np.repeat([0, 1], 50)

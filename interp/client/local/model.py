@@ -24,8 +24,8 @@ from interp.client import answers
 from interp.client.bodies import messages
 from interp.client.config import EndpointConfig
 from interp.client.local import pooling, prefix
-from interp.client.requests import ROOM_FOR_THOUGHT, Abilities, Chat, Embed, LogProb, Reply, Request, key
-from interp.client.spans import OWN, spanned
+from interp.client.requests import ROOM_FOR_THOUGHT, Abilities, Chat, Embed, LogProb, Reply, Request, cache_key
+from interp.client.spans import OWN, tokens_in_span
 from sae.base.errors import ConfigError
 from sae.base.seeding import generator
 from sae.lm.models import LanguageModel, load_language_model, local_folder
@@ -63,7 +63,7 @@ class Texts:
 Ready = Spans | Prompt | Texts
 
 
-def of_role(error: ConfigError, role: str) -> ConfigError:
+def error_of_role(error: ConfigError, role: str) -> ConfigError:
     """Returns an error of a model's name as one of a role's model."""
     return ConfigError(str(error).replace("model.name", f"{role}.model", 1))
 
@@ -76,7 +76,7 @@ class Model:
             lm = lm or load_language_model(config.model)
             self.source = local_folder(config.model) or config.model
         except ConfigError as error:
-            raise of_role(error, role) from error
+            raise error_of_role(error, role) from error
         self.config, self.causal = config, lm.is_causal
         self.lm: Any = lm.model
         self.tokenizer: Any = lm.tokenizer
@@ -179,11 +179,11 @@ class Model:
         wanted: list[tuple[tuple[int, int], ...]] = []
         for start, end in request.spans:
             if request.choices:
-                place = next(iter(spanned(spots[: len(ids)], (start, len(request.text) + 1))), len(ids)) - 1
+                place = next(iter(tokens_in_span(spots[: len(ids)], (start, len(request.text) + 1))), len(ids)) - 1
                 before = request.text[max(0, start - CONTEXT_CHARS) : start]
                 wanted.append(tuple((place, self.first(before, choice)) for choice in request.choices))
             else:
-                inside = spanned(spots[: len(ids)], (start, end))
+                inside = tokens_in_span(spots[: len(ids)], (start, end))
                 wanted.append(tuple((token - 1, ids[token]) for token in inside if token))
         places = sorted({place for row in wanted for place, _ in row})
         if places and places[0] < 0:
@@ -214,7 +214,7 @@ class Model:
         for row, (_, ready) in enumerate(batch):
             ids[row, width - len(ready.ids) :] = torch.tensor(ready.ids)
             mask[row, width - len(ready.ids) :] = 1
-        keys = [key(request, self.config.model, self.where, self.abilities) for request, _ in batch]
+        keys = [cache_key(request, self.config.model, self.where, self.abilities) for request, _ in batch]
         noise = _Noise([request.temperature for request, _ in batch], keys, width)
         inputs = {"input_ids": ids.to(self.lm.device), "attention_mask": mask.to(self.lm.device)}
         with torch.inference_mode():
@@ -248,7 +248,7 @@ class Model:
         options = {"add_special_tokens": False, "return_offsets_mapping": True, "split_special_tokens": True}
         coded = self.tokenizer(before + choice, **options)
         whole = (len(before), len(before) + len(choice))
-        return coded["input_ids"][spanned(coded["offset_mapping"], whole)[0]]
+        return coded["input_ids"][tokens_in_span(coded["offset_mapping"], whole)[0]]
 
 
 class _Noise:

@@ -19,7 +19,7 @@ from interp.client.config import EndpointConfig
 from interp.client.holder import Holder
 from interp.client.ledger import Ledger
 from interp.client.local import prefix
-from interp.client.local.model import Model, Prompt, Ready, Spans, Texts, of_role
+from interp.client.local.model import Model, Prompt, Ready, Spans, Texts, error_of_role
 from interp.client.requests import Abilities, Reply, Request
 from sae.base.errors import ConfigError, Stopped
 from sae.base.progress import Watch
@@ -69,7 +69,7 @@ class LocalModel(Holder):
         try:
             await asyncio.to_thread(load_config, self.config.model)
         except ConfigError as error:
-            raise of_role(error, role) from error
+            raise error_of_role(error, role) from error
 
     async def load(self, role: str) -> Abilities:
         """Returns what the model can be asked, loading it first; ConfigError in one line if it cannot be had."""

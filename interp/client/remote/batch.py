@@ -26,7 +26,7 @@ from interp.client.bodies import EMBEDDINGS, payload
 from interp.client.cache import Cache
 from interp.client.config import EndpointConfig
 from interp.client.ledger import Ledger, Usage, worst_case
-from interp.client.remote.failures import Outcome, of_body, of_exception, of_status, scrub
+from interp.client.remote.failures import Outcome, outcome_of_body, outcome_of_exception, outcome_of_status, scrub
 from interp.client.remote.http import Endpoint, usage_of
 from interp.client.remote.limiter import LONGEST_RETRY_AFTER_S, backoff
 from interp.client.requests import FINAL, Abilities, Reply, Request
@@ -233,9 +233,9 @@ class Batches(Endpoint):
         response, secrets = entry.get("response") or {}, self.secrets()
         status, body = response.get("status_code"), response.get("body")
         if status == 200:
-            return of_body(body, path, secrets)
+            return outcome_of_body(body, path, secrets)
         if isinstance(status, int) and status:
-            return of_status(status, json.dumps(body), {}, secrets)
+            return outcome_of_status(status, json.dumps(body), {}, secrets)
         return Outcome(failure="expired", detail=scrub(json.dumps(entry.get("error")), secrets), again=True)
 
     async def _listed(self) -> list[Any]:
@@ -270,7 +270,7 @@ class Batches(Endpoint):
                     return made
                 outcome = Outcome(failure="server_error", detail="the server answered with a web page", again=True)
             except Exception as error:
-                outcome = of_exception(error, self.secrets())
+                outcome = outcome_of_exception(error, self.secrets())
             made = await lost() if lost is not None and (outcome.paid or outcome.again) else None
             if made is not None:
                 return made

@@ -51,7 +51,7 @@ def scrub(text: str, secrets: Iterable[str] = ()) -> str:
     return line if len(line) <= DETAIL_CHARS else line[: DETAIL_CHARS - 3] + "..."
 
 
-def of_status(status: int, text: str, headers: Mapping[str, str], secrets: Iterable[str] = ()) -> Outcome:
+def outcome_of_status(status: int, text: str, headers: Mapping[str, str], secrets: Iterable[str] = ()) -> Outcome:
     """Returns the outcome of an answer whose status is no success."""
     code, message = _error(text)
     detail = scrub(f"HTTP {status}: {message}", secrets)
@@ -72,7 +72,7 @@ def of_status(status: int, text: str, headers: Mapping[str, str], secrets: Itera
     return Outcome(failure="bad_request", detail=detail, status=status)
 
 
-def of_text(text: str, path: str, secrets: Iterable[str] = ()) -> Outcome:
+def outcome_of_text(text: str, path: str, secrets: Iterable[str] = ()) -> Outcome:
     """Returns the outcome of an answer whose status is 200: not all of them hold one."""
     try:
         body = json.loads(text)
@@ -80,15 +80,15 @@ def of_text(text: str, path: str, secrets: Iterable[str] = ()) -> Outcome:
         said = "a web page" if text.lstrip()[:1] == "<" else "what is no JSON"
         detail = scrub(f"the server answered with {said}: {text}", secrets)
         return Outcome(failure="server_error", detail=detail, status=200, again=True)
-    return of_body(body, path, secrets)
+    return outcome_of_body(body, path, secrets)
 
 
-def of_body(body: Any, path: str, secrets: Iterable[str] = ()) -> Outcome:
+def outcome_of_body(body: Any, path: str, secrets: Iterable[str] = ()) -> Outcome:
     """Returns the outcome of a parsed answer whose status is 200."""
     if isinstance(body, dict) and body.get("error"):
         error = body["error"]
         code = error.get("code") if isinstance(error, dict) else None
-        return of_status(code if isinstance(code, int) and code >= 400 else 500, json.dumps(body), {}, secrets)
+        return outcome_of_status(code if isinstance(code, int) and code >= 400 else 500, json.dumps(body), {}, secrets)
     listed = body.get("data" if path == "/embeddings" else "choices") if isinstance(body, dict) else None
     if not isinstance(listed, list) or not listed or not isinstance(listed[0], dict):
         detail = scrub(f"the server's answer is empty: {json.dumps(body)}", secrets)
@@ -96,13 +96,13 @@ def of_body(body: Any, path: str, secrets: Iterable[str] = ()) -> Outcome:
     return Outcome(body=body, status=200)
 
 
-def of_exception(error: Exception, secrets: Iterable[str] = ()) -> Outcome:
+def outcome_of_exception(error: Exception, secrets: Iterable[str] = ()) -> Outcome:
     """Returns the outcome of a call that the openai package or the clock gave up; raises what is no server's doing."""
     import openai
 
     cause = type(error.__cause__).__name__
     if isinstance(error, openai.APIStatusError):
-        return of_status(error.status_code, error.response.text, error.response.headers, secrets)
+        return outcome_of_status(error.status_code, error.response.text, error.response.headers, secrets)
     if isinstance(error, (TimeoutError, openai.APITimeoutError)) and cause != "ConnectTimeout":
         return Outcome(failure="timeout", detail="no answer in time", again=True, paid=True)
     if isinstance(error, json.JSONDecodeError):

@@ -13,13 +13,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from interp.client import answers
-from interp.client.bodies import COMPLETIONS, EMBEDDINGS, hello, payload
+from interp.client.bodies import COMPLETIONS, EMBEDDINGS, least_body, payload
 from interp.client.cache import Cache
 from interp.client.config import EndpointConfig
 from interp.client.holder import Holder
-from interp.client.ledger import Ledger, Usage, guessed, worst_case
+from interp.client.ledger import Ledger, Usage, guessed_usage, worst_case
 from interp.client.remote.abilities import PROBE_TRIES, Prober
-from interp.client.remote.failures import Outcome, of_exception, of_text, scrub
+from interp.client.remote.failures import Outcome, outcome_of_exception, outcome_of_text, scrub
 from interp.client.remote.limiter import Closed, Limiter, backoff
 from interp.client.requests import Abilities, Reply, Request
 from sae.base.errors import ConfigError, Stopped
@@ -160,7 +160,7 @@ class Endpoint(Holder):
         A question that breaks its server is to be noted as failed, or it would end every run that comes to it.
         """
         async with self._doubt:
-            small = hello(path, body)
+            small = least_body(path, body)
             worst = worst_case(small)
             if self.limiter.closed or not self.ledger.reserve(role, worst):
                 return self.limiter.closed
@@ -181,9 +181,9 @@ class Endpoint(Holder):
         try:
             async with asyncio.timeout(self.config.timeout_s):  # the package's own clock starts anew at every byte
                 text = await clients[place].post(path, cast_to=str, body=body)
-            outcome = of_text(text, path, self.secrets())
+            outcome = outcome_of_text(text, path, self.secrets())
         except Exception as error:
-            outcome, text = of_exception(error, self.secrets()), ""
+            outcome, text = outcome_of_exception(error, self.secrets()), ""
         finally:
             self._busy[place] -= 1
         if outcome.failure == "connection":
@@ -213,7 +213,7 @@ def usage_of(body: Any, path: str, bytes_in: int) -> Usage:
     if told is not None:
         return Usage(*told)
     if path == EMBEDDINGS:
-        return guessed(bytes_in, 0)
+        return guessed_usage(bytes_in, 0)
     choice = body["choices"][0]
     text = choice.get("text") if path == COMPLETIONS else (choice.get("message") or {}).get("content")
-    return guessed(bytes_in, len(text) if isinstance(text, str) else 0)
+    return guessed_usage(bytes_in, len(text) if isinstance(text, str) else 0)
