@@ -100,7 +100,7 @@ def test_the_largest_value_of_a_cell_is_its_place(tmp_path, rows):
 def test_other_blocks_in_another_order_give_the_same_bits(tmp_path, rows, monkeypatch):
     found = gather_evidence(PlantedCodes(rows), rows, tmp_path / "run", Keep(SIZES))
     shuffled = np.random.default_rng(0).permutation(rows.kept)
-    monkeypatch.setattr(interp.evidence.first_pass, "blocks", lambda corpus, of: np.array_split(shuffled, 23))
+    monkeypatch.setattr(interp.evidence.first_pass, "row_blocks", lambda corpus, of: np.array_split(shuffled, 23))
     states_equal(gather_evidence(PlantedCodes(rows), rows, tmp_path / "other", Keep(SIZES)), found)
 
 
