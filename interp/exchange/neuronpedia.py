@@ -54,7 +54,6 @@ def export_run(
     source_id: str,
     examples: Iterable[Examples] = (),
     dataset: str | None = None,
-    author: str = AUTHOR,
 ) -> Exported:
     """Writes explanations.jsonl and activations.jsonl of a run into a folder and returns how many lines they have.
 
@@ -67,14 +66,14 @@ def export_run(
         if not _ID.fullmatch(value):
             raise ConfigError(f"{name}: {value!r} is not an id of Neuronpedia's: letters, digits and . _ - alone")
     where = {"modelId": model_id, "layer": source_id}
-    explanations = _explanations(Path(run_dir), scorers, where, author)
-    activations = _activations(examples, where, {"creatorId": author, "dataSource": dataset})
+    explanations = _explanations(Path(run_dir), scorers, where)
+    activations = _activations(examples, where, {"creatorId": AUTHOR, "dataSource": dataset})
     for name, lines in ((EXPLANATIONS, explanations), (ACTIVATIONS, activations)):
         atomic_write(Path(folder) / name, "".join(lines))
     return Exported(len(explanations), len(activations))
 
 
-def _explanations(run_dir: Path, scorers: dict[str, Scorer], where: dict[str, str], author: str) -> list[str]:
+def _explanations(run_dir: Path, scorers: dict[str, Scorer], where: dict[str, str]) -> list[str]:
     folders = shard_folders(run_dir)
     scores: dict[tuple[int, str, str], list[dict[str, Any]]] = defaultdict(list)
     for folder in folders:
@@ -94,7 +93,7 @@ def _explanations(run_dir: Path, scorers: dict[str, Scorer], where: dict[str, st
                 {
                     "id": _identity(*named.values(), explainer, text),
                     **named,
-                    "authorId": author,
+                    "authorId": AUTHOR,
                     "description": text,
                     "typeName": explainer,
                     "explanationModelName": row["by"] or None,
