@@ -38,8 +38,8 @@ def baseline_coder(
 ) -> SparseCoder:
     """Returns the stand-in called `name` for a trained coder; it reads the same sites of the same tokens.
 
-    `sample` holds activations such as the coder reads (`activation_sample`); the random ones fire as often on it as the trained
-    ones. `k` is that of topk_neurons. What it is stands in its spec, under training["baseline"].
+    `sample` holds activations such as the coder reads (`activation_sample`); the random ones fire as often on it as
+    the trained ones. `k` is that of topk_neurons. What it is stands in its spec, under training["baseline"].
     """
     choose("coder.baseline", name, BASELINES)
     if not name.startswith("random"):
