@@ -8,6 +8,8 @@ from rigs.runs import checkpoints, files, lines, result
 from sae.base.settings import describe
 from sae.training.config import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 CHANGED = {
     "seed": 1,
     "model.dtype": "bfloat16",

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from interp.client.requests import Abilities, Chat, Reply, Request
 from interp.explainers import Explainer
-from interp.prompts.explaining import SCHEMA, explain
+from interp.prompts.explaining import SCHEMA, explanation_messages
 from interp.records import Examples, Explanation
 from sae.base.settings import at_least
 
@@ -47,7 +47,7 @@ class FirstThought(Explainer):
 
     def requests(self, examples: Examples, abilities: Abilities) -> list[Request]:
         active = [item for item in examples.explain if item.active][: self.few]
-        chats = [Chat("explainer", explain(active, ()), 64, schema=SCHEMA, sample=sample) for sample in range(2)]
+        chats = [Chat("explainer", explanation_messages(active, ()), 64, schema=SCHEMA, sample=sample) for sample in range(2)]
         return chats if active else []
 
     def explanations(self, examples: Examples, replies: Sequence[Reply]) -> list[Explanation]:

@@ -9,6 +9,8 @@ from rigs.runs import assert_equal, lines
 
 from sae.base.settings import to_yaml
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"tokens": 12 * 128}  # latents are dead from step 3 on, and a checkpoint is written at step 5
 GRID = {
     "mutual": {"selection": {"type": "mutual_choice", "k": 4}},
