@@ -47,7 +47,8 @@ class FirstThought(Explainer):
 
     def requests(self, examples: Examples, abilities: Abilities) -> list[Request]:
         active = [item for item in examples.explain if item.active][: self.few]
-        chats = [Chat("explainer", explanation_messages(active, ()), 64, schema=SCHEMA, sample=sample) for sample in range(2)]
+        asked = explanation_messages(active, ())
+        chats = [Chat("explainer", asked, 64, schema=SCHEMA, sample=sample) for sample in range(2)]
         return chats if active else []
 
     def explanations(self, examples: Examples, replies: Sequence[Reply]) -> list[Explanation]:
