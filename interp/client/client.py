@@ -1,4 +1,4 @@
-"""The only place that calls a language model.
+"""Client: asks the models behind the roles, each question once, within the budget.
 
     request -> cache? -> under way? -> budget -> server, this process or batch -> cache -> reply
 

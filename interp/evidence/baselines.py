@@ -3,7 +3,7 @@
     neurons             latent i is coordinate i of what is read, where it is positive
     topk_neurons        of these, the k largest of every token (arXiv 2410.13928 takes 32 and 256)
     random_direction    latent i is a random direction, and fires as often as the trained latent i
-    random_init         an untrained TopK coder with as many active latents as the trained one (`initialization.py`)
+    random_init         an untrained TopK coder with as many active latents as the trained one
 
 A random direction takes over neither the selection rule nor the values of the
 trained latent: a bias sets how often it fires, token by token, and a rule that lets latents compete would undo that.

@@ -31,8 +31,7 @@ from sae.base.progress import UNWATCHED, Progress, Watch
 from sae.base.seeding import generator
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED
-from sae.coder.splicing import with_special_tokens_masked
-from sae.evaluation.evaluation import text_of
+from sae.evaluation.evaluation import text_of, with_special_tokens_masked
 from sae.lm.models import load_language_model, load_tokenizer, resolve_device
 from sae.loading import hub
 from sae.parallel import collectives

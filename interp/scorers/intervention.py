@@ -3,9 +3,9 @@
     S = mean over prompts x of  log p(z | x, g~) - log p(z | x, g)        in nats, summed over the explanation's tokens
 
 (arXiv 2410.13928, section on intervention scoring.) g is what the model writes after x, g~ the same with the latent's
-direction added, by as much as makes the next token's KL a given number of nats (`steering.py`). The reader sees a
-passage, then "contains an amplified amount of: z". Prompts are active windows of the test part, cut before the first
-token on which the latent fires: what it is shown is what it causes and not what it answers to.
+direction added, by as much as makes the next token's KL a given number of nats (`interp/scoring/steering.py`). The
+reader sees a passage, then "contains an amplified amount of: z". Prompts are active windows of the test part, cut
+before the first token on which the latent fires: what it is shown is what it causes and not what it answers to.
 """
 
 from collections.abc import Sequence

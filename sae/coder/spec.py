@@ -1,4 +1,4 @@
-"""The shared types: where a coder reads and writes, what it is, and the codes it produces.
+"""What a coder is: the map that it computes, and all that is said of it beside its tensors.
 
 A coder maps a row x of width d_in to a row of width d_out through d_sae latents, one latent per row of the matrices:
 

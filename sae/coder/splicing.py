@@ -5,8 +5,6 @@ with splice(lm.model, coder): logits = lm.model(tokens).logits
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,25 +12,10 @@ from torch import Tensor, nn
 
 from sae.base.errors import ConfigError
 from sae.coder.coder import SparseCoder
-from sae.coder.spec import RELEASED, CoderSpec
+from sae.coder.spec import CoderSpec
 from sae.lm.hooks import hooked
-from sae.lm.intervene import _of, replace_at
-from sae.lm.site import Site
-from sae.text.tokenizing import special_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-def with_special_tokens_masked(coder: SparseCoder, tokenizer: "PreTrainedTokenizerBase") -> SparseCoder:
-    """Returns a coder of others, which does not say what it masked, with the special tokens of its model masked.
-
-    A coder trained here says it, and comes back as it is; the tensors are shared.
-    """
-    if RELEASED not in coder.spec.training or coder.spec.mask.special_ids:
-        return coder
-    mask = replace(coder.spec.mask, special_ids=tuple(sorted(special_ids(tokenizer))))
-    return coder.with_spec(coder.spec.with_(mask=mask))
+from sae.lm.intervene import replace_at
+from sae.lm.site import Site, tagged_columns
 
 
 @torch.no_grad()
@@ -101,6 +84,6 @@ def splice(
     with ExitStack() as stack:
         if given is None and not spec.is_autoencoder:
             stack.enter_context(hooked(model, list(spec.reads), remember))
-        for site, part in _of(spec.writes, tag):
+        for site, part in tagged_columns(spec.writes, tag):
             stack.enter_context(replace_at(model, site, made(site, part), keep))
         yield

@@ -9,7 +9,8 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,8 +20,8 @@ from sae.base.errors import ConfigError
 from sae.base.progress import Progress, Watch
 from sae.base.settings import decode
 from sae.coder.coder import SparseCoder
-from sae.coder.spec import CoderSpec
-from sae.coder.splicing import reads_ahead, splice, with_special_tokens_masked
+from sae.coder.spec import RELEASED, CoderSpec
+from sae.coder.splicing import reads_ahead, splice
 from sae.evaluation.metrics import Moments, Reconstruction, head_shares, kl_divergence, loss_recovered
 from sae.evaluation.nulls import null_fvus
 from sae.lm.hooks import (
@@ -37,7 +38,10 @@ from sae.lm.masking import next_token_mask, norm_mask, token_mask
 from sae.lm.models import LanguageModel, load_language_model
 from sae.lm.site import SECOND, Site, columns_of
 from sae.text.documents import TextConfig
-from sae.text.tokenizing import TokenRows, tokenize
+from sae.text.tokenizing import TokenRows, special_ids, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PASS_LOGITS = 2**25  # most logits held at once, per copy: 128 MiB
 GRADIENT_MODE = " (with gradients)"
@@ -154,6 +158,17 @@ def _check_widths(coders: dict[str, SparseCoder], models: dict[str, LanguageMode
                 if found[site.name] != width:
                     of = f"{models[site.tag].name} it has {found[site.name]}"
                     raise ConfigError(f"coder {name}: takes {site.name} to have width {width}; in {of}")
+
+
+def with_special_tokens_masked(coder: SparseCoder, tokenizer: "PreTrainedTokenizerBase") -> SparseCoder:
+    """Returns a coder of others, which does not say what it masked, with the special tokens of its model masked.
+
+    A coder trained here says it, and comes back as it is; the tensors are shared.
+    """
+    if RELEASED not in coder.spec.training or coder.spec.mask.special_ids:
+        return coder
+    mask = replace(coder.spec.mask, special_ids=tuple(sorted(special_ids(tokenizer))))
+    return coder.with_spec(coder.spec.with_(mask=mask))
 
 
 def text_of(spec: CoderSpec) -> TextConfig:

@@ -1,8 +1,4 @@
-"""Tokens -> activations: forward hooks, the early stop, gradients, and the mask.
-
-Everything is read in blocks: block b is a fixed set of `block_rows` rows of text, one pass of the language model, and
-holds the activations of its unmasked tokens. A block is the same whether it is computed now or read from disk.
-"""
+"""Tokens -> activations: forward hooks, the early stop, and gradients of the loss."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,4 @@
-"""Changing what a language model computes at a site: splice a coder in, ablate, add a direction, replace by anything.
-
-with splice(lm.model, coder): logits = lm.model(tokens).logits
-"""
+"""Changing what a language model computes at a site: replace by anything, ablate, add a direction, by how much."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +11,7 @@ from torch import Tensor, nn
 
 from sae.lm.hooks import hooked, model_inputs
 from sae.lm.models import ONE_AT_A_TIME, LanguageModel
-from sae.lm.site import Site, columns_of
+from sae.lm.site import Site, tagged_columns
 
 MOST_GROWTH = math.log(10)  # of the strength from one guess to the next, while only one side of the target is known
 
@@ -56,7 +53,7 @@ def ablate(
         return made
 
     with ExitStack() as stack:
-        for site, part in _of(sites, tag):
+        for site, part in tagged_columns(sites, tag):
             stack.enter_context(replace_at(model, site, new(part), keep))
         yield
 
@@ -74,7 +71,7 @@ def add(
     Only the sites with this tag are in `model`.
     """
     with ExitStack() as stack:
-        for site, part in _of(sites, tag):
+        for site, part in tagged_columns(sites, tag):
             stack.enter_context(replace_at(model, site, lambda x, part=part: x + direction[part].to(x), keep))
         yield
 
@@ -143,8 +140,3 @@ def matched_strength(
 
 def _miss(target: float) -> Callable[[Matched], float]:
     return lambda matched: abs(matched.kl - target) if math.isfinite(matched.kl) else math.inf
-
-
-def _of(sites: Sequence[Site], tag: str) -> list[tuple[Site, slice]]:
-    """Returns the sites with a tag, and the columns of each among all."""
-    return [(site, part) for site, part in zip(sites, columns_of(sites), strict=True) if site.tag == tag]

@@ -55,6 +55,11 @@ def columns_of(sites: Sequence[Site]) -> list[slice]:
     return [slice(stop - site.width, stop) for site, stop in zip(sites, stops, strict=True)]
 
 
+def tagged_columns(sites: Sequence[Site], tag: str) -> list[tuple[Site, slice]]:
+    """Returns the sites with a tag, and the columns of each among all."""
+    return [(site, part) for site, part in zip(sites, columns_of(sites), strict=True) if site.tag == tag]
+
+
 def column_weights(sites: Sequence[Site]) -> Float[Tensor, "d_out"]:
     """Returns the weight of each column of written sites of known width, in float64."""
     weights = torch.tensor([site.weight for site in sites], dtype=torch.float64)

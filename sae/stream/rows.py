@@ -1,4 +1,4 @@
-"""Whole rows of text as batches, for losses that run the language model: the order of rows, and the spliced model.
+"""Whole rows of text as batches, for losses that run the language model.
 
     epoch e takes the rows in the order permutation(seed, e); batch s holds the next batch_tokens / context of them
 

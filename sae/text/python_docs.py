@@ -1,4 +1,4 @@
-"""The embedded default: text that every machine already has, and a tiny language model that was trained on such text.
+"""The embedded default: text that every machine already has.
 
 The corpus is the documentation of the running Python: its language reference (what `help("topics")` shows) and the
 docstrings of the standard library and of the installed packages this project depends on. Sources are only ever parsed
