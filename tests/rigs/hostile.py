@@ -58,6 +58,25 @@ def memory_at_peak(anew=False):
     return memory("VmHWM")
 
 
+def assert_same(mine, theirs):
+    """Raises unless two trees of containers hold the same, tensors bit for bit."""
+    if isinstance(theirs, torch.Tensor):
+        assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
+        mine, theirs = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (mine, theirs))
+        assert torch.equal(mine, theirs)
+    elif isinstance(theirs, dict):
+        assert list(mine) == list(theirs)
+        for name, value in theirs.items():
+            assert_same(mine[name], value)
+    elif isinstance(theirs, list | tuple):
+        assert type(mine) is type(theirs)
+        assert len(mine) == len(theirs)
+        for a, b in zip(mine, theirs, strict=True):
+            assert_same(a, b)
+    else:
+        assert mine == theirs
+
+
 # ---- pickles
 
 

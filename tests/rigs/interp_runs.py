@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import draccus
+import pytest
 import torch
 from rigs.fakes import tiny_model_folder, tiny_text_folder
 from rigs.interp_examples import judge
@@ -72,6 +73,13 @@ def explain_config(coder: Path, run_dir: Path, changes: dict[str, Any] | None = 
     config = decode(ExplainConfig, merge(draccus.encode(ExplainConfig()), data))
     config.validate()
     return resolve_config(config)
+
+
+def prepare_apart(coder: Path, folder: Path, changes: dict[str, Any] | None = None) -> Prepared:
+    """Returns the evidence of a run, gathered with a cache of its own, for many runs of the same latents to share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAE_CACHE", str(folder / "cache"))
+        return prepare(explain_config(coder, folder / "run", changes))
 
 
 def run(config: ExplainConfig, prepared: Prepared | None = None, **options: Any) -> tuple[Pipeline, Ended]:

@@ -6,12 +6,11 @@ from dataclasses import replace
 import pytest
 from rigs.fake_llm import FakeLLM
 from rigs.interp_examples import planted
-from rigs.interp_runs import explain_config, run, scripted, tiny_coder, with_llm
+from rigs.interp_runs import explain_config, prepare_apart, run, scripted, tiny_coder, with_llm
 
 from interp.evidence.examples import ExampleConfig
 from interp.records import ACTIVE, TIERS
 from interp.run.estimate import _more, filled, lines
-from interp.run.preparing import prepare
 
 SIZES = ExampleConfig(shown=9, contrast=5, valid=7, test=11)
 
@@ -23,10 +22,7 @@ def coder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(coder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("estimate-evidence")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAE_CACHE", str(folder / "cache"))
-        return prepare(explain_config(coder, folder / "run"))
+    return prepare_apart(coder, tmp_path_factory.mktemp("estimate-evidence"))
 
 
 def counted(config, prepared):

@@ -7,10 +7,9 @@ from zlib import crc32
 import pyarrow.parquet as pq
 import pytest
 from rigs.fake_llm import Answer, FakeLLM, error
-from rigs.interp_runs import explain_config, explained, run, scores, scripted, tiny_coder, with_llm
+from rigs.interp_runs import explain_config, explained, prepare_apart, run, scores, scripted, tiny_coder, with_llm
 
 from interp.run.flows import AGAIN, FAILED, INSUFFICIENT, OK
-from interp.run.preparing import prepare
 from interp.run.results import summary_lines, write_results
 from sae.base.errors import ConfigError, Stopped
 from sae.base.progress import Watch
@@ -35,10 +34,7 @@ def coder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(coder, tmp_path_factory):
     """The evidence of all runs here: they are of the same latents."""
-    folder = tmp_path_factory.mktemp("evidence")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAE_CACHE", str(folder / "cache"))
-        return prepare(explain_config(coder, folder / "run"))
+    return prepare_apart(coder, tmp_path_factory.mktemp("evidence"))
 
 
 @pytest.fixture(scope="module")

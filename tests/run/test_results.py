@@ -7,11 +7,10 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 from rigs.fake_llm import FakeLLM
-from rigs.interp_runs import explain_config, explained, run, scores, scripted, tiny_coder, with_llm
+from rigs.interp_runs import explain_config, explained, prepare_apart, run, scores, scripted, tiny_coder, with_llm
 
 from interp.run.config import ExplainConfig
 from interp.run.flows import OK
-from interp.run.preparing import prepare
 from interp.run.results import summary_lines, write_results
 from interp.run.rundir import scores_in
 from sae.base.errors import ConfigError
@@ -27,10 +26,7 @@ def coder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(coder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evidence")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAE_CACHE", str(folder / "cache"))
-        return prepare(config_of(coder, folder / "run", {"latents": "44"}))
+    return prepare_apart(coder, tmp_path_factory.mktemp("evidence"), {"evidence.tokens": 100_000, "latents": "44"})
 
 
 def config_of(coder, run_dir, changes=None):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from rigs.hostile import assert_same
 
 from sae.base.errors import DataError
 from sae.untrusted import weights
@@ -39,24 +40,6 @@ def contents():
 def module():
     layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     return layers.state_dict()
-
-
-def assert_same(mine, theirs):
-    if isinstance(theirs, torch.Tensor):
-        assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
-        mine, theirs = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (mine, theirs))
-        assert torch.equal(mine, theirs)
-    elif isinstance(theirs, dict):
-        assert list(mine) == list(theirs)
-        for name, value in theirs.items():
-            assert_same(mine[name], value)
-    elif isinstance(theirs, list | tuple):
-        assert type(mine) is type(theirs)
-        assert len(mine) == len(theirs)
-        for a, b in zip(mine, theirs, strict=True):
-            assert_same(a, b)
-    else:
-        assert mine == theirs
 
 
 def saved(path, tree, protocol=None, archive=True):

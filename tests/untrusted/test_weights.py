@@ -6,6 +6,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from rigs.hostile import assert_same
 from safetensors.torch import save_file
 
 from sae.base.errors import DataError
@@ -16,24 +17,6 @@ DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.bool),
 )
-
-
-def assert_same(mine, theirs):
-    if isinstance(theirs, torch.Tensor):
-        assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
-        mine, theirs = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (mine, theirs))
-        assert torch.equal(mine, theirs)
-    elif isinstance(theirs, dict):
-        assert list(mine) == list(theirs)
-        for name, value in theirs.items():
-            assert_same(mine[name], value)
-    elif isinstance(theirs, list | tuple):
-        assert type(mine) is type(theirs)
-        assert len(mine) == len(theirs)
-        for a, b in zip(mine, theirs, strict=True):
-            assert_same(a, b)
-    else:
-        assert mine == theirs
 
 
 CONTAINERS = [("w.pt", None, True), ("w.pth", None, False)]
