@@ -119,7 +119,8 @@ class ExplainConfig:
     scorers: dict[str, Scorer] = field(default_factory=dict)
     """Scorers by name; none named: detection and embedding, and fuzzing if there is a judge."""
     explanations: str = ""
-    """A file of explanations to score beside (or without) those of explainers: jsonl with latent and text."""
+    """A file of explanations to score beside (or without) those of explainers: jsonl with latent and text. Several of
+    one latent are scored each, as those of FILE, FILE#2, ..."""
     only: str = "both"
     """explain (no scores), score (the explanations that are there), or both."""
     models: ModelsConfig = field(default_factory=ModelsConfig)

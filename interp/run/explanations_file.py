@@ -1,4 +1,4 @@
-"""What comes from elsewhere: files of explanations, and what delphi has cached and scored."""
+"""What comes from elsewhere: files of explanations."""
 
 import json
 import re
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.base.errors import ConfigError
+from sae.base.files import decoded
 
 LATENT_NAMES = ("latent", "index", "feature", "id")
 TEXT_NAMES = ("text", "explanation", "description")
@@ -13,15 +14,15 @@ LONGEST_CHARS = 10_000
 _NUMBER = re.compile(r"[0-9]{1,12}")
 
 
-def read_explanations(path: Path, d_sae: int) -> dict[int, str]:
-    """Returns the explanation of every latent in a file.
+def read_explanations(path: Path, d_sae: int) -> dict[int, tuple[str, ...]]:
+    """Returns the explanations of every latent in a file, in its order, each text once.
 
     Either lines of JSON, {"latent": 3, "text": "..."} (also with the field names of Neuronpedia's exports, "index" and
-    "description"), or one JSON object {"3": "..."}. ConfigError names the line that is neither, the id that the coder
-    has not, or the latent named twice.
+    "description"), or one JSON object {"3": "..."}; a latent may have several. ConfigError names the line that is
+    neither, or the id that the coder has not.
     """
     try:
-        whole = path.read_text(encoding="utf-8-sig")
+        whole = decoded(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"explanations: {path} cannot be read: {error}") from error
     try:
@@ -32,23 +33,30 @@ def read_explanations(path: Path, d_sae: int) -> dict[int, str]:
     if members and one:
         pairs = [(key, text, path.name) for key, text in members]
     else:
-        lines = enumerate(whole.split("\n"), 1)
+        lines = enumerate(whole.split("\n"), 1)  # at line feeds alone, as JSON lines end
         pairs = [_line(line, f"{path.name}:{number}") for number, line in lines if line.strip()]
     if not pairs:
         raise ConfigError(f"explanations: {path} holds none")
-    found: dict[int, str] = {}
-    for key, text, where in pairs:
+    found: dict[int, dict[str, None]] = {}
+    several = ((key, told if isinstance(told, list) and told else [told], where) for key, told, where in pairs)
+    for key, text, where in ((key, text, where) for key, texts, where in several for text in texts):
         latent = int(key) if _NUMBER.fullmatch(str(key)) else -1
         if not 0 <= latent < d_sae:
             raise ConfigError(f"explanations: {where}: {key!r} is no latent; the coder has 0 to {d_sae - 1}")
-        if latent in found:
-            raise ConfigError(f"explanations: {where}: latent {latent} is explained twice")
         if not isinstance(text, str) or not text.strip() or len(text) > LONGEST_CHARS:
             raise ConfigError(
                 f"explanations: {where}: latent {latent} has no text of at most {LONGEST_CHARS:,} characters"
             )
-        found[latent] = text.strip()
-    return found
+        found.setdefault(latent, {})[text.strip()] = None
+    return {latent: tuple(texts) for latent, texts in found.items()}
+
+
+def variant(name: str, place: int) -> str:
+    """Returns what a latent's explanations of one file are called, as if each were of an explainer of its own.
+
+    The first has the file's name, the next that name and its number: "mine", "mine#2".
+    """
+    return name if place == 0 else f"{name}#{place + 1}"
 
 
 def _line(line: str, where: str) -> tuple[Any, Any, str]:

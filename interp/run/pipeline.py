@@ -96,12 +96,13 @@ class Pipeline:
             return
         path = Path(self.config.explanations).expanduser()
         name, found = path.stem, explanations_file.read_explanations(path, self.prepared.evidence.d_sae)
-        for latent in self.latents:
-            there = self._explanation(latent, name)
-            if latent in found and (there is None or there.text != found[latent]):
-                explanation = Explanation(latent, found[latent], name).to_json()
-                row = {"latent": latent, "explainer": name, "by": "", "status": OK, "reason": ""}
-                self.explained.append(row | {"explanation": explanation})
+        texts = ((latent, place, text) for latent in self.latents for place, text in enumerate(found.get(latent, ())))
+        for latent, place, text in texts:
+            explainer = explanations_file.variant(name, place)
+            there = self._explanation(latent, explainer)
+            if there is None or there.text != text:
+                row = {"latent": latent, "explainer": explainer, "by": "", "status": OK, "reason": ""}
+                self.explained.append(row | {"explanation": Explanation(latent, text, explainer).to_json()})
 
     async def _run(self, watch: Watch) -> str:
         roles = {role: self.config.endpoint(role) for role in ROLES}

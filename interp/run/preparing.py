@@ -26,7 +26,7 @@ from interp.records import Examples
 from interp.run import explanations_file
 from interp.run.config import QUICKSTART_TOKENS, TOKENS, ExplainConfig
 from sae.base.errors import ConfigError
-from sae.base.files import write_json
+from sae.base.files import decoded, write_json
 from sae.base.progress import UNWATCHED, Progress, Watch
 from sae.base.seeding import generator
 from sae.coder.coder import SparseCoder
@@ -218,7 +218,7 @@ def _told(typed: str) -> str:
     """Returns what a file of ids holds, or what was typed where that names no file."""
     try:
         path = Path(typed).expanduser()
-        return path.read_text(encoding="utf-8") if path.is_file() else typed
+        return decoded(path.read_bytes()) if path.is_file() else typed
     except UnicodeDecodeError as error:
         raise ConfigError(f"latents: {typed} is no text file of ids: {error}") from error
     except (OSError, ValueError):  # too long for a name: ids

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from sae.base.errors import DataError
-from sae.base.files import load_tensors, read_json, remove_stale, save_tensors, sha256_file, write_json
+from sae.base.files import lines_of, load_tensors, read_json, remove_stale, save_tensors, sha256_file, write_json
 from sae.base.settings import flat
 
 log = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ def _described(tensor: Tensor) -> list[Any]:
 def _entries(folder: Path) -> dict[int, dict[str, Any]]:
     entries = {}
     for journal in sorted(folder.glob("shards-*.jsonl")):
-        for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in lines_of(journal.read_bytes(), errors="replace"):
             try:
                 entry = json.loads(line)
                 # the name is derived, not believed: a manifest from elsewhere could point out of the folder

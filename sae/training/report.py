@@ -7,14 +7,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from sae.base.files import atomic_write
+from sae.base.files import atomic_write, lines_of
 from sae.evaluation.metrics import DENSITY_BINS
 from sae.evaluation.tables import table
 
 
 def write_report(run_dir: Path, results: dict[str, dict[str, Any]]) -> Path:
     """Writes run_dir/report.html from metrics.jsonl and the held-out results; returns its path."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in lines_of((run_dir / "metrics.jsonl").read_bytes()) if line]
     environment = Environment(loader=PackageLoader("sae.training"), autoescape=True)
     coders = [
         {

@@ -1,6 +1,7 @@
 """Row 29: a wave through the Batch API, on a double built from the published schema (there is no real one here)."""
 
 import asyncio
+import json
 from dataclasses import replace
 
 import pytest
@@ -92,6 +93,22 @@ def test_what_is_missing_is_asked_again_and_nothing_else(tmp_path):
         assert answered(replies)
         assert [len(names) for names in rounds] == [12, 6]
         assert set(rounds[1]) == set(rounds[0][:6])
+
+
+def test_answers_may_hold_what_others_take_for_the_end_of_a_line(tmp_path):
+    """A server may write its files with other ends of lines, a byte-order mark, and characters as they are."""
+    odd = "one\u2028two\u0085three\u2029four"
+
+    def script(made):
+        made.finish()
+        plain = [json.loads(line) for line in made.server.files[made.output_file_id].split(b"\n") if line]
+        text = "".join(json.dumps(entry, ensure_ascii=False) + "\r\n" for entry in plain)
+        made.server.files[made.output_file_id] = text.encode("utf-8-sig")
+
+    with FakeLLM(lambda _: odd, batch_script=script) as fake:
+        replies, _ = ask(fake, tmp_path)
+        assert [reply.text for reply in replies] == [odd] * len(WAVE)
+        assert len(fake.batches) == 1  # paid once
 
 
 @pytest.mark.parametrize("status", ["expired", "cancelled"])

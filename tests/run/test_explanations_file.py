@@ -15,7 +15,7 @@ D_SAE = 50
 
 @pytest.fixture
 def read(tmp_path):
-    def of(content: str | bytes) -> dict[int, str]:
+    def of(content: str | bytes) -> dict[int, tuple[str, ...]]:
         path = tmp_path / "mine.jsonl"
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return read_explanations(path, D_SAE)
@@ -34,17 +34,31 @@ def read(tmp_path):
     ],
 )
 def test_lines_or_an_object_of_explanations(read, content):
-    assert read(content) == {3: "é a", 17: "b"}
+    assert read(content) == {3: ("é a",), 17: ("b",)}
+    assert read(content.removeprefix("\ufeff").encode("utf-16")) == read(content)  # what PowerShell writes
 
 
 def test_one_line_is_no_object_of_explanations(read):
-    assert read('{"latent": 3, "text": "a"}') == {3: "a"}
+    assert read('{"latent": 3, "text": "a"}') == {3: ("a",)}
 
 
 def test_a_text_may_hold_what_others_take_for_the_end_of_a_line(read):
     text = "a\u2028b\u0085c\x0bd"
     line = json.dumps({"latent": 1, "text": text}, ensure_ascii=False)
-    assert read(line + "\n" + json.dumps({"latent": 2, "text": "e"})) == {1: text, 2: "e"}
+    assert read(line + "\n" + json.dumps({"latent": 2, "text": "e"})) == {1: (text,), 2: ("e",)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"id": 1, "text": "a"}\n{"id": 2, "text": "c"}\n{"id": "01", "text": "b"}\n{"id": 1, "text": "a"}',
+        '{"1": "a", "2": "c", "1": "b"}',
+        '{"1": ["a", "b", "a "], "2": "c"}',
+        '{"latent": 1, "text": ["a", "b"]}\n{"latent": 2, "text": "c"}',
+    ],
+)
+def test_a_latent_may_have_several_explanations(read, content):
+    assert read(content) == {1: ("a", "b"), 2: ("c",)}
 
 
 @pytest.mark.parametrize(
@@ -57,10 +71,10 @@ def test_a_text_may_hold_what_others_take_for_the_end_of_a_line(read):
         ('{"latent": "²", "text": "a"}', r"'²' is no latent"),
         ('{"latent": "%s", "text": "a"}' % ("9" * 5000), r"is no latent"),
         ('{"7/../x": "a"}', r"'7/../x' is no latent"),
-        ('{"latent": 1, "text": "a"}\n{"latent": "01", "text": "b"}', r"mine.jsonl:2: latent 1 is explained twice"),
-        ('{"1": "a", "1": "b"}', r"latent 1 is explained twice"),
         ('{"latent": 1, "text": ""}', r"latent 1 has no text"),
-        ('{"latent": 1, "text": ["a"]}', r"latent 1 has no text"),
+        ('{"latent": 1, "text": ["a", 2]}', r"latent 1 has no text"),
+        ('{"latent": 1, "text": []}', r"latent 1 has no text"),
+        ('{"1": {"a": "b"}}', r"latent 1 has no text"),
         ('{"latent": 1, "text": "%s"}' % ("a" * (LONGEST_CHARS + 1)), r"at most 10,000 characters"),
         ('{"latent": 1, "text": "a"}\nnonsense', r"mine.jsonl:2: not a line of JSON"),
         ('{"latent": 1}', r"mine.jsonl:1: expected an object with latent and text"),
@@ -69,7 +83,8 @@ def test_a_text_may_hold_what_others_take_for_the_end_of_a_line(read):
         ("[" * 100_000, r"mine.jsonl:1: not a line of JSON"),
         ("", r"holds none"),
         ("{}", r"expected an object|holds none"),
-        (b"\xff\xfe", r"cannot be read"),
+        (b"\xff\xfea", r"cannot be read"),
+        (b"\xe9", r"cannot be read"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -97,8 +112,9 @@ def test_latents_by_name_number_and_range(tmp_path):
     assert chosen("7,3, 40-43 9") == [3, 7, 9, 40, 41, 42, 43]
     assert chosen("0-49") == list(range(D_SAE))
     file = tmp_path / "ids with a space.txt"
-    file.write_text("3\n7, 9-11\n\n")
-    assert chosen(str(file)) == [3, 7, 9, 10, 11]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):  # as Windows' editors and PowerShell save it
+        file.write_text("3\n7, 9-11\n\n", encoding=encoding)
+        assert chosen(str(file)) == [3, 7, 9, 10, 11]
 
 
 def test_a_number_draws_so_many_that_are_alive():

@@ -242,6 +242,21 @@ def test_explanations_from_a_file_are_scored_like_any(coder, prepared, tmp_path)
     assert {key for key in new if new[key] != old[key]} == {key for key in new if key[0] == first[0]}
 
 
+def test_several_explanations_of_a_latent_are_scored_each(coder, prepared, tmp_path):
+    one, other = prepared.latents.tolist()[:2]
+    file = tmp_path / "theirs.jsonl"
+    texts = [(one, "words: ab"), (other, "words: cd"), (one, "words: ef")]
+    file.write_text("\n".join(json.dumps({"latent": latent, "text": text}) for latent, text in texts))
+    with FakeLLM(scripted, **ABLE) as server:
+        run(explain_config(coder, tmp_path / "run", with_llm(server.url, explanations=str(file))), prepared)
+    there = {(one, "theirs"): "words: ab", (other, "theirs"): "words: cd", (one, "theirs#2"): "words: ef"}
+    assert {key: row["explanation"]["text"] for key, row in explained(tmp_path / "run").items()} == there
+    judged = {
+        (latent, explainer): row["explanation"] for (latent, _, explainer, _), row in scores(tmp_path / "run").items()
+    }
+    assert judged == there
+
+
 def test_explaining_and_scoring_can_be_done_apart(coder, prepared, tmp_path):
     run(explain_config(coder, tmp_path / "run", {"only": "explain"}), prepared)
     assert explained(tmp_path / "run")

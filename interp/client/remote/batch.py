@@ -30,6 +30,7 @@ from interp.client.remote.failures import Outcome, outcome_of_body, outcome_of_e
 from interp.client.remote.http import Endpoint, usage_of
 from interp.client.remote.limiter import LONGEST_RETRY_AFTER_S, backoff
 from interp.client.requests import FINAL, Abilities, Reply, Request
+from sae.base.files import lines_of
 from sae.base.progress import Watch
 
 MAX_LINES, MAX_BYTES = 50_000, 200 * 2**20
@@ -248,9 +249,9 @@ class Batches(Endpoint):
         listed = await self._call(every)
         return [batch for batch in listed if (batch.metadata or {}).get(_TAG) == self.cache.id]
 
-    async def _content(self, file: str) -> str:
+    async def _content(self, file: str) -> bytes:
         content = await self._call(lambda client: client.files.content(file))
-        return content.text
+        return content.content
 
     async def _call(self, call: Callable[[Any], Any], lost: Callable[[], Any] | None = None) -> Any:
         """Returns what a call of the openai package gives, tried again as often as a question would be.
@@ -298,9 +299,9 @@ def _written(key: str, line: _Line) -> bytes:
     return json.dumps(entry).encode() + b"\n"
 
 
-def _entries(text: str) -> Iterable[dict[str, Any]]:
+def _entries(raw: bytes) -> Iterable[dict[str, Any]]:
     """Yields the lines of a file; what is no JSON object with an id answers nothing."""
-    for line in text.splitlines():
+    for line in lines_of(raw, errors="replace"):
         try:
             entry = json.loads(line)
         except ValueError:
