@@ -19,14 +19,13 @@ def export(argv: list[str]) -> int:
 
     from interp.exchange.neuronpedia import export_run
     from interp.run.compare import run_folder
-    from interp.run.config import ExplainConfig
     from interp.run.preparing import prepare, resolve_config
+    from interp.run.rundir import saved_config
     from sae.base.progress import Watch
-    from sae.base.settings import decode, read_yaml
     from sae.parallel.stopping import stop_flag
 
     folder = run_folder(Path(options.run_dir).expanduser())
-    config = resolve_config(decode(ExplainConfig, read_yaml(folder / "config.yaml")))
+    config = resolve_config(saved_config(folder))
     with stop_flag() as stop:
         prepared = prepare(config, options.trust_remote_code, Watch(stop))
         examples = (prepared.examples(latent) for latent in prepared.latents.tolist())

@@ -62,12 +62,16 @@ def command(argv: list[str]) -> int:
         return DONE
 
     from interp.run.config import ExplainConfig
+    from interp.run.rundir import saved_config
 
     if options.help_fields:
         print(field_help(ExplainConfig))
         return DONE
     path = config_path(options.config, "explain") if options.config else None
-    config = read_config(ExplainConfig, path, _words(options) + overrides)
+    began = (
+        saved_config(path.parent) if path and (path.parent / "env.json").is_file() else None
+    )  # of a run, maybe older
+    config = read_config(ExplainConfig, None if began else path, _words(options) + overrides, began)
     config.validate()
     if options.print_config:
         from sae.base.settings import to_yaml
@@ -148,14 +152,12 @@ def _merge(argv: list[str]) -> int:
 
 
 def _write(run_dir: Path) -> dict[str, Any]:
-    from interp.run.config import ExplainConfig
     from interp.run.results import write_results
-    from interp.run.rundir import shard_folders
+    from interp.run.rundir import saved_config, shard_folders
     from sae.base.files import read_json
-    from sae.base.settings import decode, read_yaml
 
     shard_folders(run_dir)  # says in a line what is missing
-    config = decode(ExplainConfig, read_yaml(run_dir / "config.yaml"))
+    config = saved_config(run_dir)
     text = run_dir / "evidence" / "text.json"
     about = read_json(run_dir / "env.json")["about"] | {"text_seen": read_json(text) if text.is_file() else {}}
     return write_results(run_dir, config.all_scorers(), about)

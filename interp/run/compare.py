@@ -34,11 +34,11 @@ from interp.evidence.tally import Evidence
 from interp.run.config import ExplainConfig
 from interp.run.preparing import read_from, resolve_config
 from interp.run.results import explanations_of_run
+from interp.run.rundir import saved_config
 from interp.scorers.embedding import BATCH
 from interp.scoring.metrics import mean_measure
 from sae.base.errors import ConfigError, nearest
 from sae.base.seeding import generator
-from sae.base.settings import decode, read_yaml
 from sae.base.store import Shards
 from sae.coder.coder import CHUNK_ENTRIES, SparseCoder
 
@@ -128,7 +128,7 @@ def compare(
 
 
 def _side(folder: Path, explainer: str | None, trust_remote_code: bool) -> Side:
-    config = resolve_config(decode(ExplainConfig, read_yaml(folder / "config.yaml")))
+    config = resolve_config(saved_config(folder))
     found = explanations_of_run(folder)
     name = explainer or ("llm" if "llm" in found else next(iter(found), ""))
     if not found.get(name):

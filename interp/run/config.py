@@ -111,8 +111,9 @@ class ExplainConfig:
     text: TextConfig = field(default_factory=lambda: TextConfig(source=""))
     """The text; by default the one that the coder was trained on. Documents of all its parts are used."""
     evidence: EvidenceConfig = field(default_factory=EvidenceConfig)
-    latents: str = "100"
-    """Which latents: ids ("3,17,40-49"), a file of ids, "alive", "all", or a number: so many alive ones at random."""
+    latents: str | int = "random:100"
+    """Which latents: an id or several ("508", "3,17,40-49"), a file of ids, "alive", "all", or so many alive ones at
+    random ("random:100")."""
     examples: ExampleConfig = field(default_factory=ExampleConfig)
     explainers: dict[str, Explainer] = field(default_factory=dict)
     """Explainers by name; none named: token_lookup, and llm if there is an explainer model."""

@@ -44,7 +44,7 @@ def dry_run(config: ExplainConfig, trust_remote_code: bool = False) -> list[str]
     with tempfile.TemporaryDirectory() as folder:
         tokens = min(SAMPLE_TOKENS, config.evidence.tokens or SAMPLE_TOKENS)
         small = replace(config, run_dir=folder, evidence=replace(config.evidence, tokens=tokens, store=False))
-        small = replace(small, latents="50")
+        small = replace(small, latents="random:50")
         prepared = prepare(small, trust_remote_code)
         return list(lines(config, prepared))
 

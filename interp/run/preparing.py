@@ -25,7 +25,7 @@ from interp.evidence.tally import Evidence
 from interp.records import Examples
 from interp.run import explanations_file
 from interp.run.config import QUICKSTART_TOKENS, TOKENS, ExplainConfig
-from sae.base.errors import ConfigError
+from sae.base.errors import ConfigError, nearest
 from sae.base.files import decoded, write_json
 from sae.base.progress import UNWATCHED, Progress, Watch
 from sae.base.seeding import generator
@@ -64,8 +64,8 @@ class Prepared:
 
 
 def resolve_config(config: ExplainConfig) -> ExplainConfig:
-    """Returns the config with the coder's own model and text, explainers and scorers where none are named, and the
-    run's folder.
+    """Returns the config with the coder's own model and text, explainers and scorers where none are named, the run's
+    folder, and the ids that a file of latents holds.
 
     Raises ConfigError if the coder cannot be loaded or does not say what it reads, or it has no such latents.
     """
@@ -96,11 +96,12 @@ def resolve_config(config: ExplainConfig) -> ExplainConfig:
         evidence = replace(
             evidence, tokens=QUICKSTART_TOKENS if text.source == "quickstart" and not evidence.cache else TOKENS
         )
-    asked_latents(config.latents, spec.d_sae)
+    latents = spelled_out(asked_latents(config.latents, spec.d_sae)) if config.latents != "all" else "all"
     if config.explanations:
         explanations_file.read_explanations(Path(config.explanations).expanduser(), spec.d_sae)
     plugins = {"explainers": config.all_explainers(), "scorers": config.all_scorers()}
-    return replace(config, model=model, text=text, run_dir=run_dir, evidence=evidence, **plugins)
+    found = {"model": model, "text": text, "run_dir": run_dir, "evidence": evidence, "latents": latents}
+    return replace(config, **found, **plugins)
 
 
 def load_coder(config: ExplainConfig, device: str | torch.device = "cpu", lazy: bool = False) -> SparseCoder:
@@ -165,7 +166,7 @@ def read_from(
     return subject, rows, LiveCodes(subject, rows)
 
 
-def chosen_latents(typed: str, evidence: Evidence, seed: int) -> Int[ndarray, "n"]:
+def chosen_latents(typed: str | int, evidence: Evidence, seed: int) -> Int[ndarray, "n"]:
     """Returns the latents meant by what was typed, ascending (`asked_latents`)."""
     alive, d_sae = evidence.alive(), evidence.d_sae
     if not len(alive):
@@ -179,26 +180,29 @@ def chosen_latents(typed: str, evidence: Evidence, seed: int) -> Int[ndarray, "n
     return np.array(asked)
 
 
-def asked_latents(typed: str, d_sae: int) -> list[int] | int | str:
+def asked_latents(typed: str | int, d_sae: int) -> list[int] | int | str:
     """Returns what was typed for latents: ids, ascending, a number of alive ones to draw, or "alive".
 
-    Typed are "alive", "all", a number, ids and ranges ("3,17,40-49"), or a file of ids. ConfigError tells what is none
-    of these, out of range, or there twice.
+    Typed are "alive", "all", "random:" and a number, ids and ranges ("508", "3,17,40-49"), or a file of ids.
+    ConfigError tells what is none of these, out of range, or there twice.
     """
+    typed = str(typed).strip()
     if typed == "alive":
         return typed
     if typed == "all":
         return list(range(d_sae))
-    if typed.strip().isdecimal():
-        if int(typed) < 1:
-            raise ConfigError(f"latents: {typed} is no number of latents; give at least 1 (one id is written {typed},)")
-        return int(typed)
+    kind, colon, count = typed.partition(":")
+    if kind.strip() == "random" and (colon or not Path(typed).is_file()):
+        if not count.strip().isdecimal() or not _number(count.strip()):
+            raise ConfigError(f"latents: {typed!r} says no number of latents; give at least 1, for example random:100")
+        return _number(count.strip())
     ids: set[int] = set()
     for word in _told(typed).replace(",", " ").split():
         first, dash, last = word.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ConfigError(
-                f"latents: {word!r} is no latent id or range; allowed: alive, all, a number, ids (3,17,40-49), a file"
+                f"latents: {word!r} is no latent id or range, nor a file; allowed: ids (508 or 3,17,40-49), a file of "
+                f"ids, random:100, alive, all.{nearest(word, ('alive', 'all', 'random:100'))}"
             )
         low, high = _number(first), _number(last or first)
         if low > high:
@@ -214,8 +218,21 @@ def asked_latents(typed: str, d_sae: int) -> list[int] | int | str:
     return sorted(ids)
 
 
+def spelled_out(asked: list[int] | int | str) -> str:
+    """Returns what `asked_latents` found as text that says the same, whatever becomes of a file: never a bare number,
+    which in the config of an older run is one of latents at random.
+    """
+    if isinstance(asked, str):
+        return asked
+    if isinstance(asked, int):
+        return f"random:{asked}"
+    return f"{asked[0]}," if len(asked) == 1 else ",".join(map(str, asked))
+
+
 def _told(typed: str) -> str:
-    """Returns what a file of ids holds, or what was typed where that names no file."""
+    """Returns what a file of ids holds, or what was typed where that names no file, or is ids whatever lies here."""
+    if re.fullmatch(r"[\d\s,-]*", typed):
+        return typed
     try:
         path = Path(typed).expanduser()
         return decoded(path.read_bytes()) if path.is_file() else typed

@@ -57,6 +57,16 @@ def shard_folders(run_dir: Path) -> list[Path]:
     return found
 
 
+def saved_config(run_dir: Path) -> ExplainConfig:
+    """Returns the config of the run in a folder.
+
+    Its ids never stand there as one bare number, which to the version that wrote it was so many latents at random.
+    """
+    data = read_yaml(run_dir / "config.yaml")
+    latents = str(data.get("latents", ""))
+    return decode(ExplainConfig, {**data, "latents": f"random:{latents}"} if latents.isdecimal() else data)
+
+
 def begin_run(config: ExplainConfig) -> None:
     """Writes config.yaml and env.json of a run; ConfigError if the folder holds a run with other settings.
 
@@ -68,7 +78,7 @@ def begin_run(config: ExplainConfig) -> None:
         return
     path, whole = folder / "config.yaml", _told(config)
     if path.is_file():
-        whole = _continued(_told(decode(ExplainConfig, read_yaml(path))), whole)
+        whole = _continued(_told(saved_config(folder)), whole)
     atomic_write(path, to_yaml(whole))
     about = {"coder": config.coder.path, "baseline": config.coder.baseline, "model": config.model.name}
     about |= {"text": config.text.source, "tokens": config.evidence.tokens, "seed": config.seed}

@@ -54,7 +54,7 @@ def parse_value(kind: type[Any], key: str, text: str) -> Any:
     hint: Any = kind
     for part in key.split("."):
         hint = get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
-    if hint is str or (hint == str | None and text != "null"):
+    if hint is str or (isinstance(hint, UnionType) and str in get_args(hint) and text != "null"):
         return text  # a commit such as 12345e6 is no number, and " #" no comment
     try:
         return yaml.load(text, Loader=_Loader)
@@ -173,10 +173,10 @@ def _check_type(hint: Any, value: Any, where: str) -> None:
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if value is None and NoneType in kinds:
         return
+    allowed = [_FITS.get(get_origin(kind) or kind, (lambda value: True, "")) for kind in kinds if kind is not NoneType]
+    if value is None or not any(fits(value) for fits, _ in allowed):
+        raise ConfigError(f"{where}: {value!r} is not {allowed[0][1]}")
     kind: Any = get_origin(kinds[0]) or kinds[0]
-    fits, wanted = _FITS.get(kind, (lambda value: True, ""))
-    if value is None or not fits(value):
-        raise ConfigError(f"{where}: {value!r} is not {wanted}")
     if kind in (tuple, list, dict):
         for name, item in value.items() if kind is dict else enumerate(value):
             _check_type(get_args(kinds[0])[kind is dict], item, f"{where}.{name}")

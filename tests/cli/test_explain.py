@@ -13,7 +13,7 @@ import sae
 from cli.explain import main
 from sae.base.settings import read_yaml
 
-SMALL = ["--evidence.tokens", "30000", "--latents", "24", "--examples.test", "12", "--examples.shown", "10"]
+SMALL = ["--evidence.tokens", "30000", "--latents", "random:24", "--examples.test", "12", "--examples.shown", "10"]
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +67,28 @@ def test_from_a_coder_to_results(explain, tmp_path):
     assert len({row["latent"] for row in table}) >= 10
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["tokens"] == 30_000
-    assert read_yaml(tmp_path / "run" / "config.yaml")["latents"] == "24"
+    assert read_yaml(tmp_path / "run" / "config.yaml")["latents"] == "random:24"
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.jsonl")}
     code, _ = explain("one", *SMALL, "--run-dir", tmp_path / "run")
     assert code == 0
     after = {p: p.read_bytes() for p in before}
     assert after == before
+
+
+def test_a_number_is_the_latent_of_that_id_as_typed_and_in_a_config(explain, tmp_path):
+    (tmp_path / "c.yaml").write_text("latents: 7\n")
+    for name, typed in (("typed", ["--latents", "7"]), ("config", ["--config", tmp_path / "c.yaml"])):
+        code, printed = explain("one", *SMALL[:2], "--explain-only", *typed, "--run-dir", tmp_path / name)
+        assert code == 0, printed
+        assert json.loads((tmp_path / name / "shards" / "1-of-1" / "latents.json").read_text()) == [7]
+        assert read_yaml(tmp_path / name / "config.yaml")["latents"] == "7,"
+    older = tmp_path / "typed" / "config.yaml"  # as it was when a number said how many
+    older.write_text(older.read_text().replace("latents: 7,", "latents: '5'"))
+    code, printed = explain("--config", older, "--print-config")
+    assert "latents: random:5" in printed
+    code, printed = explain("--config", older)
+    assert code == 0, printed
+    assert len(json.loads((tmp_path / "typed" / "shards" / "1-of-1" / "latents.json").read_text())) == 5
 
 
 def test_shards_are_merged_and_runs_compared_and_exported(explain, tmp_path, made):
@@ -105,7 +121,7 @@ def test_shards_are_merged_and_runs_compared_and_exported(explain, tmp_path, mad
 
 @pytest.mark.parametrize("name", ["neurons", "topk_neurons", "random_direction", "random_init"])
 def test_baselines_go_through_the_same_pipeline(explain, tmp_path, name):
-    changed = ["--coder.baseline", name, "--examples.test", "10", "--null", "0", "--latents", "6"]
+    changed = ["--coder.baseline", name, "--examples.test", "10", "--null", "0", "--latents", "random:6"]
     code, printed = explain("one", *SMALL, *changed, "--run-dir", tmp_path / "run")
     assert code == 0, printed
     assert "token_lookup" in printed
@@ -162,7 +178,7 @@ def test_the_config_is_printed_and_read_back(explain, tmp_path):
         (["one", "--latents", "3,7,3"], "latents: 3 is there twice"),
         (["one", "--latents", "3,99"], "99 is out of range; the coder has latents 0 to 47"),
         (["one", "--latents", "-3"], "'-3' is no latent id"),
-        (["one", "--latents", "0"], "latents: 0 is no number of latents"),
+        (["one", "--latents", "random:0"], "latents: 'random:0' says no number of latents"),
         (["one", "--explanations", "no.jsonl"], "explanations: no such file: no.jsonl"),
         (["one", "--coder.baseline", "neuron"], "Did you mean 'neurons'"),
         (["one", "--models.judge.via", "carrier"], "models.judge.via: 'carrier'"),
@@ -195,7 +211,7 @@ SERVER = ["--models.explainer.model", "x", "--models.explainer.base_urls"]
         ([*SERVER, "[http://192.0.2.1/v1]"], "OPENAI_API_KEY"),
         (["--budget-usd", "1", *SERVER, "[http://192.0.2.1/v1]"], "budget_usd"),
         (["--models.encoder.model", "/no/such/folder"], "encoder.model: no such folder"),
-        (["--latents", "48,"], "latents: 48 is out of range"),
+        (["--latents", "48"], "latents: 48 is out of range; the coder has latents 0 to 47"),
         (["--explanations", "LINES"], "LINES:1: not a line of JSON"),
         (["--scorers.i.type", "intruder"], "scorers.i: asks a judge"),
     ],

@@ -39,7 +39,7 @@ BLOCKS = [block for page, text in PAGES.items() for block in blocks(page, text)]
 COMMANDS = {"sae-train": "cli.train", "sae-eval": "cli.evaluate", "sae-explain": "cli.explain", "sae-load": "cli.load"}
 SMALL = {
     "sae-train": "--tokens 8192 --text.max_tokens 20000 --eval.tokens 1000 --activations.statistics_tokens 4096",
-    "sae-explain": "--latents 20 --evidence.tokens 40000",
+    "sae-explain": "--latents random:20 --evidence.tokens 40000",
 }
 RUN, MODEL = "runs/quickstart", "quickstart"
 STANDS_FOR = {  # what a page writes where a reader puts something of their own

@@ -44,7 +44,7 @@ def test_killed_and_continued(coder, tmp_path, after):
         changes = {
             "coder": {"path": str(coder)},
             "evidence": {"tokens": 30_000},
-            "latents": "24",
+            "latents": "random:24",
             "examples": {"shown": 10, "contrast": 6, "valid": 6, "test": 12},
             "models": {"explainer": {"model": "fake", "base_urls": [server.url], "max_concurrency": AT_ONCE}},
             "scorers": {n: {"type": n, "layout": "batch", "windows_per_request": 24} for n in ("detection", "fuzzing")},

@@ -64,7 +64,7 @@ def explain_config(coder: Path, run_dir: Path, changes: dict[str, Any] | None = 
         "coder": {"path": str(coder)},
         "model": {"device": "cpu"},
         "evidence": {"tokens": 30_000},
-        "latents": "24",
+        "latents": "random:24",
         "examples": {"shown": 10, "contrast": 6, "valid": 6, "test": 12},
     }
     data = merge(data, {})

@@ -34,7 +34,7 @@ def counted(config, prepared):
     return found, told
 
 
-def sized(coder, path, latents="200", **changes):
+def sized(coder, path, latents="random:200", **changes):
     changes = {"latents": latents, "models.explainer": {"model": "gpt-x"}, "examples": vars(SIZES)} | changes
     return explain_config(coder, path, changes)
 
@@ -81,7 +81,12 @@ def test_choosing_and_correcting_are_counted(coder, prepared, tmp_path):
     llm = {"type": "llm", "candidates": 5, "refine": True}
     both = {"llm": llm, "token_lookup": {"type": "token_lookup"}}
     config = sized(
-        coder, tmp_path, latents="30", scorers={"detection": {"type": "detection"}}, explainers=both, null_latents=0
+        coder,
+        tmp_path,
+        latents="random:30",
+        scorers={"detection": {"type": "detection"}},
+        explainers=both,
+        null_latents=0,
     )
     found, told = counted(config, prepared)
     assert found["explainer"] == 30 * (5 + 1)
@@ -102,7 +107,9 @@ def test_the_valid_split_is_counted_where_a_threshold_is_tuned(coder, prepared, 
 
 
 def test_fewer_than_twenty_latents_have_no_null_and_alive_is_a_bound(coder, prepared, tmp_path):
-    few, _ = counted(sized(coder, tmp_path, latents="19", scorers={"detection": {"type": "detection"}}), prepared)
+    few, _ = counted(
+        sized(coder, tmp_path, latents="random:19", scorers={"detection": {"type": "detection"}}), prepared
+    )
     assert few["judge"] == 19 * 44
     _, told = counted(sized(coder, tmp_path, latents="alive"), prepared)
     assert any(line.startswith("up to 48 latents; of 48") for line in told)

@@ -101,14 +101,15 @@ def test_a_file_that_is_not_there(tmp_path):
 ALIVE = np.array([2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47])
 
 
-def chosen(typed: str, seed: int = 0) -> list[int]:
+def chosen(typed: str | int, seed: int = 0) -> list[int]:
     return chosen_latents(typed, SimpleNamespace(alive=lambda: ALIVE, d_sae=D_SAE), seed).tolist()
 
 
 def test_latents_by_name_number_and_range(tmp_path):
     assert chosen("all") == list(range(D_SAE))
     assert chosen("alive") == ALIVE.tolist()
-    assert chosen("3,") == [3]
+    assert chosen("3") == chosen(" 3 ") == chosen("3,") == chosen("3-3") == chosen(3) == [3]
+    assert chosen("0") == [0]
     assert chosen("7,3, 40-43 9") == [3, 7, 9, 40, 41, 42, 43]
     assert chosen("0-49") == list(range(D_SAE))
     file = tmp_path / "ids with a space.txt"
@@ -117,20 +118,35 @@ def test_latents_by_name_number_and_range(tmp_path):
         assert chosen(str(file)) == [3, 7, 9, 10, 11]
 
 
-def test_a_number_draws_so_many_that_are_alive():
-    some = chosen("5")
+def test_an_id_stays_one_whatever_file_lies_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("3", "3-4", "random:2"):
+        (tmp_path / name).write_text("17")
+    assert (chosen("3"), chosen("3-4"), len(chosen("random:2"))) == ([3], [3, 4], 2)
+
+
+def test_random_draws_so_many_that_are_alive():
+    some = chosen("random:5")
     assert len(set(some)) == 5
     assert set(some) <= set(ALIVE.tolist())
-    assert some == sorted(some) == chosen("5")
-    assert any(chosen("5", seed) != some for seed in range(1, 4))
-    assert set(some) <= set(chosen("9"))  # more keep those that were drawn
-    assert chosen("1000") == ALIVE.tolist()
+    assert some == sorted(some) == chosen("random:5") == chosen("random: 5")
+    assert any(chosen("random:5", seed) != some for seed in range(1, 4))
+    assert set(some) <= set(chosen("random:9"))  # more keep those that were drawn
+    assert chosen("random:1000") == ALIVE.tolist()
 
 
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("0", "give at least 1"),
+        ("random:0", "give at least 1"),
+        ("random", "random:100"),
+        ("random:", "random:100"),
+        ("random:x", "random:100"),
+        ("random:-3", "random:100"),
+        ("random:3,17", "random:100"),
+        ("alvie", "Did you mean 'alive'"),
+        ("50", "50 is out of range; the coder has latents 0 to 49"),
+        ("9" * 30, "is out of range; the coder has latents 0 to 49"),
         ("50,", "50 is out of range; the coder has latents 0 to 49"),
         ("3,49-50", "50 is out of range"),
         ("-3", "'-3' is no latent id or range"),
