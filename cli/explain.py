@@ -76,7 +76,7 @@ def command(argv: list[str]) -> int:
     if options.print_config:
         from sae.base.settings import to_yaml
 
-        print(to_yaml(config), end="")
+        print(to_yaml(config.shown()), end="")
         return DONE
     return _explain(config, _shard(options.shard), options)
 

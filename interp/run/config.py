@@ -170,6 +170,10 @@ class ExplainConfig:
                     f"explanations: {path.name} would be taken for what explainer {path.stem!r} says; rename the file"
                 )
 
+    def shown(self) -> "ExplainConfig":
+        """Returns it as files and screens have it: addresses of models without queries, which may hold keys."""
+        return replace(self, models=ModelsConfig(**{role: model.shown() for role, model in vars(self.models).items()}))
+
     def endpoint(self, role: str) -> EndpointConfig:
         """Returns the model behind a role: the judge is the explainer, and the reader the subject, if not set."""
         found: EndpointConfig = getattr(self.models, role)

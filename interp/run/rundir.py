@@ -86,8 +86,8 @@ def begin_run(config: ExplainConfig) -> None:
 
 
 def _told(config: ExplainConfig) -> ExplainConfig:
-    """Returns a config that names the model of every role."""
-    return replace(config, models=ModelsConfig(**{role: config.endpoint(role) for role in ROLES}))
+    """Returns a config that names the model of every role, as a file may have it."""
+    return replace(config, models=ModelsConfig(**{role: config.endpoint(role) for role in ROLES})).shown()
 
 
 def _continued(before: ExplainConfig, now: ExplainConfig) -> ExplainConfig:

@@ -110,6 +110,18 @@ def lines_of(raw: bytes, errors: str = "strict") -> list[str]:
     return [line.removesuffix("\r") for line in decoded(raw, errors).split("\n")]
 
 
+def typed_command() -> list[str]:
+    """Returns the command that was typed, for files to tell: addresses in it have no user, password and query."""
+
+    def told(word: str) -> str:
+        if not any(mark in word for mark in "?@"):
+            return word
+        word = re.sub(r"://[^/?]*@", "://***@", word)
+        return re.sub(r"\?.*?(?=\s*,\s*\w+://|[\]\"']*$)", "?***", word)  # up to the next address, or the end
+
+    return [Path(sys.argv[0]).name, *map(told, sys.argv[1:])]
+
+
 def save_tensors(path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file whole or not at all; equal tensors and metadata give equal bytes."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -247,7 +259,7 @@ class FolderLock:
                     raise ConfigError(f"{self.folder} is in use by {self._holder()}; wait for it or use another folder")
                 self.watch.poll(f"while waiting for {self._holder()}, which uses {self.folder}")
                 time.sleep(0.2)
-            command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            command = " ".join(typed_command())
             started = datetime.now(UTC).isoformat(timespec="seconds")
             with _explained(self.folder / LOCK):
                 self._file.truncate(0)

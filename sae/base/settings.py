@@ -50,16 +50,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_value(kind: type[Any], key: str, text: str) -> Any:
-    """Returns the value typed for field `a.b.c` of a config: YAML ("1e-4", "[a, b]", "null"), or text as it stands."""
+    """Returns the value typed for field `a.b.c` of a config: YAML ("1e-4", "[a, b]", "null"), or text as it stands.
+
+    Of addresses there may be one or several, in brackets or not, as one types them: http://[::1]:8000/v1, http://a?b=c.
+    """
     hint: Any = kind
     for part in key.split("."):
         hint = get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
     if hint is str or (isinstance(hint, UnionType) and str in get_args(hint) and text != "null"):
         return text  # a commit such as 12345e6 is no number, and " #" no comment
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
-        return text
+        value = text
+    if hint == tuple[str, ...] and _is_address(value):  # [::1] and ?a=b are no YAML in brackets
+        inner = text.strip()
+        inner = inner[1:-1] if inner.startswith("[") and inner.endswith("]") else inner
+        return [item.strip().strip("'\"") for item in inner.split(",") if item.strip()]
+    return value
 
 
 def to_yaml(config: Any) -> str:
@@ -98,6 +106,7 @@ def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def decode(kind: type[T], data: dict[str, Any], where: str = "") -> T:
     """Returns the dataclass `kind` from plain values; ConfigError names the path, the value and the nearest field."""
+    data = _listed(kind, data)
     _check_keys(kind, data, where)
     try:
         return draccus.decode(kind, data)
@@ -136,6 +145,19 @@ def _docstring(kind: type[Any], name: str) -> str:
     owners = [owner for owner in kind.__mro__ if name in inspect.get_annotations(owner)]
     found = (" ".join(get_attribute_docstring(owner, name).docstring_below.split()) for owner in owners)
     return next((doc for doc in found if doc), "")
+
+
+def _listed(kind: Any, data: Any) -> Any:
+    """Returns plain values in which one address for a list of them is a list of it."""
+    if not (dataclasses.is_dataclass(kind) and isinstance(data, dict)):
+        return [data] if kind == tuple[str, ...] and _is_address(data) else data
+    hints = get_type_hints(kind)
+    return {key: _listed(hints.get(key), value) for key, value in data.items()}
+
+
+def _is_address(value: Any) -> bool:
+    """Returns whether a value looks like a server's address, good or bad: it may hold a key and must not be told."""
+    return isinstance(value, str) and any(mark in value for mark in "/?@")
 
 
 def _check_keys(kind: Any, data: Any, where: str) -> None:

@@ -1,13 +1,12 @@
 """What a run ran on: written to env.json so that a result can be traced; no host names, no secrets."""
 
 import platform
-import sys
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from sae.base.files import typed_command
 from sae.lm.models import LanguageModel
 from sae.parallel import collectives
 
@@ -32,5 +31,5 @@ def versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "packages": {name: version(name) for name in PACKAGES},
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": typed_command(),
     }

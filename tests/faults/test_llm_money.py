@@ -268,7 +268,7 @@ def test_a_missing_key_is_named_and_a_server_on_loopback_needs_none(tmp_path, mo
     [
         ({"api_key_env": KEY}, "judge.api_key_env: not the name"),
         ({"base_urls": (f"https://user:{KEY}@llm.example/v1",)}, "judge.base_urls: an address holds no keys"),
-        ({"base_urls": (f"https://llm.example/v1?key={KEY}",)}, "judge.base_urls: an address holds no keys"),
+        ({"base_urls": (f"https://llm.example:x/v1?key={KEY}",)}, "judge.base_urls: 'https://llm.example:x/v1' is no"),
         ({"base_urls": ("localhost:8000",)}, "judge.base_urls: 'localhost:8000' is no address"),
         ({"via": "htpp"}, "judge.via: 'htpp' is not one of http, local, batch. Did you mean 'http'?"),
         ({"via": "local", "base_urls": ("http://a/v1",)}, "judge.base_urls"),

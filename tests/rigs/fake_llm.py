@@ -42,6 +42,7 @@ class Asked:
     headers: dict[str, str]
     """Their names in lower case."""
     at: float
+    query: str = ""
 
     @property
     def messages(self) -> list[tuple[str, str]]:
@@ -319,12 +320,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        path = urlsplit(self.path).path.removeprefix("/v1")
+        parts = urlsplit(self.path)
+        path = parts.path.removeprefix("/v1")
         if path == "/files":
             return self._json({"id": self.fake.store(_uploaded(raw)), "object": "file", "purpose": "batch"})
         body = json.loads(raw)
         headers = {name.lower(): value for name, value in self.headers.items()}
-        asked = Asked(path, body, headers, time.monotonic())
+        asked = Asked(path, body, headers, time.monotonic(), parts.query)
         with self.fake._lock:
             self.fake.calls.append(asked)
             fault = self.fake.faults.popleft() if self.fake.faults else self.fake.always

@@ -19,13 +19,13 @@ from interp.client.config import EndpointConfig
 from interp.client.holder import Holder
 from interp.client.ledger import Ledger, Usage, guessed_usage, worst_case
 from interp.client.remote.abilities import PROBE_TRIES, Prober
+from interp.client.remote.connection import Proxy, connect, custom_headers
 from interp.client.remote.failures import Outcome, outcome_of_exception, outcome_of_text, scrub
 from interp.client.remote.limiter import Closed, Limiter, backoff
 from interp.client.requests import Abilities, Reply, Request
-from sae.base.errors import ConfigError, Stopped
+from sae.base.errors import Stopped
 from sae.base.progress import Watch
 
-CONNECT_S = 10.0
 REST_S = 10.0
 """An address that cannot be reached is left out for so long, if there are others."""
 STOPPED, NO_MORE = "stopped", "no more calls were made"
@@ -41,11 +41,11 @@ class Endpoint(Holder):
         self.limiter = Limiter(config.max_concurrency)
         self.turns, self.waiting = asyncio.Semaphore(config.max_concurrency), 2 * config.max_concurrency
         self._doubt = asyncio.Lock()
-        self.urls = config.base_urls or (os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",)
-        self.where = " ".join(sorted(url.rstrip("/") for url in self.urls))
-        self._clients: list[Any] = []
-        self._busy = [0] * len(self.urls)
-        self._rested = [0.0] * len(self.urls)
+        self.addresses = config.addresses()
+        self.where = " ".join(sorted(address.shown for address in self.addresses))
+        self._connections: list[tuple[Any, Proxy | None]] = []
+        self._busy = [0] * len(self.addresses)
+        self._rested = [0.0] * len(self.addresses)
 
     async def check(self, role: str) -> None:
         """Returns if the key is set and the server says what a role can ask; else raises ConfigError in one line."""
@@ -130,28 +130,22 @@ class Endpoint(Holder):
         self.limiter.close(STOPPED, "")
 
     def clients(self) -> list[Any]:
-        """Returns an openai client for each address, made at first use; ConfigError if the key is missing."""
-        if not self._clients:
-            import openai
-
-            key = os.environ.get(self.config.api_key_env)
-            if not key and not self.config.on_loopback:
-                raise ConfigError(
-                    f"api_key_env: the environment variable {self.config.api_key_env} is not set, and the model "
-                    f"{self.config.model!r} is at {self.where}"
-                )
-            timeout = openai.Timeout(self.config.timeout_s, connect=min(CONNECT_S, self.config.timeout_s / 2))
-            options: dict[str, Any] = {"max_retries": 0, "timeout": timeout}
-            self._clients = [openai.AsyncOpenAI(api_key=key or "none", base_url=url, **options) for url in self.urls]
-        return self._clients
+        """Returns an openai client for each address, made at first use; ConfigError as `connect` raises it."""
+        if not self._connections:
+            self._connections = [connect(self.config, address) for address in self.addresses]
+        return [client for client, _ in self._connections]
 
     def secrets(self) -> list[str]:
-        """Returns what must not be shown: this endpoint's key."""
-        return [key for key in [os.environ.get(self.config.api_key_env)] if key]
+        """Returns what must not be shown: the key, and what goes out in headers, queries and to proxies."""
+        found = [os.environ.get(name, "") for name in (self.config.api_key_env, "HF_TOKEN")]
+        found += custom_headers().values()
+        found += [secret for address in self.addresses for secret in address.secrets]
+        found += [secret for _, proxy in self._connections if proxy for secret in proxy.secrets]
+        return sorted(filter(None, found), key=len, reverse=True)
 
     async def close(self) -> None:
         """Closes all connections."""
-        for client in self._clients:
+        for client in self.clients() if self._connections else ():
             await client.close()
 
     async def _is_down(self, role: str, path: str, body: dict[str, Any], outcome: Outcome) -> bool:
@@ -189,13 +183,16 @@ class Endpoint(Holder):
         if outcome.failure == "connection":
             self._rested[place] = asyncio.get_running_loop().time() + REST_S
         if outcome.body is None:
+            proxy = self._connections[place][1]
+            if proxy:  # which may be the one that said so
+                outcome = replace(outcome, detail=f"{outcome.detail}, by way of {proxy.shown}")
             return outcome, worst if outcome.paid else Usage(0, 0)
         return outcome, usage_of(outcome.body, path, worst.tokens_in)
 
     def _place(self) -> int:
         """Returns the address with the fewest requests under way, among those that can be reached."""
         now = asyncio.get_running_loop().time()
-        return min(range(len(self.urls)), key=lambda place: (self._rested[place] > now, self._busy[place]))
+        return min(range(len(self.addresses)), key=lambda place: (self._rested[place] > now, self._busy[place]))
 
     def _learn(self, outcome: Outcome, started: float, probing: bool) -> None:
         if outcome.stop:
