@@ -124,8 +124,8 @@ def _certificates() -> ssl.SSLContext | None:
         if not there(path):
             raise ConfigError(f"{name}: no such {'folder' if there is os.path.isdir else 'file'}: {path}")
         try:
-            where = "cafile" if name == "SSL_CERT_FILE" else "capath"
-            return ssl.create_default_context(**{where: path})
+            is_file = name == "SSL_CERT_FILE"
+            return ssl.create_default_context(cafile=path if is_file else None, capath=None if is_file else path)
         except OSError as error:  # ssl's own are of this kind too
             reason = error.strerror or type(error).__name__
             raise ConfigError(f"{name}: {path} cannot be read as certificates ({reason})") from None
