@@ -11,6 +11,7 @@ from interp.client.requests import Abilities, Chat, Reply, Request
 from interp.explainers import Explainer
 from interp.prompts.explaining import SCHEMA, correction_messages, explanation_messages
 from interp.prompts.judging import Messages
+from interp.prompts.windows import read_back
 from interp.records import Examples, Explanation, Item, Judged
 from sae.base.settings import at_least
 
@@ -63,7 +64,7 @@ class LanguageModelExplainer(Explainer):
     def explanations(self, examples: Examples, replies: Sequence[Reply]) -> list[Explanation]:
         """Returns the different explanations among the replies, without those that are empty or too long."""
         told = [reply.data.get("explanation") for reply in replies if reply.ok and isinstance(reply.data, dict)]
-        texts = [" ".join(text.split()) for text in told if isinstance(text, str)]
+        texts = [" ".join(read_back(text).split()) for text in told if isinstance(text, str)]
         kept = dict.fromkeys(
             text for text in texts if text and len(text.split()) <= LONGEST_WORDS and len(text) <= LONGEST_CHARS
         )

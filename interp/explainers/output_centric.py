@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from interp.client.requests import Reply
 from interp.explainers import Explainer
-from interp.prompts.windows import quoted
+from interp.prompts.windows import spelled
 from interp.records import Examples, Explanation
 from sae.base.settings import at_least
 
@@ -32,5 +32,5 @@ class OutputCentric(Explainer):
     def explanations(self, examples: Examples, replies: Sequence[Reply]) -> list[Explanation]:
         """Returns the list; none where it is not known what the latent promotes."""
         told = list(dict.fromkeys(token for token in examples.facts.promoted if token.strip()))[: self.named]
-        text = f"text before which these tokens are likely: {', '.join(quoted(token) for token in told)}"
+        text = f"text before which these tokens are likely: {', '.join(spelled(token) for token in told)}"
         return [Explanation(examples.latent, text, "output_centric")] if told else []

@@ -9,7 +9,7 @@ from typing import ClassVar, TypeVar
 
 from interp.client.requests import Reply
 from interp.explainers import Explainer
-from interp.prompts.windows import quoted
+from interp.prompts.windows import spelled
 from interp.records import Examples, Explanation
 from sae.base.errors import ConfigError
 from sae.base.settings import at_least
@@ -55,7 +55,7 @@ class SingleToken(Explainer):
         if not word or mass < self.dominance * total:
             return []
         form, _ = _largest((piece, mass) for _, piece, mass in fired if piece.casefold() == word)[0]
-        return [Explanation(examples.latent, f"the word {quoted(form)}", "single_token")]
+        return [Explanation(examples.latent, f"the word {spelled(form)}", "single_token")]
 
 
 def _largest(parts: Iterable[tuple[T, float]]) -> list[tuple[T, float]]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from interp.client.requests import Reply
 from interp.explainers import Explainer
-from interp.prompts.windows import quoted
+from interp.prompts.windows import spelled
 from interp.records import Examples, Explanation, Window
 from interp.scoring.metrics import best_threshold
 from sae.base.settings import at_least
@@ -54,7 +54,7 @@ class TokenLookup(Explainer):
         told = [token for token in weights if weights[token] >= threshold]
         told = sorted(told, key=lambda token: (-fired[token] * weights[token], token))[: self.named]
         names = _names(item.window for item in examples.explain)
-        text = f"fires on the tokens {', '.join(quoted(names.get(token, UNTOLD)) for token in told)}"
+        text = f"fires on the tokens {', '.join(spelled(names.get(token, UNTOLD)) for token in told)}"
         rule = {"tokens": {str(token): round(weight, 6) for token, weight in weights.items()}, "threshold": threshold}
         return [Explanation(examples.latent, text, "token_lookup", rule=rule)] if told else []
 

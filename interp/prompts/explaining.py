@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from interp.prompts.judging import Messages
-from interp.prompts.windows import activation_levels, fenced, quoted, shown
+from interp.prompts.windows import activation_levels, fenced, prose, quoted, shown, shown_with
 from interp.records import Item
 
 TOKENS_WITH_LEVELS = 10  # of a window: the strongest
@@ -63,16 +63,19 @@ def correction_messages(
     largest = max((item.window.strength for item in overlooked), default=0.0)
     texts = [_with_levels(item, largest) for item in overlooked] + [shown(item.window) for item in mistaken]
     labels = _numbered("active, but taken for silent", overlooked) + _numbered("silent, but taken for active", mistaken)
-    answer = json.dumps({"explanation": explanation}, ensure_ascii=False)
+    answer = json.dumps({"explanation": prose(explanation)}, ensure_ascii=False)
     return (*asked, ("assistant", answer), ("user", f"{_WRONG}\n\n{fenced(texts, labels).text}"))
 
 
 def _with_levels(item: Item, largest: float) -> str:
     """Returns an active window with its marks, and a line with the levels of its strongest tokens in their order."""
-    pieces, level = item.window.pieces(), activation_levels(item.window, largest)
-    strongest = sorted((-level[place], place) for place in range(len(pieces)) if level[place] and pieces[place].strip())
-    places = sorted(place for _, place in strongest[:TOKENS_WITH_LEVELS])
-    told = ", ".join(f"{quoted(pieces[place].strip())} {level[place]}" for place in places)
+    pieces = item.window.pieces()
+    shows, level = shown_with(pieces), dict[int, int]()
+    for place, value in zip(shows, activation_levels(item.window, largest), strict=False):
+        level[place] = max(value, level.get(place, 0))  # of parts of a character, the most
+    strongest = sorted((place for place in level if level[place]), key=lambda place: (-level[place], place))
+    places = sorted(strongest[:TOKENS_WITH_LEVELS])
+    told = ", ".join(f"{quoted(pieces[place].strip() or pieces[place])} {level[place]}" for place in places)
     return f"{shown(item.window, item.marks)}\nlevels: {told}"
 
 

@@ -10,8 +10,9 @@ import re
 from typing import NamedTuple
 
 from interp.prompts.judging import Messages
-from interp.prompts.windows import TOP_LEVEL, prose, quoted, shown
+from interp.prompts.windows import TOP_LEVEL, on_one_line, prose, quoted, shown
 from interp.records import Window
+from sae.text.scripts import WORD
 
 NEUTRAL = "nothing in particular, extracts of all sorts"
 """What a text is described as where its description is not to help."""
@@ -144,17 +145,16 @@ def amplified_passage(passage: str, description: str) -> Framed:
 
 def passage_for_encoder(window: Window) -> str:
     """Returns a window as an encoder is shown it."""
-    return prose(window.text) or shown(window)
+    return on_one_line(window.text) or shown(window)
 
 
 def query_for_encoder(description: str) -> str:
     """Returns a description as encoders that are told what to look for take it."""
-    return f"Instruct: Given a description, find the texts that fit it.\nQuery: {prose(description)}"
+    return f"Instruct: Given a description, find the texts that fit it.\nQuery: {on_one_line(description)}"
 
 
-_QUOTED = re.compile(r'"((?:[^"\\]|\\.)+)"|\u201c([^\u201d]+)\u201d')
+_QUOTED = re.compile(r'"((?:[^"\\]|\\.)+)"|\u201c([^\u201d]+)\u201d|\u300c([^\u300d]+)\u300d')
 _CODE = re.compile(r"\\(?:u\{[0-9a-f]+\}|[ntr])|\\(.)")
-_WORD = re.compile(r"\w+")
 QUOTED_WEIGHT = 3
 _COMMON = (
     "a about active activates all an and any are as at be before both but by can contain containing contexts either "
@@ -170,6 +170,6 @@ def query_for_words(description: str) -> str:
     Those that it quotes count three times; of the others, such as tell nothing of the text are left out.
     """
     common = set(_COMMON.split())
-    pieces = [_CODE.sub(lambda m: m[1] or " ", first or second) for first, second in _QUOTED.findall(description)]
-    rest = [word for word in _WORD.findall(_QUOTED.sub(" ", description)) if word.lower() not in common]
-    return " ".join(rest + pieces * QUOTED_WEIGHT) or prose(description)
+    pieces = [_CODE.sub(lambda m: m[1] or " ", "".join(told)) for told in _QUOTED.findall(description)]
+    rest = [word for word in WORD.findall(_QUOTED.sub(" ", description)) if word.lower() not in common]
+    return " ".join(rest + pieces * QUOTED_WEIGHT) or on_one_line(description)

@@ -15,6 +15,7 @@ has no line break, no text can begin a line of its own.
 import math
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -35,7 +36,19 @@ _NAMES = (  # control tokens without an underscore; those with one are told by i
 _CONTROL = re.compile(rf"<(/?(?:\w*_\w*|unused\d+|0x[0-9A-F]{{2}}|{'|'.join(_NAMES.split())}))>", re.IGNORECASE)
 _BRACKETED = re.compile(r"(\[/?[a-z]?[A-Z][A-Z_]+)\]")
 _BAR = re.compile(r"(?<=<)[|\uff5c]")
+_ESCAPED_MARK = re.compile(r"\\(?=[<>])|(?<=<)\\(?=[|\uff5c])|(?<=[A-Z_])\\(?=\])")
+_ESCAPED_NAME = re.compile(r"<(/?\w*)\\(/?\w+)>")
+LONGEST_PROSE = 2000  # characters
 _CONSONANTS = "bcdfghjklmnpqrstvwxz"
+
+
+def shown_with(pieces: Sequence[str]) -> list[int]:
+    """Returns for every token the one whose text shows it; none (an empty list) where no text is there at all.
+
+    That is itself, or for a part of a character the token that the whole character is told with.
+    """
+    full = [place for place, piece in enumerate(pieces) if piece]
+    return [full[min(bisect_left(full, place), len(full) - 1)] for place in range(len(pieces))] if full else []
 
 
 def spans(window: Window, marked: Collection[int]) -> list[tuple[str, bool]]:
@@ -44,9 +57,9 @@ def spans(window: Window, marked: Collection[int]) -> list[tuple[str, bool]]:
     A marked token that is a part of a character stands for the token that the whole character is told with.
     """
     pieces = window.pieces()
-    full = [place for place, piece in enumerate(pieces) if piece]
-    places = {next((f for f in full if f >= place), full[-1]) for place in marked if full}
-    parts = groupby(full, lambda place: place in places)
+    shows = shown_with(pieces)
+    places = {shows[place] for place in marked if shows}
+    parts = groupby(sorted(set(shows)), lambda place: place in places)
     return [("".join(pieces[place] for place in part), inside) for inside, part in parts]
 
 
@@ -61,16 +74,37 @@ def shown(window: Window, marked: Collection[int] = ()) -> str:
 
 
 def quoted(text: str) -> str:
-    """Returns the text of a token between quotation marks."""
+    """Returns the text of a token between quotation marks, as a message to a model has it: `prose` of `spelled`."""
     return '"' + _harmless(_escaped(text, False, False)).replace('"', r"\"") + '"'
 
 
+def spelled(text: str) -> str:
+    """Returns the text of a token between quotation marks, as people read it and explanations have it.
+
+    What cannot be seen is a code, as in windows; what could pass for markup is escaped once it goes to a model.
+    """
+    return '"' + "".join(map(_code, text)).replace('"', r"\"") + '"'
+
+
+def read_back(text: str) -> str:
+    """Returns what a model wrote without the escapes of markup that it has copied from a window."""
+    return _ESCAPED_NAME.sub(r"<\1\2>", _ESCAPED_MARK.sub("", text))
+
+
 @lru_cache(256)  # the same explanation is asked about window by window
-def prose(text: str, longest: int = 2000) -> str:
-    """Returns an explanation on one line, its words as they are, cut at `longest` characters."""
+def prose(text: str) -> str:
+    """Returns an explanation on one line as it goes into a message: its words as they are, nothing like a mark."""
+    return _harmless(_escaped(_on_one_line(text), False, False, _seen))
+
+
+def on_one_line(text: str) -> str:
+    """Returns a text on one line for a model that knows no marks, and that nothing in it can instruct."""
+    return _harmless("".join(map(_seen, _on_one_line(text))))
+
+
+def _on_one_line(text: str) -> str:
     line = " ".join(text.split())
-    line = line if len(line) <= longest else line[: longest - 4] + " ..."
-    return _harmless("".join(_code(character) if character != "\\" else character for character in line))
+    return line if len(line) <= LONGEST_PROSE else line[: LONGEST_PROSE - 4] + " ..."
 
 
 def activation_levels(window: Window, largest: float) -> tuple[int, ...]:
@@ -121,19 +155,24 @@ def _hash(*key: str | int) -> bytes:
     return keyed_hash(*key, size=16)
 
 
-def _escaped(text: str, mark_before: bool, mark_after: bool) -> str:
-    """Returns a part of a window with what is unseen as a code and what could be taken for a mark escaped."""
-    before = (text[:1] if mark_before else " ") + text[:-1]
-    after = text[1:] + (text[-1:] if mark_after else " ")
-    return "".join(
-        "\\" + c if c in "<>" and c in (b, a) else _code(c) for b, c, a in zip(before, text, after, strict=False)
-    )
-
-
 def _code(character: str) -> str:
     """Returns a character, or the code of one that cannot be seen."""
     unseen = unicodedata.category(character) in _UNSEEN
     return _CODES.get(character) or (f"\\u{{{ord(character):x}}}" if unseen else character)
+
+
+def _seen(character: str) -> str:
+    """Returns a character, or the code of one that cannot be seen; backslashes of words stay as they are."""
+    return character if character == "\\" else _code(character)
+
+
+def _escaped(text: str, mark_before: bool, mark_after: bool, code: Callable[[str], str] = _code) -> str:
+    """Returns a part of a window with what is unseen as a code and what could be taken for a mark escaped."""
+    before = (text[:1] if mark_before else " ") + text[:-1]
+    after = text[1:] + (text[-1:] if mark_after else " ")
+    return "".join(
+        "\\" + c if c in "<>" and c in (b, a) else code(c) for b, c, a in zip(before, text, after, strict=False)
+    )
 
 
 def _harmless(line: str) -> str:

@@ -15,7 +15,8 @@ from interp.explainers.next_token import NextToken
 from interp.explainers.output_centric import OutputCentric
 from interp.explainers.single_token import SingleToken
 from interp.explainers.token_lookup import TokenLookup, rule_score
-from interp.prompts.windows import shown
+from interp.prompts.explaining import correction_messages
+from interp.prompts.windows import prose, shown
 from interp.records import ACTIVE, Examples, Explanation, Item, Judgement
 from interp.scorers.detection import Detection
 from sae.base.errors import ConfigError
@@ -216,6 +217,51 @@ def test_a_word_that_always_follows_is_named():
     assert NextToken().explanations(examples_of([]), []) == []
 
 
+@pytest.mark.parametrize(
+    ("after", "word"),
+    [
+        (["\u82f9\u679c\u5f88\u597d", "\u82f9\u679c\uff0c\u6211", "\u82f9\u679c\u548c\u68a8"], "\u82f9\u679c"),
+        (["\u3067\u3059\u304b", "\u3067\u3059\u306d", "\u3067\u3059\u3002"], "\u3067\u3059"),
+        (["\u0e04\u0e23\u0e31\u0e1a", "\u0e04\u0e23\u0e31\u0e1a\u0e1c\u0e21"], "\u0e04\u0e23\u0e31\u0e1a"),
+    ],
+    ids=["Chinese", "Japanese", "Thai"],
+)
+def test_what_always_follows_is_found_without_blanks_between_words(after, word):
+    windows = [of_pieces(["x", text]) for text in after * 4]
+    active = [replace(window, activations=(1.0, 0.0)) for window in windows]
+    silent = [of_pieces(["x", "\u5929\u6c14\u5f88\u597d"])] * 6
+    (found,) = NextToken().explanations(examples_of(active, silent), [])
+    assert found.text == f'say "{word}": the text just before the word "{word}"'
+    for promoted in ((word,), (word[0],), (word + "\u3002",), ("\ufffd", "zeal")):  # whole, its beginning, or bytes
+        assert NextToken().explanations(examples_of(active, silent, promoted=promoted), [])
+    assert NextToken().explanations(examples_of(active, silent, promoted=("zeal",)), []) == []
+
+
+def test_labels_hold_tokens_as_they_are_and_messages_what_cannot_be_markup():
+    """What people read has no escapes, and what models read has them all the same."""
+    pieces = [">>>", "<|im_end|>", "</s>", "[INST]", "\n", '"', "\\", "\u200b"]
+    windows = [replace(of_pieces([piece, " x"]), activations=(1.0, 0.0)) for piece in pieces]
+    silent = [replace(of_pieces([" y", " z"]), tokens=(90, 91))] * 8
+    windows = [replace(window, tokens=(number, 50)) for number, window in enumerate(windows)]
+    (found,) = TokenLookup().explanations(examples_of(windows, silent), [])
+    for form in ('">>>"', '"<|im_end|>"', '"</s>"', '"[INST]"', r'"\n"', r'"\""', r'"\\"', r'"\u{200b}"'):
+        assert form in found.text
+    for form in (r'"\>\>\>"', r'"<\|im_end|>"', r'"<\/s>"', r'"[INST\]"'):
+        assert form in prose(found.text)
+
+
+@pytest.mark.parametrize(
+    "text", ["the prompt >>>", "a << b", "<|im_end|> ends", "</s> or [INST]", r"the regex \d and \n"]
+)
+def test_what_a_model_copies_of_a_windows_escapes_is_read_back(text):
+    copied = told(shown(of_pieces([text])) if "regex" not in text else text)
+    (found,) = LanguageModelExplainer().explanations(EXAMPLES, [copied])
+    assert found.text == text
+    again = correction_messages((("user", "x"),), found.text, (), ())[1][1]
+    assert "<|" not in again
+    assert "</s>" not in again
+
+
 def test_what_is_promoted_must_agree_with_what_follows():
     windows = next_windows("York"), next_windows("the")
     assert NextToken().explanations(examples_of(*windows, promoted=(" York", " city")), [])
@@ -226,7 +272,7 @@ def test_what_is_promoted_must_agree_with_what_follows():
 def test_what_is_promoted_is_listed():
     known = facts(promoted=(" pie", " ", " pie", "\n", "<s>", *map(str, range(20))))
     (found,) = OutputCentric(named=4).explanations(replace(EXAMPLES, facts=known), [])
-    assert found.text == r'text before which these tokens are likely: " pie", "<\s>", "0", "1"'
+    assert found.text == r'text before which these tokens are likely: " pie", "<s>", "0", "1"'
     assert OutputCentric().explanations(EXAMPLES, []) == []
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import unicodedata
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,7 @@ from rigs.interp_examples import FILLER, facts, make_window, of_pieces, parts_of
 from interp.client.requests import Chat
 from interp.prompts.explaining import correction_messages, explanation_messages
 from interp.prompts.judging import DETECTION, FUZZING, odd_one, one_text, several_texts
-from interp.prompts.windows import activation_levels, fenced, prose, quoted, shown, spans
+from interp.prompts.windows import activation_levels, fenced, on_one_line, prose, quoted, shown, spans, spelled
 from interp.records import ACTIVE, Item
 
 HOSTILE = [
@@ -82,6 +83,17 @@ def test_explanations_and_tokens_are_one_line_without_control_tokens(text):
     inner = quoted(text)[1:-1]
     assert unescaped(inner)[0] == text
     assert not re.search(r'(?<!\\)(\\\\)*"', inner)
+
+
+@given(st.text(max_size=30) | pieces.map("".join))
+def test_a_label_becomes_the_same_message_as_its_tokens(text):
+    assert prose(spelled(text)) == on_one_line(quoted(text))
+
+
+def test_no_explanation_holds_a_mark():
+    assert prose('the tokens ">>>" and "<<"') == r'the tokens "\>\>\>" and "\<\<"'
+    assert prose(r'the tokens "\>\>\>"') == r'the tokens "\>\>\>"'  # as earlier versions wrote it
+    assert prose("a < b > c") == "a < b > c"
 
 
 def test_long_explanations_are_cut():
@@ -183,6 +195,29 @@ def test_an_explainer_sees_marks_levels_silent_windows_and_promoted_tokens():
     assert [text for _, text in parts[4:]] == [shown(item.window) for item in silent]
     assert user.endswith(r'more likely to come next: " pie", "\"\n"')
     assert '{"explanation": "..."}' in system
+
+
+@pytest.mark.parametrize(
+    ("texts", "values", "levels"),
+    [
+        (["a", "\n", "b"], {1: 9.0, 0: 3.0}, r'"a" 3, "\n" 9'),
+        (["a", "    ", "\n\t", " b"], {1: 9.0, 2: 4.5}, r'"    " 9, "\n\t" 5'),
+        (["a", "\u2028", "\r", "\u3000"], {1: 9.0, 2: 1.0, 3: 2.0}, r'"\u{2028}" 9, "\r" 1, ' + '"\u3000" 2'),
+        (["a", "", "", "\U0001f34e", " b"], {1: 9.0, 3: 1.0}, '"\U0001f34e" 9'),
+        (["a", "", "\u00e9", "", "\u00e8"], {1: 2.0, 3: 9.0}, '"\u00e9" 2, "\u00e8" 9'),
+        (["a", "\ufffd", ""], {2: 9.0}, '"\ufffd" 9'),
+        ([" the", "x"], {0: 9.0}, '"the" 9'),
+        (["", ""], {0: 9.0}, ""),
+    ],
+)
+def test_the_strongest_token_has_a_level_whatever_it_is(texts, values, levels):
+    """Blanks and parts of characters too: what is shown of a window must say where its unit is strongest."""
+    window = of_pieces(texts)
+    window = replace(window, activations=tuple(values.get(place, 0.0) for place in range(len(texts))))
+    item = Item(window, ACTIVE, 9, tuple(values))
+    (_, (_, user)) = explanation_messages([item], ())
+    ((_, part),) = parts_of(user)
+    assert part == f"{shown(window, item.marks)}\nlevels: {levels}"
 
 
 def test_a_correction_shows_what_went_wrong():

@@ -115,10 +115,56 @@ def test_parts_of_words_and_signs_are_found():
 
 
 @pytest.mark.parametrize(
+    ("description", "right", "others"),
+    [
+        (
+            "\u82f9\u679c",
+            "\u6211\u559c\u6b22\u5403\u82f9\u679c\u548c\u9999\u8549",
+            ["\u4eca\u5929\u7684\u5929\u6c14\u5f88\u597d", "the weather is good"],
+        ),
+        ("\u5929\u6c14", "the \u5929\u6c14 today", ["\u6211\u559c\u6b22\u5403\u82f9\u679c", "an apple a day"]),
+        (
+            "\u30b3\u30fc\u30d2\u30fc",
+            "\u6bce\u671d\u30b3\u30fc\u30d2\u30fc\u3092\u98f2\u307f\u307e\u3059",
+            ["\u5929\u6c17\u304c\u3044\u3044\u3067\u3059\u306d"],
+        ),
+        (
+            "\u0e01\u0e32\u0e41\u0e1f",
+            "\u0e09\u0e31\u0e19\u0e14\u0e37\u0e48\u0e21\u0e01\u0e32\u0e41\u0e1f\u0e17\u0e38\u0e01\u0e40\u0e0a\u0e49\u0e32",
+            ["\u0e2d\u0e32\u0e01\u0e32\u0e28\u0e14\u0e35\u0e21\u0e32\u0e01"],
+        ),
+        (
+            "\u0e81\u0eb2\u0ec0\u0e9f",
+            "\u0e82\u0ec9\u0ead\u0e8d\u0e94\u0eb7\u0ec8\u0ea1\u0e81\u0eb2\u0ec0\u0e9f",
+            ["\u0eae\u0ec9\u0ead\u0e99\u0eab\u0ebc\u0eb2\u0e8d"],
+        ),
+        (
+            "\u1780\u17b6\u17a0\u17d2\u179c\u17c1",
+            "\u1781\u17d2\u1789\u17bb\u17c6\u1795\u17b9\u1780\u1780\u17b6\u17a0\u17d2\u179c\u17c1",
+            ["\u1794\u17d2\u179a\u1791\u17c1\u179f"],
+        ),
+        (
+            "\u1000\u1031\u102c\u103a\u1016\u102e",
+            "\u1000\u103b\u103d\u1014\u103a\u1010\u1031\u102c\u103a\u1000\u1031\u102c\u103a\u1016\u102e\u101e\u1031\u102c\u1000\u103a",
+            ["\u1019\u1014\u1000\u103a\u1016\u103c\u1014\u103a"],
+        ),
+    ],
+    ids=["Chinese", "mixed", "Japanese", "Thai", "Lao", "Khmer", "Burmese"],
+)
+@pytest.mark.parametrize("form", ["{}", 'fires on the tokens "{}"', "\u300c{}\u300d"])
+def test_a_word_is_found_where_no_blanks_part_words(description, right, others, form):
+    vectors = np.array(tfidf([query_for_words(form.format(description)), right, *others]))
+    near = vectors[0] @ vectors.T
+    assert near[1] > 0.1
+    assert near[1] > 2 * near[2:].max()
+
+
+@pytest.mark.parametrize(
     ("description", "query"),
     [
         ('fires on the tokens " the", " of"', "the of the of the of"),
         ("words such as \u201cCaesar\u201d in Roman texts", "Roman Caesar Caesar Caesar"),
+        (r'on ">>>", "\>\>\>"', ">>> >>> >>> >>> >>> >>>"),  # as it is now, and as earlier versions wrote it
         (r'the token "\n" or "\"x\""', '"x" "x" "x"'),
         ("names of rivers", "names rivers"),
         ("the of", "the of"),

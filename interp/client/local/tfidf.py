@@ -3,15 +3,16 @@
     x_f = (1 + ln n_f) (1 + ln((1 + N) / (1 + N_f)))        n_f times in the text, in N_f of N texts
 
 Features are words, punctuation marks, and the words' runs of three characters, ends counted: descriptions name parts of
-words too ("ing"), and texts are cut within words.
+words too ("ing"), and texts are cut within words. Of scripts that set no blanks between words, all runs of up to three
+characters (`sae.text.scripts`).
 """
 
-import re
 from collections.abc import Sequence
+
+from sae.text.scripts import SIGN, UNSPACED, parts
 
 RUN = 3
 DIGITS = 6
-_FEATURE = re.compile(r"\w+|[^\w\s]")
 
 
 def tfidf(texts: Sequence[str]) -> tuple[tuple[float, ...], ...]:
@@ -33,7 +34,10 @@ def tfidf(texts: Sequence[str]) -> tuple[tuple[float, ...], ...]:
 def features(text: str) -> list[str]:
     """Returns the features of a text, each as often as it occurs."""
     found: list[str] = []
-    for word in _FEATURE.findall(text.lower()):
+    for word in SIGN.findall(text.lower()):
+        if UNSPACED.match(word):
+            found += parts(word)
+            continue
         found.append(word)
         ends = f"^{word}$"
         if word[0].isalnum():

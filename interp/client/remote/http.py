@@ -18,6 +18,7 @@ from interp.client.cache import Cache
 from interp.client.config import EndpointConfig
 from interp.client.holder import Holder
 from interp.client.ledger import Ledger, Usage, guessed_usage, worst_case
+from interp.client.remote import truncation
 from interp.client.remote.abilities import PROBE_TRIES, Prober
 from interp.client.remote.connection import Proxy, connect, custom_headers
 from interp.client.remote.failures import Outcome, outcome_of_exception, outcome_of_text, scrub
@@ -80,6 +81,8 @@ class Endpoint(Holder):
             reply = Reply(failure=outcome.failure, detail=outcome.detail, given_up=outcome.given_up)
         else:
             reply = answers.read(request, abilities, outcome.body)
+            problem = truncation.cut(request, outcome.body)
+            reply = Reply(failure="bad_request", detail=problem) if problem else reply
         detail = scrub(reply.detail, self.secrets())
         return replace(reply, detail=detail, tokens_in=used.tokens_in, tokens_out=used.tokens_out)
 
