@@ -57,6 +57,7 @@ class Cache:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()  # sqlite would make it closed to a group that the umask lets write; its journals follow suit
             self._reader = sqlite3.connect(path, timeout=BUSY_S)
         except (sqlite3.OperationalError, OSError) as error:
             raise ConfigError(f"cache: cannot write to {path}: {error}") from error

@@ -17,11 +17,12 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -313,11 +314,27 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         with _explained(path):
             folder.mkdir(parents=True)
             write(folder / path.name)
+            _open_to_others(folder, [folder / path.name])
             _sync(folder / path.name)
             os.replace(folder / path.name, path)
             _sync(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_to_others(folder: Path, files: Iterable[Path]) -> None:
+    """Gives files the mode of any file that is made in a folder: some libraries make theirs for the owner alone.
+
+    That mode is seen on one, not computed: no thread can ask for the umask without changing it for all of them, and a
+    folder may have access lists of its own.
+    """
+    plain = folder / ".mode"
+    plain.touch()
+    mode = plain.stat().st_mode
+    plain.unlink()
+    for file in files:
+        if file.stat().st_mode != mode:
+            file.chmod(stat.S_IMODE(mode))
 
 
 @contextmanager
@@ -352,7 +369,9 @@ def _seal(folder: Path) -> None:
     """Writes manifest and marker, and flushes the whole tree to disk."""
     files = {name: _described(path) for name, path in _files(folder).items()}
     write_json(folder / MANIFEST, {"version": 1, "files": files})
-    for path in folder.rglob("*"):
+    inside = list(folder.rglob("*"))
+    _open_to_others(folder, filter(Path.is_file, inside))
+    for path in inside:
         _sync(path)
     atomic_write(folder / MARKER, sha256_file(folder / MANIFEST) + "\n")
 
