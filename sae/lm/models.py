@@ -5,7 +5,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 from sae.assets import QUICKSTART_LM
 from sae.base.errors import ConfigError, nearest
 from sae.base.files import cache_dir, publish, sha256_file
+from sae.base.network import hub_or_cache
+from sae.base.progress import on_terminal
 from sae.base.settings import choose
 from sae.text.tokenizing import tokenizer_digest
 
@@ -261,10 +263,27 @@ def _file_digest(path: Path, _size: int, _mtime_ns: int) -> str:
 
 
 @contextmanager
-def _readable_errors(name: str) -> Iterator[None]:
-    """Turns the loaders' long errors into one line that names the model and the way out."""
+def _bars_on_terminals() -> Iterator[None]:
+    """Keeps the loaders' bars, of which a log would keep every state, to where they can be watched."""
+    from transformers.utils import logging as bars
+
+    hide = bars.is_progress_bar_enabled() and not on_terminal()
+    if hide:
+        bars.disable_progress_bar()
     try:
         yield
+    finally:
+        if hide:
+            bars.enable_progress_bar()
+
+
+@contextmanager
+def _readable_errors(name: str) -> Iterator[None]:
+    """Turns the loaders' long errors into one line that names the model and the way out."""
+    on_disk = name == "quickstart" or Path(name).expanduser().exists()
+    try:
+        with nullcontext() if on_disk else hub_or_cache(), _bars_on_terminals():
+            yield
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:

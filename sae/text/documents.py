@@ -15,6 +15,7 @@ from typing import Any
 
 from sae.base.errors import ConfigError, nearest
 from sae.base.files import sha256_file
+from sae.base.network import hub_or_cache
 from sae.base.seeding import uniform
 from sae.base.settings import at_least, choose
 
@@ -234,7 +235,8 @@ def _dataset(config: TextConfig, path: Path) -> Iterator[tuple[str, Any]]:
                 rows = rows[config.split]
         else:
             options: dict[str, Any] = {"split": config.split, "revision": config.revision}
-            rows = datasets.load_dataset(config.source, config.name, streaming=config.streaming, **options)
+            with hub_or_cache():
+                rows = datasets.load_dataset(config.source, config.name, streaming=config.streaming, **options)
     except ConfigError:
         raise
     except Exception as error:  # whatever the hub client raises becomes one line with the way out
