@@ -27,6 +27,7 @@ from interp.evidence.tally import Evidence, Sizes, Tally
 from sae.base.errors import ConfigError, DataError, Stopped
 from sae.base.files import FolderLock, load_tensors, read_json, remove_stale, save_tensors, write_json
 from sae.base.progress import UNWATCHED, Progress, Watch
+from sae.base.room import Need, check_room
 from sae.base.store import Shards, ShardWriter, remove_damaged
 from sae.parallel import collectives
 
@@ -116,7 +117,9 @@ class _Pass:
                 rows = self.groups[number]
                 coded = self.codes.read(rows)
                 if kept is not None and number not in done_before:
-                    kept.write(number, block_tensors(coded, rows))
+                    size = kept.write(number, block_tensors(coded, rows))["bytes"]
+                    if count == 1:  # all blocks are of about one size
+                        check_room(Need("run_dir", self.folder, size * (len(missing) - 1)))
                 if not tallied[number]:
                     names, splits = self.corpus.name[rows], self.corpus.split[rows]
                     tally.add(coded.latents, coded.rows, coded.places, names, splits, rows)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sae.base.errors import ConfigError, DataError, nearest
+from sae.base.room import Need, check_room
 from sae.coder.coder import SparseCoder
 from sae.formats import NATIVE, formats
 from sae.loading.hub import load
@@ -33,6 +34,7 @@ def convert(coder: SparseCoder, name: str, folder: str | Path) -> list[str]:
     new = not folder.exists()
     if not new and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"folder: {folder} exists and is not empty; choose another")
+    check_room(Need("folder", folder, sum(tensor.nbytes for tensor in coder.state_dict().values())))
     try:
         writers()[name](folder, coder)
         return _changed(coder, load(folder, format=name), exact=name == NATIVE)

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sae.base.progress import Watch
+from sae.base.room import Need, check_room
 from sae.base.seeding import generator
 from sae.base.store import Shards, ShardWriter
 from sae.lm.hooks import capture, capture_with_gradients, sites_of_model
@@ -128,10 +129,15 @@ class CachedSource:
 
     def fill(self, blocks: range, watch: Watch) -> None:
         """Stores all of `blocks`; raises Stopped between two of them when asked to."""
+        size = None
         for block in blocks:
             watch.poll("while storing activations")
             if block not in self.stored:
                 self.read(block)
+                if size is None:  # all blocks are of one size
+                    size = self.stored.entries[block]["bytes"]
+                    left = sum(later not in self.stored for later in blocks)
+                    check_room(Need("SAE_CACHE", self.writer.folder, size * left))
             watch.progress(block)
 
 

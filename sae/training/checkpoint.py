@@ -3,6 +3,7 @@
 And the lock on the run folder they lie in, and the config with which a run may go on.
 """
 
+import errno
 import logging
 import re
 import shutil
@@ -27,6 +28,7 @@ from sae.base.files import (
     verify,
     write_json,
 )
+from sae.base.room import Need, shortage
 from sae.base.settings import decode, flat, read_yaml
 from sae.parallel import collectives
 from sae.training.config import TrainConfig
@@ -37,10 +39,23 @@ CHANGEABLE = ("log", "checkpoints", "eval", "max_bad_steps")  # of a run that ha
 PINNED = ("model.revision", "text.revision", "text.max_tokens")  # written to config.yaml as they were found
 
 
-def save(run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any], keep: int) -> Path:
-    """Writes and returns checkpoints/step-N: a safetensors file per name and `state.json`; keeps the newest `keep`."""
+def save(
+    run_dir: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    values: dict[str, Any],
+    keep: int,
+    more: bool = False,
+) -> Path:
+    """Writes and returns checkpoints/step-N: a safetensors file per name and `state.json`; keeps the newest `keep`.
+
+    The older ones stay until it is whole. OSError, with nothing written, if there is no room for it; where `more` will
+    follow, also if there is none for the next: that is best known while all is saved.
+    """
     folder = run_dir / "checkpoints" / f"step-{step:09d}"
+    size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     if not _is_intact(folder):
+        _check_room(folder, size, f"checkpoint {folder.name}")
         shutil.rmtree(folder, ignore_errors=True)
         with publish(folder) as draft:
             for name, group in tensors.items():
@@ -49,7 +64,15 @@ def save(run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], values
     older = [path for path in complete(run_dir) if path < folder]
     for old in older[: max(0, len(older) - keep + 1)]:
         shutil.rmtree(old, ignore_errors=True)
+    if more:
+        _check_room(folder, size, f"the checkpoint that follows {folder.name}")
     return folder
+
+
+def _check_room(folder: Path, size: int, what: str) -> None:
+    missing = shortage(Need(f"no room for {what}", folder.parent, size))
+    if missing:
+        raise OSError(errno.ENOSPC, missing)
 
 
 def complete(run_dir: Path) -> list[Path]:

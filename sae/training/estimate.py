@@ -6,11 +6,13 @@ exact; sites are resolved and a pass is traced on it, so a mistyped or unused ho
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 from torch._subclasses import FakeTensorMode
 
+from sae.base.room import Need, check_room, taken
 from sae.base.units import data_size, duration
 from sae.evaluation.evaluation import rows_per_pass
 from sae.lm.hooks import sites_of_model
@@ -41,6 +43,9 @@ class Estimate:
     evaluated_midway: bool
     """Whether there is an evaluation while the pool of activations is still held."""
     disk: int
+    """Bytes in the run's folder, at the most at one time."""
+    cached: int
+    """Bytes in the cache, if the text is as long as the run is and nothing of it is there yet."""
     flops: float
     seconds: float
 
@@ -58,7 +63,7 @@ class Estimate:
             f"sites        {', '.join(f'{name} (d {d})' for name, d in self.widths.items())}",
             f"parameters   {self.lm_parameters:,} in the model, {self.coder_parameters:,} in the coders",
             f"memory       {data_size(self.peak_memory)} at the peak ({parts})",
-            f"disk         {data_size(self.disk)}",
+            f"disk         {data_size(self.disk)} in the run's folder, up to {data_size(self.cached)} in the cache",
             f"compute      {self.flops:.3g} FLOPs, about {duration(self.seconds)} at this machine's measured speed",
         ]
 
@@ -70,10 +75,8 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
         lm = untrained(config.model, trust_remote_code)
         second = untrained(config.second_model, trust_remote_code) if config.second_model.name else None
         sites, width, plans = plan_run(config, lm, second)
-    copies = [(p.parameters, 5 if p.optim.ema else 4) for p in plans]  # weights, gradients, two moments, an average
     context, settings = config.text.context_length, config.activations
-    item = DTYPES[settings.dtype].itemsize
-    row = sum(width.values()) * item * (2 if config.gradient_loss else 1)
+    row = _token_bytes(config, width)
     block = settings.block_rows * context * row
     models = [(model, sites_of_model(sites, tag)) for model, tag in ((lm, ""), (second, SECOND)) if model]
     weights = sum(p.numel() for model, _ in models for p in model.model.parameters())
@@ -84,7 +87,7 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     described = lm.model.config.get_text_config()
     sizes = ("vocab_size", "num_hidden_layers", "hidden_size")
     vocabulary, layers, hidden = (getattr(described, name, 0) for name in sizes)
-    parameters = sum(count for count, _ in copies)
+    parameters = sum(plan.parameters for plan in plans)
     ahead = settings.blocks_ahead(on_cpu=device.type == "cpu")
     tokens = settings.block_rows * context
     backward = tokens if config.gradient_loss else micro if config.needs_rows else 0
@@ -92,7 +95,7 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     memory = {
         "process": psutil.Process().memory_info().rss + LATER,
         "model": weights * itemsize,
-        "coders": sum(count * times * FLOAT for count, times in copies),
+        "coders": sum(_copies(plan) * plan.parameters for plan in plans) * FLOAT,
         "pool": config.batch_tokens * row if config.needs_rows else block * (LANES + ahead),
         "step": max((3 * p.d_sae + 4 * (p.d_in + p.d_out)) * micro + p.parameters for p in plans) * FLOAT
         + 4 * tokens * hidden * FLOAT
@@ -101,10 +104,8 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
         * min(settings.statistics_tokens, config.max_text_tokens),
         "evaluation": EVALUATION_COPIES * rows_per_pass(context, vocabulary) * context * vocabulary * FLOAT,
     }
-    visited = min(config.tokens, config.max_text_tokens)
-    stored = {"live": 0, "disk": config.max_text_tokens, "write_through": visited}[settings.source]
-    saved = sum(count * (times - 1) for count, times in copies)  # all but the gradients; one more while it is made
-    disk = ((config.checkpoints.keep + 1) * saved + parameters) * FLOAT + 8 * config.max_text_tokens + stored * row
+    stored = _stored_tokens(config)
+    disk, cached = disk_needed(config, plans, width)
     below = 3 * weights if config.gradient_loss else sum(_parameters_below(*model) for model in models)
     flops = 2.0 * below * (stored or config.tokens)
     encoders = sum(p.d_in // p.spec.n_blocks * p.d_sae * len(p.spec.encoding.maps) for p in plans)
@@ -112,7 +113,39 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     flops += 8.0 * weights * config.tokens * len(plans) if config.needs_rows else 0  # clean, spliced and back
     flops += 8.0 * weights * config.eval.tokens * len(plans) if lm.is_causal else 0
     seconds = flops / measured_flops_per_s(device)
-    return Estimate(width, weights, parameters, memory, bool(config.eval.every_steps), disk, flops, seconds)
+    return Estimate(width, weights, parameters, memory, bool(config.eval.every_steps), disk, cached, flops, seconds)
+
+
+def disk_needed(config: TrainConfig, plans: list[CoderPlan], widths: dict[str, int]) -> tuple[int, int]:
+    """Returns the bytes that a run writes at most, to its folder and to a cache that holds nothing of it yet.
+
+    The oldest checkpoint goes when a new one is whole, so that there is one more than are kept.
+    """
+    saved = sum((_copies(plan) - 1) * plan.parameters * FLOAT + 16 * plan.d_sae for plan in plans)  # but the gradients
+    trained = sum(plan.parameters for plan in plans) * FLOAT
+    cached = 8 * config.max_text_tokens + _stored_tokens(config) * _token_bytes(config, widths)
+    return (config.checkpoints.keep + 1) * saved + trained, cached
+
+
+def check_disk(in_run: int, folder: Path) -> None:
+    """Raises ConfigError if what a run writes to its folder, beside what is there already, does not fit the disk."""
+    check_room(Need("run_dir", folder, in_run - taken(folder)))
+
+
+def _copies(plan: CoderPlan) -> int:
+    """Returns how often a coder's parameters are there: weights, gradients, two moments, an average."""
+    return 5 if plan.optim.ema else 4
+
+
+def _token_bytes(config: TrainConfig, widths: dict[str, int]) -> int:
+    """Returns the size of what is kept of a token."""
+    return sum(widths.values()) * DTYPES[config.activations.dtype].itemsize * (2 if config.gradient_loss else 1)
+
+
+def _stored_tokens(config: TrainConfig) -> int:
+    """Returns of how many tokens the activations are stored."""
+    visited = min(config.tokens, config.max_text_tokens)
+    return {"live": 0, "disk": config.max_text_tokens, "write_through": visited}[config.activations.source]
 
 
 def measured_flops_per_s(device: torch.device) -> float:

@@ -29,6 +29,7 @@ from sae.text.documents import commit_of_data, documents
 from sae.text.tokenizing import TokenizedText, special_ids, tokenize
 from sae.training import checkpoint
 from sae.training.config import TrainConfig
+from sae.training.estimate import check_disk, disk_needed
 from sae.training.measuring import Recipe, Statistics, measure, sample_activations
 from sae.training.planning import CoderPlan, plan_run
 from sae.training.trainer import CoderTrainer, Schedule, new_coder
@@ -55,8 +56,11 @@ class Setting:
         return -(-self.config.micro_batch_tokens // collectives.world_size())
 
 
-def set_up(config: TrainConfig, folder: Path, resume: bool, watch: Watch, trust_remote_code: bool) -> Setting:
-    """Returns what a run works on; of a new run, config.yaml and env.json are written as soon as all of it can be."""
+Models = tuple[LanguageModel, LanguageModel | None]
+
+
+def load_models(config: TrainConfig, trust_remote_code: bool) -> Models:
+    """Returns the language models that a run reads; of a crosscoder of two, both."""
     lanes_of(collectives.own_share())  # refused here rather than when the stream begins
     if Path(config.text.source).expanduser().exists():
         next(documents(config.text))  # a missing column is known before the model is loaded
@@ -67,12 +71,22 @@ def set_up(config: TrainConfig, folder: Path, resume: bool, watch: Watch, trust_
     lm, second = load(config.model), load(config.second_model) if config.second_model.name else None
     if second and second.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
         raise ConfigError(f"second_model.name: {second.name} has another tokenizer than {lm.name}")
-    sites, _, plans = plan_run(config, lm, second)
-    if not resume:
-        with collectives.together():
-            if collectives.rank() == 0:  # from here on the run can be resumed, if only from its start
+    return lm, second
+
+
+def set_up(
+    config: TrainConfig, models: Models, folder: Path, resume: bool, watch: Watch, trust_remote_code: bool
+) -> Setting:
+    """Returns what a run works on; of a new run, config.yaml and env.json are written as soon as all of it can be."""
+    lm, second = models
+    sites, widths, plans = plan_run(config, lm, second)
+    with collectives.together():
+        if collectives.rank() == 0:
+            check_disk(disk_needed(config, plans, widths)[0], folder)
+            if not resume:  # from here on the run can be resumed, if only from its start
                 atomic_write(folder / "config.yaml", to_yaml(_pinned(config, lm)))
                 write_json(folder / "env.json", environment(lm, trust_remote_code=trust_remote_code))
+    if not resume:
         config = checkpoint.saved_config(folder)
     text = _text(config, lm, watch)
     fingerprint = {**lm.fingerprint(), "text": text.key}

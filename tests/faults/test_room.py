@@ -1,0 +1,130 @@
+"""A disk that is too small: known before the run, and at each checkpoint while the ones before it are still there."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from rigs.interp_runs import tiny_coder
+from rigs.runs import assert_equal, checkpoints, error_of, files
+
+import sae.stream.sources
+import sae.training.checkpoint
+from cli.explain import main as sae_explain
+from sae.base.files import cache_dir, verify
+from sae.training.trainer import CoderTrainer
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Returns what sets how many bytes are free on every disk."""
+    found = {"free": 10**12}
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(**found))
+    return lambda free: found.update(free=free)
+
+
+def from_step(monkeypatch, number, act):
+    original = CoderTrainer.step
+
+    def step(self, x, index):
+        if index == number:
+            act()
+        return original(self, x, index)
+
+    monkeypatch.setattr(CoderTrainer, "step", step)
+
+
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_made_of_its_text(tmp_path, tiny_train, room):
+    run = tmp_path / "run"
+    room(1000)
+    code, printed = tiny_train(folder=run)
+    assert code == 2
+    assert error_of(printed).startswith("run_dir: ")
+    assert f"of disk are needed, 1 kB are free at {run}; make room, or choose another folder" in error_of(printed)
+    assert files(run) == {".lock"}
+    assert not (cache_dir() / "tokens").exists()
+
+
+def test_what_lies_in_the_folder_already_needs_no_more_room(tmp_path, tiny_train, room):
+    run = tmp_path / "run"
+    assert tiny_train(folder=run)[0] == 0
+    kept = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
+    room(kept)  # half as much again as what is kept would be needed, were it not there
+    code, printed = tiny_train(options=("--resume", run))
+    assert code == 0, printed
+
+
+@pytest.mark.parametrize(("free", "kept"), [("before", [5]), ("after", [5, 10])])
+def test_a_disk_that_fills_up_loses_no_checkpoint_and_the_run_goes_on(
+    tmp_path, monkeypatch, tiny_train, room, free, kept
+):
+    """It fills up before the second checkpoint, or with it."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        if free == "before":
+            from_step(patch, 7, lambda: room(100))
+        else:
+            original = sae.training.checkpoint.publish
+
+            def publish(folder):
+                if folder.name == "step-000000010":
+                    room(100)
+                return original(folder)
+
+            patch.setattr(sae.training.checkpoint, "publish", publish)
+        code, printed = tiny_train(folder=run)
+    assert code == 1
+    what = "checkpoint step-000000010" if free == "before" else "the checkpoint that follows step-000000010"
+    assert f"no room for {what}: " in error_of(printed)
+    assert error_of(printed).endswith(f"; once there is room, continue with --resume {run}")
+    assert checkpoints(run) == kept
+    for step in (run / "checkpoints").glob("step-*"):
+        verify(step)
+    room(10**12)
+    code, printed = tiny_train(options=("--resume", run))
+    assert code == 0, printed
+    assert tiny_train(folder=tmp_path / "undisturbed")[0] == 0
+    assert_equal(run, tmp_path / "undisturbed")
+
+
+def test_the_oldest_checkpoint_is_there_until_the_new_one_is_whole(tmp_path, monkeypatch, tiny_train):
+    run, seen = tmp_path / "run", []
+    original = sae.training.checkpoint.publish
+    monkeypatch.setattr(
+        sae.training.checkpoint, "publish", lambda folder: seen.append(checkpoints(run)) or original(folder)
+    )
+    assert tiny_train(folder=run)[0] == 0
+    assert seen == [[], [5], [5, 10], [10, 15]]
+
+
+def test_stored_activations_are_measured_by_their_first_block(tmp_path, tiny_train, room, monkeypatch):
+    original = sae.stream.sources.ShardWriter.write
+
+    def write(self, index, tensors):
+        if self.folder.parent.name == "activations":
+            room(3000)
+        return original(self, index, tensors)
+
+    monkeypatch.setattr("sae.stream.sources.ShardWriter.write", write)
+    code, printed = tiny_train({"activations.source": "disk"}, folder=tmp_path / "run")
+    assert code == 2
+    assert error_of(printed).startswith("SAE_CACHE: ")
+    assert len(list((cache_dir() / "activations").rglob("shard-*.safetensors"))) == 1
+
+
+def test_so_are_stored_codes(tmp_path, room, capsys):
+    coder = tiny_coder(tmp_path / "made", documents=20)
+    room(3000)
+    options = [
+        "--evidence.tokens",
+        "12000",
+        "--latents",
+        "all",
+        "--evidence.store",
+        "true",
+        "--run-dir",
+        str(tmp_path / "explain"),
+    ]
+    assert sae_explain([str(coder), *options]) == 2
+    error = error_of(capsys.readouterr().err)
+    assert error.startswith("run_dir: ")
+    assert "of disk are needed, 3 kB are free at " in error
