@@ -3,15 +3,19 @@
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 import draccus
 
+from cli import NOTHING_LOST
 from sae.base.errors import ConfigError, Stopped, nearest
 from sae.base.settings import decode, describe, merge, parse_value, read_yaml, set_dotted
 
@@ -125,25 +129,82 @@ def run(command: Callable[[list[str]], int], argv: list[str] | None = None) -> i
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
+    _quiet_libraries()
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
-    for noisy in ("httpx", "httpx2", "transformers", "datasets", "matplotlib"):
+    for noisy in ("httpx", "httpx2", "huggingface_hub", "transformers", "datasets", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        return command(arguments)
+        with _interruptible():
+            code = command(arguments)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
     except Stopped as stopped:
         print(f"stopped {stopped}", file=sys.stderr)
         return stopped.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever read the output has seen enough; flushing the rest at exit must not complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+    except KeyboardInterrupt as ended:
+        number = ended.number if isinstance(ended, _Interrupted) else signal.SIGINT
+        print(NOTHING_LOST.format(signal.Signals(number).name), file=sys.stderr)
+        return 128 + number
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return DONE
         if debug:
             traceback.print_exc()
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return getattr(error, "exit_code", ERROR)
+
+
+class _Interrupted(KeyboardInterrupt):
+    """A signal came while nothing was under way that could be kept."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lets SIGTERM end the block as Ctrl-C does; a second one, if the first got lost in an import, at once.
+
+    Ranks of a launcher are left alone: one that waits for the others would not hear of it.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, _frame: object) -> None:
+        if came:
+            os._exit(128 + number)
+        came.append(number)
+        raise _Interrupted(number)
+
+    names = ("SIGINT", "SIGTERM") if os.environ.get("WORLD_SIZE", "1") == "1" else ()
+    alone = threading.current_thread() is threading.main_thread()
+    before = {name: signal.signal(getattr(signal, name), interrupt) for name in names if alone}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is what broke: who read it has seen enough, and flushing the rest must not complain."""
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return True
+    return False
+
+
+def _quiet_libraries() -> None:
+    """Keeps their bars out of what is no terminal, and the chatter of one that sets its own level; they look once."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _one_line(error: Exception) -> str:

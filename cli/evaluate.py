@@ -71,15 +71,15 @@ def command(argv: list[str]) -> int:
             raise ConfigError(f"{word}: not used here; allowed: the options of --help and {', '.join(READ)}...")
     for part in (config.model, config.second_model, config.text):
         part.validate()
+    load = partial(load_language_model, trust_remote_code=options.trust_remote_code)
+    lm = load(**vars(config.model))
+    second = load(**vars(config.second_model)) if config.second_model.name else None
     with stop_flag() as stop:
-        load = partial(load_language_model, trust_remote_code=options.trust_remote_code)
-        lm = load(**vars(config.model))
-        second = load(**vars(config.second_model)) if config.second_model.name else None
         text = tokenize(config.text, lm.tokenizer, lm.source(), Watch(stop, repair=options.repair))
         coders = {name: coder.to(lm.device) for name, coder in coders.items()}
         found = evaluate(coders, lm, text.held_out, options.tokens, options.nulls, stop, second)
-    print_tables(found)
     write_json(target, json.loads(json.dumps(found)))
+    print_tables(found)
     print(f"\njson         {target}")
     return DONE
 

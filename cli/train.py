@@ -1,7 +1,6 @@
 """sae-train: train, evaluate and save sparse coders on a language model's activations."""
 
 import logging
-import shutil
 import sys
 from pathlib import Path
 
@@ -81,15 +80,18 @@ def _train(config, folder: Path, resume: bool, trust_remote_code: bool, repair: 
     result = train(config, resume, trust_remote_code, folder, repair)
     print_tables(result.metrics)
     if result.metrics:
-        print(f"\nrun folder   {folder}\npicture      {folder / 'report.html'}")
+        print(f"\nrun folder   {folder}")
+        if (folder / "report.html").is_file():
+            print(f"picture      {folder / 'report.html'}")
         print(f"next         sae-eval {folder}\n             sae-explain {folder}")
     return DONE
 
 
 def _announce(config, folder: Path, trust_remote_code: bool) -> None:
     """Says what the run will take, before anything is loaded."""
-    from sae.base.units import data_size
-    from sae.training.estimate import estimate
+    from sae.base.files import cache_dir
+    from sae.base.room import Need, shortage
+    from sae.training.estimate import check_disk, estimate
 
     log.info("run folder   %s", folder)
     try:
@@ -101,10 +103,11 @@ def _announce(config, folder: Path, trust_remote_code: bool) -> None:
         return
     for line in found.lines():
         log.info(line)
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if found.disk > free:  # no error: part of it may be there already
-        log.warning("warning      only %s of disk are free at %s", data_size(free), place)
+    if found.disk:
+        check_disk(found.disk, folder)
+        missing = shortage(Need("run_dir", folder, found.disk), Need("SAE_CACHE", cache_dir(), found.cached))
+        if missing:  # no error: the text may be short, or be there already
+            log.warning("warning      %s", missing)
 
 
 def _new_folder(config) -> Path:
@@ -118,6 +121,12 @@ def _new_folder(config) -> Path:
     while has_begun(folder):
         folder = base.with_name(f"{base.name}-{number}")
         number += 1
+    if folder != base:
+        log.warning(
+            "%s holds a run, so this one goes to %s; to continue that one: sae-train --resume %s; to begin it anew: "
+            "rm -r %s",
+            *(base, folder, base, base),
+        )
     return folder
 
 

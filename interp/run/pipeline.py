@@ -23,6 +23,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from interp.client.client import Client
+from interp.client.local.words import NAME
 from interp.client.requests import ROLES, Abilities, Reply, Request
 from interp.records import Examples, Explanation
 from interp.run import explanations_file
@@ -299,7 +300,11 @@ class Pipeline:
         return None if of is None else self._explanation(of, explainer)
 
     def _shown(self) -> dict[str, float]:
-        accounts = self.client.ledger.accounts.values()
+        """What is told on the way of models that are asked; comparing words in this process asks none."""
+        by_role = self.client.ledger.accounts
+        accounts = [account for role, account in by_role.items() if self.config.endpoint(role).model != NAME]
+        if not any(account.calls or account.cached or account.failures for account in accounts):
+            return {}
         asked = {"calls": sum(account.calls for account in accounts), "cached": sum(a.cached for a in accounts)}
         usd = self.client.ledger.usd_in_all
         missing = sum(sum(account.failures.values()) for account in accounts)

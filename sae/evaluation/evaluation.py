@@ -6,6 +6,7 @@ neither replaced nor counted. Losses are averaged over tokens first; ratios are 
 """
 
 import contextlib
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -43,6 +44,7 @@ from sae.text.tokenizing import TokenRows, special_ids, tokenize
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 PASS_LOGITS = 2**25  # most logits held at once, per copy: 128 MiB
 GRADIENT_MODE = " (with gradients)"
 WITH_GRADIENTS = "latents selected with gradients of later losses: these figures see the future"
@@ -85,6 +87,7 @@ def evaluate(
     modes = _modes(several)
     batches = _spread(rows, tokens, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
     causal = {tag: _writing(modes, tag) for tag, model in models.items() if model.is_causal}
+    log.info("evaluating on %s held-out tokens", f"{sum(int(token_mask(part, spec.mask).sum()) for part in batches):,}")
     progress = Progress("evaluating", len(batches) * (1 + sum(map(len, causal.values()))), "passes")
 
     def advance() -> None:

@@ -3,8 +3,9 @@
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 from sae.parallel import collectives
 
@@ -16,6 +17,8 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.before: dict[str, Any] = {}
+        """By signal, what would be done without the flag."""
 
     def __call__(self) -> bool:
         """Returns whether this process was asked to stop."""
@@ -25,6 +28,20 @@ class StopFlag:
         """Returns whether any rank was asked to stop; every rank must call it at the same step."""
         return collectives.any_rank(self())
 
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Lets SIGTERM and Ctrl-C end the block at once, as without the flag: nobody polls it, and nothing can be lost.
+
+        Of several ranks none ends alone, so that there the flag stays.
+        """
+        names = {"SIGTERM", "SIGINT"} & self.before.keys() if collectives.world_size() == 1 else ()
+        own = {name: signal.signal(getattr(signal, name), self.before[name]) for name in names}
+        try:
+            yield
+        finally:
+            for name, handler in own.items():
+                signal.signal(getattr(signal, name), handler)
+
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
@@ -32,18 +49,25 @@ def stop_flag() -> Iterator[StopFlag]:
     flag = StopFlag()
 
     def handle(number: int, _: FrameType | None) -> None:
-        if flag.signal_name is not None:
+        name, again = signal.Signals(number).name, flag.signal_name is not None
+        if collectives.rank() == 0:
+            _say(f"{name}: {'ended at once' if again else 'stopping as soon as can be; another one ends it at once'}")
+        if again:
             os._exit(128 + number)
-        flag.signal_name = signal.Signals(number).name
+        flag.signal_name = name
 
-    old = {}
     for name in SIGNALS:
         try:
-            old[name] = signal.signal(getattr(signal, name), handle)
+            flag.before[name] = signal.signal(getattr(signal, name), handle)
         except ValueError:  # not the main thread: the caller owns the signals
             break
     try:
         yield flag
     finally:
-        for name, handler in old.items():
+        for name, handler in flag.before.items():
             signal.signal(getattr(signal, name), handler)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # past all buffers, one of which may be in use
+        os.write(2, f"{text}\n".encode())

@@ -4,6 +4,7 @@ A run folder explains itself: config.yaml, env.json, metrics.jsonl (deterministi
 clock), checkpoints/step-*/, coders/<site>/ and report.html.
 """
 
+import errno
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError, Stopped
 from sae.base.files import append, cache_dir, check_writable, save_tensors, write_json
-from sae.base.progress import Progress, Tracker, Watch
+from sae.base.progress import Aside, Progress, Tracker, Watch
 from sae.coder.coder import SparseCoder
 from sae.evaluation.evaluation import evaluate
 from sae.lm.masking import norm_mask
@@ -32,7 +33,7 @@ from sae.training import checkpoint
 from sae.training.config import TrainConfig
 from sae.training.end_to_end import splicer
 from sae.training.planning import CoderPlan
-from sae.training.preparing import Setting, new_trainers, open_source, open_stream, set_up
+from sae.training.preparing import Setting, load_models, new_trainers, open_source, open_stream, set_up
 from sae.training.report import write_report
 from sae.training.trainer import Batch, CoderTrainer, NonFiniteError
 
@@ -69,11 +70,14 @@ def train(
         config = checkpoint.resumed_config(config, folder)
     with collectives.process_group(), stop_flag() as stop, checkpoint.locked(folder, resume):
         check_writable(cache_dir(), "SAE_CACHE")
-        name = config.log.tracker if collectives.rank() == 0 else "none"
-        tracker = Tracker(name, config.log.project, folder.name, draccus.encode(config))
+        with collectives.together():
+            name = config.log.tracker if collectives.rank() == 0 else "none"
+            tracker = Tracker(name, config.log.project, folder.name, draccus.encode(config))
         watch = Watch(stop, repair=repair)
         try:
-            setting = set_up(config, folder, resume, watch, trust_remote_code)
+            with stop.lifted():
+                models = load_models(config, trust_remote_code)
+            setting = set_up(config, models, folder, resume, watch, trust_remote_code)
             saved = checkpoint.latest(folder) if resume else None
             if resume and saved is None:
                 log.info("no checkpoint in %s yet: starting at step 0", folder)
@@ -82,6 +86,11 @@ def train(
                 return run.finish()
         except Stopped as stopped:
             raise Stopped(f"{stopped}; continue with --resume {folder}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            reason = f"{error.strerror}; once there is room, continue with --resume {folder}"
+            raise OSError(error.errno, reason) from error
         finally:
             tracker.finish()
 
@@ -144,7 +153,8 @@ class Run:
                 "log_bytes": {n: (self.folder / n).stat().st_size for n in ("metrics.jsonl", "timings.jsonl")},
             }
             tensors["stream"] = position
-            checkpoint.save(self.folder, self.step, tensors, values, self.config.checkpoints.keep)
+            more = self.step < self.config.steps and not self.stop()
+            checkpoint.save(self.folder, self.step, tensors, values, self.config.checkpoints.keep, more)
 
     def loop(self, tracker: Tracker) -> None:
         """Trains to the last step, or raises Stopped at the one at which that was asked for, with a checkpoint."""
@@ -247,14 +257,14 @@ class Run:
                 return TrainResult(self.folder, coders, found)
             for name, coder in coders.items():  # saved before anything else can fail
                 hub.save(coder, self.folder / "coders" / name)
-            log.info("evaluating on %s held-out tokens", f"{self.config.eval.tokens:,}")
             found = self._evaluate(coders)
             for name, coder in coders.items():
                 found[name]["training"] = {"active_steps": self.trainers[name].active_steps, "steps": self.config.steps}
                 coder.spec = coder.spec.with_(metrics=found[name])
                 hub.save(coder, self.folder / "coders" / name)
             write_json(self.folder / "evaluation.json", found)
-            write_report(self.folder, found)
+            with Aside("report.html", "all figures are in evaluation.json"):
+                write_report(self.folder, found)
         return TrainResult(self.folder, coders, found)
 
     def _write(self, name: str, *lines: dict[str, Any]) -> None:

@@ -3,8 +3,9 @@
 import json
 import logging
 import re
+import sys
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from rigs.fakes import tiny_config
 from rigs.runs import assert_equal, checkpoints, files, lines
 
 import sae.training.run
-from cli import common
+from cli import NOTHING_LOST, common
 from cli.train import main
 from sae.base.errors import ConfigError
 from sae.base.settings import to_yaml
@@ -64,13 +65,36 @@ def test_a_run_leaves_a_folder_that_explains_itself_and_says_what_to_do_next(tmp
     assert "<svg" in (run / "report.html").read_text(encoding="utf-8")
 
 
-def test_too_little_disk_is_said_before_anything_loads(config, monkeypatch, quick, capsys):
-    monkeypatch.setattr("sae.training.estimate.estimate", lambda *_: SimpleNamespace(lines=list, disk=10**9))
+@pytest.fixture
+def half_a_gigabyte(monkeypatch):
+    """Makes every disk one of 500 MB."""
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=5 * 10**8))
+
+
+def estimated(monkeypatch, disk, cached):
+    found = SimpleNamespace(lines=list, disk=disk, cached=cached)
+    monkeypatch.setattr("sae.training.estimate.estimate", lambda *_: found)
+
+
+def test_too_little_disk_is_an_error_before_anything_loads(
+    tmp_path, config, monkeypatch, quick, half_a_gigabyte, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    estimated(monkeypatch, 10**9, 0)
     monkeypatch.setattr("sae.training.run.train", lambda *_: pytest.fail("training began first"))
-    with pytest.raises(pytest.fail.Exception):
-        main(["--config", config])
-    assert "warning      only 500 MB of disk are free at " in capsys.readouterr().err
+    assert main(["--config", config]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        f"error: run_dir: 1 GB of disk are needed, 500 MB are free at {tmp_path}; make room, or choose another folder"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_only_may_be_too_little_is_a_warning(config, monkeypatch, quick, half_a_gigabyte, capsys):
+    estimated(monkeypatch, 3 * 10**8, 3 * 10**8)
+    monkeypatch.setattr("sae.training.run.train", lambda *_: SimpleNamespace(metrics={}))
+    assert main(["--config", config]) == 0
+    assert "warning      run_dir and SAE_CACHE: 600 MB of disk are needed, 500 MB are free " in capsys.readouterr().err
 
 
 def test_the_config_in_the_folder_makes_the_same_run_again(tmp_path, tiny_train):
@@ -80,10 +104,20 @@ def test_the_config_in_the_folder_makes_the_same_run_again(tmp_path, tiny_train)
     assert_equal(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_run_named_by_its_config_alone_gets_a_number_if_the_name_is_taken(tmp_path, config, monkeypatch, quick):
+def test_a_run_named_by_its_config_alone_gets_a_number_if_the_name_is_taken(
+    tmp_path, config, monkeypatch, quick, capsys
+):
     monkeypatch.chdir(tmp_path)
-    for _ in range(3):
+    for number in range(3):
         assert main(["--config", config, "--tokens", "128"]) == 0
+        first, *_ = capsys.readouterr().err.splitlines()
+        if number:
+            assert first == (
+                f"runs/tiny holds a run, so this one goes to runs/tiny-{number + 1}; to continue that one: "
+                "sae-train --resume runs/tiny; to begin it anew: rm -r runs/tiny"
+            )
+        else:
+            assert first == "run folder   runs/tiny"
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"tiny", "tiny-2", "tiny-3"}
 
 
@@ -249,7 +283,8 @@ def test_gradients_are_streamed_alike_from_the_model_and_from_disk_and_mask_ever
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device"),
         (sae.training.run.ConfigError("a.b: 3 is too small"), 2, "error: a.b: 3 is too small"),
         (sae.training.run.Stopped("at step 3"), 75, "stopped at step 3"),
-        (KeyboardInterrupt(), 130, None),
+        (KeyboardInterrupt(), 130, NOTHING_LOST.format("SIGINT")),
+        (BrokenPipeError(32, "of a server"), 1, "error: [Errno 32] of a server"),
     ],
 )
 def test_exit_codes(capsys, raised, code, shown):
@@ -257,7 +292,7 @@ def test_exit_codes(capsys, raised, code, shown):
         raise raised
 
     assert common.run(command, []) == code
-    assert capsys.readouterr().err.splitlines() == ([shown] if shown else [])
+    assert capsys.readouterr().err.splitlines() == [shown]
     assert common.run(command, ["--debug"]) == code
     assert ("Traceback" in capsys.readouterr().err) == (code in (1, 2))
 
@@ -326,3 +361,43 @@ def test_a_model_that_cannot_be_estimated_may_still_run(config, monkeypatch, qui
     monkeypatch.setattr("sae.training.run.train", lambda *_: SimpleNamespace(metrics={}))
     assert main(["--config", config]) == 0
     assert "warning      no estimate: data-dependent expression" in capsys.readouterr().err
+
+
+def test_what_fails_beside_the_run_ends_nothing(tmp_path, tiny_train, monkeypatch):
+    """A tracker and the report: one line each, and all figures are where they always are."""
+
+    def broken(*_args, **_options):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert tiny_train(folder=tmp_path / "whole")[0] == 0
+    module = ModuleType("wandb")
+    module.init, module.log, module.finish = (lambda **_settings: None), broken, broken
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr("sae.training.run.write_report", broken)
+    code, printed = tiny_train({"log.tracker": "wandb"}, folder=tmp_path / "run")
+    assert code == 0
+    assert printed.count("log.tracker: wandb failed (BrokenPipeError: ") == 1
+    assert printed.count("report.html failed (BrokenPipeError: ") == 1
+    assert "picture" not in printed
+    assert_equal(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_tracker_that_cannot_begin_is_known_before_the_model_is_loaded(tiny_train, monkeypatch, no_model):
+    def init(**_settings):
+        raise RuntimeError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])")
+
+    module = ModuleType("wandb")
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    code, printed = tiny_train({"log.tracker": "wandb"})
+    assert code == 2
+    assert printed.splitlines()[-1].startswith("error: log.tracker: wandb cannot begin (api_key not configured")
+
+
+def test_a_log_holds_no_bars_and_the_number_of_tokens_that_there_are(tmp_path, tiny_train):
+    code, printed = tiny_train({"eval.tokens": 10**6}, folder=tmp_path / "run")
+    assert code == 0
+    assert "\r" not in printed
+    assert "it/s" not in printed
+    (found,) = json.loads((tmp_path / "run" / "evaluation.json").read_text()).values()
+    assert f"evaluating on {found['reconstruction_unfiltered']['tokens']:,} held-out tokens" in printed
