@@ -26,7 +26,8 @@ def command(argv: list[str]) -> int:
     if options.tokens < 1:
         raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
     from interp.client.config import EndpointConfig
-    from interp.run.compare import compare, run_folder
+    from interp.run.compare import compare
+    from interp.run.rundir import run_folder
     from sae.base.files import write_json
 
     via = ("http", (options.encoder_url,)) if options.encoder_url else ("local", ())
@@ -41,7 +42,7 @@ def command(argv: list[str]) -> int:
 
 def _lines(found: dict[str, Any]) -> list[str]:
     from interp.records import Measure
-    from interp.run.results import with_interval
+    from interp.run.telling import with_interval
 
     lines = [f"{found['latents'][0]} and {found['latents'][1]} explained latents"]
     for name, value in found["mmcs"].items():

@@ -18,9 +18,8 @@ def export(argv: list[str]) -> int:
     options = parser.parse_args(argv)
 
     from interp.exchange.neuronpedia import export_run
-    from interp.run.compare import run_folder
     from interp.run.preparing import prepare, resolve_config
-    from interp.run.rundir import saved_config
+    from interp.run.rundir import run_folder, saved_config
     from sae.base.progress import Watch
     from sae.parallel.stopping import stop_flag
 
@@ -46,9 +45,10 @@ def take_in(argv: list[str]) -> int:
 
     from interp.exchange.delphi import EXPLAINER, SCORERS, read_explanations, read_scores
     from interp.records import Explanation
-    from interp.run.flows import OK
-    from interp.run.results import summary_lines, write_results
+    from interp.run.reasons import OK
+    from interp.run.results import write_results
     from interp.run.rundir import explained_in, scores_in, shard_folder
+    from interp.run.telling import summary_lines
     from sae.base.files import check_writable
 
     source, run_dir = Path(options.results).expanduser(), Path(options.run_dir).expanduser()
@@ -69,5 +69,6 @@ def take_in(argv: list[str]) -> int:
         if row["hookpoint"] == chosen:
             scored.append(row)
     names = {scorer.get_choice_name(type(scorer)): scorer for scorer in SCORERS.values()}
-    print("\n".join(summary_lines(write_results(run_dir, names, {"imported": "delphi", "hookpoint": chosen}))))
+    summary = write_results(run_dir, names, {"imported": "delphi", "hookpoint": chosen})
+    print("\n".join(summary_lines(summary, run_dir)))
     return DONE

@@ -82,10 +82,11 @@ def command(argv: list[str]) -> int:
 
 
 def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> int:
+    from interp.prompts.windows import visible
     from interp.run.pipeline import Pipeline, check_models
     from interp.run.preparing import prepare, resolve_config
-    from interp.run.results import summary_lines
     from interp.run.rundir import begin_run
+    from interp.run.telling import summary_lines
     from sae.base.progress import Watch
     from sae.parallel.collectives import process_group, rank
     from sae.parallel.stopping import stop_flag
@@ -111,7 +112,7 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> i
     code = DONE
     if shard == (1, 1):
         summary = _write(Path(config.run_dir))
-        print("\n".join(summary_lines(summary)))
+        print("\n".join(summary_lines(summary, Path(config.run_dir), prepared.latents.tolist())))
         print(f"\nresults      {Path(config.run_dir) / 'results.parquet'}")
         print(f"summary      {Path(config.run_dir) / 'summary.json'}")
     if ended.cut_off:
@@ -119,9 +120,8 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> i
         print(f"error: {ended.cut_off}{hint}", file=sys.stderr)
         code = PARTIAL
     elif ended.failed > config.fail_share * ended.latents:
-        print(
-            f"error: {ended.failed} of {ended.latents} latents failed; --retry-failed does them again", file=sys.stderr
-        )
+        failed = f"{ended.failed} of {ended.latents} latents failed: {visible(ended.why)}"
+        print(f"error: {failed}; --retry-failed does them again", file=sys.stderr)
         code = PARTIAL
     return code
 
@@ -144,10 +144,10 @@ def _merge(argv: list[str]) -> int:
     parser.add_argument("run_dir", help="folder of the run, which holds shards/")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(argv)
-    from interp.run.results import summary_lines
+    from interp.run.telling import summary_lines
 
-    summary = _write(Path(options.run_dir).expanduser())
-    print("\n".join(summary_lines(summary)))
+    run_dir = Path(options.run_dir).expanduser()
+    print("\n".join(summary_lines(_write(run_dir), run_dir)))
     return DONE
 
 

@@ -10,6 +10,7 @@
 """
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -103,7 +104,9 @@ class ExampleMaker:
         sizes = {"explain": self.config.shown, "valid": self.config.valid, "test": self.config.test}
         active = {split: build.active(split, sizes[split]) for split in reversed(SPLITS)}  # the test chooses first
         missing, sources = "", self._sources(active["test"])
-        if len(active["test"]) < MIN_ACTIVE or sources < MIN_DOCUMENTS:
+        if not facts.fired:
+            missing = f"dead: it fires on none of {facts.tokens:,} tokens"
+        elif len(active["test"]) < MIN_ACTIVE or sources < MIN_DOCUMENTS:
             of = "sections" if self.corpus.meta["split_by"] == "blocks" else "documents"
             missing = f"insufficient: {len(active['test'])} active windows from {sources} {of} in test"
         elif not active["explain"]:
@@ -120,6 +123,14 @@ class ExampleMaker:
         if not missing and not any(item.tier == "random" for item in items["test"]):
             missing = "insufficient: it is silent in no random window of test"
         return Examples(latent, facts, **items, missing=missing)
+
+    def strongest(self, latent: int, n: int) -> list[Window]:
+        """Returns up to n windows in which a latent fires most strongly, of all parts, the strongest first."""
+        build = _Build(self, latent)
+        spots = np.flatnonzero((build.spots.kind <= KINDS.index("top")) & (build.spots.values[:, REACH] != 0))
+        spots = spots[np.argsort(-np.abs(build.spots.values[spots, REACH]), kind="stable")]
+        items = (build.active_at(int(spot), -1) for spot in spots)
+        return [item.window for item in islice((item for item in items if item is not None), n)]
 
     def _sources(self, items: list[Item]) -> int:
         """How many documents items are from; of a text without documents, how many sections."""
@@ -164,7 +175,7 @@ class _Build:
             for spot in candidates:
                 if len(found) >= limit:
                     break
-                item = self._active(int(spot), int(deciles[spot]))
+                item = self.active_at(int(spot), int(deciles[spot]))
                 if item is not None:
                     found.append(item)
         if split == "explain":
@@ -217,7 +228,7 @@ class _Build:
                     break
         return found
 
-    def _active(self, spot: int, decile: int) -> Item | None:
+    def active_at(self, spot: int, decile: int) -> Item | None:
         """Returns the window around a place, or None if it repeats what was shown."""
         position = int(self.spots.position[spot])
         row, place = divmod(position, self.corpus.context_length)

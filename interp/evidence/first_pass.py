@@ -28,7 +28,7 @@ from sae.base.errors import ConfigError, DataError, Stopped
 from sae.base.files import FolderLock, load_tensors, read_json, remove_stale, save_tensors, write_json
 from sae.base.progress import UNWATCHED, Progress, Watch
 from sae.base.room import Need, check_room
-from sae.base.store import Shards, ShardWriter, remove_damaged
+from sae.base.store import META, Shards, ShardWriter, remove_damaged
 from sae.parallel import collectives
 
 VERSION = 2  # raise it whenever the same rows would give other evidence, or other files
@@ -89,6 +89,12 @@ def gather_evidence(codes: KeyedCodes, corpus: Corpus, folder: Path, keep: Keep,
                 for path in _passes(folder):
                     path.unlink()
     return Evidence(Shards(folder / LATENTS, "evidence", made_from).read(0))
+
+
+def stored_evidence(folder: Path) -> Evidence | None:
+    """Returns the evidence that a finished pass left in a folder, mapped, or None where there is none."""
+    there = (folder / LATENTS / META).is_file()
+    return Evidence(Shards(folder / LATENTS, "evidence", verify=False).read(0)) if there else None
 
 
 class _Pass:

@@ -99,12 +99,17 @@ def prose(text: str) -> str:
 
 def on_one_line(text: str) -> str:
     """Returns a text on one line for a model that knows no marks, and that nothing in it can instruct."""
-    return _harmless("".join(map(_seen, _on_one_line(text))))
+    return _harmless(visible(_on_one_line(text)))
 
 
 def _on_one_line(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= LONGEST_PROSE else line[: LONGEST_PROSE - 4] + " ..."
+
+
+def visible(text: str) -> str:
+    """Returns text on one line for people, as it is: only what cannot be seen, or steers a terminal, is a code."""
+    return "".join(map(_seen, text))
 
 
 def activation_levels(window: Window, largest: float) -> tuple[int, ...]:

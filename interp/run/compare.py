@@ -28,9 +28,8 @@ from interp.client.config import EndpointConfig
 from interp.client.requests import Embed
 from interp.evidence.codes import Codes, LiveCodes, row_blocks
 from interp.evidence.corpus import Corpus
-from interp.evidence.first_pass import LATENTS
+from interp.evidence.first_pass import stored_evidence
 from interp.evidence.subject import Subject
-from interp.evidence.tally import Evidence
 from interp.run.config import ExplainConfig
 from interp.run.preparing import read_from, resolve_config
 from interp.run.results import explanations_of_run
@@ -39,7 +38,6 @@ from interp.scorers.embedding import BATCH
 from interp.scoring.metrics import mean_measure
 from sae.base.errors import ConfigError, nearest
 from sae.base.seeding import generator
-from sae.base.store import Shards
 from sae.coder.coder import CHUNK_ENTRIES, SparseCoder
 
 MOST = 20_000  # explained latents of a coder
@@ -64,22 +62,13 @@ class Side:
     @property
     def alive(self) -> Int[ndarray, "m"]:
         """Returns the latents that fired in the evidence pass."""
-        return Evidence(Shards(self.folder / "evidence" / LATENTS, "evidence").read(0)).alive()
+        evidence = stored_evidence(self.folder / "evidence")
+        assert evidence is not None  # it is explained
+        return evidence.alive()
 
     def told(self) -> tuple[str, ...]:
         """Returns the explanations in the order of the latents."""
         return tuple(self.texts[latent] for latent in self.latents.tolist())
-
-
-def run_folder(path: Path) -> Path:
-    """Returns the folder of an explained run, given that or its coder's; ConfigError if there is none, or several."""
-    for folder in (path, path / "explain"):
-        if (folder / "config.yaml").is_file() and (folder / "shards").is_dir():
-            return folder
-    below = sorted(p.parent for p in path.glob("explain*/**/shards"))
-    if below:
-        raise ConfigError(f"path: {path} holds several explained runs; choose one: {', '.join(map(str, below))}")
-    raise ConfigError(f"path: {path} is no explained run; run sae-explain {path} first")
 
 
 def compare(

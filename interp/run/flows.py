@@ -12,13 +12,12 @@ from typing import Any
 from interp.client.requests import RETRYABLE, Abilities, Chat, Reply, Request
 from interp.explainers import Explainer
 from interp.records import Examples, Explanation, Judged, Measure, Score, Task
+from interp.run.reasons import DEAD, FAILED, INSUFFICIENT, NONE, NOT_APPLICABLE, OK, PARTIAL, first_messages
 from interp.scorers import Scorer, Trial
 from interp.scoring.metrics import best_threshold
 
 Row = dict[str, Any]
 Flow = Generator[list[Request], list[Reply], Row]
-OK, NONE, PARTIAL, FAILED = "ok", "none", "partial", "failed"
-INSUFFICIENT, NOT_APPLICABLE = "insufficient", "n/a"
 AGAIN = (PARTIAL, FAILED)  # what asking once more may mend
 LEAST_COVERAGE = 0.5
 
@@ -38,12 +37,14 @@ def explanation_flow(
     where the best one was wrong, and its answer is taken only if it does better on the valid split.
     """
     if examples.missing:
-        return {"status": INSUFFICIENT, "reason": examples.missing, "explanation": None}
+        return {**_lacking(examples), "explanation": None}
     replies = yield from _asked(explainer.requests(examples, abilities.get("explainer", Abilities())))
     found = explainer.explanations(examples, replies)
     if not found:
         failures = Counter(reply.failure for reply in replies if reply.failure)
-        return {"status": FAILED if failures else NONE, "reason": _counted(failures), "explanation": None}
+        counts = failures or ({"unusable": len(replies)} if replies else {"nothing": 1})
+        row = {"status": FAILED if failures else NONE, "reason": _counted(counts)}
+        return {**row, "messages": first_messages(replies), "explanation": None}
     best, detail = found[0], {}
     if chooser is not None and (len(found) > 1 or explainer.refines):
         judged = yield from _judged(chooser, found, examples, abilities)
@@ -72,7 +73,7 @@ def score_flow(
 ) -> Flow:
     """Returns the row of a score: `status`, `score`, and of every task the truth and the judgement."""
     if examples.missing:
-        return {"status": INSUFFICIENT, "reason": examples.missing}
+        return _lacking(examples)
     tasks = scorer.tasks(examples, split, prepared)
     if not tasks:
         return {"status": NOT_APPLICABLE, "reason": str(prepared.get("missing", "too few examples"))}
@@ -93,6 +94,7 @@ def score_flow(
     return {
         "status": status,
         "reason": _counted(score.invalid),
+        "messages": {kind: said for kind, said in first_messages(first).items() if kind in score.invalid},
         "by_rule": not requests,
         "answers": _form(requests),
         "score": asdict(score),
@@ -108,6 +110,10 @@ def measure_of(row: Row, name: str) -> Measure:
     """Returns one figure of a score's row; n/a where it has none."""
     found = row.get("score", {}).get("measures", {}).get(name)
     return Measure(**found) if found else Measure(None)
+
+
+def _lacking(examples: Examples) -> Row:
+    return {"status": INSUFFICIENT if examples.facts.fired else DEAD, "reason": examples.missing}
 
 
 def _asked(requests: list[Request]) -> Generator[list[Request], list[Reply], list[Reply]]:

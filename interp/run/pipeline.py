@@ -3,6 +3,7 @@
     RUN/evidence/                         what both passes found, shared by all shards
     RUN/shards/i-of-n/journal-explain.jsonl   latent x explainer
     RUN/shards/i-of-n/journal-score.jsonl     latent x scorer x explanation, its null beside it
+    RUN/shards/i-of-n/journal-examples.jsonl  what people are shown of a latent: its facts, and some of its windows
     RUN/shards/i-of-n/cache.sqlite            every answer that was paid for
     RUN/shards/i-of-n/latents.json            which latents it is about
 
@@ -13,9 +14,11 @@ asked meanwhile comes from the cache. Memory holds the examples of the latents i
 import asyncio
 import logging
 import math
+from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,10 +31,11 @@ from interp.client.requests import ROLES, Abilities, Reply, Request
 from interp.records import Examples, Explanation
 from interp.run import explanations_file
 from interp.run.config import ExplainConfig
-from interp.run.flows import AGAIN, FAILED, OK, CutOff, Flow, Row, explanation_flow, score_flow
+from interp.run.flows import AGAIN, CutOff, Flow, Row, explanation_flow, score_flow
 from interp.run.journal import Journal
 from interp.run.preparing import Prepared
-from interp.run.rundir import CACHE, LATENTS, explained_in, scores_in, shard_folder
+from interp.run.reasons import FAILED, OK, main_reason, told
+from interp.run.rundir import CACHE, LATENTS, asked_in, explained_in, scores_in, shard_folder, shown_in
 from interp.scorers import Scorer
 from sae.base.files import FolderLock, write_json
 from sae.base.progress import UNWATCHED, Progress, Watch
@@ -55,6 +59,8 @@ class Ended:
     failed: int
     """Latents of which some row failed."""
     latents: int
+    why: str = ""
+    """Of these, by what, the most frequent first, with the first message of each."""
     cut_off: str = ""
     """Why the run got no more answers, if so: the budget or quota is spent, or the models do not answer any more."""
 
@@ -83,13 +89,21 @@ class Pipeline:
             self.scores = scores_in(self.folder)
             self.ready = Journal(self.folder / "journal-prepared.jsonl", ("latent", "scorer"))
             self.again = AGAIN if retry_failed else ()
-            write_json(self.folder / LATENTS, self.latents)
+            self.shown = shown_in(self.folder)
+            write_json(self.folder / LATENTS, sorted({*asked_in(self.folder), *self.latents}))
             self._take_in_file()
             with threadpool_limits(1, "blas"):  # figures are small: more threads only wait for one another
                 spent = asyncio.run(self._run(watch))
-        rows = [*self.explained.rows(), *self.scores.rows()]
-        failed = {row["latent"] for row in rows if row["status"] == FAILED and not row.get("null")}
-        return Ended(len(failed), len(self.latents), spent)
+        return self._ended(spent)
+
+    def _ended(self, cut_off: str) -> Ended:
+        asked, failed = set(self.latents), dict[int, str]()
+        messages: dict[str, str] = {}
+        for row in (*self.explained.rows(), *self.scores.rows()):
+            if row["status"] == FAILED and not row.get("null") and row["latent"] in asked:
+                failed.setdefault(row["latent"], main_reason(row))
+                messages = row.get("messages", {}) | messages
+        return Ended(len(failed), len(self.latents), told(Counter(failed.values()), messages), cut_off)
 
     def _take_in_file(self) -> None:
         """Writes down explanations that come from a file, as if an explainer of the file's name had made them."""
@@ -199,7 +213,7 @@ class Pipeline:
 
     async def _explain(self, latent: int) -> list[Work]:
         todo = [name for name in self.explainers if self._open(self.explained, (latent, name))]
-        if not todo:
+        if not todo and (latent,) in self.shown:
             return []
         examples = await self._examples(latent)
         chooser, found = self.config.chooser(), list[Work]()
@@ -225,7 +239,7 @@ class Pipeline:
                 if other is not None:
                     todo.append((name, scorer, explainer, True, other))
         todo = [one for one in todo if self._open(self.scores, (latent, one[0], one[2], one[3]), one[4].text)]
-        if not todo:
+        if not todo and (latent,) in self.shown:
             return []
         examples = await self._examples(latent)
         found: list[Work] = []
@@ -263,7 +277,12 @@ class Pipeline:
         """The examples of a latent; the last ones made are kept, since a small run needs all of them twice."""
         found = self.kept.pop(latent, None)
         if found is None:
-            found = await asyncio.get_running_loop().run_in_executor(self.thread, self.prepared.examples, latent)
+            in_thread = partial(asyncio.get_running_loop().run_in_executor, self.thread)
+            found = await in_thread(self.prepared.examples, latent)
+            if (latent,) not in self.shown:
+                windows = await in_thread(self.prepared.shown, found)
+                row = {"latent": latent, "facts": asdict(found.facts), "missing": found.missing}
+                self.shown.append(row | {name: [asdict(window) for window in some] for name, some in windows.items()})
         self.kept[latent] = found
         if len(self.kept) > KEPT:
             self.kept.pop(next(iter(self.kept)))

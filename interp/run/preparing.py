@@ -22,7 +22,7 @@ from interp.evidence.promotes import Tokens, decoder_neighbors, promoted_tokens
 from interp.evidence.second_pass import visit_places
 from interp.evidence.subject import Subject
 from interp.evidence.tally import Evidence
-from interp.records import Examples
+from interp.records import Examples, Window
 from interp.run import explanations_file
 from interp.run.config import QUICKSTART_TOKENS, TOKENS, ExplainConfig
 from sae.base.errors import ConfigError, nearest
@@ -39,6 +39,7 @@ from sae.text.documents import TextConfig
 
 log = logging.getLogger(__name__)
 NEIGHBORS = 8
+SHOWN = 8  # windows of each kind that people look at
 TEXT = "text.json"  # what the evidence is of
 
 
@@ -61,6 +62,14 @@ class Prepared:
         up, down = self.tokens[latent]
         facts = replace(self.maker.facts(latent), promoted=up, suppressed=down, neighbors=self.near[latent])
         return self.maker.make(latent, facts)
+
+    def shown(self, examples: Examples) -> dict[str, list[Window]]:
+        """Returns what people look at of a latent: its `strongest` windows, and some that were `sampled` for it."""
+        strongest = self.maker.strongest(examples.latent, SHOWN)
+        places = {window.start for window in strongest}
+        active = [i.window for i in (*examples.test, *examples.explain, *examples.valid) if i.active]
+        sampled = [window for window in active if window.start not in places][:SHOWN]
+        return {"strongest": strongest, "sampled": sorted(sampled, key=lambda window: -window.strength)}
 
 
 def resolve_config(config: ExplainConfig) -> ExplainConfig:

@@ -9,8 +9,8 @@ import draccus
 from interp.client.requests import ROLES
 from interp.run.config import ExplainConfig, ModelsConfig
 from interp.run.journal import Journal
-from sae.base.errors import ConfigError
-from sae.base.files import atomic_write, check_writable, write_json
+from sae.base.errors import ConfigError, nearest
+from sae.base.files import atomic_write, check_writable, read_json, write_json
 from sae.base.settings import decode, flat, read_yaml, to_yaml
 from sae.lm.environment import versions
 
@@ -21,6 +21,20 @@ SCORE_KEY = ("latent", "scorer", "explainer", "null")
 # What may differ when a run goes on: none of it changes a row that is written.
 FREE = ("latents", "only", "explanations", "null_latents", "budget_usd", "in_flight", "fail_share")
 FREE_OF_MODELS = ("base_urls", "api_key_env", "max_concurrency", "timeout_s", "max_tries", "price_in", "price_out")
+
+
+def run_folder(path: Path) -> Path:
+    """Returns the folder of an explained run, given that or its coder's; ConfigError if there is none, or several."""
+    for folder in (path, path / "explain"):
+        if (folder / "config.yaml").is_file() and (folder / "shards").is_dir():
+            return folder
+    if not path.is_dir():
+        siblings = (child.name for child in path.parent.glob("*") if child.is_dir())
+        raise ConfigError(f"path: no such folder: {path}.{nearest(path.name, siblings)}")
+    below = sorted(p.parent for p in path.glob("explain*/**/shards"))
+    if below:
+        raise ConfigError(f"path: {path} holds several explained runs; choose one: {', '.join(map(str, below))}")
+    raise ConfigError(f"path: {path} is no explained run; run sae-explain {path} first")
 
 
 def shard_folder(run_dir: Path, shard: tuple[int, int]) -> Path:
@@ -36,6 +50,17 @@ def explained_in(shard: Path) -> Journal:
 def scores_in(shard: Path) -> Journal:
     """Returns the journal of scores of a shard."""
     return Journal(shard / "journal-score.jsonl", SCORE_KEY)
+
+
+def shown_in(shard: Path) -> Journal:
+    """Returns the journal of what people are shown of the latents of a shard."""
+    return Journal(shard / "journal-examples.jsonl", ("latent",))
+
+
+def asked_in(shard: Path) -> list[int]:
+    """Returns the latents that the commands on a shard were about, ascending."""
+    path = shard / LATENTS
+    return read_json(path) if path.is_file() else []
 
 
 def shard_folders(run_dir: Path) -> list[Path]:

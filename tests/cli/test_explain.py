@@ -1,6 +1,7 @@
 """sae-explain as users type it: one command from coder to results, the other commands, and bad input in one line."""
 
 import json
+import re
 
 import pyarrow.parquet as pq
 import pytest
@@ -230,12 +231,27 @@ def test_what_must_fail_fails_before_the_long_work(explain, tmp_path, monkeypatc
     assert said in error_of(printed)
 
 
-def test_a_failed_latent_ends_in_code_3(explain, tmp_path):
+def test_failed_latents_end_in_code_3_with_their_reasons_and_have_rows(explain, tmp_path):
     from rigs.fake_llm import FakeLLM
 
-    with FakeLLM(lambda asked: "hello", logprobs=0, schemas=()) as server:
+    with FakeLLM(lambda asked: "hel\x1b[31mlo", logprobs=0, schemas=()) as server:
         model = ["--models.explainer.model", "fake", "--models.explainer.base_urls", f"[{server.url}]"]
         options = [*SMALL, *model, "--models.explainer.max_tries", "1", "--explain-only", "--run-dir", tmp_path / "run"]
-        code, printed = explain("one", *options, "--latents", "3")
-        assert code == 3, printed  # "hello" is no explanation in JSON
-        assert "latents failed; --retry-failed does them again" in error_of(printed)
+        code, printed = explain("one", *options, "--latents", "5,7,9")
+    assert code == 3, printed  # that is no explanation in JSON
+    assert "\x1b" not in printed
+    assert re.fullmatch(r"3 of 3 latents failed: 3 parse \(.+\); --retry-failed does them again", error_of(printed))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["explanations"]["llm"] == {"failed": 3}
+    failure = summary["failures"]["llm"]["parse"]
+    assert failure["latents"] == 3
+    assert failure["first"]
+    assert f"no explanation: 3 parse ({failure['first']})" in printed
+    rows = pq.read_table(tmp_path / "run" / "results.parquet").to_pylist()
+    told = [row for row in rows if row["explainer"] == "llm"]
+    assert [(row["latent"], row["status"], row["scorer"], row["explanation"]) for row in told] == [
+        (latent, "failed", None, None) for latent in (5, 7, 9)
+    ]
+    assert all(row["reason"] == f"1 parse ({failure['first']})" for row in told)
+    for latent in (5, 7, 9):
+        assert f"  latent {latent:<8}    -  failed: 1 parse ({failure['first']})" in printed.splitlines()

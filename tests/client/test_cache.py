@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from interp.evidence import codes
 from interp.evidence.codes import encode_rows
 from interp.evidence.delphi_cache import CachedCodes, DelphiCache
-from interp.run.flows import OK
 from interp.run.preparing import prepare, read_from
+from interp.run.reasons import OK
 from sae.base.errors import ConfigError
 from sae.lm.masking import token_mask
 

@@ -227,7 +227,9 @@ def test_tables_and_the_report_tell_of_them_with_null_and_lift(run_dir):
     assert {(row["explainer"], row["scorer"], row["headline"]) for row in rows} == {("mine", "yours[fake]", "auroc")}
     scored = [row for row in rows if row["score"] is not None]
     assert len(scored) >= 20
-    assert all(row["score"] == row["auroc"] for row in scored)
+    figures = pq.read_table(run_dir / "measures.parquet").to_pylist()
+    by_latent = {row["latent"]: row["value"] for row in figures if row["measure"] == "auroc"}
+    assert {row["latent"]: row["score"] for row in scored} == by_latent
     assert all(row["lift"] == row["score"] - row["null"] for row in scored)
     (figures,) = json.loads((run_dir / "summary.json").read_text())["scores"]
     assert figures["headline"] == "auroc"

@@ -9,8 +9,10 @@ import pytest
 from rigs.fake_llm import Answer, FakeLLM, error
 from rigs.interp_runs import explain_config, explained, prepare_apart, run, scores, scripted, tiny_coder, with_llm
 
-from interp.run.flows import AGAIN, FAILED, INSUFFICIENT, OK
-from interp.run.results import summary_lines, write_results
+from interp.run.flows import AGAIN
+from interp.run.reasons import FAILED, INSUFFICIENT, OK
+from interp.run.results import write_results
+from interp.run.telling import summary_lines
 from sae.base.errors import ConfigError, Stopped
 from sae.base.progress import Watch
 
@@ -107,7 +109,7 @@ def test_results_hold_every_latent_with_null_and_lift(whole, prepared):
             assert one["lift"]["value"] == pytest.approx(one["mean"]["value"] - one["null"]["value"])
             assert one["lift"]["low"] <= one["lift"]["value"] <= one["lift"]["high"]
             assert one["coverage"] == 1
-    assert any("null 0." in line for line in summary_lines(summary))
+    assert any("null 0." in line for line in summary_lines(summary, folder))
 
 
 def test_under_twenty_latents_the_null_is_not_available(coder, prepared, tmp_path):
@@ -116,7 +118,7 @@ def test_under_twenty_latents_the_null_is_not_available(coder, prepared, tmp_pat
     assert not any(row["null"] for row in scores(tmp_path / "run").values())
     summary = write_results(tmp_path / "run", config.all_scorers(), {})
     assert all(one["null"]["value"] is None and one["lift"]["value"] is None for one in summary["scores"])
-    assert any("null n/a" in line for line in summary_lines(summary))
+    assert any("null n/a" in line for line in summary_lines(summary, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("after", [10, 70])
