@@ -89,7 +89,8 @@ def test_a_number_is_the_latent_of_that_id_as_typed_and_in_a_config(explain, tmp
     assert "latents: random:5" in printed
     code, printed = explain("--config", older)
     assert code == 0, printed
-    assert len(json.loads((tmp_path / "typed" / "shards" / "1-of-1" / "latents.json").read_text())) == 5
+    asked = json.loads((tmp_path / "typed" / "shards" / "1-of-1" / "latents.json").read_text())
+    assert len({*asked} - {7}) == 5  # beside what the command before was about
 
 
 def test_shards_are_merged_and_runs_compared_and_exported(explain, tmp_path, made):

@@ -159,7 +159,7 @@ def command(coder, server, tmp_path_factory):
         "models.explainer.model": "fake",
         "models.explainer.base_urls": f"[{server.url}]",
         "evidence.tokens": 30_000,
-        "latents": 24,
+        "latents": "random:24",
         "examples.test": 12,
     }
 

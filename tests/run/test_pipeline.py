@@ -113,7 +113,7 @@ def test_results_hold_every_latent_with_null_and_lift(whole, prepared):
 
 
 def test_under_twenty_latents_the_null_is_not_available(coder, prepared, tmp_path):
-    config = explain_config(coder, tmp_path / "run", {"latents": "24", "null_latents": 19})
+    config = explain_config(coder, tmp_path / "run", {"latents": "random:24", "null_latents": 19})
     run(config, prepared)
     assert not any(row["null"] for row in scores(tmp_path / "run").values())
     summary = write_results(tmp_path / "run", config.all_scorers(), {})

@@ -34,7 +34,7 @@ def coder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(coder, tmp_path_factory):
-    return prepare_apart(coder, tmp_path_factory.mktemp("evidence"), {"evidence.tokens": 100_000, "latents": "44"})
+    return prepare_apart(coder, tmp_path_factory.mktemp("evidence"), {"evidence.tokens": 100_000, "latents": "random:44"})
 
 
 def config_of(coder, run_dir, changes=None):
@@ -187,7 +187,7 @@ def test_what_failed_is_no_figure_and_what_is_missing_has_its_row(coder, prepare
 
 
 def test_the_table_is_narrow_and_all_figures_are_beside_it(coder, prepared, tmp_path):
-    run(config_of(coder, tmp_path / "run", {"latents": "12"}))
+    run(config_of(coder, tmp_path / "run", {"latents": "random:12"}))
     summary, table = told(tmp_path / "run")
     schema = pq.read_schema(tmp_path / "run" / "results.parquet")
     assert {name: str(schema.field(name).type) for name in schema.names} == COLUMNS
