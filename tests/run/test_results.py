@@ -34,7 +34,8 @@ def coder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(coder, tmp_path_factory):
-    return prepare_apart(coder, tmp_path_factory.mktemp("evidence"), {"evidence.tokens": 100_000, "latents": "random:44"})
+    changes = {"evidence.tokens": 100_000, "latents": "random:44"}
+    return prepare_apart(coder, tmp_path_factory.mktemp("evidence"), changes)
 
 
 def config_of(coder, run_dir, changes=None):
