@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -19,10 +20,13 @@ from sae.base.files import cache_dir, publish, sha256_file
 from sae.base.network import hub_or_cache
 from sae.base.progress import on_terminal
 from sae.base.settings import choose
-from sae.text.tokenizing import tokenizer_digest
+from sae.lm import probing, weights
+from sae.text.tokenizing import special_ids, tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,11 +64,34 @@ class LanguageModel:
     revision: str | None
     is_causal: bool
     """Whether it predicts the next token, so that cross-entropy and splicing can be measured."""
+    positions: int | None = None
+    """The longest row that its table of positions allows; None where it has none."""
 
     @property
     def device(self) -> torch.device:
         """Returns where its inputs go."""
         return next(self.model.parameters()).device
+
+    def check_context(self, length: int) -> None:
+        """Raises ConfigError if the model cannot read rows of a length; warns where it was trained on shorter ones.
+
+        Where only the config says so, and no table of positions, it is tried.
+        """
+        text, most = self.model.config.get_text_config(), self.positions or length
+        told = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+        trained = next(filter(None, told), length)
+        if length > trained and length <= most and self.tokenizer is not None:
+            try:
+                with torch.no_grad():
+                    probing.reader_of(self.model)(torch.zeros(1, length, dtype=torch.long, device=self.device))
+            except (RuntimeError, IndexError, ValueError):
+                most = trained
+        if length > most:
+            raise ConfigError(
+                f"text.context_length: {length} is more than {self.name} has positions for; at most {most} are allowed"
+            )
+        if length > trained:
+            log.warning("text.context_length: %d is more than %s was trained on (%d)", length, self.name, trained)
 
     def source(self) -> dict[str, Any]:
         """Returns which model it is: name and revision."""
@@ -122,37 +149,52 @@ def load_language_model(
     Raises ConfigError in one line if it cannot be had: no such folder, a hub id that is not cached while offline, or a
     model that ships code of its own, which runs only if the user typed `--trust-remote-code`.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
-
     where = resolve_device(device)
     folder = local_folder(name)
     config = load_config(name, revision, trust_remote_code)
-    causal = is_causal(config)
-    auto = AutoModelForCausalLM if causal else AutoModel
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
     chosen: Any = DTYPES.get(dtype) or (torch.float32 if where.type == "cpu" else "auto")
     with _readable_errors(name):
-        model = auto.from_pretrained(
-            folder or name,
+        model, nature = weights.read_model(
+            name,
+            config,
+            str(folder or name),
+            where,
             revision=None if folder else revision,
             dtype=chosen,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
-    model: Any = model.to(where)  # type: ignore[arg-type]
+    _check_vocabulary(name, model, tokenizer)
     commit = None if folder else commit_of(name, revision)
-    return LanguageModel(model.eval().requires_grad_(False), tokenizer, name, commit or revision, causal)
+    return LanguageModel(model, tokenizer, name, commit or revision, nature.predicts, nature.positions)
+
+
+def _check_vocabulary(name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuses a tokenizer with tokens of which the model has no embedding; those that text never holds may be."""
+    rows = probing.vocabulary_of(model)
+    added: Any = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    unused = special_ids(tokenizer).difference(added)
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: -1 if item[1] in unused else item[1])
+    if number >= rows:
+        raise ConfigError(
+            f"model.name: the model of {name!r} has embeddings of {rows} tokens, but its tokenizer gives {token!r} the "
+            f"id {number}; they do not belong together"
+        )
 
 
 def untrained(model: ModelConfig, trust_remote_code: bool = False) -> LanguageModel:
-    """Returns the architecture of a model with weights that mean nothing, for shapes; it has no tokenizer."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    """Returns the architecture of a model with weights that mean nothing, for shapes; it has no tokenizer.
 
+    Whether it predicts the next token is not known of it; the class that would be tried first is taken at its word.
+    """
     config = load_config(model.name, model.revision, trust_remote_code)
-    causal = is_causal(config)
-    auto = AutoModelForCausalLM if causal else AutoModel
-    made = auto.from_config(config, trust_remote_code=trust_remote_code)
-    return LanguageModel(made.eval(), None, model.name, model.revision, causal)  # type: ignore[arg-type]
+    auto = weights.auto_classes(config)[0]
+    with _readable_errors(model.name):
+        made = auto.from_config(config, trust_remote_code=trust_remote_code).eval()
+        positions = probing.positions_of(made)
+    causal = auto.__name__ != weights.BASE
+    return LanguageModel(made, None, model.name, model.revision, causal, positions)  # type: ignore[arg-type]
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:
@@ -205,17 +247,6 @@ def _refuse_code(name: str, raw: dict[str, Any]) -> None:
         )
 
 
-def is_causal(config: "PretrainedConfig") -> bool:
-    """Returns whether the architecture predicts the next token (else it is read as an encoder)."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    named = list(getattr(config, "architectures", None) or [])
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if named:
-        return any(architecture in causal or "CausalLM" in architecture for architecture in named)
-    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
 def local_folder(name: str) -> Path | None:
     """Returns the folder that holds model `name`, or None for a hub id. A .gguf file is converted once and cached."""
     if name == "quickstart":
@@ -242,7 +273,9 @@ def _converted(path: Path) -> Path:
     folder = _converted_folder(path)
     if not folder.is_dir():
         with publish(folder) as draft, _readable_errors(str(path)):
-            read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            options = {"gguf_file": path.name, "dtype": torch.float32}
+            read, lacks = weights.read(AutoModelForCausalLM, str(path), str(path.parent), **options)
+            weights.refuse_missing(str(path), lacks)
             if hasattr(read.config, "quantization_config"):  # or it counts as quantized, which cannot be saved
                 delattr(read.config, "quantization_config")
             plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
@@ -286,7 +319,7 @@ def _readable_errors(name: str) -> Iterator[None]:
             yield
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # files of strangers fail in many ways
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"model.name: {name!r} could not be loaded: {reason} "

@@ -1,0 +1,164 @@
+"""What a model does with a few tokens: whether it looks ahead, how long its rows may be, which tensors it is made of.
+
+Asked of the loaded model itself, since neither the name of its class nor its config says it reliably.
+"""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TOKENS = 5
+"""Tokens of a probe: more than a table of token types has rows, few enough that one of them matters to all."""
+ROWS_READ = {  # operations that read rows of a table -> which of their arguments names the rows
+    torch.ops.aten.embedding.default: 1,
+    torch.ops.aten.index_select.default: 2,
+    torch.ops.aten.gather.default: 2,
+    torch.ops.aten.index.Tensor: 1,
+}
+
+
+@dataclass(frozen=True)
+class Nature:
+    """What a model was found to be."""
+
+    looks_ahead: bool
+    """Whether what it makes of a token depends on later ones."""
+    predicts: bool
+    """Whether it has a head that scores every token of the vocabulary, and does not look ahead."""
+    positions: int | None
+    """The longest row that its tables of positions allow; None where it has none."""
+
+
+def reader_of(model: nn.Module) -> Any:
+    """Returns the part of a model that takes text alone: all of it or, of an encoder and a decoder, the encoder."""
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return model.get_encoder() if two else model  # type: ignore[operator]
+
+
+def vocabulary_of(model: Any) -> int:
+    """Returns how many tokens a model has embeddings of."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+@torch.no_grad()
+def nature_of(model: Any) -> Nature:
+    """Returns what a model is found to be: the last of a few tokens is changed, and the earlier places are compared.
+
+    Equal is what differs by rounding alone, as where tokens are sorted by expert. Errors of the model's come as they
+    are; ValueError if it makes NaN of the tokens.
+    """
+    ids = _plain_ids(model)
+    with _Tables(vocabulary_of(model)) as tables:
+        scores, before = _output(model, ids[:, :-1])
+    after = _output(model, ids[:, [*range(TOKENS - 1), TOKENS]])[1]
+    if before.isnan().any():
+        raise ValueError("it makes NaN of them, so its weights are damaged or too large for their precision")
+    was, now = before[:, :-1].float(), after[:, :-1].float()
+    moved = ((was - now).norm(dim=-1) / was.norm(dim=-1).clamp_min(1e-30)).max()
+    looks_ahead = bool(moved > torch.finfo(before.dtype).eps ** 0.5 / 4)
+    return Nature(looks_ahead, scores and not looks_ahead, tables.limit)
+
+
+@torch.no_grad()
+def positions_of(model: Any) -> int | None:
+    """Returns the longest row that a model's tables of positions allow, also of one whose weights are not there."""
+    with _Tables(vocabulary_of(model)) as tables, suppress(RuntimeError):  # what takes values cannot run without
+        _output(model, _plain_ids(model)[:, :-1])
+    return tables.limit
+
+
+def depended_on(model: Any, names: Iterable[str]) -> list[str]:
+    """Returns which of a model's tensors bear on what it makes of text, in order.
+
+    What runs without a gradient from the output does not (a pooler), nor does a part that does not run (an image
+    tower); but one expert of a list may run for other tokens. Where no gradient can be had, all do.
+    """
+    tensors, ran = dict(model.named_parameters()), set[str]()
+    asked = {name: tensors[name].requires_grad_() for name in sorted(names) if name in tensors}
+    hooks = [m.register_forward_hook(lambda *_, path=path: ran.add(path)) for path, m in model.named_modules()]
+    try:
+        with torch.enable_grad():
+            total = _output(model, _plain_ids(model)[:, :-1])[1].float().sum()
+            if total.requires_grad:
+                total.backward()
+    except (RuntimeError, NotImplementedError):
+        return sorted(names)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    idle = {name for name, tensor in asked.items() if tensor.grad is None and not _one_of_a_list(name, ran)}
+    for tensor in asked.values():
+        tensor.grad = None
+        tensor.requires_grad_(False)
+    return sorted(set(names) - idle)
+
+
+def _one_of_a_list(name: str, ran: set[str]) -> bool:
+    """Whether the outermost module around a tensor in which nothing ran is a member of a list."""
+    parts = name.split(".")[:-1]
+    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    quiet = [part for part, path in zip(parts, paths, strict=True) if not any(_within(p, path) for p in ran)]
+    return bool(quiet) and quiet[0].isdecimal()
+
+
+def _within(path: str, other: str) -> bool:
+    return path == other or path.startswith(f"{other}.")
+
+
+def _output(model: Any, ids: Int[Tensor, "1 n"]) -> tuple[bool, Float[Tensor, "1 n _d"]]:
+    """Returns what a model makes of each token, and whether that is the scores of a head."""
+    found = reader_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
+    logits = getattr(found, "logits", None)
+    made = found[0] if logits is None else logits
+    if not isinstance(made, Tensor) or made.shape[:2] != ids.shape:
+        raise ValueError("it does not make a vector of each token")
+    return logits is not None, made
+
+
+def _plain_ids(model: Any) -> Int[Tensor, "1 n"]:
+    """Returns a few token ids, descending, to which the config gives no meaning: no padding, no place of an image."""
+    said = model.config.to_dict()
+    flat = [*said.items(), *(item for part in said.values() if isinstance(part, dict) for item in part.items())]
+    taken = {value for name, value in flat if str(name).endswith(("_id", "_index")) and isinstance(value, int)}
+    rows = vocabulary_of(model)
+    ids = [number for number in range(rows * 2 // 3, -1, -1) if number not in taken]
+    return torch.tensor([(ids * TOKENS)[: TOKENS + 1]], device=next(model.parameters()).device)
+
+
+class _Tables(TorchDispatchMode):
+    """Watches a pass of one row: a table of which consecutive rows are read, one a token, is one of positions."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.limit: int | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ROWS_READ and len(args) > ROWS_READ[func]:
+            rows = args[ROWS_READ[func]]
+            dim = 0 if func in (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor) else args[1]
+            self._look(args[0], dim, rows[0] if isinstance(rows, list | tuple) else rows)
+        return func(*args, **(kwargs or {}))
+
+    def _look(self, table: Tensor, dim: int, rows: Tensor | None) -> None:
+        if rows is None or rows.is_floating_point() or rows.dtype == torch.bool or rows.numel() % TOKENS:
+            return
+        first, size = 0, table.shape[dim]
+        if size <= 2 * TOKENS or not rows.numel():  # no table: something of the tokens, or of their distances
+            return
+        if isinstance(rows, FakeTensor):  # which rows is not known
+            if rows.numel() != TOKENS or table.dim() != 2 or size == self.vocabulary:
+                return
+        else:
+            places = rows.reshape(TOKENS, -1)
+            first = int(places[0, 0])
+            if not torch.equal(places, torch.arange(first, first + TOKENS).to(places)[:, None].expand_as(places)):
+                return
+        self.limit = min(self.limit or size, size - first)
