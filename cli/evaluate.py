@@ -74,6 +74,8 @@ def command(argv: list[str]) -> int:
     load = partial(load_language_model, trust_remote_code=options.trust_remote_code)
     lm = load(**vars(config.model))
     second = load(**vars(config.second_model)) if config.second_model.name else None
+    for model in (lm, second) if second else (lm,):
+        model.check_context(config.text.context_length)
     with stop_flag() as stop:
         text = tokenize(config.text, lm.tokenizer, lm.source(), Watch(stop, repair=options.repair))
         coders = {name: coder.to(lm.device) for name, coder in coders.items()}

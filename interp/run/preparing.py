@@ -166,6 +166,7 @@ def read_from(
         return subject, corpus_of_cache(cache, tokens, watch), CachedCodes(cache)
     progress = Progress("text", tokens, "tokens")
     shown = replace(watch, progress=progress.update)
+    subject.lm.check_context(config.text.context_length)
     rows = corpus_of_text(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, shown)
     progress.close()
     if config.coder.baseline != "none":

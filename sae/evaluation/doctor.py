@@ -145,7 +145,8 @@ def rows_of_text(
     lm: LanguageModel, spec: CoderSpec, tokens: int, text: str | None = None
 ) -> Int[Tensor, "rows context"]:
     """Returns about `tokens` tokens of text as rows with the coder's BOS policy, no document longer than a row."""
-    most = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
+    said = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
+    most = min(said, lm.positions or said)
     context = min(spec.context_length or CONTEXT, CONTEXT, most)
     packer = Packer(context, "packed", spec.bos, lm.tokenizer)
     wanted, got = -(-tokens // context) * context, 0

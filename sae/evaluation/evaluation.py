@@ -83,6 +83,8 @@ def evaluate(
     if tagged:
         models[SECOND] = second or load_language_model(tagged[0].model, tagged[0].revision, device=str(device))
     _check_widths(several, models)
+    for model in models.values():
+        model.check_context(rows.context_length if rows else text_of(spec).context_length)
     rows = rows or tokenize(text_of(spec), lm.tokenizer, lm.source(), watch).held_out
     modes = _modes(several)
     batches = _spread(rows, tokens, getattr(lm.model.config.get_text_config(), "vocab_size", 0))

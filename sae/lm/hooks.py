@@ -12,6 +12,7 @@ from sae.base.errors import ConfigError
 from sae.base.seeding import generator
 from sae.lm.masking import MaskSpec, next_token_mask, token_mask
 from sae.lm.models import ONE_AT_A_TIME, LanguageModel
+from sae.lm.probing import reader_of
 from sae.lm.site import Site
 from sae.lm.sites import find_module
 from sae.text.packing import PADDING
@@ -108,11 +109,12 @@ def capture(
 
     with torch.no_grad(), hooked(lm.model, sites, see):
         try:
-            lm.model(**model_inputs(lm, tokens))
+            reader_of(lm.model)(**model_inputs(lm, tokens))
         except _AllSeen:
             return seen
     missing = [site.name for site in sites if site.name not in seen]
-    raise ConfigError(f"activations.sites: {', '.join(missing)} never ran in a forward pass of {lm.name}")
+    part = "" if reader_of(lm.model) is lm.model else ", of whose encoder and decoder (model.name) the first is read"
+    raise ConfigError(f"activations.sites: {', '.join(missing)} never ran in a forward pass of {lm.name}{part}")
 
 
 def sites_of_model(sites: Iterable[Site], tag: str) -> list[Site]:

@@ -65,6 +65,8 @@ def plan_run(
     config: TrainConfig, lm: LanguageModel, second: LanguageModel | None = None
 ) -> tuple[list[Site], dict[str, int], list[CoderPlan]]:
     """Returns the sites that a run reads, their widths by name, and its coders; ConfigError for what cannot be."""
+    for model in (lm, second) if second else (lm,):
+        model.check_context(config.text.context_length)
     pairs = site_pairs(config, lm, second)
     sites = list({site.name: site for pair in pairs for site in pair}.values())
     widths = site_widths(lm, sites_of_model(sites, ""))

@@ -80,7 +80,7 @@ class Model:
         self.config, self.causal = config, lm.is_causal
         self.lm: Any = lm.model
         self.tokenizer: Any = lm.tokenizer
-        self.context = _context(self.lm.config, self.tokenizer)
+        self.context = min(_context(self.lm.config, self.tokenizer), lm.positions or 2**30)
         self.budget = prefix.token_budget(self.lm.config.get_text_config().vocab_size, lm.device)
         self.where = "local " + json.dumps(lm.fingerprint(), sort_keys=True)
         self.pieces: list[str] = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
