@@ -20,10 +20,12 @@ def export(argv: list[str]) -> int:
     from interp.exchange.neuronpedia import export_run
     from interp.run.preparing import prepare, resolve_config
     from interp.run.rundir import run_folder, saved_config
+    from sae.base.files import check_writable
     from sae.base.progress import Watch
     from sae.parallel.stopping import stop_flag
 
-    folder = run_folder(Path(options.run_dir).expanduser())
+    folder = run_folder(Path(options.run_dir))
+    check_writable(Path(options.folder).expanduser(), "folder")
     config = resolve_config(saved_config(folder))
     with stop_flag() as stop:
         prepared = prepare(config, options.trust_remote_code, Watch(stop))

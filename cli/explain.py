@@ -83,12 +83,14 @@ def command(argv: list[str]) -> int:
 
 def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> int:
     from interp.prompts.windows import visible
+    from interp.client.requests import ROLES
+    from interp.evidence.first_pass import check_evidence
     from interp.run.pipeline import Pipeline, check_models
-    from interp.run.preparing import prepare, resolve_config
-    from interp.run.rundir import begin_run
+    from interp.run.preparing import evidence_of, looked_at, read_from, resolve_config
+    from interp.run.rundir import begin_run, cache_of, forget_run, settings_for
     from interp.run.telling import summary_lines
     from sae.base.progress import Watch
-    from sae.parallel.collectives import process_group, rank
+    from sae.parallel.collectives import process_group, rank, together
     from sae.parallel.stopping import stop_flag
 
     config = resolve_config(config)
@@ -99,13 +101,25 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> i
         return DONE
     with stop_flag() as stop:
         watch = Watch(stop, repair=options.repair)
-        begin_run(config)
-        log.info("run folder   %s", config.run_dir)
+        settings = settings_for(config)
+        config, answers = settings.config, b""
         with process_group():
-            if rank() == 0:
-                asyncio.run(check_models(config, shard))
-            prepared = prepare(config, options.trust_remote_code, watch)
             first = rank() == 0
+            with together():
+                if first:
+                    endpoints, cache = {role: config.endpoint(role) for role in ROLES}, cache_of(config, shard)
+                    answers = asyncio.run(check_models(endpoints, config.roles_asked(), cache, config.budget_usd))
+            reading = read_from(config, options.trust_remote_code, watch)
+            check_evidence(reading[2], reading[1], *evidence_of(config))
+            if first:  # all can be: from here on the folder is this run's
+                begin_run(config, settings, answers, shard)
+            log.info("run folder   %s", config.run_dir)
+            try:
+                prepared = looked_at(config, reading, watch)
+            except ConfigError:
+                if first:
+                    forget_run(Path(config.run_dir))
+                raise
         if not first:
             return DONE  # the ranks share the passes; what is left is to wait for answers
         ended = Pipeline(config, prepared, shard).run(options.retry_failed, watch)
@@ -144,9 +158,10 @@ def _merge(argv: list[str]) -> int:
     parser.add_argument("run_dir", help="folder of the run, which holds shards/")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(argv)
+    from interp.run.rundir import run_folder
     from interp.run.telling import summary_lines
 
-    run_dir = Path(options.run_dir).expanduser()
+    run_dir = run_folder(Path(options.run_dir))
     print("\n".join(summary_lines(_write(run_dir), run_dir)))
     return DONE
 

@@ -62,6 +62,8 @@ class Corpus:
         self.first: int = self.meta["first"]
         """Place of the first token of the text in a row: behind BOS, if there is one."""
         self.key = folder.name
+        self.content = fingerprint_key({k: v for k, v in fingerprint.items() if k not in ("model", "revision")})
+        """As `key`, whatever the model is called whose tokenizer it is."""
         self._ends = np.cumsum([entry["tensors"]["tokens"][1][0] for entry in self.shards.entries.values()])
         self._open: dict[int, Tensor] = {}
 

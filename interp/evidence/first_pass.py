@@ -51,25 +51,16 @@ class Keep:
 def gather_evidence(codes: KeyedCodes, corpus: Corpus, folder: Path, keep: Keep, watch: Watch = UNWATCHED) -> Evidence:
     """Returns the evidence of every latent on the whole corpus, from `folder` as far as it is there.
 
-    `codes` are those of this corpus. Raises DataError if the folder holds evidence of something else, ConfigError if
-    there is too much text, Stopped (everything saved) when asked to stop. Another process that gathers in the same
-    folder is waited for.
+    `codes` are those of this corpus. Raises as `check_evidence` does, and Stopped (everything saved) when asked to
+    stop. Another process that gathers in the same folder is waited for.
     """
-    if corpus.n_rows * corpus.context_length > POSITIONS:
-        raise ConfigError(
-            f"evidence.tokens: {corpus.n_rows:,} rows of {corpus.context_length} tokens are more than {POSITIONS:,} "
-            "places, padding counted; take fewer tokens, or a shorter text.context_length for short documents"
-        )
-    made_from = codes.fingerprint() | {
-        "version": VERSION,
-        "rows": corpus.key,
-        "sizes": asdict(keep.sizes),
-        "seed": keep.seed,
-    }
     first = collectives.rank() == 0
     with held_with_ranks(folder, watch):
         with collectives.together():
-            _check(folder, made_from)
+            made_from = check_evidence(codes, corpus, folder, keep)
+            if first and not (folder / HEADER).is_file():
+                write_json(folder / HEADER, made_from)
+            corpus.key = made_from["rows"]  # as this folder calls it
             if watch.repair and first:
                 _repair(folder, made_from)
         new_tally = partial(Tally, codes.d_sae, corpus.context_length, keep.sizes, keep.seed)
@@ -183,19 +174,43 @@ def held_with_ranks(folder: Path, watch: Watch) -> Iterator[None]:
         yield
 
 
-def _check(folder: Path, made_from: dict[str, Any]) -> None:
-    if not (folder / HEADER).is_file():
-        if collectives.rank() == 0:
-            write_json(folder / HEADER, made_from)
-        return
-    there = read_json(folder / HEADER)
-    if isinstance(there, dict) and there.get("version", 0) > VERSION:
-        raise DataError(f"{folder}: version {there['version']} is newer than {VERSION}; upgrade sae-interp")
-    differing = sorted(key for key in made_from if not isinstance(there, dict) or there.get(key) != made_from[key])
-    if differing:
-        raise DataError(
-            f"{folder}: holds evidence made with another {', '.join(differing)}; choose another run_dir or delete it"
+def check_evidence(codes: KeyedCodes, corpus: Corpus, folder: Path, keep: Keep) -> dict[str, Any]:
+    """Returns what the evidence in a folder is made from, or would be; nothing is written.
+
+    Raises ConfigError if there is too much text, or the folder holds evidence of something else. By what names model
+    and text are called does not count.
+    """
+    if corpus.n_rows * corpus.context_length > POSITIONS:
+        raise ConfigError(
+            f"evidence.tokens: {corpus.n_rows:,} rows of {corpus.context_length} tokens are more than {POSITIONS:,} "
+            "places, padding counted; take fewer tokens, or a shorter text.context_length for short documents"
         )
+    made_from = codes.fingerprint() | {"version": VERSION, "rows": corpus.key, "text": corpus.content}
+    made_from |= {"sizes": asdict(keep.sizes), "seed": keep.seed}
+    if not (folder / HEADER).is_file():
+        return made_from
+    there = read_json(folder / HEADER)
+    if not isinstance(there, dict):
+        raise DataError(f"{folder / HEADER} is damaged: it holds no object; delete {folder}")
+    if there.get("version", 0) > VERSION:
+        raise DataError(f"{folder}: version {there['version']} is newer than {VERSION}; upgrade sae-interp")
+    differing = sorted(key for key, (old, new) in _compared(there, made_from).items() if old != new)
+    if differing:
+        raise ConfigError(
+            f"run_dir: {folder} holds evidence made with another {', '.join(differing)}; choose another folder with "
+            "--run-dir, or delete it"
+        )
+    return there
+
+
+def _compared(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns what must be equal, by name: older evidence tells of its text only by a key that names the model too."""
+    keys = here.keys() - {"rows" if "text" in there else "text"}
+    return {key: tuple(_nameless(one.get(key)) for one in (there, here)) for key in keys}
+
+
+def _nameless(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k not in ("model", "revision")} if isinstance(value, dict) else value
 
 
 def _repair(folder: Path, made_from: dict[str, Any]) -> None:

@@ -31,12 +31,14 @@ from interp.evidence.corpus import Corpus
 from interp.evidence.first_pass import stored_evidence
 from interp.evidence.subject import Subject
 from interp.run.config import ExplainConfig
+from interp.run.pipeline import check_models
 from interp.run.preparing import read_from, resolve_config
 from interp.run.results import explanations_of_run
 from interp.run.rundir import saved_config
 from interp.scorers.embedding import BATCH
 from interp.scoring.metrics import mean_measure
 from sae.base.errors import ConfigError, nearest
+from sae.base.files import atomic_write
 from sae.base.seeding import generator
 from sae.coder.coder import CHUNK_ENTRIES, SparseCoder
 
@@ -85,9 +87,13 @@ def compare(
     of `a`, and left out where the runs read different language models. Raises ConfigError if a run has no explanation
     by `explainer` (default: llm, or the first one there) or more than 20,000, or the encoder fails.
     """
+    cache = a / "compare.sqlite"
+    answers = asyncio.run(check_models({"encoder": encoder}, ["encoder"], cache))
     left, right = (_side(folder, explainer, trust_remote_code) for folder in (a, b))
     coders = left.subject.coder, right.subject.coder
-    vectors = asyncio.run(_embedded(encoder, left.told() + right.told(), a / "compare.sqlite"))
+    if answers:
+        atomic_write(cache, answers)
+    vectors = asyncio.run(_embedded(encoder, left.told() + right.told(), cache))
     similarity = cosines(vectors[: len(left.texts)], vectors[len(left.texts) :])
     alike = {"meaning": similarity, "decoder": decoder_cosines(*coders, left.latents, right.latents)}
     if left.config.model.name == right.config.model.name:

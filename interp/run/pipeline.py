@@ -14,8 +14,9 @@ asked meanwhile comes from the cache. Memory holds the examples of the latents i
 import asyncio
 import logging
 import math
+import tempfile
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from interp.client.client import Client
+from interp.client.config import EndpointConfig
 from interp.client.local.words import NAME
 from interp.client.requests import ROLES, Abilities, Reply, Request
 from interp.records import Examples, Explanation
@@ -330,8 +332,15 @@ class Pipeline:
         return asked | {"missing": missing} | ({} if usd is None else {"usd": usd})
 
 
-async def check_models(config: ExplainConfig, shard: tuple[int, int]) -> None:
-    """Raises ConfigError in one line if a model that the run asks cannot be asked; before any long work starts."""
-    cache = shard_folder(Path(config.run_dir), shard) / CACHE
-    async with Client({role: config.endpoint(role) for role in ROLES}, cache, config.budget_usd) as client:
-        await client.check(config.roles_asked())
+async def check_models(
+    endpoints: Mapping[str, EndpointConfig], roles: Iterable[str], cache: Path, budget_usd: float | None = None
+) -> bytes:
+    """Raises ConfigError in one line if a model that is asked cannot be asked; before any long work starts.
+
+    Returns what the file of answers is to begin with, b"" where there is one: a command that is refused makes none.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = cache if cache.is_file() else Path(folder, CACHE)
+        async with Client(endpoints, path, budget_usd) as client:
+            await client.check(roles)
+        return b"" if path == cache else path.read_bytes()

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,16 +126,27 @@ def load_coder(config: ExplainConfig, device: str | torch.device = "cpu", lazy: 
 
 def prepare(config: ExplainConfig, trust_remote_code: bool = False, watch: Watch = UNWATCHED) -> Prepared:
     """Returns everything about the latents of a resolved config, computed as far as it is not in its folder."""
-    subject, rows, codes = read_from(config, trust_remote_code, watch)
-    folder = Path(config.run_dir) / "evidence"
+    return looked_at(config, read_from(config, trust_remote_code, watch), watch)
+
+
+def evidence_of(config: ExplainConfig) -> tuple[Path, Keep]:
+    """Returns the folder of a run's evidence, and what is kept there."""
+    return Path(config.run_dir) / "evidence", Keep(config.evidence.sizes, config.seed, config.evidence.store)
+
+
+def looked_at(config: ExplainConfig, reading: "Reading", watch: Watch = UNWATCHED) -> Prepared:
+    """As `prepare`, of what is read already. ConfigError if no latent fires: then no evidence is kept."""
+    subject, rows, codes = reading
+    folder, keep = evidence_of(config)
     n_sections, by = rows.meta["sections"], rows.meta["split_by"]
     log.info("text: %s tokens in %s sections, split by %s", f"{rows.n_tokens:,}", f"{n_sections:,}", by)
-    keep = Keep(config.evidence.sizes, config.seed, config.evidence.store)
     evidence = gather_evidence(codes, rows, folder, keep, watch)
     known = StoredCodes(folder / CODES, rows, codes.d_sae) if keep.store else codes
     if collectives.rank() == 0:
         found = {"latents": evidence.d_sae, "alive": len(evidence.alive()), "tokens_counted": evidence.tokens}
         write_json(folder / TEXT, {"tokens": rows.n_tokens, **rows.meta, **found})
+    if not len(evidence.alive()) and collectives.rank() == 0:  # it would stand in the way of what fires
+        shutil.rmtree(folder)
     latents = chosen_latents(config.latents, evidence, config.seed)
     near = decoder_neighbors(subject.coder, latents.tolist(), NEIGHBORS)
     places = plan_places(evidence, rows, latents, [[other for other, _ in pairs] for pairs in near], config.seed)
@@ -145,9 +157,10 @@ def prepare(config: ExplainConfig, trust_remote_code: bool = False, watch: Watch
     return Prepared(subject, rows, evidence, latents, maker, tokens, neighborhood)
 
 
-def read_from(
-    config: ExplainConfig, trust_remote_code: bool = False, watch: Watch = UNWATCHED
-) -> tuple[Subject, Corpus, KeyedCodes]:
+Reading = tuple[Subject, Corpus, KeyedCodes]
+
+
+def read_from(config: ExplainConfig, trust_remote_code: bool = False, watch: Watch = UNWATCHED) -> Reading:
     """Returns the coder (or its baseline) with its language model, the text of a resolved config, and its codes."""
     coder = load_coder(config, resolve_device(config.model.device))
     options = {**vars(config.model), "trust_remote_code": trust_remote_code}

@@ -52,10 +52,13 @@ def cache_dir() -> Path:
 
 
 def check_writable(folder: Path, field: str) -> None:
-    """Makes a folder if need be; ConfigError naming the setting `field` if nothing can be written to it."""
+    """Raises ConfigError naming the setting `field` if nothing can be written to a folder, or it cannot be made.
+
+    It is not made: whatever else is wrong with a command, it leaves nothing.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise ConfigError(f"{field}: cannot write to {folder}: {error.strerror}; choose another folder") from error
@@ -241,19 +244,16 @@ def remove_stale(parent: Path | str) -> list[Path]:
 class FolderLock:
     """Holds a folder for one process at a time, inside a `with` block; a crash of the holder frees it.
 
-    The folder is made if need be; ConfigError if it cannot be written to. A second holder gets a ConfigError at once,
-    with the first one's process id and start; given a watch, it waits, and raises Stopped when asked to stop.
+    The folder is made if need be, and goes again if nothing was put into it; ConfigError if it cannot be written to. A
+    second holder gets a ConfigError at once, with the first one's process id and start; given a watch, it waits, and
+    raises Stopped when asked to stop.
     """
 
     def __init__(self, folder: Path | str, watch: Watch | None = None) -> None:
         self.folder, self.watch = Path(folder), watch
 
     def __enter__(self) -> "FolderLock":
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.folder / LOCK, "a+", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write to {self.folder}: {error.strerror}; choose another folder") from error
+        self._open()
         try:  # the lock is the kernel's; what its file says is only there to name the holder
             while not self._try():
                 if self.watch is None:
@@ -272,7 +272,24 @@ class FolderLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()  # frees the lock; the file stays, for removing it would let two in
+        with suppress(OSError):
+            if self._made and os.listdir(self.folder) == [LOCK]:
+                (self.folder / LOCK).unlink()
+                for folder in self._made:
+                    folder.rmdir()
+        self._file.close()  # frees the lock
+
+    def _open(self, tries: int = 3) -> None:
+        """Opens the lock's file, in a folder that may have to be made."""
+        folders = [self.folder, *self.folder.parents]
+        self._made = [folder for folder in folders if not os.path.lexists(folder)]  # the innermost first
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 held until the end
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and tries:  # another holder has taken it away between the two
+                return self._open(tries - 1)
+            raise ConfigError(f"cannot write to {self.folder}: {error.strerror}; choose another folder") from error
 
     def _try(self) -> bool:
         try:
@@ -281,7 +298,13 @@ class FolderLock:
             return False
         except OSError as error:  # some network file systems have no locks at all
             log.warning("%s cannot be locked (%s): two runs on it would go unnoticed", self.folder, error.strerror)
-        return True
+            return True
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.folder / LOCK)):
+                return True
+        self._file.close()  # of a holder that has taken the file away with the folder
+        self._open()
+        return self._try()
 
     def _holder(self) -> str:
         with suppress(DataError, KeyError, TypeError):  # read in the instant before it is written

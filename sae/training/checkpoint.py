@@ -16,9 +16,10 @@ from typing import Any
 import draccus
 from torch import Tensor
 
-from sae.base.errors import ConfigError, DataError
+from sae.base.errors import ConfigError, DataError, Stopped
 from sae.base.files import (
     FolderLock,
+    atomic_write,
     is_complete,
     load_tensors,
     publish,
@@ -113,7 +114,11 @@ def has_begun(run_dir: Path) -> bool:
 
 @contextmanager
 def locked(run_dir: Path, resume: bool) -> Iterator[None]:
-    """Holds the run folder's lock, on rank 0; ConfigError if it is held, or if a new run would overwrite another."""
+    """Holds the run folder's lock, on rank 0; ConfigError if it is held, or if a new run would overwrite another.
+
+    Where the block raises before the run has begun, the folder is left as it was: a refused command changes nothing.
+    """
+    settings = {run_dir / name: b"" for name in ("config.yaml", "env.json")}
     with ExitStack() as held:
         with collectives.together():
             if collectives.rank() == 0:
@@ -125,7 +130,16 @@ def locked(run_dir: Path, resume: bool) -> Iterator[None]:
                     raise ConfigError(
                         f"run_dir: {run_dir} holds a run; continue it with --resume {run_dir}, or name another"
                     )
-        yield
+                settings = {path: path.read_bytes() if path.is_file() else b"" for path in settings}
+        try:
+            yield
+        except Stopped:
+            raise
+        except Exception:
+            if collectives.rank() == 0 and not resume and not has_begun(run_dir):
+                for path, before in settings.items():
+                    atomic_write(path, before) if before else path.unlink(missing_ok=True)
+            raise
 
 
 def saved_config(folder: Path) -> TrainConfig:

@@ -241,7 +241,7 @@ def test_evidence_of_something_else_is_not_taken(tmp_path, rows, changed, name):
     given = {"codes": PlantedCodes(rows), "corpus": rows, "folder": tmp_path / "run", "keep": Keep(SIZES)}
     with pytest.raises(Stopped):
         gather_evidence(**given, watch=Watch(lambda: True))
-    with pytest.raises(DataError, match=f"made with another {name}; choose another run_dir"):
+    with pytest.raises(ConfigError, match=f"made with another {name}; choose another folder with --run-dir"):
         gather_evidence(**{**given, **changed(rows)})
 
 
@@ -249,14 +249,14 @@ def test_evidence_of_other_rows_or_another_version_is_not_taken(tmp_path, rows):
     given = {"codes": PlantedCodes(rows), "folder": tmp_path / "run", "keep": Keep(SIZES)}
     gather_evidence(corpus=rows, **given)
     fewer = read_corpus(tmp_path / "text.jsonl", tokens=1000)
-    with pytest.raises(DataError, match="made with another rows"):
+    with pytest.raises(ConfigError, match="made with another text"):
         gather_evidence(corpus=fewer, **given)
     header = tmp_path / "run" / "evidence.json"
     write_json(header, {"version": interp.evidence.first_pass.VERSION + 1})
     with pytest.raises(DataError, match=r"version \d is newer than \d; upgrade"):
         gather_evidence(corpus=rows, **given)
     header.write_text("[]")
-    with pytest.raises(DataError, match="made with another"):
+    with pytest.raises(DataError, match="is damaged: it holds no object"):
         gather_evidence(corpus=rows, **given)
 
 

@@ -100,7 +100,7 @@ def test_an_encoder_that_fails_is_said(tmp_path):
 
 def test_too_many_latents_are_said_before_anything_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(interp.run.compare, "MOST", 2)
-    monkeypatch.setattr(interp.run.compare, "read_yaml", lambda path: {})
+    monkeypatch.setattr(interp.run.compare, "saved_config", lambda folder: None)
     monkeypatch.setattr(interp.run.compare, "resolve_config", lambda config: config)
     monkeypatch.setattr(interp.run.compare, "explanations_of_run", lambda folder: {"llm": dict.fromkeys(range(3), "x")})
     with pytest.raises(ConfigError, match=r"path: .* has 3 explained latents; at most 2 can be compared"):

@@ -1,0 +1,61 @@
+"""Paths as people type them: whether two are one place, what is meant by one where nothing is, and what moved along."""
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+
+RUNS = "runs"  # where runs lie that are named by no folder
+
+
+def same_place(a: str | Path, b: str | Path) -> bool:
+    """Returns whether two names are one, or lead to the same file or folder: `a/`, `./a`, `~/a` and links to it."""
+    if str(a) == str(b):
+        return True
+    try:
+        return os.path.samefile(Path(a).expanduser(), Path(b).expanduser())
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def can_only_be_local(typed: str) -> bool:
+    """Returns whether a name is a path of this machine, whatever is there: absolute, from here or home, of runs/, or
+    below a folder that is here.
+    """
+    path = Path(typed).expanduser()
+    first = path.parts[0] if len(path.parts) > 1 else ""
+    return path.is_absolute() or typed.startswith((".", "~")) or first == RUNS or Path(first or "/nowhere").is_dir()
+
+
+def near(typed: str | Path) -> str:
+    """Returns " Did you mean 'runs/a'?" with what is most like a path that is not there, "" if nothing is.
+
+    The first of its parts that is not there is compared with what lies in its place.
+    """
+    there = Path()
+    parts = Path(typed).parts
+    for i, part in enumerate(parts):
+        at = (there / part).expanduser()
+        if os.path.lexists(at):
+            there /= part
+            continue
+        folder = there.expanduser()
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() and os.access(folder, os.R_OK) else []
+        for name in get_close_matches(part, names, n=3, cutoff=0.5):
+            found = there.joinpath(name, *parts[i + 1 :])
+            if found.expanduser().exists():
+                return f" Did you mean {str(found)!r}?"
+        return ""
+    return ""
+
+
+def moved_along(path: str, then: str, now: str | Path) -> str:
+    """Returns where something lies of which a folder tells that has been moved, or is seen from elsewhere.
+
+    The folder was called `then` when it wrote down `path`; what lies where `path` did as seen from there is it. `path`
+    as it stands if there is nothing.
+    """
+    if not path or not then or Path(path).expanduser().is_absolute() != Path(then).expanduser().is_absolute():
+        return path
+    from_there = os.path.relpath(Path(path).expanduser(), Path(then).expanduser())
+    beside = Path(os.path.normpath(Path(now).expanduser() / from_there))
+    return str(beside) if beside.exists() and not same_place(path, beside) else path
