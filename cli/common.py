@@ -17,6 +17,7 @@ import draccus
 
 from cli import NOTHING_LOST
 from sae.base.errors import ConfigError, Stopped, nearest
+from sae.base.paths import near
 from sae.base.settings import decode, describe, merge, parse_value, read_yaml, set_dotted
 
 T = TypeVar("T")
@@ -35,7 +36,8 @@ def config_path(name: str, kind: str) -> Path:
         return shipped[name]
     if not Path(name).is_file():
         raise ConfigError(
-            f"--config: no file and no shipped config {name!r}.{nearest(name, shipped)} Shipped: {', '.join(shipped)}"
+            f"--config: no file and no shipped config {name!r}.{nearest(name, shipped) or near(name)} "
+            f"Shipped: {', '.join(shipped)}"
         )
     return Path(name)
 

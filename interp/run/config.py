@@ -14,7 +14,8 @@ from interp.scorers import Scorer
 from interp.scorers.detection import Detection
 from interp.scorers.embedding import Embedding
 from interp.scorers.fuzzing import Fuzzing
-from sae.base.errors import ConfigError, nearest
+from sae.base.errors import ConfigError
+from sae.base.paths import near
 from sae.base.settings import at_least, choose
 from sae.lm.models import ModelConfig
 from sae.loading.hints import Hints
@@ -27,8 +28,7 @@ BASELINES = ("none", "neurons", "topk_neurons", "random_direction", "random_init
 def must_be_folder(name: str, path: str) -> None:
     """Raises ConfigError naming the field if there is no such folder."""
     if not Path(path).expanduser().is_dir():
-        siblings = [p.name for p in Path(path).expanduser().parent.glob("*")]
-        raise ConfigError(f"{name}: no such folder: {path}.{nearest(Path(path).name, siblings)}")
+        raise ConfigError(f"{name}: no such folder: {path}.{near(path)}")
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class ExplainConfig:
         if self.explanations:
             path = Path(self.explanations).expanduser()
             if not path.is_file():
-                raise ConfigError(f"explanations: no such file: {self.explanations}")
+                raise ConfigError(f"explanations: no such file: {self.explanations}.{near(path)}")
             if path.stem in self.all_explainers():
                 raise ConfigError(
                     f"explanations: {path.name} would be taken for what explainer {path.stem!r} says; rename the file"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae import formats
 from sae.base.errors import ConfigError, DataError, nearest
+from sae.base.paths import can_only_be_local, near
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED, CoderSpec
 from sae.formats import native
@@ -104,13 +105,13 @@ def locate(path: Address, revision: str | None = None, cache_dir: str | Path | N
     release = releases.find_release(text)
     if release is not None:
         return HubFiles(release.repo, revision, cache_dir, release.path), release.path
-    if local.is_absolute() or text.startswith((".", "~")) or text.count("/") < 1:
-        siblings = [p.name for p in local.parent.iterdir()] if local.parent.is_dir() else []
-        close = nearest(local.name, siblings) or nearest(text, releases.names())
-        raise ConfigError(f"path: no such folder: {text}.{close}")
-    owner, name, *below = text.removeprefix("hf://").strip("/").split("/")
-    wanted = "/".join(below)
-    return HubFiles(f"{owner}/{name}", revision, cache_dir, wanted), wanted
+    owner, name, *below = *text.removeprefix("hf://").strip("/").split("/"), ""
+    wanted = "/".join(below).strip("/")
+    files = HubFiles(f"{owner}/{name}", revision, cache_dir, wanted)
+    if not name or (can_only_be_local(text) and not files.folder.is_dir()):
+        close = near(text) or nearest(text, releases.names())
+        raise ConfigError(f"path: no such folder: {text}; a run is there once it is trained (sae-train).{close}")
+    return files, wanted
 
 
 def places_below(files: Files, below: str = "", hints: Hints | None = None) -> dict[str, Place]:
@@ -181,8 +182,12 @@ def _single_place(files: Files, below: str, hints: Hints) -> Place:
         return own[0]
     if not own:
         raise ConfigError(f"path: {why_no_coder(files, below)}")
-    listed = ", ".join(place.weights for place in own[:6]) + (", ..." if len(own) > 6 else "")
-    raise ConfigError(f"path: {files.label}/{below} is not one coder; it holds {len(own)}: {listed}")
+    folders = [place.folder for place in own]
+    names = [
+        folder if folders.count(folder) == 1 else place.weights for place, folder in zip(own, folders, strict=True)
+    ]
+    listed = ", ".join(names[:6]) + (", ..." if len(own) > 6 else "")
+    raise ConfigError(f"path: {f'{files.label}/{below}'.rstrip('/')} is not one coder; it holds {len(own)}: {listed}")
 
 
 def why_no_coder(files: Files, below: str) -> str:
@@ -191,4 +196,6 @@ def why_no_coder(files: Files, below: str) -> str:
     there = [name for name in names if name == below or name.startswith(f"{below}/")] if below else names
     if below and not there:
         return f"{files.label} has no {below!r}.{nearest(below, {n.rpartition('/')[0] for n in names} | set(names))}"
+    if isinstance(files, LocalFiles) and not below and {"config.yaml", "env.json"} <= set(names):
+        return f"{files.label} has trained no coder to its end yet; go on with sae-train --resume {files.label}"
     return f"{files.label}/{below} holds no coder in a known format; its files are {', '.join(there[:6]) or 'none'}"

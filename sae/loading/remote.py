@@ -15,6 +15,7 @@ from typing import Any
 
 from sae.base.errors import ConfigError, DataError, nearest
 from sae.base.files import atomic_write, read_json, safe_join, write_json
+from sae.base.paths import near
 from sae.loading import releases
 from sae.untrusted import digests, weights
 from sae.untrusted.ranged import TIMEOUT_S, Header, npz_header
@@ -111,12 +112,14 @@ class HubFiles:
         if isinstance(error, errors.RevisionNotFoundError):
             return ConfigError(f"revision: {self.asked_revision!r} is no branch, tag or commit of {self.identity}")
         if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-            close = nearest(self.identity, releases.repositories())
+            close = near(self.identity) or nearest(self.identity, releases.repositories())
             close = close or nearest(self.identity.partition("/")[0], releases.names())
             return ConfigError(f"path: no folder and no hub repository {self.identity!r} (or it is private).{close}")
         return ConfigError(
-            f"path: the hub cannot be asked for {self.identity} ({_reason(error)}) and no copy is cached; where there "
-            f"is a network, run `sae-load fetch {self.wanted}`, and copy {self.folder.name} to {self.cache_dir}"
+            f"path: no folder {self.wanted!r} is here, the hub cannot be asked for it ({_reason(error)}), and no copy is "
+            f"cached; a run is there once it is trained (sae-train), and where there is a network, `sae-load fetch "
+            f"{self.wanted}` gets a coder of the hub: then copy {self.folder.name} to {self.cache_dir}."
+            f"{near(self.wanted)}"
         )
 
     def _check(self, name: str) -> None:

@@ -29,6 +29,7 @@ from sae.base.files import (
     verify,
     write_json,
 )
+from sae.base.paths import near, same_place
 from sae.base.room import Need, shortage
 from sae.base.settings import decode, flat, read_yaml
 from sae.parallel import collectives
@@ -37,6 +38,7 @@ from sae.training.config import TrainConfig
 log = logging.getLogger(__name__)
 STATE = "state.json"
 CHANGEABLE = ("log", "checkpoints", "eval", "max_bad_steps")  # of a run that has begun
+PLACES = ("model.name", "second_model.name", "text.source", "coder.start_from", "run_dir")  # one, however it is spelled
 PINNED = ("model.revision", "text.revision", "text.max_tokens")  # written to config.yaml as they were found
 
 
@@ -144,9 +146,12 @@ def locked(run_dir: Path, resume: bool) -> Iterator[None]:
 
 def saved_config(folder: Path) -> TrainConfig:
     """Returns the config of the run in a folder; ConfigError if there is none."""
-    path = folder / "config.yaml"
+    path = folder.expanduser() / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"--resume: {folder} is not the folder of a run; it has no config.yaml")
+        if not folder.is_dir():
+            raise ConfigError(f"--resume: no such folder: {folder}.{near(folder)}")
+        run = next((f" Did you mean {str(up)!r}?" for up in folder.parents if (up / "config.yaml").is_file()), "")
+        raise ConfigError(f"--resume: {folder} is not the folder of a run; it has no config.yaml.{run}")
     return decode(TrainConfig, read_yaml(path))
 
 
@@ -159,6 +164,7 @@ def resumed_config(config: TrainConfig, folder: Path) -> TrainConfig:
     was, now = flat(draccus.encode(saved)), flat(draccus.encode(config))
     changed = [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]
     changed = [key for key in changed if key not in PINNED or _is_pin(now.get(key))]
+    changed = [key for key in changed if key not in PLACES or not same_place(was[key], now[key])]
     changed = sorted(key for key in changed if key.split(".")[0] not in CHANGEABLE)
     if changed:
         raise ConfigError(f"--resume: {', '.join(changed)} cannot change in a run that has begun; start a new one")

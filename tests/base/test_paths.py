@@ -1,0 +1,56 @@
+"""Paths as typed: one place by any name, what is near, and what moved along."""
+
+import pytest
+
+from sae.base.paths import can_only_be_local, moved_along, near, same_place
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "quickstart" / "coders").mkdir(parents=True)
+    (tmp_path / "runs" / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "runs" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_one_place_has_many_names(here):
+    names = ("runs/quickstart/", "./runs/quickstart", "runs//quickstart", "runs/other/../quickstart", "link", "~/link")
+    for name in (*names, str(here / "runs" / "quickstart")):
+        assert same_place("runs/quickstart", name)
+    assert not same_place("runs/quickstart", "runs/other")
+    assert same_place("owner/model", "owner/model")
+    assert not same_place("owner/model", "owner/model2")
+    assert not same_place("\0", "runs")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("runs/quickstrat", "runs/quickstart"),
+        ("run/quickstart", "runs/quickstart"),
+        ("./runs/quickstrat/coders", "runs/quickstart/coders"),
+        ("~/runs/quickstat", "~/runs/quickstart"),
+        ("runs/zzz", ""),
+        ("gpt2", ""),
+        ("runs/quickstart", ""),
+    ],
+)
+def test_what_is_near_is_named_as_it_would_be_typed(here, typed, meant):
+    assert near(typed) == (f" Did you mean {meant!r}?" if meant else "")
+
+
+def test_what_can_only_be_a_path(here):
+    assert all(map(can_only_be_local, ("runs/x", "./x", "~/x", "/x", "link/x", "../x/y")))
+    assert not any(map(can_only_be_local, ("owner/model", "gpt2", "release/blocks.8/x")))
+
+
+def test_what_moved_along_is_found_again(here):
+    (here / "new").mkdir()
+    moved = (here / "runs" / "quickstart").rename(here / "new" / "q")
+    for then, path in (("runs/quickstart/explain", "runs/quickstart"), ("/old/q/explain", "/old/q")):
+        assert moved_along(path, then, moved / "explain") == str(moved)
+    assert moved_along("runs/other", "runs/quickstart/explain", moved / "explain") == "runs/other"
+    assert moved_along("owner/model", "/old/q/explain", moved / "explain") == "owner/model"
+    assert moved_along("", "/old/q/explain", moved / "explain") == ""
