@@ -27,9 +27,9 @@ def can_only_be_local(typed: str) -> bool:
 
 
 def near(typed: str | Path) -> str:
-    """Returns " Did you mean 'runs/a'?" with what is most like a path that is not there, "" if nothing is.
+    """Returns " Did you mean 'a'?" with what is most like a path that is not there, "" if nothing is.
 
-    The first of its parts that is not there is compared with what lies in its place.
+    The first of its parts that is not there is compared with what lies in its place; that is a name if it is the last.
     """
     there = Path()
     parts = Path(typed).parts
@@ -43,7 +43,7 @@ def near(typed: str | Path) -> str:
         for name in get_close_matches(part, names, n=3, cutoff=0.5):
             found = there.joinpath(name, *parts[i + 1 :])
             if found.expanduser().exists():
-                return f" Did you mean {str(found)!r}?"
+                return f" Did you mean {(name if i + 1 == len(parts) else str(found))!r}?"
         return ""
     return ""
 

@@ -110,7 +110,8 @@ def locate(path: Address, revision: str | None = None, cache_dir: str | Path | N
     files = HubFiles(f"{owner}/{name}", revision, cache_dir, wanted)
     if not name or (can_only_be_local(text) and not files.folder.is_dir()):
         close = near(text) or nearest(text, releases.names())
-        raise ConfigError(f"path: no such folder: {text}; a run is there once it is trained (sae-train).{close}")
+        hint = " A run is there once it is trained: train first (sae-train)." if can_only_be_local(text) else ""
+        raise ConfigError(f"path: no such folder: {text}.{close}{hint}")
     return files, wanted
 
 
@@ -182,12 +183,8 @@ def _single_place(files: Files, below: str, hints: Hints) -> Place:
         return own[0]
     if not own:
         raise ConfigError(f"path: {why_no_coder(files, below)}")
-    folders = [place.folder for place in own]
-    names = [
-        folder if folders.count(folder) == 1 else place.weights for place, folder in zip(own, folders, strict=True)
-    ]
-    listed = ", ".join(names[:6]) + (", ..." if len(own) > 6 else "")
-    raise ConfigError(f"path: {f'{files.label}/{below}'.rstrip('/')} is not one coder; it holds {len(own)}: {listed}")
+    listed = ", ".join(place.weights for place in own[:6]) + (", ..." if len(own) > 6 else "")
+    raise ConfigError(f"path: {files.label}/{below} is not one coder; it holds {len(own)}: {listed}")
 
 
 def why_no_coder(files: Files, below: str) -> str:

@@ -116,10 +116,10 @@ class HubFiles:
             close = close or nearest(self.identity.partition("/")[0], releases.names())
             return ConfigError(f"path: no folder and no hub repository {self.identity!r} (or it is private).{close}")
         return ConfigError(
-            f"path: no folder {self.wanted!r} is here, the hub cannot be asked for it ({_reason(error)}), and no copy is "
-            f"cached; a run is there once it is trained (sae-train), and where there is a network, `sae-load fetch "
-            f"{self.wanted}` gets a coder of the hub: then copy {self.folder.name} to {self.cache_dir}."
-            f"{near(self.wanted)}"
+            f"path: the hub cannot be asked for {self.identity} ({_reason(error)}), no copy is cached and no folder "
+            f"is called so.{near(self.wanted)} A run is there once it is trained (sae-train); of a coder on the hub, "
+            f"where there is a network, run `sae-load fetch {self.wanted}`, and copy {self.folder.name} to "
+            f"{self.cache_dir}"
         )
 
     def _check(self, name: str) -> None:

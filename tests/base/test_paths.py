@@ -28,10 +28,10 @@ def test_one_place_has_many_names(here):
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
-        ("runs/quickstrat", "runs/quickstart"),
+        ("runs/quickstrat", "quickstart"),
         ("run/quickstart", "runs/quickstart"),
         ("./runs/quickstrat/coders", "runs/quickstart/coders"),
-        ("~/runs/quickstat", "~/runs/quickstart"),
+        ("~/runs/quickstat", "quickstart"),
         ("runs/zzz", ""),
         ("gpt2", ""),
         ("runs/quickstart", ""),
