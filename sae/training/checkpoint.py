@@ -16,7 +16,7 @@ from typing import Any
 import draccus
 from torch import Tensor
 
-from sae.base.errors import ConfigError, DataError, Stopped
+from sae.base.errors import ConfigError, DataError
 from sae.base.files import (
     FolderLock,
     atomic_write,
@@ -118,7 +118,7 @@ def has_begun(run_dir: Path) -> bool:
 def locked(run_dir: Path, resume: bool) -> Iterator[None]:
     """Holds the run folder's lock, on rank 0; ConfigError if it is held, or if a new run would overwrite another.
 
-    Where the block raises before the run has begun, the folder is left as it was: a refused command changes nothing.
+    What is refused before the run has begun leaves the folder as it was.
     """
     settings = {run_dir / name: b"" for name in ("config.yaml", "env.json")}
     with ExitStack() as held:
@@ -135,9 +135,7 @@ def locked(run_dir: Path, resume: bool) -> Iterator[None]:
                 settings = {path: path.read_bytes() if path.is_file() else b"" for path in settings}
         try:
             yield
-        except Stopped:
-            raise
-        except Exception:
+        except (ConfigError, DataError):
             if collectives.rank() == 0 and not resume and not has_begun(run_dir):
                 for path, before in settings.items():
                     atomic_write(path, before) if before else path.unlink(missing_ok=True)
