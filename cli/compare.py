@@ -28,7 +28,8 @@ def command(argv: list[str]) -> int:
     from interp.client.config import EndpointConfig
     from interp.run.compare import compare
     from interp.run.rundir import run_folder
-    from sae.base.files import check_writable, write_json
+    from sae.base.files import write_json
+    from sae.base.paths import check_writable
 
     via = ("http", (options.encoder_url,)) if options.encoder_url else ("local", ())
     a, b = (run_folder(Path(path)) for path in (options.a, options.b))

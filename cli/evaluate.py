@@ -35,7 +35,8 @@ def command(argv: list[str]) -> int:
     if options.tokens < 1:
         raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
 
-    from sae.base.files import check_writable, write_json
+    from sae.base.files import write_json
+    from sae.base.paths import check_writable
     from sae.base.progress import Watch
     from sae.evaluation.evaluation import evaluate, text_of
     from sae.lm.models import ModelConfig, load_language_model

@@ -20,7 +20,7 @@ def export(argv: list[str]) -> int:
     from interp.exchange.neuronpedia import export_run
     from interp.run.preparing import prepare, resolve_config
     from interp.run.rundir import run_folder, saved_config
-    from sae.base.files import check_writable
+    from sae.base.paths import check_writable
     from sae.base.progress import Watch
     from sae.parallel.stopping import stop_flag
 
@@ -51,7 +51,7 @@ def take_in(argv: list[str]) -> int:
     from interp.run.results import write_results
     from interp.run.rundir import explained_in, scores_in, shard_folder
     from interp.run.telling import summary_lines
-    from sae.base.files import check_writable
+    from sae.base.paths import check_writable
 
     source, run_dir = Path(options.results).expanduser(), Path(options.run_dir).expanduser()
     explanations, rows = read_explanations(source), list(read_scores(source))

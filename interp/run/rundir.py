@@ -20,8 +20,8 @@ from interp.run.config import ExplainConfig, ModelsConfig
 from interp.run.journal import Journal
 from interp.run.preparing import load_coder
 from sae.base.errors import ConfigError
-from sae.base.files import atomic_write, check_writable, read_json, write_json
-from sae.base.paths import moved_along, near, same_place
+from sae.base.files import atomic_write, read_json, write_json
+from sae.base.paths import check_writable, moved_along, near, same_place
 from sae.base.settings import decode, flat, read_yaml, set_dotted, to_yaml
 from sae.base.store import fingerprint_key
 from sae.coder.coder import SparseCoder

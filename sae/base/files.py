@@ -19,7 +19,6 @@ import secrets
 import shutil
 import stat
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -49,19 +48,6 @@ _TEMP_NAME = re.compile(r"\.tmp-(\w+)-(\d+)-(\w+)-(?:\d{6}-)?")  # host, process
 def cache_dir() -> Path:
     """Returns the folder for what can be made again: $SAE_CACHE, or ~/.cache/sae-interp. It may not exist yet."""
     return Path(os.environ.get("SAE_CACHE") or "~/.cache/sae-interp").expanduser()
-
-
-def check_writable(folder: Path, field: str) -> None:
-    """Raises ConfigError naming the setting `field` if nothing can be written to a folder, or it cannot be made.
-
-    It is not made: whatever else is wrong with a command, it leaves nothing.
-    """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{field}: cannot write to {folder}: {error.strerror}; choose another folder") from error
 
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:

@@ -1,8 +1,11 @@
 """Paths as people type them: whether two are one place, what is meant by one where nothing is, and what moved along."""
 
 import os
+import tempfile
 from difflib import get_close_matches
 from pathlib import Path
+
+from sae.base.errors import ConfigError
 
 RUNS = "runs"  # where runs lie that are named by no folder
 
@@ -59,3 +62,16 @@ def moved_along(path: str, then: str, now: str | Path) -> str:
     from_there = os.path.relpath(Path(path).expanduser(), Path(then).expanduser())
     beside = Path(os.path.normpath(Path(now).expanduser() / from_there))
     return str(beside) if beside.exists() and not same_place(path, beside) else path
+
+
+def check_writable(folder: Path, field: str) -> None:
+    """Raises ConfigError naming the setting `field` if nothing can be written to a folder, or it cannot be made.
+
+    It is not made: whatever else is wrong with a command, it leaves nothing.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{field}: cannot write to {folder}: {error.strerror}; choose another folder") from error

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from sae.base.errors import ConfigError, Stopped
-from sae.base.files import append, cache_dir, check_writable, save_tensors, write_json
+from sae.base.files import append, cache_dir, save_tensors, write_json
+from sae.base.paths import check_writable
 from sae.base.progress import Aside, Progress, Tracker, Watch
 from sae.coder.coder import SparseCoder
 from sae.evaluation.evaluation import evaluate
