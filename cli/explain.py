@@ -82,9 +82,9 @@ def command(argv: list[str]) -> int:
 
 
 def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> int:
-    from interp.prompts.windows import visible
     from interp.client.requests import ROLES
     from interp.evidence.first_pass import check_evidence
+    from interp.prompts.windows import visible
     from interp.run.pipeline import Pipeline, check_models
     from interp.run.preparing import evidence_of, looked_at, read_from, resolve_config
     from interp.run.rundir import begin_run, cache_of, forget_run, settings_for
