@@ -16,11 +16,10 @@ _FOLLOW = "Answer with JSON alone, without any other text. It must follow this J
 def payload(request: Request, model: str, abilities: Abilities) -> tuple[str, dict[str, Any]]:
     """Returns (path below the base URL, JSON body)."""
     if isinstance(request, Embed):
-        return EMBEDDINGS, {"model": model, "input": list(request.texts), "encoding_format": "float"}
+        return EMBEDDINGS, {"model": model, "input": list(request.texts)}
     if isinstance(request, LogProb):  # one token more than is wanted: servers take 0 for no limit, or refuse it
         top = abilities.prompt_top if request.choices else 1
-        body = {"model": model, "prompt": request.text, "max_tokens": 1, "echo": True, "logprobs": top}
-        return COMPLETIONS, {**body, "temperature": 0}
+        return COMPLETIONS, {"model": model, "prompt": request.text, "max_tokens": 1, "echo": True, "logprobs": top}
     limit = 1 if request.choices else request.max_tokens + abilities.thinking_tokens
     body: dict[str, Any] = {"model": model, "messages": messages(request, abilities), abilities.limit_name: limit}
     if abilities.temperature:
@@ -34,7 +33,8 @@ def payload(request: Request, model: str, abilities: Abilities) -> tuple[str, di
 
 def least_body(path: str, body: dict[str, Any]) -> dict[str, Any]:
     """Returns a body like this one that asks next to nothing."""
-    plain = {name: value for name, value in body.items() if name not in ("response_format", "logprobs", "top_logprobs")}
+    optional = ("response_format", "logprobs", "top_logprobs", "echo")
+    plain = {name: value for name, value in body.items() if name not in optional}
     if path == EMBEDDINGS:
         return plain | {"input": ["hello"]}
     plain |= {name: min(SHORT, plain[name]) for name in ("max_tokens", "max_completion_tokens") if name in plain}

@@ -18,7 +18,7 @@ from interp.client.cache import Cache
 from interp.client.config import EndpointConfig
 from interp.client.holder import Holder
 from interp.client.ledger import Ledger, Usage
-from interp.client.requests import ROLES, Abilities, Chat, Reply, Request, cache_key
+from interp.client.requests import FINAL, ROLES, Abilities, Chat, Reply, Request, cache_key
 from sae.base.errors import ConfigError, Stopped
 from sae.base.progress import UNWATCHED, Watch
 from sae.base.settings import choose
@@ -226,6 +226,8 @@ class Client:
         if raw is not None and reply is None:
             reply = self._holder(request.role).read(request, abilities, raw)
             await self._cache.keep({name: reply}, raw={name: None})
+        if reply is not None and not reply.ok and not self._is_final(request, reply):
+            return None
         if reply is None or reply.ok or not self._retry_failed or name in self._retried:
             return reply
         if reply.failure == "parse" and isinstance(request, Chat):
@@ -234,6 +236,11 @@ class Client:
                 return reply
         self._retried.add(name)
         return None
+
+    @staticmethod
+    def _is_final(request: Request, reply: Reply) -> bool:
+        """Returns whether a failure is one of the question; earlier versions took some of a server's for such."""
+        return reply.failure in FINAL and (reply.failure != "parse" or isinstance(request, Chat))
 
     async def _keep(self, replies: Mapping[str, Reply]) -> None:
         """Stores replies with what has been spent."""

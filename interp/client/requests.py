@@ -127,6 +127,8 @@ class Abilities:
     """Room for what the model thinks before it answers."""
     quiet: str = ""
     """JSON of the fields that keep a model from thinking; empty where it does not think, or cannot be kept from it."""
+    ends: bool = True
+    """Whether answers tell how they ended (finish_reason): then one that does not has broken off."""
 
     def lacking(self, request: Request) -> str:
         """Returns why a request cannot be asked, or ""."""
@@ -141,6 +143,8 @@ class Abilities:
 
 def cache_key(request: Request, model: str, where: str, abilities: Abilities) -> str:
     """Returns 64 hex digits that are equal for equal questions alone: what a cache may go by."""
-    asked = {"kind": type(request).__name__, **asdict(request), "abilities": asdict(abilities)}
+    able = asdict(abilities)
+    del able["ends"]  # says how an answer is read, not what is asked
+    asked = {"kind": type(request).__name__, **asdict(request), "abilities": able}
     text = json.dumps({"model": model, "where": where, "asked": asked}, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -10,6 +10,8 @@ import math
 import re
 from typing import Any
 
+from interp.client.shapes import number, told
+
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _OPENING = re.compile(r"[{\[]\s*([\"{\[\d-]?)")
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -30,7 +32,7 @@ _MISSING = object()
 def parse(text: str, schema: dict[str, Any]) -> tuple[Any, str]:
     """Returns (value, "") where the text holds one answer that follows the schema, else (None, what is wrong)."""
     value, problem = _only(text, schema)
-    problem = problem or check(value, schema)
+    problem = told(problem or check(value, schema))
     return (None, problem) if problem else (value, "")
 
 
@@ -65,7 +67,7 @@ def check(value: Any, schema: dict[str, Any], where: str = "the answer") -> str:
         return _check_size(len(value), schema, "Length", where)
     if kind in ("integer", "number"):
         low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
-        if not math.isfinite(value) or not low <= value <= high:
+        if number(value) is None or not low <= value <= high:
             return f"{where} is {_shown(value)}, not between {low} and {high}"
     return ""
 
@@ -145,7 +147,7 @@ def _refused(name: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else told(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

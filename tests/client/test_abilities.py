@@ -2,10 +2,26 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
-from rigs.fake_llm import KEY, Answer, FakeLLM, broken, echoed, endpoint, error, impatient, no_quota, silent, web_page
+from rigs.fake_llm import (
+    KEY,
+    Answer,
+    FakeLLM,
+    Fault,
+    broken,
+    dropped,
+    echoed,
+    endpoint,
+    error,
+    impatient,
+    no_quota,
+    silent,
+    web_page,
+)
 
+from interp.client.cache import Cache
 from interp.client.client import Client
 from interp.client.remote.abilities import QUIET
 from interp.client.requests import Abilities, Chat, Embed, LogProb
@@ -71,6 +87,77 @@ def test_room_for_thought_is_what_was_set(tmp_path):
         assert probe(fake, tmp_path / "cache", thinking_tokens=300).thinking_tokens == 300
 
 
+def pensive(asked):
+    """Thinks, its opening mark in the prompt: nothing shows it before the end of the thought."""
+    return Answer("okay so " * 40 + "</think> blue", {"okay": 0.9, "yes": 0.05})
+
+
+def test_room_for_thought_is_kept_where_a_short_answer_shows_no_thinking(tmp_path):
+    asked = Chat("judge", (("user", "Which color?"),), 50)
+    with FakeLLM(pensive) as fake:
+
+        async def run(room):
+            async with Client({"judge": endpoint(fake, thinking_tokens=room)}, tmp_path / "cache") as client:
+                return await client.abilities("judge"), await client.ask(asked)
+
+        able, reply = asyncio.run(run(300))
+        assert (able.thinking_tokens, able.choices) == (300, False)  # its first token is no answer
+        assert reply.text == "blue"
+        without = asyncio.run(run(0))[1]
+    assert without.failure == "length"
+    assert "thinking_tokens" in without.detail
+
+
+def test_room_for_thought_costs_no_probabilities_where_the_first_token_answers(tmp_path):
+    with FakeLLM(talk) as fake:
+        assert probe(fake, tmp_path / "cache", thinking_tokens=300) == Abilities(
+            **{**vars(FULL), "thinking_tokens": 300}
+        )
+
+
+def test_room_for_thought_that_was_dropped_earlier_is_found_again(tmp_path):
+    async def remembered():
+        cache = Cache(tmp_path / "cache")
+        await cache.note({f"abilities {fake.url} fake judge 300": vars(Abilities())})
+        cache.close()
+
+    with FakeLLM(pensive) as fake:
+        asyncio.run(remembered())
+        assert probe(fake, tmp_path / "cache", thinking_tokens=300).thinking_tokens == 300
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        Answer("so 1 </think> 1 2 3"),
+        Answer("\u25c1think\u25b7 I count"),
+        Answer("<|channel|>analysis<|message|>I count"),
+        Answer(
+            "1 2", message={"content": [{"type": "thinking", "thinking": "I count"}, {"type": "text", "text": "1"}]}
+        ),
+        Answer("1 2", message={"reasoning_details": [{"type": "reasoning.text", "text": "I count"}]}),
+        Answer(None, finish="length"),
+    ],
+)
+def test_every_sign_of_thinking_gives_it_room(said, tmp_path):
+    with FakeLLM(lambda asked: said if "Count" in asked.text else talk(asked)) as fake:
+        found = probe(fake, tmp_path / "cache")
+    assert (found.thinking_tokens, found.choices) == (2048, False)
+
+
+def test_a_temperature_that_is_taken_stays_where_a_limit_is_ignored(tmp_path):
+    def talks(asked):  # without a temperature it happens to be brief
+        return "1" if "temperature" not in asked.body else talk(asked)
+
+    with FakeLLM(talks, limits=("x", "y")) as fake:
+        assert probe(fake, tmp_path / "cache").temperature
+
+
+def test_an_end_that_is_never_told_is_not_waited_for(tmp_path):
+    with FakeLLM(lambda asked: Answer("1 2 3", finish=None) if "Count" in asked.text else "hello") as fake:
+        assert not probe(fake, tmp_path / "cache").ends
+
+
 def test_it_is_asked_once_and_remembered(tmp_path):
     with FakeLLM(talk) as fake:
         first = probe(fake, tmp_path / "cache")
@@ -100,7 +187,94 @@ def test_a_client_error_told_as_one_of_the_server_is_a_finding(tmp_path):
         return broken(500) if "response_format" in asked.body else talk(asked)
 
     with FakeLLM(talks) as fake:
-        assert probe(fake, tmp_path / "cache") == Abilities(**{**vars(FULL), "structured": "plain"})
+        assert probe(fake, tmp_path / "cache") == replace(FULL, structured="plain")
+
+
+def format_(asked):
+    return "response_format" in asked.body
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        (format_, {"structured": "plain"}),
+        (lambda asked: (asked.body.get("response_format") or {}).get("type") == "json_schema", {"structured": "plain"}),
+        (lambda asked: "top_logprobs" in asked.body, {"choices": False}),
+        (lambda asked: asked.body.get("top_logprobs", 0) > 5, {"top": 5}),
+        (lambda asked: "temperature" in asked.body, {"temperature": False}),
+        (
+            lambda asked: "max_tokens" in asked.body and "messages" in asked.body,
+            {"limit_name": "max_completion_tokens"},
+        ),
+        (lambda asked: any(role == "system" for role, _ in asked.messages), {"system": False}),
+        (lambda asked: asked.path == "/completions", {"prompt_logprobs": False, "prompt_top": 0}),
+        (lambda asked: asked.body.get("logprobs") == 20, {"prompt_top": 5}),
+    ],
+)
+@pytest.mark.parametrize("status", [400, 403, 404, 406, 418, 422, 451, 500, 501])
+def test_a_field_that_is_refused_is_left_out_whatever_the_status(status, field, expected, tmp_path):
+    with FakeLLM(talk, denies=lambda asked: error(status, "not for you") if field(asked) else None) as fake:
+        assert probe(fake, tmp_path / "cache") == Abilities(**{**vars(FULL), **expected})
+        fake.calls.clear()
+
+        async def run():
+            async with Client({"judge": endpoint(fake)}, tmp_path / "cache") as client:
+                return await client.ask(Chat("judge", (("user", "give n"),), 50, schema=SCHEMA))
+
+        assert "does not" not in asyncio.run(run()).detail
+        assert len(fake.calls) > 0  # the endpoint is not closed
+
+
+@pytest.mark.parametrize(
+    "fault", [error(502, "provider error"), error(503, "no provider takes it"), web_page(), dropped()]
+)
+def test_an_error_that_stays_while_others_are_answered_is_a_finding(fault, tmp_path):
+    with FakeLLM(talk, denies=lambda asked: fault if format_(asked) else None) as fake:
+        assert probe(fake, tmp_path / "cache", "explainer").structured == "plain"
+
+
+@pytest.mark.parametrize(
+    "fault", [error(401, "bad key"), error(402, "no credits"), no_quota(), error(429, "slow down")]
+)
+def test_a_refused_key_or_a_storm_is_no_finding(fault, tmp_path):
+    with FakeLLM(talk, denies=lambda asked: fault if format_(asked) else None) as fake:
+        assert probe(fake, tmp_path / "well", "reader").prompt_logprobs
+        with pytest.raises(ConfigError, match="does not answer"):
+            probe(fake, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("status", [403, 451])
+def test_a_reader_whose_field_is_refused_is_told_from_one_whose_key_is(status, tmp_path):
+    def denies(asked):
+        return error(status, "not for you") if asked.body.get("echo") or everything else None
+
+    everything = False
+    with FakeLLM(talk, denies=denies) as fake:
+        assert not probe(fake, tmp_path / "field", "reader").prompt_logprobs
+        everything = True
+        with pytest.raises(ConfigError, match=f"HTTP {status}: not for you"):
+            probe(fake, tmp_path / "key", "reader")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [{"index": 0, "embedding": [1.0]}, {"index": 0, "embedding": [1.0]}],
+        [{"embedding": [1.0]}],
+        [{"embedding": None}, {"embedding": None}],
+        ["a", "b"],
+    ],
+)
+def test_an_encoder_whose_vectors_cannot_be_read_is_told_before_any_work(data, tmp_path):
+    told = r"^encoder: .* does not answer \(the server's answer cannot be used: "
+    with FakeLLM(denies=lambda _: Fault(body={"data": data})) as fake, pytest.raises(ConfigError, match=told):
+        probe(fake, tmp_path / "cache", "encoder")
+
+
+def test_no_optional_field_is_sent_for_vectors(tmp_path):
+    with FakeLLM() as fake:
+        probe(fake, tmp_path / "cache", "encoder")
+    assert {tuple(call.body) for call in fake.calls} == {("model", "input")}
 
 
 def test_a_passing_trouble_is_no_finding(tmp_path):

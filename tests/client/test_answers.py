@@ -93,11 +93,86 @@ def test_a_token_that_is_no_number_counts_for_nothing():
         ({"content": "x"}, "content_filter", "refused", ""),
         ({"content": "it says </think> here"}, "stop", "", "it says </think> here"),
         ({"content": "half \ud83d one"}, "stop", "", "half ? one"),
+        ({"content": [{"type": "text", "text": "an "}, {"type": "text", "text": "answer"}]}, "stop", "", "an answer"),
+        (
+            {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "an answer"}]},
+            "stop",
+            "",
+            "an answer",
+        ),
+        ({"content": [{"type": "refusal", "refusal": "I cannot"}]}, "stop", "refused", ""),
+        ({"content": "an ans"}, "max_tokens", "length", "an ans"),
+        ({"content": "an ans"}, "MAX_TOKENS", "length", "an ans"),
+        ({"content": "an ans"}, "SAFETY", "refused", ""),
+        ({"content": "an answer"}, "end_turn", "", "an answer"),
+        ({"content": ""}, "error", "server_error", ""),
+        ({"content": "an ans"}, "error", "server_error", ""),
+        ({"content": "an ans"}, "abort", "server_error", ""),
+        ({"content": "an ans"}, "insufficient_system_resource", "server_error", ""),
+        ({"content": "an ans"}, None, "server_error", ""),
+        ({"content": 5}, "stop", "server_error", ""),
+        ("an answer", "stop", "server_error", ""),
     ],
 )
 def test_what_an_answer_amounts_to(message, finish, failure, text):
     reply = chat({"message": message, "finish_reason": finish})
     assert (reply.failure, reply.text) == (failure, text)
+
+
+def test_an_answer_beside_an_error_is_none():
+    body = {"message": {"content": "an ans"}, "finish_reason": "stop", "error": {"code": 502, "message": "upstream"}}
+    assert chat(body).failure == "server_error"
+    probable = first_token(("yes", 0.4)) | {"finish_reason": "error"}
+    assert chat(probable, choices=("yes", "no")).failure == "server_error"
+
+
+def test_an_answer_without_an_end_is_one_where_no_answer_tells_its_end():
+    body = {"choices": [{"message": {"content": "an answer"}, "finish_reason": None}]}
+    assert answers.read(Chat("judge", (("user", "?"),), 5), Abilities(ends=False), body).text == "an answer"
+    del body["choices"][0]["finish_reason"]
+    assert answers.read(Chat("judge", (("user", "?"),), 5), Abilities(), body).text == "an answer"
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "reasoning_details"])
+def test_an_answer_that_is_only_thought_is_told_as_that(field):
+    def detail(text, **asked):
+        held = [{"type": "reasoning.text", "text": text}] if field == "reasoning_details" else text
+        reply = chat({"message": {"content": None, field: held}, "finish_reason": "stop"}, **asked)
+        assert reply.failure == "empty"
+        return reply.detail
+
+    told = detail('{"id": 1, "p": 0.5}', schema=json.dumps(POINT))
+    assert told.endswith(f"the JSON that was asked for stands in {field}: the server takes the answer for thinking")
+    assert f"only {field} holds text" in detail("hm", schema=json.dumps(POINT))
+    assert f"only {field} holds text" in detail("hm")
+
+
+def test_an_answer_that_is_cut_tells_what_gives_it_room():
+    body = {"choices": [{"message": {"content": "well"}, "finish_reason": "length"}]}
+    for room, told in ((0, "thinking_tokens, if the model thinks first"), (300, "more than 300 thinking_tokens")):
+        assert told in answers.read(Chat("judge", (("user", "?"),), 5), Abilities(thinking_tokens=room), body).detail
+
+
+def test_what_is_no_log_probability_counts_for_nothing():
+    body = first_token(("yes", 0.4), ("no", 0.4))
+    body["logprobs"]["content"][0]["logprob"] = 0.4  # a probability
+    assert chat(body, choices=("yes", "no")).probabilities == pytest.approx({"yes": 0.0, "no": 0.4})
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"prompt_tokens": 3, "completion_tokens": 2}, (3, 2)),
+        ({"prompt_tokens": 3, "total_tokens": 5}, (3, 2)),
+        ({"prompt_tokens": 3}, (3, 0)),
+        ({"prompt_tokens": -3, "completion_tokens": 2}, None),
+        ({"prompt_tokens": 10**400}, None),
+        ({"prompt_tokens": True}, None),
+        ([], None),
+    ],
+)
+def test_tokens_are_what_a_server_can_have_used(told, expected):
+    assert answers.usage({"usage": told}) == expected
 
 
 def test_a_server_that_hides_the_opening_mark_of_a_thought():
@@ -142,6 +217,9 @@ def test_one_answer_is_found(text):
         ('{"answer": {"id": 1, "p": 0}', "no valid JSON"),  # what stands within broken JSON would be a guess
         ("[" * 100_000, "no valid JSON"),
         ('{"id": ' + "9" * 5000 + ', "p": 0}', ""),
+        ('{"id": ' + "9" * 400 + ', "p": 0}', "not between"),
+        ('{"id": 1, "p": ' + "9" * 400 + "}", "not between"),
+        ('{"id": "\\ud83d", "p": 0}', "not of type integer"),
     ],
 )
 def test_what_is_not_exactly_one_valid_answer_is_none(text, problem):
@@ -238,14 +316,27 @@ def test_parts_of_characters_count_where_the_character_is():
         {"tokens": ["The", " cat", "\ufffd", " on"]},
         {"token_logprobs": [None, -1.0]},
         {"token_logprobs": [None, math.nan, -1.0, -1.0, -1.0]},
+        {"token_logprobs": [None, math.inf, -1.0, -1.0, -1.0]},
+        {"token_logprobs": [None, 0.5, 0.5, 0.5, 0.5]},  # probabilities
+        {"tokens": ["The", " cat", None, " sat", " on"]},
+        {"tokens": "The cat sat on"},
     ],
 )
 def test_what_does_not_fit_the_text_is_no_answer(change):
     assert logprob({**TOLD, **change}, [(0, 7)]).failure == "unsupported"
 
 
-def test_vectors_come_in_the_order_of_the_texts():
-    data = [{"index": 1, "embedding": [0.5, 1]}, {"index": 0, "embedding": [2, 3]}]
+@pytest.mark.parametrize(
+    "data",
+    [
+        [{"index": 1, "embedding": [0.5, 1]}, {"index": 0, "embedding": [2, 3]}],
+        [{"embedding": [2, 3]}, {"embedding": [0.5, 1]}],
+        [{"index": None, "embedding": [2, 3]}, {"index": None, "embedding": [0.5, 1]}],
+        [{"embedding": [2, 3]}, {"index": None, "embedding": [0.5, 1]}],
+        [{"index": 0, "embedding": "AAAAQAAAQEA="}, {"index": 1, "embedding": "AAAAPwAAgD8="}],
+    ],
+)
+def test_vectors_come_in_the_order_of_the_texts(data):
     assert answers.read(Embed("encoder", ("a", "b")), Abilities(), {"data": data}).vectors == ((2.0, 3.0), (0.5, 1.0))
 
 
@@ -257,10 +348,25 @@ def test_vectors_come_in_the_order_of_the_texts():
         [{"index": 0, "embedding": [1]}, {"index": 1, "embedding": [1, 2]}],
         [{"index": 0, "embedding": ["1"]}, {"index": 1, "embedding": ["1"]}],
         [{"index": 0, "embedding": []}, {"index": 1, "embedding": []}],
+        [{"embedding": [1]}],
+        [{"embedding": [1]}, {"embedding": [1]}, {"embedding": [1]}],
+        [{"index": 0, "embedding": [1]}, {"embedding": [1]}],
+        [{"index": None, "embedding": [1]}, {"index": 0, "embedding": [1]}],
+        [{"index": 1, "embedding": [1]}, {"index": 2, "embedding": [1]}],
+        [{"index": -1, "embedding": [1]}, {"index": 0, "embedding": [1]}],
+        [{"index": False, "embedding": [1]}, {"index": True, "embedding": [1]}],
+        [{"index": "0", "embedding": [1]}, {"index": "1", "embedding": [1]}],
+        [{"embedding": [math.nan]}, {"embedding": [1]}],
+        [{"embedding": [None]}, {"embedding": [1]}],
+        [{"embedding": [True]}, {"embedding": [1]}],
+        [{"embedding": [10**400]}, {"embedding": [1]}],
+        [{"embedding": [1e300]}, {"embedding": [1]}],
+        [{"embedding": "AAA="}, {"embedding": "AAA="}],
+        [[1], [1]],
     ],
 )
 def test_vectors_that_do_not_match_the_texts_are_no_answer(data):
-    assert answers.read(Embed("encoder", ("a", "b")), Abilities(), {"data": data}).failure == "parse"
+    assert answers.read(Embed("encoder", ("a", "b")), Abilities(), {"data": data}).failure == "server_error"
 
 
 TURNS = (("system", "Be brief."), ("user", "Is it?"))

@@ -259,6 +259,14 @@ def test_conversations_go_through_the_chat_template(template, able, prompt, fold
     assert model.tokenizer.decode(ids) == prompt
 
 
+def test_room_for_thought_is_what_was_set_whatever_the_template_says(folders, tmp_path):
+    for template in (TEMPLATE, None):
+        folder = templated(folders["llama"], tmp_path / str(bool(template)), template)
+        model = Model(config(folder, thinking_tokens=30), "judge")
+        assert (model.abilities.thinking_tokens, model.abilities.choices) == (30, False)
+        assert model.prepared(Chat("judge", (("user", "U"),), 5)).limit == 35
+
+
 def test_control_tokens_in_texts_stay_text(folders):
     model = Model(config(folders["llama"]), "reader")
     end = model.tokenizer.eos_token_id

@@ -15,7 +15,7 @@ WORDS = "the quick brown fox jumps " * 400
 
 def ask(tmp_path: Path, request, usage, **changes):
     async def run():
-        async with Client({"explainer": endpoint(fake, **changes)}, tmp_path / "cache") as client:
+        async with Client({"explainer": endpoint(fake, **changes)}, tmp_path / "cache", poll_s=0.01) as client:
             return (await client.ask_all([request]))[0]
 
     with FakeLLM(lambda asked: Answer("hello", usage=usage(asked))) as fake:

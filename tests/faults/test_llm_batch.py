@@ -135,6 +135,48 @@ def test_what_never_comes_back_is_given_up(tmp_path):
         assert answered(ask(fake, tmp_path)[0])  # another day it does
 
 
+BROKEN_LINES = [
+    {"choices": [{"message": {"content": ""}, "finish_reason": "error"}]},
+    {"choices": [{"message": {"content": "half"}, "finish_reason": "stop", "error": {"message": "died"}}]},
+    {"choices": [{"message": {"content": "half"}, "finish_reason": None}]},
+    {"choices": [{"message": "half"}]},
+    {"error": "died"},
+    ["half"],
+    None,
+]
+
+
+@pytest.mark.parametrize("body", BROKEN_LINES)
+def test_an_error_within_a_line_is_asked_again_and_is_no_answer(body, tmp_path):
+    def script(made):
+        made.finish()
+        if made is fake.batches[0]:
+            lines = [json.loads(line) for line in fake.files[made.output_file_id].splitlines()]
+            for line in lines[:4]:
+                line["response"]["body"] = body
+            fake.files[made.output_file_id] = "\n".join(map(json.dumps, lines)).encode()
+
+    with FakeLLM(echo, batch_script=script) as fake:
+        assert answered(ask(fake, tmp_path)[0])
+        assert [len(made.requests()) for made in fake.batches] == [12, 4]
+
+
+def test_an_answer_that_cannot_be_read_once_it_is_asked_for_is_asked_for_again(tmp_path):
+    def bad(made):
+        made.finish()
+        if made is fake.batches[0]:
+            raw = fake.files[made.output_file_id]
+            fake.files[made.output_file_id] = raw.replace(b'"index": 1', b'"index": 0')
+
+    stop, wave = [], [Embed("encoder", (f"text {n}", "b")) for n in range(4)]
+    with FakeLLM(echo, batch_script=lambda _: stop.append(1)) as fake:
+        with pytest.raises(Stopped):
+            ask(fake, tmp_path, wave, watch=Watch(lambda: bool(stop)))
+        fake.batch_script = bad
+        assert ask(fake, tmp_path, wave[:1])[0][0].ok  # the rest is stored as it came
+        assert all(reply.ok for reply in ask(fake, tmp_path, wave)[0])
+
+
 def test_a_refusal_is_final_and_shows_no_key(tmp_path):
     with FakeLLM(echo, batch_script=lambda made: made.finish(fail=lambda _: 400)) as fake:
         replies, _ = ask(fake, tmp_path)
@@ -253,11 +295,11 @@ def test_a_queue_that_stays_full_is_a_quota(tmp_path):
 
 def test_a_budget_cuts_a_wave_before_it_is_sent(tmp_path):
     with FakeLLM(lambda asked: Answer("HI", usage=(100, 50))) as fake:
-        replies, ledger = ask(fake, tmp_path, budget=0.004, price_in=1.0, price_out=2.0)
+        replies, ledger = ask(fake, tmp_path, budget=0.0036, price_in=1.0, price_out=2.0)
         sent = len(fake.batches[0].requests())
         assert 0 < sent < 12
         assert [reply.failure for reply in replies].count("budget") == 12 - sent
-        assert ledger.usd <= 0.004
+        assert ledger.usd <= 0.0036
         replies, ledger = ask(fake, tmp_path, budget=1.0, price_in=1.0, price_out=2.0)
     assert all(reply.ok for reply in replies)
     assert ledger.accounts["judge"].cached == sent

@@ -9,6 +9,7 @@ from rigs.fake_llm import (
     KEY,
     Answer,
     FakeLLM,
+    Fault,
     broken,
     drip,
     dropped,
@@ -27,7 +28,7 @@ from rigs.fake_llm import (
 
 from interp.client.client import Client
 from interp.client.remote import limiter
-from interp.client.requests import FINAL, RETRYABLE, Chat, Embed, LogProb
+from interp.client.requests import FINAL, RETRYABLE, Chat, Embed, LogProb, Reply
 from sae.base.errors import Stopped
 from sae.base.progress import Watch
 
@@ -378,7 +379,82 @@ def test_vectors_that_are_missing_are_no_vectors(tmp_path):
                 fake.faults.append(says(Answer()).__class__(body=short))
                 return await client.ask(Embed("encoder", ("a", "b")))
 
-        assert asyncio.run(run()).failure == "parse"
+        assert asyncio.run(run()).ok  # the next try
+
+
+BROKEN = [
+    says(Answer("", finish="error")),
+    says(Answer("half an ans", finish="error")),
+    says(Answer("half an ans", finish="abort")),
+    Fault(body={"choices": [{"message": {"content": "half an ans"}, "finish_reason": None}]}),
+    Fault(body={"choices": [{"message": {"content": "half"}, "finish_reason": "stop", "error": {"code": 502}}]}),
+    Fault(body={"choices": [{"message": {"content": "half"}, "finish_reason": "error", "error": {"code": 400}}]}),
+    Fault(body={"choices": [{"error": "upstream died"}]}),
+    Fault(body={"choices": [{"message": {"content": "half"}, "finish_reason": "stop"}], "error": {"message": "died"}}),
+    Fault(body={"choices": [{"message": "half an ans", "finish_reason": "stop"}]}),
+    Fault(body={"choices": [{"finish_reason": "stop"}]}),
+    Fault(body={"error": "overloaded"}),
+    Fault(body="[" * 100_000),
+    Fault(status=204),
+]
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_an_error_within_an_answer_is_one_of_the_server(fault, tmp_path):
+    with FakeLLM() as fake:
+        replies, calls, client = ask(fake, tmp_path, [question()], [fault, fault])
+        assert (replies[0].text, len(calls)) == ("hello", 3)
+        assert client.ledger.accounts["judge"].failures == {}
+        bad, _, _ = ask(fake, tmp_path, [question(1)], always=fault, max_tries=2)
+        assert (bad[0].failure, bad[0].text) == ("server_error", "")
+        good, calls, _ = ask(fake, tmp_path, [question(1)])  # nothing of it was stored
+    assert (good[0].text, len(calls)) == ("hello", 1)
+
+
+def test_an_error_within_an_answer_of_one_word_is_no_judgement(tmp_path):
+    fault = says(Answer("yes", {"yes": 0.9}, finish="error"))
+    with FakeLLM(lambda _: Answer("no", {"no": 0.8, "yes": 0.1})) as fake:
+        replies, calls, _ = ask(fake, tmp_path, [question(max_tokens=1, choices=("yes", "no"))], [fault])
+    assert (replies[0].probabilities["yes"], len(calls)) == (pytest.approx(0.1), 2)
+
+
+@pytest.mark.parametrize("places", [[0, 0], [0, None], [1, 2], [0]])
+def test_vectors_without_a_place_are_asked_for_again_and_never_stored(places, tmp_path):
+    data = [{"embedding": [1.0], "index": place} for place in places]
+    asked = Embed("encoder", ("a text", "b"))
+
+    async def run(faults, **changes):
+        async with Client({"encoder": endpoint(fake, **changes)}, tmp_path / "cache") as client:
+            await client.abilities("encoder")
+            fake.faults.extend(faults)
+            return await client.ask(asked)
+
+    with FakeLLM() as fake:
+        assert asyncio.run(run([Fault(body={"data": data})] * 2, max_tries=2)).failure == "server_error"
+        fake.faults.clear()
+        assert [vector[0] for vector in asyncio.run(run([])).vectors] == [6.0, 1.0]
+
+
+def test_a_failure_to_read_vectors_that_an_earlier_version_stored_is_asked_again(tmp_path):
+    asked = Embed("encoder", ("a text", "b"))
+
+    async def run():
+        async with Client({"encoder": endpoint(fake)}, tmp_path / "cache") as client:
+            key = client._key(asked, await client.abilities("encoder"))
+            await client._cache.keep({key: Reply(failure="parse", detail="2 vectors for 2 texts")})
+            return await client.ask(asked)
+
+    with FakeLLM() as fake:
+        assert asyncio.run(run()).ok
+
+
+@pytest.mark.parametrize(
+    "header", ["nan", "inf", "-1", "soon", "Mon, 99999999999999999999 Jan 2030 00:00:00 GMT", "\xff"]
+)
+def test_a_pause_that_is_none_ends_nothing(header, tmp_path):
+    with FakeLLM() as fake:
+        replies, _, _ = ask(fake, tmp_path, [question()], [error(503, "busy", Retry_After=header)])
+    assert replies[0].ok or "wants to be left alone" in replies[0].detail
 
 
 # Stopping

@@ -10,7 +10,9 @@
 The callable gets an `Asked` and returns a text or an `Answer`. What the server can do is set by keywords: `logprobs`
 (how many alternatives, 0 for none), `schemas` (the rungs of structured output that it enforces; others are ignored in
 silence), `limits`, `temperature`, `system`, `thinks`, `echo` (what /completions says to a prompt). A schema that is
-enforced replaces an answer that does not follow it. `batch_script` decides what becomes of each batch (see `Batch`).
+enforced replaces an answer that does not follow it. `denies` says what becomes of a call of any kind instead of an
+answer. `twists` change the next JSON that goes out, in order. `batch_script` decides what becomes of each batch (see
+`Batch`).
 """
 
 import contextlib
@@ -73,7 +75,7 @@ class Fault:
     """What goes wrong with a call instead of an answer."""
 
     status: int = 200
-    body: str | dict[str, Any] = ""
+    body: str | bytes | dict[str, Any] = ""
     headers: dict[str, str] = field(default_factory=dict)
     content_type: str = "application/json"
     cut: int | None = None
@@ -202,12 +204,14 @@ class FakeLLM:
         thinks: str = "",
         quiet: str = "",
         echo: Callable[[str, int], dict[str, Any]] | None = None,
+        denies: Callable[[Asked], Fault | None] = lambda _: None,
         batch_script: Callable[[Batch], None] = lambda batch: batch.finish(),
     ) -> None:
         self.answer, self.batch_script = answer, batch_script
         self.logprobs, self.schemas, self.limits = logprobs, schemas, limits
         self.temperature, self.system, self.thinks, self.quiet = temperature, system, thinks, quiet
-        self.echo = echo or echoed
+        self.echo, self.denies = echo or echoed, denies
+        self.twists: deque[Callable[[Any], Any]] = deque()
         self.calls: list[Asked] = []
         self.faults: deque[Fault | None] = deque()
         self.always: Fault | None = None
@@ -283,7 +287,9 @@ class FakeLLM:
 
     def refuses(self, asked: Asked) -> Fault | None:
         """The error for a field that the server does not take."""
-        body = asked.body
+        body, denied = asked.body, self.denies(asked)
+        if denied or asked.path != "/chat/completions":
+            return denied
         known = [name for name in ("max_tokens", "max_completion_tokens") if name in body and name not in self.limits]
         if known and len(self.limits) == 1:
             return error(400, f"Unsupported parameter: {known[0]}", "unsupported_parameter")
@@ -364,7 +370,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._json(batch.to_json())
         said = None
         chat = asked.path == "/chat/completions"
-        fault = fault or (self.fake.refuses(asked) if chat else None)
+        fault = fault or self.fake.refuses(asked)
         if fault is None and chat:
             said = self.fake.answer(asked)
             if isinstance(said, Answer) and said.delay_s:
@@ -378,11 +384,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.fake._over.wait(60)
             self.close_connection = True
             return None
-        raw = (json.dumps(fault.body) if isinstance(fault.body, dict) else fault.body).encode()
+        text = json.dumps(fault.body) if isinstance(fault.body, dict) else fault.body
+        raw = b"" if fault.status in (204, 304) else text.encode() if isinstance(text, str) else text
         return self._send(fault.status, raw, fault.content_type, fault)
 
     def _json(self, value: Any) -> None:
-        self._send(200, json.dumps(value).encode(), "application/json")
+        with self.fake._lock:
+            twist = self.fake.twists.popleft() if self.fake.twists else lambda plain: plain
+        self._send(200, json.dumps(twist(value)).encode(), "application/json")
 
     def _send(self, status: int, raw: bytes, kind: str, fault: Fault | None = None) -> None:
         self.send_response(status)

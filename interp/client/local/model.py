@@ -25,6 +25,7 @@ from interp.client.bodies import messages
 from interp.client.config import EndpointConfig
 from interp.client.local import pooling, prefix
 from interp.client.requests import ROOM_FOR_THOUGHT, Abilities, Chat, Embed, LogProb, Reply, Request, cache_key
+from interp.client.said import ends_in_thought
 from interp.client.spans import OWN, tokens_in_span
 from sae.base.errors import ConfigError
 from sae.base.seeding import generator
@@ -132,15 +133,14 @@ class Model:
         """All is known of a model in this process, and nothing needs to be probed."""
         import jinja2
 
-        system, thinking, template = True, 0, self.tokenizer.chat_template
-        if template:
+        system = True
+        if self.tokenizer.chat_template:
             try:
                 self._render([("system", "a"), ("user", "b")])
             except jinja2.TemplateError:
                 system = False
-            opened = self._render([("user", "b")]).rstrip().endswith("<think>")
-            if opened or (self.config.thinking_tokens and "<think>" in str(template)):
-                thinking = self.config.thinking_tokens or ROOM_FOR_THOUGHT
+        thinks = ends_in_thought(self._render([("user", "b")]))
+        thinking = self.config.thinking_tokens or (ROOM_FOR_THOUGHT if thinks else 0)
         top = len(self.pieces)
         return Abilities(
             choices=not thinking,

@@ -18,7 +18,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,11 +26,12 @@ from interp.client.bodies import EMBEDDINGS, payload
 from interp.client.cache import Cache
 from interp.client.config import EndpointConfig
 from interp.client.ledger import Ledger, Usage, worst_case
+from interp.client.remote.batch_json import Batch, batch_of, entries, name_of, page_of, parsed
 from interp.client.remote.failures import Outcome, outcome_of_body, outcome_of_exception, outcome_of_status, scrub
 from interp.client.remote.http import Endpoint, usage_of
 from interp.client.remote.limiter import LONGEST_RETRY_AFTER_S, backoff
 from interp.client.requests import FINAL, Abilities, Reply, Request
-from sae.base.files import lines_of
+from interp.client.shapes import count, listed, record, told
 from sae.base.progress import Watch
 
 MAX_LINES, MAX_BYTES = 50_000, 200 * 2**20
@@ -41,8 +42,6 @@ FILE_S = 600.0
 LISTED_DAYS = 8
 """How far back the server's list is searched: a batch lives a day."""
 ENDED = ("completed", "failed", "expired", "cancelled")
-FULL = "token_limit_exceeded"
-"""The organization's queue is full: wait until another batch has ended."""
 _TAG, _ROLE = "sae-interp", "role"
 _NOTHING = Usage(0, 0)
 
@@ -117,18 +116,18 @@ class Batches(Endpoint):
             await self._nap(len(submitted))
             full = None
             for name in list(submitted):
-                batch = await self._call(lambda client, name=name: client.batches.retrieve(name))
-                log.info("batch %s: %s, %s", name, batch.status, batch.request_counts)
+                batch = await self._call(lambda api, name=name: api.batches.with_raw_response.retrieve(name), batch_of)
+                log.info("batch %s: %s, %s", name, batch.status, batch.counts)
                 if batch.status not in ENDED:
                     continue
                 keys = submitted.pop(name)
-                if batch.status == "failed" and _is_full(batch):
+                if batch.status == "failed" and batch.full:
                     full = batch
                     for key in keys & lines.keys():
                         lines[key].rounds -= 1
-                await self._collect(role, batch, lines, abilities)
+                await self._collect(role, replace(batch, id=name), lines, abilities)
             if full is not None and cautious:
-                raise _Failed(Outcome(failure="quota", detail=scrub(_told(full), self.secrets())))
+                raise _Failed(Outcome(failure="quota", detail=scrub(full.told, self.secrets())))
             cautious = cautious or full is not None
 
     def _parts(self, role: str, waiting: dict[str, _Line]) -> Iterator[dict[str, _Line]]:
@@ -157,19 +156,20 @@ class Batches(Endpoint):
     async def _submit(self, role: str, part: dict[str, _Line]) -> dict[str, set[str]]:
         """Returns {batch id: keys} of a file that is under way and will be found again."""
         text = b"".join(_written(key, line) for key, line in part.items())
-        file = await self._call(lambda client: client.files.create(file=("wave.jsonl", text), purpose="batch"))
+        sent = ("wave.jsonl", text)
+        file = await self._call(lambda api: api.files.with_raw_response.create(file=sent, purpose="batch"), name_of)
         path = "/v1" + next(iter(part.values())).path
         metadata = {_TAG: self.cache.id, _ROLE: role}
 
-        def create(client: Any) -> Any:
-            return client.batches.create(
-                input_file_id=file.id, endpoint=path, completion_window="24h", metadata=metadata
+        def create(api: Any) -> Any:
+            return api.batches.with_raw_response.create(
+                input_file_id=file, endpoint=path, completion_window="24h", metadata=metadata
             )
 
-        async def lost() -> Any:
-            return next((found for found in await self._listed() if found.input_file_id == file.id), None)
+        async def lost() -> Batch | None:
+            return next((found for found in await self._listed() if found.input == file), None)
 
-        batch = await self._call(create, lost)
+        batch = await self._call(create, batch_of, lost)
         for line in part.values():
             self._release(role, line)  # from here on it is set aside as part of the batch
             line.rounds += 1
@@ -192,26 +192,28 @@ class Batches(Endpoint):
         if not self._found:
             known = self.cache.facts("batch ")
             for batch in await self._listed():
-                if f"batch {batch.id}" not in known:
-                    sent = await self._content(batch.input_file_id)
-                    worst = {entry["custom_id"]: worst_case(entry["body"]) for entry in _entries(sent)}
-                    await self._note(batch.id, batch.metadata.get(_ROLE, role), worst)
+                if batch.input and f"batch {batch.id}" not in known:
+                    sent = entries(await self._content(batch.input))
+                    worst = {entry["custom_id"]: _worst(record(entry.get("body"))) for entry in sent}
+                    await self._note(batch.id, told(batch.metadata.get(_ROLE, role)), worst)
             self._found = True
         stored = self.cache.facts("batch ")
         open_ones = {name.removeprefix("batch "): set(fact["keys"]) for name, fact in stored.items() if fact["open"]}
         return {name: keys for name, keys in open_ones.items() if not lines.keys().isdisjoint(keys)}
 
-    async def _collect(self, role: str, batch: Any, lines: dict[str, _Line], abilities: Abilities) -> None:
+    async def _collect(self, role: str, batch: Batch, lines: dict[str, _Line], abilities: Abilities) -> None:
         """Gives a reply to every line that an ended batch answers for good; stores these and all it answers besides."""
         name = f"batch {batch.id}"
-        fact, path = self.cache.fact(name), batch.endpoint.removeprefix("/v1")
+        fact = self.cache.fact(name)
+        known = (lines[key].path for key in fact["keys"] if key in lines)
+        path = next(known, batch.endpoint.removeprefix("/v1"))
         worst, outcomes = Usage(*fact["worst"]), dict[str, Outcome]()
-        for file in (batch.output_file_id, batch.error_file_id):
-            for entry in _entries(await self._content(file)) if file else ():
+        for file in batch.outputs:
+            for entry in entries(await self._content(file)):
                 outcomes.setdefault(entry["custom_id"], self._outcome(entry, path))
         lost = Outcome(failure="expired", detail=f"batch {batch.status}", again=True)
-        if batch.status == "failed" and not _is_full(batch):
-            lost = Outcome(failure="server_error", detail=scrub(_told(batch), self.secrets()))
+        if batch.status == "failed" and not batch.full:
+            lost = Outcome(failure="server_error", detail=scrub(batch.told, self.secrets()))
         replies: dict[str, Reply] = {}
         raw: dict[str, Any] = {}
         for key in fact["keys"]:
@@ -220,6 +222,8 @@ class Batches(Endpoint):
                 bytes_in = line.worst.tokens_in if line else worst.tokens_in // len(fact["keys"])
                 used = usage_of(outcome.body, path, bytes_in)
             self.ledger.settle(role, _NOTHING, used)
+            if line is not None:
+                outcome = self.judged(line.request, abilities, outcome)
             if line is None and (outcome.body is not None or outcome.failure in FINAL):
                 tokens = [used.tokens_in, used.tokens_out]
                 raw[key] = {name: value for name, value in vars(outcome).items() if value} | {"tokens": tokens}
@@ -231,33 +235,42 @@ class Batches(Endpoint):
 
     def _outcome(self, entry: dict[str, Any], path: str) -> Outcome:
         """Returns what a line of an output or error file says."""
-        response, secrets = entry.get("response") or {}, self.secrets()
-        status, body = response.get("status_code"), response.get("body")
-        if status == 200:
+        response, secrets = record(entry.get("response")), self.secrets()
+        status, body, error = count(response.get("status_code")), response.get("body"), entry.get("error")
+        if status == 200 and not error:
             return outcome_of_body(body, path, secrets)
-        if isinstance(status, int) and status:
-            return outcome_of_status(status, json.dumps(body), {}, secrets)
-        return Outcome(failure="expired", detail=scrub(json.dumps(entry.get("error")), secrets), again=True)
+        if status and status != 200:
+            return outcome_of_status(status, told(body), {}, secrets)
+        return Outcome(failure="expired", detail=scrub(told(error), secrets), again=True)
 
-    async def _listed(self) -> list[Any]:
+    async def _listed(self) -> list[Batch]:
         """Returns this cache's batches of the last days, as the server lists them."""
-
-        async def every(client: Any) -> list[Any]:
-            oldest = time.time() - LISTED_DAYS * 86_400
-            return [batch async for batch in client.batches.list(limit=100) if batch.created_at >= oldest]
-
-        listed = await self._call(every)
-        return [batch for batch in listed if (batch.metadata or {}).get(_TAG) == self.cache.id]
+        found: dict[str, Batch] = {}
+        more: dict[str, str] = {}
+        while True:
+            page = await self._call(lambda api, at=more: api.batches.with_raw_response.list(limit=100, **at), page_of)
+            new = {batch.id: batch for batch in map(batch_of, page["data"]) if batch and batch.id not in found}
+            found |= new
+            if not new or page.get("has_more") is False:
+                break
+            more = {"after": list(new)[-1]}
+        oldest = time.time() - LISTED_DAYS * 86_400
+        return [b for b in found.values() if b.created_at >= oldest and b.metadata.get(_TAG) == self.cache.id]
 
     async def _content(self, file: str) -> bytes:
-        content = await self._call(lambda client: client.files.content(file))
-        return content.content
+        return await self._call(lambda api: api.files.with_raw_response.content(file))
 
-    async def _call(self, call: Callable[[Any], Any], lost: Callable[[], Any] | None = None) -> Any:
+    async def _call(
+        self,
+        call: Callable[[Any], Any],
+        read: Callable[[Any], Any] | None = None,
+        lost: Callable[[], Any] | None = None,
+    ) -> Any:
         """Returns what a call of the openai package gives, tried again as often as a question would be.
 
         Args:
-            call: what is done with the client.
+            call: what is done with the client: returns the bare answer.
+            read: makes something of its JSON, None of what is not what was wanted; without it the bytes are returned.
             lost: of a call that must not be done twice: returns what it made, where its answer was lost on the way.
         """
         outcome, config = Outcome(), self.config
@@ -266,12 +279,15 @@ class Batches(Endpoint):
                 await asyncio.sleep(max(backoff(attempt), min(outcome.wait_s or 0.0, LONGEST_RETRY_AFTER_S)))
             try:
                 async with asyncio.timeout(max(config.timeout_s, FILE_S)):
-                    made = await call(self.clients()[0])
-                if not isinstance(made, str):  # a web page
-                    return made
-                outcome = Outcome(failure="server_error", detail="the server answered with a web page", again=True)
+                    raw = (await call(self.clients()[0])).content
             except Exception as error:
                 outcome = outcome_of_exception(error, self.secrets())
+            else:
+                made = raw if read is None else read(parsed(raw))
+                if made is not None:
+                    return made
+                said = f"the server's answer cannot be used: {raw[:1000].decode(errors='replace')}"
+                outcome = Outcome(failure="server_error", detail=scrub(said, self.secrets()), again=True)
             made = await lost() if lost is not None and (outcome.paid or outcome.again) else None
             if made is not None:
                 return made
@@ -289,28 +305,13 @@ class Batches(Endpoint):
             await asyncio.sleep(min(left, 0.2))
 
 
-def _is_full(batch: Any) -> bool:
-    return any(error.code == FULL for error in getattr(batch.errors, "data", None) or ())
+def _worst(body: dict[str, Any]) -> Usage:
+    """Returns the worst case of a body that the server gives back."""
+    limits = {name: count(body[name]) or 0 for name in ("max_tokens", "max_completion_tokens") if name in body}
+    return worst_case({**body, **limits, "messages": listed(body.get("messages"))})
 
 
 def _written(key: str, line: _Line) -> bytes:
     """Returns a question as a line of an input file."""
     entry = {"custom_id": key, "method": "POST", "url": f"/v1{line.path}", "body": line.body}
     return json.dumps(entry).encode() + b"\n"
-
-
-def _entries(raw: bytes) -> Iterable[dict[str, Any]]:
-    """Yields the lines of a file; what is no JSON object with an id answers nothing."""
-    for line in lines_of(raw, errors="replace"):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("custom_id"), str):
-            yield entry
-
-
-def _told(batch: Any) -> str:
-    """Returns why a batch failed, in the server's words."""
-    errors = getattr(batch.errors, "data", None) or ()
-    return "; ".join(f"{error.code}: {error.message}" for error in errors) or "the batch failed"

@@ -57,7 +57,8 @@ def connect(config: EndpointConfig, address: Address) -> tuple[Any, Proxy | None
     azure = bool(key) and (address.is_azure or "api-version" in dict(address.query)) and not key.startswith("eyJ")
     timeout = openai.Timeout(config.timeout_s, connect=min(CONNECT_S, config.timeout_s / 2))
     options: dict[str, Any] = {"verify": certificates} if certificates else {}
-    options |= {"event_hooks": {"request": [_without_bearer]}} if azure and address.is_azure else {}
+    hooks = [_without_bearer] if azure and address.is_azure else []
+    options |= {"event_hooks": {"request": hooks, "response": [_as_utf8]}}
     options |= {"proxy": proxy.url} if proxy else {}
     try:  # the environment has been read, so that a proxy is never asked for what is on this machine
         passage = openai.DefaultAsyncHttpxClient(trust_env=False, timeout=timeout, **options)
@@ -164,6 +165,11 @@ def _sendable(variable: str, value: str, blanks: bool = False) -> None:
 async def _without_bearer(request: Any) -> None:
     """Takes out of a request what Azure would take for the token of a user."""
     request.headers.pop("authorization", None)
+
+
+async def _as_utf8(response: Any) -> None:
+    """Has an answer read as JSON is written, whatever encoding it names: some that there are decode no text."""
+    response.encoding = "utf-8"
 
 
 def _without_query(record: logging.LogRecord) -> bool:

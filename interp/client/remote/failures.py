@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from interp.client.answers import fault_of
+from interp.client.bodies import CHAT, EMBEDDINGS
+from interp.client.shapes import count, first, listed, record, told
+
 DETAIL_CHARS = 200
 # What looks like a key: those of OpenAI and others, also half masked, those of Hugging Face, and any bearer's.
 _KEYS = re.compile(r"(?:\b(?:sk|pk|rk|hf|gsk|key)[-_]|AIza)[\w*.\-]{6,}|(?<=Bearer )\S+", re.IGNORECASE)
@@ -34,6 +38,8 @@ class Outcome:
     """Whether another try may succeed."""
     stop: bool = False
     """Whether the account or the key is refused, so that nothing more need be sent."""
+    doubtful: bool = False
+    """Of such a refusal: whether it may be one of the question (403)."""
     wait_s: float | None = None
     """How long the server wants to be left alone."""
     paid: bool = False
@@ -47,13 +53,23 @@ def scrub(text: str, secrets: Iterable[str] = ()) -> str:
     for secret in secrets:
         if len(secret) >= 4:
             text = text.replace(secret, "***")
-    line = " ".join(_KEYS.sub("***", text).split())
+    line = " ".join(_KEYS.sub("***", told(text)).split())
     return line if len(line) <= DETAIL_CHARS else line[: DETAIL_CHARS - 3] + "..."
 
 
 def outcome_of_status(status: int, text: str, headers: Mapping[str, str], secrets: Iterable[str] = ()) -> Outcome:
     """Returns the outcome of an answer whose status is no success."""
-    code, message = _error(text)
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        said = text
+    said = first(said) or said  # Gemini's are lists
+    return outcome_of_error(status, record(said).get("error") or said, headers, secrets)
+
+
+def outcome_of_error(status: int, error: Any, headers: Mapping[str, str], secrets: Iterable[str] = ()) -> Outcome:
+    """Returns the outcome of an error, in any of the shapes that servers give it."""
+    code, message = _error(error)
     detail = scrub(f"HTTP {status}: {message}", secrets)
     wait_s = retry_after(headers)
     if status in (401, 402) or code in _OUT_OF_MONEY:
@@ -61,7 +77,7 @@ def outcome_of_status(status: int, text: str, headers: Mapping[str, str], secret
     if code in ("content_filter", "content_policy_violation") or (status == 403 and "flagged" in message.lower()):
         return Outcome(failure="refused", detail=detail, status=status)
     if status == 403:
-        return Outcome(failure="quota", detail=detail, status=status, stop=True)
+        return Outcome(failure="quota", detail=detail, status=status, stop=True, doubtful=True)
     if status in (404, 405, 501):  # the server, not the question, is at fault: another day it may answer
         return Outcome(failure="server_error", detail=detail, status=status)
     if status in _AGAIN or status >= 500:
@@ -84,15 +100,19 @@ def outcome_of_text(text: str, path: str, secrets: Iterable[str] = ()) -> Outcom
 
 
 def outcome_of_body(body: Any, path: str, secrets: Iterable[str] = ()) -> Outcome:
-    """Returns the outcome of a parsed answer whose status is 200."""
-    if isinstance(body, dict) and body.get("error"):
-        error = body["error"]
-        code = error.get("code") if isinstance(error, dict) else None
-        return outcome_of_status(code if isinstance(code, int) and code >= 400 else 500, json.dumps(body), {}, secrets)
-    listed = body.get("data" if path == "/embeddings" else "choices") if isinstance(body, dict) else None
-    if not isinstance(listed, list) or not listed or not isinstance(listed[0], dict):
-        detail = scrub(f"the server's answer is empty: {json.dumps(body)}", secrets)
-        return Outcome(failure="server_error", detail=detail, status=200, again=True)
+    """Returns the outcome of a parsed answer whose status is 200: an error may stand in it, or in its choice."""
+    error = record(body).get("error") or first(record(body).get("choices")).get("error")
+    code = count(record(error).get("code")) or 0
+    if error and not record(body).get("error"):  # whatever it is, it broke an answer that had begun
+        code = code if code == 429 else max(code, 500)
+    if error:
+        return outcome_of_error(code if 400 <= code < 600 else 500, error, {}, secrets)
+    if path == EMBEDDINGS:
+        fault = "" if listed(record(body).get("data")) else f"the server's answer is empty: {told(body)}"
+    else:
+        fault = fault_of(body, path == CHAT)
+    if fault:
+        return Outcome(failure="server_error", detail=scrub(fault, secrets), status=200, again=True)
     return Outcome(body=body, status=200)
 
 
@@ -122,19 +142,12 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         pass
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
-def _error(text: str) -> tuple[str, str]:
-    """Returns (code, message) of an error body, in any of the shapes that servers give it."""
-    try:
-        body = json.loads(text)
-    except (ValueError, RecursionError):
-        return "", text
-    error = body.get("error", body) if isinstance(body, dict) else body
-    if not isinstance(error, dict):
-        return "", str(error)
-    known = [str(error.get(name)) for name in ("code", "type") if error.get(name)]
+def _error(error: Any) -> tuple[str, str]:
+    """Returns (code, message) of an error."""
+    known = [told(record(error).get(name)) for name in ("code", "type") if record(error).get(name)]
     code = next((name for name in known if name in _OUT_OF_MONEY), known[0] if known else "")
-    return code, str(error.get("message") or error.get("detail") or text)
+    return code, told(record(error).get("message") or record(error).get("detail") or error)

@@ -8,12 +8,13 @@ than all the rest.
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from interp.client import answers
-from interp.client.bodies import COMPLETIONS, EMBEDDINGS, least_body, payload
+from interp.client.bodies import EMBEDDINGS, least_body, payload
 from interp.client.cache import Cache
 from interp.client.config import EndpointConfig
 from interp.client.holder import Holder
@@ -23,7 +24,9 @@ from interp.client.remote.abilities import PROBE_TRIES, Prober
 from interp.client.remote.connection import Proxy, connect, custom_headers
 from interp.client.remote.failures import Outcome, outcome_of_exception, outcome_of_text, scrub
 from interp.client.remote.limiter import Closed, Limiter, backoff
-from interp.client.requests import Abilities, Reply, Request
+from interp.client.requests import RETRYABLE, Abilities, Reply, Request
+from interp.client.said import said_in
+from interp.client.shapes import first
 from sae.base.errors import Stopped
 from sae.base.progress import Watch
 
@@ -56,16 +59,16 @@ class Endpoint(Holder):
     async def load(self, role: str) -> Abilities:
         """Returns what a role can ask: found out once, then remembered in the cache. ConfigError if nobody answers."""
         fact = f"abilities {self.where} {self.config.model} {role} {self.config.thinking_tokens}"
-        known = self.cache.fact(fact)
-        if known is not None:
+        known, room = self.cache.fact(fact), self.config.thinking_tokens
+        if known is not None and (not room or known.get("thinking_tokens") == room):
             return Abilities(**known)
 
         async def send(path: str, body: dict[str, Any]) -> Outcome:
-            outcome, _ = await self.send(role, path, body, PROBE_TRIES, probing=True)
+            outcome, _ = await self.send(role, path, body, PROBE_TRIES)
             await self.cache.keep({}, self.ledger.unsaved())
             return outcome
 
-        found = await Prober(role, self.config.model, send, self.where, self.config.thinking_tokens).find()
+        found = await Prober(role, self.config.model, send, self.where, room).find()
         log.info("%s: %s at %s: %s", role, self.config.model, self.where, found)
         await self.cache.note({fact: asdict(found)})
         return found
@@ -73,7 +76,16 @@ class Endpoint(Holder):
     async def answer(self, request: Request, abilities: Abilities) -> Reply:
         """Returns the reply to a request, or why there is none; Stopped if no more calls are to be made."""
         path, body = payload(request, self.config.model, abilities)
-        return self.reply(request, abilities, *await self.send(request.role, path, body, self.config.max_tries))
+        judged = partial(self.judged, request, abilities)
+        return self.reply(request, abilities, *await self.send(request.role, path, body, self.config.max_tries, judged))
+
+    def judged(self, request: Request, abilities: Abilities, outcome: Outcome) -> Outcome:
+        """Returns an outcome, as a server error if its answer is none to this request by the server's doing."""
+        reply = Reply() if outcome.body is None else answers.read(request, abilities, outcome.body)
+        if reply.failure not in RETRYABLE:
+            return outcome
+        detail = scrub(reply.detail, self.secrets())
+        return replace(outcome, body=None, failure=reply.failure, detail=detail, again=True)
 
     def reply(self, request: Request, abilities: Abilities, outcome: Outcome, used: Usage) -> Reply:
         """Returns the reply that an outcome amounts to, without what must not be shown."""
@@ -92,10 +104,18 @@ class Endpoint(Holder):
         return replace(self.reply(request, abilities, outcome, Usage(*raw["tokens"])), cached=True)
 
     async def send(
-        self, role: str, path: str, body: dict[str, Any], tries: int, probing: bool = False
+        self,
+        role: str,
+        path: str,
+        body: dict[str, Any],
+        tries: int,
+        judged: Callable[[Outcome], Outcome] | None = None,
     ) -> tuple[Outcome, Usage]:
-        """Returns what comes of a body after at most so many tries, and the tokens of the last one."""
-        worst, answered = worst_case(body), 0
+        """Returns what comes of a body after at most so many tries, and the tokens of the last one.
+
+        `judged` says whether an answer is one; without it, the body is a probe's.
+        """
+        worst, answered, probing = worst_case(body), 0, judged is None
         outcome, used = Outcome(), Usage(0, 0)
         for attempt in range(tries):
             if attempt:
@@ -115,6 +135,7 @@ class Endpoint(Holder):
                     outcome, used = await self._once(path, body, worst)
                 finally:
                     self.ledger.settle(role, worst, used)
+                outcome = judged(outcome) if judged else outcome
                 self._learn(outcome, started, probing)
             finally:
                 self.limiter.leave()
@@ -198,7 +219,7 @@ class Endpoint(Holder):
         return min(range(len(self.addresses)), key=lambda place: (self._rested[place] > now, self._busy[place]))
 
     def _learn(self, outcome: Outcome, started: float, probing: bool) -> None:
-        if outcome.stop:
+        if outcome.stop and not (probing and outcome.doubtful):
             self.limiter.close(outcome.failure, outcome.detail)
         elif outcome.failure in ("rate_limit", "timeout", "server_error") and outcome.again:
             if not probing or outcome.wait_s is not None or outcome.failure == "rate_limit":
@@ -214,6 +235,6 @@ def usage_of(body: Any, path: str, bytes_in: int) -> Usage:
         return Usage(*told)
     if path == EMBEDDINGS:
         return guessed_usage(bytes_in, 0)
-    choice = body["choices"][0]
-    text = choice.get("text") if path == COMPLETIONS else (choice.get("message") or {}).get("content")
-    return guessed_usage(bytes_in, len(text) if isinstance(text, str) else 0)
+    choice = first(body["choices"])
+    said = said_in(choice.get("message") or {"content": choice.get("text")})
+    return guessed_usage(bytes_in, len(said.text) + len(said.thinking))
