@@ -57,7 +57,7 @@ def command(argv: list[str]) -> int:
         if _subject(coder.spec) != _subject(spec):
             raise ConfigError(f"path: {name} reads another model or text than {next(iter(coders))}; evaluate one run")
     for name, coder in coders.items():
-        if not coder.spec.reads or not coder.spec.writes:
+        if not coder.spec.is_placed:
             raise ConfigError(f"--site: {name} does not say where it reads; name the place, such as layers.12")
     if not (spec.reads and spec.reads[0].model) and not any(word.startswith("--model.name") for word in overrides):
         raise ConfigError("--model.name: the coder does not say which language model it reads; name it")

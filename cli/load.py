@@ -209,7 +209,11 @@ def _open_questions(options: argparse.Namespace) -> "dict[str, SparseCoder]":
     from sae.untrusted.hints import Unsaid
 
     try:
-        return {"": hub.load(options.id, **_load_arguments(options))}
+        place = hub.find_place(options.id, **_load_arguments(options))
+        coder = hub.read_coder(place)
+        if place.unsaid:  # the map does not need it, but the doctor reads a model
+            raise place.unsaid[0]
+        return {"": coder}
     except Unsaid as unsaid:
         if not unsaid.choices:
             raise

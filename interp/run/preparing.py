@@ -80,7 +80,7 @@ def resolve_config(config: ExplainConfig) -> ExplainConfig:
     Raises ConfigError if the coder cannot be loaded or does not say what it reads, or it has no such latents.
     """
     spec = load_coder(config, lazy=True).spec
-    if not spec.reads:
+    if not spec.is_placed:
         raise ConfigError(f"coder.path: the coder in {config.coder.path} names no site to read; say coder.hints.site")
     model, text, run_dir = config.model, config.text, config.run_dir
     if not model.name:

@@ -226,7 +226,8 @@ def _deviation(spec: CoderSpec, tensors: dict[str, Tensor], unbiased: bool) -> C
     d = widths.pop()
     q = (d / (d - 1)) ** (0.5 if unbiased else -0.5)
     both = torch.full((spec.d_in,), q, dtype=torch.float64, device=tensors["W_enc"].device)
-    spec, tensors = rescaled(spec, tensors, both, both, both.new_ones(spec.d_sae))
+    out = both if spec.normalization.undone else both.new_ones(spec.d_out)
+    spec, tensors = rescaled(spec, tensors, both, out, both.new_ones(spec.d_sae))
     how = replace(spec.normalization, unbiased=unbiased, eps=q * spec.normalization.eps)
     return spec.with_(normalization=how), tensors
 

@@ -27,11 +27,14 @@ class Normalization:
     """Whether layer_norm's standard deviation divides by d - 1 (as OpenAI's and SAELens' coders do) or by d."""
     undo_eps: bool = True
     """Whether eps is also part of what undoes it; in OpenAI's and SAELens' coders it is not."""
+    undone: bool = True
+    """Whether layer_norm and l2 are undone at all; of SAELens' transcoders, whose output is of another site, they are
+    not."""
 
     @property
     def per_token(self) -> bool:
         """Returns whether it is undone with numbers measured at the token itself."""
-        return self.kind in ("layer_norm", "l2", "center")
+        return self.undone and self.kind in ("layer_norm", "l2", "center")
 
     def validate(self, field: str) -> None:
         """Raises ConfigError naming `field` if a value is out of range."""
@@ -39,6 +42,8 @@ class Normalization:
             raise ConfigError(
                 f"{field}.kind: {self.kind!r} is not one of {', '.join(KINDS)}.{nearest(self.kind, KINDS)}"
             )
+        if not self.undone and self.kind not in ("layer_norm", "l2"):
+            raise ConfigError(f"{field}.undone: false is for layer_norm and l2, not for {self.kind!r}")
         if not self.scale > 0:
             raise ConfigError(f"{field}.scale: {self.scale} must be positive")
 

@@ -124,6 +124,12 @@ class CoderSpec:
         return self.reads == self.writes and self.d_in == self.d_out
 
     @property
+    def is_placed(self) -> bool:
+        """Returns whether it says where in the model the coder reads and writes, which its map does not need."""
+        sites = (*self.reads, *self.writes)
+        return bool(self.reads and self.writes) and all(site.hook for site in sites)
+
+    @property
     def n_blocks(self) -> int:
         """Returns the number of blocks of latents."""
         return len(self.reads) if self.cross_layer else 1
@@ -141,14 +147,16 @@ class CoderSpec:
     def normalize(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n d_in"], Undo]:
         """Returns N(x), and the (shift, spread) with which an output in the normalized space is undone."""
         y, how = by_site(self.normalization, [(site.width, site.scale) for site in self.reads], x)
-        return y, how if self.is_autoencoder else self._output_spread(x)
+        return y, how if self.is_autoencoder and self.normalization.undone else self._output_spread(x)
 
     def normalize_target(self, target: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_out"]:
-        """Returns what the output is to equal in the normalized space."""
+        """Returns what the output is to equal in the normalized space: the target itself where nothing is undone."""
+        if not self.normalization.undone:
+            return target
         return by_site(self.normalization, [(site.width, site.scale) for site in self.writes], target)[0]
 
     def _output_spread(self, like: Tensor) -> Undo:
-        if self.normalization.kind == "none":
+        if self.normalization.kind == "none" or not self.normalization.undone:
             return 0.0, 1.0
         sites = [(site.width or self.d_out, site.scale) for site in self.writes] or [(self.d_out, 1.0)]
         factors = [torch.full((width,), 1 / (self.normalization.scale * scale)) for width, scale in sites]

@@ -60,6 +60,8 @@ def splice(
     are for a coder whose inference looks at them; of a coder of two models, `tag` says which of them `model` is.
     """
     spec = coder.spec
+    if not spec.is_placed:
+        raise ConfigError("site: the coder does not say where it reads and writes; say it when loading: site=...")
     if given is None and reads_ahead(spec):
         raise ConfigError("splice: this coder reads sites that come after those it writes; pass what it reads as given")
     seen: dict[str, Tensor] = dict(given or {})

@@ -201,7 +201,7 @@ def advertised_l0(spec: CoderSpec) -> float | None:
 
 def _resolved(spec: CoderSpec, lm: LanguageModel) -> CoderSpec:
     """Returns the spec with module paths in place of TransformerLens names."""
-    if not spec.reads or not spec.writes:
+    if not spec.is_placed:
         raise ConfigError("site: the coder's spec names no site to read; say it when loading: site=...")
     if any(site.tag for site in (*spec.reads, *spec.writes)):
         raise ConfigError("coder: it reads two models; the doctor knows one")

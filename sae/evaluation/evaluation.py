@@ -72,7 +72,7 @@ def evaluate(
     """
     several, watch = coders if isinstance(coders, dict) else {"": coders}, Watch(should_stop)
     for name, coder in several.items():
-        if not coder.spec.reads or not coder.spec.writes:
+        if not coder.spec.is_placed:
             raise ConfigError(f"coder {name}: its spec names no site to read; set spec.reads and spec.writes")
     spec = next(iter(several.values())).spec
     device = next(iter(several.values())).W_enc.device

@@ -106,7 +106,7 @@ def _at_site(spec: CoderSpec, said: str, place: Place) -> CoderSpec:
     else:
         reads = (parse_site(said, known),)
         writes = reads if spec.is_autoencoder else spec.writes
-        if not writes:
+        if not all(site.hook for site in writes) or not writes:
             raise ConfigError(f"site: {said!r} is where {place} reads; it writes elsewhere: say READ->WRITTEN")
     return spec.with_(reads=reads, writes=writes)
 

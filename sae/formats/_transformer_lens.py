@@ -1,6 +1,7 @@
 """What coders of models as TransformerLens loads them leave open: centered activations, and pairs of sites."""
 
 from sae.coder.normalization import Normalization
+from sae.formats._specs import unsaid_sites
 from sae.lm.site import Site
 from sae.lm.sites import is_centered, on_stream, parse_pair
 from sae.untrusted.places import Place
@@ -23,6 +24,7 @@ def centering(place: Place, hook: str, model: str) -> Normalization:
 
 
 def hinted_pair(place: Place, model: str) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
-    """Returns where a transcoder reads and writes, as the user says it; Unsaid if nobody does."""
-    said = place.required_hint("site", "a transcoder reads one place and writes another", "'READ->WRITTEN'")
-    return parse_pair(said, model)
+    """Returns where a transcoder reads and writes, as far as the user says it."""
+    said = place.site_hint("a transcoder reads one place and writes another", "'READ->WRITTEN'")
+    read, written = unsaid_sites(model)
+    return ((read,), (written,)) if said is None else parse_pair(said, model)

@@ -25,7 +25,7 @@ from sae.base.settings import read_yaml, to_yaml
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.formats._exporting import check_expressible, rule_of
-from sae.formats._specs import released_spec
+from sae.formats._specs import released_spec, unsaid_sites
 from sae.lm.site import Site
 from sae.lm.sites import ALIAS, ALIASES, model_id, parse_site
 from sae.selection import Selection
@@ -91,11 +91,14 @@ def read_set_config(place: Place, kind: str) -> dict[str, Any]:
 
 
 def layer_sites(place: Place, config: dict[str, Any], layers: Iterable[int], widths: tuple[int, int] = (0, 0)) -> Sites:
-    """Returns (reads, writes), one site a layer, as the config or the user says; Unsaid if neither does."""
+    """Returns (reads, writes), one site a layer, as far as the config or the user says it."""
     asks = "feature_input_hook" not in config and "feature_output_hook" not in config
     how = "'blocks.*.READ->blocks.*.WRITTEN'"
-    said = place.required_hint("site", "its config is not there", how) if asks else place.hint("site")
+    said = place.site_hint("its config is not there", how) if asks else place.hint("site")
     model = place.hints.model or model_id(str(config.get("model_name") or ""))
+    if asks and said is None:
+        unsaid = [[unsaid_sites(model, width)[side] for _ in layers] for side, width in enumerate(widths)]
+        return tuple(unsaid[0]), tuple(unsaid[1])
     if said is not None:
         hooks = tuple(said.split("->"))
         if len(hooks) != 2:
@@ -152,7 +155,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
         raise ConfigError(
             f"d_out: circuit-tracer cannot say {spec.d_out} beside d_in = {spec.d_in}; they must be equal"
         )
-    if not spec.reads or not spec.writes:
+    if not spec.is_placed:
         raise ConfigError("reads: circuit-tracer needs to know where the coder reads and writes, which it does not say")
     (layer, read_hook), (other, written_hook) = _named(spec.reads[0]), _named(spec.writes[0])
     if layer != other:

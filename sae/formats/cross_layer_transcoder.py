@@ -55,9 +55,6 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
     rule = "jump_relu" if jumps else "relu"
     one_of(config.get("activation", rule), (rule,), "activation", place)
     reads, writes = layer_sites(place, config, range(n_layers), (d_in, d_out))
-    if not reads:
-        where = "'blocks.*.hook_resid_mid->blocks.*.hook_mlp_out' or the like, where * is the layer"
-        place.required_hint("site", "it has no config.yaml with hooks", where)
     spec = released_spec(
         (n_layers * d_in, n_layers * d_out, n_layers * m),
         JumpReLU() if jumps else ReLU(),

@@ -154,7 +154,7 @@ def _written_as(coder: SparseCoder) -> str:
         raise ConfigError(f"pre_bias: {target} has {rule} with pre_bias {other!r} only, not {spec.pre_bias!r}")
     if not spec.is_autoencoder:
         raise ConfigError(f"writes: {target} cannot say that a coder writes another site than it reads")
-    if spec.reads and spec.reads[0].side != "output":
+    if spec.is_placed and spec.reads[0].side != "output":
         raise ConfigError(f"reads: {target} names modules whose output is read, and cannot say {spec.reads[0].name!r}")
     if rule == "mutual_choice" and not spec.calibration:
         raise ConfigError(f"calibration: {target} needs a threshold, and this coder has none; train it further")

@@ -16,7 +16,7 @@ from torch import Tensor
 from sae.base.errors import ConfigError, DataError
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
-from sae.formats._specs import released_spec
+from sae.formats._specs import released_spec, unsaid_sites
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
 from sae.selection.jumprelu import JumpReLU
@@ -89,9 +89,10 @@ def _sites(place: Place) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
         why = "it is known to read the norm before the MLP, but not on which side of that norm's gain"
         before = f"blocks.{layer[1]}.ln2.hook_normalized"
         after = f"model.layers.{layer[1]}.pre_feedforward_layernorm"
-        said = place.required_hint("site", why, f"{before!r} or {after!r}", (before, after))
-        if said not in (before, after):
+        said = place.site_hint(why, f"{before!r} or {after!r}", (before, after))
+        if said not in (before, after, None):
             raise ConfigError(f"site: {said!r} is not where {place} reads; allowed: {before}, {after}")
-        return (Site(said, model=model),), (Site(f"blocks.{layer[1]}.hook_mlp_out", model=model),)
+        read = Site(said, model=model) if said else unsaid_sites(model)[0]
+        return (read,), (Site(f"blocks.{layer[1]}.hook_mlp_out", model=model),)
     site = Site(f"blocks.{layer[1]}.{HOOKS[known['kind']]}", model=model)
     return (site,), (site,)

@@ -9,7 +9,8 @@
 W_enc is stored as [d_in, d_sae]; n are the norms of W_dec's rows. Configs from before version 6 name things
 differently, and say TopK only by `activation_fn`. Checkpoints of training hold the cut of BatchTopK
 (`topk_threshold`) or `log_threshold`, and what was done to the inputs in files beside the weights. Temporal coders are
-told apart, and refused: they look at the context.
+told apart, and refused: they look at the context. A transcoder's output is of another site: what normalizes its input
+token by token is not undone.
 
 Activations are those of a TransformerLens model loaded without processing, plus `model_from_pretrained_kwargs`. Where
 these center the weights that write to the residual stream, what is read there lacks its mean over components, and N
@@ -18,6 +19,7 @@ takes it out of a raw activation. (RMSNorm's models are never centered; Transfor
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,10 +230,7 @@ def _finetuned(config: dict[str, Any], found: Tensors, tensors: dict[str, Tensor
 def _normalized(
     place: Place, kind: str, transcodes: bool, spec: CoderSpec, tensors: dict[str, Tensor]
 ) -> tuple[CoderSpec, dict[str, Tensor]]:
-    known = (*NORMALIZATIONS, "expected_average_only_in", "covariance_whitening")
-    one_of(kind, known, "normalize_activations", place)
-    if transcodes and kind not in ("none", "expected_average_only_in"):
-        raise ConfigError(f"normalize_activations: {place} is a transcoder, whose output {kind!r} does not undo")
+    one_of(kind, (*NORMALIZATIONS, "expected_average_only_in", "covariance_whitening"), "normalize_activations", place)
     if kind == "covariance_whitening":  # a checkpoint of training: inference files have it folded
         name, d = "activation_whitening.safetensors", spec.d_in
         if not place.has(name):
@@ -240,6 +239,8 @@ def _normalized(
         mean, matrix, inverse = how.take("mean", d), how.take("matrix", d, d), how.take("inverse_matrix", d, d)
         return folds.whitening(spec, tensors, mean, matrix, inverse)
     normalization = NORMALIZATIONS.get(kind)
+    if transcodes and normalization and kind != "none":
+        normalization = replace(normalization, undone=False)  # it stays of the input, as SAELens leaves it
     if normalization is None:
         scale = _typed(place.config(SCALER), f"{place.files.label}/{SCALER}").get("scaling_factor")
         why = "it was trained on inputs scaled to a mean norm of sqrt(d_in)"
@@ -338,7 +339,7 @@ def _config(spec: CoderSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
         spec,
         encoder=("matching_pursuit",),
         pre_bias=() if transcodes else ("decoder",),
-        normalization=[*([] if rule.encoder else ["scalar"]), *([] if transcodes else KINDS)],
+        normalization=[*([] if rule.encoder else ["scalar"]), *KINDS],
         selection=[name for name, kind in RULES.items() if not transcodes or kind in ("standard", "jumprelu")],
         select_by_decoder_norm=(True,),
         skip=(True,),
@@ -348,6 +349,7 @@ def _config(spec: CoderSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
     top, wanted = kind in ("topk", "abstopk"), NORMALIZATIONS[normalizes]
     _only("selection.inference", "gradient" if rule.looks_at_gradients else "plain", "plain")
     if normalizes != "none":
+        _only("normalization.undone", spec.normalization.undone, not transcodes)
         for field in ("eps", "unbiased", "undo_eps") if wanted.eps else ("eps",):
             _only(f"normalization.{field}", getattr(spec.normalization, field), getattr(wanted, field))
     if kind == "jumprelu" and "threshold" not in tensors and not spec.calibration:
@@ -389,7 +391,7 @@ def _metadata(spec: CoderSpec, transcodes: bool) -> dict[str, Any]:
         "exclude_special_tokens": list(spec.mask.special_ids),
     }
     named = {"hook_name": spec.reads, "hook_name_out": spec.writes if transcodes else ()}
-    for name, site in ((name, site) for name, sites in named.items() for site in sites):
+    for name, site in ((name, site) for name, sites in named.items() for site in sites if site.hook):
         lens = bool(ALIAS.fullmatch(site.hook)) or site.hook == "hook_embed"
         if not lens and site.side != "output":
             raise ConfigError(f"{name}: SAELens can say a TransformerLens name or a module's output, not {site.name!r}")

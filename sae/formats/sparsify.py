@@ -24,7 +24,7 @@ from sae.base.settings import choose
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.formats import _exporting
-from sae.formats._specs import released_spec
+from sae.formats._specs import released_spec, unsaid_sites
 from sae.lm.site import Site
 from sae.lm.sites import ALIAS
 from sae.selection import Selection
@@ -106,7 +106,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
     if spec.pre_bias != wanted:
         kind = "a transcoder" if transcodes else "an autoencoder"
         raise ConfigError(f"pre_bias: sparsify cannot say {spec.pre_bias!r} of {kind}, which has {wanted!r}")
-    if spec.reads:
+    if spec.is_placed:
         (read,), (written,) = spec.reads, spec.writes
         sides = ("input" if transcodes else "output", "output")
         if read.hook != written.hook or (read.side, written.side) != sides or ALIAS.fullmatch(read.hook):
@@ -172,15 +172,16 @@ def _sites(place: Place, run: dict[str, Any], transcodes: bool) -> tuple[tuple[S
     folder = above if re.fullmatch(r"seed\d+", name) else name
     listed = run.get("hookpoints") if place.has(RUN) else None
     known = listed[0] if listed and len(listed) == 1 else folder if HOOK.fullmatch(folder) else ""
-    hook = place.hint("site") or known
-    if not hook and transcodes:
-        hook = place.required_hint("site", "a transcoder reads one place and writes another", "MODULE")
+    hook, model = place.hint("site") or known, place.hints.model or run.get("model") or ""
     if not hook:
-        return (), ()
+        if not transcodes:
+            return (), ()
+        place.site_hint("a transcoder reads one place and writes another", "MODULE")
+        unsaid = unsaid_sites(model)
+        return unsaid[:1], unsaid[1:]
     read, _, written = hook.partition("->")
     if written and not transcodes:
         raise ConfigError(f"site: {hook!r} is of a transcoder, but {place} is an autoencoder")
-    model = place.hints.model or run.get("model") or ""
     first, last = (
         Site(path, side or default, model, run.get("revision"))
         for (path, _, side), default in (

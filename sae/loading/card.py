@@ -99,7 +99,7 @@ def _kind(spec: CoderSpec) -> str:
 
 
 def _sites(sites: tuple[Site, ...]) -> str:
-    if not sites:
+    if not any(site.hook for site in sites):
         return "not known"
     models = {site.model for site in sites}
     names = ", ".join(site.name for site in sites[:4]) + (f", ... ({len(sites)})" if len(sites) > 4 else "")
@@ -118,7 +118,8 @@ def _normalization(spec: CoderSpec) -> str:
     if how.kind == "scalar":
         scales = sorted({how.scale * site.scale for site in spec.reads} or {how.scale})
         return f"scalar, times {', '.join(f'{scale:.6g}' for scale in scales)}"
-    return f"{how.kind}, eps {how.eps:g}" if how.per_token and how.kind != "center" else how.kind
+    undone = "" if how.undone else ", not undone"
+    return f"{how.kind}, eps {how.eps:g}{undone}" if how.kind in ("layer_norm", "l2") else how.kind
 
 
 def _text(text: Any) -> str:

@@ -132,6 +132,8 @@ class CoderConfig:
         if self.budget == "shared" and self.layout != "cross_layer":
             raise ConfigError("coder.budget: 'shared' is for coder.layout cross_layer; other coders have one block")
         self.normalization.validate("coder.normalization")
+        if not self.normalization.undone:
+            raise ConfigError("coder.normalization.undone: false is for coders that are loaded; training undoes it")
         at_least("coder.d_sae", self.d_sae, 0)
         at_least("coder.expansion", self.expansion, 1)
         if not any(term.weight for term in self.objectives.values()):

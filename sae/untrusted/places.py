@@ -33,6 +33,8 @@ class Place:
     opened: list[Tensors] = field(default_factory=list, compare=False, repr=False)
     hints_read: set[str] = field(default_factory=set, compare=False, repr=False)
     """Hints that the format has looked at."""
+    unsaid: list[Unsaid] = field(default_factory=list, compare=False, repr=False)
+    """What neither files nor hints say and the map does not need: where in the model the coder reads and writes."""
 
     @property
     def name(self) -> str:
@@ -115,6 +117,16 @@ class Place:
         """
         said = self.hint(field)
         if said is None:
-            hint = ", or let `sae-load doctor` try each" if choices else ""
-            raise Unsaid(field, choices, f"{field}: {self} does not say it ({why}); pass {field}={allowed}{hint}")
+            raise self._question(field, why, allowed, choices)
         return said
+
+    def site_hint(self, why: str, allowed: str, choices: tuple[Any, ...] = ()) -> str | None:
+        """Returns what the user says of the site; None leaves the question, as in `required_hint`, in `unsaid`."""
+        said = self.hint("site")
+        if said is None:
+            self.unsaid.append(self._question("site", why, allowed, choices))
+        return said
+
+    def _question(self, field: str, why: str, allowed: str, choices: tuple[Any, ...]) -> Unsaid:
+        hint = ", or let `sae-load doctor` try each" if choices else ""
+        return Unsaid(field, choices, f"{field}: {self} does not say it ({why}); pass {field}={allowed}{hint}")

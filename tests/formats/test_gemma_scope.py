@@ -6,6 +6,7 @@ from rigs.released.gemma_scope import write
 
 import sae
 from sae.base.errors import ConfigError, DataError
+from sae.loading import hub
 
 
 @pytest.mark.parametrize("upper", [True, False])
@@ -42,8 +43,13 @@ def test_the_factor_of_embeddings_is_asked_for(tmp_path):
 def test_the_side_of_a_transcoders_gain_is_asked_for(tmp_path):
     path = "google/gemma-scope-2b-pt-transcoders/layer_7/width_16k/average_l0_11"
     folder, wanted = write(tmp_path, path, d_out=5)
-    with pytest.raises(ConfigError, match=r"^site: .*params\.npz does not say it.*blocks\.7\.ln2\.hook_normalized"):
-        sae.load(folder)
+    coder = loads(folder, wanted)  # its map does not need it
+    assert not coder.spec.is_placed
+    assert coder.spec.writes[0].hook == "blocks.7.hook_mlp_out"
+    place = hub.find_place(folder)
+    hub.read_coder(place)
+    (question,) = place.unsaid
+    assert question.choices == ("blocks.7.ln2.hook_normalized", "model.layers.7.pre_feedforward_layernorm")
     with pytest.raises(ConfigError, match=r"site: 'layers\.7' is not where"):
         sae.load(folder, site="layers.7")
     coder = loads(folder, wanted, site="blocks.7.ln2.hook_normalized")

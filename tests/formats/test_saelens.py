@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rigs.fakes import tiny_lm
 from rigs.format_files import D_IN, D_OUT, D_SAE, Draw, agrees, loads, write_json
 from rigs.released.saelens import RESIDUAL, config3, config6, drawn, reference, saved
 from safetensors.numpy import load_file, save_file
@@ -17,9 +18,13 @@ from sae.base.errors import ConfigError, DataError
 from sae.coder.coder import SparseCoder
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
-from sae.formats import saelens
+from sae.coder.splicing import splice
+from sae.evaluation.doctor import diagnose
+from sae.evaluation.evaluation import evaluate
+from sae.formats import native, saelens
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
+from sae.loading.card import description
 from sae.selection import Selection
 from sae.selection.feature_choice import FeatureChoice
 from sae.selection.gated import Gated
@@ -92,9 +97,60 @@ def test_matching_pursuit_stops_as_the_config_says(tmp_path, stop):
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "constant_norm_rescale"])
-@pytest.mark.parametrize("architecture", ["standard", "topk", "matching_pursuit"])
+@pytest.mark.parametrize("architecture", ["standard", "topk", "matching_pursuit", *TRANSCODERS])
 def test_inputs_may_be_normalized_by_token(tmp_path, architecture, kind):
     like(tmp_path, config6(architecture, normalize_activations=kind), drawn(architecture), x_scale=3.0)
+
+
+THEIRS = {  # what SAELens 6.54.12 itself makes of the inputs below
+    ("transcoder", "layer_norm"): [[0.46653, -0.06694], [-0.44705, -0.15148]],
+    ("transcoder", "constant_norm_rescale"): [[0.6025, 1.58813], [-0.168, -0.291]],
+    ("skip_transcoder", "layer_norm"): [[-4.53347, 1.43306], [-4.44705, -1.40148]],
+    ("skip_transcoder", "constant_norm_rescale"): [[-4.3975, 3.08813], [-4.168, -1.541]],
+    ("jumprelu_transcoder", "layer_norm"): [[0.25, -0.5], [0.25, -0.5]],
+    ("jumprelu_transcoder", "constant_norm_rescale"): [[1.15575, 1.3115], [0.25, -0.5]],
+    ("jumprelu_skip_transcoder", "layer_norm"): [[-4.75, 1.0], [-3.75, -1.75]],
+    ("jumprelu_skip_transcoder", "constant_norm_rescale"): [[-3.84425, 2.8115], [-3.75, -1.75]],
+}
+
+
+@pytest.mark.parametrize(("architecture", "kind"), THEIRS)
+def test_a_transcoder_leaves_its_output_where_saelens_does(tmp_path, architecture, kind):
+    tensors = {"W_enc": [[1.0, 0.5], [-0.5, 1.0], [0.25, -1.0]], "b_enc": [0.5, 1.5], "b_dec": [0.25, -0.5]}
+    tensors["W_dec"] = [[1.0, 2.0], [-1.0, 0.5]]
+    if architecture.startswith("jumprelu"):
+        tensors["threshold"] = [0.3, 1.0]
+    if "skip" in architecture:
+        tensors["W_skip"] = [[1.0, 0.0, -1.0], [0.5, 0.5, 0.0]]
+    config = config6(architecture, d_in=3, d_sae=2, d_out=2, normalize_activations=kind)
+    coder = sae.load(saved(tmp_path, config, {name: np.array(t, np.float32) for name, t in tensors.items()}))
+    x = torch.tensor([[1.0, 2.0, 6.0], [-3.0, 0.5, 1.0]])
+    np.testing.assert_allclose(coder(x).out.detach().numpy(), THEIRS[architecture, kind], atol=2e-5)
+
+
+def test_a_transcoder_that_names_no_hook_is_read_and_asked_where_a_model_is(tmp_path):
+    config = config6("transcoder", d_out=D_IN)
+    for name in ("hook_name", "hook_name_out"):
+        del config["metadata"][name]
+    tensors = drawn("transcoder")
+    tensors |= {"W_dec": tensors["W_dec"][:, :1].repeat(D_IN, 1), "b_dec": np.ones(D_IN, np.float32)}
+    coder = like(tmp_path, config, tensors)
+    assert not coder.spec.is_autoencoder
+    assert ("reads", "not known") in description(coder.spec)
+    with pytest.raises(ConfigError, match=r"^site: "), splice(torch.nn.Linear(1, 1), coder):
+        pass
+    for ask in (evaluate, lambda coder: diagnose(coder, tiny_lm())):
+        with pytest.raises(ConfigError, match="names no site to read"):
+            ask(coder)
+    for write in (native.write, saelens.write):  # and is written as what it is
+        write(tmp_path / write.__module__, coder)
+        again = sae.load(tmp_path / write.__module__).spec
+        assert not again.is_placed
+        assert not again.is_autoencoder
+    spec = sae.load(tmp_path, site="blocks.1.hook_resid_mid->blocks.1.hook_mlp_out").spec
+    assert spec.is_placed
+    with pytest.raises(ConfigError, match="is not READ->WRITTEN"):
+        sae.load(tmp_path, site="blocks.1.hook_resid_mid")
 
 
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "skip_transcoder"])
@@ -432,10 +488,10 @@ def test_an_age_in_which_models_were_centered_by_default_is_told(tmp_path, caplo
         ),
         (config6("transcoder", d_out=None), drawn("transcoder"), DataError, "d_out is None"),
         (
-            config6("transcoder", normalize_activations="layer_norm"),
+            config6("transcoder", normalize_activations="covariance_whitening"),
             drawn("transcoder"),
-            ConfigError,
-            "normalize_activations: ",
+            DataError,
+            "it is of whitened inputs",
         ),
         (
             config6("standard", d_sae=D_SAE + 1),
@@ -558,6 +614,19 @@ def test_a_scale_is_folded_when_written(tmp_path):
     site = replace(ALIAS[0], width=D_IN, scale=0.5)
     coder = coder_of(JumpReLU(), normalization=Normalization("scalar", 3.0), reads=(site,), writes=(site,))
     assert exported(tmp_path, coder)["normalize_activations"] == "none"
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("skip", [True, False])
+def test_what_a_transcoder_leaves_normalized_is_written_so(tmp_path, skip, kind):
+    mine = replace(saelens.NORMALIZATIONS[kind], undone=False)
+    sites = {"reads": (Site("model.layers.3.norm"),), "writes": (Site("model.layers.3.mlp"),)}
+    config = exported(tmp_path, coder_of(JumpReLU(), D_OUT, skip=skip, normalization=mine, **sites))
+    assert config["normalize_activations"] == kind
+    assert sae.load(tmp_path).spec.normalization == mine
+    undone = coder_of(ReLU(), skip=True, pre_bias="none", normalization=replace(mine, undone=True))
+    with pytest.raises(ConfigError, match=r"normalization\.undone: SAELens cannot say True"):
+        saelens.write(tmp_path, undone)
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "constant_norm_rescale"])

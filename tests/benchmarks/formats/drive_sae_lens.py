@@ -30,7 +30,14 @@ INFERENCE = {
     "jumprelu": ("jumprelu", {}),
     "matching_pursuit": ("matching_pursuit", {"max_iterations": 6}),
     "matching_pursuit, no pre-bias": ("matching_pursuit", {"residual_threshold": 0.5, "apply_b_dec_to_input": False}),
-    **{name: (name, {"d_out": D_OUT, "apply_b_dec_to_input": False}) for name in TRANSCODERS},
+    **{
+        name if kind == "none" else f"{name}, {kind}": (
+            name,
+            {"d_out": D_OUT, "apply_b_dec_to_input": False, "normalize_activations": kind},
+        )
+        for name in TRANSCODERS
+        for kind in ("none", "layer_norm", "constant_norm_rescale")
+    },
 }
 OLD = {  # what versions 1 to 5 said otherwise
     "version 5": {"architecture": "standard", "activation_fn": "relu", "apply_b_dec_to_input": False},

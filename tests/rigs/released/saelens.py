@@ -88,6 +88,7 @@ def reference(config, tensors):
 
     def run(x):
         y, undo = normalized(config["normalize_activations"], x)
+        undo = undo if "transcoder" not in kind else lambda out: out
         y = y - t["b_dec"] if subtracts else y
         if kind == "matching_pursuit":
             acts, margin = pursuit(y, t["W_dec"], **{k: v for k, v in config.items() if k in saelens_pursuit})
