@@ -41,6 +41,20 @@ WEIGHTS = r"layer_\d+\.safetensors"
 CONFIG, KIND, THRESHOLD = "config.yaml", "transcoder_set", "activation_function.threshold"
 ACTIVATIONS = {"relu": "relu", "jumprelu": "", "unrectified_topk": "topk"}  # our rules in their words
 TENSORS = {"W_enc", "W_dec", "b_enc", "b_dec"}
+PLACES = {  # names of the modules below a layer that are one place in every model that has them
+    ("", "input"): "hook_resid_pre",
+    ("", "output"): "hook_resid_post",
+    ("input_layernorm", "normalized"): "ln1.hook_normalized",
+    ("self_attn.o_proj", "input"): "attn.hook_z",
+    ("post_self_attn_layernorm", "output"): "hook_attn_out",
+    ("pre_feedforward_layernorm", "input"): "hook_resid_mid",
+    ("pre_feedforward_layernorm", "normalized"): "ln2.hook_normalized",
+    ("pre_feedforward_layernorm", "output"): "mlp.hook_in",
+    ("mlp", "input"): "mlp.hook_in",
+    ("mlp.down_proj", "input"): "mlp.hook_post",
+    ("mlp", "output"): "mlp.hook_out",
+    ("post_feedforward_layernorm", "output"): "hook_mlp_out",
+}
 CRV = "facebook/crv-8b-instruct-transcoders"  # TopK of 128, which at first only circuit-tracer itself knew
 QWEN = re.compile(r"mwhanna/qwen3-(\d+(?:\.\d+)?)b-transcoders")  # ReLU; those of the 14B have no config.yaml
 Sites = tuple[tuple[Site, ...], tuple[Site, ...]]
@@ -189,10 +203,8 @@ def _named(site: Site) -> tuple[int, str]:
     layer = next((n for n, part in enumerate(parts) if part.isdigit()), None)
     if layer is not None:
         place = (".".join(parts[layer + 1 :]), site.side)
-        gained = ("pre_feedforward_layernorm", "output")  # only models with a norm on both sides of the MLP have it
-        names = {(paths[0], side): name for name, (paths, side) in reversed(ALIASES.items())} | {gained: "mlp.hook_in"}
-        if place in names:
-            return int(parts[layer]), names[place]
+        if place in PLACES:
+            return int(parts[layer]), PLACES[place]
     raise ConfigError(
         f"site: circuit-tracer has no name for {site.name!r} that fits every model; name the coder's site "
         f"blocks.N and one of {', '.join(ALIASES)}"

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from sae.base.errors import ConfigError
 from sae.base.seeding import generator
+from sae.lm.calls import first, key_of_input, probed, runs_of
 from sae.lm.masking import MaskSpec, next_token_mask, token_mask
 from sae.lm.models import ONE_AT_A_TIME, LanguageModel
+from sae.lm.norms import norm_of
 from sae.lm.probing import reader_of
 from sae.lm.site import Site
 from sae.lm.sites import find_module
@@ -26,44 +28,48 @@ class _AllSeen(Exception):
 def hooked(model: nn.Module, sites: list[Site], see: Callable[[Site, Tensor], Tensor | None]) -> Iterator[None]:
     """While open, calls `see(site, tensor)` whenever a site is computed; a returned tensor takes its place.
 
-    Tensors come as [rows, context, d]: heads are flattened, and of a tuple the first member is meant.
+    Tensors come as [rows, context, d]: heads are flattened, and of a tuple the first member is meant. ConfigError for a
+    site whose module runs several times in a pass, and so is not one tensor.
     """
 
     def swapped(site: Site, whole: Any) -> Any:
-        first = whole[0] if isinstance(whole, tuple) else whole
-        if not isinstance(first, Tensor):
-            raise ConfigError(f"activations.sites: {site.name} is a {type(first).__name__}, not a tensor")
-        new = see(site, first.flatten(2) if first.dim() > 3 else first)
+        x = first(whole)
+        if not isinstance(x, Tensor):
+            raise ConfigError(f"activations.sites: {site.name} is a {type(x).__name__}, not a tensor")
+        if id(model) in probed:
+            return None
+        new = see(site, x.flatten(2) if x.dim() > 3 else x)
         if new is None:
             return None
-        new = new.reshape(first.shape).to(first)
-        return (new, *whole[1:]) if isinstance(whole, tuple) else new
+        new = new.reshape(x.shape).to(x)
+        return type(whole)((new, *whole[1:])) if isinstance(whole, (tuple, list)) else new
 
     def before(site: Site) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args:
+            key = key_of_input(args, kwargs)
+            if key is None:
+                raise ConfigError(f"activations.sites: {site.name}: this module is called without a tensor input")
+            if isinstance(key, int):
                 new = swapped(site, args)
                 return None if new is None else (new, kwargs)
-            name = next((key for key in ("hidden_states", "x", "input") if key in kwargs), None)
-            if name is None:
-                raise ConfigError(f"activations.sites: {site.name}: this module is called without a tensor input")
-            new = swapped(site, kwargs[name])
-            return None if new is None else (args, {**kwargs, name: new})
+            new = swapped(site, kwargs[key])
+            return None if new is None else (args, {**kwargs, key: new})
 
         return hook
 
     def inside(site: Site) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = (*args, *kwargs.values())[0]
-            if see(site, before_gain(module, x, site)) is not None:
+            if id(model) not in probed and see(site, before_gain(module, x, site)) is not None:
                 raise ConfigError(f"site {site.name}: what a norm makes before its gain can be read, not replaced")
 
         return hook
 
     with ONE_AT_A_TIME:
+        places = [find_module(model, site) for site in sites]  # all before the first hook: names may be measured
+        _check_runs(model, sites, [module for module, _ in places])
         handles = []
-        for site in sites:
-            module, side = find_module(model, site)
+        for site, (module, side) in zip(sites, places, strict=True):
             if side == "input":
                 handles.append(module.register_forward_pre_hook(before(site), with_kwargs=True))
             elif side == "normalized":
@@ -77,16 +83,25 @@ def hooked(model: nn.Module, sites: list[Site], see: Callable[[Site, Tensor], Te
                 handle.remove()
 
 
+def _check_runs(model: nn.Module, sites: list[Site], modules: list[nn.Module]) -> None:
+    """Refuses modules that run several times in a pass, as shared layers do: an early stop would hide it."""
+    runs = runs_of(model)
+    for site, module in zip(sites, modules, strict=True):
+        if runs.get(module, 0) > 1:
+            raise ConfigError(
+                f"activations.sites: {site.name} runs more than once per pass ({runs[module]} times); "
+                "its output is not one tensor"
+            )
+
+
 def before_gain(norm: nn.Module, x: Float[Tensor, "*shape d"], site: Site) -> Float[Tensor, "*shape d"]:
-    """Returns what a layer norm or RMS norm makes of x before its gain and bias; ConfigError if it is neither."""
-    eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
-    kind = type(norm).__name__
-    if eps is None or not ("RMSNorm" in kind or "LayerNorm" in kind):
-        raise ConfigError(f"site {site.name}: {kind} is no layer norm or RMS norm; it has no side 'normalized'")
-    x = x.float()
-    if "RMSNorm" not in kind:
-        x = x - x.mean(-1, keepdim=True)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    """Returns what a layer norm or RMS norm makes of x before its gain and bias; ConfigError if it computes neither."""
+    kind = norm_of(norm, x.shape[-1])
+    if kind is None:
+        raise ConfigError(
+            f"site {site.name}: {type(norm).__name__} computes no layer norm or RMS norm; it has no side 'normalized'"
+        )
+    return kind(x)
 
 
 def capture(
@@ -103,9 +118,10 @@ def capture(
             raise ConfigError(
                 f"activations.sites: {site.name} runs more than once per pass; its output is not one tensor"
             )
-        seen[site.name] = x.detach()
-        if len(seen) == len(sites):
+        if len(seen) + 1 == len(sites):
+            seen[site.name] = x.detach()
             raise _AllSeen
+        seen[site.name] = x.detach().clone()  # what follows may add to it in place
 
     with torch.no_grad(), hooked(lm.model, sites, see):
         try:

@@ -8,45 +8,15 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from sae.base.errors import ConfigError, nearest
+from sae.lm.block import NAMES, Place
+from sae.lm.heads import heads_at
 from sae.lm.site import Site
+from sae.lm.stream import stream_of
 
 SIDES = ("output", "input", "normalized")
-LAYER_LISTS = (
-    "model.layers",
-    "model.language_model.layers",
-    "language_model.model.layers",
-    "language_model.layers",
-    "transformer.h",
-    "gpt_neox.layers",
-    "model.decoder.layers",
-    "encoder.layer",
-    "layers",
-    "h",
-)
-ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "output.dense")
-MLP_OUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out")
-
-# TransformerLens name after "blocks.L." -> (candidate paths below the layer, side); the first that exists is meant.
-# Some models add a norm after attention and MLP: what reaches the residual stream is that norm's output.
-ALIASES: dict[str, tuple[tuple[str, ...], str]] = {
-    "hook_resid_pre": (("",), "input"),
-    "hook_resid_post": (("",), "output"),
-    "hook_resid_mid": (("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"), "input"),
-    "hook_mlp_out": (("post_feedforward_layernorm", "post_mlp_layernorm", "mlp", "feed_forward"), "output"),
-    "hook_attn_out": (("post_self_attn_layernorm", *ATTENTION), "output"),
-    "hook_mlp_in": (("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"), "input"),
-    "ln1.hook_normalized": (("input_layernorm", "ln_1"), "normalized"),
-    "ln2.hook_normalized": (("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"), "normalized"),
-    "mlp.hook_in": (("mlp", "feed_forward"), "input"),
-    "mlp.hook_out": (("mlp", "feed_forward"), "output"),
-    "attn.hook_z": (tuple(f"{a}.{o}" for a in ATTENTION for o in ATTENTION_OUT), "input"),
-    "mlp.hook_post": (tuple(f"mlp.{name}" for name in MLP_OUT), "input"),
-}
-
-
-ALIAS = re.compile(r"blocks\.(\d+|\*)\.(.+)")
-EMBEDDINGS = ("model.embed_tokens", "transformer.wte", "gpt_neox.embed_in", "embed_tokens", "wte", "embed_in")
+ALIAS = re.compile(r"blocks\.(\d+|\*)\.(.+)|hook_embed")
+ALIASES = tuple(NAMES)
+"""What may follow "blocks.L." in a TransformerLens name."""
 
 
 def find_module(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
@@ -55,12 +25,11 @@ def find_module(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     As in `resolve`, the end of a module path will do where it is unique: coders of others may be named below the base
     model ("layers.3.mlp").
     """
-    alias = ALIAS.fullmatch(site.hook) or site.hook == "hook_embed"
-    if not alias:
-        with suppress(AttributeError):
-            return model.get_submodule(site.hook), site.side
+    with suppress(AttributeError):
+        return model.get_submodule(site.hook), site.side
+    alias = ALIAS.fullmatch(site.hook)
     try:
-        found = _matches(site.hook, {path: module for path, module in model.named_modules() if path})
+        found = _matches(site.hook, model)
     except ConfigError as error:
         raise ConfigError(f"activations.sites: {error}") from None
     if len(found) > 1:
@@ -100,32 +69,28 @@ def resolve_sites(
     ("blocks.3.hook_resid_post"); ":input" or ":output" picks the side. ConfigError names `field` and lists the nearest
     module paths.
     """
-    modules = {path: module for path, module in model.named_modules() if path}
     sites: dict[str, Site] = {}
     for text in typed:
         try:
-            matches = _matches(text, modules)
+            matches = _matches(text, model)
         except ConfigError as error:
             raise ConfigError(f"{field}: {error}") from None
         for hook, side in matches:
-            site = Site(hook, side, name, revision, _heads(model, hook, side))
+            site = Site(hook, side, name, revision, heads_at(model, hook, side))
             sites.setdefault(site.name, site)
     return list(sites.values())
 
 
-def _matches(text: str, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
-    path, _, side = text.partition(":")
+def _matches(text: str, model: nn.Module) -> list[Place]:
+    path, colon, side = text.partition(":")
+    modules = [name for name, _ in model.named_modules() if name]
+    alias = ALIAS.fullmatch(path) if path not in modules else None
+    if colon and (alias or side not in SIDES):
+        allowed = "a TransformerLens name says its side" if alias else f"the side is one of {', '.join(SIDES)}"
+        raise ConfigError(f"{text!r} ends in {side!r}; {allowed}")
+    if alias:
+        return _aliased(text, alias[1], alias[2], model)
     side = side or "output"
-    if side not in SIDES:
-        raise ConfigError(f"{text!r} ends in {side!r}; the side is one of {', '.join(SIDES)}")
-    alias = ALIAS.fullmatch(path)
-    if alias and path not in modules:
-        return _aliased(text, alias[1], alias[2], modules)
-    if path == "hook_embed":
-        found = [name for name in EMBEDDINGS if name in modules]
-        if not found:
-            raise ConfigError(f"{text!r}: this model has no known embedding; write the module path")
-        return [(found[0], "output")]
     if path in modules:
         return [(path, side)]
     found = [name for name in modules if _fits(name, path)]
@@ -142,43 +107,36 @@ def _fits(name: str, pattern: str) -> bool:
     return len(parts) >= len(wanted) and all(map(fnmatchcase, parts[-len(wanted) :], wanted))
 
 
-def _aliased(text: str, layer: str, hook: str, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
-    if hook not in ALIASES:
-        raise ConfigError(f"{text!r} is not a known name.{nearest(hook, ALIASES)}")
-    lists = [name for name in LAYER_LISTS if isinstance(modules.get(name), nn.ModuleList)]
-    if not lists:
-        raise ConfigError(f"{text!r}: this model has no known list of layers; write the module path")
-    layers = range(len(modules[lists[0]])) if layer == "*" else [int(layer)]  # type: ignore[arg-type]
-    paths, side = ALIASES[hook]
-    if side == "input" and "ln_2" in paths and getattr(modules[f"{lists[0]}.0"], "use_parallel_residual", False):
-        raise ConfigError(f"{text!r}: attention and MLP of this model read the same stream; nothing lies between them")
-    if f"{lists[0]}.0.post_feedforward_layernorm" in modules:  # Gemma 2 and 3, OLMo 2 and 3
-        if hook == "hook_attn_out":
-            paths = ("post_attention_layernorm",)  # elsewhere this name is the norm before the MLP
-        elif hook == "hook_resid_mid" and f"{lists[0]}.0.pre_feedforward_layernorm" not in modules:
-            paths = ("mlp",)  # OLMo has no norm before it
-    found = []
-    for number in layers:
-        candidates = [f"{lists[0]}.{number}.{path}".rstrip(".") for path in paths]
-        hits = [candidate for candidate in candidates if candidate in modules]
-        if not hits:
-            raise ConfigError(f"{text!r}: none of {', '.join(candidates[:4])} is in this model")
-        found.append((hits[0], side))
-    return found
+def _aliased(text: str, layer: str | None, name: str | None, model: nn.Module) -> list[Place]:
+    """Returns the places of a TransformerLens name; without a layer, of "hook_embed"."""
+    if name and name not in ALIASES:
+        raise ConfigError(f"{text!r} is not a known name.{nearest(name, ALIASES)}")
+    try:
+        stream = stream_of(model)
+    except ConfigError as error:
+        raise ConfigError(f"{text!r}: {error}") from None
+    if not stream.layers:
+        raise ConfigError(
+            f"{text!r}: this model has no one list of layers, each given what the one before it made "
+            f"({stream.unlayered}); write the module path"
+        )
+    layers = stream.layers
+    numbers = range(len(layers)) if layer == "*" else [int(layer or 0)]
+    if numbers[-1] >= len(layers):
+        last = f"{layers[0].rpartition('.')[0]}.{numbers[-1]}"
+        raise ConfigError(f"{text!r}: none of {last} is in this model; its layers are 0 to {len(layers) - 1}")
+    found = [stream.places[number, name] for number in numbers] if name else [stream.embedding]
+    for place in found:
+        if isinstance(place, str):
+            raise ConfigError(f"{text!r}: {place}")
+    return found  # type: ignore[return-value]
 
 
-def _closest(path: str, modules: dict[str, nn.Module]) -> str:
+def _closest(path: str, modules: list[str]) -> str:
     """Returns nearest names, also comparing with the ends of the paths, since users type suffixes."""
     depth = path.count(".") + 1
     ends = {".".join(name.split(".")[-depth:]): name for name in reversed(modules)}
     return nearest(path, [*modules, *ends], count=3)
-
-
-def _heads(model: nn.Module, hook: str, side: str) -> int | None:
-    """Returns the number of heads if the site is the concatenation of head outputs (input of the output projection)."""
-    config = getattr(model, "config", None)
-    is_out = hook.endswith(tuple(f"{attention}.{out}" for attention in ATTENTION for out in ATTENTION_OUT))
-    return getattr(config, "num_attention_heads", None) if side == "input" and is_out else None
 
 
 # TransformerLens' short names of the models for which coders have been released, by hub id.

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from rigs.tiny_lms import tiny_lm
 from torch import nn
 from transformers import (
     BertConfig,
@@ -16,7 +17,8 @@ from transformers import (
 )
 
 from sae.base.errors import ConfigError
-from sae.lm.hooks import capture, capture_with_gradients, site_widths
+from sae.lm.hooks import capture, capture_with_gradients, hooked, site_widths
+from sae.lm.intervene import replace_at
 from sae.lm.masking import MaskSpec, norm_mask, token_mask
 from sae.lm.models import LanguageModel
 from sae.lm.site import Site
@@ -86,6 +88,7 @@ def test_an_encoder_and_its_padding():
 
 def test_the_model_stops_behind_the_last_site():
     lm, ran = causal("llama"), []
+    capture(lm, at(lm, "model.layers.1"), tokens())  # the first time all of it runs, to see what runs several times
     for name, module in lm.model.named_modules():
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
     capture(lm, at(lm, "model.layers.1"), tokens())
@@ -157,17 +160,56 @@ def test_of_a_tuple_the_first_is_meant_and_keyword_inputs_are_seen(toy):
     ("site", "message"),
     [
         (Site("unused"), "unused never ran in a forward pass of toy"),
-        (Site("shared"), "shared runs more than once per pass"),
+        (Site("shared"), r"shared runs more than once per pass \(2 times\)"),
         (Site("missing"), "no module 'missing'"),
         (Site("embed", "input"), "embed:input gives int32 of shape .* not a vector per token"),
     ],
     ids=lambda value: value.name if isinstance(value, Site) else "",
 )
 def test_a_site_that_cannot_be_read_is_named(toy, site, message):
-    sites = [site, Site("unused")] if site.hook == "shared" else [site]
     with pytest.raises(ConfigError, match=message):
-        site_widths(toy, sites)
+        site_widths(toy, [site])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in toy.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "path", "times"),
+    [
+        ("albert", {"num_hidden_layers": 4, "inner_group_num": 1}, "encoder.albert_layer_groups.0", 4),
+        ("albert", {"num_hidden_layers": 4}, "encoder.albert_layer_groups.0.albert_layers.0.ffn_output:input", 4),
+        ("dory", {}, "model.layers.1", 2),  # its layers are passed twice
+    ],
+)
+def test_a_module_that_runs_several_times_is_no_site_even_where_it_is_the_last(kind, options, path, times):
+    """The early stop would give its first run for all of them; whatever hooks it is refused."""
+    model = tiny_lm(kind, causal=kind == "dory", **options)
+    lm = LanguageModel(model, None, kind, None, kind == "dory")
+    (site,) = at(lm, path)
+    message = rf"runs more than once per pass \({times} times\)"
+    for use in (
+        lambda: capture(lm, [site], tokens()),
+        lambda: site_widths(lm, [site]),
+        lambda: replace_at(model, site, torch.zeros_like).__enter__(),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            use()
+
+
+def test_a_probe_goes_unseen_by_hooks_that_are_open():
+    lm, seen = causal("llama"), []
+    with hooked(lm.model, at(lm, "model.layers.0"), lambda site, x: seen.append(x.shape)):
+        at(lm, "blocks.1.hook_resid_mid")  # measures
+        assert seen == []
+        lm.model(tokens().long())
+    assert seen == [(3, 7, D)]
+
+
+def test_what_a_model_adds_to_in_place_is_read_as_it_was():
+    """Falcon adds attention's output to the MLP's in place, after both were seen."""
+    lm, ids = LanguageModel(tiny_lm("falcon"), None, "falcon", None, True), tokens()
+    mlp, after = at(lm, "blocks.0.hook_mlp_out", "blocks.0.hook_resid_post")
+    alone = capture(lm, [mlp], ids)[mlp.name]
+    assert torch.equal(capture(lm, [mlp, after], ids)[mlp.name], alone)
 
 
 def test_widths_of_all_kinds_of_site():

@@ -1,0 +1,124 @@
+"""A pass over a few tokens: what every module of a model was given and what it made, and how often it ran."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from sae.lm.models import ONE_AT_A_TIME
+from sae.lm.probing import reader_of
+
+# The same token at several places and other tokens at the same place. Small ids, since vocabularies of tests are small.
+TOKENS = torch.tensor([[3, 4, 5, 3, 6, 7], [5, 4, 6, 7, 3, 5]])
+STREAMS = (
+    "hidden_states",
+    "x",
+    "input",
+    "inputs",
+    "hidden_state",
+)  # what models call the tensor that a module is given
+
+probed: set[int] = set()
+"""Ids of the models that are being probed: whoever has hooks on one takes no notice of the pass."""
+
+
+@dataclass
+class Call:
+    """What one module did in a pass."""
+
+    runs: int = 0
+    given: Tensor | None = None
+    """Its first tensor argument, as a copy [rows, context, width] on the CPU, where it is a vector per token."""
+    made: Tensor | None = None
+    """Its first result, likewise."""
+    flat: tuple[str, ...] = ()
+    """The sides ("input", "output") on which the model holds rows and context as one axis."""
+
+
+def key_of_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str | None:
+    """Returns where a module's input stands among its arguments: 0, a keyword, or None if it has none."""
+    return 0 if args else next((key for key in STREAMS if key in kwargs), None)
+
+
+def first(result: Any) -> Any:
+    """Returns the first member of a tuple or list, and anything else as it is."""
+    return result[0] if isinstance(result, (tuple, list)) and result else result
+
+
+@torch.no_grad()
+def probe(model: nn.Module, keep: bool = True) -> dict[str, Call]:
+    """Returns what the modules did by path, in the order in which they finished; those that did not run are left out.
+
+    With `keep` copies of their tensors, else how often they ran alone. Raises whatever the model raises.
+    """
+    calls: dict[str, Call] = {}
+    begun: dict[str, Call] = {}
+    copies: dict[tuple[torch.Size, torch.dtype, bytes], Tensor] = {}
+
+    def copied(call: Call, side: str, x: Any) -> Tensor | None:
+        """Returns a copy, the same for equal tensors: modules may change what they are given, or pass it on."""
+        if not (keep and isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1):
+            return None
+        if x.dim() == 2 and len(x) == TOKENS.numel():
+            call.flat += (side,)
+            x = x.unflatten(0, TOKENS.shape)
+        if x.dim() < 3 or x.shape[:2] != TOKENS.shape:
+            return None
+        copy = x.detach().to("cpu", copy=True).flatten(2).contiguous()
+        return copies.setdefault((copy.shape, copy.dtype, copy.view(torch.uint8).numpy().tobytes()), copy)
+
+    def before(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = begun.setdefault(path, Call())
+        call.runs += 1
+        key = key_of_input(args, kwargs)
+        call.given = None if key is None else copied(call, "input", args[key] if isinstance(key, int) else kwargs[key])
+
+    def after(path: str, result: Any) -> None:
+        call = calls[path] = begun[path]
+        call.made = copied(call, "output", first(result))
+
+    handles = []
+    with ONE_AT_A_TIME:
+        probed.add(id(model))
+        try:
+            for path, module in model.named_modules():
+                handles += [
+                    module.register_forward_pre_hook(lambda _, a, k, path=path: before(path, a, k), with_kwargs=True),
+                    module.register_forward_hook(lambda _, a, out, path=path: after(path, out)),
+                ]
+            reader_of(model)(**_inputs(model))
+        finally:
+            probed.discard(id(model))
+            for handle in handles:
+                handle.remove()
+    return calls
+
+
+def _inputs(model: nn.Module) -> dict[str, Any]:
+    embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    vocabulary = embedding.num_embeddings if embedding else int(TOKENS.max()) + 1
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    inputs: dict[str, Any] = {"input_ids": (TOKENS % vocabulary).to(device)}
+    known = inspect.signature(reader_of(model).forward).parameters
+    return inputs | ({"use_cache": False} if "use_cache" in known else {})
+
+
+_runs: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, int]] = WeakKeyDictionary()
+
+
+def runs_of(model: nn.Module) -> WeakKeyDictionary[nn.Module, int]:
+    """Returns how often each module of a model runs in a pass, counted once.
+
+    Nothing of a model that needs more than tokens: it will say so itself when it is run.
+    """
+    if model not in _runs:
+        try:
+            calls = probe(model, keep=False)
+        except Exception:  # anything that a model's own code may raise
+            calls = {}
+        _runs[model] = WeakKeyDictionary({model.get_submodule(path): call.runs for path, call in calls.items()})
+    return _runs[model]
