@@ -20,6 +20,7 @@ from sae.coder.coder import SparseCoder
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
 from sae.evaluation.metrics import fvu
+from sae.lm.norms import norm_of
 from sae.lm.site import Site
 from sae.lm.sites import find_module, resolve_sites
 from sae.selection.jumprelu import JumpReLU
@@ -105,7 +106,7 @@ def other_gain(model: nn.Module, spec: CoderSpec) -> Iterator[CoderSpec]:
         layer, norm = LAYER.search(site.hook), NORM_BEFORE.get(site.hook.rpartition(".")[2])
         if site.side == "normalized":
             return replace(site, side="output")
-        if site.side == "output" and "Norm" in type(find_module(model, site)[0]).__name__:
+        if site.side == "output" and norm_of(find_module(model, site)[0], site.width or spec.d_in):
             return replace(site, side="normalized")
         if site.side == "input" and layer and norm:
             with contextlib.suppress(ConfigError):

@@ -322,7 +322,7 @@ def _losses(
         if len(models) > 1 or any(coder.spec.selection.looks_at_gradients for coder in coders.values()):
             seen, gradients = _seen(coders, models, batch)
         own = sites_of_model(_sites(coders), tag)
-        with hooked(lm.model, own, lambda site, x, seen=seen: seen.update({site.name: x.to(device)})):
+        with hooked(lm.model, own, lambda site, x, seen=seen: seen.update({site.name: x.to(device, copy=True)})):
             clean = logits(tokens)
         ablated: dict[Any, tuple[Tensor, Tensor]] = {}  # the same for all coders of the same sites and mask
         for name, coder in coders.items():

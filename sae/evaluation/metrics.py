@@ -132,8 +132,11 @@ def head_shares(decoder: Float[Tensor, "d_sae d"], heads: int, alive: Bool[Tenso
 
     A latent's share in head h is |W_dec_i[h]| / sum over heads of it. mean_share is the mean over live latents by head,
     dominant the share of live latents with more than half in one head, heads_per_latent their mean effective number of
-    heads (one over the sum of squared shares).
+    heads (one over the sum of squared shares). Where the columns are not so many heads of one width, `not_available`
+    says so: a figure beside the others is no reason to lose them.
     """
+    if decoder.shape[1] % heads:
+        return {"not_available": f"{decoder.shape[1]} columns are not {heads} heads of one width"}
     parts = decoder.detach()[alive.to(decoder.device)].double().unflatten(1, (heads, -1)).norm(dim=2)
     shares = parts / parts.sum(1, keepdim=True).clamp_min(1e-30)
     if not len(shares):

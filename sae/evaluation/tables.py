@@ -29,7 +29,9 @@ def table(found: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"FVU at {site}", _number(value)))
     if "skip" in found:
         rows.append(("explained by the skip path alone", _share(found["skip"]["ev"])))
-    if "heads" in found:
+    if "not_available" in found.get("heads", {}):
+        rows.append(("decoder share by head", f"not available: {found['heads']['not_available']}"))
+    elif "heads" in found:
         heads = found["heads"]
         rows.append(("latents mostly in one head", _share(heads["dominant"])))
         rows.append(("decoder share by head", " ".join(f"{share:.2f}" for share in heads["mean_share"])))

@@ -172,7 +172,7 @@ def capture_with_gradients(
         x = x if x.requires_grad else x.detach().requires_grad_()
         x.retain_grad()
         seen[site.name] = x
-        return x
+        return x.clone()  # what follows may add to it in place
 
     with torch.enable_grad(), hooked(lm.model, sites, see):
         logits = lm.model(**model_inputs(lm, tokens)).logits

@@ -210,6 +210,7 @@ def test_what_a_model_adds_to_in_place_is_read_as_it_was():
     mlp, after = at(lm, "blocks.0.hook_mlp_out", "blocks.0.hook_resid_post")
     alone = capture(lm, [mlp], ids)[mlp.name]
     assert torch.equal(capture(lm, [mlp, after], ids)[mlp.name], alone)
+    assert torch.equal(capture_with_gradients(lm, [mlp], ids, MaskSpec())[0][mlp.name], alone)
 
 
 def test_widths_of_all_kinds_of_site():

@@ -14,6 +14,7 @@ from sae.coder.spec import CoderSpec
 from sae.coder.splicing import reads_ahead, splice
 from sae.evaluation.evaluation import evaluate
 from sae.evaluation.metrics import fvu
+from sae.evaluation.tables import table
 from sae.lm.hooks import capture
 from sae.lm.intervene import ablate
 from sae.lm.masking import MaskSpec
@@ -356,6 +357,15 @@ def test_a_transcoder_is_set_beside_the_autoencoder_of_its_target(lm, rows):
         found["tc"]["loss"]["ce_spliced"] / found["sae"]["loss"]["ce_spliced"]
     )
     assert "against" not in found["sae"]
+
+
+def test_heads_that_do_not_divide_the_columns_cost_no_other_figure(lm, rows):
+    """Runs of older versions may have saved another module's number of heads."""
+    (pair,) = paired_of(lm, ["blocks.1.attn.hook_z"])
+    found = evaluate(identity((Site(**{**pair[0].__dict__, "width": D, "heads": 5}),)), lm, rows, 240)
+    assert found["heads"] == {"not_available": f"{D} columns are not 5 heads of one width"}
+    assert found["loss"]["ce_recovered"] == pytest.approx(1.0, abs=1e-4)
+    assert ("decoder share by head", f"not available: {D} columns are not 5 heads of one width") in table(found)
 
 
 def test_attention_outputs_by_head(lm, rows):
