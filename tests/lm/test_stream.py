@@ -179,9 +179,18 @@ def test_the_embedding_is_what_a_token_adds_to_the_stream(kind, place):
     close(x["embed"] + (x["pre"] - x["embed"])[:1], x["pre"])
 
 
-def test_two_stacks_and_a_model_that_needs_more_are_refused():
-    with pytest.raises(ConfigError, match=r"no one list of layers.*\(encoder\.block, decoder\.block\)"):
-        resolve_sites(tiny_lm("t5", causal=False), ["blocks.0.hook_resid_post"])
+def test_of_an_encoder_and_a_decoder_the_encoder_is_meant_which_is_what_is_read():
+    lm = LanguageModel(tiny_lm("t5", causal=False), None, "t5", None, False)
+    sites, _ = served(lm.model, 1)
+    assert {site.hook.partition(".")[0] for site in sites.values()} == {"encoder"}
+    assert set(sites) >= NAMES
+    seen = capture(lm, list({site.name: site for site in sites.values()}.values()), TOKENS)
+    pre, attention, middle, mlp, post = (seen[sites[name].name] for name in SUMS)
+    assert close(pre + attention, middle)
+    assert close(middle + mlp, post)
+
+
+def test_layers_that_run_again_and_a_model_that_cannot_be_run_are_refused():
     with pytest.raises(ConfigError, match=r"no one list of layers.*albert_layer_groups\.0 runs 4 times"):
         resolve_sites(tiny_lm("albert", causal=False, num_hidden_layers=4), ["blocks.0.hook_resid_post"])
     model = tiny_lm("llama")
