@@ -28,7 +28,7 @@ def test_an_answer_to_half_a_question_is_an_error_of_that_question(tmp_path, mon
     request = Chat("explainer", (("system", "Explain."), ("user", WORDS)), 50)
     reply = ask(tmp_path, request, lambda asked: (min(1024, 2 * len(asked.text.split())), 2), via=via)
     assert reply.failure == "bad_request"
-    assert "read 1,024 tokens of a prompt of at least 2,001" in reply.detail
+    assert "read 1,024 tokens of a prompt of at least 2,002" in reply.detail
     assert ask(tmp_path / "whole", request, lambda asked: (len(asked.text.split()) * 5 // 4, 2), via=via).ok
 
 
