@@ -4,8 +4,8 @@
 
 A token of the usual vocabularies never spans two words, nor signs but for one before a word: so this many tokens are
 the least that a prompt can be, whatever the tokenizer. Prompts of ours have 1.4 to 1.9 times as many (SmolLM2, Gemma 3,
-BERT), so that they are told to be cut once about a third is gone; one cut by less goes unseen. Where a server counts only what it has not
-read before (`cached_tokens` beside, or a few dozen in all), nothing is said.
+BERT), so that they are told to be cut once about a third is gone; one cut by less goes unseen. Where a server counts
+only what it has not read before (`cached_tokens` beside, or a few dozen in all), nothing is said.
 """
 
 import re
