@@ -1,6 +1,7 @@
 """sae-eval: held-out metrics of a coder, or of every coder of a run or repository, as a table and one JSON."""
 
 import json
+import logging
 import sys
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ def command(argv: list[str]) -> int:
     from sae.lm.models import ModelConfig, load_language_model
     from sae.loading import hub
     from sae.parallel.stopping import stop_flag
-    from sae.text.tokenizing import tokenize
+    from sae.text.tokenizing import tokenize, what_was_met
     from sae.training.config import TrainConfig
 
     path = Path(options.path).expanduser()
@@ -79,6 +80,8 @@ def command(argv: list[str]) -> int:
         model.check_context(config.text.context_length)
     with stop_flag() as stop:
         text = tokenize(config.text, lm.tokenizer, lm.source(), Watch(stop, repair=options.repair))
+        held_out = f"{text.held_out.n_rows * text.held_out.context_length:,}"
+        logging.getLogger(__name__).info("text: %s held-out tokens, %s", held_out, what_was_met(text.meta))
         coders = {name: coder.to(lm.device) for name, coder in coders.items()}
         found = evaluate(coders, lm, text.held_out, options.tokens, options.nulls, stop, second)
     write_json(target, json.loads(json.dumps(found)))

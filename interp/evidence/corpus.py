@@ -6,6 +6,7 @@ the test part (40 %), by a hash of its name. Rows that repeat what another part 
 documents (one text file) is one long document, so its split is one by blocks and labeled so.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import groupby
@@ -23,8 +24,8 @@ from sae.base.files import cache_dir, made_once
 from sae.base.progress import UNWATCHED, Watch
 from sae.base.seeding import uniform
 from sae.base.store import Shards, ShardWriter, fingerprint_key
-from sae.text.documents import TextConfig, documents
-from sae.text.packing import PADDING
+from sae.text.documents import Document, TextConfig, check_met, documents
+from sae.text.packing import PADDING, added, room, token_ids
 from sae.text.tokenizing import PIECE_CHARS, SHARD_TOKENS, encode_texts, piece_end, rows_made_from
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class Corpus:
     """Rows of one section each, padded behind, with the part they belong to.
 
     Attributes, one value a row: `document` and `section` (int32), `split` (int8: a place in `interp.records.SPLITS`),
-    `length` (int32, tokens without padding) and `name` (int64, a hash of document and place, the same on every
-    machine).
+    `length` (int32, tokens up to the end of the text) and `name` (int64, a hash of document and place, the same on
+    every machine).
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
@@ -61,6 +62,8 @@ class Corpus:
         self.context_length: int = self.meta["context_length"]
         self.first: int = self.meta["first"]
         """Place of the first token of the text in a row: behind BOS, if there is one."""
+        self.behind: int = self.meta.get("behind", 0)
+        """Tokens that stand behind the text of a row, such as [SEP]."""
         self.key = folder.name
         self.content = fingerprint_key({k: v for k, v in fingerprint.items() if k not in ("model", "revision")})
         """As `key`, whatever the model is called whose tokenizer it is."""
@@ -84,9 +87,10 @@ class Corpus:
         return rows[np.argsort(-self.length[rows], kind="stable")]
 
     def tokens(self, rows: Int[np.ndarray, "rows"] | list[int]) -> Int[Tensor, "rows longest"]:
-        """Returns token ids, int32, as wide as the longest of these rows, PADDING behind the others."""
+        """Returns tokens, int32 (see `sae.text.packing`), as wide as the longest of these rows, padded behind."""
         rows = np.asarray(rows, dtype=np.int64)
-        out = torch.full((len(rows), int(self.length[rows].max(initial=1))), PADDING, dtype=torch.int32)
+        width = int(self.length[rows].max(initial=1)) + self.behind
+        out = torch.full((len(rows), width), PADDING, dtype=torch.int32)
         shards = np.searchsorted(self._ends, rows, side="right")
         for shard in np.unique(shards).tolist():
             here = np.flatnonzero(shards == shard)
@@ -95,10 +99,10 @@ class Corpus:
         return out
 
     def span(self, position: int, n: int) -> list[int]:
-        """Returns the n tokens from a position in the corpus on, all of one row."""
+        """Returns the ids of the n tokens from a position in the corpus on, all of one row."""
         row, place = divmod(position, self.context_length)
         stored, start = self._shard(int(np.searchsorted(self._ends, row, side="right")))
-        return stored[row - start, place : place + n].tolist()
+        return token_ids(stored[row - start, place : place + n]).tolist()
 
     def _shard(self, number: int) -> tuple[Int[Tensor, "rows context"], int]:
         """The rows of a shard, and the number of the first."""
@@ -114,10 +118,14 @@ class Source(NamedTuple):
     """What to call it in an error."""
     fingerprint: dict[str, Any]
     context_length: int
-    bos: list[int]
+    before: list[int]
     """What every row begins with, beside its own tokens."""
+    behind: list[int]
+    """What stands behind them."""
     rows: Callable[[], Iterator[tuple[str, int, Int[np.ndarray, "_n"]]]]
     """Gives (document, number of the row in it, its own tokens)."""
+    met: Callable[[], dict[str, int]] = dict
+    """Gives what was counted of documents on the way; ConfigError if too much is damaged."""
 
 
 def corpus_of_text(
@@ -131,9 +139,22 @@ def corpus_of_text(
 
     `fingerprint` says whose tokenizer it is. Raises ConfigError if there is too little text for three parts.
     """
-    bos: list[Any] = [tokenizer.bos_token_id] if text.bos != "none" and tokenizer.bos_token_id is not None else []
-    key, body = {**fingerprint, **rows_made_from(text, tokenizer)}, text.context_length - len(bos)
-    source = Source(f"text.source: {text.source}", key, text.context_length, bos, lambda: _rows(text, tokenizer, body))
+    before, behind = added(tokenizer, text.bos)
+    body, counts = room(text.context_length, before, behind), Counter[str]()
+
+    def met() -> dict[str, int]:
+        check_met(text, counts)
+        return counts
+
+    source = Source(
+        f"text.source: {text.source}",
+        {**fingerprint, **rows_made_from(text, tokenizer)},
+        text.context_length,
+        before,
+        behind,
+        lambda: _rows(text, tokenizer, body, counts),
+        met,
+    )
     return split_rows(source, tokens, watch)
 
 
@@ -151,7 +172,7 @@ def _fill(folder: Path, fingerprint: dict[str, Any], source: Source, tokens: int
     section, split = np.array(taken.sections, np.int32), _parts(taken.names)[taken.sections]
     shards = Shards(folder / TOKENS, TOKENS, fingerprint)
     tables = [shards.read(number)["tokens"].numpy() for number in range(len(shards))]
-    split[_repeating(tables, split, len(source.bos))] = DROPPED
+    split[_repeating(tables, split, len(source.before))] = DROPPED
     empty = [name for number, name in enumerate(SPLITS) if not (split == number).any()]
     if empty:
         raise ConfigError(
@@ -184,7 +205,7 @@ class _Taken(NamedTuple):
 
 def _take(folder: Path, fingerprint: dict[str, Any], source: Source, tokens: int, watch: Watch) -> _Taken:
     """Writes the first tokens of a source shard by shard; ConfigError if they are fewer sections than parts."""
-    writer, bos = ShardWriter(folder / TOKENS, TOKENS, fingerprint), source.bos
+    writer = ShardWriter(folder / TOKENS, TOKENS, fingerprint)
     per_shard, n_tokens = max(1, SHARD_TOKENS // source.context_length), 0
     taken, rows = _Taken([], [], []), list[np.ndarray]()
 
@@ -200,8 +221,8 @@ def _take(folder: Path, fingerprint: dict[str, Any], source: Source, tokens: int
         if taken.names[-1:] != [section]:
             taken.names.append(section)
         row = np.full(source.context_length, PADDING, np.int32)
-        filled = [*bos, *ids.tolist()]
-        row[: len(filled)] = filled
+        filled = [*source.before, *ids.tolist()]
+        row[: len(filled) + len(source.behind)] = [*filled, *source.behind]
         rows.append(row)
         taken.sections.append(len(taken.names) - 1)
         taken.lengths.append(len(filled))
@@ -212,6 +233,7 @@ def _take(folder: Path, fingerprint: dict[str, Any], source: Source, tokens: int
             watch.poll("while tokenizing")
         if n_tokens >= tokens:
             break
+    met = source.met()
     flush(1)
     if len(taken.names) < len(SPLITS):
         raise ConfigError(
@@ -219,7 +241,8 @@ def _take(folder: Path, fingerprint: dict[str, Any], source: Source, tokens: int
             f"{len(SPLITS)} are needed, one to explain from, one to choose by, one to test on"
         )
     documents = sum(name.endswith("#0") for name in taken.names)
-    meta = {"context_length": source.context_length, "first": len(bos), "documents": documents}
+    around = {"first": len(source.before), "behind": len(source.behind)}
+    meta = {"context_length": source.context_length, **around, **met, "documents": documents}
     split_by = "blocks" if documents == 1 else "document"
     writer.finish(meta | {"sections": len(taken.names), "split_by": split_by})
     return taken
@@ -231,26 +254,30 @@ def _is_one_text(text: TextConfig) -> bool:
 
 
 def _rows(
-    text: TextConfig, tokenizer: "PreTrainedTokenizerBase", body: int
+    text: TextConfig, tokenizer: "PreTrainedTokenizerBase", body: int, met: Counter[str]
 ) -> Iterator[tuple[str, int, Int[np.ndarray, "_n"]]]:
-    """Yields (document, number of the row in it, its tokens without BOS). A document is never held whole."""
-    source = documents(text)
+    """Yields (document, number of the row in it, its own tokens). A text is never held whole."""
+    source = documents(text, met)
     if _is_one_text(text):
         source = ((Path(text.source).name, piece) for _, piece in source)
     pieces = ((name, part) for name, whole in source for part in _cut(whole))
-    for name, group in groupby(_encoded(pieces, tokenizer), key=lambda piece: piece[0]):
+    for name, group in groupby(_encoded(pieces, tokenizer, text.roles), key=lambda piece: piece[0]):
         left, number = np.zeros(0, np.int64), 0
         for _, ids in group:
             left = np.concatenate([left, ids])
             while len(left) >= body:
                 yield name, number, left[:body]
                 left, number = left[body:], number + 1
+        met["skipped"] += not number and not len(left)
         if len(left):
             yield name, number, left
 
 
-def _cut(whole: str) -> Iterator[str]:
-    """Yields a text in pieces that are tokenized in one go."""
+def _cut(whole: Document) -> Iterator[Document]:
+    """Yields a document in pieces that are tokenized in one go."""
+    if not isinstance(whole, str):
+        yield whole
+        return
     start = 0
     while start < len(whole):
         stop = piece_end(whole, start, PIECE_CHARS)
@@ -259,18 +286,22 @@ def _cut(whole: str) -> Iterator[str]:
 
 
 def _encoded(
-    pieces: Iterator[tuple[str, str]], tokenizer: "PreTrainedTokenizerBase"
+    pieces: Iterator[tuple[str, Document]], tokenizer: "PreTrainedTokenizerBase", roles: tuple[str, ...]
 ) -> Iterator[tuple[str, Int[np.ndarray, "_n"]]]:
-    batch: list[tuple[str, str]] = []
+    batch: list[tuple[str, Document]] = []
     size = 0
+
+    def encoded() -> Iterator[tuple[str, Int[np.ndarray, "_n"]]]:
+        return zip((name for name, _ in batch), encode_texts(tokenizer, [t for _, t in batch], roles), strict=True)
+
     for piece in pieces:
         batch.append(piece)
         size += len(piece[1])
         if len(batch) >= BATCH_DOCUMENTS or size >= PIECE_CHARS:
-            yield from zip((name for name, _ in batch), encode_texts(tokenizer, [t for _, t in batch]), strict=True)
+            yield from encoded()
             batch, size = [], 0
     if batch:
-        yield from zip((name for name, _ in batch), encode_texts(tokenizer, [t for _, t in batch]), strict=True)
+        yield from encoded()
 
 
 def _parts(names: list[str]) -> Int[np.ndarray, "sections"]:

@@ -154,6 +154,7 @@ def corpus_of_cache(cache: DelphiCache, tokens: int, watch: Watch = UNWATCHED) -
         cache.fingerprint(),
         cache.context_length,
         [],
+        [],
         lambda: (("cache", number, row) for number, row in enumerate(rows)),
     )
     return split_rows(source, tokens, watch)

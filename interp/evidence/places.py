@@ -15,6 +15,7 @@ from interp.evidence.corpus import Corpus
 from interp.evidence.tally import Evidence
 from interp.records import SPLITS
 from sae.base.seeding import GOLDEN, generator, mixed
+from sae.text.packing import PADDING
 
 KINDS = ("sample", "top", "same_token", "neighbor")
 POOL = {"explain": 512, "valid": 512, "test": 2048}
@@ -131,9 +132,11 @@ def _pool(corpus: Corpus, seed: int) -> tuple[Int[ndarray, "pool"], Int[ndarray,
         drawn = np.zeros(0, np.int64)
         if total:  # twice as many as needed, since some are drawn twice
             draws = torch.randint(total, (2 * POOL[split],), generator=generator(seed, "silent windows", split)).numpy()
-            drawn = draws[np.sort(np.unique(draws, return_index=True)[1])][: POOL[split]]
+            drawn = draws[np.sort(np.unique(draws, return_index=True)[1])]
         index = np.searchsorted(ends, drawn, side="right")
         places = drawn - np.append(0, ends)[index] + corpus.first
-        positions.append(rows[index] * corpus.context_length + places)
-        parts.append(np.full(len(drawn), number, np.int32))
+        found = rows[index] * corpus.context_length + places
+        found = found[tokens_at(corpus, found) > PADDING][: POOL[split]]  # of context only, nothing is known
+        positions.append(found)
+        parts.append(np.full(len(found), number, np.int32))
     return np.concatenate(positions), np.concatenate(parts)

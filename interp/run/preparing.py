@@ -37,6 +37,7 @@ from sae.lm.models import load_language_model, load_tokenizer, resolve_device
 from sae.loading import hub
 from sae.parallel import collectives
 from sae.text.documents import TextConfig
+from sae.text.tokenizing import what_was_met
 
 log = logging.getLogger(__name__)
 NEIGHBORS = 8
@@ -139,7 +140,13 @@ def looked_at(config: ExplainConfig, reading: "Reading", watch: Watch = UNWATCHE
     subject, rows, codes = reading
     folder, keep = evidence_of(config)
     n_sections, by = rows.meta["sections"], rows.meta["split_by"]
-    log.info("text: %s tokens in %s sections, split by %s", f"{rows.n_tokens:,}", f"{n_sections:,}", by)
+    log.info(
+        "text: %s tokens in %s sections %s, split by %s",
+        f"{rows.n_tokens:,}",
+        f"{n_sections:,}",
+        what_was_met(rows.meta),
+        by,
+    )
     evidence = gather_evidence(codes, rows, folder, keep, watch)
     known = StoredCodes(folder / CODES, rows, codes.d_sae) if keep.store else codes
     if collectives.rank() == 0:

@@ -8,7 +8,7 @@ Both arms of a prompt are drawn with the same random numbers, so that they diffe
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,7 +23,7 @@ from sae.lm.hooks import capture
 from sae.lm.intervene import Matched, add, matched_strength, next_logits
 from sae.lm.models import LanguageModel
 from sae.lm.site import Site
-from sae.text.packing import PADDING
+from sae.text.packing import PADDING, added
 
 START = 0.3  # of the activations' own norm: the first guess at what is to be added
 
@@ -53,8 +53,7 @@ def steered(
         direction = directions(subject.coder, torch.tensor([latent]))[0].to(lm.device)
         if not spec.writes or any(site.tag for site in spec.writes) or not direction.norm() > 0:
             return None
-        first: Any = lm.tokenizer.bos_token_id
-        bos = [first] if spec.bos != "none" and first is not None else []
+        bos, _ = added(lm.tokenizer, spec.bos)
         tokens, lengths = _padded([[*bos, *prompt] for prompt in prompts], new_tokens)
         tokens, lengths = tokens.to(lm.device), lengths.to(lm.device)
         keep = torch.arange(tokens.shape[1], device=lm.device) >= lengths[:, None] - 1

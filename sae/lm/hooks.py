@@ -17,7 +17,7 @@ from sae.lm.norms import norm_of
 from sae.lm.probing import reader_of
 from sae.lm.site import Site
 from sae.lm.sites import find_module
-from sae.text.packing import PADDING
+from sae.text.packing import PADDING, token_ids
 
 
 class _AllSeen(Exception):
@@ -186,7 +186,7 @@ def capture_with_gradients(
 def _labels(logits: Tensor, tokens: Int[Tensor, "rows context"], loss: str, seed: int) -> Int[Tensor, "rows context"]:
     """Returns the tokens, or each drawn from what the model predicted for its place; padding stays."""
     if loss == "next_token":
-        return tokens
+        return token_ids(tokens)
     uniform = torch.rand(tokens[:, 1:].shape, generator=generator(seed, "sampled")).to(logits.device)
     drawn = (logits[:, :-1].float().softmax(-1).cumsum(-1) < uniform[..., None]).sum(-1).clamp_max(logits.shape[-1] - 1)
     labels = tokens.clone()
@@ -201,12 +201,14 @@ def next_token_losses(
 ) -> Float[Tensor, "counted"]:
     """Returns -log p(next token) in nats at every kept position but the last, which has no next token."""
     keep = next_token_mask(tokens, keep)
-    return nn.functional.cross_entropy(logits[:, :-1][keep].float(), tokens[:, 1:][keep].long(), reduction="none")
+    return nn.functional.cross_entropy(
+        logits[:, :-1][keep].float(), token_ids(tokens)[:, 1:][keep].long(), reduction="none"
+    )
 
 
 def model_inputs(lm: LanguageModel, tokens: Int[Tensor, "rows context"]) -> dict[str, Any]:
     """Returns the arguments of a forward pass. Padding lies behind the text, where only an encoder would see it."""
-    ids = tokens.to(lm.device).clamp_min(0)
+    ids = token_ids(tokens).to(lm.device).clamp_min(0)
     if lm.is_causal:
         return {"input_ids": ids, "use_cache": False}
     return {"input_ids": ids, "attention_mask": (tokens != PADDING).to(lm.device).long()}

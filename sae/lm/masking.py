@@ -26,11 +26,13 @@ class MaskSpec:
 def token_mask(tokens: Int[Tensor, "rows context"], mask: MaskSpec) -> Bool[Tensor, "rows context"]:
     """Returns which positions count: no special token, no padding, not among the first `skip_positions` of the row.
 
+    Nor do tokens that are context only (`sae.text.packing`), which come as numbers below that of padding.
+
     Where gradients of the next-token loss are asked for, a position without a next token does not count either.
     Together with `norm_mask` this is the only definition of the mask: training, statistics and every arm of evaluation.
     """
     special = torch.tensor(mask.special_ids, dtype=tokens.dtype, device=tokens.device)
-    keep = ~torch.isin(tokens, special) & (tokens != PADDING)
+    keep = ~torch.isin(tokens, special) & (tokens > PADDING)
     keep[:, : mask.skip_positions] = False
     if mask.next_token:
         keep[:, -1:] = False

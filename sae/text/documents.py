@@ -1,14 +1,14 @@
-"""Documents: where text comes from, as a stream of (document id, text), and what tells one source from another.
+"""Documents: where text comes from, as a stream of (document id, document), and what tells one source from another.
 
 Sources are the quickstart corpus, local files and folders of them, data sets saved by `datasets`, and hub data sets. An
-id depends on names and row numbers only, never on where a folder lies, and so does everything drawn by id.
+id depends on names and row numbers only, never on where a folder lies, and so does everything drawn by id. A document
+is a text, a list of token ids, or a chat: a list of messages with `role` and `content`.
 """
 
+import encodings.aliases
 import hashlib
-import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from sae.base.files import sha256_file
 from sae.base.network import hub_or_cache
 from sae.base.seeding import uniform
 from sae.base.settings import at_least, choose
+from sae.text.damage import repaired, too_much, what_it_may_be
+from sae.text.readers import COMPRESSED, DESCRIBING, READERS, TABLES, cells, kind_of, pick, top_of, whole
 
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
+Document = str | list[int] | list[dict[str, Any]]
+
+LOOK_CHARS = 2**20  # so much is looked at before anything long begins
 SAVED_DATASET = ("dataset_dict.json", "state.json")  # one of these lies in what `save_to_disk` made
-GROUP_CHARS = 2_000  # paragraphs of a text file given alone are put together to documents of at least this length
 HASHED_BYTES = 2**28  # larger files are told apart by size and time of change: reading them would take too long
 
 
@@ -30,13 +33,18 @@ class TextConfig:
     """The text whose activations are read."""
 
     source: str = "quickstart"
-    """quickstart (documentation on this machine), a txt/jsonl/parquet/arrow file, a folder of them, or a hub id."""
+    """quickstart (documentation on this machine), a txt/jsonl/json/csv/tsv (also .gz/.zst), parquet or arrow file, a
+    folder of them, or a hub id."""
     name: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
     """Split of a hub data set, or of a saved one."""
     column: str = "text"
-    """Column (or JSON key) that holds the text."""
+    """Column (or JSON key, or a path of them: a.0.b) that holds the text, token ids, or chats (lists of messages)."""
+    encoding: str | None = None
+    """Encoding of text files; none: what the byte-order mark says, else UTF-8."""
+    roles: tuple[str, ...] = ()
+    """Of chats, the roles whose words count, such as assistant: the others are read, but masked; none: all."""
     streaming: bool = True
     """Whether a hub data set is streamed instead of downloaded whole."""
     revision: str | None = None
@@ -63,34 +71,64 @@ class TextConfig:
             raise ConfigError(f"text.held_out_share: {self.held_out_share} is not between 0 and 1")
         if not self.column:
             raise ConfigError("text.column: empty; name the column that holds the text")
+        _check_encoding(self.encoding)
         path = Path(self.source).expanduser()
-        looks_local = path.is_absolute() or self.source.startswith((".", "~")) or path.suffix in SUFFIXES
+        looks_local = path.is_absolute() or self.source.startswith((".", "~")) or bool(kind_of(path))
         if not self.source or (looks_local and not path.exists()):
             raise ConfigError(f"text.source: no such file or folder: {self.source!r}.{_sibling(path)}")
 
 
-def documents(config: TextConfig, counts: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Yields (document id, text). A row of a table or of a jsonl file is one document, and so is a text file.
+def documents(config: TextConfig, counts: Counter[str] | None = None) -> Iterator[tuple[str, Document]]:
+    """Yields (document id, document). A row of a table or of a jsonl file is one document, and so is a text file.
 
     Only a text file that is given alone is cut, at blank lines, into documents of at least 2,000 characters. Empty and
-    null texts are skipped and invalid UTF-8 is replaced; `counts` gets the numbers of "documents", "empty" and
-    "invalid_utf8". ConfigError if the source cannot be read, lacks the column (naming those there are) or has no text.
+    null ones are skipped, damaged characters are replaced, and what is no text is left out: `counts` gets the numbers
+    of "documents", "empty", "damaged" and "skipped" ones, what `refuse_if_damaged` needs, and how many chats have each
+    "role ...". ConfigError if the source cannot be read, lacks the column (naming those there are), has no text or is
+    damaged throughout.
     """
     counts = Counter() if counts is None else counts
     for document_id, value in _source(config):
-        if isinstance(value, str | bytes):
-            value = _clean(value, counts)
-        elif value is not None:
-            raise ConfigError(
-                f"text.column: {config.column!r} holds a {type(value).__name__} in {document_id}, not text"
-            )
-        if not value or value.isspace():
+        if isinstance(value, dict) and {"role", "content"} <= value.keys():  # as `datasets` keeps lists of records
+            value = [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
+        found = "" if value is None else _document(value, config, document_id, counts)
+        if found is None:
+            counts["skipped"] += 1
+        elif not found or (isinstance(found, str) and found.isspace()):
             counts["empty"] += 1
-            continue
-        counts["documents"] += 1
-        yield document_id, value
+        else:
+            counts["documents"] += 1
+            yield document_id, found
+    check_met(config, counts)
     if not counts["documents"]:
         raise ConfigError(f"text.source: {config.source} holds no text ({counts['empty']} empty documents)")
+
+
+def check_met(config: TextConfig, counts: Counter[str]) -> None:
+    """Raises ConfigError if of the documents counted so far too much is damaged, or none has a role that is asked for.
+
+    The message names the first file that is damaged and what its encoding may be.
+    """
+    if too_much(counts):
+        share = counts["damaged_characters"] / counts["characters"]
+        raise ConfigError(
+            f"text.source: {share:.2%} of the characters of {config.source} are damaged or no text"
+            f"{_first_damaged(config)}"
+        )
+    seen = [key.removeprefix("role ") for key in counts if key.startswith("role ")]
+    for role in config.roles if counts["documents"] else ():
+        if role not in seen:
+            there = f"there are {', '.join(seen)}" if seen else f"text.column {config.column!r} holds no chats"
+            raise ConfigError(f"text.roles: no message of {role!r};{nearest(role, seen)} {there}")
+
+
+def first_look(config: TextConfig) -> None:
+    """Reads the beginning of a text; raises ConfigError for what `documents` would refuse of it, before long work."""
+    counts: Counter[str] = Counter()
+    for _ in documents(config, counts):
+        if counts["characters"] >= LOOK_CHARS or counts["documents"] >= LOOK_CHARS:
+            break
+    check_met(config, counts)
 
 
 def data_identity(config: TextConfig) -> Any:
@@ -128,14 +166,18 @@ def local_files(path: Path) -> list[Path]:
     """Returns the readable files of a folder, or the file itself; ConfigError if there are none.
 
     The order is that of a hash of their names, so that the first `max_tokens` tokens are a sample of the whole folder.
+    Files of kinds that often describe others (json, csv, tsv) are read where there are no others.
     """
+    allowed = f"{', '.join(READERS)} (text also compressed: {', '.join(COMPRESSED)})"
     if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise ConfigError(f"text.source: {path.name} is not one of {', '.join(SUFFIXES)}")
+        if not kind_of(path):
+            raise ConfigError(f"text.source: {path.name} is not one of {allowed}")
         return [path]
-    found = [p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()]
+    found = {p for p in path.rglob("*") if kind_of(p) and p.is_file()}
+    found = {p for p in found if kind_of(p) not in DESCRIBING} or found
+    found = [p for p in found if p.suffix not in COMPRESSED or p.with_suffix("") not in found]
     if not found:
-        raise ConfigError(f"text.source: the folder {path} holds no {', '.join(SUFFIXES)} file")
+        raise ConfigError(f"text.source: the folder {path} holds no {allowed} file")
     return sorted(found, key=lambda p: uniform("order", p.relative_to(path).as_posix()))
 
 
@@ -147,79 +189,17 @@ def _source(config: TextConfig) -> Iterator[tuple[str, Any]]:
         return python_docs.documents()
     if not path.exists() or _is_saved_dataset(path):
         return _dataset(config, path)
-    return _local(path, config.column)
+    return _local(path, config)
 
 
-def _local(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+def _local(path: Path, config: TextConfig) -> Iterator[tuple[str, Any]]:
     for file in local_files(path):
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        if file.suffix == ".txt" and path.is_dir():
-            yield name, file.read_bytes()
+        if kind_of(file) == ".txt" and path.is_dir():
+            yield name, whole(file, name, config.encoding)
             continue
-        readers: dict[str, Callable[[Path, str], Iterator[Any]]] = {".txt": _paragraphs, ".jsonl": _json_cells}
-        for number, cell in enumerate(readers.get(file.suffix, _table_cells)(file, column)):
+        for number, cell in enumerate(cells(file, name, config.column, config.encoding)):
             yield f"{name}:{number}", cell
-
-
-def _paragraphs(file: Path, _column: str) -> Iterator[bytes]:
-    """Yields runs of whole paragraphs, which end at blank lines."""
-    group, size = [], 0
-    with open(file, "rb") as lines:
-        for line in lines:
-            group.append(line)
-            size += len(line)
-            if size >= GROUP_CHARS and not line.strip():
-                yield b"".join(group)
-                group, size = [], 0
-    yield b"".join(group)
-
-
-def _json_cells(file: Path, column: str) -> Iterator[Any]:
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig", errors="surrogateescape"))
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"text.source: {file.name} line {number} is not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ConfigError(f"text.source: {file.name} line {number} is a {type(row).__name__}, not an object")
-            _require(column, row, file.name)
-            yield row[column]
-
-
-def _table_cells(file: Path, column: str) -> Iterator[Any]:
-    import pyarrow as pa
-
-    try:
-        for cells in _table_columns(file, column):
-            if str(cells.type) in ("string", "large_string", "string_view"):
-                cells = cells.cast(pa.large_binary())  # Arrow does not check UTF-8, Python does
-            yield from cells.to_pylist()
-    except (pa.ArrowException, OSError, UnicodeError) as error:
-        raise ConfigError(f"text.source: {file.name} cannot be read ({' '.join(str(error).split())})") from error
-
-
-def _table_columns(file: Path, column: str) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if file.suffix == ".parquet":
-        with pq.ParquetFile(file) as table:
-            _require(column, table.schema_arrow.names, file.name)
-            for batch in table.iter_batches(columns=[column]):
-                yield batch.column(0)
-        return
-    with pa.memory_map(str(file)) as source:
-        try:
-            reader = pa.ipc.open_stream(source)
-        except pa.ArrowInvalid:  # the other one of Arrow's two layouts
-            reader = pa.ipc.open_file(source)
-        _require(column, reader.schema.names, file.name)
-        is_file = isinstance(reader, pa.RecordBatchFileReader)
-        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
-            yield batch.column(column)
 
 
 def _dataset(config: TextConfig, path: Path) -> Iterator[tuple[str, Any]]:
@@ -244,31 +224,76 @@ def _dataset(config: TextConfig, path: Path) -> Iterator[tuple[str, Any]]:
         kind = "a saved data set that cannot be read" if path.exists() else "no local path, nor a data set to be loaded"
         raise ConfigError(f"text.source: {config.source!r} is {kind} ({reason}).{_sibling(path)}") from error
     if rows.column_names is not None:  # a stream may learn them only from its rows
-        _require(config.column, rows.column_names, name)
-        rows = rows.select_columns([config.column])
+        rows = rows.select_columns([top_of(config.column, rows.column_names, name)])
     for number, row in enumerate(rows):
-        _require(config.column, row, name)
-        yield f"{name}:{number}", row[config.column]
+        yield f"{name}:{number}", pick(row, config.column, name)
 
 
 def _is_saved_dataset(path: Path) -> bool:
     return any((path / name).is_file() for name in SAVED_DATASET)
 
 
-def _require(column: str, columns: Any, where: str) -> None:
-    if column not in columns:
-        listed = ", ".join(columns)
-        raise ConfigError(f"text.column: {where} has no column {column!r}.{nearest(column, columns)} It has: {listed}")
+def _document(value: Any, config: TextConfig, where: str, counts: Counter[str]) -> Document | None:
+    """Returns a cell as a document, NO_TEXT if it is none; ConfigError if it is nothing that can be one."""
+    if isinstance(value, bytes):
+        value = value.decode(errors="surrogateescape")  # an invalid byte becomes a surrogate, for now
+    if isinstance(value, str):
+        return repaired(value, counts)
+    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
+        counts.update(f"role {role}" for role in {message.get("role") for message in value})
+        try:
+            return _mapped(value, counts)
+        except _NoText:
+            return None
+    if isinstance(value, list) and all(type(number) is int for number in value):
+        return value
+    kind = type(value).__name__
+    kind += f" of {type(value[0]).__name__}" if isinstance(value, list) else ""
+    raise ConfigError(f"text.column: {config.column!r} holds a {kind} in {where}, not text, token ids or a chat")
 
 
-def _clean(text: str | bytes, counts: Counter[str]) -> str:
-    """The text as valid Unicode: tokenizers take neither broken UTF-8 nor the lone surrogates that JSON can spell."""
-    if isinstance(text, bytes):
-        text = text.decode(errors="surrogateescape")  # an invalid byte becomes a surrogate, for now
-    text = text.removeprefix("\ufeff")
-    valid = re.sub("[\ud800-\udfff]", "\ufffd", text)
-    counts["invalid_utf8"] += valid != text
-    return valid
+class _NoText(Exception):
+    """A part of a chat is no text."""
+
+
+def _mapped(value: Any, counts: Counter[str]) -> Any:
+    """Returns nested messages with every text repaired."""
+    if isinstance(value, dict):
+        return {key: _mapped(part, counts) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_mapped(part, counts) for part in value]
+    if isinstance(value, str) and (value := repaired(value, counts)) is None:
+        raise _NoText
+    return value
+
+
+def _first_damaged(config: TextConfig) -> str:
+    """Says which document is damaged first, and what to do about its file."""
+    path, counts = Path(config.source).expanduser(), Counter[str]()
+    for document_id, value in _source(config):
+        if value is not None:
+            _document(value, config, document_id, counts)
+        if counts["damaged_characters"]:
+            files = local_files(path) if path.exists() and not _is_saved_dataset(path) else []
+            name = document_id.rpartition(":")[0] or document_id
+            file = next((f for f in files if name in (f.name, f.relative_to(path).as_posix())), None)
+            if file is None or kind_of(file) in TABLES:
+                return f", the first in {document_id}: they were damaged before they were stored"
+            return f", the first in {document_id}; {what_it_may_be(file, config.encoding)}"
+    return ""
+
+
+def _check_encoding(encoding: str | None) -> None:
+    try:
+        if encoding is None or "a".encode(encoding).decode(encoding) == "a":
+            return
+    except (LookupError, UnicodeError):  # none of that name, or none of text
+        pass
+    names = {name.replace("_", "-") for pair in encodings.aliases.aliases.items() for name in pair}
+    raise ConfigError(
+        f"text.encoding: {encoding!r} is no encoding of text, such as utf-8, utf-16, latin-1 or cp1252."
+        f"{nearest(encoding or '', sorted(names))}"
+    )
 
 
 def _sibling(path: Path) -> str:

@@ -1,4 +1,8 @@
-"""Packing: documents -> rows of equal length, by layout and BOS policy."""
+"""Packing: documents -> rows of equal length, by layout and BOS policy, with what the tokenizer adds to a text.
+
+A row holds token ids, `PADDING` where it is longer than its text, and below that tokens that are context only: the
+model reads them, and no coder does (what others say in a chat).
+"""
 
 from typing import TYPE_CHECKING
 
@@ -8,25 +12,68 @@ from jaxtyping import Int
 from numpy import ndarray
 from torch import Tensor
 
+from sae.base.errors import ConfigError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PADDING = -1  # no token id: a tokenizer may lack PAD, and its EOS also stands inside text
+PROBES = ("a", "1", ".")  # texts of which a tokenizer knows at least one
 CUT_ROWS = 64  # this many in one go, because cutting copies what is left over
+
+
+def context_only(ids: Int[ndarray, "n"]) -> Int[ndarray, "n"]:
+    """Returns tokens as they stand in rows where the model reads them and no coder does."""
+    return PADDING - 1 - ids
+
+
+def token_ids(tokens: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Returns which tokens those of rows are, context or not; PADDING stays."""
+    return torch.where(tokens < PADDING, PADDING - 1 - tokens, tokens)
+
+
+def added(tokenizer: "PreTrainedTokenizerBase", bos: str = "row") -> tuple[list[int], list[int]]:
+    """Returns what stands before and behind a text: what the tokenizer itself adds to one, measured.
+
+    It is [CLS] and [SEP] for BERT, nothing and </s> for T5. A tokenizer that adds nothing, as GPT-2's, still has its
+    BOS put before a text. With the policy `bos` "none", nothing is added.
+    """
+    if bos == "none":
+        return [], []
+    for probe in PROBES:
+        whole, plain = (list(tokenizer.encode(probe, add_special_tokens=special)) for special in (True, False))
+        for start in range(len(whole) - len(plain) + 1 if plain else 0):
+            before, behind = whole[:start], whole[start + len(plain) :]
+            if whole == [*before, *plain, *behind] and (before or behind):
+                return before, behind
+    return _special(tokenizer, "bos_token_id"), []
+
+
+def room(length: int, before: list[int], behind: list[int]) -> int:
+    """Returns how many tokens of text a row has; ConfigError if none."""
+    n_added = len(before) + len(behind)
+    if length <= n_added:
+        raise ConfigError(
+            f"text.context_length: {length} leaves no room for text beside the {n_added} tokens that the tokenizer adds"
+        )
+    return length - n_added
 
 
 class Packer:
     """Turns a stream of documents into rows of `length` tokens. A document may come in pieces, so it is never whole.
 
     packed: documents one after the other with EOS behind each, cut every `length` tokens; what is left over at the end
-    is dropped. one_per_row: the beginning of each document, padded. BOS stands at the start of every row ("row") or of
-    every document ("document") or nowhere ("none"). What a tokenizer does not have is left out.
+    is dropped. one_per_row: the beginning of each document, padded. What the tokenizer adds to a text (`added`) stands
+    around every row ("row") or every document ("document") or nowhere ("none"); what a document has there already is
+    not put there twice. Raises ConfigError if a row has no room for text.
     """
 
     def __init__(self, length: int, layout: str, bos: str, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.length, self.one_per_row = length, layout == "one_per_row"
-        self.bos = _special(tokenizer, "bos_token_id") if bos != "none" else []
-        self.eos = _special(tokenizer, "eos_token_id") if not self.one_per_row else []
+        self.before, self.behind = added(tokenizer, bos)
+        room(length, self.before, self.behind)
+        self.end = self.behind if self.one_per_row else self.behind or _special(tokenizer, "eos_token_id")
+        """What stands behind a document."""
         self.by_document = bos == "document" or self.one_per_row
         self.n_rows = self.n_ready = 0
         """Rows made so far, and how many of them have not been taken."""
@@ -39,10 +86,12 @@ class Packer:
 
         Returns how many of `tokens` found room.
         """
-        start = self.bos if first and self.by_document else []
+        start = self.before if first and self.by_document else []
+        start = [] if _same(tokens[: len(start)], start) else start
         if self.one_per_row:
-            tokens = tokens[: self.length - self._n_open - len(start)]
-        filled = np.concatenate([start, tokens, self.eos if last else []], dtype=np.int32, casting="unsafe")
+            tokens = tokens[: max(0, self.length - self._n_open - len(start) - len(self.end))]
+        end = [] if not last or _same(tokens[len(tokens) - len(self.end) :], self.end) else self.end
+        filled = np.concatenate([start, tokens, end], dtype=np.int32, casting="unsafe")
         self._open.append((filled, np.full(len(filled), document, np.int32)))
         self._n_open += len(filled)
         if self.one_per_row and last:
@@ -64,26 +113,33 @@ class Packer:
         self.n_ready -= len(tokens[:n])
         return {"tokens": torch.from_numpy(tokens[:n]), "documents": torch.from_numpy(documents[:n])}
 
+    @property
+    def _around_rows(self) -> tuple[list[int], list[int]]:
+        return ([], []) if self.by_document else (self.before, self.behind)
+
     def _cut(self) -> None:
         """Makes rows of what is open, as many as it fills."""
-        start = [] if self.by_document else self.bos
-        body = self.length - len(start)
+        before, behind = self._around_rows
+        body = room(self.length, before, behind)
         n = self._n_open // body
         if n:
             tokens, documents = _joined(self._open)
             self._open, self._n_open = [(tokens[n * body :], documents[n * body :])], self._n_open - n * body
             tokens, documents = tokens[: n * body].reshape(n, body), documents[: n * body].reshape(n, body)
-            start = np.tile(np.array(start, np.int32), (n, 1))
-            self._keep(np.hstack([start, tokens]), np.hstack([documents[:, : start.shape[1]], documents]))
+            start, end = (np.tile(np.array(side, np.int32), (n, 1)) for side in (before, behind))
+            owners = np.pad(documents, ((0, 0), (len(before), len(behind))), mode="edge")
+            self._keep(np.hstack([start, tokens, end]), owners)
 
     def _close(self) -> None:
-        """Makes one padded row of what is open, unless that is only a BOS."""
+        """Makes one padded row of what is open, unless that holds no text."""
         tokens, documents = _joined(self._open) if self._open else (np.zeros(0, np.int32),) * 2
         self._open, self._n_open = [], 0
-        if len(tokens) <= (len(self.bos) if self.by_document else 0):
+        none = len(self.before) + len(self.end if self.one_per_row else []) if self.by_document else 0
+        if len(tokens) <= none:
             return
-        start = np.array([] if self.by_document else self.bos, np.int32)
-        tokens, documents = np.concatenate([start, tokens]), np.concatenate([documents[: len(start)], documents])
+        before, behind = self._around_rows
+        tokens = np.concatenate([before, tokens, behind], dtype=np.int32, casting="unsafe")
+        documents = np.pad(documents, (len(before), len(behind)), mode="edge")
         padding = (0, self.length - len(tokens))
         self._keep(*(np.pad(x, padding, constant_values=PADDING)[None] for x in (tokens, documents)))
 
@@ -91,6 +147,10 @@ class Packer:
         self._ready.append((tokens, documents))
         self.n_rows += len(tokens)
         self.n_ready += len(tokens)
+
+
+def _same(tokens: Int[ndarray, "n"], others: list[int]) -> bool:
+    return tokens.tolist() == others
 
 
 def _special(tokenizer: "PreTrainedTokenizerBase", name: str) -> list[int]:

@@ -10,11 +10,11 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -26,8 +26,9 @@ from sae.base.files import cache_dir, made_once
 from sae.base.progress import UNWATCHED, Watch
 from sae.base.seeding import uniform
 from sae.base.store import Shards, ShardWriter, fingerprint_key
-from sae.text.documents import TextConfig, data_identity, documents
-from sae.text.packing import Packer
+from sae.text.chats import chat_tokens
+from sae.text.documents import Document, TextConfig, check_met, data_identity, documents
+from sae.text.packing import Packer, added
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,7 +117,19 @@ def tokenize(
 def rows_made_from(config: TextConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Returns what token rows of a text depend on beside the model: settings, data and tokenizer, for a fingerprint."""
     settings = {name: value for name, value in asdict(config).items() if name not in ("source", "streaming")}
-    return {"tokenizer": tokenizer_digest(tokenizer), "text": settings, "data": data_identity(config)}
+    for name in ("encoding", "roles"):  # where they are not used, rows are those of before there were any
+        if not settings[name]:
+            del settings[name]
+    before, behind = added(tokenizer, config.bos)
+    around = {"added": [before, behind]} if behind or before not in ([], [tokenizer.bos_token_id]) else {}
+    return {"tokenizer": tokenizer_digest(tokenizer), "text": settings, "data": data_identity(config), **around}
+
+
+def what_was_met(meta: dict[str, Any]) -> str:
+    """Returns how many documents were read, and how many of them were empty, no text, or damaged, in words."""
+    names = {"empty": "empty", "skipped": "no text", "damaged": "damaged"}
+    met = ", ".join(f"{meta[key]:,} {name}" for key, name in names.items() if meta.get(key))
+    return f"from {meta['documents']:,} documents" + (f" ({met})" if met else "")
 
 
 def is_held_out(document_id: str, share: float) -> bool:
@@ -144,8 +157,11 @@ def _fill(
 
     for batch in _batches(_assigned(config, counts)):
         watch.poll("while tokenizing")
-        for piece, ids in zip(batch, encode_texts(tokenizer, [piece.text for piece in batch]), strict=True):
+        for piece, ids in zip(
+            batch, encode_texts(tokenizer, [piece.text for piece in batch], config.roles), strict=True
+        ):
             left = _left(config, counts) if piece.part == "train" else sys.maxsize
+            counts["skipped"] += not len(ids) and piece.first and piece.last
             if left > 0:
                 last = piece.last or len(ids) >= left
                 used = packers[piece.part].add(ids[:left], piece.document, piece.first, last)
@@ -154,6 +170,7 @@ def _fill(
         watch.progress(counts["train_tokens"] + counts["held_out_tokens"])
         if _left(config, counts) <= 0 and counts["held_out_tokens"]:
             break
+    check_met(config, counts)
     for part, packer in packers.items():
         packer.finish(pad=part == "held_out")
         if not packer.n_rows:
@@ -162,7 +179,7 @@ def _fill(
     by = "rows" if counts["documents"] == 1 else "document"
     meta = {**counts, "context_length": config.context_length, "held_out_by": by}
     for part, packer in packers.items():
-        writers[part].finish({**meta, "n_rows": packer.n_rows, "bos": packer.bos, "eos": packer.eos})
+        writers[part].finish({**meta, "n_rows": packer.n_rows, "bos": packer.before, "eos": packer.end})
 
 
 def _left(config: TextConfig, counts: Counter[str]) -> int:
@@ -174,7 +191,7 @@ def _left(config: TextConfig, counts: Counter[str]) -> int:
 class _Piece:
     """A part of a document short enough to be tokenized in one go."""
 
-    text: str
+    text: Document
     document: int
     part: str
     first: bool
@@ -187,7 +204,8 @@ def _assigned(config: TextConfig, counts: Counter[str]) -> Iterator[_Piece]:
     few = list(islice(source, FEW_DOCUMENTS))
     if len(few) == 1:
         text = few[0][1]
-        end = piece_end(text, 0, round(len(text) * (1 - config.held_out_share)))
+        end = round(len(text) * (1 - config.held_out_share))
+        end = piece_end(text, 0, end) if isinstance(text, str) else end
         head, tail = text[:end], text[end:]
         yield from _pieces(head, 0, "train", config)
         yield from _pieces(tail, 0, "held_out", config)
@@ -203,7 +221,10 @@ def _assigned(config: TextConfig, counts: Counter[str]) -> Iterator[_Piece]:
             yield from _pieces(text, number, part, config)
 
 
-def _pieces(text: str, document: int, part: str, config: TextConfig) -> Iterator[_Piece]:
+def _pieces(text: Document, document: int, part: str, config: TextConfig) -> Iterator[_Piece]:
+    if not isinstance(text, str):
+        yield _Piece(text, document, part, first=True, last=True)
+        return
     if config.layout == "one_per_row":
         text = text[: config.context_length * CHARS_PER_TOKEN]
     stop = 0
@@ -232,19 +253,45 @@ def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[Int[np.ndarray, "_n"]]:
-    """Yields the token ids of each text, none of them special.
+def encode_texts(
+    tokenizer: "PreTrainedTokenizerBase", found: Sequence[Document], roles: tuple[str, ...] = ()
+) -> Iterator[Int[np.ndarray, "_n"]]:
+    """Yields the tokens of each document: of a text none of them special, of token ids those that they are.
 
     `split_special_tokens` stops a tokenizer from looking for special tokens in text; that its vocabulary spells one
     all the same, as Unigram and word vocabularies do, is why ids are looked at as well. The unknown token may stay.
+    Of a chat, those outside of `roles` are context only (see `sae.text.packing`); one that spells a special token gives
+    none. ConfigError if a token id is none of the tokenizer's.
     """
     options = dict.fromkeys(("add_special_tokens", "return_attention_mask", "return_token_type_ids", "verbose"), False)
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in named else None
-    special = np.array([number for number in special_ids(tokenizer) if number != unknown], np.int64)
-    for ids in tokenizer(texts, split_special_tokens=True, **options)["input_ids"]:
-        found = np.array(ids, np.int64)
-        yield found[~np.isin(found, special)]
+    special = special_ids(tokenizer)
+    never = np.array([number for number in special if number != unknown], np.int64)
+    texts = [text for text in found if isinstance(text, str)]
+    encoded = iter(tokenizer(texts, split_special_tokens=True, **options)["input_ids"] if texts else ())
+    for document in found:
+        if isinstance(document, str):
+            ids = np.array(next(encoded), np.int64)
+            yield ids[~np.isin(ids, never)]
+        elif document and isinstance(document[0], dict):
+            yield chat_tokens(tokenizer, cast(Any, document), roles, special)
+        else:
+            yield _known(np.array(document, np.int64), tokenizer)
+
+
+def _known(ids: Int[np.ndarray, "n"], tokenizer: "PreTrainedTokenizerBase") -> Int[np.ndarray, "_n"]:
+    """Returns token ids without what stands around a text, which rows get by the settings."""
+    wrong = ids[(ids < 0) | (ids >= len(tokenizer))]
+    if len(wrong):
+        raise ConfigError(
+            f"text.column: it holds token id {wrong[0]}; the tokenizer of {tokenizer.name_or_path or 'the model'} has "
+            f"{len(tokenizer)}: these are ids of another one"
+        )
+    named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    around = [number for number in (*chain(*added(tokenizer)), *named) if number is not None]
+    text = np.flatnonzero(~np.isin(ids, around))
+    return ids[text[0] : text[-1] + 1] if len(text) else ids[:0]
 
 
 def _too_short(part: str, config: TextConfig, counts: Counter[str]) -> str:

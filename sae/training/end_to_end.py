@@ -14,6 +14,7 @@ from sae.lm.models import LanguageModel
 from sae.lm.site import Site
 from sae.objectives import Spliced
 from sae.stream.batch import TextBatch
+from sae.text.packing import token_ids
 
 
 def splicer(
@@ -46,7 +47,7 @@ def splicer(
                 columns = outputs[:, start : start + site.width]
                 stack.enter_context(replace_at(lm.model, site, _at(columns, kept), kept))
                 start += site.width
-            return Spliced(clean, logits(), tokens[:, 1:][chosen].long())
+            return Spliced(clean, logits(), token_ids(tokens)[:, 1:][chosen].long())
 
     return tuple(int(part.sum()) for _, part in chunks), run
 

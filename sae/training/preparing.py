@@ -25,8 +25,8 @@ from sae.parallel import collectives
 from sae.stream.lanes import Stream, lanes_of
 from sae.stream.rows import RowStream
 from sae.stream.sources import Blocks, CachedSource, LiveSource, Reading, Source
-from sae.text.documents import commit_of_data, documents
-from sae.text.tokenizing import TokenizedText, special_ids, tokenize
+from sae.text.documents import commit_of_data, first_look
+from sae.text.tokenizing import TokenizedText, special_ids, tokenize, what_was_met
 from sae.training import checkpoint
 from sae.training.config import TrainConfig
 from sae.training.estimate import check_disk, disk_needed
@@ -63,7 +63,7 @@ def load_models(config: TrainConfig, trust_remote_code: bool) -> Models:
     """Returns the language models that a run reads; of a crosscoder of two, both."""
     lanes_of(collectives.own_share())  # refused here rather than when the stream begins
     if Path(config.text.source).expanduser().exists():
-        next(documents(config.text))  # a missing column is known before the model is loaded
+        first_look(config.text)  # a missing column, or damage, is known before the model is loaded
 
     def load(model: ModelConfig) -> LanguageModel:
         return load_language_model(model.name, model.revision, model.dtype, model.device, trust_remote_code)
@@ -111,10 +111,11 @@ def _text(config: TrainConfig, lm: LanguageModel, watch: Watch) -> TokenizedText
     progress.close()
     n_tokens = text.train.n_rows * text.train.context_length
     log.info(
-        "text: %s train tokens in rows of %d, %s held out; %.1f epochs planned",
+        "text: %s train tokens in rows of %d, %s held out, %s; %.1f epochs planned",
         f"{n_tokens:,}",
         text.train.context_length,
         f"{text.held_out.n_rows * text.held_out.context_length:,}",
+        what_was_met(text.meta),
         config.tokens / n_tokens,
     )
     return text

@@ -19,11 +19,11 @@ from rigs.fakes import tiny_tokenizer
 from sae.base.errors import ConfigError, DataError, Stopped
 from sae.base.files import FolderLock, cache_dir
 from sae.base.progress import Watch
-from sae.text import documents as documents_module
 from sae.text import python_docs
 from sae.text import tokenizing as text_module
 from sae.text.documents import TextConfig, documents
 from sae.text.packing import PADDING, Packer
+from sae.text.readers import GROUP_CHARS
 from sae.text.tokenizing import TokenizedText, TokenRows, is_held_out, special_ids, tokenize
 
 BOS, EOS, PAD = 0, 1, 2
@@ -138,7 +138,7 @@ def test_a_text_file_alone_is_cut_at_blank_lines(tmp_path):
     found = list(documents(config(tmp_path / "book.txt")))
     assert "".join(part for _, part in found) == text
     assert [name for name, _ in found] == [f"book.txt:{i}" for i in range(len(found))]
-    assert all(len(part) >= documents_module.GROUP_CHARS and part.endswith("\n\n") for _, part in found[:-1])
+    assert all(len(part) >= GROUP_CHARS and part.endswith("\n\n") for _, part in found[:-1])
     assert len(found) > 5
 
 
@@ -194,7 +194,7 @@ def test_quickstart_is_the_default(monkeypatch):
 
 def test_empty_and_null_texts_are_skipped_and_invalid_text_is_repaired_and_all_are_counted(tmp_path):
     lines = [
-        b'{"text": "good \xef\xbf\xbd"}',  # a replacement character of its own is nothing to repair
+        b'{"text": "good \xef\xbf\xbd"}',  # damaged before it was stored
         b'{"text": ""}',
         b'{"text": " \\n\\t"}',
         b'{"text": null}',
@@ -206,7 +206,7 @@ def test_empty_and_null_texts_are_skipped_and_invalid_text_is_repaired_and_all_a
     counts: Counter[str] = Counter()
     found = [text for _, text in documents(config(tmp_path / "a.jsonl"), counts)]
     assert found == ["good \ufffd", "bad \ufffd\ufffd byte", "lone \ufffd surrogate \U0001f600"]
-    assert counts == {"documents": 3, "empty": 3, "invalid_utf8": 2}
+    assert (counts["documents"], counts["empty"], counts["damaged"], counts["skipped"]) == (3, 3, 3, 0)
 
 
 def test_invalid_utf8_in_text_files_and_tables_is_replaced(tmp_path):
@@ -227,7 +227,7 @@ def test_invalid_utf8_in_text_files_and_tables_is_replaced(tmp_path):
         "b.parquet:2": "good",
         "c.txt": "bad \ufffd too",
     }
-    assert counts == {"documents": 5, "empty": 2, "invalid_utf8": 3}
+    assert (counts["documents"], counts["empty"], counts["damaged"], counts["skipped"]) == (5, 2, 3, 0)
 
 
 def test_a_missing_column_lists_those_there_are(tmp_path):
@@ -258,7 +258,7 @@ def test_a_missing_column_lists_those_there_are(tmp_path):
         ("a.txt", b"\n\n", "holds no text"),
         ("a.parquet", b"PAR1", r"a\.parquet cannot be read"),
         ("a.arrow", b"ARROW1", r"a\.arrow cannot be read"),
-        ("a.csv", b"text\nx", r"a\.csv is not one of \.txt, \.jsonl"),
+        ("a.doc", b"text\nx", r"a\.doc is not one of \.txt, \.jsonl"),
     ],
 )
 def test_unreadable_files_are_named_in_one_line(tmp_path, name, content, message):
