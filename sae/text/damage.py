@@ -50,11 +50,17 @@ def too_much(counts: Counter[str]) -> bool:
 
 
 def what_it_may_be(file: Path, encoding: str | None) -> str:
-    """Returns a guess why a file is not in the encoding that was named, or not in UTF-8: another one, or no text."""
+    """Returns a guess why a file is not in the encoding that was named, or not in UTF-8: another one, or no text.
+
+    Empty if its beginning is text in UTF-8.
+    """
     if encoding:
         return f"it is not in text.encoding {encoding}"
-    with opened(file) as raw:
-        head = raw.read(HEAD_BYTES)
+    try:
+        with opened(file) as raw:
+            head = raw.read(HEAD_BYTES)
+    except (OSError, EOFError):  # which is said already
+        return ""
     known = next((what for start, what in FILES.items() if head.startswith(start)), "")
     if known:
         return f"it is not text: it begins like {known}"
@@ -69,7 +75,7 @@ def what_it_may_be(file: Path, encoding: str | None) -> str:
         return "it is not text"
     try:
         head[: head.rfind(b"\n") + 1 or None].decode()
-        return "the damage is in the file itself: no encoding mends it"
+        return ""
     except UnicodeDecodeError:
         return f"name its encoding with text.encoding (it may be {' or '.join(_encodings(head))})"
 

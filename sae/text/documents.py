@@ -198,8 +198,14 @@ def _local(path: Path, config: TextConfig) -> Iterator[tuple[str, Any]]:
         if kind_of(file) == ".txt" and path.is_dir():
             yield name, whole(file, name, config.encoding)
             continue
-        for number, cell in enumerate(cells(file, name, config.column, config.encoding)):
-            yield f"{name}:{number}", cell
+        try:
+            for number, cell in enumerate(cells(file, name, config.column, config.encoding)):
+                yield f"{name}:{number}", cell
+        except ConfigError as error:
+            hint = _hint(file, config)  # what is in another encoding has no columns and is no JSON
+            if not hint:
+                raise
+            raise ConfigError(f"{error}; {hint}") from error
 
 
 def _dataset(config: TextConfig, path: Path) -> Iterator[tuple[str, Any]]:
@@ -277,10 +283,13 @@ def _first_damaged(config: TextConfig) -> str:
             files = local_files(path) if path.exists() and not _is_saved_dataset(path) else []
             name = document_id.rpartition(":")[0] or document_id
             file = next((f for f in files if name in (f.name, f.relative_to(path).as_posix())), None)
-            if file is None or kind_of(file) in TABLES:
-                return f", the first in {document_id}: they were damaged before they were stored"
-            return f", the first in {document_id}; {what_it_may_be(file, config.encoding)}"
+            hint = _hint(file, config) if file else ""
+            return f", the first in {document_id}; {hint or 'they were damaged before they were stored'}"
     return ""
+
+
+def _hint(file: Path, config: TextConfig) -> str:
+    return "" if kind_of(file) in TABLES else what_it_may_be(file, config.encoding)
 
 
 def _check_encoding(encoding: str | None) -> None:

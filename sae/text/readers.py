@@ -99,8 +99,9 @@ def _lines(file: Path, encoding: str | None) -> Iterator[bytes]:
         if codecs.lookup(encoding).name == UTF_8:
             yield from raw
             return
-        for line in io.TextIOWrapper(raw, encoding, errors="replace", newline="\n"):
-            yield line.encode(UTF_8, "surrogatepass")
+        with io.TextIOWrapper(raw, encoding, errors="replace", newline="\n") as lines:
+            for line in lines:
+                yield line.encode(UTF_8, "surrogatepass")
 
 
 def _text(line: bytes) -> str:
