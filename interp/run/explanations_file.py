@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.base.errors import ConfigError
-from sae.base.files import decoded
+from sae.base.lines import decoded
 
 LATENT_NAMES = ("latent", "index", "feature", "id")
 TEXT_NAMES = ("text", "explanation", "description")

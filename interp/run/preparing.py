@@ -27,7 +27,8 @@ from interp.records import Examples, Window
 from interp.run import explanations_file
 from interp.run.config import QUICKSTART_TOKENS, TOKENS, ExplainConfig
 from sae.base.errors import ConfigError, nearest
-from sae.base.files import decoded, write_json
+from sae.base.files import write_json
+from sae.base.lines import decoded
 from sae.base.progress import UNWATCHED, Progress, Watch
 from sae.base.seeding import generator
 from sae.coder.coder import SparseCoder

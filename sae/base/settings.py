@@ -18,6 +18,7 @@ import yaml
 from draccus.wrappers.docstring import get_attribute_docstring
 
 from sae.base.errors import ConfigError, nearest
+from sae.base.lines import decoded
 from sae.base.plugins import Plugin, names
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ def at_least(field: str, value: float, least: float) -> None:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Returns the mapping in a YAML file; ConfigError if it cannot be read or is no mapping."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        data = yaml.load(decoded(path.read_bytes()), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: cannot read {path}: {error}") from error
     except yaml.YAMLError as error:

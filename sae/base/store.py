@@ -20,7 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from sae.base.errors import DataError
-from sae.base.files import lines_of, load_tensors, read_json, remove_stale, save_tensors, sha256_file, write_json
+from sae.base.files import load_tensors, read_json, remove_stale, save_tensors, sha256_file, write_json
+from sae.base.lines import lines_of
 from sae.base.settings import flat
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from sae.base.files import atomic_write, lines_of
+from sae.base.files import atomic_write
+from sae.base.lines import lines_of
 from sae.evaluation.metrics import DENSITY_BINS
 from sae.evaluation.tables import table
 

@@ -159,6 +159,12 @@ def test_text_that_looks_like_a_number_survives_a_file(tmp_path):
     assert read(path=tmp_path / "again.yaml") == config
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_file_may_begin_with_a_mark_of_byte_order(tmp_path, encoding):
+    (tmp_path / "mine.yaml").write_text("run_dir: caf\u00e9\n", encoding=encoding)
+    assert read(path=tmp_path / "mine.yaml").run_dir == "caf\u00e9"
+
+
 def test_merging_another_plug_in_drops_the_fields_of_the_old_one():
     base = {"selection": {"type": "topk", "k": 3}, "x": {"y": 1, "z": 2}}
     assert merge(base, {"selection": {"type": "other"}})["selection"] == {"type": "other"}

@@ -103,6 +103,28 @@ def test_an_address_that_is_refused_is_not_repeated(run, tmp_path, monkeypatch, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("OPENAI_API_KEY", "\u201c{key}\u201d"),
+        ("OPENAI_API_KEY", "{key}\n"),
+        ("OPENAI_ORG_ID", "\u201c{key}"),
+        ("HTTP_PROXY", "socks4://u:{password}@proxy"),
+        ("SSL_CERT_FILE", "/no/such/file"),
+    ],
+)
+def test_a_mistake_of_the_environment_ends_the_command_before_anything_is_written(
+    run, tmp_path, monkeypatch, variable, value
+):
+    monkeypatch.setenv(variable, value.format(**SECRETS))
+    code, shown = run("--models.explainer.base_urls", "http://llm.example/v1")
+    assert code == 2
+    assert variable in shown[1]
+    assert shown[1].count("\n") == 1 + shown[1].count("run folder")
+    assert not leaks(shown)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_printed_config_has_no_query(run):
     code, shown = run(
         "--models.explainer.base_urls", f"http://llm.example/v1?code={SECRETS['query']}", "--print-config"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from interp.client.shapes import listed, number, record, told
-from sae.base.files import lines_of
+from sae.base.lines import lines_of
 
 FULL = "token_limit_exceeded"
 """The organization's queue is full: wait until another batch has ended."""
