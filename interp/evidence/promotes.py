@@ -21,28 +21,13 @@ from torch import Tensor, nn
 
 from sae.coder.coder import CHUNK_ENTRIES, SparseCoder
 from sae.coder.splicing import directions
+from sae.lm.guesses import ATTENTION, ATTENTION_OUT, LAYER_LISTS, MLP_OUT, MLPS
 from sae.lm.models import LanguageModel
 from sae.lm.site import Site, columns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LAYER_LISTS = (
-    "model.layers",
-    "model.language_model.layers",
-    "language_model.model.layers",
-    "language_model.layers",
-    "transformer.h",
-    "gpt_neox.layers",
-    "model.decoder.layers",
-    "encoder.layer",
-    "layers",
-    "h",
-)
-ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "output.dense")
-MLPS = ("mlp", "feed_forward")
-MLP_OUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out")
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 LATENTS = 4096  # looked at together
 PIECE = CHUNK_ENTRIES // LATENTS  # of the vocabulary

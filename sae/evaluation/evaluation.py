@@ -65,9 +65,10 @@ def evaluate(
     The model, the `second` model of a crosscoder of two, and the held-out rows default to those the (first) coder's
     spec names: where it was trained.
     Keys: `reconstruction` (with the norm filter) and `reconstruction_unfiltered`, `density`, `loss` (CE and KL of every
-    arm; absent for a model that predicts no next token), `nulls` on request. Where they apply: `fvu_by_site` of several
-    sites written, `skip` (what the skip path alone explains), `heads` (decoder shares of attention heads), `against`
-    (autoencoders of the same sites in this evaluation), and `with_gradients`, labeled: all figures again, with
+    arm; absent for a model that predicts no next token, and for what can be read but not replaced), `nulls` on request.
+    Where they apply: `fvu_by_site` of several sites written, `skip` (what the skip path alone explains), `heads`
+    (decoder shares of attention heads), `against` (autoencoders of the same sites in this evaluation), and
+    `with_gradients`, labeled: all figures again, with
     gradients at inference. Units: nats per token.
     """
     several, watch = coders if isinstance(coders, dict) else {"": coders}, Watch(should_stop)
@@ -290,8 +291,9 @@ def _seen(
 
 
 def _writing(coders: dict[str, SparseCoder], tag: str) -> dict[str, SparseCoder]:
-    """Returns the coders that write in one of the models."""
-    return {name: coder for name, coder in coders.items() if sites_of_model(coder.spec.writes, tag)}
+    """Returns the coders that write in one of the models what can be replaced there."""
+    able = {name: c for name, c in coders.items() if all(site.side != "normalized" for site in c.spec.writes)}
+    return {name: coder for name, coder in able.items() if sites_of_model(coder.spec.writes, tag)}
 
 
 def _sites(coders: dict[str, SparseCoder]) -> list[Site]:

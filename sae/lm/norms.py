@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from sae.base.seeding import generator
 
@@ -46,7 +47,8 @@ def norm_of(module: nn.Module, width: int) -> Norm | None:
     """
     known = _known.setdefault(module, {})
     if width not in known:
-        known[width] = _measured(module, width)
+        with unset_fake_temporarily():
+            known[width] = _measured(module, width)
     return known[width]
 
 
@@ -58,7 +60,13 @@ def _measured(module: nn.Module, width: int) -> Norm | None:
     draws = torch.randn(DRAWS, width, generator=generator(0, "norm"))
     x = (draws + torch.randn(DRAWS, 1, generator=generator(1, "norm"))) * torch.logspace(-1, 1, DRAWS)[:, None]
     try:
-        norm = copy.deepcopy(module).float().cpu().forward  # past the hooks that led here
+        kept = module._parameters
+        if any(isinstance(parameter, FakeTensor) for parameter in parameters):  # no weights yet: any show its kind
+            own = copy.copy(module)
+            own._parameters = {n: x if x is None else nn.Parameter(torch.ones(x.shape)) for n, x in kept.items()}
+        else:
+            own = copy.deepcopy(module)
+        norm = own.float().cpu().forward  # past the hooks that led here
         made, small, none = norm(x), norm(x * 1e-4), norm(torch.zeros_like(x))
     except Exception:  # whatever it is, it does not take a vector per token alone
         return None

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sae.base.errors import ConfigError
 from sae.lm.block import NAMES, Block, Place, Unserved, off, tolerance
 from sae.lm.calls import TOKENS, Call, probe
+from sae.lm.guesses import guessed_layers, guessed_places
+from sae.lm.probing import reader_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ def stream_of(model: nn.Module) -> Stream:
 
     Kept by model and not by configuration: with other weights may not add up what did with those of a fresh model.
     """
+    if isinstance(next(model.parameters(), None), FakeTensor):  # nothing to measure; what is estimated needs a place
+        layers, embedding = guessed_layers(model), reader_of(model).get_input_embeddings()
+        return Stream(layers, "no list has many weights", guessed_places(model, layers), _path_of(model, embedding))
     if model not in _measured:
         try:
             calls = probe(model)
@@ -44,6 +50,10 @@ def stream_of(model: nn.Module) -> Stream:
         places = {key: place for n, layer in enumerate(layers) for key, place in _places(model, n, layer, calls)}
         _measured[model] = Stream(layers, unlayered, places, _embedding(calls, layers))
     return _measured[model]
+
+
+def _path_of(model: nn.Module, module: nn.Module) -> Place:
+    return next(path for path, other in model.named_modules() if other is module), "output"
 
 
 def _places(

@@ -1,11 +1,14 @@
 """TransformerLens' names in every class of language model that a short table can configure: what is served adds up."""
 
+import contextlib
+
 import pytest
 import torch
 from rigs.tiny_lms import HEADS, VOCABULARY, D, tiny_lm
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sae.base.errors import ConfigError
-from sae.lm.hooks import capture
+from sae.lm.hooks import capture, site_widths
 from sae.lm.models import LanguageModel
 from sae.lm.sites import ALIASES, resolve_sites
 
@@ -197,3 +200,21 @@ def test_layers_that_run_again_and_a_model_that_cannot_be_run_are_refused():
     model.model.layers[0].self_attn.o_proj = torch.nn.Linear(3, D)
     with pytest.raises(ConfigError, match=r"'blocks\.0\.hook_attn_out': a pass over a few tokens fails \(RuntimeError"):
         resolve_sites(model, ["blocks.0.hook_attn_out"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mpt", "bloom", "t5"])
+def test_a_model_without_weights_has_a_place_for_every_name(kind):
+    """What is estimated before the weights are there needs widths: those of the places that are found with them."""
+    widths = []
+    for mode in (contextlib.nullcontext(), FakeTensorMode()):
+        with mode:
+            model = tiny_lm(kind, causal=kind != "t5")
+            lm = LanguageModel(model, None, kind, None, kind != "t5")
+            widths.append({})
+            for name in ("hook_embed", *(f"blocks.1.{name}" for name in ALIASES)):
+                with contextlib.suppress(ConfigError):
+                    (width,) = site_widths(lm, resolve_sites(model, [name])).values()
+                    widths[-1][name] = width
+    measured, guessed = widths
+    assert set(guessed) >= set(measured)
+    assert {name for name, width in measured.items() if guessed[name] != width} <= {"blocks.1.mlp.hook_post"}

@@ -368,6 +368,14 @@ def test_heads_that_do_not_divide_the_columns_cost_no_other_figure(lm, rows):
     assert ("decoder share by head", f"not available: {D} columns are not 5 heads of one width") in table(found)
 
 
+def test_what_can_be_read_but_not_replaced_is_measured_without_its_loss(lm, rows):
+    (pair,) = paired_of(lm, ["blocks.1.ln2.hook_normalized"])
+    found = evaluate(identity((Site(**{**pair[0].__dict__, "width": D}),)), lm, rows, 240)
+    assert found["reconstruction"]["fvu"] == pytest.approx(0, abs=1e-6)
+    assert "loss" not in found
+    assert table(found)
+
+
 def test_attention_outputs_by_head(lm, rows):
     (pair,) = paired_of(lm, ["blocks.1.attn.hook_z"])
     site = Site(**{**pair[0].__dict__, "width": D})
