@@ -22,8 +22,11 @@ NAMES = {
 }
 
 
-def write_gguf(folder, path):
-    """Writes a saved Llama as llama.cpp would: its names, and query and key rows in its rotary order."""
+def write_gguf(folder, path, gone=""):
+    """Writes a saved Llama as llama.cpp would: its names, and query and key rows in its rotary order.
+
+    Without the tensor `gone`.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer, config = AutoTokenizer.from_pretrained(folder), model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -52,7 +55,8 @@ def write_gguf(folder, path):
         if name.endswith(("q_proj", "k_proj")):
             heads = config.num_attention_heads
             weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        writer.add_tensor(f"{short}.weight", weight.numpy())
+        if short != gone:
+            writer.add_tensor(f"{short}.weight", weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -81,3 +85,13 @@ def test_a_file_that_is_none_is_one_line(tmp_path):
         load_language_model(str(path))
     with pytest.raises(ConfigError, match="no such file"):
         load_language_model(str(tmp_path / "absent.gguf"))
+
+
+def test_a_tensor_that_the_file_lacks_is_named_and_nothing_is_kept(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny_model_folder(tmp_path / "original"), path, gone="blk.1.ffn_up")
+    for _ in range(2):
+        with pytest.raises(
+            ConfigError, match=r"^model\.name: .*tiny\.gguf' lack tensors, .*layers\.1\.mlp\.up_proj\.weight$"
+        ):
+            load_language_model(str(path))
