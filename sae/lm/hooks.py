@@ -14,7 +14,7 @@ from sae.lm.calls import first, key_of_input, probed, runs_of
 from sae.lm.masking import MaskSpec, next_token_mask, token_mask
 from sae.lm.models import ONE_AT_A_TIME, LanguageModel
 from sae.lm.norms import norm_of
-from sae.lm.probing import reader_of
+from sae.lm.probing import inputs_of, reader_of
 from sae.lm.site import Site
 from sae.lm.sites import find_module
 from sae.text.packing import PADDING, token_ids
@@ -208,7 +208,5 @@ def next_token_losses(
 
 def model_inputs(lm: LanguageModel, tokens: Int[Tensor, "rows context"]) -> dict[str, Any]:
     """Returns the arguments of a forward pass. Padding lies behind the text, where only an encoder would see it."""
-    ids = token_ids(tokens).to(lm.device).clamp_min(0)
-    if lm.is_causal:
-        return {"input_ids": ids, "use_cache": False}
-    return {"input_ids": ids, "attention_mask": (tokens != PADDING).to(lm.device).long()}
+    there = None if lm.is_causal else (tokens != PADDING).to(lm.device).long()
+    return inputs_of(token_ids(tokens).to(lm.device).clamp_min(0), there)

@@ -83,7 +83,9 @@ class LanguageModel:
         if length > trained and length <= most and self.tokenizer is not None:
             try:
                 with torch.no_grad():
-                    probing.reader_of(self.model)(torch.zeros(1, length, dtype=torch.long, device=self.device))
+                    ids = torch.zeros(1, length, dtype=torch.long, device=self.device)
+                    there = None if self.is_causal else torch.ones_like(ids)
+                    probing.reader_of(self.model)(**probing.inputs_of(ids, there))
             except (RuntimeError, IndexError, ValueError):
                 most = trained
         if length > most:

@@ -42,6 +42,11 @@ def reader_of(model: nn.Module) -> Any:
     return model.get_encoder() if two else model  # type: ignore[operator]
 
 
+def inputs_of(ids: Int[Tensor, "rows n"], there: Int[Tensor, "rows n"] | None) -> dict[str, Any]:
+    """Returns the arguments of a pass; `there` is 1 where no padding is, None of a model that does not look ahead."""
+    return {"input_ids": ids, "use_cache": False} if there is None else {"input_ids": ids, "attention_mask": there}
+
+
 def vocabulary_of(model: Any) -> int:
     """Returns how many tokens a model has embeddings of."""
     return model.get_input_embeddings().weight.shape[0]
@@ -114,7 +119,8 @@ def _within(path: str, other: str) -> bool:
 
 def _output(model: Any, ids: Int[Tensor, "1 n"]) -> tuple[bool, Float[Tensor, "1 n _d"]]:
     """Returns what a model makes of each token, and whether that is the scores of a head."""
-    found = reader_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
+    head = model.get_output_embeddings() is not None
+    found = reader_of(model)(**inputs_of(ids, None if head else torch.ones_like(ids)))
     logits = getattr(found, "logits", None)
     made = found[0] if logits is None else logits
     if not isinstance(made, Tensor) or made.shape[:2] != ids.shape:

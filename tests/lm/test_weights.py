@@ -17,6 +17,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2Model,
+    JambaConfig,
+    JambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -127,6 +129,13 @@ def test_a_bert_is_an_encoder_whatever_its_config_calls_it_and_does_not_read_pad
 DECODER = BertConfig(**BERT, is_decoder=True)
 LLAMA = LlamaConfig(**TEXT)
 TIED = GPT2Config(vocab_size=len(TOKENIZER), n_embd=16, n_layer=2, n_head=2, n_positions=64)
+MAMBA = JambaConfig(
+    **{**SIZES, "vocab_size": len(TOKENIZER)},
+    attn_layer_offset=5,
+    num_experts=2,
+    use_mamba_kernels=False,
+    mamba_d_state=4,
+)
 XLNET = XLNetConfig(vocab_size=len(TOKENIZER), d_model=16, n_layer=2, n_head=2, d_inner=32)
 
 
@@ -140,6 +149,7 @@ XLNET = XLNetConfig(vocab_size=len(TOKENIZER), d_model=16, n_layer=2, n_head=2, 
         (lambda: BertLMHeadModel(DECODER), {}, "BertLMHeadModel", True),
         (lambda: BertLMHeadModel(DECODER), {"architectures": ["BertForMaskedLM"]}, "BertLMHeadModel", True),
         (lambda: XLNetLMHeadModel(XLNET), {}, "XLNetLMHeadModel", False),
+        (lambda: JambaForCausalLM(MAMBA), {}, "JambaForCausalLM", True),  # without attention there is no cache to ask
         (lambda: two_directions(Gemma3ForCausalLM), {}, "Gemma3ForCausalLM", False),
         (lambda: two_directions(Gemma3ForCausalLM), {"architectures": ["Gemma3TextModel"]}, "Gemma3TextModel", False),
     ],
