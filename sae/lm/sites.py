@@ -13,6 +13,7 @@ from sae.lm.heads import heads_at
 from sae.lm.site import Site
 from sae.lm.stream import stream_of
 
+WRAPPERS = ("model", "language_model", "text_model")
 SIDES = ("output", "input", "normalized")
 ALIAS = re.compile(r"blocks\.(\d+|\*)\.(.+)|hook_embed")
 ALIASES = tuple(NAMES)
@@ -94,11 +95,20 @@ def _matches(text: str, model: nn.Module) -> list[Place]:
     if path in modules:
         return [(path, side)]
     found = [name for name in modules if _fits(name, path)]
+    if not found:  # others' files and older versions wrap the same layers otherwise
+        wrappers = {*WRAPPERS, getattr(model, "base_model_prefix", "")}
+        wanted = _unwrapped(path, wrappers)
+        found = [name for name in modules if fnmatchcase(_unwrapped(name, wrappers), wanted) and _fits(name, wanted)]
     if not found:
         raise ConfigError(f"no module {path!r} in this model.{_closest(path, modules)}")
     if not any(character in path for character in "*?[") and len(found) > 1:
         raise ConfigError(f"{path!r} is ambiguous: {', '.join(found[:5])}; write one in full")
     return [(name, side) for name in found]
+
+
+def _unwrapped(path: str, wrappers: set[str]) -> str:
+    """Returns a module path without those parts that only hold a model, or nothing if there is no other."""
+    return ".".join(part for part in path.split(".") if part not in wrappers)
 
 
 def _fits(name: str, pattern: str) -> bool:

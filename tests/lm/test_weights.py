@@ -106,6 +106,9 @@ def test_a_model_of_images_and_text_predicts_the_next_token_of_text(tmp_path, ma
     lm = load_language_model(saved(tmp_path / "m", make()))
     assert lm.is_causal
     (site,) = resolve_sites(lm.model, ["model.language_model.layers.1"])
+    for written in ("model.layers.1", "language_model.model.layers.1", "language_model.layers.1", "layers.1"):
+        assert resolve_sites(lm.model, [written]) == [site], "whichever way a checkpoint wraps them"
+    assert len(resolve_sites(lm.model, ["model.layers.*.mlp"])) == 2
     coder = SparseCoder(CoderSpec(16, 16, 32, TopK(4), (site,), (site,)))
     loss = evaluate(coder, lm, Rows(torch.randint(9, 200, (2, 16))))["loss"]
     assert loss["ce_clean"] > 0
@@ -120,6 +123,7 @@ def test_a_bert_is_an_encoder_whatever_its_config_calls_it_and_does_not_read_pad
     tokens = torch.randint(3, 200, (1, 9))
     padded = torch.cat([tokens, torch.full((1, 4), PADDING)], dim=1)
     (site,) = resolve_sites(lm.model, ["encoder.layer.1"])
+    assert resolve_sites(lm.model, ["bert.encoder.layer.1"]) == [site]
     found = capture(lm, [site], padded)[site.name][:, :9]
     with torch.no_grad():
         expected = AutoModel.from_pretrained(tmp_path / "m")(tokens).last_hidden_state
