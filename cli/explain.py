@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 PARTIAL = 3
-COMMANDS = ("merge", "compare", "export", "import")
+COMMANDS = ("show", "merge", "compare", "export", "import")
 EPILOG = """Every config field is an option: --examples.test 100 --models.judge.model NAME --latents 3,17,40-49
 Examples:
   sae-explain runs/quickstart                        labels and scores with no key and no network
   sae-explain RUN --models.explainer.model gpt-4o-mini --budget-usd 5 --price-in 0.15 --price-out 0.6
   sae-explain RUN --models.explainer.model NAME --models.explainer.base_urls '[http://localhost:8000/v1]'
+  sae-explain show RUN 508                           a latent: label, scores, and windows with marked tokens
   sae-explain RUN --shard 2/8 ...                    an eighth of the latents; then: sae-explain merge RUN_DIR
   sae-explain compare RUN_A RUN_B                    which latents of two coders mean the same
   sae-explain export RUN_DIR FOLDER ...              for Neuronpedia; import: what delphi has explained and scored
@@ -144,6 +145,10 @@ def _other(name: str) -> Callable[[list[str]], int]:
     """Returns one of the other commands."""
     if name == "merge":
         return _merge
+    if name == "show":
+        from cli.show import command as show
+
+        return show
     if name == "compare":
         from cli.compare import command as compare
 

@@ -107,16 +107,17 @@ class Journals:
 
     def _counts(self, row: Row) -> bool:
         """Whether a score is one of the latent's own explanation, as it is now."""
-        there = self._explained(row["latent"], row["explainer"]) if not row["null"] else None
+        there = self.explained_row(row["latent"], row["explainer"]) if not row["null"] else None
         now = there["explanation"] if there else None
         return not row["null"] and (now is None or now["text"] == row["explanation"])
 
-    def _explained(self, latent: int, explainer: str) -> Row | None:
+    def explained_row(self, latent: int, explainer: str) -> Row | None:
+        """Returns the row of a latent's explanation, from whichever shard has it."""
         return next((row for journal in self.journals if (row := journal.get((latent, explainer)))), None)
 
     def _missing(self, latent: int, explainer: str, scorer: str) -> Row:
         """What stands for a score that is not there: why there is no explanation, or that it was not come to."""
-        row = self._explained(latent, explainer)
+        row = self.explained_row(latent, explainer)
         if row is None:
             reason = "no explanation by it yet" if explainer else "nothing yet"
             return {"latent": latent, "status": UNASKED, "reason": reason}

@@ -71,8 +71,11 @@ def asked_in(shard: Path) -> list[int]:
     return read_json(path) if path.is_file() else []
 
 
-def shard_folders(run_dir: Path) -> list[Path]:
-    """Returns the folders of all shards of a run; ConfigError if they are not the shards of one division."""
+def shard_folders(run_dir: Path, whole: bool = True) -> list[Path]:
+    """Returns the folders of all shards of a run; ConfigError if they are not the shards of one division.
+
+    Unless it must be `whole`, those that are there will do.
+    """
     found = sorted((run_dir / "shards").glob("*-of-*"))
     totals = {folder.name.partition("-of-")[2] for folder in found}
     if len(totals) > 1:
@@ -84,7 +87,7 @@ def shard_folders(run_dir: Path) -> list[Path]:
         for i in range(1, int(next(iter(totals), "0")) + 1)
         if run_dir / "shards" / f"{i}-of-{next(iter(totals))}" not in found
     ]
-    if missing or not found:
+    if (missing and whole) or not found:
         what = f"shard {missing[0]} of {next(iter(totals))} is missing" if missing else "it holds no shards"
         raise ConfigError(f"run_dir: {run_dir}: {what}; run it first")
     return found
@@ -101,7 +104,7 @@ def run_folder(path: Path) -> Path:
     of_run = [(up, typed.relative_to(up / "coders")) for up in typed.parents if (up / "coders") in typed.parents]
     beside = [up / "explain" / name for up, name in of_run] + [up / "explain" for up, _ in of_run]
     for folder in (typed, typed / "explain", *beside):
-        if (folder / "config.yaml").is_file() and (folder / "shards").is_dir():
+        if (folder / "shards").is_dir():
             return folder
     below = sorted(p.parent for p in typed.glob("explain*/**/shards"))
     if len(below) == 1:
@@ -116,7 +119,10 @@ def saved_config(run_dir: Path) -> ExplainConfig:
 
     Its ids never stand there as one bare number, which to the version that wrote it was so many latents at random.
     """
-    data = read_yaml(run_dir / "config.yaml")
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"run_dir: {run_dir} has no config.yaml: it is no run of sae-explain, or an imported one")
+    data = read_yaml(path)
     latents = str(data.get("latents", ""))
     config = decode(ExplainConfig, {**data, "latents": f"random:{latents}"} if latents.isdecimal() else data)
     moved = {

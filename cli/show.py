@@ -1,0 +1,35 @@
+"""sae-explain show: a latent's labels, scores, firing statistics and windows, from the folder of a run alone."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from cli.common import DONE, Parser
+from sae.base.errors import ConfigError
+
+
+def command(argv: list[str]) -> int:
+    """Parses and acts."""
+    parser = Parser("sae-explain show", description=__doc__)
+    parser.add_argument("path", help="folder of an explained run, or of its coder")
+    parser.add_argument("latents", nargs="+", metavar="ID", help="latents: ids and ranges, such as 508 or 40-49")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args(argv)
+
+    from interp.run.preparing import asked_latents
+    from interp.run.rundir import run_folder
+    from interp.view.record import ExplainedRun
+    from interp.view.terminal import lines
+
+    folder = run_folder(Path(options.path))
+    run = ExplainedRun(folder)
+    asked = asked_latents(",".join(options.latents), run.d_sae or 2**31)
+    if not isinstance(asked, list):
+        raise ConfigError(f"latents: {' '.join(options.latents)!r} names no latent; give ids, such as 508 or 40-49")
+    config = folder / "config.yaml"
+    again = f"sae-explain --config {shlex.quote(str(config))} --latents=" if config.is_file() else ""
+    colors = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    for number, record in enumerate(run.records(asked)):
+        print("\n".join([*([""] if number else []), *lines(record, again and f"{again}{record.latent}", colors)]))
+    return DONE
