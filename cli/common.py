@@ -117,6 +117,18 @@ def hints(options: argparse.Namespace) -> dict[str, Any]:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ConfigErrors, so that every command fails in the same way."""
 
+    def parse_fields(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Returns (options, config fields as they were typed): the value behind a field is no positional word."""
+        words: list[str] = []
+        for word in argv:
+            last = words[-1] if words else ""
+            named = last.startswith("--") and "=" not in last and last not in self._option_string_actions
+            if named and len(last) > 2 and not word.startswith("--"):
+                words[-1] = f"{last}={word}"
+            else:
+                words.append(word)
+        return self.parse_known_args(words)
+
     def error(self, message: str) -> None:  # type: ignore[override]
         """Raises ConfigError."""
         raise ConfigError(message)

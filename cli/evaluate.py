@@ -32,7 +32,7 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--repair", action="store_true", help="verify the cached text and make it again if damaged")
     add_hints(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    options, overrides = parser.parse_known_args(argv)
+    options, overrides = parser.parse_fields(argv)
     if options.tokens < 1:
         raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
 

@@ -56,7 +56,7 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
     parser.add_argument("--repair", action="store_true", help="verify what is stored and make again what is damaged")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    options, overrides = parser.parse_known_args(argv)
+    options, overrides = parser.parse_fields(argv)
     if options.list_configs:
         for name, path in configs("explain").items():
             print(f"{name:28}{path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")

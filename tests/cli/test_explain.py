@@ -257,3 +257,15 @@ def test_failed_latents_end_in_code_3_with_their_reasons_and_have_rows(explain, 
     assert all(row["reason"] == f"1 parse ({failure['first']})" for row in told)
     for latent in (5, 7, 9):
         assert f"  latent {latent:<8}    -  failed: 1 parse ({failure['first']})" in printed.splitlines()
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_the_value_of_a_field_is_not_taken_for_the_path(explain, made, after):
+    fields = ["--models.explainer.model", "fake", "--null-latents", "-1", "--latents", "3"]
+    code, printed = explain(*(["one", *fields] if after else [*fields, "one"]), "--print-config")
+    assert code == 0, printed
+    assert f"path: {made / 'one'}" in printed
+    assert "model: fake" in printed
+    code, printed = explain(*fields, "--print-config")
+    assert code == 2
+    assert error_of(printed).startswith("coder.path: empty")
