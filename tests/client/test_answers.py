@@ -3,13 +3,14 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interp.client import answers, bodies, schema, spans
-from interp.client.requests import Abilities, Chat, Embed, LogProb
+from interp.client.requests import Abilities, Chat, Embed, LogProb, cache_key
 
 POINT = {
     "type": "object",
@@ -387,6 +388,14 @@ def test_a_schema_is_told_where_it_is_not_enforced(rung, format_, told):
     assert path == "/chat/completions"
     assert body.get("response_format") == format_
     assert (request.schema in body["messages"][-1]["content"]) == bool(told)
+
+
+def test_a_question_keeps_the_key_under_which_earlier_versions_stored_its_answer():
+    request, able = Chat("judge", (("user", "is it?"),), 1, choices=("yes", "no")), Abilities(choices=True)
+    key = cache_key(request, "m", "http://localhost:8000/v1", able)
+    assert key == "590a790be279578071a679477d011ac3b1aed94c3d9cb05825ca9d864858b922"
+    assert key != cache_key(request, "m", "http://localhost:8000/v1", replace(able, top=5))
+    assert key == cache_key(request, "m", "http://localhost:8000/v1", replace(able, ends=False))
 
 
 def test_what_is_sent_is_what_the_server_takes():

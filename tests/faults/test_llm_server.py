@@ -457,6 +457,14 @@ def test_a_pause_that_is_none_ends_nothing(header, tmp_path):
     assert replies[0].ok or "wants to be left alone" in replies[0].detail
 
 
+@pytest.mark.parametrize("to", ["chat/completions", "http://[bad", "ftp://x/v1", "//", "\xff", ""])
+@pytest.mark.parametrize("status", [301, 307])
+def test_a_redirection_to_nowhere_is_a_reply(status, to, tmp_path):
+    with FakeLLM() as fake:
+        replies, _, _ = ask(fake, tmp_path, [question()], [Fault(status, "", {"Location": to})] * 30, max_tries=1)
+    assert replies[0].failure in RETRYABLE
+
+
 # Stopping
 
 
