@@ -4,11 +4,15 @@ import os
 import signal
 import sys
 
-NOTHING_LOST = "stopped by {}; no file is left half written, and the same command begins again"
+
+def ended_by(number: int) -> str:
+    """Returns what is said when a signal comes before there is anything to keep."""
+    name = signal.Signals(number).name
+    return f"stopped by {name}; no file is left half written, and the same command begins again"
 
 
 def _end(number: int, _frame: object) -> None:
-    os.write(2, f"{NOTHING_LOST.format(signal.Signals(number).name)}\n".encode())
+    os.write(2, f"{ended_by(number)}\n".encode())
     os._exit(128 + number)
 
 

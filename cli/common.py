@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import draccus
 
-from cli import NOTHING_LOST
+from cli import ended_by
 from sae.base.errors import ConfigError, Stopped, nearest
 from sae.base.paths import near
 from sae.base.settings import decode, describe, merge, parse_value, read_yaml, set_dotted
@@ -159,7 +159,7 @@ def run(command: Callable[[list[str]], int], argv: list[str] | None = None) -> i
         return stopped.exit_code
     except KeyboardInterrupt as ended:
         number = ended.number if isinstance(ended, _Interrupted) else signal.SIGINT
-        print(NOTHING_LOST.format(signal.Signals(number).name), file=sys.stderr)
+        print(ended_by(number), file=sys.stderr)
         return 128 + number
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():

@@ -140,9 +140,9 @@ class Tracker:
         try:
             self.module = importlib.import_module(name)
             self._send(partial(self.module.init, project=project, name=run, config=config)).result()
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"log.tracker: {name} is not installed; pip install 'sae-interp[{name}]'") from error
         except Exception as error:  # not logged in, no network, a package that does not fit: known before any long work
+            if isinstance(error, ModuleNotFoundError) and error.name == name:
+                raise ConfigError(f"log.tracker: {name} is not installed; pip install 'sae-interp[{name}]'") from error
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ConfigError(f"log.tracker: {name} cannot begin ({reason}); log.tracker: none does without") from error
 

@@ -53,6 +53,14 @@ def test_trackers_get_the_calls_they_share(monkeypatch, name):
     ]
 
 
+def test_a_tracker_that_lacks_a_package_of_its_own_says_which(monkeypatch, tmp_path):
+    (tmp_path / "trackio.py").write_text("import package_that_is_not_there")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    with pytest.raises(ConfigError, match=r"trackio cannot begin \(No module named 'package_that_is_not_there'\)"):
+        progress.Tracker("trackio", "project", "run", {})
+
+
 def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"log\.tracker: wandb is not installed; pip install"):

@@ -14,7 +14,7 @@ from rigs.fakes import tiny_config
 from rigs.runs import assert_equal, checkpoints, files, lines
 
 import sae.training.run
-from cli import NOTHING_LOST, common
+from cli import common, ended_by
 from cli.train import main
 from sae.base.errors import ConfigError
 from sae.base.settings import to_yaml
@@ -283,7 +283,7 @@ def test_gradients_are_streamed_alike_from_the_model_and_from_disk_and_mask_ever
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device"),
         (sae.training.run.ConfigError("a.b: 3 is too small"), 2, "error: a.b: 3 is too small"),
         (sae.training.run.Stopped("at step 3"), 75, "stopped at step 3"),
-        (KeyboardInterrupt(), 130, NOTHING_LOST.format("SIGINT")),
+        (KeyboardInterrupt(), 130, ended_by(2)),
         (BrokenPipeError(32, "of a server"), 1, "error: [Errno 32] of a server"),
     ],
 )
