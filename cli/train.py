@@ -122,7 +122,7 @@ def _new_folder(config) -> Path:
         folder = base.with_name(f"{base.name}-{number}")
         number += 1
     if folder != base:
-        log.warning(
+        log.info(
             "%s holds a run, so this one goes to %s; to continue that one: sae-train --resume %s; to begin it anew: "
             "rm -r %s",
             *(base, folder, base, base),

@@ -15,6 +15,7 @@ from typing import Any
 
 from sae.base.errors import ConfigError, DataError, nearest
 from sae.base.files import atomic_write, read_json, safe_join, write_json
+from sae.base.network import hub_or_cache
 from sae.base.paths import near
 from sae.loading import releases
 from sae.untrusted import digests, weights
@@ -226,7 +227,9 @@ class HubFiles:
         from huggingface_hub import hf_hub_download
 
         try:
-            return Path(hf_hub_download(self.identity, name, revision=self.revision, cache_dir=self.cache_dir, **how))
+            with hub_or_cache():
+                found = hf_hub_download(self.identity, name, revision=self.revision, cache_dir=self.cache_dir, **how)
+            return Path(found)
         except Exception as error:  # of the client, the network or the disk: all mean that the file is not here
             raise self._unfetched(name, error) from error
 

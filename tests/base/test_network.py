@@ -1,5 +1,6 @@
 """A hub that cannot be reached is known at once: one line, or the cached copy, instead of tries for half a minute."""
 
+import re
 import socket
 from collections import Counter
 
@@ -10,8 +11,10 @@ from rigs.fakes import tiny_model_folder
 from rigs.runs import error_of
 
 from sae.base import network
-from sae.base.errors import ConfigError
+from sae.base.errors import ConfigError, DataError
+from sae.base.files import write_json
 from sae.lm.models import load_language_model
+from sae.loading.remote import HubFiles
 
 
 @pytest.fixture
@@ -67,3 +70,12 @@ def test_an_error_of_what_is_cached_stays_as_it_is(nobody):
     with pytest.raises(ConfigError, match="its own code"), network.hub_or_cache():
         raise ConfigError("its own code")
     assert not constants.HF_HUB_OFFLINE
+
+
+def test_files_of_a_commit_that_is_known_are_not_waited_for(nobody, waits, tmp_path):
+    """Its listing is cached, so that the hub is asked for the file alone."""
+    commit = "a" * 40
+    write_json(tmp_path / "hub" / "models--some--coder" / "sae-interp" / f"{commit}.json", ["cfg.json"])
+    with pytest.raises(DataError, match=f"cannot be fetched \\({re.escape(nobody)} cannot be reached"):
+        HubFiles("some/coder", commit, tmp_path / "hub").path("cfg.json")
+    assert not waits

@@ -131,3 +131,12 @@ def test_a_signal_stops_it(run, monkeypatch, capsys):
     assert main([str(run), "--tokens", "256"]) == 75
     assert capsys.readouterr().err.splitlines()[-1] == "stopped during evaluation"
     assert not (run / "sae-eval.json").exists()
+
+
+def test_figures_are_kept_where_nobody_reads_the_table(run, monkeypatch, capsys):
+    def broken(_found):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("cli.evaluate.print_tables", broken)
+    main([str(run), "--tokens", "64"])
+    assert (run / "sae-eval.json").is_file()

@@ -1,6 +1,8 @@
 """A disk that is too small: known before the run, and at each checkpoint while the ones before it are still there."""
 
+import contextlib
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -128,3 +130,45 @@ def test_so_are_stored_codes(tmp_path, room, capsys):
     error = error_of(capsys.readouterr().err)
     assert error.startswith("run_dir: ")
     assert "of disk are needed, 3 kB are free at " in error
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system may be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_others_fill_up(tmp_path, monkeypatch, tiny_train, small_disk):
+    run, filler = small_disk / "run", small_disk / "filler"
+
+    def fill():
+        with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    with monkeypatch.context() as patch:
+        from_step(patch, 7, fill)
+        code, printed = tiny_train(folder=run)
+    assert code == 1
+    assert "[Errno 28] no room for checkpoint step-000000010: " in error_of(printed)
+    assert error_of(printed).endswith(f"; once there is room, continue with --resume {run}")
+    assert checkpoints(run) == [5]
+    filler.unlink()
+    code, printed = tiny_train(options=("--resume", run))
+    assert code == 0, printed
+    assert tiny_train(folder=tmp_path / "undisturbed")[0] == 0
+    assert_equal(run, tmp_path / "undisturbed")
+
+
+def test_a_run_too_large_for_its_disk_leaves_the_disk_empty(tiny_train, small_disk):
+    code, printed = tiny_train({"coder.d_sae": 40_000}, folder=small_disk / "run")
+    assert code == 2
+    assert error_of(printed).startswith("run_dir: ")
+    assert f"are free at {small_disk}" in error_of(printed)
+    assert files(small_disk) == {"run/.lock"}

@@ -302,3 +302,13 @@ def test_the_model_that_the_coder_reads_is_not_loaded_again_to_read(coder, prepa
     found = [row for row in scores(tmp_path / "run").values() if row["status"] == OK]
     assert {row["judge"] for row in found} == {"model"}
     assert len(found) > 5
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_calls_are_told_where_a_model_is_asked(coder, prepared, tmp_path, monkeypatch, caplog, asks):
+    monkeypatch.setattr("sae.base.progress.SECONDS_BETWEEN_LINES", 0.0)
+    with FakeLLM(scripted, **ABLE) as server, caplog.at_level("INFO"):
+        run(explain_config(coder, tmp_path, with_llm(server.url) if asks else {}), prepared)
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("scoring ")]
+    assert lines
+    assert all(("  calls " in line) == asks for line in lines)

@@ -15,6 +15,7 @@ from torch import Tensor
 from interp.client.answers import in_single_precision
 from interp.client.requests import Reply
 from sae.base.errors import ConfigError
+from sae.base.network import hub_or_cache
 
 MODES = {
     "pooling_mode_mean_tokens": "mean",
@@ -79,7 +80,8 @@ def _told(source: Path | str, name: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    try:
-        return json.loads(Path(hf_hub_download(source, name)).read_bytes())
-    except EntryNotFoundError:  # also: not cached while offline
-        return {}
+    with hub_or_cache():
+        try:
+            return json.loads(Path(hf_hub_download(source, name)).read_bytes())
+        except EntryNotFoundError:  # also: not cached while offline
+            return {}
