@@ -172,7 +172,7 @@ def test_shipped_configs_are_found_by_name(capsys):
         (["tokens", "3"], "'tokens': expected --field value (see --help-fields)"),
         (["--tokens"], "--tokens: its value is missing"),
         (["--resume"], "argument --resume: expected one argument"),
-        (["--resume", "nowhere"], "--resume: nowhere is not the folder of a run; it has no config.yaml"),
+        (["--resume", "nowhere"], "--resume: no such folder: nowhere."),
         (["--resume", "nowhere", "--config", "quickstart"], "--config: a resumed run has its own; "),
         (["--config", "."], "--config: no file and no shipped config '.'."),
     ],
