@@ -338,7 +338,7 @@ def test_the_library_refuses_a_resume_of_another_run_too(tmp_path, quick, tiny_m
     assert main(["--resume", str(run), "--coder.selection.k", "3", "--dry-run"]) == 2  # what would be refused, is
     branch = tiny_config(tiny_model, tiny_text, {**SHORT, "model.revision": "main"})
     sae.training.run.train(branch, resume=True, run_dir=run)  # a branch is pinned to a commit by the run, and no change
-    with pytest.raises(ConfigError, match="is not the folder of a run"):
+    with pytest.raises(ConfigError, match="no such folder"):
         sae.training.run.train(config, resume=True, run_dir=tmp_path / "elsewhere")
     again = sae.training.run.train(tiny_config(tiny_model, tiny_text, {**SHORT, "eval.tokens": 64}), True, run_dir=run)
     assert again.metrics["model.layers.1"]["reconstruction"]["tokens"] < 64
