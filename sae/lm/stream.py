@@ -35,7 +35,8 @@ _measured: WeakKeyDictionary[nn.Module, Stream] = WeakKeyDictionary()
 def stream_of(model: nn.Module) -> Stream:
     """Returns the places of a model's residual stream, measured once; ConfigError if it does not run on tokens alone.
 
-    Kept by model and not by configuration: with other weights may not add up what did with those of a fresh model.
+    Kept by model and not by its configuration: what adds up with fresh weights may not with trained ones. Of a model
+    without weights, the places that the names of its modules suggest.
     """
     if isinstance(next(model.parameters(), None), FakeTensor):  # nothing to measure; what is estimated needs a place
         layers, embedding = guessed_layers(model), reader_of(model).get_input_embeddings()
