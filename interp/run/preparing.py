@@ -29,6 +29,7 @@ from interp.run.config import QUICKSTART_TOKENS, TOKENS, ExplainConfig
 from sae.base.errors import ConfigError, nearest
 from sae.base.files import write_json
 from sae.base.lines import decoded
+from sae.base.paths import same_place
 from sae.base.progress import UNWATCHED, Progress, Watch
 from sae.base.seeding import generator
 from sae.coder.coder import SparseCoder
@@ -90,10 +91,10 @@ def resolve_config(config: ExplainConfig) -> ExplainConfig:
         if not site.model:
             raise ConfigError("model.name: the coder does not say which language model it reads; name it")
         model = replace(model, name=site.model, revision=model.revision or site.revision)
-    if not text.source:
-        if "text" not in spec.training:
-            raise ConfigError("text.source: the coder does not say what text it was trained on; name one")
-        found = text_of(spec)
+    found = text_of(spec) if "text" in spec.training else None
+    if found is None and not text.source:
+        raise ConfigError("text.source: the coder does not say what text it was trained on; name one")
+    if found is not None and (not text.source or same_place(text.source, found.source)):
         changed = {k: v for k, v in vars(text).items() if v != vars(TextConfig(source=""))[k]}
         text = replace(found, max_tokens=None, **changed)
     if not run_dir:
