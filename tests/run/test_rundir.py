@@ -14,7 +14,10 @@ import sae
 from cli.explain import main
 from interp.run.rundir import coder_digest, run_folder, saved_config
 from sae.base.errors import ConfigError
+from sae.coder.coder import SparseCoder
+from sae.coder.spec import CoderSpec
 from sae.lm.site import Site
+from sae.selection.topk import TopK
 
 SMALL = ["--evidence.tokens", "30000", "--latents", "random:12", "--examples.test", "12", "--examples.shown", "10"]
 
@@ -85,9 +88,12 @@ def test_one_coder_by_any_name_is_one(here, capsys):
 @pytest.mark.parametrize("older", [False, True])
 def test_a_moved_run_goes_on_is_merged_compared_and_exported(here, capsys, older):
     explain = here / "runs" / "q" / "explain"
-    if older:  # as it was before weights had a digest
-        for path, key in ((explain / "env.json", "coder"), (explain / "evidence" / "evidence.json", "text")):
-            path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+    if older:  # as it was before weights had a digest, and text a name of its own
+        for name, key in (("env", "coder"), ("evidence/evidence", "text"), ("evidence/latents/header", "text")):
+            path = explain / f"{name}.json"
+            found = json.loads(path.read_text())
+            del found.get("fingerprint", found)[key]
+            path.write_text(json.dumps(found))
     before = journals(explain)
     shutil.copytree("runs/q", "runs/twin")
     Path("elsewhere").mkdir()
@@ -111,7 +117,7 @@ def test_the_same_model_and_text_elsewhere_are_the_same(here, capsys):
     Path("models").mkdir()
     shutil.move("model", "models/new")
     shutil.move("text", "texts")
-    options = ["--model.name", "models/new", "--text.source", "texts"]
+    options = ["--model.name", "models/new", "--text.source", "texts", "--text.context_length", "64"]
     code, printed = typed(capsys, "runs/q", *SMALL, *options)
     assert code == 0, printed
     assert journals(here / "runs" / "q" / "explain") == before
@@ -145,16 +151,14 @@ def test_other_weights_under_the_same_name_are_another_coder(here, capsys):
 
 
 def test_a_digest_is_of_what_a_coder_computes():
-    coder = sae.SparseCoder(sae.CoderSpec(d_in=4, d_out=4, d_sae=8, selection=sae.selection.topk.TopK(k=2)))
+    coder = SparseCoder(CoderSpec(d_in=4, d_out=4, d_sae=8, selection=TopK(k=2)))
     digest = coder_digest(coder)
-    named = coder.spec.with_(reads=(Site("layers.1", model="a"),), writes=(Site("layers.1", model="a"),))
-    coder.spec = named
-    assert coder_digest(coder) != digest
-    again = coder_digest(coder)
-    coder.spec = named.with_(
-        reads=(Site("layers.1", model="b"),), writes=(Site("layers.1", model="b"),), metrics={"x": 1}
-    )
-    assert coder_digest(coder) == again
+    a, b = ((Site("layers.1", model=model),) for model in "ab")
+    coder.spec = coder.spec.with_(reads=a, writes=a)
+    sited = coder_digest(coder)
+    assert sited != digest
+    coder.spec = coder.spec.with_(reads=b, writes=b, metrics={"x": 1})
+    assert coder_digest(coder) == sited
 
 
 def test_the_folder_of_a_run_is_found_from_its_coder(here):
