@@ -104,6 +104,7 @@ def resolve_config(config: ExplainConfig) -> ExplainConfig:
         run_dir = str(beside / f"explain{label}")
         if config.coder.name:
             run_dir = str(Path(run_dir) / config.coder.name)
+    run_dir = str(Path(run_dir).expanduser())
     evidence = config.evidence
     if evidence.tokens is None:
         evidence = replace(

@@ -33,7 +33,7 @@ EXPLAIN_KEY = ("latent", "explainer")
 SCORE_KEY = ("latent", "scorer", "explainer", "null")
 
 # What may differ when a run goes on: none of it changes a row that is written.
-FREE = ("latents", "only", "explanations", "null_latents", "budget_usd", "in_flight", "fail_share")
+FREE = ("run_dir", "latents", "only", "explanations", "null_latents", "budget_usd", "in_flight", "fail_share")
 CODER = ("path", "name", "revision", "hints")  # by what names it is called, and what it is by
 PLACES = ("coder.path", "model.name", "text.source", "evidence.cache", *(f"models.{role}.model" for role in ROLES))
 SHIPPED = ("quickstart", "tfidf")  # names of no folder, whatever lies here

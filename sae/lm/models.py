@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae.assets import QUICKSTART_LM
-from sae.base.errors import ConfigError, nearest
+from sae.base.errors import ConfigError
 from sae.base.files import cache_dir, publish, sha256_file
 from sae.base.network import hub_or_cache
+from sae.base.paths import near
 from sae.base.progress import on_terminal
 from sae.base.settings import choose
 from sae.lm import probing, weights
@@ -258,13 +259,14 @@ def local_folder(name: str) -> Path | None:
         if not path.is_file():
             raise ConfigError(f"model.name: no such file: {name}")
         return _converted(path)
+    if path.is_file():
+        raise ConfigError(f"model.name: {name} is a file; name the folder of a saved model, or a .gguf file")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f"model.name: the folder {name} holds no config.json, so it is no saved model")
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ConfigError(f"model.name: no such folder: {name}.{nearest(path.name, siblings)}")
+        raise ConfigError(f"model.name: no such folder: {name}.{near(name)}")
     return None
 
 
@@ -325,5 +327,5 @@ def _readable_errors(name: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"model.name: {name!r} could not be loaded: {reason} "
-            "(a hub id needs the network or a cached copy; a local folder or .gguf file needs neither)"
+            f"(a hub id needs the network or a cached copy; a local folder or .gguf file needs neither){near(name)}"
         ) from error

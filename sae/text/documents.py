@@ -16,6 +16,7 @@ from typing import Any
 from sae.base.errors import ConfigError, nearest
 from sae.base.files import sha256_file
 from sae.base.network import hub_or_cache
+from sae.base.paths import near
 from sae.base.seeding import uniform
 from sae.base.settings import at_least, choose
 from sae.text.damage import repaired, too_much, what_it_may_be
@@ -75,7 +76,7 @@ class TextConfig:
         path = Path(self.source).expanduser()
         looks_local = path.is_absolute() or self.source.startswith((".", "~")) or bool(kind_of(path))
         if not self.source or (looks_local and not path.exists()):
-            raise ConfigError(f"text.source: no such file or folder: {self.source!r}.{_sibling(path)}")
+            raise ConfigError(f"text.source: no such file or folder: {self.source!r}.{near(path)}")
 
 
 def documents(config: TextConfig, counts: Counter[str] | None = None) -> Iterator[tuple[str, Document]]:
@@ -228,7 +229,7 @@ def _dataset(config: TextConfig, path: Path) -> Iterator[tuple[str, Any]]:
     except Exception as error:  # whatever the hub client raises becomes one line with the way out
         reason = " ".join(str(error).split())[:200]
         kind = "a saved data set that cannot be read" if path.exists() else "no local path, nor a data set to be loaded"
-        raise ConfigError(f"text.source: {config.source!r} is {kind} ({reason}).{_sibling(path)}") from error
+        raise ConfigError(f"text.source: {config.source!r} is {kind} ({reason}).{near(path)}") from error
     if rows.column_names is not None:  # a stream may learn them only from its rows
         rows = rows.select_columns([top_of(config.column, rows.column_names, name)])
     for number, row in enumerate(rows):
@@ -303,7 +304,3 @@ def _check_encoding(encoding: str | None) -> None:
         f"text.encoding: {encoding!r} is no encoding of text, such as utf-8, utf-16, latin-1 or cp1252."
         f"{nearest(encoding or '', sorted(names))}"
     )
-
-
-def _sibling(path: Path) -> str:
-    return nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])

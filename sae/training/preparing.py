@@ -80,6 +80,11 @@ def set_up(
     """Returns what a run works on; of a new run, config.yaml and env.json are written as soon as all of it can be."""
     lm, second = models
     sites, widths, plans = plan_run(config, lm, second)
+    for start in {plan.coder.start_from for plan in plans} - {""}:
+        try:
+            hub.find_place(start)
+        except ConfigError as error:
+            raise ConfigError(f"coder.start_from: {str(error).removeprefix('path: ')}") from None
     with collectives.together():
         if collectives.rank() == 0:
             check_disk(disk_needed(config, plans, widths)[0], folder)

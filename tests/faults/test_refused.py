@@ -165,7 +165,7 @@ def test_train(tiny_train, tmp_path):
         ({"text.source": "./nowhere"}, "text.source: no such file"),
         ({"text.source": str(tmp_path / "blank.txt")}, "text.source: "),
         ({"activations.sites": ["layers.7"]}, "activations.sites: "),
-        ({"coder.start_from": "./nowhere"}, "no such folder"),
+        ({"coder.start_from": "./nowhere"}, "coder.start_from: no such folder: ./nowhere"),
         ({"log.tracker": "none", "batch_tokens": 100}, "batch_tokens: 100"),
     ):
         code, printed = tiny_train(changes, folder=run)

@@ -82,6 +82,38 @@ def test_folders_without_a_coder(folder, tmp_path):
         sae.load(tmp_path / "empty")
 
 
+def test_a_run_that_is_not_there_is_not_asked_of_the_hub(coder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(ConfigError, match=r"^path: no such folder: runs/quickstart\. A run is .* train first"):
+        sae.load("runs/quickstart")
+    sae.save(coder, "mine/quickstart")
+    with pytest.raises(
+        ConfigError, match=r"no such folder: mine/quickstrat\. Did you mean 'quickstart'\? .* train first"
+    ):
+        sae.load("mine/quickstrat")
+    with pytest.raises(ConfigError, match=r"no such folder: ./mien/quickstart\. Did you mean 'mine/quickstart'\?"):
+        sae.load("./mien/quickstart")
+    begun = tmp_path / "runs" / "begun"
+    begun.mkdir(parents=True)
+    for name in ("config.yaml", "env.json"):
+        (begun / name).write_text("{}")
+    with pytest.raises(
+        ConfigError, match=r"has trained no coder to its end yet; go on with sae-train --resume .*begun"
+    ):
+        sae.load("runs/begun")
+
+
+@pytest.mark.parametrize("typed", ["hf://mine/coder", "owner/quickstrat"])
+def test_what_may_be_of_the_hub_is_asked_there(coder, tmp_path, monkeypatch, typed):
+    monkeypatch.chdir(tmp_path)
+    sae.save(coder, "mine/quickstart")
+    with pytest.raises(
+        ConfigError, match=r"^path: the hub cannot be asked .* no folder is called so.* once it is trained"
+    ):
+        sae.load(typed, cache_dir=tmp_path / "hub")
+
+
 def changed_config(folder, **changes):
     path = folder / "cfg.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
