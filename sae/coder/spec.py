@@ -163,8 +163,14 @@ class CoderSpec:
         return 0.0, torch.cat(factors).to(like)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the spec as plain JSON values."""
-        return draccus.encode(self)  # type: ignore[no-any-return]
+        """Returns the spec as plain JSON values; a field newer than the format is there where it says something.
+
+        So older versions read what is written, and what they wrote is that of the same coder: evidence goes by it.
+        """
+        data: dict[str, Any] = draccus.encode(self)
+        if data["normalization"]["undone"]:
+            del data["normalization"]["undone"]
+        return data
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "CoderSpec":
