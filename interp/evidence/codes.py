@@ -17,6 +17,7 @@ from interp.evidence.corpus import Corpus
 from interp.evidence.subject import Subject
 from sae.base.errors import ConfigError, DataError
 from sae.base.store import Shards, fingerprint_key
+from sae.coder.coder import SparseCoder
 from sae.kernels.codes import SparseLatents
 from sae.lm.hooks import capture
 from sae.lm.masking import norm_mask, token_mask
@@ -80,11 +81,17 @@ class LiveCodes:
         coder = self.subject.coder
         weights = {name: t.reshape(-1)[:: max(1, t.numel() // 64)] for name, t in coder.state_dict().items()}
         sample = {name: [round(value, 6) for value in t.float().cpu().tolist()] for name, t in weights.items()}
-        spec = {key: value for key, value in coder.spec.to_json().items() if key not in ("metrics", "training")}
         return {
-            "coder": fingerprint_key({"spec": spec, "weights": sample}),
+            "coder": fingerprint_key({"spec": map_of(coder), "weights": sample}),
             "model": self.subject.lm.fingerprint(),
         }
+
+
+def map_of(coder: SparseCoder) -> dict[str, Any]:
+    """Returns what a coder's spec says of what it computes, and of where: as an older version said it, if it could."""
+    said = {key: value for key, value in coder.spec.to_json().items() if key not in ("metrics", "training")}
+    how = {key: value for key, value in said["normalization"].items() if (key, value) != ("undone", True)}
+    return said | {"normalization": how}
 
 
 class StoredCodes:

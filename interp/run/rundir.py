@@ -15,6 +15,7 @@ import draccus
 import torch
 
 from interp.client.requests import ROLES
+from interp.evidence.codes import map_of
 from interp.evidence.first_pass import HEADER
 from interp.run.config import ExplainConfig, ModelsConfig
 from interp.run.journal import Journal
@@ -190,7 +191,7 @@ def forget_run(run_dir: Path) -> None:
 
 def coder_digest(coder: SparseCoder) -> str:
     """Returns 16 hex digits of what a coder computes: its spec, whatever its model is called, and all its weights."""
-    spec = {key: value for key, value in coder.spec.to_json().items() if key not in ("metrics", "training")}
+    spec = map_of(coder)
     for sites in (spec["reads"], spec["writes"]):
         for site in sites:
             site["model"] = site["revision"] = None
