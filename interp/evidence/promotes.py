@@ -19,11 +19,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae.base.errors import ConfigError
 from sae.coder.coder import CHUNK_ENTRIES, SparseCoder
 from sae.coder.splicing import directions
 from sae.lm.guesses import ATTENTION, ATTENTION_OUT, LAYER_LISTS, MLP_OUT, MLPS
 from sae.lm.models import LanguageModel
 from sae.lm.site import Site, columns_of
+from sae.lm.stream import stream_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +36,7 @@ PIECE = CHUNK_ENTRIES // LATENTS  # of the vocabulary
 
 BEGIN, ATTENDED, MIDDLE, FED, END = range(5)  # the order within a layer
 IN_STREAM = (BEGIN, MIDDLE, END)
+AFTER = {ATTENDED: MIDDLE, FED: END}
 
 Map = Callable[[Tensor], Tensor]
 Tokens = tuple[tuple[str, ...], tuple[str, ...]]
@@ -181,13 +184,22 @@ def _path(model: nn.Module, site: Site) -> Path | None:
         if name == after:
             return Path(number, place, None, norm if is_input else None)
         if name in owners and not is_input:
-            return Path(number, place, None, norm)
+            return Path(number, AFTER[place] if _adds_within(model, number, place, site.hook) else place, None, norm)
         if name in [f"{owner}.{projection}" for owner in owners for projection in projections]:
             return Path(number, place, module if is_input else None, norm)
     if is_input and "." not in name and _is_norm(module):  # it reads the stream
         first = next(name for name, child in layer.named_children() if _is_norm(child))
         return Path(number, BEGIN if name == first else MIDDLE)
     return None
+
+
+def _adds_within(model: nn.Module, number: int, place: int, owner: str) -> bool:
+    """Whether a module adds what it makes to the stream itself, as BLOOM's do: its output is the stream."""
+    try:
+        written = stream_of(model).places[number, "hook_attn_out" if place == ATTENDED else "hook_mlp_out"]
+    except (ConfigError, KeyError):
+        return False
+    return isinstance(written, tuple) and written[0].startswith(f"{owner}.")
 
 
 def _is_norm(module: nn.Module) -> bool:

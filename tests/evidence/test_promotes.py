@@ -57,7 +57,7 @@ def test_the_ranking_is_that_of_the_models_own_logits(family):
     lm = subject_lm(family)
     site = resolve_sites(lm.model, ["blocks.2.hook_resid_post"])[0]
     stream = last(lm, site)
-    centered = family in ("gpt2", "neox")
+    centered = family in ("gpt2", "neox", "bloom")
     rows = without(torch.randn(5, D).double() + 0.5, stream - stream.mean() if centered else stream)
     assert rows.mean(1).abs().max() > 0.2, "or centering would not be tried"
     found = promoted_tokens(lm, writing(site, rows=rows), range(5), 6)
@@ -72,7 +72,10 @@ def test_the_ranking_is_that_of_the_models_own_logits(family):
 @pytest.mark.parametrize("name", ["attn.hook_z", "hook_attn_out", "mlp.hook_post", "hook_mlp_out", "attention", "mlp"])
 def test_what_is_written_below_goes_to_the_stream_as_the_model_takes_it(family, name):
     lm = subject_lm(family)
-    below = {"attention": {"gpt2": "attn", "neox": "attention"}.get(family, "self_attn"), "mlp": "mlp"}
+    below = {
+        "attention": {"gpt2": "attn", "neox": "attention", "bloom": "self_attention"}.get(family, "self_attn"),
+        "mlp": "mlp",
+    }
     typed = f"{LAYERS[family]}.2.{below[name]}" if name in below else f"blocks.2.{name}"
     site = resolve_sites(lm.model, [typed])[0]
     attention = "att" in name
@@ -125,6 +128,13 @@ def test_several_sites_add_up_and_the_stream_holds_what_was_before_it():
     assert promoted_tokens(lm, writing(*stream, rows=both), range(3)) == promoted_tokens(
         lm, writing(one, rows=a), range(3)
     )
+    bloom = subject_lm("bloom")  # whose modules add what they make to the stream themselves
+    for later, earlier in (("2.mlp", "1.mlp"), ("2.self_attention", "1"), ("2.self_attention", "2.input_layernorm")):
+        side = "input" if "norm" in earlier else "output"
+        sites = (Site(f"transformer.h.{later}"), Site(f"transformer.h.{earlier}", side))
+        assert promoted_tokens(bloom, writing(*sites, rows=both), range(3)) == promoted_tokens(
+            bloom, writing(Site("transformer.h.2"), rows=a), range(3)
+        )
     gemma = subject_lm("gemma2")
     assert promoted_tokens(gemma, writing(*mlps, rows=both), [0]) == [((), ())], (
         "how its norms scale the two is not known"

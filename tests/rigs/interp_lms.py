@@ -3,6 +3,8 @@
 import torch
 from rigs.fakes import tiny_tokenizer
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -16,7 +18,13 @@ from transformers import (
 from sae.lm.models import LanguageModel
 
 D = 16
-LAYERS = {"llama": "model.layers", "gemma2": "model.layers", "gpt2": "transformer.h", "neox": "gpt_neox.layers"}
+LAYERS = {
+    "llama": "model.layers",
+    "gemma2": "model.layers",
+    "gpt2": "transformer.h",
+    "bloom": "transformer.h",
+    "neox": "gpt_neox.layers",
+}
 
 ONE_HEAD = {"num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": None}
 NO_IDS = {"bos_token_id": 0, "eos_token_id": 1}
@@ -40,6 +48,8 @@ def subject_lm(family: str) -> LanguageModel:
         model = Gemma2ForCausalLM(Gemma2Config(**usual, **ONE_HEAD))
     elif family == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(**common, n_embd=D, n_layer=3, n_head=2, n_positions=64, **NO_IDS))
+    elif family == "bloom":  # which adds to the stream within its modules
+        model = BloomForCausalLM(BloomConfig(**common, hidden_size=D, n_layer=3, n_head=2))
     else:
         model = GPTNeoXForCausalLM(GPTNeoXConfig(**usual))
     with torch.no_grad():
