@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sae.base.seeding import generator
+
+CLEARLY = 0.1  # of a token's vector: what moves by more does not by rounding
 TOKENS = 5
 """Tokens of a probe: more than a table of token types has rows, few enough that one of them matters to all."""
 ROWS_READ = {  # operations that read rows of a table -> which of their arguments names the rows
@@ -56,8 +59,9 @@ def vocabulary_of(model: Any) -> int:
 def nature_of(model: Any) -> Nature:
     """Returns what a model is found to be: the last of a few tokens is changed, and the earlier places are compared.
 
-    Equal is what differs by rounding alone, as where tokens are sorted by expert. Errors of the model's come as they
-    are; ValueError if it makes NaN of the tokens.
+    Where tokens are sorted by expert they differ by rounding; what is not clearly more than that is decided by
+    gradients, which do not round to what is not there. Errors of the model's come as they are; ValueError if it makes
+    NaN of the tokens.
     """
     ids = _plain_ids(model)
     with _Tables(vocabulary_of(model)) as tables:
@@ -66,9 +70,37 @@ def nature_of(model: Any) -> Nature:
     if before.isnan().any():
         raise ValueError("it makes NaN of them, so its weights are damaged or too large for their precision")
     was, now = before[:, :-1].float(), after[:, :-1].float()
-    moved = ((was - now).norm(dim=-1) / was.norm(dim=-1).clamp_min(1e-30)).max()
-    looks_ahead = bool(moved > torch.finfo(before.dtype).eps ** 0.5 / 4)
+    moved = float(((was - now).norm(dim=-1) / was.norm(dim=-1).clamp_min(1e-30)).max())
+    looks_ahead = moved > 0
+    if 0 < moved < CLEARLY:
+        by_gradient = _last_reaches_others(model, ids[:, :-1])
+        looks_ahead = moved > torch.finfo(before.dtype).eps ** 0.5 / 4 if by_gradient is None else by_gradient
     return Nature(looks_ahead, scores and not looks_ahead, tables.limit)
+
+
+def _last_reaches_others(model: Any, ids: Int[Tensor, "1 n"]) -> bool | None:
+    """Returns whether what a model makes of earlier tokens has a gradient with respect to the last one.
+
+    None where no gradient can be taken.
+    """
+    leaves: list[Tensor] = []
+
+    def leaf(_module: nn.Module, _inputs: Any, made: Tensor) -> Tensor:
+        leaves.append(made.detach().requires_grad_())
+        return leaves[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(leaf)
+    try:
+        with torch.enable_grad():
+            earlier = _output(model, ids)[1][:, :-1].float()
+            weights = torch.randn(earlier.shape, generator=generator(0, "probe")).to(earlier.device)
+            total = (earlier * weights).sum()  # a plain sum is constant behind a norm
+            found = torch.autograd.grad(total, leaves)[0]
+    except (RuntimeError, NotImplementedError):
+        return None
+    finally:
+        handle.remove()
+    return bool(found[:, -1].any()) if found.any() else None
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers import (
     GPT2Config,
     GPTJConfig,
     LlamaConfig,
+    MixtralConfig,
     MptConfig,
     OPTConfig,
     RobertaConfig,
@@ -24,7 +25,7 @@ from transformers import (
 
 from sae.base.errors import ConfigError
 from sae.lm.models import LanguageModel, load_language_model
-from sae.lm.probing import nature_of, positions_of
+from sae.lm.probing import _last_reaches_others, nature_of, positions_of
 from sae.training.estimate import estimate
 from sae.training.run import train
 
@@ -61,6 +62,22 @@ def test_the_longest_row_is_what_the_model_can_run(name):
         model(torch.full((1, longest), 7))
         with pytest.raises((IndexError, RuntimeError)):
             model(torch.full((1, longest + 1), 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "llama", "mixtral"])
+def test_coarse_numbers_hide_no_look_ahead(name, dtype):
+    torch.manual_seed(0)  # fresh weights look ahead by less than bfloat16 rounds
+    auto, config, _ = TABLES.get(name) or (
+        AutoModelForCausalLM,
+        MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
+        None,
+    )
+    model = auto.from_config(config).to(dtype).eval()
+    looks_ahead = name in ("bert", "roberta")
+    assert nature_of(model).looks_ahead == looks_ahead
+    assert _last_reaches_others(model, torch.tensor([[5, 9, 7, 8]])) == looks_ahead
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_it_is_known_of_a_model_without_weights():
