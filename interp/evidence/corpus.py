@@ -25,7 +25,7 @@ from sae.base.progress import UNWATCHED, Watch
 from sae.base.seeding import uniform
 from sae.base.store import Shards, ShardWriter, fingerprint_key
 from sae.text.documents import Document, TextConfig, check_met, documents
-from sae.text.packing import PADDING, added, room, token_ids
+from sae.text.packing import PADDING, added, room, same, token_ids
 from sae.text.tokenizing import PIECE_CHARS, SHARD_TOKENS, encode_texts, piece_end, rows_made_from
 
 if TYPE_CHECKING:
@@ -221,7 +221,8 @@ def _take(folder: Path, fingerprint: dict[str, Any], source: Source, tokens: int
         if taken.names[-1:] != [section]:
             taken.names.append(section)
         row = np.full(source.context_length, PADDING, np.int32)
-        filled = [*source.before, *ids.tolist()]
+        start = [] if same(ids[: len(source.before)], source.before) else source.before  # a chat may bring its own
+        filled = [*start, *ids.tolist()]
         row[: len(filled) + len(source.behind)] = [*filled, *source.behind]
         rows.append(row)
         taken.sections.append(len(taken.names) - 1)

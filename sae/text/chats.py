@@ -18,6 +18,34 @@ if TYPE_CHECKING:
 
 Chat = list[dict[str, Any]]
 _MARK = re.compile("\ue000(\\d+)\ue001")  # characters for private use
+_SPEAKERS = {"human": "user", "gpt": "assistant"}  # what ShareGPT calls them
+
+
+def as_chat(value: Any) -> Any:
+    """Returns a cell as a list of messages with `role` and `content`, if it is a chat in a form that data sets have.
+
+    That is one message alone, lists by key (as `datasets` may keep lists of records), `from` and `value` for role and
+    content, and content in parts that are all text. Anything else is returned as it is.
+    """
+    if isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys()):
+        lists = all(isinstance(each, list) for each in value.values())
+        value = (
+            [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)] if lists else [value]
+        )
+    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
+        return [_message(message) for message in value]
+    return value
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    if {"from", "value"} <= message.keys() and "role" not in message:
+        role, content = message["from"], message["value"]
+        message = {key: message[key] for key in message.keys() - {"from", "value"}}
+        message = {"role": _SPEAKERS.get(role, role), "content": content, **message}
+    parts = message.get("content")
+    if isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+        message = {**message, "content": "".join(part["text"] for part in parts)}
+    return message
 
 
 def chat_tokens(
@@ -28,7 +56,7 @@ def chat_tokens(
     It has none if a message spells a special token, which the template's text would turn into one. ConfigError if the
     tokenizer has no template, or it refuses the chat.
     """
-    text, spelled = _written(tokenizer, chat), str([message["content"] for message in chat])
+    text, spelled = _written(tokenizer, chat), str(chat)
     if any(token in spelled for token in tokenizer.convert_ids_to_tokens(sorted(special))):
         return np.zeros(0, np.int64)
     if roles and not tokenizer.is_fast:
@@ -59,7 +87,7 @@ def _written(tokenizer: "PreTrainedTokenizerBase", chat: Chat) -> str:
     except Exception as error:  # a template is a program, and says in its own words what it does not take
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"text.column: the model's chat template does not take a chat of {', '.join(m['role'] for m in chat)} "
+            f"text.column: the model's chat template does not take a chat of {', '.join(str(m['role']) for m in chat)} "
             f"({reason})"
         ) from error
 
@@ -68,9 +96,12 @@ def _places(
     tokenizer: "PreTrainedTokenizerBase", chat: Chat, roles: tuple[str, ...], text: str
 ) -> list[tuple[int, int]]:
     """Returns where in the written chat the words of these roles begin and end."""
-    if not all(isinstance(message["content"], str) for message in chat):
+    if any(isinstance(message["content"], list) for message in chat):
         raise ConfigError("text.roles: messages of several parts are not told apart; leave it empty")
-    marked = [{**message, "content": f"\ue000{number}\ue001"} for number, message in enumerate(chat)]
+    marked = [
+        {**message, "content": f"\ue000{number}\ue001"} if message["content"] else message  # a call of a tool has none
+        for number, message in enumerate(chat)
+    ]
     pattern, between, said = "", _MARK.split(_written(tokenizer, marked)), []
     for place, part in enumerate(between):
         if place % 2:

@@ -19,6 +19,7 @@ from sae.base.network import hub_or_cache
 from sae.base.paths import near
 from sae.base.seeding import uniform
 from sae.base.settings import at_least, choose
+from sae.text.chats import as_chat
 from sae.text.damage import repaired, too_much, what_it_may_be
 from sae.text.readers import COMPRESSED, DESCRIBING, READERS, TABLES, cells, kind_of, pick, top_of, whole
 
@@ -90,8 +91,6 @@ def documents(config: TextConfig, counts: Counter[str] | None = None) -> Iterato
     """
     counts = Counter() if counts is None else counts
     for document_id, value in _source(config):
-        if isinstance(value, dict) and {"role", "content"} <= value.keys():  # as `datasets` keeps lists of records
-            value = [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
         found = "" if value is None else _document(value, config, document_id, counts)
         if found is None:
             counts["skipped"] += 1
@@ -220,6 +219,7 @@ def _dataset(config: TextConfig, path: Path) -> Iterator[tuple[str, Any]]:
             if isinstance(rows, datasets.DatasetDict):
                 choose("text.split", config.split, map(str, rows))
                 rows = rows[config.split]
+            rows = rows.with_format(None)  # as it was saved, it may give tensors
         else:
             options: dict[str, Any] = {"split": config.split, "revision": config.revision}
             with hub_or_cache():
@@ -241,7 +241,8 @@ def _is_saved_dataset(path: Path) -> bool:
 
 
 def _document(value: Any, config: TextConfig, where: str, counts: Counter[str]) -> Document | None:
-    """Returns a cell as a document, NO_TEXT if it is none; ConfigError if it is nothing that can be one."""
+    """Returns a cell as a document, None if it is no text; ConfigError if it is nothing that can be one."""
+    value = as_chat(value)
     if isinstance(value, bytes):
         value = value.decode(errors="surrogateescape")  # an invalid byte becomes a surrogate, for now
     if isinstance(value, str):
@@ -264,9 +265,9 @@ class _NoText(Exception):
 
 
 def _mapped(value: Any, counts: Counter[str]) -> Any:
-    """Returns nested messages with every text repaired."""
+    """Returns nested messages with every text repaired, without the empty keys that tables give to every record."""
     if isinstance(value, dict):
-        return {key: _mapped(part, counts) for key, part in value.items()}
+        return {key: _mapped(part, counts) for key, part in value.items() if part is not None or key == "content"}
     if isinstance(value, list):
         return [_mapped(part, counts) for part in value]
     if isinstance(value, str) and (value := repaired(value, counts)) is None:

@@ -32,6 +32,11 @@ def token_ids(tokens: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     return torch.where(tokens < PADDING, PADDING - 1 - tokens, tokens)
 
 
+def same(tokens: Int[ndarray, "_n"], ids: list[int]) -> bool:
+    """Returns whether tokens of rows, context only or not, are those with these ids."""
+    return np.maximum(tokens, PADDING - 1 - tokens).tolist() == ids
+
+
 def added(tokenizer: "PreTrainedTokenizerBase", bos: str = "row") -> tuple[list[int], list[int]]:
     """Returns what stands before and behind a text: what the tokenizer itself adds to one, measured.
 
@@ -87,10 +92,10 @@ class Packer:
         Returns how many of `tokens` found room.
         """
         start = self.before if first and self.by_document else []
-        start = [] if _same(tokens[: len(start)], start) else start
+        start = [] if same(tokens[: len(start)], start) else start
         if self.one_per_row:
             tokens = tokens[: max(0, self.length - self._n_open - len(start) - len(self.end))]
-        end = [] if not last or _same(tokens[len(tokens) - len(self.end) :], self.end) else self.end
+        end = [] if not last or same(tokens[len(tokens) - len(self.end) :], self.end) else self.end
         filled = np.concatenate([start, tokens, end], dtype=np.int32, casting="unsafe")
         self._open.append((filled, np.full(len(filled), document, np.int32)))
         self._n_open += len(filled)
@@ -147,10 +152,6 @@ class Packer:
         self._ready.append((tokens, documents))
         self.n_rows += len(tokens)
         self.n_ready += len(tokens)
-
-
-def _same(tokens: Int[ndarray, "n"], others: list[int]) -> bool:
-    return tokens.tolist() == others
 
 
 def _special(tokenizer: "PreTrainedTokenizerBase", name: str) -> list[int]:

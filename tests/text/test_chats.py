@@ -12,7 +12,7 @@ from interp.evidence.places import _pool, tokens_at
 from sae.base.errors import ConfigError
 from sae.lm.hooks import model_inputs
 from sae.lm.masking import MaskSpec, token_mask
-from sae.text.documents import TextConfig
+from sae.text.documents import TextConfig, documents
 from sae.text.packing import PADDING, token_ids
 from sae.text.tokenizing import special_ids, tokenize, what_was_met
 
@@ -99,7 +99,12 @@ def test_a_message_that_spells_control_tokens_takes_its_chat_out_and_is_told(tmp
         (STRICT, SAID, {}, r"template does not take a chat of system, user, .* \(no system role\)"),
         (UPPER, SAID, {"roles": ("assistant",)}, r"text\.roles: the model's chat template changes what messages say"),
         (TEMPLATE, SAID, {"roles": ("asistant",)}, r"text\.roles: no message of 'asistant'; Did you mean 'assistant'"),
-        (TEMPLATE, [[("user", None)] * 2], {"roles": ("user",)}, r"text\.roles: messages of several parts"),
+        (
+            TEMPLATE,
+            [[("user", [{"type": "image"}])] * 2],
+            {"roles": ("user",)},
+            r"text\.roles: messages of several parts",
+        ),
     ],
 )
 def test_what_a_template_cannot_do_is_said_in_one_line(tmp_path, template, said, options, message):
@@ -110,11 +115,68 @@ def test_what_a_template_cannot_do_is_said_in_one_line(tmp_path, template, said,
 
 
 def test_messages_without_role_or_content_and_roles_of_plain_text_are_refused(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"from": "human", "value": "hi"}], "text": "hi"}))
-    with pytest.raises(ConfigError, match=r"text\.column: a message has from, value; it needs role and content"):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"by": "human", "value": "hi"}], "text": "hi"}))
+    with pytest.raises(ConfigError, match=r"text\.column: a message has by, value; it needs role and content"):
         tokenize(config(tmp_path / "a.jsonl"), tokenizer(), {})
     with pytest.raises(ConfigError, match=r"text\.roles: no message of 'user'; text\.column 'text' holds no chats"):
         tokenize(config(tmp_path / "a.jsonl", column="text", roles=("user",)), tokenizer(), {})
+
+
+def test_a_chat_is_read_in_every_form_that_data_sets_have(tmp_path):
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    plain = [{"role": "user", "content": "hi all"}, {"role": "assistant", "content": "yo"}]
+    names = {"user": "human", "assistant": "gpt"}
+    parts = [{"role": each["role"], "content": [{"type": "text", "text": each["content"][:1]}]} for each in plain]
+    for each, whole in zip(parts, plain, strict=True):
+        each["content"].append({"type": "text", "text": whole["content"][1:], "image": None})
+    forms = {
+        "lists": {key: [each[key] for each in plain] for key in ("role", "content")},
+        "sharegpt": [{"from": names[each["role"]], "value": each["content"]} for each in plain],
+        "parts": parts,
+        "nulls": [{**each, "name": None, "tool_calls": None} for each in plain],
+    }
+    (tmp_path / "a.jsonl").write_text(json.dumps(forms) + "\n" + json.dumps(forms))
+    table = pa.table({name: [chat] * 2 for name, chat in forms.items()})
+    pq.write_table(table, tmp_path / "a.parquet")
+    datasets.disable_progress_bars()
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    for name in ("a.jsonl", "a.parquet", "saved"):
+        for column in forms:
+            found = [chat for _, chat in documents(TextConfig(str(tmp_path / name), column=column))]
+            assert found == [plain] * 2, (name, column)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"one": plain[0]}))  # as many characters in both: no lists by key
+    assert [chat for _, chat in documents(TextConfig(str(tmp_path / "a.jsonl"), column="one"))] == [plain[:1]]
+
+
+def test_a_call_of_a_tool_has_no_words_of_its_role(tmp_path):
+    template = TEMPLATE.replace("m['content']", "m['content'] or m['tool_calls']")
+    said = {
+        "messages": [{"role": "assistant", "content": None, "tool_calls": ["f"]}, {"role": "user", "content": "yo"}]
+    }
+    (tmp_path / "a.jsonl").write_text((json.dumps(said) + "\n") * 9)
+    for role, words in (("user", "yo"), ("assistant", "")):
+        rows = rows_of(tokenize(config(tmp_path / "a.jsonl", roles=(role,)), tokenizer(template), {}))
+        assert {tokenizer().decode(row[row >= 0][1:].tolist()) for row in rows} == {words}
+
+
+@pytest.mark.parametrize("roles", [(), ("assistant",)])
+def test_a_template_that_writes_what_the_tokenizer_puts_before_a_text_does_not_double_it(tmp_path, roles):
+    made = tokenizer("{{ bos_token }}" + TEMPLATE)
+    said = [[("user", f"{drawn(n, 9)}"), ("assistant", f"{drawn(-n, 9)}")] for n in range(1, 20)]
+    path = chats(tmp_path / "a.jsonl", said, 1)
+    for layout, bos in (("one_per_row", "row"), ("packed", "document")):
+        rows = token_ids(rows_of(tokenize(config(path, roles=roles, layout=layout, bos=bos), made, {})))
+        bos_at = rows == made.bos_token_id
+        assert bos_at.any()
+        assert not (bos_at[:, 1:] & bos_at[:, :-1]).any()
+    corpus = corpus_of_text(config(path, roles=roles), made, {}, 2000)
+    rows = token_ids(corpus.tokens(list(range(corpus.n_rows))))
+    assert ((rows == made.bos_token_id).sum(1) == 1).all()
+    assert (rows[:, 0] == made.bos_token_id).all()
+    assert made.decode(rows[0, corpus.first : int(corpus.length[0])].tolist()).startswith("<|start|>user")
 
 
 def drawn(seed, n):
@@ -146,6 +208,16 @@ def test_token_ids_are_used_as_they_are(tmp_path, table):
     evidence = corpus_of_text(config(path, column="input_ids", context_length=32), made, {}, 10**6)
     assert evidence.n_rows == 40
     assert evidence.span(evidence.first, 31) in [row[1:] for row in rows]
+
+
+def test_token_ids_saved_in_the_form_of_tensors_are_read(tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = [drawn(n, 30) for n in range(5)]
+    saved = datasets.Dataset.from_dict({"input_ids": rows}).with_format("torch")  # as SAELens saves what it tokenizes
+    saved.save_to_disk(tmp_path / "saved")
+    assert [ids for _, ids in documents(TextConfig(str(tmp_path / "saved"), column="input_ids"))] == rows
 
 
 def test_token_ids_of_another_tokenizer_are_refused(tmp_path):
