@@ -9,7 +9,7 @@ A query may hold a key, so no message and no file has it, but for what is known 
 import re
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, ip_address
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 
 from sae.base.errors import ConfigError
 
@@ -35,8 +35,9 @@ class Address:
 
     @property
     def secrets(self) -> list[str]:
-        """Returns the values that must not be shown."""
-        return [value for name, value in self.query if name not in PLAIN]
+        """Returns the values that must not be shown, also as they are spelled in an address."""
+        held = [value for name, value in self.query if name not in PLAIN]
+        return [spelled for value in held for spelled in (value, quote(value, safe=""), quote_plus(value))]
 
     @property
     def on_loopback(self) -> bool:
@@ -51,8 +52,8 @@ class Address:
 
     @property
     def is_azure(self) -> bool:
-        """Returns whether it is of Azure, where keys go by a header of their own."""
-        return self.host.endswith(".azure.com")
+        """Returns whether it is of Azure's own models, whose keys go by a header of their own (not of a user's)."""
+        return re.search(r"\.(openai|cognitiveservices|services\.ai)\.azure\.(com|us|cn)$", self.host) is not None
 
 
 def parse(url: str, where: str, key: str, schemes: tuple[str, ...] = ("http", "https")) -> Address:

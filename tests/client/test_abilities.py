@@ -296,8 +296,6 @@ def test_a_passing_trouble_is_no_finding(tmp_path):
 )
 @pytest.mark.parametrize("role", ["judge", "explainer", "encoder", "reader"])
 def test_a_server_that_cannot_be_asked_is_an_error_of_one_line(fault, told, role, tmp_path):
-    if role == "reader" and fault.status in (400, 404):
-        return  # no completions: it is a finding
     with FakeLLM(talk) as fake:
         fake.always = fault
         with pytest.raises(ConfigError) as caught:
@@ -308,6 +306,25 @@ def test_a_server_that_cannot_be_asked_is_an_error_of_one_line(fault, told, role
     assert told in message
     assert "\n" not in message
     assert KEY not in message
+
+
+@pytest.mark.parametrize("role", ["judge", "reader"])
+@pytest.mark.parametrize("fault", [error(404, "page not found"), Fault(200, {"error": "Unexpected endpoint"})])
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("", r"; most servers want http://127\.0\.0\.1:\d+/v1$"),
+        ("/", r"; most servers want http://127\.0\.0\.1:\d+/v1$"),
+        ("/v1/chat/completions", "; an address ends before /chat/completions, which is added to it$"),
+        ("/openai/deployments/gpt", r"; Azure wants the version of its protocol too: http:\S+gpt\?api-version=\.\.\.$"),
+        ("/v1", r"\)$"),
+    ],
+)
+def test_an_address_that_lacks_something_is_told_with_it(typed, told, fault, role, tmp_path):
+    with FakeLLM(talk) as fake:
+        fake.always = fault
+        with pytest.raises(ConfigError, match=told):
+            probe(fake, tmp_path / "cache", role, base_urls=(fake.url.removesuffix("/v1") + typed,))
 
 
 def test_a_dead_server_is_an_error_before_any_work(tmp_path):

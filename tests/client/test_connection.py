@@ -137,6 +137,10 @@ def test_a_query_goes_along_with_every_request_and_azure_gets_its_header(tmp_pat
     [
         ("https://x.openai.azure.com/openai/v1", KEY, {"api-key": KEY}),
         ("https://x.openai.azure.com/openai/v1", "eyJ0.token", {"authorization": "Bearer eyJ0.token"}),
+        ("https://x.services.ai.azure.com/openai/v1", KEY, {"api-key": KEY}),
+        ("https://x.openai.azure.us/openai/v1", KEY, {"api-key": KEY}),
+        ("https://x.eastus.inference.ml.azure.com/v1", KEY, {"authorization": f"Bearer {KEY}"}),
+        ("https://x.eastus.models.ai.azure.com/v1", KEY, {"authorization": f"Bearer {KEY}"}),
         ("https://api.openai.com/v1", KEY, {"authorization": f"Bearer {KEY}"}),
     ],
 )

@@ -188,6 +188,32 @@ def test_a_refusal_is_final_and_shows_no_key(tmp_path):
     assert KEY not in repr(replies) + stored.decode("latin-1")
 
 
+def test_a_line_that_is_refused_like_a_key_is_one_text_unless_all_are(tmp_path):
+    def some(made):
+        first = min(entry["custom_id"] for entry in made.requests())
+        made.finish(fail=lambda name: 403 if name == first or alone else 0)
+
+    alone = False
+    with FakeLLM(echo, batch_script=some) as fake:
+        replies, _ = ask(fake, tmp_path / "one")
+        assert sorted(reply.failure for reply in replies) == [""] * 11 + ["refused"]
+        assert {reply.cut_off for reply in replies} == {""}
+        alone = True
+        replies, _ = ask(fake, tmp_path / "all")
+    assert {reply.failure for reply in replies} == {"quota"}
+    assert all(reply.cut_off for reply in replies)
+
+
+def test_a_question_that_stands_twice_in_a_file_has_the_answer_among_its_lines(tmp_path):
+    def script(made):
+        lines = [{"custom_id": entry["custom_id"], "error": {"code": "lost"}} for entry in made.requests()]
+        made.finish(junk=b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+
+    with FakeLLM(echo, batch_script=script) as fake:
+        assert answered(ask(fake, tmp_path)[0])
+        assert len(fake.batches) == 1
+
+
 def test_a_wave_is_cut_by_lines_and_by_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(batch, "MAX_LINES", 5)
     with FakeLLM(echo) as fake:

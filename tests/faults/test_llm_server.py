@@ -264,6 +264,30 @@ def test_the_work_of_a_dead_server_goes_to_another(tmp_path):
     assert {reply.text for reply in after} == {"second"}
 
 
+@pytest.mark.parametrize("fault", [error(404, "no such model"), error(401, "bad key"), error(405, "no")])
+def test_one_of_several_addresses_that_is_no_such_server_takes_no_question_from_the_others(fault, tmp_path, caplog):
+    with FakeLLM() as good, FakeLLM() as bad:
+        bad.always = fault
+
+        async def run():
+            config = endpoint(good, base_urls=(good.url, bad.url), max_concurrency=4)
+            async with Client({"judge": config}, tmp_path / "cache") as client:
+                return await client.ask_all([question(n) for n in range(40)])
+
+        replies = asyncio.run(run())
+        assert all(reply.ok for reply in replies)
+        assert 0 < len(bad.calls) <= 4
+    assert caplog.text.count(f"{bad.url} is left out (HTTP {fault.status}: ") == 1
+
+
+def test_a_secret_is_not_shown_as_a_server_spells_it(tmp_path):
+    with FakeLLM() as fake:
+        url = f"{fake.url}?sig=a%2Bb%2Fc%3D%3D&to%20ken=x%20y-z"
+        said = error(500, "no: /v1/chat/completions?sig=a%2Bb%2Fc%3D%3D (a+b/c==), x+y-z, x%20y-z, x y-z")
+        replies, _, _ = ask(fake, tmp_path, [question()], always=said, max_tries=1, base_urls=(url,))
+    assert replies[0].detail.endswith("no: /v1/chat/completions?sig=*** (***), ***, ***, ***")
+
+
 # Row 24
 
 
@@ -276,9 +300,9 @@ def test_the_work_of_a_dead_server_goes_to_another(tmp_path):
         (web_page(), "server_error", 3),
         (truncated(), "server_error", 3),
         (no_choices(), "server_error", 3),
-        (error(400, "context too long"), "bad_request", 1),
+        (error(400, "your credit is too low"), "server_error", 2),  # nobody is answered
         (error(413, "too large"), "bad_request", 1),
-        (error(404, "no such model"), "server_error", 1),
+        (error(404, "no such model"), "server_error", 2),
         (error(400, "filtered", "content_filter"), "refused", 1),
         (error(403, "Your input was flagged"), "refused", 1),
         (error(401, "bad key"), "quota", 1),
@@ -302,10 +326,46 @@ def test_every_way_to_fail_has_its_name(fault, failure, calls, tmp_path):
         assert "\n" not in reply.detail
         assert KEY not in str(reply)
         assert client.ledger.accounts["judge"].failures == {failure: 1}
-        assert bool(reply.cut_off) == (calls == 3 or failure == "quota")
+        assert bool(reply.cut_off) == (calls > 1 or failure == "quota")
         # what is final is not asked again, the rest is
         replies, made, _ = ask(fake, tmp_path, [question()])
     assert (replies[0].ok, len(made)) == ((False, 0) if failure in FINAL else (True, 1))
+
+
+WALL = Fault(403, "<html><title>403 Forbidden</title></html>", content_type="text/html")
+
+
+@pytest.mark.parametrize(
+    ("fault", "failure"),
+    [
+        (WALL, "refused"),
+        (error(403, "denied by policy"), "refused"),
+        (error(400, "context too long"), "bad_request"),
+        (error(422, "too many messages"), "bad_request"),
+    ],
+)
+def test_a_text_that_is_refused_is_alone_in_that_and_is_not_sent_again(fault, failure, tmp_path):
+    def said(asked):
+        return fault if asked.text == "question 3" else "hi"
+
+    with FakeLLM(said) as fake:
+        replies, _, _ = ask(fake, tmp_path, [question(n) for n in range(8)])
+        again, calls, _ = ask(fake, tmp_path, [question(n) for n in range(8)])
+    assert [reply.failure for reply in replies] == [failure if n == 3 else "" for n in range(8)]
+    assert {reply.cut_off for reply in replies} == {""}
+    assert ([reply.failure for reply in again], calls) == ([reply.failure for reply in replies], [])
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 422])
+def test_what_is_refused_with_all_others_has_not_failed(status, tmp_path):
+    with FakeLLM() as fake:
+        replies, calls, _ = ask(
+            fake, tmp_path, [question(n) for n in range(20)], always=error(status, "API key not valid")
+        )
+        assert all(reply.failure in RETRYABLE and "API key not valid" in reply.cut_off for reply in replies)
+        assert len(calls) < 20
+        replies, _, _ = ask(fake, tmp_path, [question(n) for n in range(20)])
+    assert all(reply.ok for reply in replies)
 
 
 @pytest.mark.parametrize("fault", [hang(), drip(), dropped(), web_page(), truncated(), no_choices(), rate_limited()])

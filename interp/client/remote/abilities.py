@@ -20,9 +20,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any
+from urllib.parse import urlsplit
 
 from interp.client import answers
-from interp.client.bodies import SHORT, least_body, payload
+from interp.client.bodies import CHAT, COMPLETIONS, EMBEDDINGS, SHORT, least_body, payload
 from interp.client.remote.failures import Outcome
 from interp.client.requests import ROOM_FOR_THOUGHT, Abilities, Chat, Embed, LogProb
 from interp.client.said import said_in, shows_thought, thought
@@ -154,7 +155,8 @@ class Prober:
         if self.plain is None:  # nothing was answered so far: is it the field that is refused, or the key?
             path, body = payload(asked, self.model, found)
             outcome = await self.send(path, least_body(path, body))
-            if outcome.body is None and outcome.status not in ABSENT:
+            absent = outcome.status in ABSENT and (await self.send(*self._count(found))).body is not None
+            if outcome.body is None and not absent:
                 raise self._error(outcome)
         return found
 
@@ -175,10 +177,24 @@ class Prober:
     def _error(self, outcome: Outcome) -> ConfigError:
         if outcome.failure == "budget":
             return ConfigError(f"budget_usd: {outcome.detail}")
-        hint = "; do its addresses end in /v1?" if outcome.status in (200, 404, 405) else ""
+        heard = outcome.status and outcome.status not in PASSING
+        hint = next(filter(None, map(_lacking, self.where.split())), "") if heard else ""
         return ConfigError(
             f"{self.role}: the model {self.model!r} at {self.where} does not answer ({outcome.detail}){hint}"
         )
+
+
+def _lacking(address: str) -> str:
+    """Returns what an address that somebody answers at may want; "" where nothing is seen."""
+    path = urlsplit(address).path
+    if not path:
+        return f"; most servers want {address}/v1"
+    ending = next((name for name in (CHAT, COMPLETIONS, EMBEDDINGS) if path.endswith(name)), "")
+    if ending:
+        return f"; an address ends before {ending}, which is added to it"
+    if "/deployments/" in path and "api-version=" not in address:
+        return f"; Azure wants the version of its protocol too: {address}?api-version=..."
+    return ""
 
 
 def _says_no(outcome: Outcome) -> bool:

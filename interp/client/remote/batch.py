@@ -210,7 +210,11 @@ class Batches(Endpoint):
         worst, outcomes = Usage(*fact["worst"]), dict[str, Outcome]()
         for file in batch.outputs:
             for entry in entries(await self._content(file)):
-                outcomes.setdefault(entry["custom_id"], self._outcome(entry, path))
+                key, outcome = entry["custom_id"], self._outcome(entry, path)
+                if key not in outcomes or (outcome.body is not None and outcomes[key].body is None):
+                    outcomes[key] = outcome
+        if any(outcome.body is not None for outcome in outcomes.values()):  # then the key is good: it is the question
+            outcomes = {key: one.settled(of_all=False) if one.stop else one for key, one in outcomes.items()}
         lost = Outcome(failure="expired", detail=f"batch {batch.status}", again=True)
         if batch.status == "failed" and not batch.full:
             lost = Outcome(failure="server_error", detail=scrub(batch.told, self.secrets()))

@@ -8,7 +8,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -21,6 +21,7 @@ DETAIL_CHARS = 200
 _KEYS = re.compile(r"(?:\b(?:sk|pk|rk|hf|gsk|key)[-_]|AIza)[\w*.\-]{6,}|(?<=Bearer )\S+", re.IGNORECASE)
 _OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 _AGAIN = (408, 409, 425, 429)
+_TOO_LONG = (413, 414, 431)
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,22 @@ class Outcome:
     stop: bool = False
     """Whether the account or the key is refused, so that nothing more need be sent."""
     doubtful: bool = False
-    """Of such a refusal: whether it may be one of the question (403)."""
+    """Of a refusal: whether it may be of this question or of all, which a small one tells. Firewalls refuse texts by
+    the status of a refused key (403), and some servers a key or an account by that of a bad question (400)."""
     wait_s: float | None = None
     """How long the server wants to be left alone."""
     paid: bool = False
     """Whether the server may have done the work although no answer came back."""
     given_up: bool = False
     """Whether the server answers nobody any more."""
+
+    def settled(self, of_all: bool) -> "Outcome":
+        """Returns this failure once it is known whether all questions meet it."""
+        if self.doubtful and of_all:
+            return replace(self, failure="quota" if self.stop else "server_error", given_up=True)
+        if self.doubtful and self.stop:
+            return replace(self, failure="refused", stop=False)
+        return replace(self, given_up=of_all)
 
 
 def scrub(text: str, secrets: Iterable[str] = ()) -> str:
@@ -79,13 +89,13 @@ def outcome_of_error(status: int, error: Any, headers: Mapping[str, str], secret
     if status == 403:
         return Outcome(failure="quota", detail=detail, status=status, stop=True, doubtful=True)
     if status in (404, 405, 501):  # the server, not the question, is at fault: another day it may answer
-        return Outcome(failure="server_error", detail=detail, status=status)
+        return Outcome(failure="server_error", detail=detail, status=status, doubtful=True)
     if status in _AGAIN or status >= 500:
         failure = {429: "rate_limit", 408: "timeout", 504: "timeout"}.get(status, "server_error")
         return Outcome(failure=failure, detail=detail, status=status, again=True, wait_s=wait_s)
     if 300 <= status < 400:
         return Outcome(failure="server_error", detail=detail, status=status)
-    return Outcome(failure="bad_request", detail=detail, status=status)
+    return Outcome(failure="bad_request", detail=detail, status=status, doubtful=status not in _TOO_LONG)
 
 
 def outcome_of_text(text: str, path: str, secrets: Iterable[str] = ()) -> Outcome:
@@ -102,7 +112,8 @@ def outcome_of_text(text: str, path: str, secrets: Iterable[str] = ()) -> Outcom
 def outcome_of_body(body: Any, path: str, secrets: Iterable[str] = ()) -> Outcome:
     """Returns the outcome of a parsed answer whose status is 200: an error may stand in it, or in its choice."""
     error = record(body).get("error") or first(record(body).get("choices")).get("error")
-    code = count(record(error).get("code")) or 0
+    code = record(error).get("code")
+    code = count(int(code) if isinstance(code, str) and re.fullmatch("[45][0-9]{2}", code) else code) or 0
     if error and not record(body).get("error"):  # whatever it is, it broke an answer that had begun
         code = code if code == 429 else max(code, 500)
     if error:

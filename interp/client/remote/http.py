@@ -32,6 +32,9 @@ from sae.base.progress import Watch
 
 REST_S = 10.0
 """An address that cannot be reached is left out for so long, if there are others."""
+NOT_HERE = (401, 404, 405, 501)
+"""Statuses by which one of several addresses shows that it is not what the others are. It is as good as out of reach:
+always free, as it answers at once, it would be sent most of the questions."""
 STOPPED, NO_MORE = "stopped", "no more calls were made"
 
 log = logging.getLogger(__name__)
@@ -132,7 +135,7 @@ class Endpoint(Holder):
                     return Outcome(failure="budget", detail=self.ledger.refusal()), Usage(0, 0)
                 used = worst  # should this task be cancelled: what was sent may be charged
                 try:
-                    outcome, used = await self._once(path, body, worst)
+                    outcome, used = await self._once(path, body, worst, probing)
                 finally:
                     self.ledger.settle(role, worst, used)
                 outcome = judged(outcome) if judged else outcome
@@ -140,14 +143,17 @@ class Endpoint(Holder):
             finally:
                 self.limiter.leave()
             if not outcome.again:
-                return outcome, used
+                break
             if attempt == 0:
                 answered = self.limiter.answered
-        if not probing and self.limiter.answered == answered:  # nobody was answered meanwhile
+        if probing:
+            return outcome, used
+        if outcome.again and self.limiter.answered == answered:  # nobody was answered meanwhile
             await self.limiter.rest(max(backoff(tries), outcome.wait_s or 0.0))
             self.watch.poll(NO_MORE)
-            outcome = replace(outcome, given_up=await self._is_down(role, path, body, outcome))
-        return outcome, used
+        elif outcome.again or not outcome.doubtful:
+            return outcome, used
+        return outcome.settled(await self._is_down(role, path, body, outcome)), used
 
     def halt(self) -> None:
         """Has everything that waits, and all that comes, end with Stopped."""
@@ -175,24 +181,29 @@ class Endpoint(Holder):
     async def _is_down(self, role: str, path: str, body: dict[str, Any], outcome: Outcome) -> bool:
         """Returns whether the server answers nobody, rather than just not this question: a small one tells.
 
-        A question that breaks its server is to be noted as failed, or it would end every run that comes to it.
+        A question that breaks its server, or that a firewall keeps from it, is to be noted as failed, or it would end
+        every run that comes to it; one that is refused with all others, as once the account is empty, has not failed.
         """
         async with self._doubt:
             small = least_body(path, body)
             worst = worst_case(small)
             if self.limiter.closed or not self.ledger.reserve(role, worst):
-                return self.limiter.closed
+                return self.limiter.closed or outcome.stop
             started, used = asyncio.get_running_loop().time(), worst
             try:
                 said, used = await self._once(path, small, worst)
             finally:
                 self.ledger.settle(role, worst, used)
             self._learn(said, started, probing=True)
-            if said.again:
-                self.limiter.down(outcome.failure, outcome.detail)
-            return said.again or said.stop
+            if said.stop:
+                self.limiter.close(said.failure, said.detail)
+            elif said.body is None and (said.again or outcome.doubtful):
+                self.limiter.down(outcome.settled(of_all=True).failure, outcome.detail)
+            return said.body is None and (said.again or said.stop or outcome.doubtful)
 
-    async def _once(self, path: str, body: dict[str, Any], worst: Usage) -> tuple[Outcome, Usage]:
+    async def _once(
+        self, path: str, body: dict[str, Any], worst: Usage, probing: bool = False
+    ) -> tuple[Outcome, Usage]:
         """Sends a body once; returns the outcome and what it used, the worst case if that cannot be known."""
         clients, place = self.clients(), self._place()
         self._busy[place] += 1
@@ -204,8 +215,14 @@ class Endpoint(Holder):
             outcome, text = outcome_of_exception(error, self.secrets()), ""
         finally:
             self._busy[place] -= 1
+        now = asyncio.get_running_loop().time()
+        others = any(at <= now for at in self._rested[:place] + self._rested[place + 1 :])
+        if others and outcome.status in NOT_HERE and not probing:
+            outcome = replace(outcome, failure="connection", again=True, stop=False)
         if outcome.failure == "connection":
-            self._rested[place] = asyncio.get_running_loop().time() + REST_S
+            if len(self.addresses) > 1 and not self._rested[place]:
+                log.warning("%s is left out (%s)", self.addresses[place].shown, outcome.detail)
+            self._rested[place] = now + REST_S
         if outcome.body is None:
             proxy = self._connections[place][1]
             if proxy:  # which may be the one that said so
@@ -219,7 +236,7 @@ class Endpoint(Holder):
         return min(range(len(self.addresses)), key=lambda place: (self._rested[place] > now, self._busy[place]))
 
     def _learn(self, outcome: Outcome, started: float, probing: bool) -> None:
-        if outcome.stop and not (probing and outcome.doubtful):
+        if outcome.stop and not outcome.doubtful:
             self.limiter.close(outcome.failure, outcome.detail)
         elif outcome.failure in ("rate_limit", "timeout", "server_error") and outcome.again:
             if not probing or outcome.wait_s is not None or outcome.failure == "rate_limit":
