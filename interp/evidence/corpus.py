@@ -26,6 +26,7 @@ from sae.base.seeding import uniform
 from sae.base.store import Shards, ShardWriter, fingerprint_key
 from sae.text.documents import Document, TextConfig, check_met, documents
 from sae.text.packing import PADDING, added, room, same, token_ids
+from sae.text.readers import kind_of
 from sae.text.tokenizing import PIECE_CHARS, SHARD_TOKENS, encode_texts, piece_end, rows_made_from
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ def _take(folder: Path, fingerprint: dict[str, Any], source: Source, tokens: int
 
 def _is_one_text(text: TextConfig) -> bool:
     path = Path(text.source).expanduser()
-    return path.is_file() and path.suffix == ".txt"
+    return path.is_file() and kind_of(path) == ".txt"
 
 
 def _rows(

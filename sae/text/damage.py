@@ -71,6 +71,9 @@ def what_it_may_be(file: Path, encoding: str | None) -> str:
         if len(head) / 2 < even + odd and not any(map(head[:256].count, range(1, 9))):
             return "name its encoding with text.encoding (it may be utf-32)"
         return "it is not text"
+    wide = next((name for name in ("utf-16-le", "utf-16-be") if _is_text(head, name)), "")  # of Chinese: few zero bytes
+    if wide:
+        return f"name its encoding with text.encoding (it may be {wide})"
     if any(map(head.count, range(1, 7))):
         return "it is not text"
     try:
@@ -87,6 +90,12 @@ def _encodings(head: bytes) -> list[str]:
     if len(beyond) > LETTERS * len(head):
         return [*found, "cp1251", "koi8-r"]
     return ["cp1252", "latin-1", *found] if any(byte < 0xA0 for byte in beyond) else ["latin-1", "cp1252", *found]
+
+
+def _is_text(head: bytes, encoding: str) -> bool:
+    """Returns whether bytes are lines of letters in an encoding."""
+    text = head.decode(encoding, errors="replace")
+    return "\n" in text and not _DAMAGED.search(text[:-1]) and sum(map(str.isalpha, text)) > len(text) / 2
 
 
 def _decodes(head: bytes, encoding: str) -> bool:

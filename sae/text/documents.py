@@ -27,6 +27,7 @@ Document = str | list[int] | list[dict[str, Any]]
 
 LOOK_CHARS = 2**20  # so much is looked at before anything long begins
 SAVED_DATASET = ("dataset_dict.json", "state.json")  # one of these lies in what `save_to_disk` made
+AS_STORED = "it was stored damaged, or in another encoding than what stands before it"
 HASHED_BYTES = 2**28  # larger files are told apart by size and time of change: reading them would take too long
 
 
@@ -286,7 +287,7 @@ def _first_damaged(config: TextConfig) -> str:
             name = document_id.rpartition(":")[0] or document_id
             file = next((f for f in files if name in (f.name, f.relative_to(path).as_posix())), None)
             hint = _hint(file, config) if file else ""
-            return f", the first in {document_id}; {hint or 'they were damaged before they were stored'}"
+            return f", the first in {document_id}; {hint or AS_STORED}"
     return ""
 
 

@@ -10,12 +10,14 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from sae.base.errors import ConfigError, nearest
 
 GROUP_CHARS = 2_000  # paragraphs of a text file given alone are put together to documents of at least this length
+DELIMITERS = (",", "\t", ";", "|")  # of csv and tsv: the one by which the first line has the column, or most of them
 COMPRESSED = (".gz", ".zst", ".bz2")
 MARKS = {  # longer ones first: that of UTF-32 begins like that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
@@ -104,6 +106,11 @@ def _lines(file: Path, encoding: str | None) -> Iterator[bytes]:
                 yield line.encode(UTF_8, "surrogatepass")
 
 
+def _each_line(file: Path, encoding: str | None) -> Iterator[bytes]:
+    """Yields the lines of a table, which a carriage return alone may end too: it stands in none but in quotes."""
+    return chain.from_iterable(line.splitlines(keepends=True) for line in _lines(file, encoding))
+
+
 def _text(line: bytes) -> str:
     return line.decode("utf-8-sig", errors="surrogateescape")
 
@@ -121,7 +128,7 @@ def _paragraphs(file: Path, _column: str, encoding: str | None) -> Iterator[byte
 
 
 def _json_lines(file: Path, column: str, encoding: str | None) -> Iterator[Any]:
-    for number, line in enumerate(_lines(file, encoding), 1):
+    for number, line in enumerate(_each_line(file, encoding), 1):
         if not line.strip():
             continue
         try:
@@ -153,8 +160,11 @@ def _object(row: Any, where: str) -> dict[str, Any]:
 
 def _csv(file: Path, column: str, encoding: str | None) -> Iterator[Any]:
     csv.field_size_limit(sys.maxsize)  # the default would refuse a text of 128 KiB
-    delimiter = "\t" if kind_of(file) == ".tsv" else ","
-    rows = csv.reader(map(_text, _lines(file, encoding)), delimiter=delimiter, strict=True)
+    lines = map(_text, _each_line(file, encoding))
+    head = next(lines, "")
+    columns = {mark: next(csv.reader([head], delimiter=mark), []) for mark in DELIMITERS}
+    delimiter = max(DELIMITERS, key=lambda mark: (column in columns[mark], len(columns[mark])))
+    rows = csv.reader(chain([head], lines), delimiter=delimiter, strict=True)
     try:
         names = next(rows, [])
         require(column, column, names, file.name)
@@ -216,6 +226,7 @@ def top_of(column: str, columns: Any, where: str) -> str:
 READERS: dict[str, Callable[[Path, str, str | None], Iterator[Any]]] = {
     ".txt": _paragraphs,
     ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
     ".parquet": _table,
     ".arrow": _table,
     ".json": _json,

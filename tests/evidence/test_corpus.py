@@ -1,5 +1,6 @@
 """Rows for evidence: one section each, cut with gaps, split without overlap, near-duplicates dropped."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -104,7 +105,9 @@ def test_one_text_is_split_by_blocks_and_says_so(tmp_path):
     text = tmp_path / "text.txt"  # in paragraphs, which are no documents
     text.write_text("\n\n".join(" ".join(words_of[i : i + 50]) for i in range(0, len(words_of), 50)))
     one_line = write(tmp_path / "one.jsonl", [words_of])
-    for source in (text, one_line):
+    packed = tmp_path / "text.txt.gz"
+    packed.write_bytes(gzip.compress(text.read_bytes()))
+    for source in (text, packed, one_line):
         rows = read_corpus(source)
         assert rows.meta["split_by"] == "blocks"
         assert rows.meta["documents"] == 1

@@ -57,6 +57,8 @@ def test_the_order_of_bytes_is_that_of_the_mark(tmp_path, big):
         (CHINESE, "gb18030", "gb18030"),
         (FRENCH, "utf-16-le", "utf-16-le"),
         (FRENCH, "utf-16-be", "utf-16-be"),
+        (CHINESE, "utf-16-le", "utf-16-le"),
+        (JAPANESE, "utf-16-be", "utf-16-be"),
         ("plain English of no accents\n", "utf-16-le", "utf-16-le"),
         ("plain English of no accents\n", "utf-32-le", "utf-32"),
     ],
@@ -129,6 +131,14 @@ def test_one_file_among_many_is_left_out_and_told_and_a_few_bytes_are_replaced_a
     assert what_was_met(rows.meta) == "from 61 documents (1 empty, 1 no text, 1 damaged)"
     assert "PNG" not in "".join(text for _, text in documents(config))
     assert what_was_met({"documents": 1200}) == "from 1,200 documents"
+
+
+def test_a_part_in_another_encoding_is_not_called_damaged_before(tmp_path):
+    lines = [json.dumps({"text": "plain words " * 9}) + "\n"] * 2000
+    bad = json.dumps({"text": FRENCH * 9}, ensure_ascii=False) + "\n"
+    (tmp_path / "a.jsonl").write_bytes("".join(lines).encode() + (bad * 30).encode("cp1252"))
+    with pytest.raises(ConfigError, match=r"the first in a\.jsonl:2000; it was stored damaged, or in another encoding"):
+        text_of(tmp_path / "a.jsonl")
 
 
 def test_damage_is_refused_though_little_of_the_text_is_wanted(tmp_path):

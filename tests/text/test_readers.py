@@ -80,6 +80,25 @@ def test_json_lines_that_are_called_json_and_a_single_record_are_read(tmp_path):
     assert read(tmp_path / "a.json") == ["alone"]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_table_of_text_may_be_parted_and_its_lines_ended_in_any_way(tmp_path, name, delimiter, end):
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL)
+    writer.writerows([["n, m; o", "text", "x"], *([n, text, "a|b"] for n, text in enumerate(TEXTS))])
+    (tmp_path / name).write_bytes(PACK[".gz" if name.endswith("gz") else ""](out.getvalue().encode("utf-8-sig")))
+    assert read(tmp_path / name) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\n"])
+def test_json_lines_may_end_in_any_way(tmp_path, name, end):
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in TEXTS]
+    (tmp_path / name).write_bytes(end.join(rows).encode())
+    assert read(tmp_path / name) == TEXTS
+
+
 def test_a_path_of_keys_reaches_what_lies_deeper(tmp_path):
     import datasets
     import pyarrow as pa
