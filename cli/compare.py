@@ -29,13 +29,13 @@ def command(argv: list[str]) -> int:
     from interp.run.compare import compare
     from interp.run.rundir import run_folder
     from sae.base.files import write_json
-    from sae.base.paths import check_writable
+    from sae.base.paths import check_file
 
     via = ("http", (options.encoder_url,)) if options.encoder_url else ("local", ())
     a, b = (run_folder(Path(path)) for path in (options.a, options.b))
     encoder = EndpointConfig(options.encoder, *via)
-    target = Path(options.json) if options.json else a / f"compare-{b.resolve().parent.name}.json"
-    check_writable(target.parent, "--json")
+    target = Path(options.json).expanduser() if options.json else a / f"compare-{b.resolve().parent.name}.json"
+    check_file(target, "--json")
     found = compare(a, b, encoder, options.explainer, options.tokens, options.trust_remote_code)
     write_json(target, json.loads(json.dumps(found)))
     print("\n".join([*_lines(found), "", f"json         {target}"]))

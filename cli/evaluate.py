@@ -37,7 +37,7 @@ def command(argv: list[str]) -> int:
         raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
 
     from sae.base.files import write_json
-    from sae.base.paths import check_writable
+    from sae.base.paths import check_file
     from sae.base.progress import Watch
     from sae.evaluation.evaluation import evaluate, text_of
     from sae.lm.models import ModelConfig, load_language_model
@@ -47,8 +47,8 @@ def command(argv: list[str]) -> int:
     from sae.training.config import TrainConfig
 
     path = Path(options.path).expanduser()
-    target = Path(options.json) if options.json else (path if path.is_dir() else Path()) / "sae-eval.json"
-    check_writable(target.parent, "--json")
+    target = Path(options.json).expanduser() if options.json else (path if path.is_dir() else Path()) / "sae-eval.json"
+    check_file(target, "--json")
     coders = hub.load_all(options.path, revision=options.revision, **hints(options))
     spec = next(iter(coders.values())).spec
     beside = [path.resolve() / next(iter(coders)), *(path.resolve() / next(iter(coders))).parents]

@@ -17,16 +17,19 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(argv)
 
+    from dataclasses import replace
+
     from interp.exchange.neuronpedia import export_run
-    from interp.run.preparing import prepare, resolve_config
-    from interp.run.rundir import run_folder, saved_config
+    from interp.run.preparing import prepare, resolve_config, spelled_out
+    from interp.run.rundir import latents_of, run_folder, saved_config
     from sae.base.paths import check_writable
     from sae.base.progress import Watch
     from sae.parallel.stopping import stop_flag
 
     folder = run_folder(Path(options.run_dir))
     check_writable(Path(options.folder).expanduser(), "folder")
-    config = resolve_config(saved_config(folder))
+    config = replace(saved_config(folder), latents=spelled_out(latents_of(folder)))  # of all commands, not of the last
+    config = resolve_config(config)
     with stop_flag() as stop:
         prepared = prepare(config, options.trust_remote_code, Watch(stop))
         examples = (prepared.examples(latent) for latent in prepared.latents.tolist())
@@ -61,6 +64,8 @@ def take_in(argv: list[str]) -> int:
         what = f"{options.hookpoint!r} is not among them.{nearest(chosen, hookpoints)}" if chosen else "choose one."
         raise ConfigError(f"--hookpoint: {source} is of {', '.join(hookpoints) or 'none'}; {what}")
     check_writable(run_dir, "run_dir")
+    if (run_dir / "shards").exists():
+        raise ConfigError(f"run_dir: {run_dir} holds a run; choose another folder, or delete it")
     folder = shard_folder(run_dir, (1, 1))
     explained = explained_in(folder)
     scored = scores_in(folder)

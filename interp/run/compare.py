@@ -28,11 +28,11 @@ from interp.client.config import EndpointConfig
 from interp.client.requests import Embed
 from interp.evidence.codes import Codes, LiveCodes, row_blocks
 from interp.evidence.corpus import Corpus
-from interp.evidence.first_pass import stored_evidence
+from interp.evidence.first_pass import check_evidence, stored_evidence
 from interp.evidence.subject import Subject
 from interp.run.config import ExplainConfig
 from interp.run.pipeline import check_models
-from interp.run.preparing import read_from, resolve_config
+from interp.run.preparing import evidence_of, read_from, resolve_config
 from interp.run.results import explanations_of_run
 from interp.run.rundir import saved_config
 from interp.scorers.embedding import BATCH
@@ -85,7 +85,8 @@ def compare(
 
     Latents without an explanation take part in the MMCS alone. Co-activation is counted on `tokens` tokens of the text
     of `a`, and left out where the runs read different language models. Raises ConfigError if a run has no explanation
-    by `explainer` (default: llm, or the first one there) or more than 20,000, or the encoder fails.
+    by `explainer` (default: llm, or the first one there) or more than 20,000, its coder is another by now, or the
+    encoder fails.
     """
     cache = a / "compare.sqlite"
     answers = asyncio.run(check_models({"encoder": encoder}, ["encoder"], cache))
@@ -135,7 +136,8 @@ def _side(folder: Path, explainer: str | None, trust_remote_code: bool) -> Side:
         raise ConfigError(
             f"path: {folder} has {len(found[name]):,} explained latents; at most {MOST:,} can be compared"
         )
-    subject, rows, _ = read_from(config, trust_remote_code)
+    subject, rows, codes = read_from(config, trust_remote_code)
+    check_evidence(codes, rows, *evidence_of(config))  # the texts are of this coder, not of what took its place
     return Side(folder, config, subject, rows, found[name])
 
 

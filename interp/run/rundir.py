@@ -72,6 +72,11 @@ def asked_in(shard: Path) -> list[int]:
     return read_json(path) if path.is_file() else []
 
 
+def latents_of(run_dir: Path) -> list[int]:
+    """Returns the latents that any command on a run was about, ascending; ConfigError as `shard_folders`."""
+    return sorted({latent for shard in shard_folders(run_dir) for latent in asked_in(shard)})
+
+
 def shard_folders(run_dir: Path, whole: bool = True) -> list[Path]:
     """Returns the folders of all shards of a run; ConfigError if they are not the shards of one division.
 

@@ -64,6 +64,13 @@ def moved_along(path: str, then: str, now: str | Path) -> str:
     return str(beside) if beside.exists() and not same_place(path, beside) else path
 
 
+def check_file(path: Path, field: str) -> None:
+    """Raises ConfigError naming the setting `field` if no file can be written by a name."""
+    if path.is_dir():
+        raise ConfigError(f"{field}: {path} is a folder; name a file, such as {path / 'figures.json'}")
+    check_writable(path.parent, field)
+
+
 def check_writable(folder: Path, field: str) -> None:
     """Raises ConfigError naming the setting `field` if nothing can be written to a folder, or it cannot be made.
 

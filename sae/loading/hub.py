@@ -194,5 +194,7 @@ def why_no_coder(files: Files, below: str) -> str:
     if below and not there:
         return f"{files.label} has no {below!r}.{nearest(below, {n.rpartition('/')[0] for n in names} | set(names))}"
     if isinstance(files, LocalFiles) and not below and {"config.yaml", "env.json"} <= set(names):
+        if any(name.startswith("shards/") for name in names):
+            return f"{files.label} is an explained run, it holds no coder; name the folder of the coder"
         return f"{files.label} has trained no coder to its end yet; go on with sae-train --resume {files.label}"
     return f"{files.label}/{below} holds no coder in a known format; its files are {', '.join(there[:6]) or 'none'}"

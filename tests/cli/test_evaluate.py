@@ -100,6 +100,7 @@ def test_more_tokens_other_text_and_nulls(tmp_path, run, capsys):
         (["{run}", "--model.name", "./nowhere"], "model.name: no such folder: ./nowhere."),
         (["{run}", "--text.source", "./nowhere"], "text.source: no such file or folder: './nowhere'."),
         (["{run}", "--json", "{run}/config.yaml/found.json"], "--json: cannot write to {run}/config.yaml: "),
+        (["{run}", "--json", "{run}"], "--json: {run} is a folder; name a file, such as {run}/figures.json"),
         (["{run}/checkpoints"], "path: {run}/checkpoints/ holds no coder in a known format; its files are "),
         (["{run}/nowhere"], "path: no such folder: {run}/nowhere."),
         ([], "the following arguments are required: path"),

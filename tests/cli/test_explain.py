@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +16,7 @@ import sae
 from cli.explain import main
 from sae.base.settings import read_yaml
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = ["--evidence.tokens", "30000", "--latents", "random:24", "--examples.test", "12", "--examples.shown", "10"]
 
 
@@ -113,12 +116,48 @@ def test_shards_are_merged_and_runs_compared_and_exported(explain, tmp_path, mad
     co = found["matchings"]["co-activation"]
     assert co["mean_strength"] == pytest.approx(1)
     assert co["similarity"]["value"]["value"] > co["similarity"]["null"]["value"]
+    code, printed = explain("compare", tmp_path / "a", tmp_path / "b", "--json", tmp_path / "b")
+    assert (code, f"--json: {tmp_path / 'b'} is a folder" in error_of(printed)) == (2, True)
+    code, printed = explain(tmp_path / "b")
+    assert (code, "is an explained run, it holds no coder" in error_of(printed)) == (2, True)
     names = ("--model-id", "tiny", "--source-id", "1-res")
     code, printed = explain("export", tmp_path / "b", tmp_path / "lines", *names)
     assert code == 0, printed
     rows = [json.loads(line) for line in (tmp_path / "lines" / "explanations.jsonl").read_text().splitlines()]
     assert {row["modelId"] for row in rows} == {"tiny"}
     assert (tmp_path / "lines" / "activations.jsonl").stat().st_size > 1000
+
+
+def test_what_is_exported_is_of_the_latents_of_all_commands(explain, tmp_path):
+    for latents in ("3,17", "20"):
+        assert explain("one", *SMALL[:2], "--latents", latents, "--run-dir", tmp_path / "run")[0] == 0
+    code, printed = explain(
+        "export", tmp_path / "run", tmp_path / "lines", "--model-id", "tiny", "--source-id", "1-res"
+    )
+    assert code == 0, printed
+    for name in ("explanations", "activations"):
+        lines = (tmp_path / "lines" / f"{name}.jsonl").read_text().splitlines()
+        assert {json.loads(line)["index"] for line in lines} == {"3", "17", "20"}, name
+
+
+def test_a_coder_that_took_the_place_of_an_explained_one_is_not_compared(explain, made, tmp_path):
+    shutil.copytree(made / "one", tmp_path / "coder")
+    for coder in (tmp_path / "coder", made / "two"):
+        assert explain(coder, *SMALL, "--run-dir", tmp_path / f"of-{coder.name}")[0] == 0
+    coder_folder(tmp_path / "other", made / "model", made / "text", seed=1)
+    for path in (tmp_path / "other").iterdir():
+        shutil.copy(path, tmp_path / "coder")
+    code, printed = explain("compare", tmp_path / "of-two", tmp_path / "of-coder")
+    assert code == 2
+    assert "of-coder/evidence holds evidence made with another coder" in error_of(printed)
+
+
+def test_an_import_is_not_mixed_with_what_is_there(explain, tmp_path):
+    assert explain("one", *SMALL, "--run-dir", tmp_path / "run")[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, printed = explain("import", GOLDEN / "delphi" / "run", tmp_path / "run")
+    assert (code, "holds a run; choose another folder" in error_of(printed)) == (2, True), printed
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("name", ["neurons", "topk_neurons", "random_direction", "random_init"])

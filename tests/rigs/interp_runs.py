@@ -28,9 +28,9 @@ from sae.text.documents import TextConfig
 D_SAE = 48
 
 
-def coder_folder(folder: Path, model: Path, text: Path, width: int = 16) -> Path:
+def coder_folder(folder: Path, model: Path, text: Path, width: int = 16, seed: int = 3) -> Path:
     """Saves an untrained coder of the tiny model's second layer, and returns its folder."""
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     site = Site("model.layers.1", model=str(model))
     spec = CoderSpec(
         d_in=width,
