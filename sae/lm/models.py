@@ -79,12 +79,13 @@ class LanguageModel:
         Where only the config says so, and no table of positions, it is tried.
         """
         text, most = self.model.config.get_text_config(), self.positions or length
-        told = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+        names = ("max_position_embeddings", "max_seq_len", "max_encoder_position_embeddings")
+        told = (getattr(text, name, None) for name in names)
         trained = next(filter(None, told), length)
         if length > trained and length <= most and self.tokenizer is not None:
             try:
                 with torch.no_grad():
-                    ids = torch.zeros(1, length, dtype=torch.long, device=self.device)
+                    ids = probing.plain_ids(self.model, length)  # tokens of padding may have no positions
                     there = None if self.is_causal else torch.ones_like(ids)
                     probing.reader_of(self.model)(**probing.inputs_of(ids, there))
             except (RuntimeError, IndexError, ValueError):
@@ -262,6 +263,11 @@ def local_folder(name: str) -> Path | None:
     if path.is_file():
         raise ConfigError(f"model.name: {name} is a file; name the folder of a saved model, or a .gguf file")
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():  # which counts only where another package is installed
+            raise ConfigError(
+                f"model.name: the folder {name} holds an adapter; merge it into its model (peft: merge_and_unload) and "
+                "name the folder where you save that"
+            )
         if not (path / "config.json").is_file():
             raise ConfigError(f"model.name: the folder {name} holds no config.json, so it is no saved model")
         return path
@@ -325,7 +331,6 @@ def _readable_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # files of strangers fail in many ways
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"model.name: {name!r} could not be loaded: {reason} "
-            f"(a hub id needs the network or a cached copy; a local folder or .gguf file needs neither){near(name)}"
-        ) from error
+        ways = "a hub id needs the network or a cached copy; a local folder or .gguf file needs neither"
+        out = "" if on_disk else f" ({ways}){near(name)}"
+        raise ConfigError(f"model.name: {name!r} could not be loaded: {reason}{out}") from error

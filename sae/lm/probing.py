@@ -19,6 +19,7 @@ from sae.base.seeding import generator
 CLEARLY = 0.1  # of a token's vector: what moves by more does not by rounding
 TOKENS = 5
 """Tokens of a probe: more than a table of token types has rows, few enough that one of them matters to all."""
+TRIED = 64  # tokens of all the vocabulary, of which those for a probe are taken
 ROWS_READ = {  # operations that read rows of a table -> which of their arguments names the rows
     torch.ops.aten.embedding.default: 1,
     torch.ops.aten.index_select.default: 2,
@@ -61,9 +62,11 @@ def nature_of(model: Any) -> Nature:
 
     Where tokens are sorted by expert they differ by rounding; what is not clearly more than that is decided by
     gradients, which do not round to what is not there. Errors of the model's come as they are; ValueError if it makes
-    NaN of the tokens.
+    NaN of the tokens, or has one embedding for all of them.
     """
-    ids = _plain_ids(model)
+    ids = plain_ids(model)
+    if ids[0, -1] == ids[0, -2]:
+        raise ValueError("its embeddings of all tokens are alike, so its weights are damaged")
     with _Tables(vocabulary_of(model)) as tables:
         scores, before = _output(model, ids[:, :-1])
     after = _output(model, ids[:, [*range(TOKENS - 1), TOKENS]])[1]
@@ -107,24 +110,25 @@ def _last_reaches_others(model: Any, ids: Int[Tensor, "1 n"]) -> bool | None:
 def positions_of(model: Any) -> int | None:
     """Returns the longest row that a model's tables of positions allow, also of one whose weights are not there."""
     with _Tables(vocabulary_of(model)) as tables, suppress(RuntimeError):  # what takes values cannot run without
-        _output(model, _plain_ids(model)[:, :-1])
+        _output(model, plain_ids(model)[:, :-1])
     return tables.limit
 
 
 def depended_on(model: Any, names: Iterable[str]) -> list[str]:
     """Returns which of a model's tensors bear on what it makes of text, in order.
 
-    What runs without a gradient from the output does not (a pooler), nor does a part that does not run (an image
-    tower); but one expert of a list may run for other tokens. Where no gradient can be had, all do.
+    What has no gradient from the output does not (a pooler), unless its values move the output all the same, as those
+    that only choose an expert; nor does a part that does not run (an image tower), but one expert of a list may run
+    for other tokens. Where no gradient can be had, all do.
     """
     tensors, ran = dict(model.named_parameters()), set[str]()
     asked = {name: tensors[name].requires_grad_() for name in sorted(names) if name in tensors}
     hooks = [m.register_forward_hook(lambda *_, path=path: ran.add(path)) for path, m in model.named_modules()]
     try:
         with torch.enable_grad():
-            total = _output(model, _plain_ids(model)[:, :-1])[1].float().sum()
-            if total.requires_grad:
-                total.backward()
+            made = _output(model, plain_ids(model)[:, :-1])[1]
+            if made.requires_grad:
+                made.float().sum().backward()
     except (RuntimeError, NotImplementedError):
         return sorted(names)
     finally:
@@ -134,7 +138,19 @@ def depended_on(model: Any, names: Iterable[str]) -> list[str]:
     for tensor in asked.values():
         tensor.grad = None
         tensor.requires_grad_(False)
-    return sorted(set(names) - idle)
+    near = {name for name in idle if not ran.isdisjoint((name.rpartition(".")[0], name.rsplit(".", 2)[0]))}
+    return sorted(set(names) - {name for name in idle if name not in near or not _moves(model, asked[name])})
+
+
+@torch.no_grad()
+def _moves(model: Any, tensor: Tensor) -> bool:
+    """Whether a model makes something else of a few tokens when one of its tensors has other values."""
+    ids, kept = plain_ids(model)[:, :-1], tensor.clone()
+    was = _output(model, ids)[1]
+    tensor.copy_(torch.linspace(100, -100, tensor.numel()).reshape(tensor.shape))
+    now = _output(model, ids)[1]
+    tensor.copy_(kept)
+    return not torch.equal(was, now)
 
 
 def _one_of_a_list(name: str, ran: set[str]) -> bool:
@@ -160,14 +176,29 @@ def _output(model: Any, ids: Int[Tensor, "1 n"]) -> tuple[bool, Float[Tensor, "1
     return logits is not None, made
 
 
-def _plain_ids(model: Any) -> Int[Tensor, "1 n"]:
-    """Returns a few token ids, descending, to which the config gives no meaning: no padding, no place of an image."""
+def plain_ids(model: Any, n: int = TOKENS + 1) -> Int[Tensor, "1 n"]:
+    """Returns a few token ids, descending, to which the config gives no meaning: no padding, no place of an image.
+
+    Their embeddings are apart, as those of rows that a vocabulary was padded or resized with are not: of these the one
+    may be changed for the other, and nothing moves. They repeat where there are too few.
+    """
     said = model.config.to_dict()
     flat = [*said.items(), *(item for part in said.values() if isinstance(part, dict) for item in part.items())]
     taken = {value for name, value in flat if str(name).endswith(("_id", "_index")) and isinstance(value, int)}
-    rows = vocabulary_of(model)
-    ids = [number for number in range(rows * 2 // 3, -1, -1) if number not in taken]
-    return torch.tensor([(ids * TOKENS)[: TOKENS + 1]], device=next(model.parameters()).device)
+    free = [number for number in range(vocabulary_of(model) * 2 // 3, -1, -1) if number not in taken]
+    return torch.tensor([(_apart(model, free[:: len(free) // TRIED + 1], n) * n)[:n]], device=model.device)
+
+
+def _apart(model: Any, ids: list[int], most: int) -> list[int]:
+    """Returns the first of some token ids whose embeddings differ by a tenth from one another."""
+    table, found = model.get_input_embeddings().weight, list[int]()
+    for number in ids:
+        row = table[number]
+        if isinstance(table, FakeTensor) or all((row - table[m]).norm() > 0.1 * row.norm() for m in found):
+            found.append(number)
+        if len(found) == most:
+            break
+    return found
 
 
 class _Tables(TorchDispatchMode):
@@ -182,7 +213,10 @@ class _Tables(TorchDispatchMode):
         if func in ROWS_READ and len(args) > ROWS_READ[func]:
             rows = args[ROWS_READ[func]]
             dim = 0 if func in (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor) else args[1]
-            self._look(args[0], dim, rows[0] if isinstance(rows, list | tuple) else rows)
+            rows = rows[0] if isinstance(rows, list | tuple) else rows
+            if func == torch.ops.aten.embedding.default and rows.numel() == rows.shape[-1] > TOKENS:
+                rows = rows.flatten()[:TOKENS]  # of a row that a model pads to a multiple of its window
+            self._look(args[0], dim, rows)
         return func(*args, **(kwargs or {}))
 
     def _look(self, table: Tensor, dim: int, rows: Tensor | None) -> None:

@@ -5,6 +5,7 @@ What the checkpoint lacks would be drawn at random: it is refused, if anything t
 """
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HEADS = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-BASE, MASKED = "AutoModel", "AutoModelForMaskedLM"
+BASE, MASKED, ENCODER = "AutoModel", "AutoModelForMaskedLM", "AutoModelForTextEncoding"
 SHOWN = 4
 
 
@@ -68,10 +69,12 @@ def auto_classes(config: "PretrainedConfig") -> list[Any]:
     import transformers
 
     written = getattr(config, "architectures", None) or []
-    found = {name: getattr(transformers, name, None) for name in (*HEADS, BASE, MASKED)}
+    found = {name: getattr(transformers, name, None) for name in (*HEADS, BASE, MASKED, ENCODER)}
     names = {name: _class_name(auto, config) for name, auto in found.items() if auto}
     heads = sorted((name for name in HEADS if names.get(name)), key=lambda name: names[name] not in written)
     tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
+    if names.get(ENCODER) in written and names[ENCODER] != names[BASE]:  # saved without its decoder
+        return [found[ENCODER]]
     if getattr(config, "is_encoder_decoder", False) or (names[BASE] in written and not tied) or not heads:
         return [found[BASE]]  # of an encoder and a decoder the first is read; an untied head is not in a base's files
     encoder = [BASE] if names.get(MASKED) and not getattr(config, "is_decoder", False) else []
@@ -101,7 +104,11 @@ def read(auto: Any, name: str, path: str, **options: Any) -> "tuple[PreTrainedMo
         raise ConfigError(f"model.name: {name!r} has tensors of other shapes than its config says: {_some(shown)}")
     if info["unexpected_keys"]:
         log.info("model: %s does not use %s", type(model).__name__, _some(sorted(info["unexpected_keys"])))
-    return model, set(info["missing_keys"])
+    made = model._keys_to_ignore_on_load_missing or ()  # by the class itself, and named as in the class with a head
+    missing = (
+        key for key in info["missing_keys"] if not re.search("|".join(made) or "$^", f"{model.base_model_prefix}.{key}")
+    )
+    return model, set(missing)
 
 
 def refuse_missing(name: str, missing: Iterable[str]) -> None:

@@ -14,7 +14,9 @@ from transformers import (
     BertConfig,
     GPT2Config,
     GPTJConfig,
+    LEDConfig,
     LlamaConfig,
+    LongformerConfig,
     MixtralConfig,
     MptConfig,
     OPTConfig,
@@ -47,6 +49,7 @@ TABLES = {
     ),
     "bert": (AutoModel, BertConfig(**SIZES, max_position_embeddings=40), 40),
     "roberta": (AutoModel, RobertaConfig(**SIZES, max_position_embeddings=42), 40),
+    "longformer": (AutoModel, LongformerConfig(**SIZES, max_position_embeddings=42, attention_window=16), 40),
     "llama": (AutoModelForCausalLM, LlamaConfig(**SIZES, max_position_embeddings=40), None),
     "t5": (AutoModel, T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2), None),
     "xlnet": (AutoModel, XLNetConfig(vocab_size=300, d_model=16, n_layer=2, n_head=2, d_inner=32), None),
@@ -78,6 +81,19 @@ def test_coarse_numbers_hide_no_look_ahead(name, dtype):
     assert nature_of(model).looks_ahead == looks_ahead
     assert _last_reaches_others(model, torch.tensor([[5, 9, 7, 8]])) == looks_ahead
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_longest_row_of_an_encoder_is_known_where_the_model_pads_and_tried_with_tokens_that_count():
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 32))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "attention_window": 16}
+    led = AutoModel.from_config(
+        LEDConfig(vocab_size=300, d_model=16, **sizes, **heads, max_encoder_position_embeddings=48)
+    )
+    assert nature_of(led.eval()).positions == 48
+    roberta = AutoModel.from_config(RobertaConfig(**SIZES, max_position_embeddings=42, pad_token_id=0)).eval()
+    lm = LanguageModel(roberta, tiny_tokenizer(), "roberta", None, is_causal=False)  # whose table was not found
+    with pytest.raises(ConfigError, match=r"text\.context_length: 48 is more than roberta has positions for"):
+        lm.check_context(48)
 
 
 def test_it_is_known_of_a_model_without_weights():

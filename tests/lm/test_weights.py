@@ -13,6 +13,8 @@ from transformers import (
     BertForMaskedLM,
     BertLMHeadModel,
     BertModel,
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -24,6 +26,8 @@ from transformers import (
     LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MixtralConfig,
@@ -31,6 +35,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     T5Config,
+    T5EncoderModel,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
@@ -166,6 +171,24 @@ def test_what_a_model_does_decides_and_not_its_name(tmp_path, caplog, make, chan
     assert ("predicts the next token" in line) == causal
 
 
+@pytest.mark.parametrize("rows", ["equal", "nearly equal", "zero"])
+def test_an_encoder_is_known_by_tokens_that_differ_where_its_vocabulary_was_padded(tmp_path, rows):
+    model = BertForMaskedLM(BertConfig(**BERT))
+    model.resize_token_embeddings(3 * len(TOKENIZER), mean_resizing=rows == "nearly equal")
+    added = model.get_input_embeddings().weight.data[len(TOKENIZER) :]
+    if rows != "nearly equal":
+        added[:] = added[0].clone() if rows == "equal" else 0
+    lm = load_language_model(saved(tmp_path / "m", model))
+    assert (type(lm.model).__name__, lm.is_causal) == ("BertModel", False)
+
+
+def test_a_model_of_one_embedding_for_all_tokens_is_refused(tmp_path):
+    model = LlamaForCausalLM(LLAMA)
+    model.get_input_embeddings().weight.data[:] = 1
+    with pytest.raises(ConfigError, match=r"^model\.name: .*embeddings of all tokens are alike"):
+        load_language_model(saved(tmp_path / "m", model))
+
+
 def test_the_encoder_of_an_encoder_and_a_decoder_is_read_and_its_decoder_refused(tmp_path):
     config = T5Config(vocab_size=len(TOKENIZER), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     lm, tokens = load_language_model(saved(tmp_path / "m", T5ForConditionalGeneration(config))), torch.ones(1, 4)
@@ -173,6 +196,26 @@ def test_the_encoder_of_an_encoder_and_a_decoder_is_read_and_its_decoder_refused
     assert capture(lm, [Site("encoder.block.1.layer.1")], tokens.long())["encoder.block.1.layer.1"].shape == (1, 4, 16)
     with pytest.raises(ConfigError, match=r"decoder\.block\.1 never ran .*encoder and decoder \(model\.name\)"):
         capture(lm, [Site("decoder.block.1")], tokens.long())
+    alone = T5EncoderModel(config)
+    lm = load_language_model(saved(tmp_path / "alone", alone))
+    assert type(lm.model) is T5EncoderModel
+    site = Site("encoder.block.1")
+    with torch.no_grad():
+        alone.eval().encoder.block[1].register_forward_hook(lambda _, given, made: expected.append(made[0]))
+        expected: list[torch.Tensor] = []
+        alone(tokens.long())
+    torch.testing.assert_close(capture(lm, [site], tokens.long())[site.name], expected[0])
+
+
+def test_positions_that_a_class_computes_are_in_no_file_and_not_missing(tmp_path):
+    layers = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    ids = {"pad_token_id": 0, "decoder_start_token_id": 0}
+    config = MarianConfig(vocab_size=len(TOKENIZER), d_model=16, **layers, **ids, max_position_embeddings=64)
+    folder = saved(tmp_path / "m", MarianMTModel(config))
+    assert "model.encoder.embed_positions.weight" not in load_file(f"{folder}/model.safetensors")
+    one, other = (load_language_model(folder).model.encoder.embed_positions.weight for _ in range(2))
+    assert torch.equal(one, other)
+    assert torch.equal(one, MarianMTModel(config).model.encoder.embed_positions.weight)
 
 
 def test_a_model_that_needs_more_than_text_is_one_line(tmp_path):
@@ -196,6 +239,16 @@ def test_a_tensor_that_is_missing_is_named(tmp_path, make, gone):
     without(folder, gone, gone.replace("mlp.gate", "block_sparse_moe.gate"))
     with pytest.raises(ConfigError, match=rf"^model\.name: the files of .* lack tensors, .*: {gone}$"):
         load_language_model(folder)
+
+
+def test_what_only_chooses_an_expert_is_missed_though_no_gradient_leads_to_it(tmp_path):
+    sizes = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 8, "moe_layer_start_index": 0}
+    folder = saved(tmp_path / "m", Ernie4_5_MoeForCausalLM(Ernie4_5_MoeConfig(**TEXT, **sizes)))
+    load_language_model(folder)
+    bias = "model.layers.1.mlp.moe_statics.e_score_correction_bias"
+    assert bias in load_file(f"{folder}/model.safetensors")
+    with pytest.raises(ConfigError, match=r"lack tensors, .*: model\.layers\.1\.mlp\S+\.e_score_correction_bias$"):
+        load_language_model(without(folder, bias))
 
 
 def test_what_nothing_depends_on_may_be_missing_and_two_loads_are_equal(tmp_path):
@@ -239,4 +292,11 @@ def test_damaged_weights_are_one_line(tmp_path, fault):
         sorted(folder.glob("model-0*"))[1].unlink()
     why = {"truncated": "could not be loaded", "shard": "model-00002", "nan": "NaN"}[fault]
     with pytest.raises(ConfigError, match=rf"^model\.name: .*{why}"):
+        load_language_model(str(folder))
+
+
+def test_an_adapter_is_no_model_even_beside_one(tmp_path):
+    folder = tiny_model_folder(tmp_path / "m")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"^model\.name: the folder .* holds an adapter; merge it into its model"):
         load_language_model(str(folder))
