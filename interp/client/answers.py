@@ -32,6 +32,7 @@ _WITHHELD = (
     *("content_filter", "refusal", "safety", "recitation", "prohibited_content", "blocklist", "spii"),
     *("guardrail_intervened", "error_toxic"),
 )
+"""How the reasons begin for which an answer is kept back; Gemini's go on: "content_filter: RECITATION"."""
 _BROKEN = ("error", "abort", "cancel", "fail", "timeout", "insufficient_system_resource")
 """How the reasons begin for which a server gives up in the middle of an answer."""
 
@@ -56,9 +57,10 @@ def fault_of(body: Any, chat: bool) -> str:
     if not choice:
         return f"the server's answer is empty: {told(body)}"
     ending, message = _ending(choice), record(choice.get("message"))
-    if choice.get("error") or (ending.startswith(_BROKEN) and ending not in _WITHHELD):
+    if choice.get("error") or (ending.startswith(_BROKEN) and not ending.startswith(_WITHHELD)):
         return f"the server gave up (finish_reason {ending}): {told(choice.get('error') or '')}"
-    if chat and not (message and isinstance(message.get("content"), str | list | dict | None)):
+    ended = ending in _CUT or ending.startswith(_WITHHELD)  # Gemini and Azure then leave the message out
+    if chat and not ended and not (message and isinstance(message.get("content"), str | list | dict | None)):
         return f"the server's answer holds no message: {told(choice)}"
     return ""
 
@@ -119,7 +121,7 @@ def structured(request: Chat, answer: str) -> Reply:
 
 def _chat(request: Chat, abilities: Abilities, choice: dict[str, Any]) -> Reply:
     said, ending = said_in(choice.get("message")), _ending(choice)
-    if said.refusal or ending in _WITHHELD:
+    if said.refusal or ending.startswith(_WITHHELD):
         return Reply(failure="refused", detail=said.refusal[:200] or "the server's content filter")
     if request.choices:
         return _choices(request, choice)

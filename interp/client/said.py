@@ -20,6 +20,7 @@ _MARKS = (
     ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
     (r"<\|(?:begin_of_thought|START_THINKING)\|>", r"<\|(?:end_of_thought|END_THINKING)\|>"),
     (r"<\|channel\|>analysis<\|message\|>", r"<\|channel\|>final<\|message\|>"),
+    (r"<\|channel>thought", r"<channel\|>"),
 )
 _PAIRS = [(re.compile(rf"\s*(?:{opening})", re.I), re.compile(closing, re.I)) for opening, closing in _MARKS]
 _OPENING, _CLOSING = ("|".join(marks) for marks in zip(*_MARKS, strict=True))

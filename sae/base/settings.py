@@ -28,7 +28,12 @@ def choose(field: str, value: str, allowed: Iterable[str]) -> None:
     """Raises ConfigError unless `value` is one of `allowed`."""
     allowed = tuple(allowed)
     if value not in allowed:
-        raise ConfigError(f"{field}: {value!r} is not one of {', '.join(allowed)}.{nearest(value, allowed)}")
+        raise ConfigError(f"{field}: {shown(value)} is not one of {', '.join(allowed)}.{nearest(value, allowed)}")
+
+
+def shown(value: Any) -> str:
+    """Returns a value as an error has it: of addresses, wherever they stand in it, without what may be a key."""
+    return re.sub(r"(?<=//)[^\s'\"/]*@|(?<=//)([^\s'\"?]*)\?[^\s'\"]*", r"\1***", repr(value))
 
 
 def at_least(field: str, value: float, least: float) -> None:
@@ -166,7 +171,7 @@ def _check_keys(kind: Any, data: Any, where: str) -> None:
     if not (dataclasses.is_dataclass(kind) and isinstance(kind, type)):
         return
     if not isinstance(data, dict):
-        raise ConfigError(f"{where or 'config'}: {data!r} is not a mapping of fields")
+        raise ConfigError(f"{where or 'config'}: {shown(data)} is not a mapping of fields")
     if issubclass(kind, Plugin) and "type" in data:
         choose(f"{where}.type", data["type"], names(kind))
         kind, data = names(kind)[data["type"]], {key: value for key, value in data.items() if key != "type"}
@@ -176,7 +181,8 @@ def _check_keys(kind: Any, data: Any, where: str) -> None:
     known = [f.name for f in dataclasses.fields(kind)]
     for key, value in data.items():
         if key not in known:
-            raise ConfigError(f"{_join(where, key)}: no such field.{nearest(key, known)} Allowed: {', '.join(known)}")
+            told = shown(str(key))[1:-1]
+            raise ConfigError(f"{_join(where, told)}: no such field.{nearest(key, known)} Allowed: {', '.join(known)}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             _check_keys(hint, value, _join(where, key))
@@ -198,7 +204,7 @@ def _check_type(hint: Any, value: Any, where: str) -> None:
         return
     allowed = [_FITS.get(get_origin(kind) or kind, (lambda value: True, "")) for kind in kinds if kind is not NoneType]
     if value is None or not any(fits(value) for fits, _ in allowed):
-        raise ConfigError(f"{where}: {value!r} is not {allowed[0][1]}")
+        raise ConfigError(f"{where}: {shown(value)} is not {allowed[0][1]}")
     kind: Any = get_origin(kinds[0]) or kinds[0]
     if kind in (tuple, list, dict):
         for name, item in value.items() if kind is dict else enumerate(value):

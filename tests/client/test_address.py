@@ -5,6 +5,7 @@ import pytest
 from interp.client.address import parse
 from interp.client.config import EndpointConfig
 from sae.base.errors import ConfigError
+from sae.base.settings import decode
 
 SECRET = "hush-hush-1234"
 
@@ -117,3 +118,22 @@ def test_a_key_in_place_of_its_variables_name_is_not_repeated(name):
 def test_a_variable_that_is_set_may_have_any_name(monkeypatch):
     monkeypatch.setenv("my_key_2", "x")
     EndpointConfig("m", api_key_env="my_key_2").validate("judge")
+
+
+@pytest.mark.parametrize("secret", ["http://h/v1?key=PLANTED&b=PLANTED", "http://me:PLANTED@h/v1", "//h?PLANTED"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda url: {"base_urls": [[url]]},
+        lambda url: {"base_urls": {"a": url}},
+        lambda url: {"base_urls": {url: 1}},
+        lambda url: {"model": [url]},
+        lambda url: {"via": url},
+        lambda url: {url: 1},
+        lambda url: url,
+    ],
+)
+def test_an_address_in_a_wrong_place_is_told_without_its_key(wrap, secret):
+    with pytest.raises(ConfigError, match=r"^judge.*\*\*\*") as caught:
+        decode(EndpointConfig, wrap(secret), "judge").validate("judge")
+    assert "PLANTED" not in str(caught.value)

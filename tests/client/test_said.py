@@ -67,6 +67,7 @@ def test_a_message_is_taken_apart(message, expected):
         ),
         ("<think>hm", False, None),
         ("<|channel|>analysis<|message|>hm", True, None),
+        ("<|channel>thought\nhm<channel|>blue", False, "blue"),
         ("hm\n</think>\n\nblue", False, "\nblue"),  # the opening is in the prompt
         ("hm</think>blue", True, "blue"),
         ("it says </think> here", False, "it says </think> here"),

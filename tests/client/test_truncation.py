@@ -47,6 +47,7 @@ def test_other_questions_are_counted_too(request_):
         {"prompt_tokens": None},
         {"prompt_tokens": LEAST_CONTEXT - 1},  # what is new of a prompt whose beginning was kept
         {"prompt_tokens": 200, "prompt_tokens_details": {"cached_tokens": 1900}},
+        {"prompt_tokens": 200, "cache_read_input_tokens": 900, "cache_creation_input_tokens": 1000},
         {"prompt_tokens": 2048, "prompt_tokens_details": None},
         {"prompt_tokens": 2048, "prompt_tokens_details": []},
     ],

@@ -5,7 +5,7 @@
 A token of the usual vocabularies never spans two words, nor signs but for one before a word: so this many tokens are
 the least that a prompt can be, whatever the tokenizer. Prompts of ours have 1.4 to 1.9 times as many (SmolLM2, Gemma 3,
 BERT), so that they are told to be cut once about a third is gone; one cut by less goes unseen. Where a server counts
-only what it has not read before (`cached_tokens` beside, or a few dozen in all), nothing is said.
+only what it has not read before (with other counts of its cache beside, or a few dozen in all), nothing is said.
 """
 
 import re
@@ -13,6 +13,7 @@ from typing import Any
 
 from interp.client import answers
 from interp.client.requests import Chat, LogProb, Request
+from interp.client.shapes import count, record
 from sae.text.scripts import UNSPACED, WORD
 
 LEAST_CONTEXT = 128
@@ -35,10 +36,10 @@ def least_tokens(text: str) -> int:
 
 def cut(request: Request, body: Any) -> str:
     """Returns what tells that a server has read less than it was sent, by its own count; "" where nothing does."""
-    told = answers.usage(body)
-    details = body["usage"].get("prompt_tokens_details") if told else None
-    known = details.get("cached_tokens") if isinstance(details, dict) else 0
-    read = (told[0] if told else 0) + (known if isinstance(known, int) else 0)
+    told, said = answers.usage(body), record(record(body).get("usage"))
+    counts = {**said, **record(said.get("prompt_tokens_details"))}
+    known = sum(count(value) or 0 for name, value in counts.items() if "cache" in name)  # however servers call it
+    read = (told[0] if told else 0) + known
     if read < LEAST_CONTEXT:
         return ""
     sent = [content for _, content in request.messages] if isinstance(request, Chat) else []
