@@ -88,7 +88,7 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> i
     from interp.prompts.windows import visible
     from interp.run.pipeline import Pipeline, check_models
     from interp.run.preparing import evidence_of, looked_at, read_from, resolve_config
-    from interp.run.rundir import begin_run, cache_of, forget_run, settings_for
+    from interp.run.rundir import begin_run, cache_of, check_explained, forget_run, settings_for
     from interp.run.telling import summary_lines
     from sae.base.progress import Watch
     from sae.parallel.collectives import process_group, rank, together
@@ -100,6 +100,7 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> i
 
         print("\n".join(dry_run(config, options.trust_remote_code)))
         return DONE
+    check_explained(config)
     with stop_flag() as stop:
         watch = Watch(stop, repair=options.repair)
         settings = settings_for(config)

@@ -230,7 +230,7 @@ def asked_latents(typed: str | int, d_sae: int) -> list[int] | int | str:
             raise ConfigError(f"latents: {typed!r} says no number of latents; give at least 1, for example random:100")
         return _number(count.strip())
     ids: set[int] = set()
-    for word in _told(typed).replace(",", " ").split():
+    for word in re.findall(r"[^\s,[\]]+", _told(typed)):  # a list of a config or a JSON file has brackets
         first, dash, last = word.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ConfigError(

@@ -167,6 +167,17 @@ def settings_for(config: ExplainConfig) -> Settings:
     return Settings(config, _continued(_told(before), _told(config), coder), coder)
 
 
+def check_explained(config: ExplainConfig) -> None:
+    """Raises ConfigError if a resolved config only scores explanations, and its folder holds none."""
+    folder = Path(config.run_dir)
+    explained = (any(explained_in(shard)) for shard in (folder / "shards").glob("*-of-*"))
+    needed = not config.explanations and all(scorer.needs_explanation for scorer in config.all_scorers().values())
+    if config.only == "score" and needed and not any(explained):
+        raise ConfigError(
+            f"only: score, but {folder} holds no explanation; leave out --score-only to have some written"
+        )
+
+
 def begin_run(
     config: ExplainConfig, settings: Settings | None = None, answers: bytes = b"", shard: tuple[int, int] = (1, 1)
 ) -> None:

@@ -86,6 +86,12 @@ def test_a_number_is_the_latent_of_that_id_as_typed_and_in_a_config(explain, tmp
         assert code == 0, printed
         assert json.loads((tmp_path / name / "shards" / "1-of-1" / "latents.json").read_text()) == [7]
         assert read_yaml(tmp_path / name / "config.yaml")["latents"] == "7,"
+    (tmp_path / "c.yaml").write_text("latents: '[3, 17]'\n")  # what a list in it is told to be
+    (tmp_path / "ids.json").write_text("[3, 17]\n")
+    for typed in (["--config", tmp_path / "c.yaml"], ["--latents", tmp_path / "ids.json"], ["--latents", "[3,17]"]):
+        code, printed = explain("one", *SMALL[:2], "--explain-only", *typed, "--run-dir", tmp_path / "list")
+        assert code == 0, printed
+        assert json.loads((tmp_path / "list" / "shards" / "1-of-1" / "latents.json").read_text()) == [3, 17]
     older = tmp_path / "typed" / "config.yaml"  # as it was when a number said how many
     older.write_text(older.read_text().replace("latents: 7,", "latents: '5'"))
     code, printed = explain("--config", older, "--print-config")
@@ -256,6 +262,7 @@ SERVER = ["--models.explainer.model", "x", "--models.explainer.base_urls"]
         (["--latents", "48"], "latents: 48 is out of range; the coder has latents 0 to 47"),
         (["--explanations", "LINES"], "LINES:1: not a line of JSON"),
         (["--scorers.i.type", "intruder"], "scorers.i: asks a judge"),
+        (["--score-only"], "only: score, but TMP/run holds no explanation; leave out --score-only"),
     ],
 )
 def test_what_must_fail_fails_before_the_long_work(explain, tmp_path, monkeypatch, arguments, said):
@@ -269,7 +276,7 @@ def test_what_must_fail_fails_before_the_long_work(explain, tmp_path, monkeypatc
     (tmp_path / "LINES").write_text("{")
     code, printed = explain("one", *SMALL[:2], "--run-dir", tmp_path / "run", *arguments)
     assert code == 2, printed
-    assert said in error_of(printed)
+    assert said.replace("TMP", str(tmp_path)) in error_of(printed)
 
 
 def test_failed_latents_end_in_code_3_with_their_reasons_and_have_rows(explain, tmp_path):
