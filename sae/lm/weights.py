@@ -64,7 +64,8 @@ def auto_classes(config: "PretrainedConfig") -> list[Any]:
     """Returns transformers' auto classes for a config in the order in which they are to be tried.
 
     Those with a head come first, that of the class which wrote the files before others. A family with a
-    masked-language head is tried as an encoder before, unless the config says that it is a decoder.
+    masked-language head is tried as an encoder before, unless the config says that it is a decoder. ConfigError if
+    there is none.
     """
     import transformers
 
@@ -76,6 +77,9 @@ def auto_classes(config: "PretrainedConfig") -> list[Any]:
     if names.get(ENCODER) in written and names[ENCODER] != names[BASE]:  # saved without its decoder
         return [found[ENCODER]]
     if getattr(config, "is_encoder_decoder", False) or (names[BASE] in written and not tied) or not heads:
+        if not names[BASE]:
+            kind = config.model_type
+            raise ConfigError(f"model.name: transformers has no class that reads text for models of type {kind!r}")
         return [found[BASE]]  # of an encoder and a decoder the first is read; an untied head is not in a base's files
     encoder = [BASE] if names.get(MASKED) and not getattr(config, "is_decoder", False) else []
     return [found[name] for name in (*encoder, *heads, *([BASE] if names[BASE] else []))]

@@ -13,6 +13,8 @@ from transformers import (
     BertForMaskedLM,
     BertLMHeadModel,
     BertModel,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     Ernie4_5_MoeConfig,
     Ernie4_5_MoeForCausalLM,
     Gemma3ForCausalLM,
@@ -221,6 +223,11 @@ def test_positions_that_a_class_computes_are_in_no_file_and_not_missing(tmp_path
 def test_a_model_that_needs_more_than_text_is_one_line(tmp_path):
     folder = saved(tmp_path / "m", ViTModel(ViTConfig(**SIZES, **IMAGE)))
     with pytest.raises(ConfigError, match=r"^model\.name: '.*' \(ViTModel\) could not read a few tokens of text: "):
+        load_language_model(folder)
+    decoder = {"is_decoder": True, "add_cross_attention": True}
+    two = {"encoder": {**BERT, "model_type": "bert"}, "decoder": {**BERT, **decoder, "model_type": "bert"}}
+    folder = saved(tmp_path / "n", EncoderDecoderModel(EncoderDecoderConfig(**two)))
+    with pytest.raises(ConfigError, match=r"^model\.name: transformers has no class .* of type 'encoder-decoder'$"):
         load_language_model(folder)
 
 
