@@ -66,6 +66,8 @@ def parse(url: str, where: str, key: str, schemes: tuple[str, ...] = ("http", "h
     plain, _, query = url.partition("?")
     if "#" in url:
         raise ConfigError(f"{where}: {plain.partition('#')[0]!r} goes on with #, which no server is ever sent")
+    if told := re.match("(.*?)[&;]", plain):
+        raise ConfigError(f"{where}: {told[1]!r} goes on with & or ;, but what goes along with it begins with ?")
     try:
         host = _host(plain, schemes)
     except ValueError as error:

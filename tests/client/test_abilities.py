@@ -251,7 +251,9 @@ def test_a_reader_whose_field_is_refused_is_told_from_one_whose_key_is(status, t
     everything = False
     with FakeLLM(talk, denies=denies) as fake:
         assert not probe(fake, tmp_path / "field", "reader").prompt_logprobs
-        everything = True
+        fake.denies = lambda asked: error(status, "not for you") if asked.path == "/completions" else None
+        assert not probe(fake, tmp_path / "path", "reader").prompt_logprobs
+        fake.denies, everything = denies, True
         with pytest.raises(ConfigError, match=f"HTTP {status}: not for you"):
             probe(fake, tmp_path / "key", "reader")
 

@@ -48,6 +48,8 @@ def test_an_address_is_what_is_sent_to_and_what_is_shown(url, base, query, shown
         f"https://h/v1#{SECRET}",
         f"https://h/v1?a=b#{SECRET}",
         f"localhost:8000?key={SECRET}",
+        f"https://h/v1&key={SECRET}",
+        f"https://h/v1;key={SECRET}?a=b",
         f"ftp://h/v1?key={SECRET}",
         f"https://?key={SECRET}",
         "http://h:99999/v1",

@@ -300,6 +300,7 @@ def test_a_secret_is_not_shown_as_a_server_spells_it(tmp_path):
         (web_page(), "server_error", 3),
         (truncated(), "server_error", 3),
         (no_choices(), "server_error", 3),
+        (error(400, "context too long"), "bad_request", 1),
         (error(400, "your credit is too low"), "server_error", 2),  # nobody is answered
         (error(413, "too large"), "bad_request", 1),
         (error(404, "no such model"), "server_error", 2),
@@ -340,7 +341,7 @@ WALL = Fault(403, "<html><title>403 Forbidden</title></html>", content_type="tex
     [
         (WALL, "refused"),
         (error(403, "denied by policy"), "refused"),
-        (error(400, "context too long"), "bad_request"),
+        (error(400, "a word that is not allowed"), "bad_request"),
         (error(422, "too many messages"), "bad_request"),
     ],
 )

@@ -33,8 +33,6 @@ from sae.base.errors import ConfigError
 Send = Callable[[str, dict[str, Any]], Awaitable[Outcome]]
 
 PROBE_TRIES = 3
-ABSENT = (400, 404, 405, 422, 500, 501)
-"""Statuses that a server may give to a kind of question which it does not know at all."""
 PASSING = (401, 402, 408, 409, 425, 429)
 """Statuses of errors that tell nothing of the question, though they begin with 4."""
 QUIET = ({"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"})
@@ -152,10 +150,10 @@ class Prober:
             reply = answers.read(asked, tried, outcome.body)
             aligned = reply.ok and reply.counts[0] > 0 and reply.logprobs[0][0] / reply.counts[0] > LEAST_ECHO
             return tried if aligned else found
-        if self.plain is None:  # nothing was answered so far: is it the field that is refused, or the key?
+        if self.plain is None:  # nothing was answered so far: is it the field that is refused, the path, or the key?
             path, body = payload(asked, self.model, found)
             outcome = await self.send(path, least_body(path, body))
-            absent = outcome.status in ABSENT and (await self.send(*self._count(found))).body is not None
+            absent = _says_no(outcome) and (await self.send(*self._count(found))).body is not None
             if outcome.body is None and not absent:
                 raise self._error(outcome)
         return found

@@ -21,7 +21,7 @@ DETAIL_CHARS = 200
 _KEYS = re.compile(r"(?:\b(?:sk|pk|rk|hf|gsk|key)[-_]|AIza)[\w*.\-]{6,}|(?<=Bearer )\S+", re.IGNORECASE)
 _OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 _AGAIN = (408, 409, 425, 429)
-_TOO_LONG = (413, 414, 431)
+_TOO_LONG = re.compile(r"HTTP 4(?:13|14|31)|context|too (?:long|large|many (?:\w+ )?tokens)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def outcome_of_error(status: int, error: Any, headers: Mapping[str, str], secret
         return Outcome(failure=failure, detail=detail, status=status, again=True, wait_s=wait_s)
     if 300 <= status < 400:
         return Outcome(failure="server_error", detail=detail, status=status)
-    return Outcome(failure="bad_request", detail=detail, status=status, doubtful=status not in _TOO_LONG)
+    return Outcome(failure="bad_request", detail=detail, status=status, doubtful=not _TOO_LONG.search(detail))
 
 
 def outcome_of_text(text: str, path: str, secrets: Iterable[str] = ()) -> Outcome:
