@@ -29,6 +29,14 @@ SIGN = re.compile(rf"{WORD.pattern}|[^\w\s]")
 """A word, or any other character that can be seen."""
 
 
+_WIDE = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uffdc]+")  # letters and digits of another width
+
+
+def folded(text: str) -> str:
+    """Returns a text in lower case, its marks joined to their letters, and letters of another width as the usual."""
+    return _WIDE.sub(lambda wide: unicodedata.normalize("NFKC", wide[0]), unicodedata.normalize("NFC", text)).lower()
+
+
 def parts(text: str) -> list[str]:
     """Returns the runs of one to three characters of a text: what stands for its words where nothing parts these."""
     return [text[start : start + size] for size in range(1, LONGEST + 1) for start in range(len(text) - size + 1)]

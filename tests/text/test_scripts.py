@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae.text.scripts import SIGN, UNSPACED, WORD, parts
+from interp.client.local.tfidf import features
+from sae.text.scripts import SIGN, UNSPACED, WORD, folded, parts
 
 
 @given(st.text(st.characters(max_codepoint=0x2FF), max_size=40))
@@ -34,3 +35,17 @@ def test_words_keep_their_marks_and_scripts_are_parted(text, words):
 
 def test_parts_are_all_runs_of_up_to_three():
     assert parts("abcd") == ["a", "b", "c", "d", "ab", "bc", "cd", "abc", "bcd"]
+
+
+@pytest.mark.parametrize(
+    ("written", "usual"),
+    [
+        ("Cafe\u0301", "caf\u00e9"),
+        ("\uff30\uff39\uff11", "py1"),
+        ("\uff76\uff9e\uff85", "\u30ac\u30ca"),
+        ("\u2026 \u00b2", "\u2026 \u00b2"),
+    ],
+)
+def test_what_is_written_in_other_code_points_is_the_same_word(written, usual):
+    assert folded(written) == usual
+    assert features(written) == features(usual)

@@ -9,7 +9,7 @@ characters (`sae.text.scripts`).
 
 from collections.abc import Sequence
 
-from sae.text.scripts import SIGN, UNSPACED, parts
+from sae.text.scripts import SIGN, UNSPACED, folded, parts
 
 RUN = 3
 DIGITS = 6
@@ -34,7 +34,7 @@ def tfidf(texts: Sequence[str]) -> tuple[tuple[float, ...], ...]:
 def features(text: str) -> list[str]:
     """Returns the features of a text, each as often as it occurs."""
     found: list[str] = []
-    for word in SIGN.findall(text.lower()):
+    for word in SIGN.findall(folded(text)):
         if UNSPACED.match(word):
             found += parts(word)
             continue
