@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sae.lm.models import ONE_AT_A_TIME
-from sae.lm.probing import reader_of
+from sae.lm.probing import plain_ids, reader_of
 
-# The same token at several places and other tokens at the same place. Small ids, since vocabularies of tests are small.
-TOKENS = torch.tensor([[3, 4, 5, 3, 6, 7], [5, 4, 6, 7, 3, 5]])
+TOKENS = torch.tensor([[0, 1, 2, 0, 3, 4], [2, 1, 3, 4, 0, 2]])
+"""The pass: the same token at several places, and other tokens at the same place."""
 STREAMS = (
     "hidden_states",
     "x",
@@ -98,13 +98,11 @@ def probe(model: nn.Module, keep: bool = True) -> dict[str, Call]:
     return calls
 
 
-def _inputs(model: nn.Module) -> dict[str, Any]:
-    embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
-    vocabulary = embedding.num_embeddings if embedding else int(TOKENS.max()) + 1
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    inputs: dict[str, Any] = {"input_ids": (TOKENS % vocabulary).to(device)}
+def _inputs(model: Any) -> dict[str, Any]:
+    kinds = int(TOKENS.max()) + 1
+    ids = plain_ids(model, kinds)[0] if hasattr(model, "get_input_embeddings") else torch.arange(kinds)
     known = inspect.signature(reader_of(model).forward).parameters
-    return inputs | ({"use_cache": False} if "use_cache" in known else {})
+    return {"input_ids": ids[TOKENS.to(ids.device)]} | ({"use_cache": False} if "use_cache" in known else {})
 
 
 _runs: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, int]] = WeakKeyDictionary()

@@ -129,6 +129,7 @@ def test_rows_longer_than_the_table_are_refused_before_any_text_is_read(tmp_path
 
 def test_rows_longer_than_training_saw_are_tried_and_warned_of(tmp_path, caplog):
     lm = load_language_model(str(tiny_model_folder(tmp_path / "m")))
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         lm.check_context(64)
         assert not caplog.messages

@@ -30,7 +30,7 @@ from interp.records import TIERS
 from interp.run.config import CoderConfig, ExplainConfig, ModelsConfig
 from interp.run.pipeline import Pipeline
 from interp.run.preparing import Prepared
-from interp.run.rundir import begin_run
+from interp.run.rundir import Settings, begin_run
 from interp.scorers.detection import Detection
 from interp.scorers.fuzzing import Fuzzing
 from interp.scorers.simulation import Simulation
@@ -155,7 +155,7 @@ def found(tmp_path_factory):
             explanations=str(file),
             null_latents=-1 if name == "right" else 0,
         )
-        begin_run(run)
+        begin_run(run, Settings(run, run, "planted"))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("interp.run.pipeline.Client", ScriptedClient)
             patch.setattr("interp.scoring.metrics.DRAWS", 20)  # no interval is looked at
