@@ -43,13 +43,17 @@ def made(tmp_path_factory):
     return folder
 
 
+MOMENTS = [
+    *((command, moment, "SIGINT") for command, (_, moments) in COMMANDS.items() for moment in moments),
+    ("train", "draccus", "SIGTERM"),
+    ("train", "torch", "SIGTERM"),
+]
+QUICK = [("train", "torch", "SIGTERM"), ("explain", "draccus", "SIGINT")]  # each begins a Python of its own
+
+
 @pytest.mark.parametrize(
     ("command", "moment", "name"),
-    [
-        *((command, moment, "SIGINT") for command, (_, moments) in COMMANDS.items() for moment in moments),
-        ("train", "draccus", "SIGTERM"),
-        ("train", "torch", "SIGTERM"),
-    ],
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MOMENTS if case not in QUICK)],
 )
 def test_a_signal_while_code_is_loaded_is_one_line_and_leaves_nothing(tmp_path, made, command, moment, name):
     words, _ = COMMANDS[command]
