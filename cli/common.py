@@ -197,6 +197,12 @@ def _interruptible() -> Iterator[None]:
     before = {name: signal.signal(getattr(signal, name), interrupt) for name in names if alone}
     try:
         yield
+    except Stopped:
+        raise
+    except Exception as error:
+        if came:  # a library made an error of its own of it
+            raise _Interrupted(came[0]) from error
+        raise
     finally:
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)

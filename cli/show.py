@@ -24,7 +24,7 @@ def command(argv: list[str]) -> int:
 
     folder = run_folder(Path(options.path))
     run = ExplainedRun(folder)
-    asked = asked_latents(",".join(options.latents), run.d_sae or 2**31)
+    asked = asked_latents(",".join(dict.fromkeys(options.latents)), run.d_sae or 2**31)
     if not isinstance(asked, list):
         raise ConfigError(f"latents: {' '.join(options.latents)!r} names no latent; give ids, such as 508 or 40-49")
     config = folder / "config.yaml"

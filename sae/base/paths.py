@@ -64,6 +64,12 @@ def moved_along(path: str, then: str, now: str | Path) -> str:
     return str(beside) if beside.exists() and not same_place(path, beside) else path
 
 
+def from_anywhere(typed: str) -> str:
+    """Returns the absolute path of what is here by a name, which leads to it from any folder; other names as typed."""
+    path = Path(typed).expanduser()
+    return str(path.absolute()) if typed and path.exists() else typed
+
+
 def check_file(path: Path, field: str) -> None:
     """Raises ConfigError naming the setting `field` if no file can be written by a name."""
     if path.is_dir():

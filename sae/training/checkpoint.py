@@ -29,9 +29,9 @@ from sae.base.files import (
     verify,
     write_json,
 )
-from sae.base.paths import near, same_place
+from sae.base.paths import from_anywhere, near, same_place
 from sae.base.room import Need, shortage
-from sae.base.settings import decode, flat, read_yaml
+from sae.base.settings import decode, flat, read_yaml, set_dotted
 from sae.parallel import collectives
 from sae.training.config import TrainConfig
 
@@ -151,6 +151,15 @@ def saved_config(folder: Path) -> TrainConfig:
         run = next((f" Did you mean {str(up)!r}?" for up in folder.parents if (up / "config.yaml").is_file()), "")
         raise ConfigError(f"--resume: {folder} is not the folder of a run; it has no config.yaml.{run}")
     return decode(TrainConfig, read_yaml(path))
+
+
+def placed_config(config: TrainConfig) -> TrainConfig:
+    """Returns a config whose model, text and coder to start from are found from any folder that a run is read in."""
+    data = draccus.encode(config)
+    for key, value in flat(data).items():
+        if key in PLACES and key != "run_dir" and value != "quickstart":  # that one is made, whatever lies here
+            set_dotted(data, key, from_anywhere(value))
+    return decode(TrainConfig, data)
 
 
 def resumed_config(config: TrainConfig, folder: Path) -> TrainConfig:

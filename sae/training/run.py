@@ -67,8 +67,7 @@ def train(
     """
     config.validate()
     folder = Path(run_dir or config.run_dir or Path("runs") / config.name).expanduser()
-    if resume:
-        config = checkpoint.resumed_config(config, folder)
+    config = checkpoint.resumed_config(config, folder) if resume else checkpoint.placed_config(config)
     with collectives.process_group(), stop_flag() as stop, checkpoint.locked(folder, resume):
         check_writable(cache_dir(), "SAE_CACHE")
         with collectives.together():

@@ -100,7 +100,7 @@ def test_what_is_not_explained_says_what_explains_it_and_that_does(copy, made, s
 
 
 def test_several_at_once_in_order(made, show):
-    code, printed = show(made / "coder", "5-6", 3)
+    code, printed = show(made / "coder", "5-6", 3, 3)
     assert code == 0
     assert re.findall(r"^latent (\d+) of 0 to 47$", printed, re.MULTILINE) == ["3", "5", "6"]
 
@@ -112,7 +112,7 @@ def test_several_at_once_in_order(made, show):
         (["x"], "latents: 'x' is no latent id"),
         (["alive"], "latents: 'alive' names no latent"),
         (["random:3"], "latents: 'random:3' names no latent"),
-        (["3", "3"], "latents: 3 is there twice"),
+        (["3,3"], "latents: 3 is there twice"),
         ([], "ID"),
     ],
 )

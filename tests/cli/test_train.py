@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import signal
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -20,6 +21,7 @@ from sae.base.errors import ConfigError
 from sae.base.settings import to_yaml
 from sae.loading import hub
 from sae.objectives.reconstruction import Reconstruction
+from sae.training.checkpoint import placed_config
 from sae.training.config import TrainConfig
 
 SHORT = {"tokens": 256}
@@ -63,6 +65,26 @@ def test_a_run_leaves_a_folder_that_explains_itself_and_says_what_to_do_next(tmp
     loaded = hub.load(run)
     assert loaded.spec.metrics == json.loads((run / "evaluation.json").read_text())["model.layers.1"]
     assert "<svg" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_run_of_relative_names_is_found_from_any_folder(tmp_path, tiny_model, tiny_text, monkeypatch):
+    (tmp_path / "lm").symlink_to(tiny_model)
+    (tmp_path / "texts").symlink_to(tiny_text)
+    (tmp_path / "quickstart").mkdir()
+    monkeypatch.chdir(tmp_path)
+    typed = tiny_config("lm", "texts")
+    (tmp_path / "tiny.yaml").write_text(to_yaml(typed), encoding="utf-8")
+    assert main(["--config", "tiny.yaml", "--run_dir", "run"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "run").rename("moved")
+    assert main(["--resume", "moved"]) == 0
+    training = hub.load("moved").spec.training
+    assert training["text"]["source"] == str(tmp_path / "texts")
+    monkeypatch.chdir(tmp_path)
+    model, text = replace(typed.model, name="quickstart"), replace(typed.text, source="owner/text")
+    placed = placed_config(replace(typed, model=model, text=text))
+    assert (placed.model.name, placed.text.source) == ("quickstart", "owner/text")
 
 
 @pytest.fixture
@@ -295,6 +317,18 @@ def test_exit_codes(capsys, raised, code, shown):
     assert capsys.readouterr().err.splitlines() == [shown]
     assert common.run(command, ["--debug"]) == code
     assert ("Traceback" in capsys.readouterr().err) == (code in (1, 2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_of_which_a_library_makes_an_error_is_still_a_signal(capsys, number):
+    def command(argv):
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise ModuleNotFoundError("Could not import module 'LlamaConfig'") from None
+
+    assert common.run(command, []) == 128 + number
+    assert capsys.readouterr().err.splitlines() == [ended_by(number)]
 
 
 def test_only_rank_zero_talks(monkeypatch):
