@@ -267,6 +267,7 @@ SIX = {
 }
 
 
+@pytest.mark.slow
 def test_six_different_coders_of_one_pass_equal_those_trained_alone(tmp_path, tiny_train):
     code, printed = tiny_train({"grid": {"coder": SIX}}, folder=tmp_path / "grid")
     assert code == 0, printed

@@ -46,6 +46,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("commas", [True] if GERMAN else [False, NO_COMMAS])
 def test_hash_seed_time_zone_and_decimal_commas_change_nothing(tmp_path, tiny_train, tiny_model, tiny_text, commas):
     assert tiny_train(folder=tmp_path / "here")[0] == 0
@@ -77,6 +78,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, tiny_train, monkeypatch):
     assert_equal(tmp_path / "jumpy", tmp_path / "steady")
 
 
+@pytest.mark.slow
 def test_the_order_of_tokens_depends_on_no_thread(tmp_path, tiny_train, monkeypatch, request):
     """Values may differ in their last bits with the number of threads, which is where the promise of equal bits ends;
     reading ahead in a thread changes not even those.

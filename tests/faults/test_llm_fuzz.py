@@ -184,6 +184,7 @@ def test_bytes_of_any_kind_amount_to_a_reply(tmp_path, monkeypatch):
         check()
 
 
+@pytest.mark.slow
 def test_any_answer_to_a_probe_is_a_finding_or_an_error_of_one_line(tmp_path, monkeypatch):
     impatient(monkeypatch)
     number = iter(range(10**6))
@@ -208,6 +209,7 @@ def test_any_answer_to_a_probe_is_a_finding_or_an_error_of_one_line(tmp_path, mo
         check()
 
 
+@pytest.mark.slow
 def test_anything_that_a_batch_says_leaves_each_question_a_reply(tmp_path, monkeypatch):
     impatient(monkeypatch)
     number, of_lines = iter(range(10**6)), []

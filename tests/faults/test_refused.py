@@ -90,6 +90,7 @@ def test_explain_writes_nothing_before_all_can_be(typed, made, tmp_path):
         assert [name for name in now if now[name] != whole[name] and name != answers] == [], options
 
 
+@pytest.mark.slow
 def test_settings_of_a_refused_command_of_an_older_version_lock_nothing(typed, made, tmp_path):
     run = tmp_path / "run"
     assert typed(sae_explain, made / "one", *SMALL, "--run-dir", run)[0] == 0

@@ -29,6 +29,7 @@ PHASES = {
     "the last evaluation": (sae.training.run, "evaluate", 3, [15, 20]),
 }
 """What a run can be doing: a function that is called then (where, name, which call), and the checkpoints it leaves."""
+QUICK = ("storing activations", "a step")
 
 
 def interrupt(monkeypatch, where: object, name: str, call: int, number: int) -> None:
@@ -53,7 +54,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     ("phase", "number"),
     [
-        *((phase, signal.SIGTERM) for phase in PHASES),
+        *(pytest.param(p, signal.SIGTERM, marks=() if p in QUICK else pytest.mark.slow) for p in PHASES),
         ("a step", signal.SIGUSR1),
         ("a step", signal.SIGINT),
     ],
