@@ -13,6 +13,10 @@ from sae.training.estimate import estimate
 GRADIENT = {"type": "gradient_topk", "k": 4}
 ROWS = {"batch_tokens": 128, "text.context_length": 32, "coder.objectives": {"kl": {"type": "kl"}}}
 BEFORE_THE_MODEL = [
+    (
+        {"coder.normalization.kind": "layer_norm", "coder.normalization.undone": False},
+        "coder.normalization.undone: false is for coders that are loaded; training undoes it",
+    ),
     ({"coder.selection": {"type": "relu"}}, r"coder\.objectives: selection relu needs the term l1 or tanh; add it"),
     ({"coder.selection": {"type": "jumprelu"}}, r"coder\.objectives: selection jumprelu needs the term l0; add it"),
     ({"coder.objectives": {"gate": {"type": "gate"}}}, r"coder\.objectives\.gate: needs selection gated, not topk"),
