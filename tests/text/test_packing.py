@@ -25,7 +25,7 @@ AROUND = {
     "xlm_roberta": (["<s>"], ["</s>"]),
     "t5": ([], ["</s>"]),
     "xlnet": ([], ["<sep>", "<cls>"]),
-    "xglm": (["</s>"], []),  # not its BOS
+    "xglm": (["</s>"], []),  # not its BOS; in older versions of transformers one behind, too
     "llama": (["<s>"], []),
     "gpt2": (["<|endoftext|>"], []),  # it adds nothing; its BOS is put there
     "gemma": (["<bos>"], []),
@@ -42,7 +42,7 @@ def write(path, texts):
 def test_what_stands_around_a_text_is_what_the_tokenizer_adds(kind):
     tokenizer = KINDS[kind]()
     before, behind = (tokenizer.convert_ids_to_tokens(side) for side in added(tokenizer))
-    assert (before, behind) == AROUND[kind]
+    assert (before, behind) == AROUND[kind] or (kind == "xglm" and (before, behind) == (["</s>"], ["</s>"]))
     assert added(tokenizer, "none") == ([], [])
 
 
