@@ -8,19 +8,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from sae.base.errors import ConfigError
 from sae.lm.models import ONE_AT_A_TIME
 from sae.lm.probing import plain_ids, reader_of
 
 TOKENS = torch.tensor([[0, 1, 2, 0, 3, 4], [2, 1, 3, 4, 0, 2]])
 """The pass: the same token at several places, and other tokens at the same place."""
-STREAMS = (
-    "hidden_states",
-    "x",
-    "input",
-    "inputs",
-    "hidden_state",
-)  # what models call the tensor that a module is given
+STREAMS = ("hidden_states", "x", "input", "inputs", "hidden_state")
+"""What models call the tensor that a module is given."""
 
 probed: set[int] = set()
 """Ids of the models that are being probed: whoever has hooks on one takes no notice of the pass."""
@@ -49,11 +46,16 @@ def first(result: Any) -> Any:
     return result[0] if isinstance(result, (tuple, list)) and result else result
 
 
+def is_hollow(model: nn.Module) -> bool:
+    """Returns whether a model has shapes and no weights, so that nothing can be measured on it."""
+    return isinstance(next(model.parameters(), None), FakeTensor)
+
+
 @torch.no_grad()
 def probe(model: nn.Module, keep: bool = True) -> dict[str, Call]:
     """Returns what the modules did by path, in the order in which they finished; those that did not run are left out.
 
-    With `keep` copies of their tensors, else how often they ran alone. Raises whatever the model raises.
+    With `keep` copies of their tensors, else how often they ran alone. ConfigError if the pass fails.
     """
     calls: dict[str, Call] = {}
     begun: dict[str, Call] = {}
@@ -91,6 +93,9 @@ def probe(model: nn.Module, keep: bool = True) -> dict[str, Call]:
                     module.register_forward_hook(lambda _, a, out, path=path: after(path, out)),
                 ]
             reader_of(model)(**_inputs(model))
+        except Exception as error:  # anything that a model's own code may raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            raise ConfigError(f"a pass over a few tokens fails ({reason})") from error
         finally:
             probed.discard(id(model))
             for handle in handles:
@@ -109,14 +114,13 @@ _runs: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, int]] = WeakKey
 
 
 def runs_of(model: nn.Module) -> WeakKeyDictionary[nn.Module, int]:
-    """Returns how often each module of a model runs in a pass, counted once.
+    """Returns how often each module of a model runs in a pass, counted once; nothing of a model without weights.
 
-    Nothing of a model that needs more than tokens: it will say so itself when it is run.
+    ConfigError if the pass fails: then nobody knows which modules are safe to read.
     """
+    if is_hollow(model):
+        return WeakKeyDictionary()
     if model not in _runs:
-        try:
-            calls = probe(model, keep=False)
-        except Exception:  # anything that a model's own code may raise
-            calls = {}
+        calls = probe(model, keep=False)
         _runs[model] = WeakKeyDictionary({model.get_submodule(path): call.runs for path, call in calls.items()})
     return _runs[model]

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from sae.base.errors import ConfigError
 from sae.lm.block import NAMES, Block, Place, Unserved, off, tolerance
-from sae.lm.calls import TOKENS, Call, probe
+from sae.lm.calls import TOKENS, Call, is_hollow, probe
 from sae.lm.guesses import guessed_layers, guessed_places
 from sae.lm.probing import reader_of
 
@@ -38,15 +36,11 @@ def stream_of(model: nn.Module) -> Stream:
     Kept by model and not by its configuration: what adds up with fresh weights may not with trained ones. Of a model
     without weights, the places that the names of its modules suggest.
     """
-    if isinstance(next(model.parameters(), None), FakeTensor):  # nothing to measure; what is estimated needs a place
+    if is_hollow(model):  # nothing to measure; what is estimated needs a place
         layers, embedding = guessed_layers(model), reader_of(model).get_input_embeddings()
         return Stream(layers, "no list has many weights", guessed_places(model, layers), _path_of(model, embedding))
     if model not in _measured:
-        try:
-            calls = probe(model)
-        except Exception as error:  # anything that a model's own code may raise
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-            raise ConfigError(f"a pass over a few tokens fails ({reason}); write the module path") from error
+        calls = probe(model)
         layers, unlayered = _layers(model, calls)
         places = {key: place for n, layer in enumerate(layers) for key, place in _places(model, n, layer, calls)}
         _measured[model] = Stream(layers, unlayered, places, _embedding(calls, layers))

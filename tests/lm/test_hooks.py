@@ -290,3 +290,14 @@ def test_what_one_rank_stores_another_does_not_compute_again(tmp_path):
     for block in (made, found, ranks[0].read(2)):
         assert torch.equal(block.activations["x"], torch.full((4, 2), 2.0))
         assert torch.equal(block.gradients["x"], torch.ones(4, 2))
+
+
+def test_a_model_that_cannot_be_asked_how_often_its_modules_run_is_not_read(monkeypatch):
+    """Else the first run of a shared layer would pass for all of them."""
+    model = tiny_lm("llama")
+    monkeypatch.setattr(type(model.model), "forward", lambda *_, **__: 1 / 0)
+    with (
+        pytest.raises(ConfigError, match=r"a pass over a few tokens fails \(ZeroDivisionError"),
+        hooked(model, [Site("model.layers.1")], lambda site, x: None),
+    ):
+        pass
