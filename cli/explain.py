@@ -69,9 +69,8 @@ def command(argv: list[str]) -> int:
         print(field_help(ExplainConfig))
         return DONE
     path = config_path(options.config, "explain") if options.config else None
-    began = (
-        saved_config(path.parent) if path and (path.parent / "env.json").is_file() else None
-    )  # of a run, maybe older
+    of_a_run = path is not None and (path.parent / "env.json").is_file()  # which an older version may have written
+    began = saved_config(path.parent) if path and of_a_run else None
     config = read_config(ExplainConfig, None if began else path, _words(options) + overrides, began)
     config.validate()
     if options.print_config:

@@ -88,10 +88,8 @@ class LiveCodes:
 
 
 def map_of(coder: SparseCoder) -> dict[str, Any]:
-    """Returns what a coder's spec says of what it computes, and of where: as an older version said it, if it could."""
-    said = {key: value for key, value in coder.spec.to_json().items() if key not in ("metrics", "training")}
-    how = {key: value for key, value in said["normalization"].items() if (key, value) != ("undone", True)}
-    return said | {"normalization": how}
+    """Returns what a coder's spec says of what it computes, and of where."""
+    return {key: value for key, value in coder.spec.to_json().items() if key not in ("metrics", "training")}
 
 
 class StoredCodes:

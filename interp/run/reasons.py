@@ -62,6 +62,11 @@ def told(counts: Mapping[str, int], messages: Mapping[str, str]) -> str:
     return ", ".join(f"{counts[kind]:,} {kind}" + (f" ({said[kind]})" if said[kind] else "") for kind in ordered)
 
 
+def why(status: str, reason: str | None) -> str:
+    """Returns how work on a latent ended, and the reason, where that does not begin with it already."""
+    return reason if reason and reason.startswith(status) else ": ".join(filter(None, (status, reason)))
+
+
 def said_of(kind: str, messages: Mapping[str, str]) -> str:
     """Returns what was said of a kind the first time; where nothing was, what it means."""
     return messages.get(kind) or WHY.get(kind, "")

@@ -7,7 +7,7 @@ from typing import Any
 
 from interp.prompts.windows import visible
 from interp.records import Measure
-from interp.run.reasons import told
+from interp.run.reasons import told, why
 from interp.run.tables import best_of, read_rows
 
 SHOWN = 100  # characters of each label where more than ALL latents were asked for
@@ -53,9 +53,8 @@ def _told(run_dir: Path, asked: Collection[int] | None) -> dict[str, list[str]]:
 def _latent_line(row: dict[str, Any], longest: int | None = None) -> str:
     text, score = row["explanation"] or "", row["score"]
     if (score is None and row["scorer"]) or not text:
-        why = row["reason"] or ""
-        why = why if why.startswith(row["status"]) else ": ".join(filter(None, (row["status"], why)))
-        text = f"{text}  ({why})" if text else why
+        ended = why(row["status"], row["reason"])
+        text = f"{text}  ({ended})" if text else ended
     text = visible(text)
     text = text if longest is None or len(text) <= longest else text[: longest - 3] + "..."
     return f"  latent {row['latent']:<8} {'   -' if score is None else f'{score:.2f}'}  {text}"

@@ -5,6 +5,7 @@ from typing import Any
 
 from interp.prompts.windows import spans, spelled, visible
 from interp.records import Facts, Measure, Window
+from interp.run.reasons import why
 from interp.run.tables import Told
 from interp.run.telling import with_interval
 from interp.view.record import Label, LatentRecord
@@ -63,8 +64,7 @@ def _label(label: Label) -> Iterator[str]:
     by = f" ({visible(label.by)})" if label.by else ""
     yield ""
     if label.text is None:
-        reason = label.reason if label.reason.startswith(label.status) else f"{label.status}: {label.reason}"
-        yield f"{visible(label.explainer)}{by}: {visible(reason)}"
+        yield f"{visible(label.explainer)}{by}: {visible(why(label.status, label.reason))}"
         return
     yield f"{visible(label.explainer)}{by}: {visible(label.text)}"
     yield from (_score(one) for one in label.scores)
@@ -73,8 +73,7 @@ def _label(label: Label) -> Iterator[str]:
 def _score(one: Told) -> str:
     row = one.row
     if row["score"] is None:
-        why = ": ".join(filter(None, (row["status"], row["reason"])))
-        return f"  {visible(row['scorer'])}: no score, {visible(why)}"
+        return f"  {visible(row['scorer'])}: no score, {visible(why(row['status'], row['reason']))}"
     figures = {"": _measure(row, "score"), ", null ": _measure(row, "null"), ", lift ": _measure(row, "lift")}
     told = "".join(f"{name}{with_interval(found)}" for name, found in figures.items())
     partly = f", {visible(row['reason'])} missing" if row["reason"] else ""

@@ -15,16 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from sae.base.errors import ConfigError, nearest
+from sae.base.lines import marked
 
 GROUP_CHARS = 2_000  # paragraphs of a text file given alone are put together to documents of at least this length
 DELIMITERS = (",", "\t", ";", "|")  # of csv and tsv: the one by which the first line has the column, or most of them
 COMPRESSED = (".gz", ".zst", ".bz2")
-MARKS = {  # longer ones first: that of UTF-32 begins like that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 UTF_8 = "utf-8"
 
 
@@ -97,7 +92,7 @@ def _lines(file: Path, encoding: str | None) -> Iterator[bytes]:
     """Yields the lines of a text file as UTF-8; bytes that are none in its encoding are left or replaced."""
     with opened(file) as raw:
         head = raw.peek(4)[:4] if isinstance(raw, io.BufferedReader) else b""
-        encoding = encoding or next((name for mark, name in MARKS.items() if head.startswith(mark)), UTF_8)
+        encoding = encoding or marked(head) or UTF_8
         if codecs.lookup(encoding).name == UTF_8:
             yield from raw
             return
