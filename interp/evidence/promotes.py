@@ -24,8 +24,8 @@ from sae.coder.coder import CHUNK_ENTRIES, SparseCoder
 from sae.coder.splicing import directions
 from sae.lm.guesses import ATTENTION, ATTENTION_OUT, LAYER_LISTS, MLP_OUT, MLPS
 from sae.lm.models import LanguageModel
+from sae.lm.residual import residual_of
 from sae.lm.site import Site, columns_of
-from sae.lm.stream import stream_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -196,7 +196,7 @@ def _path(model: nn.Module, site: Site) -> Path | None:
 def _adds_within(model: nn.Module, number: int, place: int, owner: str) -> bool:
     """Whether a module adds what it makes to the stream itself, as BLOOM's do: its output is the stream."""
     try:
-        written = stream_of(model).places[number, "hook_attn_out" if place == ATTENDED else "hook_mlp_out"]
+        written = residual_of(model).places[number, "hook_attn_out" if place == ATTENDED else "hook_mlp_out"]
     except (ConfigError, KeyError):
         return False
     return isinstance(written, tuple) and written[0].startswith(f"{owner}.")

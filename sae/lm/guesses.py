@@ -1,11 +1,11 @@
 """What the names of modules suggest, for a model without weights, of which nothing can be measured.
 
-An estimate needs widths and the order of places; the run itself measures where they are (`stream.py`).
+An estimate needs widths and the order of places; the run itself measures where they are (`residual.py`).
 """
 
 from torch import nn
 
-from sae.lm.block import NAMES, Place
+from sae.lm.layer import NAMES, Place
 from sae.lm.probing import reader_of
 
 LAYER_LISTS = (

@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from sae.base.errors import ConfigError, nearest
-from sae.lm.block import NAMES, Place
 from sae.lm.heads import heads_at
+from sae.lm.layer import NAMES, Place
+from sae.lm.residual import residual_of
 from sae.lm.site import Site
-from sae.lm.stream import stream_of
 
 WRAPPERS = ("model", "language_model", "text_model")
 SIDES = ("output", "input", "normalized")
@@ -122,7 +122,7 @@ def _aliased(text: str, layer: str | None, name: str | None, model: nn.Module) -
     if name and name not in ALIASES:
         raise ConfigError(f"{text!r} is not a known name.{nearest(name, ALIASES)}")
     try:
-        stream = stream_of(model)
+        stream = residual_of(model)
     except ConfigError as error:
         raise ConfigError(f"{text!r}: {error}") from None
     if not stream.layers:

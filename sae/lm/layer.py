@@ -69,7 +69,7 @@ class Added:
     """How many times it is added."""
 
 
-class Block:
+class Layer:
     """One layer's modules in a pass over a few tokens, and which of them make what it adds to the stream.
 
     In a layer of the kind "sequential" the second reads what the first has added to, in one of the kind "parallel" both
@@ -248,17 +248,17 @@ class Block:
 
 
 NAMES = {
-    "hook_resid_pre": lambda block: (block.path, "input"),
-    "hook_attn_out": Block.attn_out,
-    "hook_resid_mid": Block.resid_mid,
-    "hook_mlp_in": Block.resid_mid,
-    "hook_mlp_out": Block.mlp_out,
-    "hook_resid_post": lambda block: (block.path, "output"),
-    "ln1.hook_normalized": lambda block: block.norm_before(attention=True),
-    "ln2.hook_normalized": lambda block: block.norm_before(attention=False),
-    "attn.hook_z": Block.z,
-    "mlp.hook_in": lambda block: block.mlp("in"),
-    "mlp.hook_post": lambda block: block.mlp("post"),
-    "mlp.hook_out": lambda block: block.mlp("out"),
+    "hook_resid_pre": lambda layer: (layer.path, "input"),
+    "hook_attn_out": Layer.attn_out,
+    "hook_resid_mid": Layer.resid_mid,
+    "hook_mlp_in": Layer.resid_mid,
+    "hook_mlp_out": Layer.mlp_out,
+    "hook_resid_post": lambda layer: (layer.path, "output"),
+    "ln1.hook_normalized": lambda layer: layer.norm_before(attention=True),
+    "ln2.hook_normalized": lambda layer: layer.norm_before(attention=False),
+    "attn.hook_z": Layer.z,
+    "mlp.hook_in": lambda layer: layer.mlp("in"),
+    "mlp.hook_post": lambda layer: layer.mlp("post"),
+    "mlp.hook_out": lambda layer: layer.mlp("out"),
 }
 """Of a TransformerLens name below "blocks.L.": its place in a layer, or `Unserved`."""

@@ -7,14 +7,14 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from sae.lm.block import NAMES, Block, Place, Unserved, off, tolerance
 from sae.lm.calls import TOKENS, Call, is_hollow, probe
 from sae.lm.guesses import guessed_layers, guessed_places
+from sae.lm.layer import NAMES, Layer, Place, Unserved, off, tolerance
 from sae.lm.probing import reader_of
 
 
 @dataclass(frozen=True)
-class Stream:
+class ResidualStream:
     """The places of a model's residual stream."""
 
     layers: tuple[str, ...]
@@ -27,10 +27,10 @@ class Stream:
     """The same of "hook_embed": what a token alone adds to the stream."""
 
 
-_measured: WeakKeyDictionary[nn.Module, Stream] = WeakKeyDictionary()
+_measured: WeakKeyDictionary[nn.Module, ResidualStream] = WeakKeyDictionary()
 
 
-def stream_of(model: nn.Module) -> Stream:
+def residual_of(model: nn.Module) -> ResidualStream:
     """Returns the places of a model's residual stream, measured once; ConfigError if it does not run on tokens alone.
 
     Kept by model and not by its configuration: what adds up with fresh weights may not with trained ones. Of a model
@@ -38,12 +38,14 @@ def stream_of(model: nn.Module) -> Stream:
     """
     if is_hollow(model):  # nothing to measure; what is estimated needs a place
         layers, embedding = guessed_layers(model), reader_of(model).get_input_embeddings()
-        return Stream(layers, "no list has many weights", guessed_places(model, layers), _path_of(model, embedding))
+        return ResidualStream(
+            layers, "no list has many weights", guessed_places(model, layers), _path_of(model, embedding)
+        )
     if model not in _measured:
         calls = probe(model)
         layers, unlayered = _layers(model, calls)
         places = {key: place for n, layer in enumerate(layers) for key, place in _places(model, n, layer, calls)}
-        _measured[model] = Stream(layers, unlayered, places, _embedding(calls, layers))
+        _measured[model] = ResidualStream(layers, unlayered, places, _embedding(calls, layers))
     return _measured[model]
 
 
@@ -54,10 +56,10 @@ def _path_of(model: nn.Module, module: nn.Module) -> Place:
 def _places(
     model: nn.Module, number: int, layer: str, calls: dict[str, Call]
 ) -> Iterator[tuple[tuple[int, str], Place | str]]:
-    block = Block(model, layer, calls)
+    measured = Layer(model, layer, calls)
     for name, place in NAMES.items():
         try:
-            path, side = place(block)
+            path, side = place(measured)
             if ("output" if side == "output" else "input") in calls[path].flat:
                 raise Unserved(f"{path} holds it with rows and context as one axis; it cannot be read by token")
             yield (number, name), (path, side)
