@@ -9,16 +9,16 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 import draccus
 
-from cli import ended_by
 from sae.base.errors import ConfigError, Stopped, nearest
 from sae.base.paths import near
 from sae.base.settings import decode, describe, merge, parse_value, read_yaml, set_dotted
+
+from . import ended_by
 
 T = TypeVar("T")
 DONE, ERROR, BAD_USAGE = 0, 1, 2
@@ -26,7 +26,8 @@ DONE, ERROR, BAD_USAGE = 0, 1, 2
 
 def configs(kind: str) -> dict[str, Path]:
     """Returns the shipped configs of a command by name."""
-    return {path.stem: path for path in sorted(Path(str(files("configs") / kind)).glob("*.yaml"))}
+    folder = Path(__file__).parents[1] / "configs"  # beside cli/, in a checkout and in an installation
+    return {path.stem: path for path in sorted((folder / kind).glob("*.yaml"))}
 
 
 def config_path(name: str, kind: str) -> Path:

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cli.common import DONE, Parser
 from sae.base.errors import ConfigError
+
+from .common import DONE, Parser
 
 TOKENS = 100_000
 

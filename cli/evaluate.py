@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.common import DONE, Parser, add_hints, hints, print_tables, read_config, run
 from sae.base.errors import ConfigError
+
+from .common import DONE, Parser, add_hints, hints, print_tables, read_config, run
 
 if TYPE_CHECKING:
     from sae.coder.spec import CoderSpec

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from cli.common import DONE, Parser
 from sae.base.errors import ConfigError, nearest
+
+from .common import DONE, Parser
 
 
 def export(argv: list[str]) -> int:

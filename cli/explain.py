@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.common import DONE, Parser, config_path, configs, field_help, read_config, run
 from sae.base.errors import ConfigError
+
+from .common import DONE, Parser, config_path, configs, field_help, read_config, run
 
 if TYPE_CHECKING:
     from interp.run.config import ExplainConfig
@@ -146,14 +147,14 @@ def _other(name: str) -> Callable[[list[str]], int]:
     if name == "merge":
         return _merge
     if name == "show":
-        from cli.show import command as show
+        from .show import command as show
 
         return show
     if name == "compare":
-        from cli.compare import command as compare
+        from .compare import command as compare
 
         return compare
-    from cli import exchange
+    from . import exchange
 
     return exchange.export if name == "export" else exchange.take_in
 

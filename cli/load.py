@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.common import DONE, ERROR, Parser, add_hints, hints, run
 from sae.base.errors import ConfigError
 from sae.base.units import data_size
+
+from .common import DONE, ERROR, Parser, add_hints, hints, run
 
 if TYPE_CHECKING:
     from sae.coder.coder import SparseCoder

@@ -5,8 +5,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from cli.common import DONE, Parser
 from sae.base.errors import ConfigError
+
+from .common import DONE, Parser
 
 
 def command(argv: list[str]) -> int:

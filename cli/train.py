@@ -4,8 +4,9 @@ import logging
 import sys
 from pathlib import Path
 
-from cli.common import BAD_USAGE, DONE, Parser, config_path, configs, field_help, print_tables, read_config, run
 from sae.base.errors import ConfigError
+
+from .common import BAD_USAGE, DONE, Parser, config_path, configs, field_help, print_tables, read_config, run
 
 log = logging.getLogger(__name__)
 EPILOG = """Every config field is an option: --coder.selection.k 64 --activations.sites '[layers.3]'.
@@ -13,7 +14,7 @@ Examples:
   sae-train                                          the embedded quickstart: under two minutes, nothing downloaded
   sae-train --config smollm2_topk --model.name FOLDER --text.source FOLDER
   sae-train --resume runs/quickstart                 continue bit for bit
-  torchrun --nproc-per-node 2 -m cli.train --config smollm2_topk
+  torchrun --no-python --nproc-per-node 2 sae-train --config smollm2_topk
 """
 
 

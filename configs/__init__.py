@@ -1,1 +1,0 @@
-"""Recipes shipped as package data: `sae-train --config NAME`."""
