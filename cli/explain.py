@@ -1,7 +1,5 @@
 """sae-explain: say what the latents of a sparse coder mean, and score it."""
 
-import asyncio
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,6 @@ from .common import DONE, Parser, config_path, configs, field_help, read_config,
 if TYPE_CHECKING:
     from interp.run.config import ExplainConfig
 
-log = logging.getLogger(__name__)
 PARTIAL = 3
 COMMANDS = ("show", "merge", "compare", "export", "import")
 EPILOG = """Every config field is an option: --examples.test 100 --models.judge.model NAME --latents 3,17,40-49
@@ -83,16 +80,9 @@ def command(argv: list[str]) -> int:
 
 
 def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> int:
-    from interp.client.requests import ROLES
-    from interp.evidence.first_pass import check_evidence
-    from interp.prompts.windows import visible
-    from interp.run.pipeline import Pipeline, check_models
-    from interp.run.preparing import evidence_of, looked_at, read_from, resolve_config
-    from interp.run.rundir import begin_run, cache_of, check_explained, forget_run, settings_for
+    from interp.run.explaining import explain_run
+    from interp.run.preparing import resolve_config
     from interp.run.telling import summary_lines
-    from sae.base.progress import Watch
-    from sae.parallel.collectives import process_group, rank, together
-    from sae.parallel.stopping import stop_flag
 
     config = resolve_config(config)
     if options.dry_run:
@@ -100,46 +90,20 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> i
 
         print("\n".join(dry_run(config, options.trust_remote_code)))
         return DONE
-    check_explained(config)
-    with stop_flag() as stop:
-        watch = Watch(stop, repair=options.repair)
-        settings = settings_for(config)
-        config, answers = settings.config, b""
-        with process_group():
-            first = rank() == 0
-            with together():
-                if first:
-                    endpoints, cache = {role: config.endpoint(role) for role in ROLES}, cache_of(config, shard)
-                    answers = asyncio.run(check_models(endpoints, config.roles_asked(), cache, config.budget_usd))
-            reading = read_from(config, options.trust_remote_code, watch)
-            check_evidence(reading[2], reading[1], *evidence_of(config))
-            if first:  # all can be: from here on the folder is this run's
-                begin_run(config, settings, answers, shard)
-            log.info("run folder   %s", config.run_dir)
-            try:
-                prepared = looked_at(config, reading, watch)
-            except ConfigError:
-                if first:
-                    forget_run(Path(config.run_dir))
-                raise
-        if not first:
-            return DONE  # the ranks share the passes; what is left is to wait for answers
-        ended = Pipeline(config, prepared, shard).run(options.retry_failed, watch)
-    code = DONE
-    if shard == (1, 1):
-        summary = _write(Path(config.run_dir))
-        print("\n".join(summary_lines(summary, Path(config.run_dir), prepared.latents.tolist())))
-        print(f"\nresults      {Path(config.run_dir) / 'results.parquet'}")
-        print(f"summary      {Path(config.run_dir) / 'summary.json'}")
-    if ended.cut_off:
-        hint = "" if "goes on" in ended.cut_off else "; the same command goes on with what is missing"
-        print(f"error: {ended.cut_off}{hint}", file=sys.stderr)
-        code = PARTIAL
-    elif ended.failed > config.fail_share * ended.latents:
-        failed = f"{ended.failed} of {ended.latents} latents failed: {visible(ended.why)}"
-        print(f"error: {failed}; --retry-failed does them again", file=sys.stderr)
-        code = PARTIAL
-    return code
+    how = {name: getattr(options, name) for name in ("retry_failed", "repair", "trust_remote_code")}
+    found = explain_run(config, shard, **how)
+    if found is None:
+        return DONE  # the ranks share the passes; what is left is to wait for answers
+    if found.summary is not None:
+        print("\n".join(summary_lines(found.summary, found.run_dir, found.latents)))
+        print(f"\nresults      {found.run_dir / 'results.parquet'}")
+        print(f"summary      {found.run_dir / 'summary.json'}")
+    if found.cut_off:
+        hint = "" if "goes on" in found.cut_off else "; the same command goes on with what is missing"
+        print(f"error: {found.cut_off}{hint}", file=sys.stderr)
+    elif found.failed:
+        print(f"error: {found.failed}; --retry-failed does them again", file=sys.stderr)
+    return PARTIAL if found.cut_off or found.failed else DONE
 
 
 def _other(name: str) -> Callable[[list[str]], int]:
@@ -164,24 +128,13 @@ def _merge(argv: list[str]) -> int:
     parser.add_argument("run_dir", help="folder of the run, which holds shards/")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(argv)
+    from interp.run.explaining import tell_run
     from interp.run.rundir import run_folder
     from interp.run.telling import summary_lines
 
     run_dir = run_folder(Path(options.run_dir))
-    print("\n".join(summary_lines(_write(run_dir), run_dir)))
+    print("\n".join(summary_lines(tell_run(run_dir), run_dir)))
     return DONE
-
-
-def _write(run_dir: Path) -> dict[str, Any]:
-    from interp.run.results import write_results
-    from interp.run.rundir import saved_config, shard_folders
-    from sae.base.files import read_json
-
-    shard_folders(run_dir)  # says in a line what is missing
-    config = saved_config(run_dir)
-    text = run_dir / "evidence" / "text.json"
-    about = read_json(run_dir / "env.json")["about"] | {"text_seen": read_json(text) if text.is_file() else {}}
-    return write_results(run_dir, config.all_scorers(), about)
 
 
 def _words(options: Any) -> list[str]:

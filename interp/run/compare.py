@@ -12,7 +12,6 @@ Everything is compared with everything, in tables of explained latents by explai
 for all of a wide coder. 20,000 by 20,000, the most that is taken, are 3 GB a table, and half a dozen are held at once.
 """
 
-import asyncio
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from scipy.optimize import linear_sum_assignment
 from interp.client.client import Client
 from interp.client.config import EndpointConfig
 from interp.client.requests import Embed
+from interp.client.running import finished
 from interp.evidence.codes import Codes, LiveCodes, row_blocks
 from interp.evidence.corpus import Corpus
 from interp.evidence.first_pass import check_evidence, stored_evidence
@@ -89,12 +89,12 @@ def compare(
     encoder fails.
     """
     cache = a / "compare.sqlite"
-    answers = asyncio.run(check_models({"encoder": encoder}, ["encoder"], cache))
+    answers = finished(check_models({"encoder": encoder}, ["encoder"], cache))
     left, right = (_side(folder, explainer, trust_remote_code) for folder in (a, b))
     coders = left.subject.coder, right.subject.coder
     if answers:
         atomic_write(cache, answers)
-    vectors = asyncio.run(_embedded(encoder, left.told() + right.told(), cache))
+    vectors = finished(_embedded(encoder, left.told() + right.told(), cache))
     similarity = cosines(vectors[: len(left.texts)], vectors[len(left.texts) :])
     alike = {"meaning": similarity, "decoder": decoder_cosines(*coders, left.latents, right.latents)}
     if left.config.model.name == right.config.model.name:

@@ -30,6 +30,7 @@ from interp.client.client import Client
 from interp.client.config import EndpointConfig
 from interp.client.local.words import NAME
 from interp.client.requests import ROLES, Abilities, Reply, Request
+from interp.client.running import finished
 from interp.records import Examples, Explanation
 from interp.run import explanations_file
 from interp.run.config import ExplainConfig
@@ -95,7 +96,7 @@ class Pipeline:
             write_json(self.folder / LATENTS, sorted({*asked_in(self.folder), *self.latents}))
             self._take_in_file()
             with threadpool_limits(1, "blas"):  # figures are small: more threads only wait for one another
-                spent = asyncio.run(self._run(watch))
+                spent = finished(self._run(watch))
         return self._ended(spent)
 
     def _ended(self, cut_off: str) -> Ended:

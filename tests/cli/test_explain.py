@@ -271,7 +271,7 @@ def test_what_must_fail_fails_before_the_long_work(explain, tmp_path, monkeypatc
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr("interp.run.preparing.read_from", begun)
+    monkeypatch.setattr("interp.run.explaining.read_from", begun)
     monkeypatch.setattr("interp.client.remote.limiter.FIRST_PAUSE_S", 0.001)
     (tmp_path / "LINES").write_text("{")
     code, printed = explain("one", *SMALL[:2], "--run-dir", tmp_path / "run", *arguments)
