@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -68,14 +69,16 @@ def at(module: str, node: ast.AST) -> str:
     return f"{MODULES[module].relative_to(ROOT)}:{node.lineno}"
 
 
-def imported(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yields (name in the file, what it names), of one import."""
+def imported(module: str, node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yields (name in the file, what it names), of one import in a module; the relative ones of cli/ too."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             yield alias.asname or alias.name, alias.name
     elif isinstance(node, ast.ImportFrom):
+        package = module if MODULES[module].stem == "__init__" else module.rpartition(".")[0]
+        origin = resolve_name("." * node.level + (node.module or ""), package)
         for alias in node.names:
-            yield alias.asname or alias.name, f"{node.module}.{alias.name}"
+            yield alias.asname or alias.name, f"{origin}.{alias.name}"
 
 
 def imports(of_types: bool = True) -> Iterator[tuple[str, str, str]]:
@@ -84,7 +87,7 @@ def imports(of_types: bool = True) -> Iterator[tuple[str, str, str]]:
         unseen = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
         skipped = {id(node) for block in unseen for node in ast.walk(block)} if not of_types else set()
         for node in ast.walk(tree):
-            for _, name in imported(node):
+            for _, name in imported(module, node):
                 if id(node) not in skipped:
                     yield module, at(module, node), name
 
@@ -140,7 +143,7 @@ def circles() -> Iterator[str]:
 
 def type_tests() -> Iterator[str]:
     for module, tree in TREES.items():
-        names = {name: full for node in ast.walk(tree) for name, full in imported(node)}
+        names = {name: full for node in ast.walk(tree) for name, full in imported(module, node)}
         for node in ast.walk(tree):
             tested: list[ast.expr] = []
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
@@ -217,6 +220,11 @@ RULES = [upward, homeless, forbidden, strays, circles, type_tests, renames, long
 def test_every_room_keeps_its_promise(rule):
     broken = list(rule())
     assert not broken, "\n".join(broken)
+
+
+def test_relative_imports_are_seen():
+    found = {(module, name) for module, _, name in imports()}
+    assert {("cli.common", "cli.ended_by"), ("cli.load", "cli.common.Parser"), ("cli.explain", "cli.exchange")} <= found
 
 
 @pytest.mark.parametrize("module", ["cli.train", "cli.evaluate", "cli.explain", "cli.load"])
