@@ -13,3 +13,16 @@
 
 Each knows those above it alone; prompts, client and evidence do not know each other.
 """
+
+from typing import TYPE_CHECKING
+
+from sae.base.lazy import on_demand
+
+if TYPE_CHECKING:
+    __version__: str
+
+_HOMES: dict[str, str] = {}
+
+__all__ = ["__version__"]
+
+__getattr__, __dir__ = on_demand(__name__, _HOMES)

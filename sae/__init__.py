@@ -7,8 +7,9 @@
 Names are imported when first used, so that `import sae` is quick.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sae.base.lazy import on_demand
 
 if TYPE_CHECKING:
     from sae.coder.coder import SparseCoder
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from sae.loading.releases import list_released
     from sae.training.config import TrainConfig
     from sae.training.run import train
+
+    __version__: str
 
 _HOMES = {
     "SparseCoder": "sae.coder.coder",
@@ -38,6 +41,7 @@ _HOMES = {
 __all__ = [
     "SparseCoder",
     "TrainConfig",
+    "__version__",
     "diagnose",
     "evaluate",
     "list_released",
@@ -49,8 +53,4 @@ __all__ = [
     "train",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'sae' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__, __dir__ = on_demand(__name__, _HOMES)

@@ -1,0 +1,21 @@
+"""Packages whose names live in other modules and are imported when they are first used."""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def on_demand(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Returns the `__getattr__` and the `__dir__` of a package, given the module of each of its public names.
+
+    `dir` tells these names and `__version__` alone, which is what notebooks and shells complete.
+    """
+
+    def get(name: str) -> Any:
+        if name == "__version__":
+            return import_module("sae.base.version").version()
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(homes[name]), name)
+
+    return get, lambda: sorted([*homes, "__version__"])
