@@ -35,7 +35,8 @@ from sae.base.seeding import generator
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED
 from sae.evaluation.evaluation import text_of, with_special_tokens_masked
-from sae.lm.models import load_language_model, load_tokenizer, resolve_device
+from sae.lm.files import load_tokenizer
+from sae.lm.models import load_language_model, resolve_device
 from sae.loading import hub
 from sae.parallel import collectives
 from sae.text.documents import TextConfig

@@ -5,27 +5,26 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from sae.assets import QUICKSTART_LM
+from sae.base.arguments import wrong
 from sae.base.errors import ConfigError
-from sae.base.files import cache_dir, publish, sha256_file
-from sae.base.network import hub_or_cache
-from sae.base.paths import near
-from sae.base.progress import on_terminal
-from sae.base.settings import choose
-from sae.lm import probing, weights
+from sae.base.paths import from_anywhere
+from sae.base.settings import choose, decode
+from sae.lm import objects, probing, weights
+from sae.lm.files import NAMELESS, commit_of, load_config, load_tokenizer, local_folder, readable_errors
 from sae.text.tokenizing import special_ids, tokenizer_digest
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from pathlib import Path
+
+    from transformers import Pipeline, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+    ModelLike: TypeAlias = "LanguageModel | ModelConfig | dict[str, Any] | torch.nn.Module | Pipeline | Path | str"
+    TokenizerLike = PreTrainedTokenizerBase | ProcessorMixin | Path | str
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +66,8 @@ class LanguageModel:
     """Whether it predicts the next token, so that cross-entropy and splicing can be measured."""
     positions: int | None = None
     """The longest row that its table of positions allows; None where it has none."""
+    given: bool = False
+    """Whether it was loaded by somebody else, so that its name need not lead to the same weights."""
 
     @property
     def device(self) -> torch.device:
@@ -146,19 +147,37 @@ def resolve_device(device: str) -> torch.device:
 
 
 def load_language_model(
-    name: str, revision: str | None = None, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    name: "ModelLike",
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    tokenizer: "TokenizerLike | None" = None,
 ) -> LanguageModel:
-    """Returns the model called `name`, loaded for reading activations.
+    """Returns the model called `name`, loaded for reading activations, or the one that is given instead of a name.
+
+    A name is a hub id, a folder, a .gguf file or "quickstart". A loaded model of transformers, also as a pipeline or
+    with peft's adapters, is taken as it is, in its precision and where it lies; it is put into evaluation mode, and its
+    weights take no gradients from then on. `tokenizer` is an object or a name; by default that of the model's name.
 
     Raises ConfigError in one line if it cannot be had: no such folder, a hub id that is not cached while offline, or a
-    model that ships code of its own, which runs only if the user typed `--trust-remote-code`.
+    model that ships code of its own, which runs only if the user typed `--trust-remote-code`; TypeError for what is
+    neither a name nor a model.
     """
+    if isinstance(name, os.PathLike):
+        name = os.fspath(name)
+    if not isinstance(name, str):
+        said = {"revision": revision, "dtype": dtype, "device": device}
+        for field, value in said.items():
+            if value not in (None, "auto"):
+                raise ConfigError(f"{field}: {value!r} is for a model by name; the one given is loaded already")
+        return as_language_model(name, tokenizer)
     where = resolve_device(device)
     folder = local_folder(name)
     config = load_config(name, revision, trust_remote_code)
-    tokenizer = load_tokenizer(name, revision, trust_remote_code)
+    tokenizer = as_tokenizer(tokenizer) if tokenizer else load_tokenizer(name, revision, trust_remote_code)
     chosen: Any = DTYPES.get(dtype) or (torch.float32 if where.type == "cpu" else "auto")
-    with _readable_errors(name):
+    with readable_errors(name):
         model, nature = weights.read_model(
             name,
             config,
@@ -172,6 +191,54 @@ def load_language_model(
     _check_vocabulary(name, model, tokenizer)
     commit = None if folder else commit_of(name, revision)
     return LanguageModel(model, tokenizer, name, commit or revision, nature.predicts, nature.positions)
+
+
+def as_language_model(
+    model: "ModelLike", tokenizer: "TokenizerLike | None" = None, device: str = "auto"
+) -> LanguageModel:
+    """Returns the language model that is meant: ours as it is, what is loaded, or what has a name, put on a device.
+
+    Arguments and errors are as those of `load_language_model`.
+    """
+    if isinstance(model, LanguageModel):
+        return replace(model, tokenizer=as_tokenizer(tokenizer)) if tokenizer else model
+    if isinstance(model, dict):
+        model = decode(ModelConfig, model, "model")
+    if isinstance(model, ModelConfig):
+        model.validate()
+        own = model.device if device == "auto" else device
+        return load_language_model(model.name, model.revision, model.dtype, own, tokenizer=tokenizer)
+    if isinstance(model, str | os.PathLike):
+        return load_language_model(model, device=device, tokenizer=tokenizer)
+    held, beside = objects.inside(model)
+    config = held.config
+    name = from_anywhere(getattr(config, "_name_or_path", "")) or f"{NAMELESS}{type(held).__name__}"
+    revision = getattr(config, "_commit_hash", None)
+    tokenizer = tokenizer or beside
+    if tokenizer is None and name.startswith(NAMELESS):
+        raise ConfigError(f"tokenizer: the {type(held).__name__} that was given has no name to find one by; pass it")
+    try:
+        own = as_tokenizer(tokenizer or name, revision if tokenizer is None else None)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.name", "tokenizer", 1)) from error
+    if held.training or any(weights.requires_grad for weights in held.parameters()):
+        log.info("model: %s is in evaluation mode from here on, and its weights take no gradients", name)
+        held.eval().requires_grad_(False)
+    nature = weights.understood(held, name)
+    _check_vocabulary(name, held, own)
+    return LanguageModel(held, own, name, revision, nature.predicts, nature.positions, given=True)
+
+
+def as_tokenizer(tokenizer: "TokenizerLike", revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """Returns a tokenizer: an object as it is, of a processor the one inside, or that of a model's name."""
+    from transformers import PreTrainedTokenizerBase
+
+    if isinstance(tokenizer, str | os.PathLike):
+        return load_tokenizer(os.fspath(tokenizer), revision)
+    own = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    if not isinstance(own, PreTrainedTokenizerBase):
+        raise wrong("tokenizer", tokenizer, "a name, a folder, or a tokenizer of transformers")
+    return own
 
 
 def _check_vocabulary(name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -194,143 +261,8 @@ def untrained(model: ModelConfig, trust_remote_code: bool = False) -> LanguageMo
     """
     config = load_config(model.name, model.revision, trust_remote_code)
     auto = weights.auto_classes(config)[0]
-    with _readable_errors(model.name):
+    with readable_errors(model.name):
         made = auto.from_config(config, trust_remote_code=trust_remote_code).eval()
         positions = probing.positions_of(made)
     causal = auto.__name__ != weights.BASE
     return LanguageModel(made, None, model.name, model.revision, causal, positions)  # type: ignore[arg-type]
-
-
-def commit_of(name: str, revision: str | None = None) -> str | None:
-    """Returns the commit of a hub model that has been loaded, or None: its cached files lie below it."""
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(path).parent.name if isinstance(path, str) else None
-
-
-def load_tokenizer(
-    name: str, revision: str | None = None, trust_remote_code: bool = False
-) -> "PreTrainedTokenizerBase":
-    """Returns the model's tokenizer."""
-    from transformers import AutoTokenizer
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
-    folder = local_folder(name)
-    with _readable_errors(name):
-        if not trust_remote_code:
-            _refuse_code(name, get_tokenizer_config(folder or name, revision=None if folder else revision))
-        return AutoTokenizer.from_pretrained(
-            folder or name, revision=None if folder else revision, trust_remote_code=trust_remote_code
-        )
-
-
-def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> "PretrainedConfig":
-    """Returns the model's configuration without loading weights; refuses a model that wants to run its own code."""
-    from transformers import AutoConfig, PretrainedConfig
-
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file() and not _converted_folder(path).is_dir():
-        with _readable_errors(name):  # the header says it; converting is for when the weights are wanted
-            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    folder = local_folder(name)
-    with _readable_errors(name):
-        raw, _ = PretrainedConfig.get_config_dict(folder or name, revision=None if folder else revision)
-        if not trust_remote_code:
-            _refuse_code(name, raw)
-        return AutoConfig.from_pretrained(
-            folder or name, revision=None if folder else revision, trust_remote_code=trust_remote_code
-        )
-
-
-def _refuse_code(name: str, raw: dict[str, Any]) -> None:
-    if raw.get("auto_map"):
-        raise ConfigError(
-            f"model.name: {name!r} ships its own code ({', '.join(sorted(raw['auto_map']))}), which would run on "
-            "this machine; read it, then type --trust-remote-code"
-        )
-
-
-def local_folder(name: str) -> Path | None:
-    """Returns the folder that holds model `name`, or None for a hub id. A .gguf file is converted once and cached."""
-    if name == "quickstart":
-        return QUICKSTART_LM
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ConfigError(f"model.name: no such file: {name}")
-        return _converted(path)
-    if path.is_file():
-        raise ConfigError(f"model.name: {name} is a file; name the folder of a saved model, or a .gguf file")
-    if path.is_dir():
-        if (path / "adapter_config.json").is_file():  # which counts only where another package is installed
-            raise ConfigError(
-                f"model.name: the folder {name} holds an adapter; merge it into its model (peft: merge_and_unload) and "
-                "name the folder where you save that"
-            )
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"model.name: the folder {name} holds no config.json, so it is no saved model")
-        return path
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ConfigError(f"model.name: no such folder: {name}.{near(name)}")
-    return None
-
-
-def _converted(path: Path) -> Path:
-    """Returns the folder of the dequantized float32 copy of a .gguf file, made at first use."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = _converted_folder(path)
-    if not folder.is_dir():
-        with publish(folder) as draft, _readable_errors(str(path)):
-            options = {"gguf_file": path.name, "dtype": torch.float32}
-            read, lacks = weights.read(AutoModelForCausalLM, str(path), str(path.parent), **options)
-            weights.refuse_missing(str(path), lacks)
-            if hasattr(read.config, "quantization_config"):  # or it counts as quantized, which cannot be saved
-                delattr(read.config, "quantization_config")
-            plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
-            plain.load_state_dict(read.state_dict())
-            plain.save_pretrained(draft)
-            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(draft)
-    return folder
-
-
-def _converted_folder(path: Path) -> Path:
-    stat = path.stat()
-    return cache_dir() / "models" / f"{path.stem}-{_file_digest(path, stat.st_size, stat.st_mtime_ns)[:16]}"
-
-
-@lru_cache
-def _file_digest(path: Path, _size: int, _mtime_ns: int) -> str:
-    return sha256_file(path)
-
-
-@contextmanager
-def _bars_on_terminals() -> Iterator[None]:
-    """Keeps the loaders' bars, of which a log would keep every state, to where they can be watched."""
-    from transformers.utils import logging as bars
-
-    hide = bars.is_progress_bar_enabled() and not on_terminal()
-    if hide:
-        bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hide:
-            bars.enable_progress_bar()
-
-
-@contextmanager
-def _readable_errors(name: str) -> Iterator[None]:
-    """Turns the loaders' long errors into one line that names the model and the way out."""
-    on_disk = name == "quickstart" or Path(name).expanduser().exists()
-    try:
-        with nullcontext() if on_disk else hub_or_cache(), _bars_on_terminals():
-            yield
-    except ConfigError:
-        raise
-    except Exception as error:  # files of strangers fail in many ways
-        reason = " ".join(str(error).split())[:300]
-        ways = "a hub id needs the network or a cached copy; a local folder or .gguf file needs neither"
-        out = "" if on_disk else f" ({ways}){near(name)}"
-        raise ConfigError(f"model.name: {name!r} could not be loaded: {reason}{out}") from error

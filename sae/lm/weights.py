@@ -39,16 +39,21 @@ def read_model(
         own, last, head = type(model).__name__ in written, i == len(classes) - 1, auto.__name__ != BASE
         if lacks and head and not own and not last:
             continue  # the head, most likely
-        try:
-            nature = nature_of(model)
-        except Exception as error:
-            why = f"could not read a few tokens of text: {' '.join(str(error).split())[:200]}"
-            raise ConfigError(f"model.name: {name!r} ({type(model).__name__}) {why}") from error
+        nature = understood(model, name)
         refuse_missing(name, depended_on(model, lacks))
         if last or (own or not nature.looks_ahead if head else nature.looks_ahead):
             log.info("model: %s (%s) %s", name, type(model).__name__, described(nature))
             return model, nature
     raise AssertionError("the last class is taken")
+
+
+def understood(model: "PreTrainedModel", name: str) -> Nature:
+    """Returns what a model is found to be; ConfigError, with its name, if it cannot read text."""
+    try:
+        return nature_of(model)
+    except Exception as error:
+        why = f"could not read a few tokens of text: {' '.join(str(error).split())[:200]}"
+        raise ConfigError(f"model.name: {name!r} ({type(model).__name__}) {why}") from error
 
 
 def described(nature: Nature) -> str:

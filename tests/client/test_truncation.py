@@ -59,7 +59,7 @@ def test_what_a_server_does_not_say_is_no_error(usage):
 
 def test_real_tokenizers_need_more_than_the_least():
     """The bundled model's own tokenizer, one of a byte a token, and texts of every kind."""
-    from sae.lm.models import load_tokenizer
+    from sae.lm.files import load_tokenizer
 
     tokenizer = load_tokenizer("quickstart")
     pages = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py")]

@@ -29,7 +29,8 @@ from interp.client.said import ends_in_thought
 from interp.client.spans import OWN, tokens_in_span
 from sae.base.errors import ConfigError
 from sae.base.seeding import generator
-from sae.lm.models import LanguageModel, load_language_model, local_folder
+from sae.lm.files import local_folder
+from sae.lm.models import LanguageModel, load_language_model
 
 CONTEXT_CHARS = 16
 """Characters before a span that are tokenized with a choice, so that it is cut as it would be in the text."""

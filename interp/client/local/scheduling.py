@@ -23,7 +23,8 @@ from interp.client.local.model import Model, Prompt, Ready, Spans, Texts, error_
 from interp.client.requests import Abilities, Reply, Request
 from sae.base.errors import ConfigError, Stopped
 from sae.base.progress import Watch
-from sae.lm.models import LanguageModel, load_config
+from sae.lm.files import load_config
+from sae.lm.models import LanguageModel
 
 WAITING = 2048
 """Requests that may wait for the model: the more, the better they can be sorted into batches."""

@@ -7,7 +7,8 @@ from rigs.fakes import tiny_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae.base.errors import ConfigError
-from sae.lm.models import load_config, load_language_model
+from sae.lm.files import load_config
+from sae.lm.models import load_language_model
 
 NAMES = {
     "input_layernorm": "attn_norm",
