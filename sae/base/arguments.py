@@ -28,8 +28,9 @@ def described(value: Any) -> str:
 
 def whole(argument: str, value: Any, least: int = 1) -> int:
     """Returns a whole number of at least `least`; 1e5 is one, and numpy's are. TypeError or ValueError for others."""
+    given: Any = int(value) if isinstance(value, float) and value.is_integer() else value
     try:
-        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+        number = operator.index(given)
     except TypeError:
         raise wrong(argument, value, "a whole number") from None
     if isinstance(value, bool):
