@@ -6,7 +6,6 @@ made it, so that what a dead process left behind can be told from work in progre
 """
 
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -26,6 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+from filelock import lock_descriptor
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -38,10 +39,11 @@ log = logging.getLogger(__name__)
 MANIFEST, MARKER, LOCK = "manifest.json", "COMPLETE", ".lock"
 ABANDONED_AFTER_S = 24 * 3600  # for temporaries of other machines, whose processes cannot be asked
 
+_WINDOWS = os.name == "nt"
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _LAUNCH = secrets.token_hex(4)  # tells this process from an earlier one that had the same id
 _COUNTER = itertools.count()
-_TEMP_NAME = re.compile(r"\.tmp-(\w+)-(\d+)-(\w+)-(?:\d{6}-)?")  # host, process id, launch
+_TEMP_NAME = re.compile(r"\.tmp-(\w+)-(\d{1,9})-(\w+)-(?:\d{6}-)?")  # host, process id, launch
 
 
 def cache_dir() -> Path:
@@ -62,7 +64,7 @@ def write_whole(path: Path | str, write: Callable[[Path], Any]) -> None:
 
 def append(path: Path | str, text: str) -> None:
     """Adds text to the end of a file; OSError names the path and reason."""
-    with _explained(Path(path)), open(path, "a", encoding="utf-8") as file:
+    with _explained(Path(path)), open(path, "a", encoding="utf-8", newline="\n") as file:
         file.write(text)
 
 
@@ -155,6 +157,8 @@ def publish(folder: Path | str) -> Iterator[Path]:
         with _explained(folder):
             _seal(temp)
             try:
+                if _WINDOWS and folder.exists():
+                    folder.rmdir()  # it is empty; elsewhere it is replaced
                 os.rename(temp, folder)
             except OSError:
                 if not is_complete(folder):
@@ -193,7 +197,7 @@ def verify(folder: Path | str) -> None:
     folder = Path(folder)
     if not is_complete(folder):
         raise DataError(f"{folder} is incomplete: it has no {MARKER}; delete it and run again")
-    if (folder / MARKER).read_text(errors="replace").strip() != sha256_file(folder / MANIFEST):
+    if (folder / MARKER).read_text(encoding="utf-8", errors="replace").strip() != sha256_file(folder / MANIFEST):
         raise DataError(f"{folder / MANIFEST} is damaged: its sha256 differs from the one in {MARKER}")
     recorded, present = read_json(folder / MANIFEST)["files"], _files(folder)
     for name in sorted(recorded.keys() ^ present.keys()):
@@ -243,6 +247,8 @@ class FolderLock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if _WINDOWS:
+            self._file.close()  # there, what is open cannot be removed, by others neither
         with suppress(OSError):
             if self._made and os.listdir(self.folder) == [LOCK]:
                 (self.folder / LOCK).unlink()
@@ -264,9 +270,8 @@ class FolderLock:
 
     def _try(self) -> bool:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+            if not lock_descriptor(self._file.fileno(), blocking=False):
+                return False
         except OSError as error:  # some network file systems have no locks at all
             log.warning("%s cannot be locked (%s): two runs on it would go unnoticed", self.folder, error.strerror)
             return True
@@ -278,8 +283,10 @@ class FolderLock:
         return self._try()
 
     def _holder(self) -> str:
-        with suppress(DataError, KeyError, TypeError):  # read in the instant before it is written
-            holder = read_json(self.folder / LOCK)
+        with suppress(OSError, ValueError, KeyError, TypeError):  # read in the instant before it is written
+            with open(self.folder / LOCK, "rb", buffering=0) as file:
+                file.seek(1)  # Windows keeps the first byte, which is locked, from readers; it is a bracket
+                holder = json.loads(b"{" + file.readall())
             return f"process {holder['pid']} (started {holder['started']}: {holder['command']})"
         return "another process"
 
@@ -291,13 +298,10 @@ def _temp_beside(path: Path) -> Path:
 def _is_abandoned(temp: Path, host: str, pid: str, launch: str) -> bool:
     if host == _HOST and int(pid) == os.getpid():
         return launch != _LAUNCH
-    with suppress(PermissionError, FileNotFoundError):  # a live process of someone else, or gone by now
-        if host != _HOST:
-            return time.time() - temp.stat().st_mtime > ABANDONED_AFTER_S
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return True
+    if host == _HOST:
+        return not psutil.pid_exists(int(pid))
+    with suppress(PermissionError, FileNotFoundError):  # of someone else, or gone by now
+        return time.time() - temp.stat().st_mtime > ABANDONED_AFTER_S
     return False
 
 
@@ -342,7 +346,10 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flushes a file or folder to disk; on Windows a file alone, which must be open to be written."""
+    if _WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sae.parallel import collectives
 
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+SIGNALS = tuple(name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))  # Windows lacks the second
 
 
 class StopFlag:

@@ -171,7 +171,7 @@ def new_trainers(setting: Setting, source: Source, saved: Path | None, watch: Wa
     """Returns a trainer for every plan, of an untrained coder or, as yet without weights, of that in a checkpoint."""
     config, device, trainers = setting.config, setting.reading.lm.device, {}
     schedule = Schedule(config.steps, config.dead_after, setting.micro_tokens, DTYPES[config.precision])
-    specs = json.loads((saved / checkpoint.STATE).read_text())["specs"] if saved else {}
+    specs = json.loads((saved / checkpoint.STATE).read_bytes())["specs"] if saved else {}
     samples = {} if saved else sample_activations(source, config.activations.statistics_tokens, watch)
     measured: dict[tuple[Any, ...], Statistics] = {}
     for plan in setting.plans:

@@ -1,7 +1,7 @@
 """Files are whole or absent, whatever happens while they are written."""
 
+import contextlib
 import errno
-import fcntl
 import json
 import os
 import subprocess
@@ -503,6 +503,61 @@ def test_a_folder_that_cannot_be_written_is_a_config_error(tmp_path):
 
 
 def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(fcntl, "flock", fail_with(errno.ENOLCK))
+    monkeypatch.setattr(files, "lock_descriptor", fail_with(errno.ENOLCK))
     with FolderLock(tmp_path):
         assert "cannot be locked" in caplog.text
+
+
+# Windows: its rules, as far as they can be put on this system's calls
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """No folder is opened or replaced, no file flushed that is open to be read alone, nothing removed that is open."""
+    opened = Path("/proc/self/fd")
+
+    def ruled(name, refused):
+        real = getattr(os, name)
+
+        def call(first, *arguments, **options):
+            if refused(first, *arguments, **options):
+                raise PermissionError(errno.EACCES, "as on Windows", str(first))
+            return real(first, *arguments, **options)
+
+        monkeypatch.setattr(os, name, call)
+
+    def is_open(path, **_):
+        with contextlib.suppress(OSError):
+            return str(path) in [os.readlink(entry) for entry in opened.iterdir()]
+
+    def only_read(number):
+        flags = (opened.parent / "fdinfo" / str(number)).read_text().split("flags:")[1].split()[0]
+        return not int(flags, 8) & (os.O_WRONLY | os.O_RDWR)
+
+    ruled("open", lambda path, *_, **options: os.path.isdir(path) and "dir_fd" not in options)  # which shutil gives
+    ruled("fsync", only_read)
+    ruled("unlink", is_open)
+    ruled("rename", lambda _, new: os.path.exists(new))
+    monkeypatch.setattr(files, "_WINDOWS", True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what is open")
+@pytest.mark.usefixtures("windows")
+def test_on_windows_files_folders_and_locks_are_as_elsewhere(tmp_path):
+    atomic_write(tmp_path / "file", "old")
+    atomic_write(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "new"):
+        verify(published(folder))
+    with FolderLock(tmp_path / "run"), pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+        FolderLock(tmp_path / "run").__enter__()
+    assert names(tmp_path) == ["empty", "file", "new"]
+
+
+def test_who_holds_a_folder_is_told_without_the_byte_that_windows_locks(tmp_path):
+    with FolderLock(tmp_path):
+        with open(tmp_path / ".lock", "r+b") as file:
+            file.write(b"?")
+        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+            FolderLock(tmp_path).__enter__()

@@ -4,6 +4,7 @@ CONTRIBUTING tells the same as a tree. A message says where, and why the rule is
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,8 +43,17 @@ ALONE = {
     "transformers": ("sae.lm interp.client.local", "models change their interface; two places follow"),
     "sae.untrusted": ("sae.untrusted sae.formats sae.loading cli", "bytes of strangers end where coders begin"),
     "pickle dill joblib cloudpickle": ("", "a pickle runs what its writer likes"),
+    "fcntl grp pty pwd resource syslog termios tty": ("", "Windows lacks them"),
+    "multiprocessing os.fork": (
+        "",
+        "what is forked off has threads and locks that nobody holds; macOS and Windows spawn",
+    ),
 }
 """What: (who alone imports it, why)."""
+POSIX = re.compile(
+    r"os\.(chown|fork|get(e?uid|e?gid|pgid)|kill|killpg|mkfifo|nice|sched_\w+|setsid|statvfs|sysconf|uname|wait\w*)"
+    r"|signal\.(SIG(HUP|KILL|USR.)|alarm|setitimer|pthread_\w+)"
+)
 FAMILIES = ("sae.selection", "sae.encoders", "sae.objectives", "interp.explainers", "interp.scorers")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -171,6 +181,23 @@ def renames() -> Iterator[str]:
                     yield f"{at(module, node)} renames a file: base/files.py alone does, where flushing is right"
 
 
+def of_one_system() -> Iterator[str]:
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and POSIX.fullmatch(ast.unparse(node)):
+                yield f"{at(module, node)} uses {ast.unparse(node)}: Windows lacks it, or means something else by it"
+
+
+def of_one_locale() -> Iterator[str]:
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            binary = name == "open" and any(isinstance(n, ast.Constant) and "b" in str(n.value) for n in node.args)
+            text = name == "open" or name.endswith((".read_text", ".write_text"))
+            if text and not binary and "encoding=" not in ast.unparse(node):
+                yield f"{at(module, node)} reads or writes text in whichever encoding this machine has: say encoding="
+
+
 def long() -> Iterator[str]:
     for module, path in MODULES.items():
         lines = len(path.read_text(encoding="utf-8").splitlines())
@@ -213,7 +240,20 @@ def mirrors() -> Iterator[str]:
             yield f"tests/{folder}/{path.name} mirrors no module of that name; MIRRORLESS says why one may"
 
 
-RULES = [upward, homeless, forbidden, strays, circles, type_tests, renames, long, helpers, mirrors]
+RULES = [
+    upward,
+    homeless,
+    forbidden,
+    strays,
+    circles,
+    type_tests,
+    renames,
+    of_one_system,
+    of_one_locale,
+    long,
+    helpers,
+    mirrors,
+]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -3,6 +3,7 @@
 import re
 import runpy
 import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -68,3 +69,34 @@ def test_what_is_installed_here_is_what_is_declared(declared):
     name, least = re.fullmatch(r"([\w-]+)>=([\d.]+)", declared).groups()
     found = re.match(r"[\d.]+", metadata.version(name))[0]
     assert [*map(int, found.strip(".").split("."))] >= [*map(int, least.split("."))]
+
+
+ON_WINDOWS = """
+import builtins, importlib, pkgutil, signal
+
+LACKING = {"fcntl", "grp", "posix", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"}
+
+
+def hiding(name, globals=None, locals=None, fromlist=(), level=0, real=builtins.__import__):
+    if name in LACKING and (globals or {}).get("__name__", "").partition(".")[0] in ("sae", "interp", "cli"):
+        raise ModuleNotFoundError(name)
+    return real(name, globals, locals, fromlist, level)
+
+
+builtins.__import__ = hiding
+del signal.SIGUSR1
+import cli, interp, sae
+
+modules = [found.name for room in (sae, interp, cli) for found in pkgutil.walk_packages(room.__path__, room.__name__ + ".")]
+for name in modules:
+    importlib.import_module(name)
+with importlib.import_module("sae.parallel.stopping").stop_flag() as flag:
+    assert not flag()
+print(len(modules))
+"""
+
+
+def test_every_module_is_imported_where_there_is_no_posix():
+    done = subprocess.run([sys.executable, "-c", ON_WINDOWS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 200
