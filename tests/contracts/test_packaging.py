@@ -87,7 +87,7 @@ builtins.__import__ = hiding
 del signal.SIGUSR1
 import cli, interp, sae
 
-modules = [found.name for room in (sae, interp, cli) for found in pkgutil.walk_packages(room.__path__, room.__name__ + ".")]
+modules = [m.name for top in (sae, interp, cli) for m in pkgutil.walk_packages(top.__path__, top.__name__ + ".")]
 for name in modules:
     importlib.import_module(name)
 with importlib.import_module("sae.parallel.stopping").stop_flag() as flag:
