@@ -26,7 +26,7 @@ from interp.evidence.corpus import Corpus
 from interp.evidence.tally import Evidence, Sizes, Tally
 from sae.base.errors import ConfigError, DataError, Stopped
 from sae.base.files import FolderLock, load_tensors, read_json, remove_stale, save_tensors, write_json
-from sae.base.progress import UNWATCHED, Progress, Watch
+from sae.base.progress import UNWATCHED, Watch
 from sae.base.room import Need, check_room
 from sae.base.store import META, Shards, ShardWriter, remove_damaged
 from sae.parallel import collectives
@@ -107,9 +107,9 @@ class _Pass:
         missing = [n for n in range(len(self.groups)) if not tallied[n] or n not in done_before]
         mine = missing[rank :: collectives.world_size()]
         done = tallied & (rank == 0)
-        progress = Progress("evidence", len(mine), "blocks", visible=rank == 0)
+        stage = self.watch.stage("evidence", len(mine), "blocks", visible=rank == 0)
         due = time.monotonic() + SAVE_EVERY_S
-        with collectives.together():
+        with stage as progress, collectives.together():
             for count, number in enumerate(mine, 1):
                 rows = self.groups[number]
                 coded = self.codes.read(rows)
@@ -128,7 +128,6 @@ class _Pass:
                     due = time.monotonic() + max(SAVE_EVERY_S, (time.monotonic() - now) / SAVING_SHARE)
                 if stop and count < len(mine):
                     raise Stopped("during the evidence pass; the same command goes on")
-            progress.close()
 
     def merged(self) -> Tally:
         """Returns the tally of all blocks; DataError if some are in none."""

@@ -18,7 +18,7 @@ from interp.evidence.codes import Codes, row_blocks
 from interp.evidence.corpus import Corpus
 from interp.evidence.first_pass import held_with_ranks
 from interp.evidence.places import Plan
-from sae.base.progress import UNWATCHED, Progress, Watch
+from sae.base.progress import UNWATCHED, Watch
 from sae.base.store import Shards, ShardWriter, fingerprint_key, remove_damaged
 from sae.parallel import collectives
 
@@ -61,8 +61,8 @@ def visit_places(codes: Codes, corpus: Corpus, plan: Plan, folder: Path, watch: 
             writer = ShardWriter(folder, KIND, made_from, str(collectives.rank()))
         missing = [number for number in range(len(batches)) if number not in writer.done]
         mine = missing[collectives.rank() :: collectives.world_size()]
-        progress = Progress("windows", sum(len(batches[i]) for i in mine), "blocks", visible=first)
-        with collectives.together():
+        stage = watch.stage("windows", sum(len(batches[i]) for i in mine), "blocks", visible=first)
+        with stage as progress, collectives.together():
             for number in mine:
                 parts = []
                 for group in batches[number]:
@@ -70,7 +70,6 @@ def visit_places(codes: Codes, corpus: Corpus, plan: Plan, folder: Path, watch: 
                     parts.append(visitor.visit(group))
                     progress.update(progress.n + 1)
                 writer.write(number, {name: torch.from_numpy(array) for name, array in _joined(parts).items()})
-            progress.close()
         with collectives.together():
             if first:
                 writer.finish({})

@@ -41,7 +41,7 @@ from interp.run.reasons import FAILED, OK, main_reason, told
 from interp.run.rundir import CACHE, LATENTS, asked_in, explained_in, scores_in, shard_folder, shown_in
 from interp.scorers import Scorer
 from sae.base.files import FolderLock, write_json
-from sae.base.progress import UNWATCHED, Progress, Watch
+from sae.base.progress import UNWATCHED, Watch
 from sae.base.seeding import uniform
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,6 @@ class Pipeline:
 
     async def _phase(self, label: str, latents: list[int], work: Callable[[int], Awaitable[list[Work]]]) -> None:
         """Does some work on every latent: live, so many at once; through the Batch API in waves."""
-        progress = Progress(label, len(latents), "latents")
         batched = any(self.config.endpoint(role).via == "batch" for role in self.abilities)
         groups = [latents[i : i + WAVE] for i in range(0, len(latents), WAVE)] if batched else [[i] for i in latents]
         todo = iter(groups)
@@ -163,8 +162,8 @@ class Pipeline:
                 progress.update(done, **self._shown())
 
         errors: list[Exception] = []
-        await asyncio.gather(*(worker() for _ in range(1 if batched else self.config.in_flight)))
-        progress.close()
+        with self.watch.stage(label, len(latents), "latents") as progress:
+            await asyncio.gather(*(worker() for _ in range(1 if batched else self.config.in_flight)))
         for error in sorted(errors, key=lambda error: isinstance(error, CutOff)):
             raise error
         self.watch.poll(f"while {label}; the same command goes on")

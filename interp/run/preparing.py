@@ -30,7 +30,7 @@ from sae.base.errors import ConfigError, nearest
 from sae.base.files import write_json
 from sae.base.lines import decoded
 from sae.base.paths import same_place
-from sae.base.progress import UNWATCHED, Progress, Watch
+from sae.base.progress import UNWATCHED, Watch
 from sae.base.seeding import generator
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED
@@ -188,11 +188,10 @@ def read_from(config: ExplainConfig, trust_remote_code: bool = False, watch: Wat
         if cache.model != config.model.name:
             log.warning("evidence.cache: %s is of %s; the coder reads %s", cache.folder, cache.model, config.model.name)
         return subject, corpus_of_cache(cache, tokens, watch), CachedCodes(cache)
-    progress = Progress("text", tokens, "tokens")
-    shown = replace(watch, progress=progress.update)
     subject.lm.check_context(config.text.context_length)
-    rows = corpus_of_text(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, shown)
-    progress.close()
+    with watch.stage("text", tokens, "tokens") as progress:
+        shown = replace(watch, progress=progress.update)
+        rows = corpus_of_text(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, shown)
     if config.coder.baseline != "none":
         stand_in = baseline_coder(config.coder.baseline, coder, config.seed, activation_sample(subject, rows))
         lm = subject.lm

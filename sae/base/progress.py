@@ -1,30 +1,59 @@
-"""Progress: a bar on a terminal, a line every few seconds elsewhere (a Slurm log); metrics to a tracker if asked.
+"""Progress: a bar in a notebook or on a terminal, a line every few seconds elsewhere (a Slurm log), or a function.
 
 And how whoever asked for long work watches it.
 """
 
-import importlib
 import logging
-import queue
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
-from threading import Thread
-from typing import Any
+from dataclasses import dataclass, field
+from typing import ClassVar
+from weakref import WeakSet
 
 from tqdm import tqdm
 
-from sae.base.errors import ConfigError, Stopped
+from sae.base.errors import Stopped
 from sae.base.units import duration
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
-CALLS_WAITING = 10_000  # of a tracker that does not keep up
-FINISH_S = 60.0
+SECONDS_BETWEEN_CALLS = 0.1
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a stage of long work is."""
+
+    what: str
+    """The stage: tokenizing, training, evaluating ..."""
+    n: int
+    """What is done, in `unit`."""
+    total: int | None
+    """What there is to do; None where nobody knows."""
+    unit: str
+    """What is counted: tokens, steps, latents ..."""
+    seconds: float
+    """Since the stage began."""
+    seconds_left: float | None
+    """At the pace so far; None where nobody knows."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """A few numbers of the work itself."""
+    done: bool = False
+    """Whether this is the last that is told of the stage."""
+
+    def __str__(self) -> str:
+        whole = f"/{self.total:,}" if self.total else ""
+        left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
+        return f"{self.what} {self.n:,}{whole} {self.unit}{left}" + "".join(
+            f"  {name} {value:.4g}" for name, value in self.figures.items()
+        )
+
+
+Display = bool | Callable[[Position], object]
+"""How progress is shown, as a caller types it. True: a bar where one can be watched, else a line every few seconds.
+False: not at all. A function is given the `Position`, ten times a second at most, and at the end of each stage; a class
+of tqdm's is the bar itself."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +66,22 @@ class Watch:
     """Called with how far the work is."""
     repair: bool = False
     """Whether what is stored is verified, and made again if it is damaged."""
+    display: Display = True
+    """How the stages of the work are shown."""
+
+    def __post_init__(self) -> None:
+        """Raises TypeError for a display that is none."""
+        if not isinstance(self.display, bool) and not callable(self.display):
+            raise TypeError(f"progress: {self.display!r} is none of True, False and a function of one argument")
 
     def poll(self, doing: str) -> None:
         """Raises Stopped, saying during what, when asked to stop."""
         if self.should_stop():
             raise Stopped(doing)
+
+    def stage(self, what: str, total: int | None, unit: str, start: int = 0, visible: bool = True) -> "Progress":
+        """Returns the progress of one stage, shown as was asked for; to be used as a context."""
+        return Progress(what, total, unit, start, self.display if visible else False)
 
 
 UNWATCHED = Watch()
@@ -69,115 +109,136 @@ class Aside:
         return True
 
 
-def on_terminal() -> bool:
-    """Returns whether somebody may watch a bar; standard error may be a file, or closed."""
-    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
-
-
 class Progress:
-    """Shows how far a loop is and when it will end. Only rank 0 should make a visible one."""
+    """Shows how far a stage is and when it will end, until its context ends.
 
-    def __init__(self, label: str, total: int | None, unit: str, start: int = 0, visible: bool = True) -> None:
-        self.label, self.total, self.unit, self.n, self.visible = label, total, unit, start, visible
-        self.first, self.began = start, time.monotonic()
-        self.last_line = self.began
-        self.bar: Any = None
-        self.aside = Aside("the progress bar", "the work goes on without it")
-        with self.aside:
-            if visible and on_terminal():
-                self.bar = tqdm(total=total, initial=start, desc=label, unit=f" {unit}", disable=False)
-
-    def update(self, n: int, **shown: float) -> None:
-        """Moves to position n and shows a few numbers."""
-        moved, self.n = n - self.n, n
-        if self.bar is not None:
-            with self.aside:
-                self.bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
-                self.bar.update(moved)
-            if self.aside.failed:
-                self.bar.disable = True  # so that it does not try again when it is deleted
-                self.bar = None
-        now = time.monotonic()
-        if self.visible and self.bar is None and now - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            log.info("%s %s%s%s", self.label, self._position(), self._eta(now), _shown(shown))
-
-    def close(self) -> None:
-        """Ends the bar."""
-        if self.bar is not None:
-            with self.aside:
-                self.bar.close()
-
-    def _position(self) -> str:
-        return f"{self.n:,}{f'/{self.total:,}' if self.total else ''} {self.unit}"
-
-    def _eta(self, now: float) -> str:
-        if not self.total or self.n <= self.first:
-            return ""
-        seconds = (now - self.began) / (self.n - self.first) * (self.total - self.n)
-        return f", {duration(seconds)} left"
-
-
-def _shown(values: dict[str, float]) -> str:
-    return "".join(f"  {key} {value:.4g}" for key, value in values.items())
-
-
-class Tracker:
-    """Sends metrics to wandb or trackio, which take the same calls; "none" sends nothing.
-
-    They are made in a thread of their own: whatever becomes of them, it neither ends the run nor holds it up. Only one
-    that cannot begin is refused, with ConfigError.
+    What shows it may fail: it is warned of once, and lines take the place of a bar, silence that of a function.
     """
 
-    def __init__(self, name: str, project: str, run: str, config: dict[str, Any]) -> None:
-        self.module: Any = None
-        self.aside = Aside(f"log.tracker: {name}", "the run goes on, its figures are in metrics.jsonl")
-        self._calls: queue.Queue[tuple[Future[Any], Callable[[], Any]]] = queue.Queue(CALLS_WAITING)
-        self._made: deque[Future[Any]] = deque()
-        if name == "none":
-            return
-        Thread(target=self._work, name="tracker", daemon=True).start()
+    def __init__(self, what: str, total: int | None, unit: str, start: int = 0, display: Display = True) -> None:
+        self.what, self.total, self.unit, self.first, self.n = what, total, unit, start, start
+        self.figures: dict[str, float] = {}
+        self.began = time.monotonic()
+        self.show, self.instead = _face(display)
+        self._show()
+
+    def update(self, n: int, **figures: float) -> None:
+        """Moves to position n; the figures are shown until there are others."""
+        self.n = n
+        self.figures |= figures
+        self._show()
+
+    def close(self, ended: bool = True) -> None:
+        """Shows the stage for the last time; one that has come to its end is whole, whatever was expected."""
+        if ended and self.total:
+            self.total = self.n
+        self._show(done=True)
+        self.show = _silent
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        self.close(ended=error is None)
+
+    def _show(self, done: bool = False) -> None:
+        seconds, left = time.monotonic() - self.began, None
+        if self.total and self.n > self.first:
+            left = seconds / (self.n - self.first) * max(0, self.total - self.n)
+        aside = Aside("showing the progress", "the work goes on without it")
+        with aside:
+            self.show(Position(self.what, self.n, self.total, self.unit, seconds, left, dict(self.figures), done))
+        if aside.failed:
+            self.show, self.instead = self.instead, _silent
+            self._show(done)
+
+
+Face = Callable[[Position], object]
+
+
+def _face(display: Display) -> tuple[Face, Face]:
+    """Returns what shows a stage, and what takes its place if it fails."""
+    if isinstance(display, type) and issubclass(display, tqdm):
+        return _Bar(display), _Lines()
+    if not isinstance(display, bool):
+        return _Calls(display), _silent
+    if not display:
+        return _silent, _silent
+    if watched():
+        from tqdm.auto import tqdm as fitting  # the notebook's, where that can be shown
+
+        return _Bar(fitting), _Lines()
+    return _Lines(), _silent
+
+
+def _silent(_: Position) -> None:
+    pass
+
+
+class _Bar:
+    """A bar of tqdm's. One within another goes when it is done, so that a run leaves a bar a stage."""
+
+    open: ClassVar[WeakSet["_Bar"]] = WeakSet()
+
+    def __init__(self, kind: type[tqdm]) -> None:
+        self.kind, self.bar = kind, None
+
+    def __call__(self, at: Position) -> None:
         try:
-            self.module = importlib.import_module(name)
-            self._send(partial(self.module.init, project=project, name=run, config=config)).result()
-        except Exception as error:  # not logged in, no network, a package that does not fit: known before any long work
-            if isinstance(error, ModuleNotFoundError) and error.name == name:
-                raise ConfigError(f"log.tracker: {name} is not installed; pip install 'sae-interp[{name}]'") from error
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ConfigError(f"log.tracker: {name} cannot begin ({reason}); log.tracker: none does without") from error
+            if self.bar is None:
+                leave = not self.open
+                self.bar = self.kind(
+                    total=at.total, initial=at.n, desc=at.what, unit=f" {at.unit}", leave=leave, disable=False
+                )
+                self.open.add(self)
+            self.bar.total = at.total
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in at.figures.items()}, refresh=False)
+            self.bar.update(at.n - self.bar.n)
+            if at.done:
+                self.open.discard(self)
+                self.bar.close()
+        except BaseException:
+            self.open.discard(self)
+            if self.bar is not None:
+                self.bar.disable = True  # so that it does not try again when it is deleted
+            raise
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Sends one line of metrics."""
-        if self.module is not None:
-            while self._made and self._made[0].done():
-                with self.aside:
-                    self._made.popleft().result()
-            with self.aside:
-                self._made.append(self._send(partial(self.module.log, values, step=step)))
 
-    def finish(self) -> None:
-        """Ends the tracker's run, waiting a minute at most for what is on its way."""
-        if self.module is None:
+class _Lines:
+    """A line every few seconds: in the log where that takes it, else on standard error."""
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+
+    def __call__(self, at: Position) -> None:
+        now, last = time.monotonic(), self.last
+        if last is not None and (at.done or now - last < SECONDS_BETWEEN_LINES):
             return
-        with self.aside:
-            self._made.append(self._send(self.module.finish))
-        end = time.monotonic() + FINISH_S
-        for call in self._made:
-            with self.aside:
-                try:
-                    call.result(max(0.0, end - time.monotonic()))
-                except TimeoutError as error:
-                    raise TimeoutError(f"still at it after {FINISH_S:g} s") from error
+        self.last = now
+        if last is None:  # where it begins
+            return
+        if log.isEnabledFor(logging.INFO) and log.hasHandlers():
+            log.info("%s", at)
+        elif sys.stderr is not None:
+            sys.stderr.write(f"{at}\n")
 
-    def _send(self, call: Callable[[], Any]) -> "Future[Any]":
-        future: Future[Any] = Future()
-        self._calls.put_nowait((future, call))
-        return future
 
-    def _work(self) -> None:
-        while True:
-            future, call = self._calls.get()
-            try:
-                future.set_result(call())
-            except BaseException as error:  # an exit too is for the thread that asked
-                future.set_exception(error)
+class _Calls:
+    """Calls of a function."""
+
+    def __init__(self, function: Callable[[Position], object]) -> None:
+        self.function, self.last = function, -SECONDS_BETWEEN_CALLS
+
+    def __call__(self, at: Position) -> None:
+        now = time.monotonic()
+        if at.done or now - self.last >= SECONDS_BETWEEN_CALLS:
+            self.last = now
+            self.function(at)
+
+
+def watched() -> bool:
+    """Returns whether somebody may watch a bar: on a terminal, or in the notebook whose kernel this is."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is not None and "IPKernelApp" in shell.config:
+        return True
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()  # it may be a file, or closed

@@ -5,7 +5,6 @@ whole model clean, spliced, zero-ablated and mean-ablated. The same mask holds i
 neither replaced nor counted. Losses are averaged over tokens first; ratios are formed once, at the end.
 """
 
-import contextlib
 import logging
 import math
 from collections import defaultdict
@@ -18,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.base.errors import ConfigError
-from sae.base.progress import Progress, Watch
+from sae.base.progress import Display, Watch
 from sae.base.settings import decode
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED, CoderSpec
@@ -58,6 +57,8 @@ def evaluate(
     nulls: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     second: LanguageModel | None = None,
+    *,
+    progress: Display = True,
 ) -> dict[str, Any]:
     """Returns the metrics of a coder on about `tokens` held-out tokens; of several coders, a dict by name.
 
@@ -69,9 +70,9 @@ def evaluate(
     Where they apply: `fvu_by_site` of several sites written, `skip` (what the skip path alone explains), `heads`
     (decoder shares of attention heads), `against` (autoencoders of the same sites in this evaluation), and
     `with_gradients`, labeled: all figures again, with
-    gradients at inference. Units: nats per token.
+    gradients at inference. Units: nats per token. `progress` is a `Display`: True, False or a function.
     """
-    several, watch = coders if isinstance(coders, dict) else {"": coders}, Watch(should_stop)
+    several, watch = coders if isinstance(coders, dict) else {"": coders}, Watch(should_stop, display=progress)
     for name, coder in several.items():
         if not coder.spec.is_placed:
             raise ConfigError(f"coder {name}: its spec names no site to read; set spec.reads and spec.writes")
@@ -91,13 +92,13 @@ def evaluate(
     batches = _spread(rows, tokens, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
     causal = {tag: _writing(modes, tag) for tag, model in models.items() if model.is_causal}
     log.info("evaluating on %s held-out tokens", f"{sum(int(token_mask(part, spec.mask).sum()) for part in batches):,}")
-    progress = Progress("evaluating", len(batches) * (1 + sum(map(len, causal.values()))), "passes")
+    passes = len(batches) * (1 + sum(map(len, causal.values())))
+    with torch.no_grad(), watch.stage("evaluating", passes, "passes") as stage:
 
-    def advance() -> None:
-        watch.poll("during evaluation")
-        progress.update(progress.n + 1)
+        def advance() -> None:
+            stage.update(stage.n + 1)
+            watch.poll("during evaluation")
 
-    with torch.no_grad(), contextlib.closing(progress):
         results, means = _reconstruct(modes, models, batches, nulls, advance)
         for tag, writing in causal.items():
             if writing:

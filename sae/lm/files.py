@@ -13,7 +13,7 @@ from sae.base.errors import ConfigError
 from sae.base.files import cache_dir, publish, sha256_file
 from sae.base.network import hub_or_cache
 from sae.base.paths import near
-from sae.base.progress import on_terminal
+from sae.base.progress import watched
 from sae.lm import weights
 
 if TYPE_CHECKING:
@@ -131,11 +131,11 @@ def _file_digest(path: Path, _size: int, _mtime_ns: int) -> str:
 
 
 @contextmanager
-def _bars_on_terminals() -> Iterator[None]:
+def _bars_where_watched() -> Iterator[None]:
     """Keeps the loaders' bars, of which a log would keep every state, to where they can be watched."""
     from transformers.utils import logging as bars
 
-    hide = bars.is_progress_bar_enabled() and not on_terminal()
+    hide = bars.is_progress_bar_enabled() and not watched()
     if hide:
         bars.disable_progress_bar()
     try:
@@ -150,7 +150,7 @@ def readable_errors(name: str) -> Iterator[None]:
     """Turns the loaders' long errors into one line that names the model and the way out."""
     on_disk = name == "quickstart" or Path(name).expanduser().exists()
     try:
-        with nullcontext() if on_disk else hub_or_cache(), _bars_on_terminals():
+        with nullcontext() if on_disk else hub_or_cache(), _bars_where_watched():
             yield
     except ConfigError:
         raise

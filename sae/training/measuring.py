@@ -12,6 +12,7 @@ from sae.coder.normalization import Normalization, by_site
 from sae.coder.spec import CoderSpec
 from sae.lm.masking import MaskSpec, norm_mask
 from sae.lm.site import Site, column_weights
+from sae.parallel import collectives
 from sae.stream.sources import Source
 
 
@@ -51,11 +52,13 @@ def sample_activations(source: Source, tokens: int, watch: Watch) -> dict[str, F
     """Returns, by site, the activations of about `tokens` tokens from blocks spread evenly over the text."""
     blocks, n_blocks = [source.read(0)], len(source)
     stride = max(1, n_blocks // max(1, -(-tokens // max(1, len(blocks[0])))))
-    for block in range(stride, n_blocks, stride):
-        watch.poll("while measuring statistics")
-        if sum(map(len, blocks)) >= tokens:
-            break
-        blocks.append(source.read(block))
+    with watch.stage("measuring", tokens, "tokens", visible=collectives.rank() == 0) as progress:
+        for block in range(stride, n_blocks, stride):
+            watch.poll("while measuring statistics")
+            if progress.n >= tokens:
+                break
+            blocks.append(source.read(block))
+            progress.update(sum(map(len, blocks)))
     return {site: torch.cat([b.activations[site].float() for b in blocks])[:tokens] for site in blocks[0].activations}
 
 

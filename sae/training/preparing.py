@@ -11,7 +11,7 @@ import draccus
 
 from sae.base.errors import ConfigError
 from sae.base.files import atomic_write, cache_dir, write_json
-from sae.base.progress import Progress, Watch
+from sae.base.progress import Watch
 from sae.base.settings import to_yaml
 from sae.base.store import fingerprint_key, remove_damaged
 from sae.coder.coder import SparseCoder
@@ -110,10 +110,11 @@ def _pinned(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
 
 
 def _text(config: TrainConfig, lm: LanguageModel, watch: Watch) -> TokenizedText:
-    progress = Progress("tokenizing", None, "tokens", visible=collectives.rank() == 0)
-    with collectives.rank_zero_first():
+    with (
+        watch.stage("tokenizing", None, "tokens", visible=collectives.rank() == 0) as progress,
+        collectives.rank_zero_first(),
+    ):
         text = tokenize(config.text, lm.tokenizer, lm.source(), replace(watch, progress=progress.update))
-    progress.close()
     n_tokens = text.train.n_rows * text.train.context_length
     log.info(
         "text: %s train tokens in rows of %d, %s held out, %s; %.1f epochs planned",
@@ -149,11 +150,10 @@ def open_source(setting: Setting, watch: Watch) -> Source:
                 remove_damaged(folder, "activations", fingerprint)
     source = CachedSource(live, folder, fingerprint, part=str(share.rank))
     if settings.source == "disk":
-        progress = Progress("storing activations", len(source), "blocks", visible=share.rank == 0)
-        with collectives.together():
+        stage = watch.stage("storing activations", len(source), "blocks", visible=share.rank == 0)
+        with stage as progress, collectives.together():
             mine = range(share.rank, len(source), share.world_size)
             source.fill(mine, replace(watch, progress=progress.update))
-        progress.close()
         source.reload()
     return source
 

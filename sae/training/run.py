@@ -21,7 +21,8 @@ from torch import Tensor
 from sae.base.errors import ConfigError, Stopped
 from sae.base.files import append, cache_dir, save_tensors, write_json
 from sae.base.paths import check_writable
-from sae.base.progress import Aside, Progress, Tracker, Watch
+from sae.base.progress import Aside, Display, Progress, Watch
+from sae.base.tracker import Tracker
 from sae.coder.coder import SparseCoder
 from sae.evaluation.evaluation import evaluate
 from sae.lm.masking import norm_mask
@@ -58,12 +59,17 @@ def train(
     trust_remote_code: bool = False,
     run_dir: Path | None = None,
     repair: bool = False,
+    *,
+    progress: Display = True,
 ) -> TrainResult:
     """Trains, evaluates and saves the coders of a config and returns them with their metrics.
 
     With `resume`, continues the run folder's newest checkpoint bit for bit (from the start if it has none). With
-    `repair`, verifies the caches the run will read and makes again what is damaged. Raises ConfigError for what cannot
-    be, before long work starts; Stopped after a signal, with a checkpoint written.
+    `repair`, verifies the caches the run will read and makes again what is damaged. `progress` says how the stages are
+    shown: True (a bar in a notebook or on a terminal, else a line every few seconds), False, or a function that is
+    given the `Position`.
+
+    Raises ConfigError for what cannot be, before long work starts; Stopped after a signal, with a checkpoint written.
     """
     config.validate()
     folder = Path(run_dir or config.run_dir or Path("runs") / config.name).expanduser()
@@ -73,7 +79,7 @@ def train(
         with collectives.together():
             name = config.log.tracker if collectives.rank() == 0 else "none"
             tracker = Tracker(name, config.log.project, folder.name, draccus.encode(config))
-        watch = Watch(stop, repair=repair)
+        watch = Watch(stop, repair=repair, display=progress)
         try:
             with stop.lifted():
                 models = load_models(config, trust_remote_code)
@@ -100,7 +106,7 @@ class Run:
 
     def __init__(self, setting: Setting, saved: Path | None, watch: Watch, stop: StopFlag) -> None:
         self.setting, self.config, self.folder, self.stop = setting, setting.config, setting.folder, stop
-        self.main = collectives.rank() == 0
+        self.watch, self.main = watch, collectives.rank() == 0
         source = open_source(setting, watch)
         with collectives.together():
             self.trainers = new_trainers(setting, source, saved, watch)
@@ -158,8 +164,15 @@ class Run:
 
     def loop(self, tracker: Tracker) -> None:
         """Trains to the last step, or raises Stopped at the one at which that was asked for, with a checkpoint."""
+        with self.watch.stage("training", self.config.steps, "steps", self.step, self.main) as progress:
+            self._train(tracker, progress)
+            self._save()
+            if self.step < self.config.steps:
+                raise Stopped(f"at step {self.step} of {self.config.steps}, checkpoint written")
+
+    def _train(self, tracker: Tracker, progress: Progress) -> None:
         config, steps, began, first = self.config, self.config.steps, time.monotonic(), self.step
-        progress = Progress("training", steps, "steps", start=first, visible=self.main)
+        shown: dict[str, float] = {}
         while self.step < steps and not self.stop.anywhere():
             if config.eval.every_steps and self.step and self.step % config.eval.every_steps == 0:
                 try:  # the checkpoint of this step knows nothing of it, so that a resume does it again
@@ -179,13 +192,10 @@ class Run:
                 for line in lines:
                     tracker.log({f"{line['coder']}/{k}": v for k, v in line.items() if isinstance(v, float)}, step)
                 head = lines[0]
-                progress.update(step, fvu=head["fvu"], dead=head["dead_share"], tokens_per_s=rate)
+                shown = {"fvu": head["fvu"], "l0": head["l0"], "dead": head["dead_share"], "tokens_per_s": rate}
+            progress.update(step, **shown)
             if step % config.checkpoints.every_steps == 0 and step < steps:
                 self._save()
-        progress.close()
-        self._save()
-        if self.step < steps:
-            raise Stopped(f"at step {self.step} of {steps}, checkpoint written")
 
     def _train_on(self, batch: ActivationBatch) -> list[dict[str, Any]]:
         """Trains every coder on one batch; returns the metrics of those that took the step."""
@@ -237,7 +247,8 @@ class Run:
     def _evaluate(self, coders: dict[str, SparseCoder]) -> dict[str, dict[str, Any]]:
         held_out, tokens = self.setting.text.held_out, self.config.eval.tokens
         reading = self.setting.reading
-        return evaluate(coders, reading.lm, held_out, tokens, False, self.stop, reading.second)
+        show = self.watch.display
+        return evaluate(coders, reading.lm, held_out, tokens, False, self.stop, reading.second, progress=show)
 
     def _evaluate_midway(self) -> None:
         """Writes a held-out evaluation to metrics.jsonl."""

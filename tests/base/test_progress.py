@@ -1,17 +1,17 @@
-"""Progress lines away from a terminal, and the trackers' common calls."""
+"""What shows the progress: bars, lines, functions; and what becomes of those that fail."""
 
 import io
 import logging
 import re
 import sys
-import threading
 import time
 import types
 
 import pytest
+from tqdm import tqdm
 
 from sae.base import progress
-from sae.base.errors import ConfigError, Stopped
+from sae.base.errors import Stopped
 from sae.base.units import duration
 
 
@@ -28,49 +28,132 @@ def test_lines_tell_position_rest_and_numbers(monkeypatch, caplog):
     ]
 
 
-def test_other_ranks_are_silent(monkeypatch, caplog):
+@pytest.fixture
+def at_once(monkeypatch):
+    """Lines and calls as soon as there is something to show."""
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    with caplog.at_level(logging.INFO):
-        progress.Progress("training", 10, "steps", visible=False).update(5)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_CALLS", 0.0)
+
+
+def test_lines_go_to_standard_error_where_no_log_takes_them(at_once, caplog, capsys):
+    shown = progress.Progress("training", 10, "steps")
+    shown.update(5, l0=16.0)
     assert not caplog.records
+    assert re.fullmatch(r"training 5/10 steps, .* left  l0 16\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_trackers_get_the_calls_they_share(monkeypatch, name):
-    calls = []
-    module = types.ModuleType(name)
-    module.init = lambda **settings: calls.append(("init", settings))
-    module.log = lambda values, step: calls.append(("log", values, step))
-    module.finish = lambda: calls.append(("finish",))
-    monkeypatch.setitem(sys.modules, name, module)
-    tracker = progress.Tracker(name, "project", "run-1", {"seed": 3})
-    tracker.log({"site/fvu": 0.5}, 10)
-    tracker.finish()
-    assert calls == [
-        ("init", {"project": "project", "name": "run-1", "config": {"seed": 3}}),
-        ("log", {"site/fvu": 0.5}, 10),
-        ("finish",),
+@pytest.mark.parametrize(("display", "visible"), [(False, True), (True, False)])
+def test_silence_is_none_of_bar_line_and_call(at_once, monkeypatch, caplog, capsys, display, visible):
+    monkeypatch.setattr(progress, "watched", lambda: True)
+    stage = progress.Watch(display=display).stage("training", 10, "steps", visible=visible)
+    with caplog.at_level(logging.INFO), stage as shown:
+        shown.update(5)
+    assert not caplog.records
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_function_is_told_where_the_stage_is_and_when_it_ends(at_once):
+    told: list[progress.Position] = []
+    with progress.Watch(display=told.append).stage("training", 8, "steps", start=2) as shown:
+        shown.update(4, fvu=0.5)
+        shown.update(5)
+    assert [(at.n, at.total, at.figures, at.done) for at in told] == [
+        (2, 8, {}, False),
+        (4, 8, {"fvu": 0.5}, False),
+        (5, 8, {"fvu": 0.5}, False),
+        (5, 5, {"fvu": 0.5}, True),
     ]
+    assert {at.what for at in told} == {"training"}
+    assert told[0].seconds_left is None
+    assert told[1].seconds_left == pytest.approx(told[1].seconds * 2)
 
 
-def test_a_tracker_that_lacks_a_package_of_its_own_says_which(monkeypatch, tmp_path):
-    (tmp_path / "trackio.py").write_text("import package_that_is_not_there")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "trackio", raising=False)
-    with pytest.raises(ConfigError, match=r"trackio cannot begin \(No module named 'package_that_is_not_there'\)"):
-        progress.Tracker("trackio", "project", "run", {})
+def test_a_function_is_called_ten_times_a_second_at_most():
+    told: list[progress.Position] = []
+    with progress.Watch(display=told.append).stage("training", 1000, "steps") as shown:
+        for step in range(1, 1001):
+            shown.update(step)
+    assert 2 <= len(told) <= 2 + 10 * told[-1].seconds + 1
+    assert told[-1].n == 1000
 
 
-def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"log\.tracker: wandb is not installed; pip install"):
-        progress.Tracker("wandb", "project", "run", {})
+def test_a_stage_that_fails_is_told_to_be_over_where_it_was(at_once):
+    told: list[progress.Position] = []
+    stage = progress.Watch(display=told.append).stage("training", 8, "steps", start=3)
+    with pytest.raises(Stopped), stage:
+        raise Stopped("now")
+    assert (told[-1].n, told[-1].total, told[-1].done) == (3, 8, True)
 
 
-def test_no_tracker_by_default():
-    tracker = progress.Tracker("none", "project", "run", {})
-    tracker.log({"x": 1.0}, 1)
-    tracker.finish()
+def test_a_function_that_fails_is_warned_of_once_and_asked_no_more(at_once, caplog, capsys):
+    calls = []
+
+    def fails(at):
+        calls.append(at)
+        raise ValueError("no such widget")
+
+    with progress.Watch(display=fails).stage("training", 8, "steps") as shown:
+        shown.update(3)
+    assert len(calls) == 1
+    (record,) = caplog.records
+    assert (
+        record.getMessage() == "showing the progress failed (ValueError: no such widget); the work goes on without it"
+    )
+
+
+@pytest.mark.parametrize("wrong", [None, "bar", 1, {}])
+def test_what_cannot_show_progress_is_a_type_error(wrong):
+    with pytest.raises(TypeError, match=r"progress: .* is none of True, False and a function"):
+        progress.Watch(display=wrong)
+
+
+class Bar(tqdm):
+    """A bar that keeps what becomes of it."""
+
+    made: list["Bar"]
+
+    def __init__(self, **how):
+        super().__init__(file=io.StringIO(), **how)
+        Bar.made.append(self)
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    monkeypatch.setattr(Bar, "made", [], raising=False)
+    return Bar.made
+
+
+def test_a_class_of_bars_is_the_bar_also_where_nobody_watches(bars):
+    with progress.Watch(display=Bar).stage("training", 8, "steps") as shown:
+        shown.update(8, fvu=0.25)
+    (bar,) = bars
+    assert (bar.n, bar.total, bar.desc, bar.unit, bar.postfix) == (8, 8, "training", " steps", "fvu=0.25")
+    assert bar.disable  # closed
+
+
+def test_a_bar_within_another_does_not_stay(bars):
+    watch = progress.Watch(display=Bar)
+    with watch.stage("training", 8, "steps"), watch.stage("evaluating", 8, "passes"):
+        pass
+    with watch.stage("evaluating", 8, "passes"):
+        pass
+    assert [(bar.desc, bar.leave) for bar in bars] == [("training", True), ("evaluating", False), ("evaluating", True)]
+
+
+def test_a_stage_that_ends_short_of_what_was_expected_is_whole(bars):
+    with progress.Watch(display=Bar).stage("text", 1000, "tokens") as shown:
+        shown.update(990)
+    assert (bars[0].n, bars[0].total) == (990, 990)
+
+
+def test_a_kernel_shows_bars_and_a_shell_without_terminal_does_not(monkeypatch):
+    def running(**config):
+        return types.SimpleNamespace(get_ipython=lambda: types.SimpleNamespace(config=config))
+
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    for module, shown in ((running(IPKernelApp={}), True), (running(), False)):
+        monkeypatch.setitem(sys.modules, "IPython", module)
+        assert progress.watched() == shown
 
 
 def test_a_watch_stops_when_asked_and_not_before():
@@ -81,63 +164,6 @@ def test_a_watch_stops_when_asked_and_not_before():
     with pytest.raises(Stopped, match="while waiting"):
         watch.poll("while waiting")
     progress.UNWATCHED.poll("never")
-
-
-def tracker_module(monkeypatch, **calls):
-    module = types.ModuleType("wandb")
-    for name in ("init", "log", "finish"):
-        setattr(module, name, calls.get(name, lambda *_args, **_settings: None))
-    monkeypatch.setitem(sys.modules, "wandb", module)
-
-
-def fails(error):
-    def call(*_args, **_settings):
-        raise error
-
-    return call
-
-
-@pytest.mark.parametrize("error", [RuntimeError("no\ndisk"), BrokenPipeError(32, "Broken pipe"), ValueError()])
-def test_errors_of_a_tracker_are_warned_of_once_and_end_nothing(monkeypatch, caplog, error):
-    tracker_module(monkeypatch, log=fails(error), finish=fails(error))
-    tracker = progress.Tracker("wandb", "project", "run", {})
-    for step in range(3):
-        tracker.log({"x": 1.0}, step)
-    tracker.finish()
-    (record,) = caplog.records
-    assert record.getMessage().startswith(f"log.tracker: wandb failed ({type(error).__name__}: ")
-    assert record.getMessage().endswith("the run goes on, its figures are in metrics.jsonl")
-    assert "\n" not in record.getMessage()
-
-
-def test_a_tracker_that_hangs_holds_up_neither_the_run_nor_its_end(monkeypatch, caplog):
-    for_ever = threading.Event()
-    tracker_module(monkeypatch, log=lambda *_args, **_settings: for_ever.wait())
-    monkeypatch.setattr(progress, "FINISH_S", 0.05)
-    monkeypatch.setattr(progress, "CALLS_WAITING", 3)
-    tracker = progress.Tracker("wandb", "project", "run", {})
-    for step in range(100):
-        tracker.log({"x": 1.0}, step)
-    tracker.finish()
-    for_ever.set()
-    assert len(caplog.records) == 1
-
-
-@pytest.mark.parametrize("error", [RuntimeError("api_key not configured (no-tty)"), TimeoutError()])
-def test_a_tracker_that_cannot_begin_is_refused_in_one_line(monkeypatch, error):
-    tracker_module(monkeypatch, init=fails(error))
-    reason = str(error) or "TimeoutError"
-    with pytest.raises(ConfigError, match=re.escape(f"log.tracker: wandb cannot begin ({reason}); ")):
-        progress.Tracker("wandb", "project", "run", {})
-
-
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
-def test_what_ends_a_process_is_not_held_back(monkeypatch, error):
-    tracker_module(monkeypatch, log=fails(error))
-    tracker = progress.Tracker("wandb", "project", "run", {})
-    tracker.log({"x": 1.0}, 0)
-    with pytest.raises(type(error)):
-        tracker.finish()
 
 
 def test_what_stops_the_work_passes_what_is_done_beside_it(caplog):
@@ -163,7 +189,7 @@ def test_a_terminal_that_goes_away_leaves_lines_in_the_place_of_a_bar(monkeypatc
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     shown = progress.Progress("training", 10, "steps")
-    shown.bar.mininterval = 0
+    shown.show.bar.mininterval = 0
     with caplog.at_level(logging.INFO):
         shown.update(1)
         assert "1/10" in terminal.getvalue()
@@ -173,8 +199,8 @@ def test_a_terminal_that_goes_away_leaves_lines_in_the_place_of_a_bar(monkeypatc
             shown.update(step, fvu=0.5)
         shown.close()
     told = [record.getMessage() for record in caplog.records]
-    assert told[0].startswith("the progress bar failed (BrokenPipeError: ")
-    assert [line.split(",")[0] for line in told[1:]] == [f"training {n}/10 steps" for n in (2, 3, 4)]
+    assert told[0].startswith("showing the progress failed (BrokenPipeError: ")
+    assert [line.split(",")[0] for line in told[1:]] == [f"training {n}/10 steps" for n in (3, 4)]
 
 
 @pytest.mark.parametrize("stream", [None, "closed"])
