@@ -1,4 +1,4 @@
-"""What all commands share: a config from file and overrides, messages, one-line errors and exit codes."""
+"""What all commands share: a config from what files say and overrides, messages, one-line errors and exit codes."""
 
 import argparse
 import logging
@@ -9,14 +9,12 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import draccus
 
-from sae.base.errors import ConfigError, Stopped, nearest
-from sae.base.paths import near
-from sae.base.settings import decode, describe, merge, parse_value, read_yaml, set_dotted
+from sae.base.errors import ConfigError, Stopped
+from sae.base.settings import decode, describe, merge, parse_value, set_dotted
 
 from . import ended_by
 
@@ -24,46 +22,12 @@ T = TypeVar("T")
 DONE, ERROR, BAD_USAGE = 0, 1, 2
 
 
-def configs(kind: str) -> dict[str, Path]:
-    """Returns the shipped configs of a command by name."""
-    folder = Path(__file__).parents[1] / "configs"  # beside cli/, in a checkout and in an installation
-    return {path.stem: path for path in sorted((folder / kind).glob("*.yaml"))}
-
-
-def config_path(name: str, kind: str) -> Path:
-    """Returns the file of a config given as a shipped name or a path."""
-    shipped = configs(kind)
-    if name in shipped:
-        return shipped[name]
-    if not Path(name).is_file():
-        raise ConfigError(
-            f"--config: no file and no shipped config {name!r}.{nearest(name, shipped) or near(name)} "
-            f"Shipped: {', '.join(shipped)}"
-        )
-    return Path(name)
-
-
-def read_config(kind: type[T], path: Path | None, overrides: list[str], defaults: T | None = None) -> T:
-    """Returns defaults, then the file, then overrides ("--coder.selection.k 64" or "--coder.selection.k=64")."""
-    data: dict[str, Any] = draccus.encode(defaults or kind())
-    if path is not None:
-        data = merge(data, _layered(path))
+def read_config(kind: type[T], said: dict[str, Any], overrides: list[str], defaults: T | None = None) -> T:
+    """Returns defaults, what files say, then overrides ("--coder.selection.k 64" or "--coder.selection.k=64")."""
+    data = merge(draccus.encode(defaults or kind()), said)
     for key, value in _pairs(overrides):
         set_dotted(data, key, parse_value(kind, key, value))
     return decode(kind, data)
-
-
-def _layered(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Returns a config file on top of the one that it `extends`: a file beside it, or what --config would take."""
-    if path in above:
-        raise ConfigError(f"extends: {path} extends itself, by way of {above[-1]}")
-    data = read_yaml(path)
-    base = data.pop("extends", None)
-    if base is None:
-        return data
-    beside = path.parent / f"{base}.yaml"
-    below = beside if beside.is_file() else config_path(str(base), "train")
-    return merge(_layered(below, (*above, path)), data)
 
 
 def _pairs(overrides: list[str]) -> list[tuple[str, str]]:

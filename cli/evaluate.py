@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae.base.errors import ConfigError
+from sae.base.settings import read_yaml
 
 from .common import DONE, Parser, add_hints, hints, print_tables, read_config, run
 
@@ -68,7 +69,7 @@ def command(argv: list[str]) -> int:
         site = spec.reads[0]
         text = text_of(spec) if "text" in spec.training else trained.text
         trained = TrainConfig(model=ModelConfig(name=site.model, revision=site.revision), text=text)
-    config = read_config(TrainConfig, run_config, overrides, trained)
+    config = read_config(TrainConfig, read_yaml(run_config) if run_config else {}, overrides, trained)
     for word in overrides:
         if word.startswith("--") and not word.replace("second-model", "second_model").startswith(READ):
             raise ConfigError(f"{word}: not used here; allowed: the options of --help and {', '.join(READ)}...")

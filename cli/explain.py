@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from sae.base.errors import ConfigError
 
-from .common import DONE, Parser, config_path, configs, field_help, read_config, run
+from .common import DONE, Parser, field_help, read_config, run
+from .recipes import config_path, fields_of, first_lines
 
 if TYPE_CHECKING:
     from interp.run.config import ExplainConfig
@@ -56,8 +57,7 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options, overrides = parser.parse_fields(argv)
     if options.list_configs:
-        for name, path in configs("explain").items():
-            print(f"{name:28}{path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+        print("\n".join(first_lines("explain")))
         return DONE
 
     from interp.run.config import ExplainConfig
@@ -69,7 +69,8 @@ def command(argv: list[str]) -> int:
     path = config_path(options.config, "explain") if options.config else None
     of_a_run = path is not None and (path.parent / "env.json").is_file()  # which an older version may have written
     began = saved_config(path.parent) if path and of_a_run else None
-    config = read_config(ExplainConfig, None if began else path, _words(options) + overrides, began)
+    said = fields_of(path, "explain") if path and not began else {}
+    config = read_config(ExplainConfig, said, _words(options) + overrides, began)
     config.validate()
     if options.print_config:
         from sae.base.settings import to_yaml

@@ -6,15 +6,17 @@ from pathlib import Path
 
 from sae.base.errors import ConfigError
 
-from .common import BAD_USAGE, DONE, Parser, config_path, configs, field_help, print_tables, read_config, run
+from .common import DONE, Parser, field_help, print_tables, read_config, run
+from .recipes import FAMILY, MODEL, first_lines, recipe
 
 log = logging.getLogger(__name__)
 EPILOG = """Every config field is an option: --coder.selection.k 64 --activations.sites '[layers.3]'.
 Examples:
   sae-train                                          the embedded quickstart: under two minutes, nothing downloaded
-  sae-train --config smollm2_topk --model.name FOLDER --text.source FOLDER
+  sae-train --config jumprelu --on smollm2           a family of coders on a model: --list-configs names both
+  sae-train --on smollm2 --model.name FOLDER --text.source FOLDER
   sae-train --resume runs/quickstart                 continue bit for bit
-  torchrun --no-python --nproc-per-node 2 sae-train --config smollm2_topk
+  torchrun --no-python --nproc-per-node 2 sae-train --on smollm2
 """
 
 
@@ -28,11 +30,12 @@ def command(argv: list[str]) -> int:
     from argparse import RawDescriptionHelpFormatter
 
     parser = Parser("sae-train", description=__doc__, epilog=EPILOG, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="NAME|FILE", help="a shipped config or a YAML file (default: quickstart)")
+    parser.add_argument("--config", metavar="NAME|FILE", help=f"a family of coders or a YAML file (default: {FAMILY})")
+    parser.add_argument("--on", metavar="MODEL|FILE", help=f"the model it is trained on (default: {MODEL})")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would take, touch nothing")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
-    parser.add_argument("--list-configs", action="store_true", help="list the shipped configs and exit")
+    parser.add_argument("--list-configs", action="store_true", help="list families and models and exit")
     parser.add_argument("--help-fields", action="store_true", help="list every config field and exit")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
     parser.add_argument("--repair", action="store_true", help="verify the caches and make again what is damaged")
@@ -46,17 +49,18 @@ def command(argv: list[str]) -> int:
     if options.help_fields:
         print(field_help(TrainConfig))
         return DONE
-    if options.resume and options.config:
+    if options.resume and (options.config or options.on):
+        option = "--config" if options.config else "--on"
         raise ConfigError(
-            "--config: a resumed run has its own; change fields one by one, for example --log.every_steps 50"
+            f"{option}: a resumed run has its own; change fields one by one, for example --log.every_steps 50"
         )
     folder = Path(options.resume) if options.resume else None
     if folder:
         from sae.training.checkpoint import resumed_config, saved_config
 
-        config = resumed_config(read_config(TrainConfig, None, overrides, saved_config(folder)), folder)
+        config = resumed_config(read_config(TrainConfig, {}, overrides, saved_config(folder)), folder)
     else:
-        config = read_config(TrainConfig, config_path(options.config or "quickstart", "train"), overrides)
+        config = read_config(TrainConfig, recipe(options.config, options.on), overrides)
     config.validate()
     if options.print_config:
         from sae.base.settings import to_yaml
@@ -132,10 +136,13 @@ def _new_folder(config) -> Path:
 
 
 def _list_configs() -> int:
-    for name, path in configs("train").items():
-        first = path.read_text(encoding="utf-8").splitlines()[0]
-        print(f"{name:28}{first.lstrip('# ')}")
-    return DONE if configs("train") else BAD_USAGE
+    for kind, option, default in (("families", "--config", FAMILY), ("models", "--on", MODEL)):
+        print(
+            "\n".join([f"{kind}, for {option} (default: {default})", *(f"  {line}" for line in first_lines(kind)), ""])
+        )
+    print("Any family goes on any model: sae-train --config jumprelu --on smollm2")
+    print("A file of your own begins with: extends: jumprelu on smollm2")
+    return DONE
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 import draccus
 import pytest
 
-from cli.common import config_path, configs, read_config
+from cli.common import read_config
 from sae.base.errors import ConfigError
 from sae.base.settings import decode, describe, flat, merge, parse_value, read_yaml, set_dotted, to_yaml
 from sae.selection.topk import TopK
@@ -16,7 +16,7 @@ FIELDS = [name for name, *_ in describe(TrainConfig)]
 
 
 def read(*overrides, path=None):
-    return read_config(TrainConfig, path, list(overrides))
+    return read_config(TrainConfig, read_yaml(path) if path else {}, list(overrides))
 
 
 def test_every_field_is_documented_and_can_be_set_on_the_command_line():
@@ -42,14 +42,6 @@ def test_the_file_overrides_defaults_and_options_override_the_file(tmp_path):
     path.write_text("tokens: 1000\noptim: {lr: 1e-2, ema: 0.5}\n", encoding="utf-8")
     config = read("--optim.ema", "0.9", path=path)
     assert (config.tokens, config.optim.lr, config.optim.ema, config.optim.beta1) == (1000, 0.01, 0.9, 0.9)
-
-
-@pytest.mark.parametrize("name", configs("train"))
-def test_shipped_configs_are_valid_and_survive_yaml(name, tmp_path):
-    config = read_config(TrainConfig, config_path(name, "train"), [])
-    config.validate()
-    (tmp_path / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
-    assert read(path=tmp_path / "again.yaml") == config
 
 
 @pytest.mark.parametrize(
@@ -182,29 +174,9 @@ def test_files_that_are_no_config(tmp_path, text):
         read_yaml(tmp_path / "bad.yaml")
 
 
-def test_an_unknown_config_names_those_there_are():
-    with pytest.raises(ConfigError, match=r"no shipped config 'quikstart'. Did you mean 'quickstart'\?"):
-        config_path("quikstart", "train")
-
-
 def test_configs_encode_to_what_decodes_to_them():
     config = read("--coder.selection.k", "3", "--activations.sites", "[a, b]")
     assert decode(TrainConfig, draccus.encode(config)) == config
-
-
-def test_a_config_may_extend_another_by_name_or_beside_it(tmp_path):
-    (tmp_path / "base.yaml").write_text("extends: quickstart\ntokens: 2048\ncoder: {selection: {k: 3}}\n")
-    (tmp_path / "own.yaml").write_text("extends: base\nname: own\ncoder: {selection: {type: mutual_choice, k: 5}}\n")
-    config = read_config(TrainConfig, tmp_path / "own.yaml", ["--tokens", "4096"])
-    assert (config.name, config.tokens, config.coder.d_sae) == ("own", 4096, 2048)
-    assert type(config.coder.selection).__name__ == "MutualChoice"
-    assert config.coder.selection.k == 5  # type: ignore[attr-defined]
-    (tmp_path / "loop.yaml").write_text("extends: loop\n")
-    with pytest.raises(ConfigError, match=r"extends: .*loop\.yaml extends itself"):
-        read_config(TrainConfig, tmp_path / "loop.yaml", [])
-    (tmp_path / "lost.yaml").write_text("extends: quikstart\n")
-    with pytest.raises(ConfigError, match="Did you mean 'quickstart'"):
-        read_config(TrainConfig, tmp_path / "lost.yaml", [])
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from rigs.runs import assert_equal, checkpoints, files, lines
 
 import sae.training.run
 from cli import common, ended_by
+from cli.recipes import recipe
 from cli.train import main
 from sae.base.errors import ConfigError
 from sae.base.settings import to_yaml
@@ -172,16 +173,18 @@ def test_the_printed_config_is_a_config(config, tmp_path, capsys):
     assert main(["--config", config, "--print-config", "--tokens", "512"]) == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out, encoding="utf-8")
-    expected = common.read_config(TrainConfig, common.config_path(config, "train"), ["--tokens", "512"])
-    assert common.read_config(TrainConfig, printed, []) == expected
+    expected = common.read_config(TrainConfig, recipe(config), ["--tokens", "512"])
+    assert common.read_config(TrainConfig, recipe(str(printed)), []) == expected
 
 
-def test_shipped_configs_are_found_by_name(capsys):
+def test_families_and_models_are_listed_and_found_by_what_is_listed(capsys):
     assert main(["--list-configs"]) == 0
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert "quickstart" in names
-    for name in names:
-        assert main(["--config", name, "--print-config"]) == 0
+    families, models, ways = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
+    for option, (_, *listed) in (("--config", families), ("--on", models)):
+        for line in listed:
+            assert main([option, line.split()[0], "--print-config"]) == 0
+    assert len(families) > 20
+    assert "sae-train --config jumprelu --on smollm2" in ways[0]
 
 
 @pytest.mark.parametrize(
@@ -196,6 +199,7 @@ def test_shipped_configs_are_found_by_name(capsys):
         (["--resume"], "argument --resume: expected one argument"),
         (["--resume", "nowhere"], "--resume: no such folder: nowhere."),
         (["--resume", "nowhere", "--config", "quickstart"], "--config: a resumed run has its own; "),
+        (["--resume", "nowhere", "--on", "quickstart"], "--on: a resumed run has its own; "),
         (["--config", "."], "--config: no file and no shipped config '.'."),
     ],
 )

@@ -79,6 +79,9 @@ def shell(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        for block in BLOCKS:  # a file that a page shows is there for its commands
+            if block.language == "yaml" and (name := re.match(r"# ([\w.]+\.yaml)\n", block.text)):
+                Path(name[1]).write_text(block.text, encoding="utf-8")
         run(["sae-train"])
         yield run
 
@@ -188,7 +191,7 @@ def parse(words: list[str]) -> None:
         if depth:
             return namespace, rest
         assert words[0] == "sae-eval" or not rest, f"{rest[0]}: not known"
-        read_config(TrainConfig, None, rest)
+        read_config(TrainConfig, {}, rest)
         raise Parsed
 
     with pytest.MonkeyPatch.context() as patch:

@@ -11,12 +11,13 @@ CHANGES = ["--tokens", "61440", "--eval.tokens", "4096", "--text.max_tokens", "2
 CODE = """
 import json, re, sys
 from pathlib import Path
-from cli.common import config_path, read_config
+from cli.common import read_config
+from cli.recipes import recipe
 from cli.train import main
 from sae.training.config import TrainConfig
 from sae.training.estimate import estimate
 changes = sys.argv[1:]
-found = estimate(read_config(TrainConfig, config_path("quickstart", "train"), changes))
+found = estimate(read_config(TrainConfig, recipe(), changes))
 assert main(changes) == 0
 # the peak of this address space; that of getrusage begins with the size of the process that started this one
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
