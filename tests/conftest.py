@@ -11,11 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of every process: on tensors so
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("MPLCONFIGDIR", os.path.join(os.environ.get("TMPDIR", "/tmp"), "matplotlib"))
 
-from jaxtyping import install_import_hook
 from rigs import shapes
 
-install_import_hook(shapes.WHOLE, "beartype.beartype")
-install_import_hook(shapes.shaped(), "rigs.shapes.checked")
+shapes.install()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -34,6 +32,7 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.fixture(autouse=True)
 def _seeded(tmp_path, monkeypatch):
+    shapes.begin_test()
     torch.manual_seed(0)
     monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
 

@@ -10,6 +10,7 @@ import os
 import re
 import ssl
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -125,12 +126,18 @@ def _certificates() -> ssl.SSLContext | None:
         if not there(path):
             raise ConfigError(f"{name}: no such {'folder' if there is os.path.isdir else 'file'}: {path}")
         try:
-            is_file = name == "SSL_CERT_FILE"
-            return ssl.create_default_context(cafile=path if is_file else None, capath=None if is_file else path)
+            return _trusting(name, path, os.stat(path).st_mtime_ns)
         except OSError as error:  # ssl's own are of this kind too
             reason = error.strerror or type(error).__name__
             raise ConfigError(f"{name}: {path} cannot be read as certificates ({reason})") from None
     return None
+
+
+@lru_cache
+def _trusting(variable: str, path: str, _mtime_ns: int) -> ssl.SSLContext:
+    """Returns what trusts the certificates of a file or folder: read once, since it takes as long as ten answers."""
+    is_file = variable == "SSL_CERT_FILE"
+    return ssl.create_default_context(cafile=path if is_file else None, capath=None if is_file else path)
 
 
 def _check_headers() -> None:
