@@ -14,6 +14,7 @@ from sae.base.lazy import on_demand
 if TYPE_CHECKING:
     from sae.coder.coder import SparseCoder
     from sae.coder.splicing import splice
+    from sae.evaluation.activations import activations
     from sae.evaluation.doctor import diagnose
     from sae.evaluation.evaluation import evaluate
     from sae.lm.models import load_language_model
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "SparseCoder": "sae.coder.coder",
     "TrainConfig": "sae.training.config",
+    "activations": "sae.evaluation.activations",
     "diagnose": "sae.evaluation.doctor",
     "evaluate": "sae.evaluation.evaluation",
     "list_released": "sae.loading.releases",
@@ -42,6 +44,7 @@ __all__ = [
     "SparseCoder",
     "TrainConfig",
     "__version__",
+    "activations",
     "diagnose",
     "evaluate",
     "list_released",

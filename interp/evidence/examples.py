@@ -19,13 +19,13 @@ from jaxtyping import Int
 from numpy import ndarray
 
 from interp.evidence.corpus import Corpus
-from interp.evidence.decode import Decoder
 from interp.evidence.places import KINDS, tokens_at
 from interp.evidence.second_pass import REACH, Visits
 from interp.evidence.tally import Evidence
 from interp.records import ACTIVE, SPLITS, TIERS, Examples, Facts, Item, Window
 from sae.base.seeding import generator
 from sae.base.settings import at_least, choose
+from sae.text.decode import Decoder
 
 WINDOW = 32
 OFFSETS = (8, 28)  # the place lies on one of these tokens of its window, the last one not among them

@@ -14,7 +14,6 @@ from numpy import ndarray
 from interp.evidence.baselines import activation_sample, baseline_coder
 from interp.evidence.codes import KeyedCodes, LiveCodes, StoredCodes
 from interp.evidence.corpus import Corpus, corpus_of_text
-from interp.evidence.decode import Decoder
 from interp.evidence.delphi_cache import CachedCodes, DelphiCache, corpus_of_cache
 from interp.evidence.examples import ExampleMaker
 from interp.evidence.first_pass import CODES, Keep, gather_evidence
@@ -39,6 +38,7 @@ from sae.lm.files import load_tokenizer
 from sae.lm.models import load_language_model, resolve_device
 from sae.loading import hub
 from sae.parallel import collectives
+from sae.text.decode import Decoder
 from sae.text.documents import TextConfig
 from sae.text.tokenizing import what_was_met
 

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.evidence.decode import Decoder
 from interp.evidence.subject import Subject
 from sae.base.seeding import generator
 from sae.coder.splicing import directions
@@ -23,6 +22,7 @@ from sae.lm.hooks import capture
 from sae.lm.intervene import Matched, add, matched_strength, next_logits
 from sae.lm.models import LanguageModel
 from sae.lm.site import Site
+from sae.text.decode import Decoder
 from sae.text.packing import PADDING, added
 
 START = 0.3  # of the activations' own norm: the first guess at what is to be added

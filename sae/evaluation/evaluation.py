@@ -23,6 +23,7 @@ from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED, CoderSpec
 from sae.coder.splicing import reads_ahead, splice
 from sae.evaluation.metrics import Moments, Reconstruction, head_shares, kl_divergence, loss_recovered
+from sae.evaluation.models import models_of
 from sae.evaluation.nulls import null_fvus
 from sae.lm.hooks import (
     capture,
@@ -30,18 +31,19 @@ from sae.lm.hooks import (
     hooked,
     model_inputs,
     next_token_losses,
-    site_widths,
     sites_of_model,
 )
 from sae.lm.intervene import ablate
 from sae.lm.masking import next_token_mask, norm_mask, token_mask
-from sae.lm.models import LanguageModel, load_language_model
-from sae.lm.site import SECOND, Site, columns_of
+from sae.lm.models import LanguageModel
+from sae.lm.site import Site, columns_of
 from sae.text.documents import TextConfig
 from sae.text.tokenizing import TokenRows, special_ids, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from sae.lm.models import ModelLike
 
 log = logging.getLogger(__name__)
 PASS_LOGITS = 2**25  # most logits held at once, per copy: 128 MiB
@@ -51,12 +53,12 @@ WITH_GRADIENTS = "latents selected with gradients of later losses: these figures
 
 def evaluate(
     coders: SparseCoder | dict[str, SparseCoder],
-    lm: LanguageModel | None = None,
+    lm: "ModelLike | None" = None,
     rows: TokenRows | None = None,
     tokens: int = 16_384,
     nulls: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
-    second: LanguageModel | None = None,
+    second: "ModelLike | None" = None,
     *,
     progress: Display = True,
 ) -> dict[str, Any]:
@@ -73,18 +75,10 @@ def evaluate(
     gradients at inference. Units: nats per token. `progress` is a `Display`: True, False or a function.
     """
     several, watch = coders if isinstance(coders, dict) else {"": coders}, Watch(should_stop, display=progress)
-    for name, coder in several.items():
-        if not coder.spec.is_placed:
-            raise ConfigError(f"coder {name}: its spec names no site to read; set spec.reads and spec.writes")
     spec = next(iter(several.values())).spec
-    device = next(iter(several.values())).W_enc.device
-    lm = lm or load_language_model(spec.reads[0].model, spec.reads[0].revision, device=str(device))
+    models = models_of(several, lm, second)
+    lm = models[""]
     several = {name: with_special_tokens_masked(coder, lm.tokenizer) for name, coder in several.items()}
-    models = {"": lm}
-    tagged = [site for coder in several.values() for site in coder.spec.reads if site.tag]
-    if tagged:
-        models[SECOND] = second or load_language_model(tagged[0].model, tagged[0].revision, device=str(device))
-    _check_widths(several, models)
     for model in models.values():
         model.check_context(rows.context_length if rows else text_of(spec).context_length)
     rows = rows or tokenize(text_of(spec), lm.tokenizer, lm.source(), watch).held_out
@@ -151,20 +145,6 @@ def _finite(found: Any) -> Any:
     if isinstance(found, dict):
         return {key: _finite(value) for key, value in found.items()}
     return None if isinstance(found, float) and not math.isfinite(found) else found
-
-
-def _check_widths(coders: dict[str, SparseCoder], models: dict[str, LanguageModel]) -> None:
-    for name, coder in coders.items():
-        sides = ((coder.spec.reads, coder.spec.d_in), (coder.spec.writes, coder.spec.d_out))
-        for sites, total in sides:
-            found = {}
-            for tag, lm in models.items():
-                found |= site_widths(lm, sites_of_model(sites, tag)) if sites_of_model(sites, tag) else {}
-            for site in sites:
-                width = site.width or total
-                if found[site.name] != width:
-                    of = f"{models[site.tag].name} it has {found[site.name]}"
-                    raise ConfigError(f"coder {name}: takes {site.name} to have width {width}; in {of}")
 
 
 def with_special_tokens_masked(coder: SparseCoder, tokenizer: "PreTrainedTokenizerBase") -> SparseCoder:

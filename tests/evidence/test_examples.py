@@ -26,12 +26,12 @@ from rigs.interp_evidence import (
 )
 
 import interp.evidence.examples
-from interp.evidence.decode import Decoder
 from interp.evidence.examples import GRAM, MARK_SHARE, OFFSETS, REPEATED, WINDOW, ExampleConfig, ExampleMaker
 from interp.evidence.places import plan_places
 from interp.evidence.second_pass import visit_places
 from interp.records import ACTIVE, SPLITS, TIERS, Examples
 from sae.base.errors import ConfigError
+from sae.text.decode import Decoder
 
 
 @pytest.fixture(scope="module")

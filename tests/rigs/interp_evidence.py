@@ -17,7 +17,6 @@ from rigs.fakes import tiny_tokenizer
 
 from interp.evidence.codes import Coded
 from interp.evidence.corpus import INDEX, TOKENS, Corpus, corpus_of_text
-from interp.evidence.decode import Decoder
 from interp.evidence.examples import ExampleConfig, ExampleMaker
 from interp.evidence.first_pass import Keep, gather_evidence
 from interp.evidence.places import Plan, plan_places
@@ -26,6 +25,7 @@ from interp.evidence.tally import Evidence, Sizes
 from sae.base.progress import Watch
 from sae.base.store import ShardWriter
 from sae.kernels.codes import SparseLatents
+from sae.text.decode import Decoder
 from sae.text.documents import TextConfig
 
 WORDS = tuple(f"w{number}" for number in range(200))

@@ -21,7 +21,6 @@ from interp.client.config import EndpointConfig
 from interp.client.ledger import Ledger
 from interp.client.requests import Abilities, Reply
 from interp.evidence.codes import Coded
-from interp.evidence.decode import Decoder
 from interp.evidence.examples import ExampleConfig, ExampleMaker
 from interp.evidence.first_pass import Keep, gather_evidence
 from interp.evidence.places import plan_places
@@ -35,6 +34,7 @@ from interp.scorers.detection import Detection
 from interp.scorers.fuzzing import Fuzzing
 from interp.scorers.simulation import Simulation
 from sae.kernels.codes import SparseLatents
+from sae.text.decode import Decoder
 
 LATENTS, OWN = 20, 4
 UNLESS = "; unless after: 7, 8, 9"

@@ -10,8 +10,8 @@ from rigs.fakes import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from interp.evidence.decode import Decoder
 from sae.assets import QUICKSTART_LM
+from sae.text.decode import Decoder
 
 PIECES = ["▁", "▁the", "▁a", "re", "▁re", "s", "a", "e", "h", "r", "t", "n", "b", "c", "▁▁", "é", "日"]
 
