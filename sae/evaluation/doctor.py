@@ -18,7 +18,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
@@ -32,13 +32,16 @@ from sae.evaluation.alternatives import MAPS, PLACES, Observed, rebuilt
 from sae.evaluation.metrics import Reconstruction
 from sae.lm.hooks import capture, site_widths
 from sae.lm.masking import MaskSpec, norm_mask, token_mask
-from sae.lm.models import LanguageModel, load_language_model
+from sae.lm.models import LanguageModel, as_language_model
 from sae.lm.site import Site
 from sae.lm.sites import resolve_sites
 from sae.selection import Selection
 from sae.text.documents import TextConfig, documents
 from sae.text.packing import PADDING, Packer
 from sae.text.tokenizing import CHARS_PER_TOKEN, encode_texts, special_ids
+
+if TYPE_CHECKING:
+    from sae.lm.models import ModelLike
 
 LEAST_EV = 0.2
 PRICE = 0.05
@@ -105,7 +108,7 @@ class Report:
         ]
 
 
-def diagnose(coder: SparseCoder, lm: LanguageModel | str, tokens: int = 2048, text: str | None = None) -> Report:
+def diagnose(coder: SparseCoder, lm: "ModelLike", tokens: int = 2048, text: str | None = None) -> Report:
     """Returns whether a coder fits the activations of a model, and which usual mistake explains it if it does not.
 
     The model is a loaded one or its name. The text is that of a source as in `TextConfig.source`: a file, a folder or a
@@ -116,7 +119,7 @@ def diagnose(coder: SparseCoder, lm: LanguageModel | str, tokens: int = 2048, te
     Raises ConfigError for a coder of no known site, of two models, or that needs gradients; and if a site is missing or
     of another width.
     """
-    lm = load_language_model(lm, device=str(coder.W_enc.device)) if isinstance(lm, str) else lm
+    lm = as_language_model(lm, device=str(coder.W_enc.device))
     coder = rebuilt(coder, _resolved(coder.spec, lm))
     observed = observe(lm, coder.spec, rows_of_text(lm, coder.spec, tokens, text))
 

@@ -59,8 +59,8 @@ class Setting:
 Models = tuple[LanguageModel, LanguageModel | None]
 
 
-def load_models(config: TrainConfig, trust_remote_code: bool) -> Models:
-    """Returns the language models that a run reads; of a crosscoder of two, both."""
+def load_models(config: TrainConfig, trust_remote_code: bool, given: LanguageModel | None = None) -> Models:
+    """Returns the language models that a run reads, the first as it is given; of a crosscoder of two, both."""
     lanes_of(collectives.own_share())  # refused here rather than when the stream begins
     if Path(config.text.source).expanduser().exists():
         first_look(config.text)  # a missing column, or damage, is known before the model is loaded
@@ -68,7 +68,7 @@ def load_models(config: TrainConfig, trust_remote_code: bool) -> Models:
     def load(model: ModelConfig) -> LanguageModel:
         return load_language_model(model.name, model.revision, model.dtype, model.device, trust_remote_code)
 
-    lm, second = load(config.model), load(config.second_model) if config.second_model.name else None
+    lm, second = given or load(config.model), load(config.second_model) if config.second_model.name else None
     if second and second.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
         raise ConfigError(f"second_model.name: {second.name} has another tokenizer than {lm.name}")
     return lm, second
@@ -198,6 +198,7 @@ def new_trainers(setting: Setting, source: Source, saved: Path | None, watch: Wa
                     "tokens": config.steps * config.batch_tokens,
                     "seed": plan.coder.seed,
                     "sae-interp": version("sae-interp"),
+                    **({"weights": {"": setting.fingerprint["weights"]}} if setting.reading.lm.given else {}),
                 },
             )
         trainers[plan.name] = CoderTrainer(coder, plan.coder.objectives, plan.optim, schedule)

@@ -12,7 +12,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import draccus
 import torch
@@ -32,12 +32,16 @@ from sae.parallel import collectives
 from sae.parallel.stopping import StopFlag, stop_flag
 from sae.stream.batch import ActivationBatch
 from sae.training import checkpoint
+from sae.training.arguments import as_config, with_model
 from sae.training.config import TrainConfig
 from sae.training.end_to_end import splicer
 from sae.training.planning import CoderPlan
 from sae.training.preparing import Setting, load_models, new_trainers, open_source, open_stream, set_up
 from sae.training.report import write_report
 from sae.training.trainer import Batch, CoderTrainer, NonFiniteError
+
+if TYPE_CHECKING:
+    from sae.lm.models import ModelLike, TokenizerLike
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +58,14 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig,
+    config: TrainConfig | dict[str, Any] | Path | str,
     resume: bool = False,
     trust_remote_code: bool = False,
     run_dir: Path | None = None,
     repair: bool = False,
     *,
+    model: "ModelLike | None" = None,
+    tokenizer: "TokenizerLike | None" = None,
     progress: Display = True,
 ) -> TrainResult:
     """Trains, evaluates and saves the coders of a config and returns them with their metrics.
@@ -69,9 +75,15 @@ def train(
     shown: True (a bar in a notebook or on a terminal, else a line every few seconds), False, or a function that is
     given the `Position`.
 
+    The config may be a mapping of its fields, or the path of a YAML file. `model`, a name or one that is loaded, stands
+    in place of the one that the config names; the config in the run's folder says its name. A loaded one of no name,
+    or whose weights its name does not lead to, is passed again to resume.
+
     Raises ConfigError for what cannot be, before long work starts; Stopped after a signal, with a checkpoint written.
     """
+    config = as_config(config)
     config.validate()
+    config, given = with_model(config, model, tokenizer, trust_remote_code)
     folder = Path(run_dir or config.run_dir or Path("runs") / config.name).expanduser()
     config = checkpoint.resumed_config(config, folder) if resume else checkpoint.placed_config(config)
     with collectives.process_group(), stop_flag() as stop, checkpoint.locked(folder, resume):
@@ -82,7 +94,7 @@ def train(
         watch = Watch(stop, repair=repair, display=progress)
         try:
             with stop.lifted():
-                models = load_models(config, trust_remote_code)
+                models = load_models(config, trust_remote_code, given)
             setting = set_up(config, models, folder, resume, watch, trust_remote_code)
             saved = checkpoint.latest(folder) if resume else None
             if resume and saved is None:
