@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -12,6 +13,7 @@ from sae import kernels
 from sae.coder import partial
 from sae.coder.folds import Folding
 from sae.coder.normalization import Undo, undo
+from sae.coder.wording import summary
 from sae.kernels.codes import Entries, SparseLatents, Support, flat, offsets_of, rows_of
 
 CHUNK_ENTRIES = 2**26  # largest [tokens, d_sae] product held at once outside training: 256 MiB in float32
@@ -57,11 +59,18 @@ class Pass:
 
 
 class SparseCoder(Folding):
-    """A sparse autoencoder, transcoder or crosscoder: the map that its tensors (`CoderTensors`) make."""
+    """A sparse autoencoder, transcoder or crosscoder: the map that its tensors (`CoderTensors`) make.
+
+    Activations are tensors, arrays or lists of numbers with d_in in the last dimension; TypeError names anything else.
+    """
+
+    def extra_repr(self) -> str:
+        """Returns what the coder is, in one line."""
+        return summary(self.spec, self.per_latent().get("threshold"))
 
     def encode(
         self,
-        x: Float[Tensor, "*shape d_in"],
+        x: Float[Tensor, "*shape d_in"] | Any,
         gradients: Float[Tensor, "*shape d_out"] | None = None,
         latents: Sequence[int] | Int[Tensor, "m"] | None = None,
     ) -> SparseLatents:
@@ -70,12 +79,13 @@ class SparseCoder(Folding):
         `gradients` is what a rule whose inference is "gradient" looks at beside x (ValueError without), and no other.
         With `latents`, some ids, their entries alone, to rounding; no more is read than that takes (`partial.py`).
         """
+        x = _activations(x)
         if latents is not None:
             rows = self._rows(x, torch.promote_types(self.W_enc.dtype, torch.float32))
             beside = None if gradients is None else gradients.reshape(-1, self.spec.d_out)
             whole = gradients is not None or self.spec.rule.looks_at_gradients or self.spec.encoding.pursues
             found = partial.encode(self, rows, latents, whole, lambda: self.encode(rows, beside))
-            return replace(found, shape=tuple(x.shape[:-1]))
+            return replace(found, leading=tuple(x.shape[:-1]))
         with torch.no_grad():
             rows, size = self._rows(x), max(1, CHUNK_ENTRIES // self.spec.d_sae)
             looked = [None] * len(rows.split(size))
@@ -84,33 +94,48 @@ class SparseCoder(Folding):
             parts = [self._inferred(chunk, g) for chunk, g in chunks] if len(rows) else []
         return _concatenate(parts, self.spec.d_sae, tuple(x.shape[:-1]), x)
 
+    def encode_dense(
+        self, x: Float[Tensor, "*shape d_in"] | Any, gradients: Float[Tensor, "*shape d_out"] | None = None
+    ) -> Float[Tensor, "*shape d_sae"]:
+        """Returns the codes of x as a dense tensor, of d_sae numbers a token: `encode(x).to_dense()`.
+
+        Differentiable like `forward`, at the latents that are kept, unless gradients are off; `gradients` as in
+        `encode`.
+        """
+        x = _activations(x)
+        return self._latents(self._rows(x), gradients).to_dense().reshape(*x.shape[:-1], self.spec.d_sae)
+
     def decode(
-        self, latents: SparseLatents, x: Float[Tensor, "*shape d_in"] | None = None
+        self,
+        latents: SparseLatents | Float[Tensor, "*shape d_sae"],
+        x: Float[Tensor, "*shape d_in"] | Any | None = None,
     ) -> Float[Tensor, "*shape d_out"]:
-        """Returns the reconstruction from codes, without the skip path.
+        """Returns the reconstruction from codes, sparse or dense, without the skip path.
 
         Per-token normalization is undone with the statistics of `x`, which must then be given (ValueError).
         """
+        latents = SparseLatents.from_dense(latents) if isinstance(latents, Tensor) else latents
+        if latents.d_sae != self.spec.d_sae:
+            raise ValueError(f"latents: they are of {latents.d_sae} latents, but this coder has {self.spec.d_sae}")
         if self.spec.normalization.per_token and x is None:
             kind = self.spec.normalization.kind
             raise ValueError(f"decode: normalization {kind!r} is undone per token; pass x")
         out = self.decoded(latents.values, latents.offsets, latents.ids) + self.b_dec
-        like = out.new_zeros(len(out), self.spec.d_in) if x is None else self._rows(x)
+        like = out.new_zeros(len(out), self.spec.d_in) if x is None else self._rows(_activations(x))
         out = undo(out, self.spec.normalize(like)[1])
-        return out if latents.shape is None else out.reshape(*latents.shape, self.spec.d_out)
+        return out.reshape(*latents.shape[:-1], self.spec.d_out)
 
     def forward(
-        self, x: Float[Tensor, "*shape d_in"], gradients: Float[Tensor, "*shape d_out"] | None = None
+        self, x: Float[Tensor, "*shape d_in"] | Any, gradients: Float[Tensor, "*shape d_out"] | None = None
     ) -> CoderOutput:
         """Returns (out, latents) of x, differentiable unless gradients are off; `gradients` as in `encode`."""
+        x = _activations(x)
         rows = self._rows(x)
-        beside = None if gradients is None else gradients.reshape(-1, self.spec.d_out).to(rows)
-        live = torch.is_grad_enabled() and len(rows)
-        latents = self._inferred(rows, beside) if live else self.encode(rows, beside)
+        latents = self._latents(rows, gradients)
         out = self.decode(latents, rows).reshape(*x.shape[:-1], self.spec.d_out)
         if self.spec.skip:
             out = out + self.skipped(x)
-        return CoderOutput(out, replace(latents, shape=tuple(x.shape[:-1])))
+        return CoderOutput(out, replace(latents, leading=tuple(x.shape[:-1])))
 
     def skipped(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """Returns what the skip path makes of raw inputs, x W_skip^T; of a cross-layer coder, layer by layer."""
@@ -233,6 +258,12 @@ class SparseCoder(Folding):
         tokens, ids = (torch.cat(members) for members in zip(*parts, strict=True))
         return Entries(tokens, ids, ids).to_support(len(scores))
 
+    def _latents(self, rows: Float[Tensor, "n d_in"], gradients: Tensor | None) -> SparseLatents:
+        """Returns the codes of rows, differentiable unless gradients are off."""
+        beside = None if gradients is None else gradients.reshape(-1, self.spec.d_out).to(rows)
+        live = torch.is_grad_enabled() and len(rows)
+        return self._inferred(rows, beside) if live else self.encode(rows, beside)
+
     def _inferred(self, x: Float[Tensor, "n d_in"], gradients: Tensor | None) -> SparseLatents:
         if self.spec.selection.looks_at_gradients:
             if gradients is None:
@@ -249,6 +280,19 @@ class SparseCoder(Folding):
         if x.shape[-1] != self.spec.d_in:
             raise ValueError(f"x: last dimension is {x.shape[-1]}, but this coder has d_in = {self.spec.d_in}")
         return x.reshape(-1, self.spec.d_in).to(self.W_enc.device, dtype or self.W_enc.dtype)
+
+
+def _activations(x: Any) -> Tensor:
+    """Returns activations as a tensor; TypeError says what was given instead."""
+    if not isinstance(x, Tensor):
+        try:
+            x = torch.from_numpy(np.array(x))
+        except (TypeError, ValueError):  # text, objects, lists of unequal lengths
+            raise TypeError(f"x: expected activations [..., d_in], not a {type(x).__name__}") from None
+    if not x.is_floating_point() or not x.ndim:
+        given = f"{x.dtype} {list(x.shape)}"
+        raise TypeError(f"x: expected activations [..., d_in], not {given}; token ids go through the language model")
+    return x
 
 
 def _concatenate(parts: list[SparseLatents], d_sae: int, shape: tuple[int, ...], like: Tensor) -> SparseLatents:

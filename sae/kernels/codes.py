@@ -4,72 +4,67 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from sae.kernels.rows import flat, offsets_of, rows_of
+from sae.kernels.tensorlike import Tensorlike
 
-def offsets_of(counts: Int[Tensor, "n"]) -> Int[Tensor, "n_plus_1"]:
-    """Returns where rows of so many entries begin, and the end of the last."""
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
-def rows_of(offsets: Int[Tensor, "n_plus_1"]) -> Int[Tensor, "nnz"]:
-    """Returns the row of every entry."""
-    return torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff())
+__all__ = ["Entries", "SparseLatents", "Support", "by_rows", "flat", "offsets_of", "rows_of", "where"]
 
 
-def flat(offsets: Int[Tensor, "n_plus_1"], columns: Int[Tensor, "nnz"], m: int) -> Int[Tensor, "nnz"]:
-    """Returns where every entry lies in the matrix of m columns, flattened.
-
-    Reading and writing there, with `index_select`, is faster on a CPU than by row and column, and so is its gradient.
-    """
-    begins = torch.arange(0, m * (offsets.numel() - 1), m, device=offsets.device)
-    return torch.repeat_interleave(begins, offsets.diff()).add_(columns)
-
-
-@dataclass(frozen=True)
-class SparseLatents:
+@dataclass(frozen=True, eq=False, repr=False)
+class SparseLatents(Tensorlike):
     """Codes of n tokens in compressed rows: token t owns entries offsets[t]:offsets[t+1] of `ids` and `values`.
 
-    The support contains the nonzeros; an entry of value 0 may carry gradient but never counts as fired.
+    The support contains the nonzeros; an entry of value 0 may carry gradient but never counts as fired. Indexed,
+    compared, multiplied and summed they are what the dense tensor [*leading, d_sae] is (`sae/kernels/tensorlike.py`):
+    `z[0]`, `z[:, 17]`, `z > 0.5`, `z * weights`, `(z > 0).sum(-1)`, `z.topk(5)`; `np.asarray` and `torch.as_tensor`
+    make it.
     """
 
     offsets: Int[Tensor, "n_plus_1"]
     ids: Int[Tensor, "nnz"]
-    values: Float[Tensor, "nnz"]
+    values: Shaped[Tensor, "nnz"]
+    """Codes; of a comparison, whether it holds."""
     d_sae: int
-    shape: tuple[int, ...] | None = None
+    leading: tuple[int, ...] | None = None
     """Leading dimensions of the encoded tensor, whose product is n; None means (n,)."""
-
-    def __len__(self) -> int:
-        return self.offsets.numel() - 1
 
     @property
     def tokens(self) -> Int[Tensor, "nnz"]:
         """Returns the token of every entry."""
         return rows_of(self.offsets)
 
-    def with_values(self, values: Float[Tensor, "nnz"]) -> "SparseLatents":
+    @staticmethod
+    def from_dense(dense: Float[Tensor, "*shape d_sae"]) -> "SparseLatents":
+        """Returns dense codes as sparse ones: the nonzeros or, where a gradient is wanted, which zeros have, all."""
+        rows = dense.reshape(-1, dense.shape[-1])
+        kept = torch.ones_like(rows, dtype=torch.bool) if dense.requires_grad else rows != 0
+        return SparseLatents(*where(kept), rows[kept], dense.shape[-1], tuple(dense.shape[:-1]))
+
+    def with_values(self, values: Shaped[Tensor, "nnz"]) -> "SparseLatents":
         """Returns the same support with other values."""
         return replace(self, values=values)
 
-    def row(self, i: int) -> tuple[Int[Tensor, "fired"], Float[Tensor, "fired"]]:
+    def row(self, i: int) -> tuple[Int[Tensor, "fired"], Shaped[Tensor, "fired"]]:
         """Returns (latent ids, values) of the latents that fire at token i (counted over flattened leading dims)."""
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"row: {i} is outside 0..{len(self) - 1}")
-        start, stop = self.offsets[i % len(self)], self.offsets[i % len(self) + 1]
+        n = self.n_tokens
+        if not -n <= i < n:
+            raise IndexError(f"row: {i} is outside 0..{n - 1}")
+        start, stop = self.offsets[i % n], self.offsets[i % n + 1]
         ids, values = self.ids[start:stop], self.values[start:stop]
         return ids[values != 0], values[values != 0]
 
-    def to_dense(self) -> Float[Tensor, "*shape d_sae"]:
+    def to_dense(self) -> Shaped[Tensor, "*shape d_sae"]:
         """Returns the dense codes; n * d_sae values, so for small n only."""
-        dense = self.values.new_zeros(len(self), self.d_sae).index_put((self.tokens, self.ids), self.values)
-        return dense if self.shape is None else dense.reshape(*self.shape, self.d_sae)
+        dense = self.values.new_zeros(self.n_tokens, self.d_sae).index_put((self.tokens, self.ids), self.values)
+        return dense.reshape(self.shape)
 
     def l0(self) -> Float[Tensor, "n"]:
         """Returns the number of latents that fire at each token."""
         fired = (self.values != 0).to(torch.float32)
-        return fired.new_zeros(len(self)).index_add_(0, self.tokens, fired)
+        return fired.new_zeros(self.n_tokens).index_add_(0, self.tokens, fired)
 
     def fired(self) -> Int[Tensor, "d_sae"]:
         """Returns at how many tokens each latent fires."""

@@ -10,9 +10,9 @@ from sae.base.errors import ConfigError
 from sae.base.files import atomic_write, safe_join
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED, CoderSpec
+from sae.coder.wording import L0, figure, kind, places, rule
 from sae.evaluation.tables import table
 from sae.formats import native
-from sae.lm.site import Site
 
 LIBRARY = "sae-interp"
 Description = list[tuple[str, str]]
@@ -20,10 +20,11 @@ Description = list[tuple[str, str]]
 
 def description(spec: CoderSpec) -> Description:
     """Returns what a coder is as (name, text) rows: the same on the card and in the terminal."""
-    rows = [("reads", _sites(spec.reads)), ("writes", "what it reads" if spec.is_autoencoder else _sites(spec.writes))]
+    written = "what it reads" if spec.is_autoencoder else places(spec.writes)
+    rows = [("reads", places(spec.reads) or "not known"), ("writes", written or "not known")]
     rows += [("latents", f"{spec.d_sae:,} (d_in {spec.d_in}, d_out {spec.d_out})")]
     rows += [("encoder", spec.encoder + (f", {spec.n_blocks} blocks" if spec.cross_layer else ""))]
-    rows += [("selection", _selection(spec)), ("pre-bias", spec.pre_bias), ("normalization", _normalization(spec))]
+    rows += [("selection", rule(spec)), ("pre-bias", spec.pre_bias), ("normalization", _normalization(spec))]
     if spec.skip:
         rows.append(("skip path", "x W_skip^T is added to the output"))
     if spec.context_length:
@@ -33,7 +34,7 @@ def description(spec: CoderSpec) -> Description:
     if RELEASED in spec.training:
         source = spec.training[RELEASED]
         rows.append(("released at", f"{source['from']}, {source['file']} ({source['format']})"))
-    l0 = spec.metrics.get("advertised", {}).get("l0")
+    l0 = figure(spec, *L0)
     return [*rows, *([("advertised L0", f"{l0:g}")] if l0 is not None else [])]
 
 
@@ -45,12 +46,10 @@ def model_card(coders: Mapping[str, SparseCoder], repo: str) -> str:
     on_hub = [model for model in models if model.count("/") == 1 and not Path(model).is_absolute()]
     if on_hub:
         about["base_model"] = on_hub
-    about["tags"] = sorted(
-        {"mechanistic-interpretability", *(_kind(spec).replace(" ", "-") for spec in specs.values())}
-    )
+    about["tags"] = sorted({"mechanistic-interpretability", *(kind(spec).replace(" ", "-") for spec in specs.values())})
     front = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in about.items()]  # which YAML is, too
     one = len(specs) == 1
-    what = f"A {_kind(next(iter(specs.values())))}" if one else f"{len(specs)} sparse coders"
+    what = f"A {kind(next(iter(specs.values())))}" if one else f"{len(specs)} sparse coders"
     lines = ["---", *front, "---", "", f"# {repo.partition('/')[2]}", ""]
     lines += [f"{what} of activations of {_cell(' and '.join(models) or 'a language model')}.", ""]
     for name, spec in specs.items():
@@ -88,29 +87,6 @@ def push(coders: Mapping[str, SparseCoder], repo: str, private: bool = False) ->
         except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
             raise ConfigError(f"repo: {repo} cannot be written to: {' '.join(str(error).split())[:300]}") from error
     return done.commit_url
-
-
-def _kind(spec: CoderSpec) -> str:
-    if spec.cross_layer:
-        return "cross-layer transcoder"
-    if len(spec.reads) > 1:
-        return "crosscoder"
-    return "sparse autoencoder" if spec.is_autoencoder else "transcoder"
-
-
-def _sites(sites: tuple[Site, ...]) -> str:
-    if not any(site.hook for site in sites):
-        return "not known"
-    models = {site.model for site in sites}
-    names = ", ".join(site.name for site in sites[:4]) + (f", ... ({len(sites)})" if len(sites) > 4 else "")
-    return f"{names} of {' and '.join(sorted(models))}" if models != {""} else names
-
-
-def _selection(spec: CoderSpec) -> str:
-    said = spec.to_json()["selection"]
-    budget = f" of {said['k']}" if "k" in said else ""  # other fields are of training
-    how = ", of h times decoder norm" if spec.select_by_decoder_norm else ""
-    return f"{said['type']}{budget}{how}"
 
 
 def _normalization(spec: CoderSpec) -> str:

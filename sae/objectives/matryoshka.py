@@ -44,7 +44,7 @@ class Matryoshka(Objective):
         for share in self.prefixes:
             stop = round(share * size)
             mine = (latents.ids % size >= start) & (latents.ids % size < stop)
-            counts = torch.bincount(latents.tokens[mine], minlength=len(latents))
+            counts = torch.bincount(latents.tokens[mine], minlength=latents.n_tokens)
             offsets = offsets_of(counts)
             made = made + coder.decoded(latents.values[mine], offsets, latents.ids[mine])
             total, start = total + step.error(made).square().sum(), stop

@@ -84,6 +84,62 @@ def test_any_leading_shape(shape):
     assert c(x).latents.to_dense().shape == (*shape[:-1], 16)
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 3, 6), (0, 6)])
+def test_dense_codes_are_the_sparse_ones_and_decode_alike(shape):
+    c, x = coder(), torch.randn(shape)
+    z, dense = c.encode(x), c.encode_dense(x)
+    torch.testing.assert_close(dense.detach(), z.to_dense())
+    assert dense.requires_grad == bool(x.numel())
+    torch.testing.assert_close(c.decode(dense), c.decode(z))
+    with torch.no_grad():
+        assert not c.encode_dense(x).requires_grad
+
+
+def test_dense_codes_have_the_gradients_of_the_codes():
+    c, x = coder(dtype=torch.float64), torch.randn(9, 6).double().requires_grad_()
+    ours = torch.autograd.grad(c.decode(c.encode_dense(x)).square().sum(), [x, *c.parameters()])
+    right = torch.autograd.grad(c(x).out.square().sum(), [x, *c.parameters()])
+    for mine, other in zip(ours, right, strict=True):
+        torch.testing.assert_close(mine, other)
+    made = torch.randn(4, 16).double().relu().requires_grad_()  # somebody's own codes: zeros have a gradient, too
+    mine, other = (
+        torch.autograd.grad(f(made).square().sum(), made)[0] for f in (c.decode, lambda a: a @ c.W_dec + c.b_dec)
+    )
+    torch.testing.assert_close(mine, other)
+
+
+def test_codes_of_another_width_are_not_decoded():
+    c = coder()
+    with pytest.raises(ValueError, match="they are of 4 latents, but this coder has 16"):
+        c.decode(c.encode(torch.randn(3, 6))[:, 4:8])
+
+
+@pytest.mark.parametrize(
+    "given", [np.ones((2, 6)), np.ones(6, "f4"), [[1.0] * 6] * 2, torch.ones(6).bfloat16()], ids=repr
+)
+def test_arrays_and_lists_are_activations(given):
+    c = coder()
+    x = torch.as_tensor(np.asarray(given)) if not isinstance(given, torch.Tensor) else given
+    torch.testing.assert_close(c(given).out, c(x.float()).out)
+    torch.testing.assert_close(c.encode(given).to_dense(), c.encode_dense(given).detach())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("some text", r"x: expected activations \[..., d_in\], not a str"),
+        ({"x": 1}, "not a dict"),
+        ([[1.0], [1.0, 2.0]], "not a list"),
+        (torch.arange(6), r"not torch.int64 \[6\]; token ids go through the language model"),
+        (0.5, r"not torch.float64 \[\]"),
+    ],
+)
+@pytest.mark.parametrize("act", ["encode", "encode_dense", "forward"])
+def test_what_is_no_activations_is_one_line(given, message, act):
+    with pytest.raises(TypeError, match=message):
+        getattr(coder(), act)(given)
+
+
 def test_a_wrong_width_is_named():
     with pytest.raises(ValueError, match="last dimension is 5, but this coder has d_in = 6"):
         coder()(torch.randn(3, 5))
@@ -157,6 +213,7 @@ def test_sparse_latents():
     assert torch.equal(z.to_dense(), torch.tensor([[1.0, 0, 0, 0], [0, 2, 3, 0]]))
     with pytest.raises(IndexError):
         z.row(2)
+    torch.testing.assert_close(SparseLatents.from_dense(z.to_dense()).to_dense(), z.to_dense())
 
 
 @pytest.mark.parametrize("kind", ["none", "scalar", "layer_norm", "l2"])

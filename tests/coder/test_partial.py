@@ -87,8 +87,8 @@ def agrees(coder, x, gradients, asked, exact=False):
     expected = entries(full, asked)
     assert list(entries(some)) == list(expected), "other entries, or in another order"
     assert list(entries(some).values()) == pytest.approx(list(expected.values()), rel=1e-5, abs=0 if exact else 1e-5)
-    assert (some.d_sae, some.shape) == (D_SAE, tuple(x.shape[:-1]))
-    assert torch.equal(some.offsets.diff(), torch.bincount(some.tokens, minlength=len(full)))
+    assert some.shape == (*x.shape[:-1], D_SAE)
+    assert torch.equal(some.offsets.diff(), torch.bincount(some.tokens, minlength=full.n_tokens))
     assert some.values.dtype == coder.W_enc.dtype
 
 
@@ -148,7 +148,7 @@ def test_any_leading_shape_and_no_latents_at_all(rule, shape):
     x, gradients = batch(coder, shape=shape)
     for asked in ([5, 3, 20], []):
         agrees(coder, x, gradients, asked)
-    assert coder.encode(x, gradients, torch.tensor([2])).shape == shape
+    assert coder.encode(x, gradients, torch.tensor([2])).shape == (*shape, D_SAE)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,33 @@
+"""Compressed rows: row i of a matrix owns entries offsets[i]:offsets[i+1] of what is listed row after row."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def offsets_of(counts: Int[Tensor, "n"]) -> Int[Tensor, "n_plus_1"]:
+    """Returns where rows of so many entries begin, and the end of the last."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def rows_of(offsets: Int[Tensor, "n_plus_1"]) -> Int[Tensor, "nnz"]:
+    """Returns the row of every entry."""
+    return torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff())
+
+
+def flat(offsets: Int[Tensor, "n_plus_1"], columns: Int[Tensor, "nnz"], m: int) -> Int[Tensor, "nnz"]:
+    """Returns where every entry lies in the matrix of m columns, flattened.
+
+    Reading and writing there, with `index_select`, is faster on a CPU than by row and column, and so is its gradient.
+    """
+    begins = torch.arange(0, m * (offsets.numel() - 1), m, device=offsets.device)
+    return torch.repeat_interleave(begins, offsets.diff()).add_(columns)
+
+
+def entries_of(
+    offsets: Int[Tensor, "n_plus_1"], rows: Int[Tensor, "r"]
+) -> tuple[Int[Tensor, "r_plus_1"], Int[Tensor, "picked"]]:
+    """Returns (offsets, entries) of some rows, in the order in which they are named."""
+    picked = offsets_of(offsets.diff()[rows])
+    shifts = torch.repeat_interleave(offsets[:-1][rows] - picked[:-1], picked.diff())
+    return picked, shifts + torch.arange(len(shifts), device=shifts.device)
