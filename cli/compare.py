@@ -1,12 +1,13 @@
 """sae-explain compare: which latents of two explained coders are the same, and whether their explanations say so."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sae.base.errors import ConfigError
 
-from .common import DONE, Parser
+from .parsing import JSON, Parser
+from .running import DONE, log
+from .telling import plain, report
 
 TOKENS = 100_000
 
@@ -20,9 +21,8 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--encoder", metavar="MODEL", default="tfidf", help="sentence encoder (default: %(default)s)")
     parser.add_argument("--encoder-url", metavar="URL", help="a server that runs it (default: this process)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens for co-activation (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write all here (default: compare-B.json in A's folder)")
+    parser.add_json("with a file, write all there (default: compare-B.json in A's folder)")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(argv)
     if options.tokens < 1:
         raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
@@ -35,11 +35,13 @@ def command(argv: list[str]) -> int:
     via = ("http", (options.encoder_url,)) if options.encoder_url else ("local", ())
     a, b = (run_folder(Path(path)) for path in (options.a, options.b))
     encoder = EndpointConfig(options.encoder, *via)
-    target = Path(options.json).expanduser() if options.json else a / f"compare-{b.resolve().parent.name}.json"
+    named = options.json not in (None, JSON)
+    target = Path(options.json).expanduser() if named else a / f"compare-{b.resolve().parent.name}.json"
     check_file(target, "--json")
     found = compare(a, b, encoder, options.explainer, options.tokens, options.trust_remote_code)
-    write_json(target, json.loads(json.dumps(found)))
-    print("\n".join([*_lines(found), "", f"json         {target}"]))
+    write_json(target, plain(found))
+    report(options.json == JSON, found, _lines(found))
+    log.info("json         %s", target)
     return DONE
 
 

@@ -1,7 +1,5 @@
 """sae-eval: held-out metrics of a coder, or of every coder of a run or repository, as a table and one JSON."""
 
-import json
-import logging
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 from sae.base.errors import ConfigError
 from sae.base.settings import read_yaml
 
-from .common import DONE, Parser, add_hints, hints, print_tables, read_config, run
+from .common import read_config
+from .parsing import JSON, Parser, add_hints, hints
+from .running import DONE, log, run
+from .telling import plain, report, say_next, tables
 
 if TYPE_CHECKING:
     from sae.coder.spec import CoderSpec
@@ -29,11 +30,10 @@ def command(argv: list[str]) -> int:
     parser.add_argument("path", help="a run folder, a coder, or whatever else `sae.load` takes")
     parser.add_argument("--tokens", type=int, default=65_536, help="held-out tokens (default: %(default)s)")
     parser.add_argument("--nulls", action="store_true", help="also an untrained dictionary and PCA at the same L0")
-    parser.add_argument("--json", metavar="FILE", help="write the metrics here (default: below the run folder)")
+    parser.add_json("with a file, write the metrics there (default: sae-eval.json in the run folder)")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
     parser.add_argument("--repair", action="store_true", help="verify the cached text and make it again if damaged")
     add_hints(parser)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options, overrides = parser.parse_fields(argv)
     if options.tokens < 1:
         raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
@@ -49,7 +49,8 @@ def command(argv: list[str]) -> int:
     from sae.training.config import TrainConfig
 
     path = Path(options.path).expanduser()
-    target = Path(options.json).expanduser() if options.json else (path if path.is_dir() else Path()) / "sae-eval.json"
+    named = options.json not in (None, JSON)
+    target = Path(options.json).expanduser() if named else (path if path.is_dir() else Path()) / "sae-eval.json"
     check_file(target, "--json")
     coders = hub.load_all(options.path, revision=options.revision, **hints(options))
     spec = next(iter(coders.values())).spec
@@ -83,12 +84,13 @@ def command(argv: list[str]) -> int:
     with stop_flag() as stop:
         text = tokenize(config.text, lm.tokenizer, lm.source(), Watch(stop, repair=options.repair))
         held_out = f"{text.held_out.n_rows * text.held_out.context_length:,}"
-        logging.getLogger(__name__).info("text: %s held-out tokens, %s", held_out, what_was_met(text.meta))
+        log.info("text: %s held-out tokens, %s", held_out, what_was_met(text.meta))
         coders = {name: coder.to(lm.device) for name, coder in coders.items()}
         found = evaluate(coders, lm, text.held_out, options.tokens, options.nulls, stop, second)
-    write_json(target, json.loads(json.dumps(found)))
-    print_tables(found)
-    print(f"\njson         {target}")
+    write_json(target, plain(found))
+    report(options.json == JSON, found, tables(found))
+    log.info("json         %s", target)
+    say_next(["sae-explain", options.path])
     return DONE
 
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 from sae.base.errors import ConfigError, nearest
 
-from .common import DONE, Parser
+from .parsing import Parser
+from .running import DONE
+from .telling import report, say_next
 
 
 def export(argv: list[str]) -> int:
@@ -15,7 +17,7 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--model-id", required=True, help="Neuronpedia's name of the model, such as gpt2-small")
     parser.add_argument("--source-id", required=True, help="Neuronpedia's name of the coder, such as 6-res-jb")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_json()
     options = parser.parse_args(argv)
 
     from dataclasses import replace
@@ -36,7 +38,8 @@ def export(argv: list[str]) -> int:
         examples = (prepared.examples(latent) for latent in prepared.latents.tolist())
         names = options.model_id, options.source_id
         counts = export_run(folder, options.folder, config.all_scorers(), *names, examples, config.text.source)
-    print(f"{counts.explanations} explanations and {counts.activations} windows in {options.folder}")
+    told = f"{counts.explanations} explanations and {counts.activations} windows in {options.folder}"
+    report(options.json, {"folder": options.folder, **counts._asdict()}, [told])
     return DONE
 
 
@@ -46,7 +49,7 @@ def take_in(argv: list[str]) -> int:
     parser.add_argument("results", help="folder of a delphi run, which holds explanations/ and scores/")
     parser.add_argument("run_dir", help="folder of the new run")
     parser.add_argument("--hookpoint", help="which of several")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_json()
     options = parser.parse_args(argv)
 
     from interp.exchange.delphi import EXPLAINER, SCORERS, read_explanations, read_scores
@@ -78,5 +81,6 @@ def take_in(argv: list[str]) -> int:
             scored.append(row)
     names = {scorer.get_choice_name(type(scorer)): scorer for scorer in SCORERS.values()}
     summary = write_results(run_dir, names, {"imported": "delphi", "hookpoint": chosen})
-    print("\n".join(summary_lines(summary, run_dir)))
+    report(options.json, {"run_dir": run_dir, **summary}, summary_lines(summary, run_dir))
+    say_next(["sae-explain", "show", run_dir, *map(str, sorted(explanations.get(chosen, {}))[:1])])
     return DONE

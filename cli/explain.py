@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from sae.base.errors import ConfigError
 
-from .common import DONE, Parser, field_help, read_config, run
+from .common import field_help, read_config
+from .parsing import Parser
 from .recipes import config_path, fields_of, first_lines
+from .running import DONE, log, run
+from .telling import report, say_next
 
 if TYPE_CHECKING:
     from interp.run.config import ExplainConfig
@@ -36,9 +39,7 @@ def command(argv: list[str]) -> int:
     """Parses and acts."""
     if argv[:1] and argv[0] in COMMANDS:
         return _other(argv[0])(argv[1:])
-    from argparse import RawDescriptionHelpFormatter
-
-    parser = Parser("sae-explain", description=__doc__, epilog=EPILOG, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser("sae-explain", description=__doc__, epilog=EPILOG)
     parser.add_argument("path", nargs="?", help="folder of a training run or of one coder")
     parser.add_argument("--config", metavar="NAME|FILE", help="a shipped config or a YAML file")
     parser.add_argument("--null", metavar="N|all", help="latents scored with another one's explanation too")
@@ -54,10 +55,11 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--help-fields", action="store_true", help="list every config field and exit")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
     parser.add_argument("--repair", action="store_true", help="verify what is stored and make again what is damaged")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_json()
     options, overrides = parser.parse_fields(argv)
     if options.list_configs:
-        print("\n".join(first_lines("explain")))
+        told = first_lines("explain")
+        report(options.json, told, (f"{name:20}{about}" for name, about in told.items()))
         return DONE
 
     from interp.run.config import ExplainConfig
@@ -73,9 +75,9 @@ def command(argv: list[str]) -> int:
     config = read_config(ExplainConfig, said, _words(options) + overrides, began)
     config.validate()
     if options.print_config:
-        from sae.base.settings import to_yaml
+        from sae.base.settings import encode, to_yaml
 
-        print(to_yaml(config.shown()), end="")
+        report(options.json, encode(config.shown()), [to_yaml(config.shown()).rstrip()])
         return DONE
     return _explain(config, _shard(options.shard), options)
 
@@ -83,28 +85,37 @@ def command(argv: list[str]) -> int:
 def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> int:
     from interp.run.explaining import explain_run
     from interp.run.preparing import resolve_config
-    from interp.run.telling import summary_lines
 
     config = resolve_config(config)
     if options.dry_run:
         from interp.run.estimate import dry_run
 
-        print("\n".join(dry_run(config, options.trust_remote_code)))
+        lines = dry_run(config, options.trust_remote_code)
+        report(options.json, {"lines": lines}, lines)
         return DONE
     how = {name: getattr(options, name) for name in ("retry_failed", "repair", "trust_remote_code")}
     found = explain_run(config, shard, **how)
     if found is None:
         return DONE  # the ranks share the passes; what is left is to wait for answers
     if found.summary is not None:
-        print("\n".join(summary_lines(found.summary, found.run_dir, found.latents)))
-        print(f"\nresults      {found.run_dir / 'results.parquet'}")
-        print(f"summary      {found.run_dir / 'summary.json'}")
+        _tell(found.summary, found.run_dir, found.latents, options.json)
     if found.cut_off:
         hint = "" if "goes on" in found.cut_off else "; the same command goes on with what is missing"
         print(f"error: {found.cut_off}{hint}", file=sys.stderr)
     elif found.failed:
         print(f"error: {found.failed}; --retry-failed does them again", file=sys.stderr)
     return PARTIAL if found.cut_off or found.failed else DONE
+
+
+def _tell(summary: dict[str, Any], run_dir: Path, latents: list[int] | None, as_json: Any) -> None:
+    """Tells what the folder of a run amounts to, where that lies, and how to look at its best label."""
+    from interp.run.telling import summary_lines
+
+    report(as_json, {"run_dir": run_dir, **summary}, summary_lines(summary, run_dir, latents))
+    log.info("results      %s", run_dir / "results.parquet")
+    log.info("summary      %s", run_dir / "summary.json")
+    best = [row["latent"] for rows in summary["best"].values() for row in rows] or latents or []
+    say_next(["sae-explain", "show", run_dir, *map(str, best[:1])])
 
 
 def _other(name: str) -> Callable[[list[str]], int]:
@@ -127,14 +138,13 @@ def _other(name: str) -> Callable[[list[str]], int]:
 def _merge(argv: list[str]) -> int:
     parser = Parser("sae-explain merge", description="Put the shards of a run together.")
     parser.add_argument("run_dir", help="folder of the run, which holds shards/")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_json()
     options = parser.parse_args(argv)
     from interp.run.explaining import tell_run
     from interp.run.rundir import run_folder
-    from interp.run.telling import summary_lines
 
     run_dir = run_folder(Path(options.run_dir))
-    print("\n".join(summary_lines(tell_run(run_dir), run_dir)))
+    _tell(tell_run(run_dir), run_dir, None, options.json)
     return DONE
 
 

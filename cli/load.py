@@ -1,17 +1,17 @@
 """sae-load: find released coders, look at them, fetch, convert, publish and check them."""
 
 import argparse
-import json
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae.base.errors import ConfigError
 from sae.base.units import data_size
 
-from .common import DONE, ERROR, Parser, add_hints, hints, run
+from .parsing import Parser, add_hints, hints
+from .running import DONE, ERROR, log, run
+from .telling import report, say_next
 
 if TYPE_CHECKING:
     from sae.coder.coder import SparseCoder
@@ -41,24 +41,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(argv: list[str]) -> int:
     """Parses and acts."""
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = Parser("sae-load", description=__doc__, epilog=EPILOG, formatter_class=kind)
+    parser = Parser("sae-load", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    def added(name: str, act: Any, path: str = "ID") -> argparse.ArgumentParser:
+    def added(name: str, act: Any, path: str = "ID") -> Parser:
         found = commands.add_parser(name, help=act.__doc__, description=act.__doc__)
-        found.set_defaults(act=act)
+        found.set_defaults(act=act, parser=found)
         if path:
             found.add_argument("id", metavar=path, help="a folder, a hub address or a released name")
             add_hints(found)
             found.add_argument("--model-name", metavar="MODEL", help="the language model, if its files do not say")
             found.add_argument("--cache-dir", metavar="FOLDER", help="instead of huggingface_hub's cache")
-        found.add_argument("--debug", action="store_true", help="show tracebacks")
+        found.add_json()
         return found
 
     listing = added("list", _list, "")
     listing.add_argument("--model", help="only coders of this language model: a hub id, or the end of one")
-    listing.add_argument("--json", action="store_true", help="print JSON")
     added("show", _show)
     fetch = added("fetch", _fetch)
     fetch.add_argument("--to", metavar="FOLDER", help="put the files below this folder instead of the cache")
@@ -82,12 +80,10 @@ def _list(options: argparse.Namespace) -> int:
     from sae.loading.releases import list_released
 
     rows = list_released(options.model)
-    if options.json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
-        return DONE
     head = ("release", "model", "coders", "layers", "widths", "L0", "format", "verified")
-    _print_table([head, *map(_release_row, rows)])
-    print(f"\n{len(rows)} releases, {sum(row.coders or 0 for row in rows):,} coders; sae-load show RELEASE lists them")
+    counts = f"{len(rows)} releases, {sum(row.coders or 0 for row in rows):,} coders"
+    report(options.json, rows, [*_table([head, *map(_release_row, rows)]), "", counts])
+    say_next(["sae-load", "show", rows[0].name if len(rows) == 1 else "RELEASE"])
     return DONE
 
 
@@ -96,22 +92,27 @@ def _show(options: argparse.Namespace) -> int:
     members = _members(options.id)
     if members:
         head = ("coder", "in the repository", "L0", "Neuronpedia")
-        _print_table([head, *((c.address, c.path, _figure(c.l0), c.neuronpedia or "") for c in members)])
-        print(f"\n{len(members)} coders in hf://{members[0].repo}, expected in the format {members[0].format}")
-        print(members[0].notes, end="\n" if members[0].notes else "")
+        rows = [(c.address, c.path, _figure(c.l0), c.neuronpedia or "") for c in members]
+        counts = f"{len(members)} coders in hf://{members[0].repo}, expected in the format {members[0].format}"
+        told = [{"address": coder.address, **vars(coder)} for coder in members]
+        report(options.json, told, [*_table([head, *rows]), "", counts, *filter(None, [members[0].notes])])
+        say_next(["sae-load", "show", members[0].address])
         return DONE
     from sae.loading.outline import coders_at, outline
 
     files, below, hints = _located(options)
     found = coders_at(files, below, hints)
     if len(found) == 1:
-        _print_table(_facts(options.id, outline(found[0])))
+        known = outline(found[0])
+        report(options.json, _told(options.id, known), _table(_facts(options.id, known)))
+        say_next(["sae-load", "doctor", options.id])
         return DONE
     folders = [place.folder for place in found]
-    for place in found:
-        alone = place.folder and folders.count(place.folder) == 1
-        print(f"{files.identity}/{place.folder if alone else place.weights}")
-    print(f"\n{len(found)} coders; sae-load show says more of each")
+    alone = [bool(place.folder) and folders.count(place.folder) == 1 for place in found]
+    parts = (place.folder if one else place.weights for place, one in zip(found, alone, strict=True))
+    addresses = [f"{files.identity}/{part}" for part in parts]
+    report(options.json, addresses, [*addresses, "", f"{len(found)} coders"])
+    say_next(*([["sae-load", "show", addresses[0]]] if addresses else []))
     return DONE
 
 
@@ -128,14 +129,17 @@ def _fetch(options: argparse.Namespace) -> int:
     else:
         files, below, hints = _located(options)
         if not isinstance(files, HubFiles):
-            print(f"on this disk {Path(files.identity, below)}")
+            here = Path(files.identity, below)
+            report(options.json, {"folder": here, "files": []}, [f"on this disk {here}"])
             return DONE
         found = coders_at(files, below, hints)
         whole = [name for name in files.names() if not below or name.startswith(f"{below}/")]
         names = files_needed(outline(found[0])) if len(found) == 1 else with_configs(files, whole)
     target = Path(options.to).expanduser() / files.identity if options.to else None
     _download(files, names, target)
-    print(f"in           {(target or files.snapshot) / below}")
+    folder = (target or files.snapshot) / below
+    report(options.json, {"folder": folder, "revision": files.revision, "files": names}, [f"in           {folder}"])
+    say_next(["sae-load", "doctor", folder if target else options.id])
     return DONE
 
 
@@ -146,14 +150,15 @@ def _download(files: "HubFiles", names: list[str], target: Path | None) -> None:
     left = [name for name in names if target or not files.is_cached(name)]
     sizes = files.sizes(left)
     total, root = sum(sizes.values()), target or files.folder
-    print(f"to fetch     {len(left)} of {len(names)} files, {data_size(total)}, of commit {files.revision}")
+    of = f"{len(left)} of {len(names)} files, {data_size(total)}"
+    log.info("to fetch     %s, of commit %s", of, files.revision)
     free = shutil.disk_usage(next(path for path in [root, *root.absolute().parents] if path.exists())).free
     if total > free:
         raise ConfigError(
             f"{'--to' if target else '--cache-dir'}: {data_size(total)} are needed, {data_size(free)} are free"
         )
     for number, name in enumerate(left, 1):
-        print(f"{f'{number}/{len(left)}':12} {name}  {data_size(sizes.get(name, 0))}", flush=True)
+        log.info("%-12s %s  %s", f"{number}/{len(left)}", name, data_size(sizes.get(name, 0)))
         digests.verify(files.copy_into(name, target) if target else files.path(name))
 
 
@@ -164,9 +169,11 @@ def _convert(options: argparse.Namespace) -> int:
 
     coder = hub.load(options.id, **_load_arguments(options))
     changed = convert(coder, options.to, options.folder)
-    print(f"written      {Path(options.folder).expanduser()}, in the format {options.to}")
-    if changed:
-        print(f"not kept     {', '.join(changed)}: said otherwise or not at all; the map is the same")
+    folder = Path(options.folder).expanduser()
+    lost = [f"not kept     {', '.join(changed)}: said otherwise or not at all; the map is the same"] if changed else []
+    told = {"folder": folder, "format": options.to, "not_kept": list(changed)}
+    report(options.json, told, [f"written      {folder}, in the format {options.to}", *lost])
+    say_next(["sae-load", "show", folder])
     return DONE
 
 
@@ -178,7 +185,9 @@ def _push(options: argparse.Namespace) -> int:
     coders = hub.load_all(options.id, **_load_arguments(options))
     if len(coders) == 1:
         coders = {"": next(iter(coders.values()))}
-    print(f"pushed       {push(coders, options.repo, options.private)}")
+    url = push(coders, options.repo, options.private)
+    report(options.json, {"url": url, "coders": list(coders)}, [f"pushed       {url}"])
+    say_next(["sae-load", "show", options.repo])
     return DONE
 
 
@@ -197,11 +206,15 @@ def _doctor(options: argparse.Namespace) -> int:
     lm = load_language_model(model, trust_remote_code=options.trust_remote_code)
     reports = {said: diagnose(coder, lm, options.tokens, options.text) for said, coder in coders.items()}
     ranked = sorted(reports.items(), key=lambda found: found[1].score)
-    for said, report in ranked:
-        print("\n".join([*([f"with --{said}:"] if said else []), *report.lines()]))
-    if len(ranked) > 1:
-        print(f"fits best    --{ranked[0][0]}")
-    return DONE if ranked[0][1].healthy else ERROR
+    lines = [line for said, found in ranked for line in [*([f"with --{said}:"] if said else []), *found.lines()]]
+    best, found = ranked[0]
+    lines += [f"fits best    --{best}"] if len(ranked) > 1 else []
+    told = [{"with": said, **vars(found)} for said, found in ranked]
+    report(options.json, told if len(told) > 1 else told[0], lines)
+    if found.healthy:
+        said = [f"--{word}" if i == 0 else word for i, word in enumerate(best.split())]
+        say_next(["sae-eval", options.id, *said])
+    return DONE if found.healthy else ERROR
 
 
 def _open_questions(options: argparse.Namespace) -> "dict[str, SparseCoder]":
@@ -242,6 +255,24 @@ def _members(typed: str) -> "list[Release]":
 
     found = releases.coders_of(typed) if typed in releases.names() and not Path(typed).exists() else []
     return found if len(found) > 1 else []
+
+
+def _told(typed: str, known: "Outline") -> dict[str, Any]:
+    """Returns what is known of a coder without its weights, as JSON has it."""
+    from sae.loading.hints import known_release
+
+    place, tensors = known.place, known.tensors.items()
+    return {
+        "address": typed,
+        "files": place.files.label,
+        "revision": place.files.revision,
+        "weights": place.weights,
+        "format": known.format,
+        "tensors": {name: {"dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in tensors},
+        "spec": known.spec and known.spec.to_json(),
+        "why": known.why,
+        "published": known_release(place),
+    }
 
 
 def _facts(typed: str, known: "Outline") -> list[tuple[str, str]]:
@@ -290,10 +321,9 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def _print_table(rows: list[Any]) -> None:
+def _table(rows: list[Any]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 if __name__ == "__main__":

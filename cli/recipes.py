@@ -27,10 +27,10 @@ def configs(kind: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def first_lines(kind: str) -> list[str]:
-    """Returns the shipped configs of a kind as lines for people: the name, and what the file says it is."""
+def first_lines(kind: str) -> dict[str, str]:
+    """Returns by name what the shipped configs of a kind are, as their first lines say it."""
     shipped = configs(kind).items()
-    return [f"{name:20}{path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}" for name, path in shipped]
+    return {name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, path in shipped}
 
 
 def config_path(name: str, kind: str) -> Path:

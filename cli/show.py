@@ -1,13 +1,13 @@
 """sae-explain show: a latent's labels, scores, firing statistics and windows, from the folder of a run alone."""
 
-import os
 import shlex
-import sys
 from pathlib import Path
 
 from sae.base.errors import ConfigError
 
-from .common import DONE, Parser
+from .parsing import Parser
+from .running import DONE
+from .telling import report, wants_colors
 
 
 def command(argv: list[str]) -> int:
@@ -15,7 +15,7 @@ def command(argv: list[str]) -> int:
     parser = Parser("sae-explain show", description=__doc__)
     parser.add_argument("path", help="folder of an explained run, or of its coder")
     parser.add_argument("latents", nargs="+", metavar="ID", help="latents: ids and ranges, such as 508 or 40-49")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_json()
     options = parser.parse_args(argv)
 
     from interp.run.preparing import asked_latents
@@ -30,7 +30,10 @@ def command(argv: list[str]) -> int:
         raise ConfigError(f"latents: {' '.join(options.latents)!r} names no latent; give ids, such as 508 or 40-49")
     config = folder / "config.yaml"
     again = f"sae-explain --config {shlex.quote(str(config))} --latents=" if config.is_file() else ""
-    colors = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    if options.json:
+        report(True, list(run.records(asked)), ())
+        return DONE
     for number, record in enumerate(run.records(asked)):
-        print("\n".join([*([""] if number else []), *lines(record, again and f"{again}{record.latent}", colors)]))
+        command = again and f"{again}{record.latent}"
+        report(False, record, [*([""] if number else []), *lines(record, command, wants_colors())])
     return DONE

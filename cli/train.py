@@ -1,15 +1,16 @@
 """sae-train: train, evaluate and save sparse coders on a language model's activations."""
 
-import logging
 import sys
 from pathlib import Path
 
 from sae.base.errors import ConfigError
 
-from .common import DONE, Parser, field_help, print_tables, read_config, run
+from .common import field_help, read_config
+from .parsing import Parser
 from .recipes import FAMILY, MODEL, first_lines, recipe
+from .running import DONE, log, run
+from .telling import report, say_next, tables
 
-log = logging.getLogger(__name__)
 EPILOG = """Every config field is an option: --coder.selection.k 64 --activations.sites '[layers.3]'.
 Examples:
   sae-train                                          the embedded quickstart: under two minutes, nothing downloaded
@@ -27,9 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(argv: list[str]) -> int:
     """Parses and acts."""
-    from argparse import RawDescriptionHelpFormatter
-
-    parser = Parser("sae-train", description=__doc__, epilog=EPILOG, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser("sae-train", description=__doc__, epilog=EPILOG)
     parser.add_argument("--config", metavar="NAME|FILE", help=f"a family of coders or a YAML file (default: {FAMILY})")
     parser.add_argument("--on", metavar="MODEL|FILE", help=f"the model it is trained on (default: {MODEL})")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
@@ -39,10 +38,10 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--help-fields", action="store_true", help="list every config field and exit")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
     parser.add_argument("--repair", action="store_true", help="verify the caches and make again what is damaged")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_json()
     options, overrides = parser.parse_known_args(argv)
     if options.list_configs:
-        return _list_configs()
+        return _list_configs(options.json)
 
     from sae.training.config import TrainConfig
 
@@ -63,32 +62,33 @@ def command(argv: list[str]) -> int:
         config = read_config(TrainConfig, recipe(options.config, options.on), overrides)
     config.validate()
     if options.print_config:
-        from sae.base.settings import to_yaml
+        from sae.base.settings import encode, to_yaml
 
-        print(to_yaml(config), end="")
+        report(options.json, encode(config), [to_yaml(config).rstrip()])
         return DONE
     if options.dry_run:
         from sae.training.estimate import estimate
 
-        print("\n".join(estimate(config, options.trust_remote_code).lines()))
+        found = estimate(config, options.trust_remote_code)
+        report(options.json, {**vars(found), "peak_memory": found.peak_memory}, found.lines())
         return DONE
     resume, folder = folder is not None, folder or _new_folder(config)
-    return _train(config, folder, resume, options.trust_remote_code, options.repair)
+    return _train(config, folder, resume, options)
 
 
-def _train(config, folder: Path, resume: bool, trust_remote_code: bool, repair: bool) -> int:
+def _train(config, folder: Path, resume: bool, options) -> int:
     from sae.base.memory import keep_freed_memory
     from sae.training.run import train
 
     keep_freed_memory()
-    _announce(config, folder, trust_remote_code)
-    result = train(config, resume, trust_remote_code, folder, repair)
-    print_tables(result.metrics)
-    if result.metrics:
-        print(f"\nrun folder   {folder}")
+    _announce(config, folder, options.trust_remote_code)
+    result = train(config, resume, options.trust_remote_code, folder, options.repair)
+    if result.metrics:  # those of the first rank
+        report(options.json, {"run_dir": folder, "metrics": result.metrics}, tables(result.metrics))
+        log.info("run folder   %s", folder)
         if (folder / "report.html").is_file():
-            print(f"picture      {folder / 'report.html'}")
-        print(f"next         sae-eval {folder}\n             sae-explain {folder}")
+            log.info("picture      %s", folder / "report.html")
+        say_next(["sae-eval", folder], ["sae-explain", folder])
     return DONE
 
 
@@ -135,13 +135,15 @@ def _new_folder(config) -> Path:
     return folder
 
 
-def _list_configs() -> int:
+def _list_configs(as_json: str | None) -> int:
+    told = {kind: first_lines(kind) for kind in ("families", "models")}
+    lines: list[str] = []
     for kind, option, default in (("families", "--config", FAMILY), ("models", "--on", MODEL)):
-        print(
-            "\n".join([f"{kind}, for {option} (default: {default})", *(f"  {line}" for line in first_lines(kind)), ""])
-        )
-    print("Any family goes on any model: sae-train --config jumprelu --on smollm2")
-    print("A file of your own begins with: extends: jumprelu on smollm2")
+        listed = [f"  {name:20}{about}" for name, about in told[kind].items()]
+        lines += [f"{kind}, for {option} (default: {default})", *listed, ""]
+    lines.append("Any family goes on any model: sae-train --config jumprelu --on smollm2")
+    lines.append("A file of your own begins with: extends: jumprelu on smollm2")
+    report(as_json, told, lines)
     return DONE
 
 

@@ -47,8 +47,14 @@ _TEMP_NAME = re.compile(r"\.tmp-(\w+)-(\d{1,9})-(\w+)-(?:\d{6}-)?")  # host, pro
 
 
 def cache_dir() -> Path:
-    """Returns the folder for what can be made again: $SAE_CACHE, or ~/.cache/sae-interp. It may not exist yet."""
-    return Path(os.environ.get("SAE_CACHE") or "~/.cache/sae-interp").expanduser()
+    """Returns the folder for what can be made again, which may not exist yet.
+
+    It is $SAE_CACHE, else sae-interp in $XDG_CACHE_HOME, else in ~/.cache; a relative path in $XDG_CACHE_HOME is none.
+    """
+    if own := os.environ.get("SAE_CACHE"):
+        return Path(own).expanduser()
+    shared = Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()
+    return (shared if shared.is_absolute() else Path("~/.cache").expanduser()) / "sae-interp"
 
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:

@@ -1,5 +1,6 @@
 """Packages whose names live in other modules and are imported when they are first used."""
 
+import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -16,6 +17,8 @@ def on_demand(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], A
             return import_module("sae.base.version").version()
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if os.environ.get("SAE_LOG"):
+            import_module("sae.base.logs").listen_if_asked()
         return getattr(import_module(homes[name]), name)
 
     return get, lambda: sorted([*homes, "__version__"])

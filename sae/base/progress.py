@@ -14,6 +14,7 @@ from weakref import WeakSet
 from tqdm import tqdm
 
 from sae.base.errors import Stopped
+from sae.base.logs import quiet
 from sae.base.units import duration
 
 log = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ def _face(display: Display) -> tuple[Face, Face]:
         return _Bar(display), _Lines()
     if not isinstance(display, bool):
         return _Calls(display), _silent
-    if not display:
+    if not display or quiet():
         return _silent, _silent
     if watched():
         from tqdm.auto import tqdm as fitting  # the notebook's, where that can be shown

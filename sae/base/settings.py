@@ -76,6 +76,11 @@ def parse_value(kind: type[Any], key: str, text: str) -> Any:
     return value
 
 
+def encode(config: Any) -> dict[str, Any]:
+    """Returns a config as plain values, those of its files."""
+    return draccus.encode(config)
+
+
 def to_yaml(config: Any) -> str:
     """Returns a config as YAML that decodes to the same config."""
     return yaml.dump(draccus.encode(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -228,6 +228,11 @@ def test_cache_dir_is_the_environments_or_the_home_folders(monkeypatch, tmp_path
     monkeypatch.setenv("SAE_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path
     monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("SAE_CACHE")
+    assert cache_dir() == tmp_path / "shared" / "sae-interp"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # "all paths must be absolute", and others are to be ignored
     for unset in (lambda: monkeypatch.setenv("SAE_CACHE", ""), lambda: monkeypatch.delenv("SAE_CACHE")):
         unset()
         assert cache_dir() == Path("/home/someone/.cache/sae-interp")

@@ -24,10 +24,11 @@ def run(tmp_path, tiny_train):
 
 def test_a_run_gives_a_table_and_a_file_with_the_figures_of_its_end(run, capsys):
     assert main([str(run), "--tokens", "256"]) == 0
-    printed = capsys.readouterr().out
-    assert "coders/model.layers.1/k=2" in printed
-    assert "CE recovered" in printed
-    assert printed.splitlines()[-1] == f"json         {run / 'sae-eval.json'}"
+    printed = capsys.readouterr()
+    assert "coders/model.layers.1/k=2" in printed.out
+    assert "CE recovered" in printed.out
+    told = [f"json         {run / 'sae-eval.json'}", f"next         sae-explain {run}"]
+    assert printed.err.splitlines()[-2:] == told
     found = json.loads((run / "sae-eval.json").read_text())
     wanted = json.loads((run / "evaluation.json").read_text())
     for k in (2, 4):
@@ -100,7 +101,7 @@ def test_more_tokens_other_text_and_nulls(tmp_path, run, capsys):
         (["{run}", "--model.name", "./nowhere"], "model.name: no such folder: ./nowhere."),
         (["{run}", "--text.source", "./nowhere"], "text.source: no such file or folder: './nowhere'."),
         (["{run}", "--json", "{run}/config.yaml/found.json"], "--json: cannot write to {run}/config.yaml: "),
-        (["{run}", "--json", "{run}"], "--json: {run} is a folder; name a file, such as {run}/figures.json"),
+        (["{run}", "--json={run}"], "--json: {run} is a folder; name a file, such as {run}/figures.json"),
         (["{run}/checkpoints"], "path: {run}/checkpoints/ holds no coder in a known format; its files are "),
         (["{run}/nowhere"], "path: no such folder: {run}/nowhere."),
         ([], "the following arguments are required: path"),
@@ -138,6 +139,6 @@ def test_figures_are_kept_where_nobody_reads_the_table(run, monkeypatch, capsys)
     def broken(_found):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("cli.evaluate.print_tables", broken)
+    monkeypatch.setattr("cli.evaluate.tables", broken)
     main([str(run), "--tokens", "64"])
     assert (run / "sae-eval.json").is_file()

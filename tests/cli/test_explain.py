@@ -122,7 +122,7 @@ def test_shards_are_merged_and_runs_compared_and_exported(explain, tmp_path, mad
     co = found["matchings"]["co-activation"]
     assert co["mean_strength"] == pytest.approx(1)
     assert co["similarity"]["value"]["value"] > co["similarity"]["null"]["value"]
-    code, printed = explain("compare", tmp_path / "a", tmp_path / "b", "--json", tmp_path / "b")
+    code, printed = explain("compare", tmp_path / "a", tmp_path / "b", f"--json={tmp_path / 'b'}")
     assert (code, f"--json: {tmp_path / 'b'} is a folder" in error_of(printed)) == (2, True)
     code, printed = explain(tmp_path / "b")
     assert (code, "is an explained run, it holds no coder" in error_of(printed)) == (2, True)

@@ -175,14 +175,17 @@ def test_an_import_is_shown(show, tmp_path):
         (True, {"NO_COLOR": ""}, True),
         (True, {"TERM": "dumb"}, False),
         (False, {}, False),
+        (False, {"FORCE_COLOR": "1"}, True),
+        (True, {"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
     ],
 )
 def test_colors_are_for_terminals_that_want_them(made, show, monkeypatch, is_terminal, environment, bold):
-    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("cli.show.sys.stdout.isatty", lambda: is_terminal)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
     _, printed = show(made / "coder", 3)
     assert ("\x1b[1;7m" in printed) == bold
     assert ("«" in printed) != bold

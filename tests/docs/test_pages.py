@@ -20,7 +20,8 @@ from rigs.interp_examples import RIGHT, SINGLE, label, planted
 from rigs.markdown import NEEDS, ROOT, Block, anchors, blocks, links, pages, prose
 
 import sae
-from cli.common import Parser, read_config
+from cli.common import read_config
+from cli.parsing import Parser
 from interp.client.requests import Reply
 from interp.explainers import Explainer
 from interp.scorers import Scorer, Trial

@@ -1,0 +1,137 @@
+"""How every command runs: what it says and where, one-line errors, signals and exit codes."""
+
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from sae.base.errors import ConfigError, Stopped
+from sae.base.logs import asked_level, listening
+
+from . import ended_by
+
+DONE, ERROR, BAD_USAGE = 0, 1, 2
+DEBUG, QUIET, VERBOSE = ("--debug",), ("-q", "--quiet"), ("-v", "--verbose")
+NOISY = ("httpx", "httpx2", "huggingface_hub", "transformers", "datasets", "matplotlib")
+log = logging.getLogger(__package__)  # of all commands: the module that runs is called __main__
+
+
+def run(command: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0 done, 1 error, 2 bad usage or config, 75 stopped by a signal.
+
+    Results go to standard output, all else to standard error: as much as `--quiet` and `--verbose` or $SAE_LOG ask for.
+    Errors are one line; `--debug` adds the traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug, quiet, verbose = (_taken(arguments, *names) for names in (DEBUG, QUIET, VERBOSE))
+    try:
+        with ExitStack() as shown:
+            shown.enter_context(listening(_level(quiet, verbose), log.name))
+            shown.enter_context(_interruptible())
+            try:
+                code = command(arguments)
+            except SystemExit as ended:  # so do --help and --version end
+                code = ended.code if isinstance(ended.code, int) else DONE
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
+    except Stopped as stopped:
+        print(f"stopped {stopped}", file=sys.stderr)
+        return stopped.exit_code
+    except KeyboardInterrupt as ended:
+        number = ended.number if isinstance(ended, _Interrupted) else signal.SIGINT
+        print(ended_by(number), file=sys.stderr)
+        return 128 + number
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return DONE
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", ERROR)
+
+
+def _taken(arguments: list[str], *names: str) -> bool:
+    """Returns whether an option of all commands was typed, wherever it stands, and takes it out."""
+    found = [word for word in arguments if word in names]
+    for word in found:
+        arguments.remove(word)
+    return bool(found)
+
+
+def _level(quiet: bool, verbose: bool) -> int:
+    """Returns from which level on our loggers are heard, and keeps other libraries from saying more than that."""
+    asked = asked_level()
+    if quiet and verbose:
+        raise ConfigError("--quiet: does not go with --verbose; choose one")
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO if asked is None else asked
+    if level > logging.DEBUG:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it sets a level of its own, and looks once
+        for name in NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+    if level > logging.INFO or sys.stderr is None or not sys.stderr.isatty():  # bars of others
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return level if os.environ.get("RANK", "0") == "0" else max(level, logging.WARNING)
+
+
+class _Interrupted(KeyboardInterrupt):
+    """A signal came while nothing was under way that could be kept."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lets SIGTERM end the block as Ctrl-C does; a second one, if the first got lost in an import, at once.
+
+    Ranks of a launcher are left alone: one that waits for the others would not hear of it.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, _frame: object) -> None:
+        if came:
+            os._exit(128 + number)
+        came.append(number)
+        raise _Interrupted(number)
+
+    names = ("SIGINT", "SIGTERM") if os.environ.get("WORLD_SIZE", "1") == "1" else ()
+    alone = threading.current_thread() is threading.main_thread()
+    before = {name: signal.signal(getattr(signal, name), interrupt) for name in names if alone}
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        if came:  # a library made an error of its own of it
+            raise _Interrupted(came[0]) from error
+        raise
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is what broke: who read it has seen enough, and flushing the rest must not complain."""
+    try:
+        descriptor = sys.stdout.fileno()
+        poll = select.poll()
+    except (AttributeError, OSError, ValueError):  # there is none, it is no file, or this is no POSIX
+        return False
+    poll.register(descriptor, 0)
+    if not any(happened & select.POLLERR for _, happened in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return True
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{type(error).__name__}: {text}"
