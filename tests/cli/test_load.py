@@ -165,9 +165,7 @@ def test_show_of_a_pickle_does_not_fetch_it(load, hub):
 def test_fetch_takes_what_one_coder_needs_and_says_where_it_is(load, hub):
     code, lines, _ = load("fetch", f"{RELEASE}/blocks.2.hook_resid_pre")
     assert code == 0
-    assert load.to_fetch[0].startswith(
-        "to fetch     1 of 2 files, 1.33 kB, of commit "
-    )  # its config was looked at before
+    assert load.to_fetch[0].startswith("to fetch     1 of 2 files, 1.33 kB, of commit ")  # its config is here
     assert load.to_fetch[1].split() == ["1/1", "2-res_sce-ajt/sae_weights.safetensors", "1.33", "kB"]
     folder = lines[-1].split()[1]
     assert sorted(path.name for path in Path(folder).iterdir()) == ["cfg.json", "sae_weights.safetensors"]

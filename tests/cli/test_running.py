@@ -119,7 +119,7 @@ def test_subcommands_have_the_options_of_all(capsys):
     assert {compare.command, exchange.export, exchange.take_in, show.command}
 
 
-@pytest.mark.parametrize("words", [["load", "list"], ["train", "--list-configs"], ["explain", "--list-configs"]])
+@pytest.mark.parametrize("words", [["load", "list"], ["explain", "--list-configs"]])
 def test_json_is_all_that_is_on_standard_output(words):
     command = [sys.executable, "-m", f"cli.{words[0]}", *words[1:], "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)

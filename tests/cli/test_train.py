@@ -186,6 +186,10 @@ def test_families_and_models_are_listed_and_found_by_what_is_listed(capsys):
             assert main([option, line.split()[0], "--print-config"]) == 0
     assert len(families) > 20
     assert "sae-train --config jumprelu --on smollm2" in ways[0]
+    capsys.readouterr()
+    assert main(["--list-configs", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [len(told[kind]) + 1 for kind in ("families", "models")] == [len(families), len(models)]
 
 
 @pytest.mark.parametrize(
