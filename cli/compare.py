@@ -47,14 +47,13 @@ def command(argv: list[str]) -> int:
 
 def _lines(found: dict[str, Any]) -> list[str]:
     from interp.records import Measure
-    from interp.run.telling import with_interval
 
     lines = [f"{found['latents'][0]} and {found['latents'][1]} explained latents"]
     for name, value in found["mmcs"].items():
         if value is not None:
             lines.append(f"MMCS {name.replace('_', ' ')}   {value['value']:.3f}, random directions {value['null']:.3f}")
     for name, matching in found["matchings"].items():
-        parts = {key: with_interval(Measure(**value)) for key, value in matching["similarity"].items()}
+        parts = {key: str(Measure(**value)) for key, value in matching["similarity"].items()}
         lines.append(
             f"matched by {name}: mean {matching['mean_strength']:.3f}; explanations alike {parts['value']}, "
             f"pairs at random {parts['null']}, lift {parts['lift']}"

@@ -23,7 +23,8 @@ def export(argv: list[str]) -> int:
     from dataclasses import replace
 
     from interp.exchange.neuronpedia import export_run
-    from interp.run.preparing import prepare, resolve_config, spelled_out
+    from interp.run.latents import spelled_out
+    from interp.run.preparing import prepare, resolve_config
     from interp.run.rundir import latents_of, run_folder, saved_config
     from sae.base.paths import check_writable
     from sae.base.progress import Watch

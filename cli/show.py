@@ -3,8 +3,6 @@
 import shlex
 from pathlib import Path
 
-from sae.base.errors import ConfigError
-
 from .parsing import Parser
 from .running import DONE
 from .telling import report, wants_colors
@@ -18,16 +16,13 @@ def command(argv: list[str]) -> int:
     parser.add_json()
     options = parser.parse_args(argv)
 
-    from interp.run.preparing import asked_latents
     from interp.run.rundir import run_folder
-    from interp.view.record import ExplainedRun
+    from interp.view.explained import ExplainedRun
     from interp.view.terminal import lines
 
     folder = run_folder(Path(options.path))
     run = ExplainedRun(folder)
-    asked = asked_latents(",".join(dict.fromkeys(options.latents)), run.d_sae or 2**31)
-    if not isinstance(asked, list):
-        raise ConfigError(f"latents: {' '.join(options.latents)!r} names no latent; give ids, such as 508 or 40-49")
+    asked = run.ids(",".join(dict.fromkeys(options.latents)))
     config = folder / "config.yaml"
     again = f"sae-explain --config {shlex.quote(str(config))} --latents=" if config.is_file() else ""
     if options.json:

@@ -189,6 +189,14 @@ class Measure:
     low: float | None = None
     high: float | None = None
 
+    def __str__(self) -> str:
+        """Returns it as people read it."""
+        if self.value is None:
+            return "n/a"
+        if self.low is None or self.high is None:
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
 
 @dataclass(frozen=True)
 class Score:

@@ -51,6 +51,20 @@ def tiny_text(tmp_path_factory):
     return tiny_text_folder(tmp_path_factory.mktemp("tiny-text"))
 
 
+@pytest.fixture(scope="session")
+def explained_coder(tmp_path_factory):
+    """The folder of a tiny coder, twelve latents of which are explained (explain/); model and text lie beside it."""
+    from rigs.interp_runs import SMALL, tiny_coder
+
+    from cli.explain import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        coder = tiny_coder(tmp_path_factory.mktemp("explained"))
+        assert main([str(coder), *SMALL, "--latents", "0-11"]) == 0
+    return coder
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Leaves out what takes long in a run and only a person or a power cut would miss: pictures, estimate, flushing."""

@@ -51,16 +51,23 @@ def shown_with(pieces: Sequence[str]) -> list[int]:
     return [full[min(bisect_left(full, place), len(full) - 1)] for place in range(len(pieces))] if full else []
 
 
+def runs(window: Window, values: Sequence[float]) -> list[tuple[str, float]]:
+    """Returns the text cut where the value of its tokens changes, each part with that value; one for every token.
+
+    The token that a whole character is told with has the largest, by magnitude, of all that are a part of it.
+    """
+    pieces, told = window.pieces(), dict[int, float]()
+    for place, value in zip(shown_with(pieces), values, strict=False):
+        told[place] = max(told.get(place, 0.0), value, key=abs)
+    return [("".join(pieces[place] for place in part), value) for value, part in groupby(sorted(told), told.get)]
+
+
 def spans(window: Window, marked: Collection[int]) -> list[tuple[str, bool]]:
     """Returns the text cut where marks begin and end, with whether each part is marked; neighbors are one part.
 
     A marked token that is a part of a character stands for the token that the whole character is told with.
     """
-    pieces = window.pieces()
-    shows = shown_with(pieces)
-    places = {shows[place] for place in marked if shows}
-    parts = groupby(sorted(set(shows)), lambda place: place in places)
-    return [("".join(pieces[place] for place in part), inside) for inside, part in parts]
+    return [(text, bool(mark)) for text, mark in runs(window, [place in marked for place in range(len(window.bounds))])]
 
 
 def shown(window: Window, marked: Collection[int] = ()) -> str:

@@ -18,8 +18,9 @@ from interp.evidence.examples import ExampleConfig
 from interp.explainers import Explainer
 from interp.records import ACTIVE, SPLITS, TIERS, Examples, Explanation, Item, Judgement
 from interp.run.config import ExplainConfig
+from interp.run.latents import asked_latents
 from interp.run.pipeline import FEWEST_FOR_NULL
-from interp.run.preparing import Prepared, asked_latents, prepare
+from interp.run.preparing import Prepared, prepare
 from interp.scorers import Trial
 
 SAMPLE_TOKENS = 60_000

@@ -12,7 +12,7 @@ from interp.prompts.windows import visible
 from interp.run.config import ExplainConfig
 from interp.run.pipeline import Pipeline, check_models
 from interp.run.preparing import evidence_of, looked_at, read_from
-from interp.run.results import write_results
+from interp.run.results import what_is_told, write_results
 from interp.run.rundir import (
     begin_run,
     cache_of,
@@ -23,7 +23,6 @@ from interp.run.rundir import (
     shard_folders,
 )
 from sae.base.errors import ConfigError
-from sae.base.files import read_json
 from sae.base.progress import Watch
 from sae.parallel.collectives import process_group, rank, together
 from sae.parallel.stopping import stop_flag
@@ -105,6 +104,4 @@ def explain_run(
 def tell_run(run_dir: Path) -> dict[str, Any]:
     """Writes the tables and the summary of a run from its shards, and returns the summary; ConfigError if one lacks."""
     shard_folders(run_dir)  # says in a line what is missing
-    text = run_dir / "evidence" / "text.json"
-    about = read_json(run_dir / "env.json")["about"] | {"text_seen": read_json(text) if text.is_file() else {}}
-    return write_results(run_dir, saved_config(run_dir).all_scorers(), about)
+    return write_results(run_dir, saved_config(run_dir).all_scorers(), what_is_told(run_dir))

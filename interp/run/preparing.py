@@ -25,9 +25,9 @@ from interp.evidence.tally import Evidence
 from interp.records import Examples, Window
 from interp.run import explanations_file
 from interp.run.config import QUICKSTART_TOKENS, TOKENS, ExplainConfig
-from sae.base.errors import ConfigError, nearest
+from interp.run.latents import asked_latents, spelled_out
+from sae.base.errors import ConfigError
 from sae.base.files import write_json
-from sae.base.lines import decoded
 from sae.base.paths import same_place
 from sae.base.progress import UNWATCHED, Watch
 from sae.base.seeding import generator
@@ -211,70 +211,3 @@ def chosen_latents(typed: str | int, evidence: Evidence, seed: int) -> Int[ndarr
         order = torch.randperm(len(alive), generator=generator(seed, "latents")).numpy()
         return np.sort(alive[order[:asked]])
     return np.array(asked)
-
-
-def asked_latents(typed: str | int, d_sae: int) -> list[int] | int | str:
-    """Returns what was typed for latents: ids, ascending, a number of alive ones to draw, or "alive".
-
-    Typed are "alive", "all", "random:" and a number, ids and ranges ("508", "3,17,40-49"), or a file of ids.
-    ConfigError tells what is none of these, out of range, or there twice.
-    """
-    typed = str(typed).strip()
-    if typed == "alive":
-        return typed
-    if typed == "all":
-        return list(range(d_sae))
-    kind, colon, count = typed.partition(":")
-    if kind.strip() == "random" and (colon or not Path(typed).is_file()):
-        if not count.strip().isdecimal() or not _number(count.strip()):
-            raise ConfigError(f"latents: {typed!r} says no number of latents; give at least 1, for example random:100")
-        return _number(count.strip())
-    ids: set[int] = set()
-    for word in re.findall(r"[^\s,[\]]+", _told(typed)):  # a list of a config or a JSON file has brackets
-        first, dash, last = word.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ConfigError(
-                f"latents: {word!r} is no latent id or range, nor a file; allowed: ids (508 or 3,17,40-49), a file of "
-                f"ids, random:100, alive, all.{nearest(word, ('alive', 'all', 'random:100'))}"
-            )
-        low, high = _number(first), _number(last or first)
-        if low > high:
-            raise ConfigError(f"latents: {word!r} is no range; its end comes before its beginning")
-        if high >= d_sae:
-            raise ConfigError(f"latents: {word[:40]} is out of range; the coder has latents 0 to {d_sae - 1}")
-        twice = ids & set(range(low, high + 1))
-        if twice:
-            raise ConfigError(f"latents: {min(twice)} is there twice")
-        ids |= set(range(low, high + 1))
-    if not ids:
-        raise ConfigError(f"latents: none given; the coder has latents 0 to {d_sae - 1}")
-    return sorted(ids)
-
-
-def spelled_out(asked: list[int] | int | str) -> str:
-    """Returns what `asked_latents` found as text that says the same, whatever becomes of a file: never a bare number,
-    which in the config of an older run is one of latents at random.
-    """
-    if isinstance(asked, str):
-        return asked
-    if isinstance(asked, int):
-        return f"random:{asked}"
-    return f"{asked[0]}," if len(asked) == 1 else ",".join(map(str, asked))
-
-
-def _told(typed: str) -> str:
-    """Returns what a file of ids holds, or what was typed where that names no file, or is ids whatever lies here."""
-    if re.fullmatch(r"[\d\s,-]*", typed):
-        return typed
-    try:
-        path = Path(typed).expanduser()
-        return decoded(path.read_bytes()) if path.is_file() else typed
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"latents: {typed} is no text file of ids: {error}") from error
-    except (OSError, ValueError):  # too long for a name: ids
-        return typed
-
-
-def _number(digits: str) -> int:
-    """Returns a number; of more digits than any id has, one that is out of range."""
-    return int(digits) if len(digits) < 19 else 2**62

@@ -3,20 +3,24 @@ summary.json (what they amount to).
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from interp.client.cache import spent_in
 from interp.records import Measure
+from interp.run.preparing import TEXT
 from interp.run.reasons import FAILED, said_of
 from interp.run.rows import SCORED, Journals
-from interp.run.rundir import CACHE, explained_in, shard_folders
-from interp.run.tables import Told, best_of, read_rows, write_tables
+from interp.run.rundir import CACHE, ENVIRONMENT, explained_in, shard_folders
+from interp.run.tables import Told, as_table, best_of, read_rows, write_tables
 from interp.scorers import Scorer
 from interp.scoring.metrics import lift_over, mean_measure
-from sae.base.files import write_json
+from sae.base.files import read_json, write_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SUMMARY = "summary.json"
 
@@ -31,11 +35,24 @@ def write_results(run_dir: Path, scorers: dict[str, Scorer], about: dict[str, An
     run = Journals(run_dir, shard_folders(run_dir), scorers)
     groups: dict[tuple[str, str], _Group] = defaultdict(_Group)
     write_tables(run_dir, _summing(run.table(), groups))
-    summary = {**about, "latents": len(run.latents), "explanations": run.explained(), "failures": run.failures()}
-    summary["scores"] = [groups[key].summary(*key, run.null(*key)) for key in sorted(groups) if key[1]]
-    summary |= {"spent": _spent(run.folders), "best": _best(run_dir)}
+    summary = about | _summary(run, groups, read_rows(run_dir))
     write_json(run_dir / SUMMARY, summary)
     return summary
+
+
+def results_of(run: Journals) -> "tuple[pa.Table, dict[str, Any]]":
+    """Returns the table and the summary of what journals tell now; nothing is written."""
+    groups: dict[tuple[str, str], _Group] = defaultdict(_Group)
+    table = as_table(_summing(run.table(), groups))
+    return table, _summary(run, groups, table)
+
+
+def what_is_told(run_dir: Path) -> dict[str, Any]:
+    """Returns what a run was of, as its summary has it; nothing of one that was imported."""
+    if not (run_dir / ENVIRONMENT).is_file():
+        return {}
+    text = run_dir / "evidence" / TEXT
+    return read_json(run_dir / ENVIRONMENT)["about"] | {"text_seen": read_json(text) if text.is_file() else {}}
 
 
 def explanations_of_run(run_dir: Path) -> dict[str, dict[int, str]]:
@@ -97,8 +114,15 @@ def _summing(table: Iterator[Told], groups: dict[tuple[str, str], _Group]) -> It
         yield one
 
 
-def _best(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    best = best_of(read_rows(run_dir))
+def _summary(run: Journals, groups: "Mapping[tuple[str, str], _Group]", table: "pa.Table") -> dict[str, Any]:
+    """What rows amount to, once all of them are in the table and in their groups."""
+    found = {"latents": len(run.latents), "explanations": run.explained(), "failures": run.failures()}
+    found["scores"] = [groups[key].summary(*key, run.null(*key)) for key in sorted(groups) if key[1]]
+    return found | {"spent": _spent(run.folders), "best": _best(table)}
+
+
+def _best(table: "pa.Table") -> dict[str, list[dict[str, Any]]]:
+    best = best_of(table)
     told = ("latent", "score", "scorer", "explanation")
     return {explainer: [{name: row[name] for name in told} for row in rows] for explainer, rows in best.items()}
 

@@ -30,6 +30,7 @@ from sae.lm.environment import versions
 from sae.text.documents import TextConfig, data_identity
 
 LATENTS, CACHE = "latents.json", "cache.sqlite"  # in a shard
+ENVIRONMENT = "env.json"
 EXPLAIN_KEY = ("latent", "explainer")
 SCORE_KEY = ("latent", "scorer", "explainer", "null")
 
@@ -191,14 +192,14 @@ def begin_run(
     atomic_write(folder / "config.yaml", to_yaml(settings.whole))
     about = {"coder": config.coder.path, "baseline": config.coder.baseline, "model": config.model.name}
     about |= {"text": config.text.source, "tokens": config.evidence.tokens, "seed": config.seed}
-    write_json(folder / "env.json", {**versions(), "about": about, "coder": settings.coder})
+    write_json(folder / ENVIRONMENT, {**versions(), "about": about, "coder": settings.coder})
 
 
 def forget_run(run_dir: Path) -> None:
     """Removes what a command has written that is refused after all, as long as there is no row and no evidence."""
     if not _has_nothing(run_dir):
         return
-    for name in ("config.yaml", "env.json"):
+    for name in ("config.yaml", ENVIRONMENT):
         (run_dir / name).unlink(missing_ok=True)
     shutil.rmtree(run_dir / "shards", ignore_errors=True)
     with suppress(OSError):
@@ -313,7 +314,7 @@ def _used(before: ExplainConfig) -> dict[str, set[str]]:
 
 def _digest_in(run_dir: Path) -> str:
     """Returns the digest of the coder that a run is of, "" of one by an older version, which kept none."""
-    path = run_dir / "env.json"
+    path = run_dir / ENVIRONMENT
     return read_json(path).get("coder", "") if path.is_file() else ""
 
 

@@ -7,7 +7,7 @@ What is not there is null, never NaN or an empty text. Where nothing of an expla
 with no scorer.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -59,14 +59,24 @@ def _write(results: Path, measures: Path, table: Iterator[Told]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schemas = [
-        pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
-        for columns in (COLUMNS, MEASURE_COLUMNS)
-    ]
+    schemas = [_schema(columns) for columns in (COLUMNS, MEASURE_COLUMNS)]
     with pq.ParquetWriter(results, schemas[0]) as narrow, pq.ParquetWriter(measures, schemas[1]) as long:
         while some := list(islice(table, ROWS_AT_ONCE)):
             narrow.write_table(pa.Table.from_pylist([one.row for one in some], schemas[0]))
             long.write_table(pa.Table.from_pylist([row for one in some for row in _figures(one)], schemas[1]))
+
+
+def as_table(told: Iterator[Told]) -> "pa.Table":
+    """Returns what results.parquet would hold."""
+    import pyarrow as pa
+
+    return pa.Table.from_pylist([one.row for one in told], _schema(COLUMNS))
+
+
+def _schema(columns: Mapping[str, str]) -> "pa.Schema":
+    import pyarrow as pa
+
+    return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
 
 
 def _figures(one: Told) -> Iterator[dict[str, Any]]:

@@ -3,12 +3,15 @@
 from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from interp.prompts.windows import visible
 from interp.records import Measure
 from interp.run.reasons import told, why
 from interp.run.tables import best_of, read_rows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SHOWN = 100  # characters of each label where more than ALL latents were asked for
 ALL = 10  # of so many, each is told in full
@@ -20,7 +23,12 @@ def summary_lines(summary: dict[str, Any], run_dir: Path, asked: Collection[int]
     Latents are those of `asked` (None: all of the folder): up to ten each, with the reason where there is no label or
     score; of more the best by the explainer's first scorer.
     """
-    latents, of = _told(run_dir, asked), ""
+    return lines_of(summary, read_rows(run_dir, asked), asked)
+
+
+def lines_of(summary: dict[str, Any], rows: "pa.Table", asked: Collection[int] | None = None) -> list[str]:
+    """As `summary_lines`, given the rows of the latents that may be told."""
+    latents, of = _told(rows, asked), ""
     if asked is not None and len(asked) < summary["latents"]:
         of = f" (of {summary['latents']:,} latents in this folder; {len(asked):,} asked for now)"
     found: list[str] = []
@@ -37,9 +45,8 @@ def summary_lines(summary: dict[str, Any], run_dir: Path, asked: Collection[int]
     return found
 
 
-def _told(run_dir: Path, asked: Collection[int] | None) -> dict[str, list[str]]:
+def _told(rows: "pa.Table", asked: Collection[int] | None) -> dict[str, list[str]]:
     """By explainer, a line for each latent that is told."""
-    rows = read_rows(run_dir, asked)
     if asked is None or len(asked) > ALL:
         return {name: [_latent_line(row, SHOWN) for row in best] for name, best in best_of(rows).items()}
     found: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
@@ -61,7 +68,7 @@ def _latent_line(row: dict[str, Any], longest: int | None = None) -> str:
 
 
 def _line(one: dict[str, Any]) -> str:
-    average, null, lift = (with_interval(Measure(**one[name])) for name in ("mean", "null", "lift"))
+    average, null, lift = (str(Measure(**one[name])) for name in ("mean", "null", "lift"))
     of = sum(one["statuses"].values())
     return (
         f"  {one['scorer']}: {one['headline'].replace('_', ' ')} {average}, null {null}, lift {lift}; "
@@ -72,15 +79,6 @@ def _line(one: dict[str, Any]) -> str:
 def _reasons(found: dict[str, dict[str, Any]], unit: str) -> str:
     counts = {kind: one[unit] for kind, one in found.items()}
     return visible(told(counts, {kind: one["first"] for kind, one in found.items()}))
-
-
-def with_interval(found: Measure) -> str:
-    """Returns a figure with its interval, as people read it."""
-    if found.value is None:
-        return "n/a"
-    if found.low is None or found.high is None:
-        return f"{found.value:.3f}"
-    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
 def _share(value: float | None) -> str:

@@ -1,23 +1,60 @@
-"""A latent as its run's folder tells of it: labels, scores, firing statistics and windows. No model is loaded."""
+"""A latent as the folder of its run tells of it: labels, scores, firing statistics and windows."""
 
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from interp.records import Facts, Window
-from interp.run.reasons import UNASKED
-from interp.run.rows import Journals
-from interp.run.rundir import saved_config, shard_folders, shown_in
+from interp.prompts.windows import visible
+from interp.records import Facts, Measure, Window
+from interp.run.reasons import why
 from interp.run.tables import Told
-from interp.scorers import Scorer
-from sae.base.errors import ConfigError
-from sae.base.plugins import names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
+class LatentScore:
+    """How well a label does by one scorer, or a latent by one that needs no label. Its text is one line."""
+
+    scorer: str
+    """With its judge: "detection[rule]"."""
+    headline: str
+    """What `measure` is: "balanced_accuracy"."""
+    measure: Measure
+    """The score: `value`, and `low` and `high` of its 95 % interval; None where there is none."""
+    null: Measure
+    """The mean score of other latents' labels."""
+    lift: Measure
+    """Score above null."""
+    n: int | None
+    """Answers."""
+    status: str
+    reason: str
+    """Why there is no score, or which answers are missing."""
+    measures: dict[str, Measure] = field(default_factory=dict)
+    """All figures by name, as in measures.parquet."""
+
+    @property
+    def value(self) -> float | None:
+        """Returns the score, None if there is none."""
+        return self.measure.value
+
+    def __repr__(self) -> str:
+        if self.value is None:
+            return f"{visible(self.scorer)}: no score, {visible(why(self.status, self.reason))}"
+        partly = f", {visible(self.reason)} missing" if self.reason else ""
+        figures = f"{self.measure}, null {self.null}, lift {self.lift}"
+        return f"{visible(self.scorer)}: {self.headline.replace('_', ' ')} {figures}, n {self.n}{partly}"
+
+
+def score_of(told: Told) -> LatentScore:
+    """Returns the score that a row of the table tells of."""
+    row = told.row
+    names = {"measure": "score", "null": "null", "lift": "lift"}
+    figures = {name: Measure(row[of], row.get(f"{of}_low"), row.get(f"{of}_high")) for name, of in names.items()}
+    ended = {"n": row["n"], "status": row["status"], "reason": row["reason"] or ""}
+    return LatentScore(row["scorer"], row["headline"], measures=told.measures, **figures, **ended)
+
+
+@dataclass(frozen=True, repr=False)
 class Label:
-    """What one explainer says of a latent, and how well that does."""
+    """What one explainer says of a latent, and how well that does. Its text is one line."""
 
     explainer: str
     by: str
@@ -26,8 +63,12 @@ class Label:
     status: str
     reason: str
     """Why there is no text."""
-    scores: tuple[Told, ...]
-    """A row of the table for each scorer."""
+    scores: tuple[LatentScore, ...]
+
+    def __repr__(self) -> str:
+        by = f" ({visible(self.by)})" if self.by else ""
+        told = why(self.status, self.reason) if self.text is None else self.text
+        return f"{visible(self.explainer)}{by}: {visible(told)}"
 
 
 @dataclass(frozen=True)
@@ -50,7 +91,7 @@ class LatentRecord:
     strongest: tuple[Window, ...] = ()
     sampled: tuple[Window, ...] = ()
     labels: tuple[Label, ...] = ()
-    scores: tuple[Told, ...] = ()
+    scores: tuple[LatentScore, ...] = ()
     """Of scorers that need no label."""
 
     @property
@@ -58,69 +99,19 @@ class LatentRecord:
         """Returns whether it fires nowhere in the text."""
         return self.fired == 0
 
-
-@dataclass
-class ExplainedRun:
-    """The folder of a run of sae-explain, finished or not, in shards or merged, or imported."""
-
-    folder: Path
-    shards: list[Path] = field(init=False)
-    journals: Journals = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.shards = shard_folders(self.folder, whole=False)
-        known = (self.folder / "config.yaml").is_file()
-        kinds: dict[str, Scorer] = (
-            saved_config(self.folder).all_scorers()
-            if known
-            else {name: kind() for name, kind in names(Scorer).items()}  # an import has each by the name of its kind
-        )
-        self.journals = Journals(self.folder, self.shards, kinds)
-        self.shown = [shown_in(shard) for shard in self.shards]
+    @property
+    def label(self) -> Label | None:
+        """Returns the label with the highest score by the first scorer that scored one, or the first with a text; the
+        first without a text says why there is none. None if nothing was asked of it.
+        """
+        texts = [label for label in self.labels if label.text is not None]
+        scored = {score.scorer for label in texts for score in label.scores if score.value is not None}
+        first = min(scored, default="")
+        values = {id(label): score.value for label in texts for score in label.scores if score.scorer == first}
+        best = [label for label in texts if values.get(id(label)) is not None]
+        return max(best, key=lambda label: values[id(label)] or 0.0, default=next(iter(texts or self.labels), None))
 
     @property
-    def d_sae(self) -> int | None:
-        """Returns the number of the coder's latents, or None where the folder does not say it."""
-        return self.journals.evidence.d_sae if self.journals.evidence else None
-
-    def records(self, latents: Collection[int]) -> Iterator[LatentRecord]:
-        """Yields the record of each latent, ascending; ConfigError for one that the coder has not."""
-        asked, evidence = set(self.journals.latents), self.journals.evidence
-        rows: dict[int, list[Told]] = {latent: [] for latent in sorted(latents)}
-        if evidence is None and rows.keys() - asked:
-            listed = ", ".join(map(str, sorted(asked)[:10])) + (" ..." if len(asked) > 10 else "")
-            raise ConfigError(f"latents: {min(rows.keys() - asked)} is not in {self.folder}; it holds {listed}")
-        for one in self.journals.table(rows.keys() & asked):
-            rows[one.row["latent"]].append(one)
-        for latent, told in rows.items():
-            counts = {"fired": int(evidence.state["fired"][latent]), "tokens": evidence.tokens} if evidence else {}
-            plain = tuple(one for one in told if one.row["explainer"] is None and one.row["scorer"])
-            found = {"labels": tuple(self._labels(latent, told)), "scores": plain}
-            yield LatentRecord(latent, self.d_sae, latent in asked, **counts, **found, **self._examples(latent))
-
-    def _labels(self, latent: int, told: list[Told]) -> Iterator[Label]:
-        for explainer in dict.fromkeys(one.row["explainer"] for one in told if one.row["explainer"]):
-            mine = [one for one in told if one.row["explainer"] == explainer]
-            there = self.journals.explained_row(latent, explainer)
-            status, first = there["status"] if there else UNASKED, mine[0].row
-            text = first["explanation"]
-            scores = tuple(one for one in mine if one.row["scorer"]) if text else ()
-            yield Label(explainer, there["by"] if there else "", text, status, first["reason"] or "", scores)
-
-    def _examples(self, latent: int) -> dict[str, Any]:
-        row = next((row for journal in self.shown if (row := journal.get((latent,)))), None)
-        if row is None:
-            return {}
-        windows = {name: tuple(_window(one) for one in row[name]) for name in ("strongest", "sampled")}
-        return {"facts": _facts(row["facts"]), "missing": row["missing"], **windows}
-
-
-def _window(data: dict[str, Any]) -> Window:
-    values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in data.items()}
-    return Window(**values)
-
-
-def _facts(data: dict[str, Any]) -> Facts:
-    pairs = {name: tuple(map(tuple, data[name])) for name in ("top_tokens", "neighbors")}
-    lists = {name: tuple(data[name]) for name in ("histogram", "positions", "promoted", "suppressed")}
-    return Facts(**{**data, **lists, **pairs})
+    def status(self) -> str:
+        """Returns how the work on its label ended: "ok", "failed", "dead" ...; "unasked" if nothing was asked of it."""
+        return self.label.status if self.label else "unasked"

@@ -7,25 +7,17 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from rigs.interp_runs import tiny_coder
 from rigs.runs import error_of
 
 from cli.explain import main
 from interp.run.rundir import shown_in
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SMALL = ["--evidence.tokens", "30000", "--examples.test", "12", "--examples.shown", "10"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A coder, explained: twelve of its latents."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        folder = tmp_path_factory.mktemp("show")
-        coder = tiny_coder(folder)
-        assert main([str(coder), *SMALL, "--latents", "0-11"]) == 0
-    return folder
+def made(explained_coder):
+    return explained_coder.parent
 
 
 @pytest.fixture

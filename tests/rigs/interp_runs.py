@@ -26,6 +26,7 @@ from sae.selection.topk import TopK
 from sae.text.documents import TextConfig
 
 D_SAE = 48
+SMALL = ["--evidence.tokens", "30000", "--examples.test", "12", "--examples.shown", "10"]
 
 
 def coder_folder(folder: Path, model: Path, text: Path, width: int = 16, seed: int = 3) -> Path:

@@ -8,7 +8,7 @@ import pytest
 
 from interp.records import Facts, Window
 from interp.run.tables import COLUMNS, Told
-from interp.view.record import Label, LatentRecord
+from interp.view.record import Label, LatentRecord, score_of
 from interp.view.terminal import BOLD, PLAIN, lines
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\b\u202e\u2028x\nlatent 9 of 0 to 9\tend"
@@ -25,9 +25,8 @@ def window(*pieces, fires=()):
 
 
 def told(**row):
-    return Told(
-        dict.fromkeys(COLUMNS) | {"latent": 3, "headline": "balanced_accuracy", "status": "ok"} | row, {}, {}, {}
-    )
+    known = {"latent": 3, "headline": "balanced_accuracy", "status": "ok"}
+    return score_of(Told(dict.fromkeys(COLUMNS) | known | row, {}, {}, {}))
 
 
 SCORED = told(scorer="detection[rule]", score=0.9, score_low=0.8, score_high=0.95, null=0.5, lift=0.4, n=40)

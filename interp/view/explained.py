@@ -1,0 +1,218 @@
+"""An explained run as its folder tells of it: no model is loaded, and nothing but the folder is needed."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interp.records import Facts, Window
+from interp.run.latents import ids_among, is_one
+from interp.run.reasons import UNASKED
+from interp.run.results import results_of, what_is_told
+from interp.run.rows import Journals
+from interp.run.rundir import saved_config, shard_folders, shown_in
+from interp.run.tables import Told
+from interp.run.telling import lines_of
+from interp.scorers import Scorer
+from interp.view import html
+from interp.view.examples import LatentExamples, examples_of
+from interp.view.record import Label, LatentRecord, score_of
+from interp.view.terminal import lines, title
+from sae.base.errors import ConfigError
+from sae.base.plugins import names
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+SHOWN = 20  # latents of a run in a notebook
+
+
+@dataclass(frozen=True, repr=False)
+class Latent(LatentRecord):
+    """A latent of an explained run, as shells and notebooks show it: one line; `print` tells all there is."""
+
+    @property
+    def examples(self) -> LatentExamples:
+        """Returns the windows that are kept of it."""
+        return examples_of(self.latent, self.strongest, self.sampled)
+
+    def __repr__(self) -> str:
+        scores = [score for score in (self.label.scores if self.label else ()) if score.value is not None]
+        told = ", ".join(f"{score.scorer} {score.value:.2f}" for score in scores)
+        return f"{title(self)}: {self.label or UNASKED}" + (f" ({told})" if told else "")
+
+    def __str__(self) -> str:
+        return "\n".join(lines(self, "", colors=False))
+
+    def _repr_html_(self) -> str:
+        return html.page(self)
+
+
+class ExplainedRun:
+    """The folder of a run of sae-explain, finished or not, in shards or merged, or imported.
+
+    `run[508]` is a latent with its labels and scores, `len` the number of latents that were asked for, and iterating
+    gives them in order. It tells what its folder held when it was opened.
+    """
+
+    def __init__(self, run_dir: Path, asked: list[int] | None = None, unfinished: str = "") -> None:
+        """Opens a folder.
+
+        Args:
+            run_dir: the folder.
+            asked: latents that are told of first, those of the command that has just run.
+            unfinished: why that did not do all of its work, if so.
+        """
+        self.run_dir, self.asked, self.unfinished = run_dir, asked, unfinished
+        self.shards = shard_folders(run_dir, whole=False)
+        self.known = (run_dir / "config.yaml").is_file()
+        kinds: dict[str, Scorer] = (
+            saved_config(run_dir).all_scorers()
+            if self.known
+            else {name: kind() for name, kind in names(Scorer).items()}  # an import has each by the name of its kind
+        )
+        self.journals = Journals(run_dir, self.shards, kinds)
+        self.shown = [shown_in(shard) for shard in self.shards]
+
+    @property
+    def d_sae(self) -> int | None:
+        """Returns the number of the coder's latents, or None where the folder does not say it."""
+        return self.journals.evidence.d_sae if self.journals.evidence else None
+
+    @property
+    def latents(self) -> list[int]:
+        """Returns the latents that were asked for, ascending."""
+        return list(self.journals.latents)
+
+    @cached_property
+    def _results(self) -> "tuple[pa.Table, dict[str, Any]]":
+        return results_of(self.journals)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Returns what the run amounts to, as summary.json has it: of each explainer and scorer the mean, the null and
+        the lift with their intervals, and by status how many latents there are.
+        """
+        return what_is_told(self.run_dir) | self._results[1]
+
+    def table(self) -> "pa.Table":
+        """Returns results.parquet: a row for each latent, explainer and scorer (interp/README.md has its columns)."""
+        return self._results[0]
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Returns `table` for pandas."""
+        return self.table().to_pandas()
+
+    def examples(self, latent: Any) -> LatentExamples:
+        """Returns the windows that are kept of one latent; ConfigError if there are none, saying how to have some."""
+        if not is_one(latent):
+            raise TypeError(f"latent: {latent!r} is not the id of one latent; ask for the examples of one at a time")
+        record: Latent = self[latent]
+        if record.facts is None:
+            raise ConfigError(f"latent: {self.run_dir} keeps no examples of {record.latent}{self._way(record.latent)}")
+        return record.examples
+
+    def ids(self, given: Any) -> list[int]:
+        """Returns the ids that a value stands for (`interp.run.latents`); ConfigError if it names none, or others."""
+        return ids_among(self.journals.latents, given, self.d_sae or 2**31)
+
+    def records(self, latents: Collection[int]) -> Iterator[Latent]:
+        """Yields the record of each latent, ascending; ConfigError for one that the coder has not."""
+        asked, evidence = set(self.journals.latents), self.journals.evidence
+        rows: dict[int, list[Told]] = {latent: [] for latent in sorted(latents)}
+        if evidence is None and rows.keys() - asked:
+            listed = ", ".join(map(str, sorted(asked)[:10])) + (" ..." if len(asked) > 10 else "")
+            raise ConfigError(f"latents: {min(rows.keys() - asked)} is not in {self.run_dir}; it holds {listed}")
+        for one in self.journals.table(rows.keys() & asked):
+            rows[one.row["latent"]].append(one)
+        for latent, told in rows.items():
+            counts = {"fired": int(evidence.state["fired"][latent]), "tokens": evidence.tokens} if evidence else {}
+            plain = tuple(score_of(one) for one in told if one.row["explainer"] is None and one.row["scorer"])
+            found = {"labels": tuple(self._labels(latent, told)), "scores": plain}
+            yield Latent(latent, self.d_sae, latent in asked, **counts, **found, **self._examples(latent))
+
+    def __len__(self) -> int:
+        return len(self.journals.latents)
+
+    def __iter__(self) -> Iterator[Latent]:
+        return self.records(self.journals.latents)
+
+    def __contains__(self, latent: object) -> bool:
+        return latent in self.journals.latents
+
+    def __getitem__(self, latents: Any) -> Any:
+        """Returns a latent by its id, or a list of several: `run[[3, 17]]`, `run[:100]` (those of these ids).
+
+        ConfigError for one that was not asked for, saying how to have it explained.
+        """
+        ids = self.ids(latents)
+        found = list(self.records(ids))
+        for record in found:
+            if not record.asked:
+                why = ": it fires nowhere" if record.dead else self._way(record.latent)
+                raise ConfigError(f"latents: {record.latent} is not explained in {self.run_dir}{why}")
+        return found[0] if is_one(latents) else found
+
+    def __repr__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        asked = self.asked or self.latents
+        told = [record for record in self.records(asked[:SHOWN])]
+        rows = [[str(record.latent), record.status, *_told(record)] for record in told]
+        more = [f"and {len(asked) - SHOWN:,} more; to_pandas() has them all"] if len(asked) > SHOWN else []
+        lines = [line for line in self._lines() if not line.startswith("  latent ")]
+        return html.text_lines(lines) + html.table(("latent", "status", "label", "score"), rows) + html.text_lines(more)
+
+    def _lines(self) -> list[str]:
+        """What the command prints, below which run it is."""
+        many = f"{len(self):,} latents" if len(self) != 1 else "1 latent"
+        unfinished = [f"unfinished: {self.unfinished}"] if self.unfinished else []
+        table, summary = self._results
+        if self.asked is not None:
+            import pyarrow.compute as pc
+
+            table = table.filter(pc.field("latent").isin(self.asked))
+        return [f"{self.run_dir}: {many}", *unfinished, *lines_of(summary, table, self.asked)]
+
+    def _way(self, latent: int) -> str:
+        """How to have a latent explained, as the end of an error."""
+        return f"; interp.explain({str(self.run_dir)!r}, latents={latent}) explains it" if self.known else ""
+
+    def _labels(self, latent: int, told: list[Told]) -> Iterator[Label]:
+        for explainer in dict.fromkeys(one.row["explainer"] for one in told if one.row["explainer"]):
+            mine = [one for one in told if one.row["explainer"] == explainer]
+            there = self.journals.explained_row(latent, explainer)
+            status, first = there["status"] if there else UNASKED, mine[0].row
+            text = first["explanation"]
+            scores = tuple(score_of(one) for one in mine if one.row["scorer"]) if text else ()
+            yield Label(explainer, there["by"] if there else "", text, status, first["reason"] or "", scores)
+
+    def _examples(self, latent: int) -> dict[str, Any]:
+        row = next((row for journal in self.shown if (row := journal.get((latent,)))), None)
+        if row is None:
+            return {}
+        windows = {name: tuple(_window(one) for one in row[name]) for name in ("strongest", "sampled")}
+        return {"facts": _facts(row["facts"]), "missing": row["missing"], **windows}
+
+
+def _told(record: Latent) -> tuple[str, str]:
+    """A latent's label and its score, as cells of a table."""
+    label = record.label
+    if label is None:
+        return UNASKED, ""
+    score = next((score for score in label.scores if score.value is not None), None)
+    return repr(label), f"{score.scorer} {score.measure}" if score else ""
+
+
+def _window(data: dict[str, Any]) -> Window:
+    values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in data.items()}
+    return Window(**values)
+
+
+def _facts(data: dict[str, Any]) -> Facts:
+    pairs = {name: tuple(map(tuple, data[name])) for name in ("top_tokens", "neighbors")}
+    lists = {name: tuple(data[name]) for name in ("histogram", "positions", "promoted", "suppressed")}
+    return Facts(**{**data, **lists, **pairs})
