@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_HOMES = dict.fromkeys(("examples", "results"), "interp.view.notebook")
+_HOMES: dict[str, str] = dict.fromkeys(("examples", "results"), "interp.view.notebook")
 
 __all__ = ["__version__", "examples", "results"]
 
