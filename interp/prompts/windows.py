@@ -59,7 +59,8 @@ def runs(window: Window, values: Sequence[float]) -> list[tuple[str, float]]:
     pieces, told = window.pieces(), dict[int, float]()
     for place, value in zip(shown_with(pieces), values, strict=False):
         told[place] = max(told.get(place, 0.0), value, key=abs)
-    return [("".join(pieces[place] for place in part), value) for value, part in groupby(sorted(told), told.__getitem__)]
+    parts = groupby(sorted(told), told.__getitem__)
+    return [("".join(pieces[place] for place in part), value) for value, part in parts]
 
 
 def spans(window: Window, marked: Collection[int]) -> list[tuple[str, bool]]:
