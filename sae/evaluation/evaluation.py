@@ -6,7 +6,6 @@ neither replaced nor counted. Losses are averaged over tokens first; ratios are 
 """
 
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,9 +21,17 @@ from sae.base.settings import decode
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED, CoderSpec
 from sae.coder.splicing import reads_ahead, splice
-from sae.evaluation.metrics import Moments, Reconstruction, head_shares, kl_divergence, loss_recovered
+from sae.evaluation.figures import (
+    Figures,
+    both_modes,
+    evaluate_stored,
+    fold_modes,
+    held_out_of,
+    side_by_side,
+    without_overflow,
+)
+from sae.evaluation.metrics import kl_divergence, loss_recovered
 from sae.evaluation.models import models_of
-from sae.evaluation.nulls import null_fvus
 from sae.lm.hooks import (
     capture,
     capture_with_gradients,
@@ -36,7 +43,8 @@ from sae.lm.hooks import (
 from sae.lm.intervene import ablate
 from sae.lm.masking import next_token_mask, norm_mask, token_mask
 from sae.lm.models import LanguageModel
-from sae.lm.site import Site, columns_of
+from sae.lm.site import Site
+from sae.stream.tensors import TensorSource
 from sae.text.documents import TextConfig
 from sae.text.tokenizing import TokenRows, special_ids, tokenize
 
@@ -47,8 +55,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 PASS_LOGITS = 2**25  # most logits held at once, per copy: 128 MiB
-GRADIENT_MODE = " (with gradients)"
-WITH_GRADIENTS = "latents selected with gradients of later losses: these figures see the future"
 
 
 def evaluate(
@@ -60,13 +66,16 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
     second: "ModelLike | None" = None,
     *,
+    activations: Any = None,
     progress: Display = True,
 ) -> dict[str, Any]:
     """Returns the metrics of a coder on about `tokens` held-out tokens; of several coders, a dict by name.
 
     Rows are taken evenly from the whole held-out part: the first ones may all come from one long document.
     The model, the `second` model of a crosscoder of two, and the held-out rows default to those the (first) coder's
-    spec names: where it was trained.
+    spec names: where it was trained. `activations` take their place: a path as in `activations.path`, tensors by site,
+    or one tensor [n, width]; no model is loaded then, and all that needs one is absent. Of those that the coder was
+    trained on, the part is measured that was held out.
     Keys: `reconstruction` (with the norm filter) and `reconstruction_unfiltered`, `density`, `loss` (CE and KL of every
     arm; absent for a model that predicts no next token, and for what can be read but not replaced), `nulls` on request.
     Where they apply: `fvu_by_site` of several sites written, `skip` (what the skip path alone explains), `heads`
@@ -76,13 +85,17 @@ def evaluate(
     """
     several, watch = coders if isinstance(coders, dict) else {"": coders}, Watch(should_stop, display=progress)
     spec = next(iter(several.values())).spec
+    if activations is not None:
+        source = activations if isinstance(activations, TensorSource) else held_out_of(activations, several)
+        found = evaluate_stored(several, source, tokens, nulls, watch)
+        return found if isinstance(coders, dict) else found[""]
     models = models_of(several, lm, second)
     lm = models[""]
     several = {name: with_special_tokens_masked(coder, lm.tokenizer) for name, coder in several.items()}
     for model in models.values():
         model.check_context(rows.context_length if rows else text_of(spec).context_length)
     rows = rows or tokenize(text_of(spec), lm.tokenizer, lm.source(), watch).held_out
-    modes = _modes(several)
+    modes = both_modes(several)
     batches = _spread(rows, tokens, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
     causal = {tag: _writing(modes, tag) for tag, model in models.items() if model.is_causal}
     log.info("evaluating on %s held-out tokens", f"{sum(int(token_mask(part, spec.mask).sum()) for part in batches):,}")
@@ -99,22 +112,10 @@ def evaluate(
                 losses = _losses(writing, models, tag, batches, means, advance)
                 for name, found in losses.items():
                     results[name]["loss" if not tag else f"loss_{tag}"] = found
-    for name in modes.keys() - several.keys():
-        results[name.removesuffix(GRADIENT_MODE)]["with_gradients"] = {"label": WITH_GRADIENTS, **results.pop(name)}
+    fold_modes(results, several)
     _compare(several, results)
-    results = {name: _finite(found) for name, found in results.items()}
+    results = {name: without_overflow(found) for name, found in results.items()}
     return results if isinstance(coders, dict) else results[""]
-
-
-def _modes(coders: dict[str, SparseCoder]) -> dict[str, SparseCoder]:
-    """Returns the coders as they are asked without gradients and, of rules that can look at them, with."""
-    modes = dict(coders)
-    for name, coder in coders.items():
-        for looks, label in ((False, name), (True, name + GRADIENT_MODE)):
-            rule = coder.spec.selection.with_gradients(looks)
-            if rule.looks_at_gradients == looks:
-                modes[label] = coder.with_spec(coder.spec.with_(selection=rule))
-    return modes
 
 
 def _compare(coders: dict[str, SparseCoder], results: dict[str, Any]) -> None:
@@ -133,18 +134,6 @@ def _compare(coders: dict[str, SparseCoder], results: dict[str, Any]) -> None:
                 found[other] = {"l0": l0, "ce_spliced": theirs, "ce_added": added, "ce_ratio": ratio}
         if found:
             results[name]["against"] = found
-
-
-def _columns(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> Tensor:
-    """Returns the sites' activations side by side."""
-    return torch.cat([tensors[site.name].float() for site in sites], dim=-1)
-
-
-def _finite(found: Any) -> Any:
-    """The metrics with None for what overflowed: a number that is none must not look like one, nor break the JSON."""
-    if isinstance(found, dict):
-        return {key: _finite(value) for key, value in found.items()}
-    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def with_special_tokens_masked(coder: SparseCoder, tokenizer: "PreTrainedTokenizerBase") -> SparseCoder:
@@ -177,58 +166,6 @@ def rows_per_pass(context_length: int, vocabulary: int) -> int:
     return max(1, min(16, PASS_LOGITS // max(1, context_length * vocabulary)))
 
 
-class _Figures:
-    """What pass 1 adds up of one coder."""
-
-    def __init__(self, coder: SparseCoder, nulls: bool) -> None:
-        self.coder, self.nulls, self.moments = coder, nulls, Moments()
-        self.filtered, self.unfiltered, self.skipped = (Reconstruction(coder.spec.d_sae) for _ in range(3))
-        self.held: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, batch: Int[Tensor, "rows context"], seen: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
-        """Takes in the activations (and gradients, if the coder looks at them) of some rows."""
-        coder, spec, device = self.coder, self.coder.spec, self.coder.W_enc.device
-        keep = token_mask(batch, spec.mask).to(next(iter(seen.values())).device)
-        own = {site.name: seen[site.name][keep] for site in (*spec.reads, *spec.writes)}
-        x, target = (_columns(own, side).to(device) for side in (spec.reads, spec.writes))
-        usual = norm_mask(own, spec.mask).to(device)
-        g = _columns(gradients, spec.writes)[keep].to(device) if spec.selection.looks_at_gradients else None
-        out, latents = coder(x, g)
-        self.unfiltered.update(target, out, latents)
-        if not usual.all():
-            x, target, g = x[usual], target[usual], None if g is None else g[usual]
-            out, latents = coder(x, g)
-        self.filtered.update(target, out, latents)
-        self.moments.update(target)
-        if spec.skip:
-            none = latents.with_values(torch.zeros_like(latents.values))
-            self.skipped.update(target, coder.decode(none, x) + coder.skipped(x), none)
-        if self.nulls:
-            self.held.append((x.cpu(), target.cpu()))
-
-    def result(self, name: str) -> dict[str, Any]:
-        """Returns the metrics of pass 1; ConfigError if no token counts."""
-        if not self.filtered.target.n:
-            raise ConfigError(f"coder {name}: its mask leaves none of the held-out tokens; there is nothing to measure")
-        writes, unmasked = self.coder.spec.writes, self.unfiltered.result()
-        found: dict[str, Any] = {
-            "reconstruction": self.filtered.result(),
-            "reconstruction_unfiltered": {key: unmasked[key] for key in ("tokens", "fvu", "ev")},
-            "density": self.filtered.density(),
-        }
-        if len(writes) > 1:
-            columns = zip(writes, columns_of(writes), strict=True)
-            found["fvu_by_site"] = {site.name: self.filtered.fvu(part) for site, part in columns}
-        if self.coder.spec.skip:
-            found["skip"] = {"ev": self.skipped.result()["ev"]}
-        if len(writes) == 1 and writes[0].heads:
-            found["heads"] = head_shares(self.coder.W_dec, writes[0].heads, self.filtered.fired > 0)
-        if self.nulls:
-            x, target = (torch.cat(parts) for parts in zip(*self.held, strict=True))
-            found["nulls"] = null_fvus(self.coder, (x[::2], target[::2]), (x[1::2], target[1::2]))
-        return found
-
-
 def _reconstruct(
     coders: dict[str, SparseCoder],
     models: dict[str, LanguageModel],
@@ -237,12 +174,13 @@ def _reconstruct(
     advance: Callable[[], None],
 ) -> tuple[dict[str, Any], dict[str, Float[Tensor, "_d"]]]:
     """Returns the metrics of pass 1 and the mean activation at the sites written, by coder."""
-    figures = {name: _Figures(coder, nulls) for name, coder in coders.items()}
+    figures = {name: Figures(coder, nulls) for name, coder in coders.items()}
     for batch in batches:
         advance()
         seen = _seen(coders, models, batch)
         for found in figures.values():
-            found.update(batch, *seen)
+            keep = token_mask(batch, found.coder.spec.mask).to(models[""].device)
+            found.update(*({name: x[keep] for name, x in tensors.items()} for tensors in seen))
     results = {name: found.result(name) for name, found in figures.items()}
     return results, {name: found.moments.mean.float() for name, found in figures.items()}
 
@@ -312,7 +250,7 @@ def _losses(
             advance()
             spec, total = coder.spec, sums[name]
             keep = token_mask(tokens, spec.mask) & norm_mask(seen, spec.mask).to(lm.device)
-            g = _columns(gradients, spec.writes) if spec.selection.looks_at_gradients else None
+            g = side_by_side(gradients, spec.writes) if spec.selection.looks_at_gradients else None
             arms: dict[str, Any] = {
                 "spliced": splice(lm.model, coder, keep, False, seen if reads_ahead(spec) else None, g, tag),
                 "zero": ablate(lm.model, spec.writes, keep, tag=tag),

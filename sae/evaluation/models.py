@@ -20,9 +20,7 @@ def models_of(
     ConfigError for a coder of no known site, or of a site that is not there or has another width; and if a name leads
     to other weights than those of the model object that the coder was trained on.
     """
-    for name, coder in coders.items():
-        if not coder.spec.is_placed:
-            raise ConfigError(f"coder {name}: its spec names no site to read; set spec.reads and spec.writes")
+    check_placed(coders)
     first = next(iter(coders.values()))
     sites, device = {"": first.spec.reads[0]}, str(first.W_enc.device)
     sites |= {site.tag: site for coder in coders.values() for site in coder.spec.reads if site.tag}
@@ -31,12 +29,20 @@ def models_of(
         if tag in sites:
             named = ModelConfig(sites[tag].model, sites[tag].revision)
             if given is None and not named.name:
-                raise ConfigError(f"{'second' if tag else 'lm'}: the coder's spec names no model; pass it")
+                which = "second" if tag else "lm"
+                raise ConfigError(f"{which}: the coder's spec names no model; pass it, or activations=...")
             models[tag] = as_language_model(named if given is None else given, device=device)
             if given is None:
                 _check_weights(coders, tag, models[tag])
     _check_widths(coders, models)
     return models
+
+
+def check_placed(coders: dict[str, SparseCoder]) -> None:
+    """Raises ConfigError for a coder of no known site."""
+    for name, coder in coders.items():
+        if not coder.spec.is_placed:
+            raise ConfigError(f"coder {name}: its spec names no site to read; set spec.reads and spec.writes")
 
 
 def _check_weights(coders: dict[str, SparseCoder], tag: str, lm: LanguageModel) -> None:

@@ -7,20 +7,18 @@ from typing import Any
 import torch
 
 from sae.base.files import typed_command
-from sae.lm.models import LanguageModel
 from sae.parallel import collectives
 
 PACKAGES = ("sae-interp", "torch", "transformers", "datasets", "safetensors", "numpy")
 
 
-def environment(lm: LanguageModel, **more: Any) -> dict[str, Any]:
-    """Returns versions, device, threads, the model's fingerprint and the command that was typed."""
+def environment(device: torch.device, **more: Any) -> dict[str, Any]:
+    """Returns versions, device, threads, the command that was typed, and more: what the run reads."""
     return {
         **versions(),
         "threads": torch.get_num_threads(),
         "world_size": collectives.world_size(),
-        "device": str(lm.device),
-        "model": lm.fingerprint(),
+        "device": str(device),
         **more,
     }
 

@@ -94,11 +94,11 @@ def _matches(text: str, model: nn.Module) -> list[Place]:
     side = side or "output"
     if path in modules:
         return [(path, side)]
-    found = [name for name in modules if _fits(name, path)]
+    found = [name for name in modules if fits(name, path)]
     if not found:  # others' files and older versions wrap the same layers otherwise
         wrappers = {*WRAPPERS, getattr(model, "base_model_prefix", "")}
         wanted = _unwrapped(path, wrappers)
-        found = [name for name in modules if fnmatchcase(_unwrapped(name, wrappers), wanted) and _fits(name, wanted)]
+        found = [name for name in modules if fnmatchcase(_unwrapped(name, wrappers), wanted) and fits(name, wanted)]
     if not found:
         raise ConfigError(f"no module {path!r} in this model.{_closest(path, modules)}")
     if not any(character in path for character in "*?[") and len(found) > 1:
@@ -111,7 +111,7 @@ def _unwrapped(path: str, wrappers: set[str]) -> str:
     return ".".join(part for part in path.split(".") if part not in wrappers)
 
 
-def _fits(name: str, pattern: str) -> bool:
+def fits(name: str, pattern: str) -> bool:
     """Whether the end of a module path is what the pattern says; "*" stands for one part of it."""
     parts, wanted = name.split("."), pattern.split(".")
     return len(parts) >= len(wanted) and all(map(fnmatchcase, parts[-len(wanted) :], wanted))

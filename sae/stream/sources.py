@@ -6,7 +6,7 @@ holds the activations of its unmasked tokens. A block is the same whether it is 
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Int
@@ -75,6 +75,10 @@ class LiveSource:
     def __len__(self) -> int:
         return len(self.blocks)
 
+    def told(self, blocks: list[int]) -> str:
+        """Returns the numbers of some blocks."""
+        return f"blocks {', '.join(map(str, blocks))}"
+
     def read(self, block: int) -> Block:
         """Returns one block."""
         tokens = self.blocks.tokens(block)
@@ -111,6 +115,10 @@ class CachedSource:
     def __len__(self) -> int:
         return len(self.live)
 
+    def told(self, blocks: list[int]) -> str:
+        """Returns the numbers of some blocks."""
+        return self.live.told(blocks)
+
     def read(self, block: int) -> Block:
         """Returns one block, on the CPU, stored from then on."""
         if block not in self.stored and self.stored.has_file(block):
@@ -145,4 +153,17 @@ def _block(stored: dict[str, Tensor]) -> Block:
     return Block(*({k.partition("/")[2]: v for k, v in stored.items() if k.startswith(p)} for p in ("a", "g")))
 
 
-Source = LiveSource | CachedSource
+class Source(Protocol):
+    """Where blocks come from."""
+
+    def __len__(self) -> int:
+        """Returns how many there are."""
+        ...
+
+    def read(self, block: int) -> Block:
+        """Returns one block."""
+        ...
+
+    def told(self, blocks: list[int]) -> str:
+        """Returns where some blocks lie, for people."""
+        ...

@@ -38,7 +38,8 @@ from sae.training.config import TrainConfig
 log = logging.getLogger(__name__)
 STATE = "state.json"
 CHANGEABLE = ("log", "checkpoints", "eval", "max_bad_steps")  # of a run that has begun
-PLACES = ("model.name", "second_model.name", "text.source", "coder.start_from", "run_dir")  # one, however it is spelled
+PLACES = ("model.name", "second_model.name", "text.source", "activations.path", "coder.start_from", "run_dir")
+"""Fields of what is one, however it is spelled."""
 PINNED = ("model.revision", "text.revision", "text.max_tokens")  # written to config.yaml as they were found
 
 
@@ -171,7 +172,7 @@ def resumed_config(config: TrainConfig, folder: Path) -> TrainConfig:
     was, now = flat(draccus.encode(saved)), flat(draccus.encode(config))
     changed = [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]
     changed = [key for key in changed if key not in PINNED or _is_pin(now.get(key))]
-    changed = [key for key in changed if key not in PLACES or not same_place(was[key], now[key])]
+    changed = [key for key in changed if key not in PLACES or not same_place(was.get(key, ""), now[key])]
     changed = sorted(key for key in changed if key.split(".")[0] not in CHANGEABLE)
     if changed:
         raise ConfigError(f"--resume: {', '.join(changed)} cannot change in a run that has begun; start a new one")

@@ -37,7 +37,11 @@ class ActivationConfig:
     targets: tuple[str, ...] = ()
     """What is predicted from each of `sites`, in their order: transcoders. None: the sites themselves, autoencoders."""
     source: str = "live"
-    """live (recompute), disk (compute all first, then read), write_through (compute once, store, then read)."""
+    """live (recompute), disk (compute all first, then read), write_through (compute once, store, then read), or
+    tensors (read what is stored in `path`, of any model: docs/tensors.md)."""
+    path: str = ""
+    """Of tensors, the folder, file or glob of safetensors to read. Of disk and write_through, a folder to store them in
+    instead of the cache, with held-out ones below, for tensors to read later."""
     block_rows: int = 8
     """Rows of text in one pass of the language model. The 64 lanes shuffle 64 x block_rows rows at a time."""
     dtype: str = "float32"
@@ -55,11 +59,15 @@ class ActivationConfig:
         """Returns how many blocks to read ahead where the model is, or is not, on the coder's own CPU."""
         if self.prefetch_blocks is not None:
             return self.prefetch_blocks
-        return 0 if self.source != "disk" and on_cpu else LANES
+        return 0 if self.source in ("live", "write_through") and on_cpu else LANES
 
     def validate(self) -> None:
         """Raises ConfigError naming the field whose value is not allowed."""
-        choose("activations.source", self.source, ("live", "disk", "write_through"))
+        choose("activations.source", self.source, ("live", "disk", "write_through", "tensors"))
+        if self.path and self.source == "live":
+            raise ConfigError(
+                f"activations.path: {self.path!r} is not read by source live; set activations.source tensors"
+            )
         choose("activations.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         at_least("activations.block_rows", self.block_rows, 1)
         at_least("activations.skip_positions", self.skip_positions, 0)

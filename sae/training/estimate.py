@@ -20,7 +20,8 @@ from sae.lm.models import DTYPES, LanguageModel, resolve_device, untrained
 from sae.lm.site import SECOND, Site
 from sae.stream.batch import LANES
 from sae.training.config import TrainConfig
-from sae.training.planning import CoderPlan, plan_run
+from sae.training.planning import CoderPlan, plan_run, plan_tensors, stored_by
+from sae.training.subject import of_tensors
 
 FLOAT = 4
 LATER = 250_000_000  # measured: model code, plotting and the allocator's slack come after the estimate
@@ -71,20 +72,16 @@ class Estimate:
 def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     """Returns what a config will take on this machine; ConfigError for what the run itself would refuse."""
     config.validate()
-    with FakeTensorMode():
-        lm = untrained(config.model, trust_remote_code)
-        second = untrained(config.second_model, trust_remote_code) if config.second_model.name else None
-        sites, width, plans = plan_run(config, lm, second)
+    models, width, plans = _planned(config, trust_remote_code)
     context, settings = config.text.context_length, config.activations
     row = _token_bytes(config, width)
     block = settings.block_rows * context * row
-    models = [(model, sites_of_model(sites, tag)) for model, tag in ((lm, ""), (second, SECOND)) if model]
     weights = sum(p.numel() for model, _ in models for p in model.model.parameters())
     device = resolve_device(config.model.device)
     dtype = DTYPES.get(config.model.dtype)
     itemsize = dtype.itemsize if dtype else FLOAT if device.type == "cpu" else 2
     micro = config.micro_batch_tokens or config.batch_tokens
-    described = lm.model.config.get_text_config()
+    described = models[0][0].model.config.get_text_config() if models else None
     sizes = ("vocab_size", "num_hidden_layers", "hidden_size")
     vocabulary, layers, hidden = (getattr(described, name, 0) for name in sizes)
     parameters = sum(plan.parameters for plan in plans)
@@ -111,9 +108,26 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     encoders = sum(p.d_in // p.spec.n_blocks * p.d_sae * len(p.spec.encoding.maps) for p in plans)
     flops += 3.2 * config.tokens * encoders  # the dense encoder and, sparse, the rest
     flops += 8.0 * weights * config.tokens * len(plans) if config.needs_rows else 0  # clean, spliced and back
-    flops += 8.0 * weights * config.eval.tokens * len(plans) if lm.is_causal else 0
+    flops += 8.0 * weights * config.eval.tokens * len(plans) if models and models[0][0].is_causal else 0
     seconds = flops / measured_flops_per_s(device)
     return Estimate(width, weights, parameters, memory, bool(config.eval.every_steps), disk, cached, flops, seconds)
+
+
+def _planned(
+    config: TrainConfig, trust_remote_code: bool
+) -> tuple[list[tuple[LanguageModel, list[Site]]], dict[str, int], list[CoderPlan]]:
+    """Returns the models with the sites that are read of each, the widths by site, and the coders."""
+    if config.activations.source == "tensors":
+        stored = stored_by(config)
+        sites, width, plans = plan_tensors(config, stored)
+        of_tensors(config, stored, [site.name for site in sites], resolve_device(config.model.device))
+        return [], width, plans
+    with FakeTensorMode():
+        lm = untrained(config.model, trust_remote_code)
+        second = untrained(config.second_model, trust_remote_code) if config.second_model.name else None
+        sites, width, plans = plan_run(config, lm, second)
+    models = [(model, sites_of_model(sites, tag)) for model, tag in ((lm, ""), (second, SECOND)) if model]
+    return models, width, plans
 
 
 def disk_needed(config: TrainConfig, plans: list[CoderPlan], widths: dict[str, int]) -> tuple[int, int]:
@@ -124,6 +138,7 @@ def disk_needed(config: TrainConfig, plans: list[CoderPlan], widths: dict[str, i
     saved = sum((_copies(plan) - 1) * plan.parameters * FLOAT + 16 * plan.d_sae for plan in plans)  # but the gradients
     trained = sum(plan.parameters for plan in plans) * FLOAT
     cached = 8 * config.max_text_tokens + _stored_tokens(config) * _token_bytes(config, widths)
+    cached = 0 if config.activations.source == "tensors" else cached
     return (config.checkpoints.keep + 1) * saved + trained, cached
 
 
@@ -145,7 +160,7 @@ def _token_bytes(config: TrainConfig, widths: dict[str, int]) -> int:
 def _stored_tokens(config: TrainConfig) -> int:
     """Returns of how many tokens the activations are stored."""
     visited = min(config.tokens, config.max_text_tokens)
-    return {"live": 0, "disk": config.max_text_tokens, "write_through": visited}[config.activations.source]
+    return {"disk": config.max_text_tokens, "write_through": visited}.get(config.activations.source, 0)
 
 
 def measured_flops_per_s(device: torch.device) -> float:

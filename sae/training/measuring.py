@@ -13,6 +13,7 @@ from sae.coder.spec import CoderSpec
 from sae.lm.masking import MaskSpec, norm_mask
 from sae.lm.site import Site, column_weights
 from sae.parallel import collectives
+from sae.stream.batch import Block
 from sae.stream.sources import Source
 
 
@@ -50,16 +51,33 @@ class Statistics:
 
 def sample_activations(source: Source, tokens: int, watch: Watch) -> dict[str, Float[Tensor, "n _d"]]:
     """Returns, by site, the activations of about `tokens` tokens from blocks spread evenly over the text."""
-    blocks, n_blocks = [source.read(0)], len(source)
+    blocks, n_blocks = [_sound(source, 0)], len(source)
     stride = max(1, n_blocks // max(1, -(-tokens // max(1, len(blocks[0])))))
     with watch.stage("measuring", tokens, "tokens", visible=collectives.rank() == 0) as progress:
         for block in range(stride, n_blocks, stride):
             watch.poll("while measuring statistics")
             if progress.n >= tokens:
                 break
-            blocks.append(source.read(block))
+            blocks.append(_sound(source, block))
             progress.update(sum(map(len, blocks)))
     return {site: torch.cat([b.activations[site].float() for b in blocks])[:tokens] for site in blocks[0].activations}
+
+
+def _sound(source: Source, block: int) -> Block:
+    found = source.read(block)
+    for name, x in found.activations.items():
+        refuse_bad_numbers(name, x, f" in {source.told([block])}")
+    return found
+
+
+def refuse_bad_numbers(name: str, x: Float[Tensor, "n d"], where: str = "") -> None:
+    """Raises ConfigError if activations at a site hold NaN or Inf."""
+    bad = int((~torch.isfinite(x)).any(1).sum())
+    if bad:
+        raise ConfigError(
+            f"activations: {name} holds NaN or Inf at {bad} of {len(x)} tokens{where}; the model is damaged, or its "
+            "numbers are too large for its precision (try model.dtype and activations.dtype float32)"
+        )
 
 
 @dataclass(frozen=True)
@@ -154,12 +172,7 @@ def _median_norm(name: str, x: Float[Tensor, "n d"]) -> float:
         raise ConfigError(
             "text: every token is masked (special tokens and skipped positions); nothing is left to train on"
         )
-    bad = int((~torch.isfinite(x)).any(1).sum())
-    if bad:
-        raise ConfigError(
-            f"activations: {name} holds NaN or Inf at {bad} of {len(x)} tokens; the model is damaged, or its numbers "
-            "are too large for its precision (try model.dtype and activations.dtype float32)"
-        )
+    refuse_bad_numbers(name, x)
     return float(x.norm(dim=1).median())
 
 

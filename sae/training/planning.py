@@ -1,13 +1,16 @@
 """What a run will train: which coder reads and writes which sites."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sae.base.errors import ConfigError
 from sae.coder.spec import CoderSpec
 from sae.lm.hooks import site_widths, sites_of_model
-from sae.lm.models import LanguageModel
+from sae.lm.models import LanguageModel, ModelConfig
 from sae.lm.site import SECOND, Site
 from sae.lm.sites import resolve_sites
+from sae.stream.tensors import Stored, stored_at, stored_in_memory
 from sae.training.config import CoderConfig, OptimConfig, TrainConfig
 
 
@@ -75,6 +78,30 @@ def plan_run(
     return sites, widths, plan_coders(config, pairs, widths)
 
 
+def stored_by(config: TrainConfig, activations: Any = None) -> Stored:
+    """Returns the stored activations of a config, or those given in memory.
+
+    The model that they are of is what the folder says, or else `model.name`, unless that is the default.
+    """
+    if activations is None:
+        stored = stored_at(config.activations.path)
+    else:
+        stored = stored_in_memory(activations, config.activations.sites[0])
+    said = {}
+    for tag, model in (("", config.model), (f"{SECOND} ", config.second_model)):
+        if model.name not in ("", ModelConfig().name):
+            said |= {f"{tag}model": model.name, f"{tag}revision": model.revision}
+    return replace(stored, about=said | stored.about)
+
+
+def plan_tensors(config: TrainConfig, stored: Stored) -> tuple[list[Site], dict[str, int], list[CoderPlan]]:
+    """Returns the same as `plan_run`, of stored activations."""
+    pairs = _pairs(config, stored.sites)
+    sites = list({site.name: site for pair in pairs for site in pair}.values())
+    widths = {site.name: site.width for site in sites}
+    return sites, widths, plan_coders(config, pairs, widths, ordered=False)
+
+
 def site_pairs(config: TrainConfig, lm: LanguageModel, second: LanguageModel | None = None) -> list[tuple[Site, Site]]:
     """Returns the (read, written) sites that a config names, in order; of an autoencoder both are one.
 
@@ -87,11 +114,16 @@ def site_pairs(config: TrainConfig, lm: LanguageModel, second: LanguageModel | N
     if not lm.is_causal and (config.needs_rows or config.gradient_loss):
         what = "end-to-end terms (kl, ce) need" if config.needs_rows else "selection gradient_topk needs"
         raise ConfigError(f"coder: {what} a model that predicts the next token, and {lm.name} does not")
+    return _pairs(config, lambda typed, field: resolve_sites(lm.model, [typed], lm.name, lm.revision, field))
+
+
+def _pairs(config: TrainConfig, resolve: Callable[[str, str], list[Site]]) -> list[tuple[Site, Site]]:
+    """Returns the (read, written) sites, each found by `resolve` of what was typed and the field where."""
     settings, pairs = config.activations, []
     for i, typed in enumerate(settings.sites):
-        reads = resolve_sites(lm.model, [typed], lm.name, lm.revision)
+        reads = resolve(typed, "activations.sites")
         target = settings.targets[i] if settings.targets else None
-        writes = resolve_sites(lm.model, [target], lm.name, lm.revision, "activations.targets") if target else reads
+        writes = resolve(target, "activations.targets") if target else reads
         if len(reads) != len(writes):
             found = f"{len(writes)} sites, but {typed!r} {len(reads)}"
             raise ConfigError(f"activations.targets: {target!r} names {found}; each site needs its own target")
@@ -99,11 +131,13 @@ def site_pairs(config: TrainConfig, lm: LanguageModel, second: LanguageModel | N
     return list(dict.fromkeys(pairs))
 
 
-def plan_coders(config: TrainConfig, pairs: list[tuple[Site, Site]], widths: dict[str, int]) -> list[CoderPlan]:
+def plan_coders(
+    config: TrainConfig, pairs: list[tuple[Site, Site]], widths: dict[str, int], ordered: bool = True
+) -> list[CoderPlan]:
     """Returns the coders of every grid point, site by site; ConfigError for what does not fit the sites.
 
-    `widths` are those of the sites by name, in the order in which the model computes them. Grid points with a skip
-    path leave out autoencoders.
+    `widths` are those of the sites by name, if `ordered` in the order in which the model computes them. Grid points
+    with a skip path leave out autoencoders.
     """
     by_place: dict[str, list[CoderPlan]] = {}
     for label, coder, optim in config.points():
@@ -112,7 +146,7 @@ def plan_coders(config: TrainConfig, pairs: list[tuple[Site, Site]], widths: dic
             reads, writes = (
                 tuple(replace(site, width=widths[site.name]) for site in side) for side in zip(*group, strict=True)
             )
-            if coder.layout != "crosscoder":
+            if ordered and coder.layout != "crosscoder":
                 _check_order(reads, writes, list(widths), coder.layout == "cross_layer")
             plan = CoderPlan(f"{place}/{label}" if label else place, reads, writes, coder, optim)
             coder.validate(plan.d_in)

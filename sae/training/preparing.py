@@ -7,31 +7,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import draccus
-
 from sae.base.errors import ConfigError
-from sae.base.files import atomic_write, cache_dir, write_json
+from sae.base.files import atomic_write, write_json
 from sae.base.progress import Watch
 from sae.base.settings import to_yaml
-from sae.base.store import fingerprint_key, remove_damaged
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.lm.environment import environment
 from sae.lm.masking import MaskSpec
-from sae.lm.models import DTYPES, LanguageModel, ModelConfig, load_language_model
+from sae.lm.models import DTYPES, LanguageModel, ModelConfig, load_language_model, resolve_device
 from sae.lm.site import SECOND
 from sae.loading import hub
 from sae.parallel import collectives
-from sae.stream.lanes import Stream, lanes_of
-from sae.stream.rows import RowStream
-from sae.stream.sources import Blocks, CachedSource, LiveSource, Reading, Source
+from sae.stream.lanes import lanes_of
+from sae.stream.sources import Reading, Source
 from sae.text.documents import commit_of_data, first_look
 from sae.text.tokenizing import TokenizedText, special_ids, tokenize, what_was_met
 from sae.training import checkpoint
 from sae.training.config import TrainConfig
 from sae.training.estimate import check_disk, disk_needed
 from sae.training.measuring import Recipe, Statistics, measure, sample_activations
-from sae.training.planning import CoderPlan, plan_run
+from sae.training.planning import CoderPlan, plan_run, plan_tensors, stored_by
+from sae.training.subject import OfText, Subject, of_tensors
 from sae.training.trainer import CoderTrainer, Schedule, new_coder
 
 log = logging.getLogger(__name__)
@@ -44,11 +41,8 @@ class Setting:
     config: TrainConfig
     """As it stands in the folder's config.yaml."""
     folder: Path
-    reading: Reading
     plans: list[CoderPlan]
-    text: TokenizedText
-    fingerprint: dict[str, Any]
-    """What is read: models, precision, text."""
+    subject: Subject
 
     @property
     def micro_tokens(self) -> int:
@@ -80,6 +74,40 @@ def set_up(
     """Returns what a run works on; of a new run, config.yaml and env.json are written as soon as all of it can be."""
     lm, second = models
     sites, widths, plans = plan_run(config, lm, second)
+    about = {"model": lm.fingerprint(), "trust_remote_code": trust_remote_code}
+    config = _begun(config, _pinned(config, lm), folder, resume, plans, widths, environment(lm.device, **about))
+    text = _text(config, lm, watch)
+    fingerprint = {**lm.fingerprint(), "text": text.key}
+    if second:
+        fingerprint |= {f"{SECOND} {name}": value for name, value in second.fingerprint().items()}
+    settings, loss = config.activations, config.gradient_loss
+    mask = MaskSpec(tuple(sorted(special_ids(lm.tokenizer))), settings.skip_positions, next_token=loss is not None)
+    reading = Reading(lm, sites, mask, settings.dtype, loss, second)
+    return Setting(config, folder, plans, OfText(reading, text, fingerprint, config))
+
+
+def set_up_tensors(config: TrainConfig, folder: Path, resume: bool, activations: Any = None) -> Setting:
+    """Returns the same of a run on stored activations, those given or else those that the config names."""
+    lanes_of(collectives.own_share())
+    stored = stored_by(config, activations)
+    sites, widths, plans = plan_tensors(config, stored)
+    subject = of_tensors(config, stored, [site.name for site in sites], resolve_device(config.model.device))
+    about = environment(subject.device, **subject.fingerprint)
+    config = _begun(config, config, folder, resume, plans, widths, about)
+    log.info("%s", subject)
+    return Setting(config, folder, plans, subject)
+
+
+def _begun(
+    config: TrainConfig,
+    pinned: TrainConfig,
+    folder: Path,
+    resume: bool,
+    plans: list[CoderPlan],
+    widths: dict[str, int],
+    about: dict[str, Any],
+) -> TrainConfig:
+    """Returns the config as it stands in the run's folder, where a new run writes it once there is room for it all."""
     for start in {plan.coder.start_from for plan in plans} - {""}:
         try:
             hub.find_place(start)
@@ -89,18 +117,9 @@ def set_up(
         if collectives.rank() == 0:
             check_disk(disk_needed(config, plans, widths)[0], folder)
             if not resume:  # from here on the run can be resumed, if only from its start
-                atomic_write(folder / "config.yaml", to_yaml(_pinned(config, lm)))
-                write_json(folder / "env.json", environment(lm, trust_remote_code=trust_remote_code))
-    if not resume:
-        config = checkpoint.saved_config(folder)
-    text = _text(config, lm, watch)
-    fingerprint = {**lm.fingerprint(), "text": text.key}
-    if second:
-        fingerprint |= {f"{SECOND} {name}": value for name, value in second.fingerprint().items()}
-    settings, loss = config.activations, config.gradient_loss
-    mask = MaskSpec(tuple(sorted(special_ids(lm.tokenizer))), settings.skip_positions, next_token=loss is not None)
-    reading = Reading(lm, sites, mask, settings.dtype, loss, second)
-    return Setting(config, folder, reading, plans, text, fingerprint)
+                atomic_write(folder / "config.yaml", to_yaml(pinned))
+                write_json(folder / "env.json", about)
+    return config if resume else checkpoint.saved_config(folder)
 
 
 def _pinned(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
@@ -127,56 +146,16 @@ def _text(config: TrainConfig, lm: LanguageModel, watch: Watch) -> TokenizedText
     return text
 
 
-def open_source(setting: Setting, watch: Watch) -> Source:
-    """Returns where activations come from; those that are to lie on disk first are stored now."""
-    config, reading, settings = setting.config, setting.reading, setting.config.activations
-    live = LiveSource(reading, Blocks(setting.text.train, settings.block_rows, config.seed))
-    if settings.source == "live":
-        return live
-    fingerprint = {
-        **setting.fingerprint,
-        "sites": [site.name for site in reading.sites],
-        "block_rows": settings.block_rows,
-        "seed": config.seed,
-        "kept_as": settings.dtype,
-        "gradients": reading.loss,
-        "special_ids": list(reading.mask.special_ids),
-        "skip_positions": reading.mask.skip_positions,
-    }
-    folder, share = cache_dir() / "activations" / fingerprint_key(fingerprint), collectives.own_share()
-    if watch.repair:
-        with collectives.together():
-            if share.rank == 0:
-                remove_damaged(folder, "activations", fingerprint)
-    source = CachedSource(live, folder, fingerprint, part=str(share.rank))
-    if settings.source == "disk":
-        stage = watch.stage("storing activations", len(source), "blocks", visible=share.rank == 0)
-        with stage as progress, collectives.together():
-            mine = range(share.rank, len(source), share.world_size)
-            source.fill(mine, replace(watch, progress=progress.update))
-        source.reload()
-    return source
-
-
-def open_stream(setting: Setting, source: Source) -> Stream | RowStream:
-    """Returns this rank's batches: single tokens of many rows, or whole rows for losses that run the model."""
-    config, share = setting.config, collectives.own_share()
-    if config.needs_rows:
-        return RowStream(setting.reading, setting.text.train, config.batch_tokens, config.seed, share)
-    ahead = config.activations.blocks_ahead(on_cpu=setting.reading.lm.device.type == "cpu")
-    return Stream(source, config.batch_tokens, config.seed, ahead, share)
-
-
 def new_trainers(setting: Setting, source: Source, saved: Path | None, watch: Watch) -> dict[str, CoderTrainer]:
     """Returns a trainer for every plan, of an untrained coder or, as yet without weights, of that in a checkpoint."""
-    config, device, trainers = setting.config, setting.reading.lm.device, {}
+    config, subject, trainers = setting.config, setting.subject, {}
     schedule = Schedule(config.steps, config.dead_after, setting.micro_tokens, DTYPES[config.precision])
     specs = json.loads((saved / checkpoint.STATE).read_bytes())["specs"] if saved else {}
     samples = {} if saved else sample_activations(source, config.activations.statistics_tokens, watch)
     measured: dict[tuple[Any, ...], Statistics] = {}
     for plan in setting.plans:
         if saved:
-            coder = SparseCoder(CoderSpec.from_json(specs[plan.name]), device)
+            coder = SparseCoder(CoderSpec.from_json(specs[plan.name]), subject.device)
         else:
             start = plan.coder.start_from
             like = hub.load(start).spec if start else None
@@ -185,22 +164,16 @@ def new_trainers(setting: Setting, source: Source, saved: Path | None, watch: Wa
             )
             key = (plan.reads, plan.writes, recipe, start)
             if key not in measured:
-                mask = setting.reading.mask
-                measured[key] = measure(samples, plan.reads, plan.writes, mask, replace(recipe, like=like))
-            coder = new_coder(
-                plan.coder,
-                measured[key],
-                device,
-                context_length=setting.text.train.context_length,
-                bos=config.text.bos,
-                training={
-                    "text": draccus.encode(config.text),
-                    "tokens": config.steps * config.batch_tokens,
-                    "seed": plan.coder.seed,
-                    "sae-interp": version("sae-interp"),
-                    **({"weights": {"": setting.fingerprint["weights"]}} if setting.reading.lm.given else {}),
-                },
-            )
+                recipe = replace(recipe, like=like)
+                measured[key] = measure(samples, plan.reads, plan.writes, subject.mask, recipe)
+            training = {
+                **subject.described["training"],
+                "tokens": config.steps * config.batch_tokens,
+                "seed": plan.coder.seed,
+                "sae-interp": version("sae-interp"),
+            }
+            described = subject.described | {"training": training}
+            coder = new_coder(plan.coder, measured[key], subject.device, **described)
         trainers[plan.name] = CoderTrainer(coder, plan.coder.objectives, plan.optim, schedule)
     for found in dict.fromkeys(map(str, measured.values())):
         log.info("%s", found)

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ from sae.training.arguments import as_config, with_model
 from sae.training.config import TrainConfig
 from sae.training.end_to_end import splicer
 from sae.training.planning import CoderPlan
-from sae.training.preparing import Setting, load_models, new_trainers, open_source, open_stream, set_up
+from sae.training.preparing import Setting, load_models, new_trainers, set_up, set_up_tensors
 from sae.training.report import write_report
 from sae.training.trainer import Batch, CoderTrainer, NonFiniteError
 
@@ -64,6 +64,7 @@ def train(
     run_dir: Path | None = None,
     repair: bool = False,
     *,
+    activations: Any = None,
     model: "ModelLike | None" = None,
     tokenizer: "TokenizerLike | None" = None,
     progress: Display = True,
@@ -79,9 +80,16 @@ def train(
     in place of the one that the config names; the config in the run's folder says its name. A loaded one of no name,
     or whose weights its name does not lead to, is passed again to resume.
 
+    `activations`, of whatever model, take the place of a language model and text: a path as in `activations.path`, a
+    tensor [n, width] of the first of `activations.sites`, a dict of tensors by site, or a list of either.
+
     Raises ConfigError for what cannot be, before long work starts; Stopped after a signal, with a checkpoint written.
     """
     config = as_config(config)
+    if activations is not None:
+        path = activations if isinstance(activations, (str, Path)) else ""
+        config = replace(config, activations=replace(config.activations, source="tensors", path=str(path)))
+        activations = None if path else activations
     config.validate()
     config, given = with_model(config, model, tokenizer, trust_remote_code)
     folder = Path(run_dir or config.run_dir or Path("runs") / config.name).expanduser()
@@ -93,9 +101,12 @@ def train(
             tracker = Tracker(name, config.log.project, folder.name, draccus.encode(config))
         watch = Watch(stop, repair=repair, display=progress)
         try:
-            with stop.lifted():
-                models = load_models(config, trust_remote_code, given)
-            setting = set_up(config, models, folder, resume, watch, trust_remote_code)
+            if config.activations.source == "tensors":
+                setting = set_up_tensors(config, folder, resume, activations)
+            else:
+                with stop.lifted():
+                    models = load_models(config, trust_remote_code, given)
+                setting = set_up(config, models, folder, resume, watch, trust_remote_code)
             saved = checkpoint.latest(folder) if resume else None
             if resume and saved is None:
                 log.info("no checkpoint in %s yet: starting at step 0", folder)
@@ -119,10 +130,10 @@ class Run:
     def __init__(self, setting: Setting, saved: Path | None, watch: Watch, stop: StopFlag) -> None:
         self.setting, self.config, self.folder, self.stop = setting, setting.config, setting.folder, stop
         self.watch, self.main = watch, collectives.rank() == 0
-        source = open_source(setting, watch)
+        self.source = setting.subject.open_source(setting.config, watch)
         with collectives.together():
-            self.trainers = new_trainers(setting, source, saved, watch)
-        self.stream = open_stream(setting, source)
+            self.trainers = new_trainers(setting, self.source, saved, watch)
+        self.stream = setting.subject.open_stream(setting.config, self.source)
         self.bad_steps = 0
         self.step = self._restore(saved)
 
@@ -137,7 +148,7 @@ class Run:
             sizes, step = dict.fromkeys(logs, 0), 0
         else:
             tensors, values = checkpoint.load(saved)
-            for name, value in self.setting.fingerprint.items():
+            for name, value in self.setting.subject.fingerprint.items():
                 then = values["reads"].get(name)
                 if then != value:
                     raise ConfigError(
@@ -166,7 +177,7 @@ class Run:
             values = {
                 "coders": {name: state[1] for name, state in states.items()},
                 "specs": {name: trainer.coder.spec.to_json() for name, trainer in self.trainers.items()},
-                "reads": self.setting.fingerprint,
+                "reads": self.setting.subject.fingerprint,
                 "bad_steps": self.bad_steps,
                 "log_bytes": {n: (self.folder / n).stat().st_size for n in ("metrics.jsonl", "timings.jsonl")},
             }
@@ -239,7 +250,8 @@ class Run:
             context = batch.text.tokens.shape[1]
             micro = self.setting.micro_tokens
             rows = max(1, micro // context) if micro else len(batch.text.tokens)
-            return Batch(x, target, None, *splicer(self.setting.reading.lm, batch.text, usual, coder.spec.writes, rows))
+            lm = self.setting.subject.measured_on["lm"]
+            return Batch(x, target, None, *splicer(lm, batch.text, usual, coder.spec.writes, rows))
         gradients = columns(batch.gradients, plan.writes) if coder.spec.selection.gradient_loss else None
         return Batch(x, target, gradients)
 
@@ -250,17 +262,15 @@ class Run:
         save_tensors(dump, {**batch.activations, "blocks": batch.blocks})
         bad = torch.stack([~torch.isfinite(x).all(1).cpu() for x in batch.activations.values()]).any(0)
         blocks = batch.blocks[bad].unique().tolist()
-        of = f" (blocks {', '.join(map(str, blocks))})" if blocks else ""
+        of = f" ({self.source.told(blocks)})" if blocks else ""
         where = f"step {self.step + 1}, {errors}; the step was not applied, its batch{of} is in {dump}"
         if self.bad_steps > self.config.max_bad_steps:
             raise NonFiniteError(f"{where} (max_bad_steps: {self.config.max_bad_steps})")
         log.warning("%s; skipped (%d of %d allowed)", where, self.bad_steps, self.config.max_bad_steps)
 
     def _evaluate(self, coders: dict[str, SparseCoder]) -> dict[str, dict[str, Any]]:
-        held_out, tokens = self.setting.text.held_out, self.config.eval.tokens
-        reading = self.setting.reading
-        show = self.watch.display
-        return evaluate(coders, reading.lm, held_out, tokens, False, self.stop, reading.second, progress=show)
+        on, tokens, show = self.setting.subject.measured_on, self.config.eval.tokens, self.watch.display
+        return evaluate(coders, tokens=tokens, should_stop=self.stop, progress=show, **on)
 
     def _evaluate_midway(self) -> None:
         """Writes a held-out evaluation to metrics.jsonl."""

@@ -1,0 +1,186 @@
+"""What a run reads: a language model over text, or stored activations. Either says what the run asks about it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import draccus
+import torch
+
+from sae.base.errors import ConfigError, DataError
+from sae.base.files import cache_dir
+from sae.base.progress import Watch
+from sae.base.store import HEADER, Shards, fingerprint_key, remove_damaged
+from sae.lm.masking import MaskSpec
+from sae.lm.models import DTYPES
+from sae.parallel import collectives
+from sae.stream.lanes import Stream
+from sae.stream.rows import RowStream
+from sae.stream.sources import Blocks, CachedSource, LiveSource, Reading, Source
+from sae.stream.tensors import FIELD, HELD_OUT, Stored, TensorSource, divided
+from sae.text.tokenizing import TokenizedText
+from sae.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class OfText:
+    """A language model, or two, over text."""
+
+    reading: Reading
+    text: TokenizedText
+    fingerprint: dict[str, Any]
+    """What decides the activations; a run goes on with the same alone."""
+    config: TrainConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Returns where coders are trained: where the model is."""
+        return self.reading.lm.device
+
+    @property
+    def mask(self) -> MaskSpec:
+        """Returns which tokens count, before norms are measured."""
+        return self.reading.mask
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Returns what the spec of a coder says of its data."""
+        text = self.config.text
+        training = {"text": draccus.encode(text)}
+        if self.reading.lm.given:
+            training["weights"] = {"": self.fingerprint["weights"]}
+        return {"context_length": self.text.train.context_length, "bos": text.bos, "training": training}
+
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """Returns, as arguments of `evaluate`, what is held out."""
+        return {"lm": self.reading.lm, "rows": self.text.held_out, "second": self.reading.second}
+
+    def open_source(self, config: TrainConfig, watch: Watch) -> Source:
+        """Returns the model's blocks, or those on disk; a folder that is named gets held-out ones too."""
+        settings = config.activations
+        live = LiveSource(self.reading, Blocks(self.text.train, settings.block_rows, config.seed))
+        if settings.source == "live":
+            return live
+        fingerprint = {
+            **self.fingerprint,
+            "sites": [site.name for site in self.reading.sites],
+            "block_rows": settings.block_rows,
+            "seed": config.seed,
+            "kept_as": settings.dtype,
+            "gradients": self.reading.loss,
+            "special_ids": list(self.mask.special_ids),
+            "skip_positions": self.mask.skip_positions,
+        }
+        if not settings.path:
+            return _on_disk(
+                live, cache_dir() / "activations" / fingerprint_key(fingerprint), fingerprint, config, watch
+            )
+        folder = Path(settings.path).expanduser()
+        _check_free(folder, fingerprint)
+        blocks = Blocks(self.text.held_out, settings.block_rows, config.seed)
+        every = replace(config, activations=replace(settings, source="disk"))
+        _on_disk(LiveSource(self.reading, blocks), folder / HELD_OUT, fingerprint | {"part": HELD_OUT}, every, watch)
+        return _on_disk(live, folder, fingerprint, config, watch)
+
+    def open_stream(self, config: TrainConfig, source: Source) -> Stream | RowStream:
+        """Returns single tokens of many rows, or whole rows for losses that run the model."""
+        if config.needs_rows:
+            share = collectives.own_share()
+            return RowStream(self.reading, self.text.train, config.batch_tokens, config.seed, share)
+        return _stream(config, source, self.device)
+
+
+@dataclass(frozen=True)
+class OfTensors:
+    """Stored activations, of which a part is held out."""
+
+    label: str
+    train: TensorSource
+    held_out: TensorSource
+    device: torch.device
+    mask: MaskSpec
+    fingerprint: dict[str, Any]
+    described: dict[str, Any]
+
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """Returns, as arguments of `evaluate`, what is held out."""
+        return {"activations": self.held_out}
+
+    def open_source(self, config: TrainConfig, watch: Watch) -> Source:
+        """Returns the part to train on."""
+        return self.train
+
+    def open_stream(self, config: TrainConfig, source: Source) -> Stream:
+        """Returns single vectors of many blocks."""
+        return _stream(config, source, self.device)
+
+    def __str__(self) -> str:
+        """Returns what there is, for people."""
+        skipped = self.train.skip_positions if self.train.has_rows else 0
+        less = f", less the first {skipped} of every row (activations.skip_positions)" if skipped else ""
+        train, held_out = (f"{part.vectors:,}" for part in (self.train, self.held_out))
+        return f"activations: {train} vectors to train on, {held_out} held out, of {self.label}{less}"
+
+
+Subject = OfText | OfTensors
+
+
+def of_tensors(config: TrainConfig, stored: Stored, names: list[str], device: torch.device) -> OfTensors:
+    """Returns stored activations as what a run reads; ConfigError if they do not fit the config."""
+    settings, about, loss = config.activations, stored.about, config.gradient_loss
+    if loss and about.get("gradients", loss) != loss:
+        raise ConfigError(f"{FIELD}: {stored.label} has gradients of {about['gradients']}, not of {loss}")
+    most, share = settings.block_rows * config.text.context_length, config.text.held_out_share
+    how = {"with_gradients": loss is not None, "dtype": DTYPES[settings.dtype]}
+    train, held_out = divided(stored, names, most, share, settings.skip_positions, **how)
+    if train.vectors < config.batch_tokens:
+        there = f"the {train.vectors:,} vectors to train on in {stored.label}"
+        raise ConfigError(f"batch_tokens: {config.batch_tokens} is more than {there}")
+    tensors = {
+        "source": stored.label,
+        "fingerprint": stored.fingerprint,
+        "block": most,
+        "held_out_share": share,
+        "skip_positions": settings.skip_positions,
+    }
+    skipped = about.get("skip_positions", settings.skip_positions)
+    mask = MaskSpec(tuple(about.get("special_ids", ())), skipped, next_token=loss is not None)
+    fingerprint = {"data": stored.fingerprint}
+    return OfTensors(stored.label, train, held_out, device, mask, fingerprint, {"training": {"tensors": tensors}})
+
+
+def _stream(config: TrainConfig, source: Source, device: torch.device) -> Stream:
+    ahead = config.activations.blocks_ahead(on_cpu=device.type == "cpu")
+    return Stream(source, config.batch_tokens, config.seed, ahead, collectives.own_share())
+
+
+def _check_free(folder: Path, fingerprint: dict[str, Any]) -> None:
+    """Refuses a folder, named by hand, that holds anything but these very activations: nothing of it may be lost."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        if not (folder / HEADER).is_file():
+            raise DataError(f"{folder}: holds other files")
+        Shards(folder, "activations", fingerprint, partial=True)
+    except DataError as error:
+        reason = str(error).rpartition(";")[0] or str(error)
+        raise ConfigError(f"{FIELD}: {reason}; name another folder") from None
+
+
+def _on_disk(live: LiveSource, folder: Path, fingerprint: dict[str, Any], config: TrainConfig, watch: Watch) -> Source:
+    """Returns the blocks as they lie in a folder; of source disk, all of them are stored first."""
+    share = collectives.own_share()
+    if watch.repair:
+        with collectives.together():
+            if share.rank == 0:
+                remove_damaged(folder, "activations", fingerprint)
+    source = CachedSource(live, folder, fingerprint, part=str(share.rank))
+    if config.activations.source == "disk":
+        stage = watch.stage("storing activations", len(source), "blocks", visible=share.rank == 0)
+        with stage as progress, collectives.together():
+            mine = range(share.rank, len(source), share.world_size)
+            source.fill(mine, replace(watch, progress=progress.update))
+        source.reload()
+    return source
