@@ -64,6 +64,9 @@ def test_a_sample_is_spread_over_the_text_and_can_be_stopped():
         def __len__(self):
             return 100
 
+        def told(self, blocks):
+            return f"blocks {blocks}"
+
         def read(self, block):
             self.reads.append(block)
             return Block({"x": torch.full((10, 2), float(block))}, {})
