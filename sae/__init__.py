@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from sae.lm.models import load_language_model
     from sae.loading.hub import load, load_all, save
     from sae.loading.releases import list_released
+    from sae.training.callbacks import Callback, StopTraining
     from sae.training.config import TrainConfig
     from sae.training.run import train
 
     __version__: str
 
 _HOMES = {
+    "Callback": "sae.training.callbacks",
     "SparseCoder": "sae.coder.coder",
+    "StopTraining": "sae.training.callbacks",
     "TrainConfig": "sae.training.config",
     "activations": "sae.evaluation.activations",
     "diagnose": "sae.evaluation.doctor",
@@ -41,7 +44,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "Callback",
     "SparseCoder",
+    "StopTraining",
     "TrainConfig",
     "__version__",
     "activations",

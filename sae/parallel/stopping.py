@@ -50,6 +50,8 @@ def stop_flag() -> Iterator[StopFlag]:
 
     def handle(number: int, _: FrameType | None) -> None:
         name, again = signal.Signals(number).name, flag.signal_name is not None
+        if again and flag.before[name] is signal.default_int_handler:  # Python's own: a notebook's kernel lives on
+            raise KeyboardInterrupt
         if collectives.rank() == 0:
             _say(f"{name}: {'ended at once' if again else 'stopping as soon as can be; another one ends it at once'}")
         if again:

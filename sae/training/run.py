@@ -9,8 +9,11 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +36,7 @@ from sae.parallel.stopping import StopFlag, stop_flag
 from sae.stream.batch import ActivationBatch
 from sae.training import checkpoint
 from sae.training.arguments import as_config, with_model
+from sae.training.callbacks import Callback, Callbacks, Moment
 from sae.training.config import TrainConfig
 from sae.training.end_to_end import splicer
 from sae.training.planning import CoderPlan
@@ -64,9 +68,10 @@ def train(
     run_dir: Path | None = None,
     repair: bool = False,
     *,
-    activations: Any = None,
     model: "ModelLike | None" = None,
     tokenizer: "TokenizerLike | None" = None,
+    activations: Any = None,
+    callbacks: Sequence[Callback | Callable[[Moment], object]] = (),
     progress: Display = True,
 ) -> TrainResult:
     """Trains, evaluates and saves the coders of a config and returns them with their metrics.
@@ -74,7 +79,7 @@ def train(
     With `resume`, continues the run folder's newest checkpoint bit for bit (from the start if it has none). With
     `repair`, verifies the caches the run will read and makes again what is damaged. `progress` says how the stages are
     shown: True (a bar in a notebook or on a terminal, else a line every few seconds), False, or a function that is
-    given the `Position`.
+    given the `Position`. `callbacks` hear of steps, evaluations, checkpoints and the end; a function, of every step.
 
     The config may be a mapping of its fields, or the path of a YAML file. `model`, a name or one that is loaded, stands
     in place of the one that the config names; the config in the run's folder says its name. A loaded one of no name,
@@ -83,9 +88,11 @@ def train(
     `activations`, of whatever model, take the place of a language model and text: a path as in `activations.path`, a
     tensor [n, width] of the first of `activations.sites`, a dict of tensors by site, or a list of either.
 
-    Raises ConfigError for what cannot be, before long work starts; Stopped after a signal, with a checkpoint written.
+    Raises ConfigError for what cannot be, before long work starts; Stopped after a signal, with a checkpoint written;
+    what a callback raises, when all that was trained is saved, with a note that says how to go on. After StopTraining
+    it returns the coders as they are; the run may still go on with `resume`.
     """
-    config = as_config(config)
+    told, config = Callbacks(callbacks), as_config(config)
     if activations is not None:
         path = activations if isinstance(activations, (str, Path)) else ""
         config = replace(config, activations=replace(config.activations, source="tensors", path=str(path)))
@@ -94,7 +101,13 @@ def train(
     config, given = with_model(config, model, tokenizer, trust_remote_code)
     folder = Path(run_dir or config.run_dir or Path("runs") / config.name).expanduser()
     config = checkpoint.resumed_config(config, folder) if resume else checkpoint.placed_config(config)
-    with collectives.process_group(), stop_flag() as stop, checkpoint.locked(folder, resume):
+    with (
+        torch.inference_mode(False),  # whatever the caller is within
+        torch.enable_grad(),
+        collectives.process_group(),
+        stop_flag() as stop,
+        checkpoint.locked(folder, resume),
+    ):
         check_writable(cache_dir(), "SAE_CACHE")
         with collectives.together():
             name = config.log.tracker if collectives.rank() == 0 else "none"
@@ -110,31 +123,36 @@ def train(
             saved = checkpoint.latest(folder) if resume else None
             if resume and saved is None:
                 log.info("no checkpoint in %s yet: starting at step 0", folder)
-            with closing(Run(setting, saved, watch, stop)) as run:
+            with closing(Run(setting, saved, watch, stop, told)) as run:
                 run.loop(tracker)
                 return run.finish()
         except Stopped as stopped:
-            raise Stopped(f"{stopped}; continue with --resume {folder}") from None
+            raise Stopped(f"{stopped}; {_way_on(folder)}") from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            reason = f"{error.strerror}; once there is room, continue with --resume {folder}"
+            reason = f"{error.strerror}; once there is room, {_way_on(folder)}"
             raise OSError(error.errno, reason) from error
         finally:
             tracker.finish()
 
 
+def _way_on(folder: Path) -> str:
+    return f"continue with --resume {folder} (in Python, resume=True)"
+
+
 class Run:
     """The trainers of a run and the stream that they share, at some step."""
 
-    def __init__(self, setting: Setting, saved: Path | None, watch: Watch, stop: StopFlag) -> None:
+    def __init__(self, setting: Setting, saved: Path | None, watch: Watch, stop: StopFlag, told: Callbacks) -> None:
         self.setting, self.config, self.folder, self.stop = setting, setting.config, setting.folder, stop
-        self.watch, self.main = watch, collectives.rank() == 0
+        self.watch, self.told, self.main = watch, told, collectives.rank() == 0
         self.source = setting.subject.open_source(setting.config, watch)
         with collectives.together():
             self.trainers = new_trainers(setting, self.source, saved, watch)
         self.stream = setting.subject.open_stream(setting.config, self.source)
-        self.bad_steps = 0
+        self.bad_steps, self.checkpoint = 0, saved
+        self.logs = {name: self.folder / name for name in ("metrics.jsonl", "timings.jsonl")}
         self.step = self._restore(saved)
 
     def close(self) -> None:
@@ -143,9 +161,8 @@ class Run:
 
     def _restore(self, saved: Path | None) -> int:
         """Loads a checkpoint into the trainers and the stream and cuts the logs back to it; returns its step."""
-        logs = {name: self.folder / name for name in ("metrics.jsonl", "timings.jsonl")}
         if saved is None:
-            sizes, step = dict.fromkeys(logs, 0), 0
+            sizes, step = dict.fromkeys(self.logs, 0), 0
         else:
             tensors, values = checkpoint.load(saved)
             for name, value in self.setting.subject.fingerprint.items():
@@ -161,17 +178,22 @@ class Run:
             self.bad_steps, sizes, step = values["bad_steps"], values["log_bytes"], values["step"]
             log.info("continuing %s at step %d of %d", self.folder, step, self.config.steps)
         if self.main:
-            for name, path in logs.items():
+            for name, path in self.logs.items():
                 path.touch()
                 os.truncate(path, min(sizes[name], path.stat().st_size))
         return step
 
-    def _save(self) -> None:
+    def _log_bytes(self) -> dict[str, int]:
+        return {name: path.stat().st_size if path.exists() else 0 for name, path in self.logs.items()}
+
+    def _save(self, log_bytes: dict[str, int]) -> None:
+        """Writes a checkpoint of the step and of so much of the logs."""
         position = self.stream.state()
         collectives.total_(*position.values())
         with collectives.together():
             if not self.main:
                 return
+            before = self.checkpoint
             states = {name: trainer.state() for name, trainer in self.trainers.items()}
             tensors = {f"coder-{i}": state[0] for i, state in enumerate(states.values())}
             values = {
@@ -179,29 +201,41 @@ class Run:
                 "specs": {name: trainer.coder.spec.to_json() for name, trainer in self.trainers.items()},
                 "reads": self.setting.subject.fingerprint,
                 "bad_steps": self.bad_steps,
-                "log_bytes": {n: (self.folder / n).stat().st_size for n in ("metrics.jsonl", "timings.jsonl")},
+                "log_bytes": log_bytes,
             }
             tensors["stream"] = position
-            more = self.step < self.config.steps and not self.stop()
-            checkpoint.save(self.folder, self.step, tensors, values, self.config.checkpoints.keep, more)
+            more = self.step < self.config.steps and not self.stop() and not self.told.ending
+            self.checkpoint = checkpoint.save(
+                self.folder, self.step, tensors, values, self.config.checkpoints.keep, more
+            )
+            if self.checkpoint != before:
+                self.told.tell("on_save", partial(self._moment, {}))
 
     def loop(self, tracker: Tracker) -> None:
-        """Trains to the last step, or raises Stopped at the one at which that was asked for, with a checkpoint."""
+        """Trains to the last step, or to the one at which a callback asked for an end, and writes a checkpoint.
+
+        After that, it raises Stopped if a signal asked for an end, or the error of a callback.
+        """
         with self.watch.stage("training", self.config.steps, "steps", self.step, self.main) as progress:
-            self._train(tracker, progress)
-            self._save()
-            if self.step < self.config.steps:
+            log_bytes = self._train(tracker, progress)
+            self._save(log_bytes)
+            self._check_callbacks(f"a checkpoint of step {self.step} is written: {_way_on(self.folder)}")
+            if self.step < self.config.steps and self.stop.anywhere():
                 raise Stopped(f"at step {self.step} of {self.config.steps}, checkpoint written")
 
-    def _train(self, tracker: Tracker, progress: Progress) -> None:
+    def _train(self, tracker: Tracker, progress: Progress) -> dict[str, int]:
+        """Returns the lengths of the logs that belong to the step it has come to."""
         config, steps, began, first = self.config, self.config.steps, time.monotonic(), self.step
         shown: dict[str, float] = {}
-        while self.step < steps and not self.stop.anywhere():
+        while self.step < steps and not self._ending():
             if config.eval.every_steps and self.step and self.step % config.eval.every_steps == 0:
-                try:  # the checkpoint of this step knows nothing of it, so that a resume does it again
+                log_bytes = self._log_bytes()  # its checkpoint knows nothing of it, so that a resume does it again
+                try:
                     self._evaluate_midway()
                 except Stopped:
-                    break
+                    return log_bytes
+                if self._ending():
+                    return log_bytes
             lines = self._train_on(next(self.stream))
             self.step += 1
             step = self.step
@@ -217,8 +251,31 @@ class Run:
                 head = lines[0]
                 shown = {"fvu": head["fvu"], "l0": head["l0"], "dead": head["dead_share"], "tokens_per_s": rate}
             progress.update(step, **shown)
+            self.told.tell("on_step", partial(self._moment, _figures(lines)))
             if step % config.checkpoints.every_steps == 0 and step < steps:
-                self._save()
+                self._save(self._log_bytes())
+        return self._log_bytes()
+
+    def _ending(self) -> bool:
+        """Returns whether a signal or a callback asked any rank for an end; all must call it at the same step."""
+        return collectives.any_rank(self.stop() or self.told.ending)
+
+    def _check_callbacks(self, kept: str) -> None:
+        """Raises what a callback has raised; on the other ranks, that this one failed."""
+        error = self.told.failure
+        if error is not None:
+            error.add_note(f"raised by the callback {self.told.failed} at step {self.step}; {kept}")
+        if collectives.any_rank(error is not None):
+            raise error or collectives.PeerError(1)
+
+    def _moment(self, metrics: dict[str, Any], coders: dict[str, SparseCoder] | None = None) -> Moment:
+        """Returns what callbacks are told now, about the coders as they stand or the finished ones."""
+
+        def snapshot() -> dict[str, SparseCoder]:
+            return deepcopy(coders) if coders else self._trained()
+
+        step, steps, tokens = self.step, self.config.steps, self.step * self.config.batch_tokens
+        return Moment(step, steps, tokens, deepcopy(metrics), self.folder, self.checkpoint, snapshot)
 
     def _train_on(self, batch: ActivationBatch) -> list[dict[str, Any]]:
         """Trains every coder on one batch; returns the metrics of those that took the step."""
@@ -268,6 +325,9 @@ class Run:
             raise NonFiniteError(f"{where} (max_bad_steps: {self.config.max_bad_steps})")
         log.warning("%s; skipped (%d of %d allowed)", where, self.bad_steps, self.config.max_bad_steps)
 
+    def _trained(self) -> dict[str, SparseCoder]:
+        return {name: trainer.trained() for name, trainer in self.trainers.items()}
+
     def _evaluate(self, coders: dict[str, SparseCoder]) -> dict[str, dict[str, Any]]:
         on, tokens, show = self.setting.subject.measured_on, self.config.eval.tokens, self.watch.display
         return evaluate(coders, tokens=tokens, should_stop=self.stop, progress=show, **on)
@@ -276,33 +336,50 @@ class Run:
         """Writes a held-out evaluation to metrics.jsonl."""
         with collectives.together():
             if self.main:
-                found = self._evaluate({name: trainer.trained() for name, trainer in self.trainers.items()})
+                found = self._evaluate(self._trained())
                 lines = [{"step": self.step, "coder": name, "held_out": found[name]} for name in found]
                 self._write("metrics.jsonl", *lines)
+                self.told.tell("on_evaluate", partial(self._moment, found))
 
     def finish(self) -> TrainResult:
         """Saves and evaluates the coders."""
         self.stream.close()
-        coders = {name: trainer.trained() for name, trainer in self.trainers.items()}
+        coders = self._trained()
         found: dict[str, dict[str, Any]] = {}
         with collectives.together():
-            if not self.main:
-                return TrainResult(self.folder, coders, found)
-            for name, coder in coders.items():  # saved before anything else can fail
-                hub.save(coder, self.folder / "coders" / name)
-            found = self._evaluate(coders)
-            for name, coder in coders.items():
-                found[name]["training"] = {"active_steps": self.trainers[name].active_steps, "steps": self.config.steps}
-                coder.spec = coder.spec.with_(metrics=found[name])
-                hub.save(coder, self.folder / "coders" / name)
-            write_json(self.folder / "evaluation.json", found)
-            with Aside("report.html", "all figures are in evaluation.json"):
-                write_report(self.folder, found)
+            if self.main:
+                found = self._finish(coders)
+                self.told.tell("on_evaluate", partial(self._moment, found, coders))
+                self.told.tell("on_end", partial(self._moment, found, coders))
+        self._check_callbacks(f"the run is finished, and all is saved in {self.folder}")
         return TrainResult(self.folder, coders, found)
+
+    def _finish(self, coders: dict[str, SparseCoder]) -> dict[str, dict[str, Any]]:
+        for name, coder in coders.items():
+            if self.step < self.config.steps:  # a callback has ended it
+                tokens = self.step * self.config.batch_tokens
+                coder.spec = coder.spec.with_(training={**coder.spec.training, "tokens": tokens})
+            hub.save(coder, self.folder / "coders" / name)  # before anything else can fail
+        found = self._evaluate(coders)
+        for name, coder in coders.items():
+            found[name]["training"] = {"active_steps": self.trainers[name].active_steps, "steps": self.step}
+            coder.spec = coder.spec.with_(metrics=found[name])
+            hub.save(coder, self.folder / "coders" / name)
+        write_json(self.folder / "evaluation.json", found)
+        with Aside("report.html", "all figures are in evaluation.json"):
+            write_report(self.folder, found)
+        return found
 
     def _write(self, name: str, *lines: dict[str, Any]) -> None:
         if self.main:
             append(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _figures(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns what a step has measured, by coder."""
+    return {
+        line["coder"]: {key: value for key, value in line.items() if key not in ("step", "coder")} for line in lines
+    }
 
 
 def _active(trainer: CoderTrainer) -> dict[str, int]:

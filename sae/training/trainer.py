@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,9 +296,12 @@ class CoderTrainer:
         return rate
 
     def trained(self) -> SparseCoder:
-        """Returns the coder to evaluate and save: a calibrated copy, with averaged weights if there is an average."""
+        """Returns the coder to evaluate and save: a calibrated copy, with averaged weights if there is an average.
+
+        It shares nothing with the coder in training.
+        """
         numbers, thresholds = self.chooser.calibrated()
-        spec = self.coder.spec.with_(calibration=numbers)
+        spec = deepcopy(self.coder.spec).with_(calibration=numbers)
         copy = SparseCoder(spec, self.coder.W_enc.device, self.coder.W_enc.dtype)
         copy.load_state_dict(self.coder.state_dict())
         if thresholds is not None:
