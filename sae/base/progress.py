@@ -13,6 +13,7 @@ from weakref import WeakSet
 
 from tqdm import tqdm
 
+from sae.base.arguments import wrong
 from sae.base.errors import Stopped
 from sae.base.logs import quiet
 from sae.base.units import duration
@@ -73,7 +74,7 @@ class Watch:
     def __post_init__(self) -> None:
         """Raises TypeError for a display that is none."""
         if not isinstance(self.display, bool) and not callable(self.display):
-            raise TypeError(f"progress: {self.display!r} is none of True, False and a function of one argument")
+            raise wrong("progress", self.display, "True, False or a function of one argument")
 
     def poll(self, doing: str) -> None:
         """Raises Stopped, saying during what, when asked to stop."""

@@ -81,6 +81,8 @@ class Callback:
 
 HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 Hook = Callable[[Moment], object]
+Listener = Callback | Hook
+"""What `sae.train` takes as a callback; any object that defines a hook will do."""
 
 
 class Callbacks:

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ from sae.parallel.stopping import StopFlag, stop_flag
 from sae.stream.batch import ActivationBatch
 from sae.training import checkpoint
 from sae.training.arguments import as_config, with_model
-from sae.training.callbacks import Callback, Callbacks, Moment
+from sae.training.callbacks import Callbacks, Listener, Moment
 from sae.training.config import TrainConfig
 from sae.training.end_to_end import splicer
 from sae.training.planning import CoderPlan
@@ -71,7 +71,7 @@ def train(
     model: "ModelLike | None" = None,
     tokenizer: "TokenizerLike | None" = None,
     activations: Any = None,
-    callbacks: Sequence[Callback | Callable[[Moment], object]] = (),
+    callbacks: Sequence[Listener] | Listener | None = (),
     progress: Display = True,
 ) -> TrainResult:
     """Trains, evaluates and saves the coders of a config and returns them with their metrics.
@@ -92,7 +92,7 @@ def train(
     what a callback raises, when all that was trained is saved, with a note that says how to go on. After StopTraining
     it returns the coders as they are; the run may still go on with `resume`.
     """
-    told, config = Callbacks(callbacks), as_config(config)
+    config, told, watch = as_config(config), Callbacks(callbacks), Watch(repair=repair, display=progress)
     if activations is not None:
         path = activations if isinstance(activations, (str, Path)) else ""
         config = replace(config, activations=replace(config.activations, source="tensors", path=str(path)))
@@ -112,7 +112,7 @@ def train(
         with collectives.together():
             name = config.log.tracker if collectives.rank() == 0 else "none"
             tracker = Tracker(name, config.log.project, folder.name, draccus.encode(config))
-        watch = Watch(stop, repair=repair, display=progress)
+        watch = replace(watch, should_stop=stop)
         try:
             if config.activations.source == "tensors":
                 setting = set_up_tensors(config, folder, resume, activations)

@@ -103,7 +103,7 @@ def test_a_function_that_fails_is_warned_of_once_and_asked_no_more(at_once, capl
 
 @pytest.mark.parametrize("wrong", [None, "bar", 1, {}])
 def test_what_cannot_show_progress_is_a_type_error(wrong):
-    with pytest.raises(TypeError, match=r"progress: .* is none of True, False and a function"):
+    with pytest.raises(TypeError, match=r"progress: .* was given; it takes True, False or a function"):
         progress.Watch(display=wrong)
 
 
