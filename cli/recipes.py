@@ -99,7 +99,7 @@ def _found(name: str, shipped: dict[str, Path], field: str, beside: Path | None)
         return found
     families, models = configs("families"), configs("models")
     if field == "--on":
-        hint = f" It is a family: --config {name}." if name in families else nearest(Path(name).name, models)
+        hint = f" It is a family: --config {name}." if name in families else nearest(Path(name).name.lower(), models)
         ways = f"any other model: sae-train --model.name {name} --activations.sites '[layers.6]'"
         raise ConfigError(f"--on: no file about a model {name!r}.{hint} There are {', '.join(models)}; {ways}")
     pairs = {_plain(f"{model}-{family}"): (family, model) for model in models for family in families}

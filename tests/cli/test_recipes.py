@@ -1,13 +1,22 @@
 """Recipes: any family goes on any model, files of a user's own on both, and a wrong name is told what is meant."""
 
+import re
+from dataclasses import replace
+from functools import cache
+
 import pytest
+from rigs.model_configs import model_folder
+from torch._subclasses import FakeTensorMode
 
 from cli.common import read_config
 from cli.recipes import config_path, configs, fields_of, first_lines, recipe
 from interp.run.config import ExplainConfig
 from sae.base.errors import ConfigError
 from sae.base.settings import flat, read_yaml, to_yaml
+from sae.lm import models
+from sae.lm.hooks import site_widths
 from sae.training.config import TrainConfig
+from sae.training.estimate import estimate
 
 FAMILIES, MODELS = configs("families"), configs("models")
 
@@ -43,7 +52,37 @@ def test_every_family_on_every_model_is_a_valid_config_that_survives_yaml(model,
         assert read(str(tmp_path / "again.yaml")) == config
         assert config.name == (model if family == "topk" else f"{model}-{family.replace('_', '-')}")
         sparsity = {v for k, v in flat(recipe(family, model)["coder"]).items() if k.endswith((".k", ".target_l0"))}
-        assert sparsity == {read_yaml(MODELS[model])["facts"]["k"]} if model in ("quickstart", "smollm2") else sparsity
+        assert sparsity == {read_yaml(MODELS[model])["facts"]["k"]}
+
+
+LARGER = ("gemma-3-1b", "llama-3.1-8b", "qwen3-8b")  # of a class of which a smaller one is tried
+
+
+@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m in LARGER)) for m in MODELS])
+def test_every_family_on_every_model_is_dry_run_on_the_models_config(model, tmp_path, monkeypatch):
+    made, fake = cache(models.untrained), FakeTensorMode()  # a model is the same for all of its families
+    monkeypatch.setattr("sae.training.estimate.FakeTensorMode", lambda: fake)
+    monkeypatch.setattr("sae.training.estimate.untrained", lambda found, _: made(replace(found, dtype="auto")))
+    widths = cache(lambda lm, sites: site_widths(lm, list(sites)))
+    monkeypatch.setattr("sae.training.planning.site_widths", lambda lm, sites: dict(widths(lm, tuple(sites))))
+    monkeypatch.setattr("sae.training.estimate.measured_flops_per_s", lambda device: 1e14)
+    name = read(None, model).model.name
+    there = "quickstart" if model == "quickstart" else model_folder(name, tmp_path)
+    described = models.load_config(there)
+    heads = described.num_attention_heads
+    attention = heads * (getattr(described, "head_dim", None) or described.hidden_size // heads)
+    peaks = {}
+    for family in FAMILIES:
+        config = read(family, model, "--model.name", there, "--activations.prefetch_blocks", "64")  # as on a GPU
+        if config.second_model.name:
+            config = replace(config, second_model=replace(config.second_model, name=there))
+        found = estimate(config)
+        assert set(found.widths.values()) == {attention if family == "attention" else described.hidden_size}, family
+        peaks[family] = (found.peak_memory - found.memory["process"]) / 1e9 + 0.6  # of a process that ran no tests
+        assert peaks[family] < 80, family
+    if told := re.search(r"TopK takes (\d+) GB .* (\w+) takes most, (\d+) GB", MODELS[model].read_text()):
+        assert peaks["topk"] == pytest.approx(int(told[1]), abs=1)
+        assert peaks[told[2]] == max(peaks.values()) == pytest.approx(int(told[3]), abs=1)
 
 
 def test_what_differs_between_models_is_the_models():
