@@ -215,26 +215,27 @@ def _take(folder: Path, fingerprint: dict[str, Any], source: Source, tokens: int
             writer.write(len(writer.done), {"tokens": torch.from_numpy(np.stack(rows[:per_shard]))})
             del rows[:per_shard]
 
-    for name, number, ids in source.rows():
-        if number % (SECTION_ROWS + 1) == SECTION_ROWS:
-            continue  # left out between two sections
-        section = f"{name}#{number // (SECTION_ROWS + 1)}"
-        if taken.names[-1:] != [section]:
-            taken.names.append(section)
-        row = np.full(source.context_length, PADDING, np.int32)
-        start = [] if same(ids[: len(source.before)], source.before) else source.before  # a chat may bring its own
-        filled = [*start, *ids.tolist()]
-        row[: len(filled) + len(source.behind)] = [*filled, *source.behind]
-        rows.append(row)
-        taken.sections.append(len(taken.names) - 1)
-        taken.lengths.append(len(filled))
-        n_tokens += len(ids)
-        flush(per_shard)
-        if len(taken.lengths) % 64 == 0:
-            watch.progress(n_tokens)
-            watch.poll("while tokenizing")
-        if n_tokens >= tokens:
-            break
+    with watch.stage("text", tokens, "tokens") as progress:
+        for name, number, ids in source.rows():
+            if number % (SECTION_ROWS + 1) == SECTION_ROWS:
+                continue  # left out between two sections
+            section = f"{name}#{number // (SECTION_ROWS + 1)}"
+            if taken.names[-1:] != [section]:
+                taken.names.append(section)
+            row = np.full(source.context_length, PADDING, np.int32)
+            start = [] if same(ids[: len(source.before)], source.before) else source.before  # a chat may bring its own
+            filled = [*start, *ids.tolist()]
+            row[: len(filled) + len(source.behind)] = [*filled, *source.behind]
+            rows.append(row)
+            taken.sections.append(len(taken.names) - 1)
+            taken.lengths.append(len(filled))
+            n_tokens += len(ids)
+            flush(per_shard)
+            if len(taken.lengths) % 64 == 0:
+                progress.update(n_tokens)
+                watch.poll("while tokenizing")
+            if n_tokens >= tokens:
+                break
     met = source.met()
     flush(1)
     if len(taken.names) < len(SPLITS):

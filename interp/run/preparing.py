@@ -189,9 +189,7 @@ def read_from(config: ExplainConfig, trust_remote_code: bool = False, watch: Wat
             log.warning("evidence.cache: %s is of %s; the coder reads %s", cache.folder, cache.model, config.model.name)
         return subject, corpus_of_cache(cache, tokens, watch), CachedCodes(cache)
     subject.lm.check_context(config.text.context_length)
-    with watch.stage("text", tokens, "tokens") as progress:
-        shown = replace(watch, progress=progress.update)
-        rows = corpus_of_text(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, shown)
+    rows = corpus_of_text(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, watch)
     if config.coder.baseline != "none":
         stand_in = baseline_coder(config.coder.baseline, coder, config.seed, activation_sample(subject, rows))
         lm = subject.lm

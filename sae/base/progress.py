@@ -64,8 +64,6 @@ class Watch:
 
     should_stop: Callable[[], bool] = lambda: False
     """Polled; once it returns true, the work ends with Stopped."""
-    progress: Callable[[int], None] = lambda n: None
-    """Called with how far the work is."""
     repair: bool = False
     """Whether what is stored is verified, and made again if it is damaged."""
     display: Display = True

@@ -32,6 +32,7 @@ from sae.evaluation.figures import (
 )
 from sae.evaluation.metrics import kl_divergence, loss_recovered
 from sae.evaluation.models import models_of
+from sae.lm.files import loading_bars
 from sae.lm.hooks import (
     capture,
     capture_with_gradients,
@@ -89,7 +90,8 @@ def evaluate(
         source = activations if isinstance(activations, TensorSource) else held_out_of(activations, several)
         found = evaluate_stored(several, source, tokens, nulls, watch)
         return found if isinstance(coders, dict) else found[""]
-    models = models_of(several, lm, second)
+    with loading_bars(shown=progress is True):
+        models = models_of(several, lm, second)
     lm = models[""]
     several = {name: with_special_tokens_masked(coder, lm.tokenizer) for name, coder in several.items()}
     for model in models.values():

@@ -131,11 +131,11 @@ def _file_digest(path: Path, _size: int, _mtime_ns: int) -> str:
 
 
 @contextmanager
-def _bars_where_watched() -> Iterator[None]:
-    """Keeps the loaders' bars, of which a log would keep every state, to where they can be watched."""
+def loading_bars(shown: bool = True) -> Iterator[None]:
+    """Keeps the loaders' bars, of which a log would keep every state, to where they can be watched, and are wanted."""
     from transformers.utils import logging as bars
 
-    hide = bars.is_progress_bar_enabled() and not watched()
+    hide = bars.is_progress_bar_enabled() and not (shown and watched())
     if hide:
         bars.disable_progress_bar()
     try:
@@ -150,7 +150,7 @@ def readable_errors(name: str) -> Iterator[None]:
     """Turns the loaders' long errors into one line that names the model and the way out."""
     on_disk = name == "quickstart" or Path(name).expanduser().exists()
     try:
-        with nullcontext() if on_disk else hub_or_cache(), _bars_where_watched():
+        with nullcontext() if on_disk else hub_or_cache(), loading_bars():
             yield
     except ConfigError:
         raise

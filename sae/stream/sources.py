@@ -20,6 +20,7 @@ from sae.lm.hooks import capture, capture_with_gradients, sites_of_model
 from sae.lm.masking import MaskSpec, token_mask
 from sae.lm.models import DTYPES, LanguageModel
 from sae.lm.site import SECOND, Site
+from sae.parallel import collectives
 from sae.stream.batch import Block
 from sae.text.tokenizing import TokenRows
 
@@ -137,16 +138,17 @@ class CachedSource:
 
     def fill(self, blocks: range, watch: Watch) -> None:
         """Stores all of `blocks`; raises Stopped between two of them when asked to."""
-        size = None
-        for block in blocks:
-            watch.poll("while storing activations")
-            if block not in self.stored:
-                self.read(block)
-                if size is None:  # all blocks are of one size
-                    size = self.stored.entries[block]["bytes"]
-                    left = sum(later not in self.stored for later in blocks)
-                    check_room(Need("SAE_CACHE", self.writer.folder, size * left))
-            watch.progress(block)
+        size, first = None, collectives.rank() == 0
+        with watch.stage("storing activations", len(blocks), "blocks", visible=first) as progress:
+            for block in blocks:
+                watch.poll("while storing activations")
+                if block not in self.stored:
+                    self.read(block)
+                    if size is None:  # all blocks are of one size
+                        size = self.stored.entries[block]["bytes"]
+                        left = sum(later not in self.stored for later in blocks)
+                        check_room(Need("SAE_CACHE", self.writer.folder, size * left))
+                progress.update(progress.n + 1)
 
 
 def _block(stored: dict[str, Tensor]) -> Block:

@@ -101,7 +101,7 @@ def tokenize(
         config: which text, and how it becomes rows.
         tokenizer: any tokenizer of transformers; it may lack BOS, EOS and PAD.
         fingerprint: which model it belongs to: whatever else must be equal for rows to be reused.
-        watch: polled between batches, told the number of tokens so far; where it is stopped, nothing is kept.
+        watch: polled between batches; where it is stopped, nothing is kept.
 
     Raises ConfigError if the text gives no row, or none to hold out; DataError if the cached rows are damaged.
     """
@@ -155,21 +155,22 @@ def _fill(
         while packers[part].n_ready >= least:
             writers[part].write(len(writers[part].done), packers[part].take(per_shard))
 
-    for batch in _batches(_assigned(config, counts)):
-        watch.poll("while tokenizing")
-        for piece, ids in zip(
-            batch, encode_texts(tokenizer, [piece.text for piece in batch], config.roles), strict=True
-        ):
-            left = _left(config, counts) if piece.part == "train" else sys.maxsize
-            counts["skipped"] += not len(ids) and piece.first and piece.last
-            if left > 0:
-                last = piece.last or len(ids) >= left
-                used = packers[piece.part].add(ids[:left], piece.document, piece.first, last)
-                counts[f"{piece.part}_tokens"] += used
-                flush(piece.part, per_shard)
-        watch.progress(counts["train_tokens"] + counts["held_out_tokens"])
-        if _left(config, counts) <= 0 and counts["held_out_tokens"]:
-            break
+    with watch.stage("tokenizing", config.max_tokens, "tokens") as progress:
+        for batch in _batches(_assigned(config, counts)):
+            watch.poll("while tokenizing")
+            for piece, ids in zip(
+                batch, encode_texts(tokenizer, [piece.text for piece in batch], config.roles), strict=True
+            ):
+                left = _left(config, counts) if piece.part == "train" else sys.maxsize
+                counts["skipped"] += not len(ids) and piece.first and piece.last
+                if left > 0:
+                    last = piece.last or len(ids) >= left
+                    used = packers[piece.part].add(ids[:left], piece.document, piece.first, last)
+                    counts[f"{piece.part}_tokens"] += used
+                    flush(piece.part, per_shard)
+            progress.update(counts["train_tokens"])
+            if _left(config, counts) <= 0 and counts["held_out_tokens"]:
+                break
     check_met(config, counts)
     for part, packer in packers.items():
         packer.finish(pad=part == "held_out")

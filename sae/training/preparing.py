@@ -129,11 +129,8 @@ def _pinned(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
 
 
 def _text(config: TrainConfig, lm: LanguageModel, watch: Watch) -> TokenizedText:
-    with (
-        watch.stage("tokenizing", None, "tokens", visible=collectives.rank() == 0) as progress,
-        collectives.rank_zero_first(),
-    ):
-        text = tokenize(config.text, lm.tokenizer, lm.source(), replace(watch, progress=progress.update))
+    with collectives.rank_zero_first():
+        text = tokenize(config.text, lm.tokenizer, lm.source(), watch)
     n_tokens = text.train.n_rows * text.train.context_length
     log.info(
         "text: %s train tokens in rows of %d, %s held out, %s; %.1f epochs planned",

@@ -28,6 +28,7 @@ from sae.base.progress import Aside, Display, Progress, Watch
 from sae.base.tracker import Tracker
 from sae.coder.coder import SparseCoder
 from sae.evaluation.evaluation import evaluate
+from sae.lm.files import loading_bars
 from sae.lm.masking import norm_mask
 from sae.lm.site import Site
 from sae.loading import hub
@@ -98,7 +99,8 @@ def train(
         config = replace(config, activations=replace(config.activations, source="tensors", path=str(path)))
         activations = None if path else activations
     config.validate()
-    config, given = with_model(config, model, tokenizer, trust_remote_code)
+    with loading_bars(shown=progress is True):
+        config, given = with_model(config, model, tokenizer, trust_remote_code)
     folder = Path(run_dir or config.run_dir or Path("runs") / config.name).expanduser()
     config = checkpoint.resumed_config(config, folder) if resume else checkpoint.placed_config(config)
     with (
@@ -117,7 +119,7 @@ def train(
             if config.activations.source == "tensors":
                 setting = set_up_tensors(config, folder, resume, activations)
             else:
-                with stop.lifted():
+                with stop.lifted(), loading_bars(shown=progress is True):
                     models = load_models(config, trust_remote_code, given)
                 setting = set_up(config, models, folder, resume, watch, trust_remote_code)
             saved = checkpoint.latest(folder) if resume else None

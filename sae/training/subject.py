@@ -178,9 +178,7 @@ def _on_disk(live: LiveSource, folder: Path, fingerprint: dict[str, Any], config
                 remove_damaged(folder, "activations", fingerprint)
     source = CachedSource(live, folder, fingerprint, part=str(share.rank))
     if config.activations.source == "disk":
-        stage = watch.stage("storing activations", len(source), "blocks", visible=share.rank == 0)
-        with stage as progress, collectives.together():
-            mine = range(share.rank, len(source), share.world_size)
-            source.fill(mine, replace(watch, progress=progress.update))
+        with collectives.together():
+            source.fill(range(share.rank, len(source), share.world_size), watch)
         source.reload()
     return source

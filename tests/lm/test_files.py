@@ -5,9 +5,10 @@ import pytest
 import torch
 from rigs.fakes import tiny_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from sae.base.errors import ConfigError
-from sae.lm.files import load_config
+from sae.lm.files import load_config, loading_bars
 from sae.lm.models import load_language_model
 
 NAMES = {
@@ -96,3 +97,12 @@ def test_a_tensor_that_the_file_lacks_is_named_and_nothing_is_kept(tmp_path):
             ConfigError, match=r"^model\.name: .*tiny\.gguf' lack tensors, .*layers\.1\.mlp\.up_proj\.weight$"
         ):
             load_language_model(str(path))
+
+
+@pytest.mark.parametrize(("seen", "wanted", "shown"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_loaders_show_bars_where_they_are_seen_and_wanted(monkeypatch, seen, wanted, shown):
+    monkeypatch.setattr("sae.lm.files.watched", lambda: seen)
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
+    with loading_bars(wanted), loading_bars():
+        assert transformers_logging.is_progress_bar_enabled() == shown
+    assert transformers_logging.is_progress_bar_enabled()
