@@ -10,7 +10,6 @@ What is written reaches the stream as it is from layers, attention and MLPs; thr
 vectors; through its gain where a norm follows (Gemma 2). Whatever lies before a nonlinearity has no such direction.
 """
 
-import copy
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,6 +23,7 @@ from sae.coder.coder import CHUNK_ENTRIES, SparseCoder
 from sae.coder.splicing import directions
 from sae.lm.guesses import ATTENTION, ATTENTION_OUT, LAYER_LISTS, MLP_OUT, MLPS
 from sae.lm.models import LanguageModel
+from sae.lm.placement import present, without_hooks
 from sae.lm.residual import residual_of
 from sae.lm.site import Site, columns_of
 
@@ -68,7 +68,8 @@ def promoted_tokens(lm: LanguageModel, coder: SparseCoder, latents: Sequence[int
     unembedding, norm, into = lm.model.get_output_embeddings(), _final_norm(lm.model), _stream(lm.model, coder)
     if unembedding is None or norm is None or into is None:
         return [((), ())] * len(latents)
-    weight: Tensor = unembedding.weight[: len(lm.tokenizer)]  # type: ignore[index]
+    with present(unembedding):  # type: ignore[arg-type]
+        weight: Tensor = unembedding.weight[: len(lm.tokenizer)]  # type: ignore[index]
     found: list[Tokens] = []
     for chosen in torch.tensor(list(latents), dtype=torch.long).split(LATENTS):
         stream = into(directions(coder, chosen).to(lm.device))
@@ -113,7 +114,7 @@ def through_norm(norm: nn.Module, x: Float[Tensor, "m d"]) -> Float[Tensor, "m d
     Both are read off what it makes of a vector of mean 0, so that no kind of norm need be known (Gemma's gain is
     1 + its weight).
     """
-    norm, d = copy.deepcopy(norm).float(), x.shape[1]
+    norm, d = without_hooks(norm).float(), x.shape[1]
     probe = torch.ones(d, device=next((p.device for p in norm.parameters()), x.device))
     probe[::2] = -1
     if d % 2:
@@ -127,7 +128,8 @@ def through_norm(norm: nn.Module, x: Float[Tensor, "m d"]) -> Float[Tensor, "m d
 @torch.no_grad()
 def through_projection(projection: nn.Module, x: Float[Tensor, "m d"]) -> Float[Tensor, "m d_model"]:
     """Returns x times the weight of a projection, whichever way round it keeps it."""
-    x = x.to(next(projection.parameters()))
+    with present(projection):
+        x = x.to(next(projection.parameters()))
     return (projection(x) - projection(torch.zeros_like(x[:1]))).float()
 
 

@@ -127,7 +127,7 @@ def capture(
         try:
             reader_of(lm.model)(**model_inputs(lm, tokens))
         except _AllSeen:
-            return seen
+            return {name: x.to(lm.device) for name, x in seen.items()}  # a model may be spread over several
     missing = [site.name for site in sites if site.name not in seen]
     part = "" if reader_of(lm.model) is lm.model else ", of whose encoder and decoder (model.name) the first is read"
     raise ConfigError(f"activations.sites: {', '.join(missing)} never ran in a forward pass of {lm.name}{part}")
@@ -179,7 +179,9 @@ def capture_with_gradients(
         keep = token_mask(tokens, mask).to(lm.device)
         next_token_losses(logits, _labels(logits, tokens.to(lm.device), loss, seed), keep).sum().backward()
     gradients = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in seen.items()}
-    return {name: x.detach() for name, x in seen.items()}, gradients
+    return {name: x.detach().to(lm.device) for name, x in seen.items()}, {
+        name: g.to(lm.device) for name, g in gradients.items()
+    }
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ def replace_at(
 
     def see(_: Site, x: Tensor) -> Tensor:
         made = new(x).to(x)
-        return made if keep is None else torch.where(keep[..., None], made, x)
+        return made if keep is None else torch.where(keep[..., None].to(x.device), made, x)
 
     with hooked(model, [site], see):
         yield
@@ -87,7 +87,7 @@ def next_logits(
     rows, last = torch.arange(len(tokens), device=lm.device), lengths.to(lm.device) - 1
 
     def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][rows, last][:, None], *args[1:])
+        return (args[0][rows.to(args[0].device), last.to(args[0].device)][:, None], *args[1:])
 
     unembedding = lm.model.get_output_embeddings()
     with ONE_AT_A_TIME, ExitStack() as stack:  # `hooked` keeps the shape of what it sees; here it is to change

@@ -5,16 +5,17 @@ import json
 import logging
 import os
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import draccus
 import torch
 
 from sae.base.arguments import wrong
 from sae.base.errors import ConfigError
 from sae.base.paths import from_anywhere
 from sae.base.settings import choose, decode
-from sae.lm import objects, probing, weights
+from sae.lm import objects, options, placement, probing, weights
 from sae.lm.files import NAMELESS, commit_of, load_config, load_tokenizer, local_folder, readable_errors
 from sae.text.tokenizing import special_ids, tokenizer_digest
 
@@ -43,10 +44,30 @@ class ModelConfig:
     """Precision of the model: auto (float32 on CPU, the checkpoint's on GPU), float32, bfloat16 or float16."""
     device: str = "auto"
     """auto (a GPU if there is one, its own for each rank), cpu, cuda, or cuda:1 ..."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """What else transformers' from_pretrained is given: device_map (auto spreads the model over all GPUs, CPU memory
+    and, with offload_folder, disk), max_memory, quantization_config, attn_implementation, variant."""
+
+    def __post_init__(self) -> None:
+        kwargs = options.plain(self.kwargs)
+        for name in ("dtype", "torch_dtype"):  # which has a field of its own
+            if self.dtype == "auto" and isinstance(kwargs, dict) and isinstance(kwargs.get(name), str):
+                object.__setattr__(self, "dtype", kwargs[name])
+            if isinstance(kwargs, dict) and kwargs.get(name) == options.plain(self.dtype):
+                del kwargs[name]
+        for name, value in (("kwargs", kwargs), ("dtype", self.dtype), ("device", self.device)):
+            object.__setattr__(self, name, options.plain(value))
 
     def validate(self) -> None:
         """Raises ConfigError naming the field whose value is not allowed."""
-        choose("model.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        choose("model.dtype", self.dtype, ("auto", *DTYPES))
+        options.check(self.kwargs, self.dtype, self.device)
+
+
+@draccus.encode.register(ModelConfig)  # type: ignore[attr-defined]
+def _encoded(model: ModelConfig, declared_type: Any = None) -> dict[str, Any]:
+    """Returns a config as files have it; without kwargs, as those of older versions."""
+    return {name: value for name, value in vars(model).items() if name != "kwargs" or value}
 
 
 ONE_AT_A_TIME = threading.RLock()
@@ -68,11 +89,13 @@ class LanguageModel:
     """The longest row that its table of positions allows; None where it has none."""
     given: bool = False
     """Whether it was loaded by somebody else, so that its name need not lead to the same weights."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """What it was loaded with beside."""
 
     @property
     def device(self) -> torch.device:
         """Returns where its inputs go."""
-        return next(self.model.parameters()).device
+        return placement.input_device(self.model)
 
     def check_context(self, length: int) -> None:
         """Raises ConfigError if the model cannot read rows of a length; warns where it was trained on shorter ones.
@@ -103,10 +126,14 @@ class LanguageModel:
         return {"model": self.name, "revision": self.revision}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns what decides its activations: name, revision, precision, and hashes of config, weights, tokenizer."""
+        """Returns what decides its activations: name, revision, precision, and hashes of config, weights, tokenizer.
+
+        Of what it was loaded with, that which changes them: where it lies does not.
+        """
         weights = next(self.model.parameters())
         return {
             **self.source(),
+            **{name: self.kwargs[name] for name in options.CHANGING if name in self.kwargs},
             "config": _config_digest(self.model.config),
             "weights": _weights_digest(self.model),
             "dtype": str(weights.dtype).removeprefix("torch."),
@@ -124,7 +151,7 @@ def _config_digest(config: "PretrainedConfig") -> str:
 def _weights_digest(model: "PreTrainedModel") -> str:
     """Returns a hash over a sample of every weight: other weights under the same name must not share a cache."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in placement.named_weights(model):
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
         digest.update(name.encode() + sample.numpy().tobytes())
@@ -153,12 +180,14 @@ def load_language_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     tokenizer: "TokenizerLike | None" = None,
+    kwargs: dict[str, Any] | None = None,
 ) -> LanguageModel:
     """Returns the model called `name`, loaded for reading activations, or the one that is given instead of a name.
 
     A name is a hub id, a folder, a .gguf file or "quickstart". A loaded model of transformers, also as a pipeline or
     with peft's adapters, is taken as it is, in its precision and where it lies; it is put into evaluation mode, and its
     weights take no gradients from then on. `tokenizer` is an object or a name; by default that of the model's name.
+    `kwargs` are those of `ModelConfig`.
 
     Raises ConfigError in one line if it cannot be had: no such folder, a hub id that is not cached while offline, or a
     model that ships code of its own, which runs only if the user typed `--trust-remote-code`; TypeError for what is
@@ -167,16 +196,21 @@ def load_language_model(
     if isinstance(name, os.PathLike):
         name = os.fspath(name)
     if not isinstance(name, str):
-        said = {"revision": revision, "dtype": dtype, "device": device}
-        for field, value in said.items():
+        said = {"revision": revision, "dtype": dtype, "device": device, "kwargs": kwargs}
+        for argument, value in said.items():
             if value not in (None, "auto"):
-                raise ConfigError(f"{field}: {value!r} is for a model by name; the one given is loaded already")
+                raise ConfigError(f"{argument}: {value!r} is for a model by name; the one given is loaded already")
         return as_language_model(name, tokenizer)
-    where = resolve_device(device)
+    said = ModelConfig(name, revision, dtype, device, kwargs or {})
+    said.validate()
+    where = resolve_device(said.device)
+    more = options.ready(said.kwargs)
+    if "quantization_config" in more:  # what is quantized is made where it stays
+        more = {"device_map": {"": where}, **more}
     folder = local_folder(name)
     config = load_config(name, revision, trust_remote_code)
     tokenizer = as_tokenizer(tokenizer) if tokenizer else load_tokenizer(name, revision, trust_remote_code)
-    chosen: Any = DTYPES.get(dtype) or (torch.float32 if where.type == "cpu" else "auto")
+    chosen: Any = DTYPES.get(said.dtype) or (torch.float32 if where.type == "cpu" else "auto")
     with readable_errors(name):
         model, nature = weights.read_model(
             name,
@@ -187,10 +221,13 @@ def load_language_model(
             dtype=chosen,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            **more,
         )
     _check_vocabulary(name, model, tokenizer)
     commit = None if folder else commit_of(name, revision)
-    return LanguageModel(model, tokenizer, name, commit or revision, nature.predicts, nature.positions)
+    return LanguageModel(
+        model, tokenizer, name, commit or revision, nature.predicts, nature.positions, kwargs=said.kwargs
+    )
 
 
 def as_language_model(
@@ -206,8 +243,10 @@ def as_language_model(
         model = decode(ModelConfig, model, "model")
     if isinstance(model, ModelConfig):
         model.validate()
-        own = model.device if device == "auto" else device
-        return load_language_model(model.name, model.revision, model.dtype, own, tokenizer=tokenizer)
+        own = model.device if device == "auto" or model.kwargs else device
+        return load_language_model(
+            model.name, model.revision, model.dtype, own, tokenizer=tokenizer, kwargs=model.kwargs
+        )
     if isinstance(model, str | os.PathLike):
         return load_language_model(model, device=device, tokenizer=tokenizer)
     held, beside = objects.inside(model)

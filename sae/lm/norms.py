@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from sae.base.seeding import generator
+from sae.lm.placement import without_hooks
 
 DRAWS = 8
 TOLERANCE = 1e-4  # of what a norm makes in float32, against its formula
@@ -65,7 +66,7 @@ def _measured(module: nn.Module, width: int) -> Norm | None:
             own = copy.copy(module)
             own._parameters = {n: x if x is None else nn.Parameter(torch.ones(x.shape)) for n, x in kept.items()}
         else:
-            own = copy.deepcopy(module)
+            own = without_hooks(module)
         norm = own.float().cpu().forward  # past the hooks that led here
         made, small, none = norm(x), norm(x * 1e-4), norm(torch.zeros_like(x))
     except Exception:  # whatever it is, it does not take a vector per token alone

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae.base.seeding import generator
+from sae.lm.placement import input_device, present
 
 CLEARLY = 0.1  # of a token's vector: what moves by more does not by rounding
 TOKENS = 5
@@ -186,12 +187,15 @@ def plain_ids(model: Any, n: int = TOKENS + 1) -> Int[Tensor, "1 n"]:
     flat = [*said.items(), *(item for part in said.values() if isinstance(part, dict) for item in part.items())]
     taken = {value for name, value in flat if str(name).endswith(("_id", "_index")) and isinstance(value, int)}
     free = [number for number in range(vocabulary_of(model) * 2 // 3, -1, -1) if number not in taken]
-    return torch.tensor([(_apart(model, free[:: len(free) // TRIED + 1], n) * n)[:n]], device=model.device)
+    ids = (_apart(model, free[:: len(free) // TRIED + 1], n) * n)[:n]
+    return torch.tensor([ids], device=input_device(model))
 
 
 def _apart(model: Any, ids: list[int], most: int) -> list[int]:
     """Returns the first of some token ids whose embeddings differ by a tenth from one another."""
-    table, found = model.get_input_embeddings().weight, list[int]()
+    embeddings, found = model.get_input_embeddings(), list[int]()
+    with present(embeddings):
+        table = embeddings.weight
     for number in ids:
         row = table[number]
         if isinstance(table, FakeTensor) or all((row - table[m]).norm() > 0.1 * row.norm() for m in found):

@@ -35,7 +35,9 @@ def read_model(
     written, classes = getattr(config, "architectures", None) or [], auto_classes(config)
     for i, auto in enumerate(classes):
         model, lacks = read(auto, name, path, **options)
-        model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        if "device_map" not in options:
+            model = model.to(device)  # type: ignore[arg-type]
+        model.eval().requires_grad_(False)
         own, last, head = type(model).__name__ in written, i == len(classes) - 1, auto.__name__ != BASE
         if lacks and head and not own and not last:
             continue  # the head, most likely

@@ -49,6 +49,8 @@ def with_model(
     for field, wanted, there in (("dtype", said.dtype, dtype), ("device", said.device, str(lm.device))):
         if wanted != "auto" and not there.startswith(wanted):
             raise ConfigError(f"model.{field}: {wanted}, but the model that was passed has {there}; say auto")
+    if said.kwargs not in ({}, lm.kwargs):
+        raise ConfigError(f"model.kwargs: {', '.join(said.kwargs)} are for a model by name; leave them out")
     by_default = lm.device.type == "cpu" and dtype == "float32"
     dtype = said.dtype if by_default else dtype
-    return replace(config, model=ModelConfig(lm.name, lm.revision, dtype, said.device)), lm
+    return replace(config, model=ModelConfig(lm.name, lm.revision, dtype, said.device, lm.kwargs)), lm

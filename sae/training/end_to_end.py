@@ -54,4 +54,9 @@ def splicer(
 
 def _at(rows: Float[Tensor, "m d"], keep: Bool[Tensor, "rows context"]) -> Callable[[Tensor], Tensor]:
     """Returns what puts rows at the kept positions of a tensor."""
-    return lambda x: torch.zeros_like(x, dtype=rows.dtype).masked_scatter(keep[..., None].expand_as(x), rows)
+
+    def put(x: Tensor) -> Tensor:
+        kept = keep[..., None].to(x.device).expand_as(x)
+        return torch.zeros_like(x, dtype=rows.dtype).masked_scatter(kept, rows.to(x.device))
+
+    return put

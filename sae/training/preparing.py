@@ -60,7 +60,7 @@ def load_models(config: TrainConfig, trust_remote_code: bool, given: LanguageMod
         first_look(config.text)  # a missing column, or damage, is known before the model is loaded
 
     def load(model: ModelConfig) -> LanguageModel:
-        return load_language_model(model.name, model.revision, model.dtype, model.device, trust_remote_code)
+        return load_language_model(**vars(model), trust_remote_code=trust_remote_code)
 
     lm, second = given or load(config.model), load(config.second_model) if config.second_model.name else None
     if second and second.tokenizer.get_vocab() != lm.tokenizer.get_vocab():

@@ -78,8 +78,8 @@ def test_a_model_of_no_name_is_passed_again(quick, config, other, tiny_model, tm
     folder, passed = tmp_path / "run", {"model": other, "tokenizer": AutoTokenizer.from_pretrained(tiny_model)}
     saved = sae.training.run.Run._save
 
-    def stopping(run):
-        saved(run)
+    def stopping(run, *rest):
+        saved(run, *rest)
         raise Stopped("here")
 
     with monkeypatch.context() as patch:
