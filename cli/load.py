@@ -65,6 +65,7 @@ def command(argv: list[str]) -> int:
     convert.add_argument("folder", metavar="B", help="a folder that does not exist yet, or is empty")
     push = added("push", _push, "A")
     push.add_argument("repo", metavar="REPO", help="OWNER/NAME on the hub; it is made if need be")
+    push.add_argument("--to", metavar="FORMAT", default="native", help="the format: native (the default), saelens, ...")
     push.add_argument("--private", action="store_true", help="if it is made, only for the owner")
     doctor = added("doctor", _doctor)
     doctor.add_argument("--model", help="hub id or folder of the language model (default: what the coder says)")
@@ -185,7 +186,7 @@ def _push(options: argparse.Namespace) -> int:
     coders = hub.load_all(options.id, **_load_arguments(options))
     if len(coders) == 1:
         coders = {"": next(iter(coders.values()))}
-    url = push(coders, options.repo, options.private)
+    url = push(coders, options.repo, options.private, format=options.to)
     report(options.json, {"url": url, "coders": list(coders)}, [f"pushed       {url}"])
     say_next(["sae-load", "show", options.repo])
     return DONE

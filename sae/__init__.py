@@ -9,7 +9,7 @@ Names are imported when first used, so that `import sae` is quick.
 
 from typing import TYPE_CHECKING
 
-from sae.base.lazy import on_demand
+from sae.base.lazy import on_demand, supply
 
 if TYPE_CHECKING:
     from sae.coder.coder import SparseCoder
@@ -61,4 +61,5 @@ __all__ = [
     "train",
 ]
 
+supply("coders by name", "sae.loading.published")
 __getattr__, __dir__ = on_demand(__name__, _HOMES)

@@ -13,6 +13,7 @@ from sae import kernels
 from sae.coder import partial
 from sae.coder.folds import Folding
 from sae.coder.normalization import Undo, undo
+from sae.coder.published import Published
 from sae.coder.wording import summary
 from sae.kernels.codes import Entries, SparseLatents, Support, flat, offsets_of, rows_of
 
@@ -58,7 +59,7 @@ class Pass:
     """What undoes the normalization of the prediction."""
 
 
-class SparseCoder(Folding):
+class SparseCoder(Published, Folding):
     """A sparse autoencoder, transcoder or crosscoder: the map that its tensors (`CoderTensors`) make.
 
     Activations are tensors, arrays or lists of numbers with d_in in the last dimension; TypeError names anything else.

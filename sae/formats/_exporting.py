@@ -42,3 +42,9 @@ def check_expressible(target: str, spec: CoderSpec, **more: Collection[Any]) -> 
             can = ", ".join(sorted(map(str, allowed))) or "nothing of that kind"
             how = f"; coder.{FOLDS[name]} writes the same map without it" if name in FOLDS else ""
             raise ConfigError(f"{name}: {target} cannot say {value!r}, which would be lost; it can say {can}{how}")
+
+
+def only(target: str, name: str, said: Any, allowed: Any) -> None:
+    """Raises ConfigError unless a field has the one value that a format can say."""
+    if said != allowed:
+        raise ConfigError(f"{name}: {target} cannot say {said!r}, which would be lost; it can say {allowed!r}")

@@ -32,7 +32,7 @@ from sae.coder import folds
 from sae.coder.coder import SparseCoder
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
-from sae.formats import _exporting
+from sae.formats._exporting import check_expressible, only, rule_of
 from sae.formats._specs import released_spec
 from sae.formats._transformer_lens import hinted_pair
 from sae.formats.temporal import WHY
@@ -55,6 +55,8 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = r"sae_weights\.safetensors"
 CONFIG, FILE, SCALER, VERSION = "cfg.json", "sae_weights.safetensors", "activation_scaler.json", "6.54.12"
+LIBRARY = "saelens"  # how the hub calls it
+SNIPPET = 'from sae_lens import SAE\n\nsae = SAE.from_pretrained("{repo}", "{folder}")'
 OLD_NAMES = {
     "hook_point": "hook_name",
     "hook_point_head_index": "hook_head_index",
@@ -334,7 +336,7 @@ def write(folder: Path, coder: SparseCoder) -> None:
 def _config(spec: CoderSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Returns the config of a coder; ConfigError names what it cannot say."""
     transcodes, rule = not spec.is_autoencoder or spec.skip, spec.selection
-    _exporting.check_expressible(
+    check_expressible(
         "SAELens",
         spec,
         encoder=("matching_pursuit",),
@@ -344,14 +346,14 @@ def _config(spec: CoderSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
         select_by_decoder_norm=(True,),
         skip=(True,),
     )
-    name, constants = _exporting.rule_of(spec)
+    name, constants = rule_of(spec)
     kind, normalizes = RULES[name], KINDS.get(spec.normalization.kind, "none")
     top, wanted = kind in ("topk", "abstopk"), NORMALIZATIONS[normalizes]
-    _only("selection.inference", "gradient" if rule.looks_at_gradients else "plain", "plain")
+    only("SAELens", "selection.inference", "gradient" if rule.looks_at_gradients else "plain", "plain")
     if normalizes != "none":
-        _only("normalization.undone", spec.normalization.undone, not transcodes)
+        only("SAELens", "normalization.undone", spec.normalization.undone, not transcodes)
         for field in ("eps", "unbiased", "undo_eps") if wanted.eps else ("eps",):
-            _only(f"normalization.{field}", getattr(spec.normalization, field), getattr(wanted, field))
+            only("SAELens", f"normalization.{field}", getattr(spec.normalization, field), getattr(wanted, field))
     if kind == "jumprelu" and "threshold" not in tensors and not spec.calibration:
         raise ConfigError("calibration: SAELens needs a threshold, and this rule's was not found yet")
     if top and spec.select_by_decoder_norm and (tensors["W_dec"].norm(dim=1) - 1).abs().max() > UNIT:
@@ -373,15 +375,11 @@ def _config(spec: CoderSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "normalize_activations": normalizes,
         "reshape_activations": "hook_z" if spec.reads and spec.reads[0].hook.endswith("hook_z") else "none",
     }
-    return {**config, "metadata": _metadata(spec, transcodes)}
+    return {**config, "metadata": metadata_of(spec, transcodes)}
 
 
-def _only(name: str, said: Any, allowed: Any) -> None:
-    if said != allowed:
-        raise ConfigError(f"{name}: SAELens cannot say {said!r}, which would be lost; it can say {allowed!r}")
-
-
-def _metadata(spec: CoderSpec, transcodes: bool) -> dict[str, Any]:
+def metadata_of(spec: CoderSpec, transcodes: bool) -> dict[str, Any]:
+    """Returns what SAELens' config says of where a coder reads and writes; ConfigError of what it cannot name."""
     found: dict[str, Any] = {
         "sae_lens_version": VERSION,
         "sae_lens_training_version": None,  # it was not trained by SAELens

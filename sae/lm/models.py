@@ -158,7 +158,7 @@ def _weights_digest(model: "PreTrainedModel") -> str:
     return digest.hexdigest()[:16]
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str, field: str = "model.device") -> torch.device:
     """Returns the torch device for "auto" or an explicit name; ConfigError if this machine lacks it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -169,7 +169,7 @@ def resolve_device(device: str) -> torch.device:
         torch.empty(0, dtype=torch.float64, device=found)  # statistics and metrics are summed in float64
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"model.device: {device!r} is not available here ({reason}); try cpu") from error
+        raise ConfigError(f"{field}: {device!r} is not available here ({reason}); try cpu") from error
     return found
 
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae.base.errors import ConfigError
+from sae.base.errors import ConfigError, nearest
 from sae.base.files import atomic_write, safe_join
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED, CoderSpec
 from sae.coder.wording import L0, figure, kind, places, rule
 from sae.evaluation.tables import table
-from sae.formats import native
+from sae.formats import NATIVE, formats
+from sae.loading.converting import convert, writers
 
 LIBRARY = "sae-interp"
 Description = list[tuple[str, str]]
@@ -38,11 +39,15 @@ def description(spec: CoderSpec) -> Description:
     return [*rows, *([("advertised L0", f"{l0:g}")] if l0 is not None else [])]
 
 
-def model_card(coders: Mapping[str, SparseCoder], repo: str) -> str:
-    """Returns the README.md of a repository that holds these coders, by the names of their folders ("" at the root)."""
+def model_card(coders: Mapping[str, SparseCoder], repo: str, format: str = NATIVE) -> str:
+    """Returns the README.md of a repository that holds these coders, by the names of their folders ("" at the root).
+
+    Its library is the one whose format it is where the hub knows that, for the code that the hub offers to use it.
+    """
     specs = {name: coder.spec for name, coder in coders.items()}
     models = sorted({site.model for spec in specs.values() for site in (*spec.reads, *spec.writes) if site.model})
-    about: dict[str, Any] = {"library_name": LIBRARY}
+    its = formats()[format]
+    about: dict[str, Any] = {"library_name": getattr(its, "LIBRARY", LIBRARY)}
     on_hub = [model for model in models if model.count("/") == 1 and not Path(model).is_absolute()]
     if on_hub:
         about["base_model"] = on_hub
@@ -62,31 +67,51 @@ def model_card(coders: Mapping[str, SparseCoder], repo: str) -> str:
     address = f"{repo}/{first}" if first else repo
     lines += ["## Loading", "", "```python", "import sae", "", f'coder = sae.load("{address}")']
     lines += ["latents = coder.encode(x)  # x: [..., d_in], at the site above", "```", ""]
+    if hasattr(its, "SNIPPET"):
+        lines += ["```python", its.SNIPPET.format(repo=repo, folder=first), "```", ""]
     return "\n".join(lines)
 
 
-def push(coders: Mapping[str, SparseCoder], repo: str, private: bool = False) -> str:
+def push(
+    coders: Mapping[str, SparseCoder],
+    repo: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    format: str = NATIVE,
+) -> str:
     """Puts coders with a card into a repository on the hub, made if need be; returns the address of the commit.
 
-    The token is that of the environment (HF_TOKEN) or of `hf auth login`. ConfigError without, or if the hub refuses.
+    The token is that of the environment (HF_TOKEN) or of `hf auth login` by default; `revision` is a branch, made if
+    need be. ConfigError without a token, if the hub refuses, or if the format cannot say what a coder is.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     if repo.count("/") != 1:
         raise ConfigError(f"repo: {repo!r} is not OWNER/NAME")
-    if get_token() is None:
+    if not (token if isinstance(token, str) else token is not False and get_token()):
         raise ConfigError("repo: pushing needs a token; run `hf auth login`, or set the variable HF_TOKEN")
+    if format not in writers():
+        raise ConfigError(f"format: {format!r} is not one of {', '.join(writers())}.{nearest(format, writers())}")
+    if hasattr(formats()[format], "SNIPPET"):  # whose library looks below the root alone
+        coders = {name or "sae": coder for name, coder in coders.items()}
+    api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temp:
         for name, coder in coders.items():
-            native.write(safe_join(temp, name) if name else Path(temp), coder)
-        atomic_write(Path(temp, "README.md"), model_card(coders, repo))
+            convert(coder, format, safe_join(temp, name) if name else Path(temp))
+        atomic_write(Path(temp, "README.md"), model_card(coders, repo, format))
+        said = {"commit_message": commit_message or f"Upload with {LIBRARY}", "create_pr": create_pr or None}
         try:
-            HfApi().create_repo(repo, private=private, exist_ok=True)
-            done = HfApi().upload_folder(repo_id=repo, folder_path=temp, commit_message=f"Upload with {LIBRARY}")
+            api.create_repo(repo, private=private, exist_ok=True)
+            if revision is not None and not create_pr:
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            done = api.upload_folder(repo_id=repo, folder_path=temp, revision=revision, **said)
         except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
             raise ConfigError(f"repo: {repo} cannot be written to: {' '.join(str(error).split())[:300]}") from error
-    return done.commit_url
+    return done.pr_url or done.commit_url
 
 
 def _normalization(spec: CoderSpec) -> str:

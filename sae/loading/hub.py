@@ -17,6 +17,7 @@ from sae.base.paths import can_only_be_local, near
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED, CoderSpec
 from sae.formats import native
+from sae.lm.models import resolve_device
 from sae.loading import releases
 from sae.loading.hints import REFUSED_WHERE_UNUSED, Hints, checked_hints, known_release, with_known_hints
 from sae.loading.remote import HubFiles
@@ -25,40 +26,51 @@ from sae.untrusted.places import Place
 from sae.untrusted.tensors import check_finite
 
 MOST_OPENED = 16  # files beside each other that are looked into to tell which of them is a coder
+PRECISIONS = ("float32", "float64", "bfloat16", "float16")
 Address = str | Path | tuple[str, str]
 
 
 def load(
     path: Address,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = torch.float32,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     lazy: bool = False,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
     **hints: Any,
 ) -> SparseCoder:
     """Returns the one coder at an address, without gradients.
 
-    The format is found by file names, tensor names and shapes (`sae/formats/`). Thresholds stay float32 whatever the
-    dtype. `lazy` maps the tensors into memory, in the precision they are stored in; it reads what is looked at. `hints`
-    say what the files do not (`sae.loading.hints.Hints`: model, site, pre_bias, scale, format).
+    The format is found by file names, tensor names and shapes (`sae/formats/`). `device` "auto" is a GPU where there is
+    one; `dtype` a torch.dtype or its name, "auto" the precision of the stored decoder; thresholds stay float32. `lazy`
+    maps the tensors into memory, in the precision they are stored in; it reads what is looked at. `revision`,
+    `cache_dir`, `token` and `local_files_only` are those of huggingface_hub. `hints` say what the files do not
+    (`sae.loading.hints.Hints`: model, site, pre_bias, scale, format).
     `spec.training["released"]` says where it came from.
 
     Raises ConfigError if there is no coder or several (naming them), a format is unknown or ambiguous, or a hint is
     needed; DataError naming the file or tensor that is missing, damaged, of the wrong shape, unknown, or not finite.
     """
-    place = find_place(path, "", revision, cache_dir, **hints)
+    place = find_place(path, "", revision, cache_dir, token, local_files_only, **hints)
     return read_coder(replace(place, lazy=lazy), device, dtype)
 
 
 def find_place(
-    path: Address, name: str = "", revision: str | None = None, cache_dir: str | Path | None = None, **hints: Any
+    path: Address,
+    name: str = "",
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    **hints: Any,
 ) -> Place:
     """Returns the place of the one coder at an address, or of the one called `name` among several there.
 
     A name is that of `load_all`, or its last part, or what follows "coders/" in a run's folder.
     """
-    files, below = locate(path, revision, cache_dir)
+    files, below = locate(path, revision, cache_dir, token, local_files_only)
     if not name:
         return _single_place(files, below, checked_hints(hints))
     found = places_below(files, below, checked_hints(hints))
@@ -71,14 +83,16 @@ def find_place(
 def load_all(
     repo: Address,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = torch.float32,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     lazy: bool = False,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
     **hints: Any,
 ) -> dict[str, SparseCoder]:
     """Returns every coder at or below an address by its name there; arguments and errors as those of `load`."""
-    files, below = locate(repo, revision, cache_dir)
+    files, below = locate(repo, revision, cache_dir, token, local_files_only)
     found = places_below(files, below, checked_hints(hints))
     said = [name for name in ("site", "scale") if hints.get(name) is not None]
     if said and len(found) > 1:
@@ -93,7 +107,13 @@ def save(coder: SparseCoder, folder: str | Path) -> None:
     native.write(Path(folder).expanduser(), coder)
 
 
-def locate(path: Address, revision: str | None = None, cache_dir: str | Path | None = None) -> tuple[Files, str]:
+def locate(
+    path: Address,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> tuple[Files, str]:
     """Returns (files, name below them) of an address; nothing is fetched but the list of a repository's files.
 
     Raises ConfigError if there is no such folder, repository or release, naming the nearest.
@@ -104,10 +124,10 @@ def locate(path: Address, revision: str | None = None, cache_dir: str | Path | N
         return (LocalFiles(local), "") if local.is_dir() else (LocalFiles(local.parent), local.name)
     release = releases.find_release(text)
     if release is not None:
-        return HubFiles(release.repo, revision, cache_dir, release.path), release.path
+        return HubFiles(release.repo, revision, cache_dir, release.path, token, local_files_only), release.path
     owner, name, *below = *text.removeprefix("hf://").strip("/").split("/"), ""
     wanted = "/".join(below).strip("/")
-    files = HubFiles(f"{owner}/{name}", revision, cache_dir, wanted)
+    files = HubFiles(f"{owner}/{name}", revision, cache_dir, wanted, token, local_files_only)
     if not name or (can_only_be_local(text) and not files.folder.is_dir()):
         close = near(text) or nearest(text, releases.names())
         hint = " A run is there once it is trained: train first (sae-train)." if can_only_be_local(text) else ""
@@ -125,11 +145,12 @@ def places_below(files: Files, below: str = "", hints: Hints | None = None) -> d
     return {own if n in ("", below) else n.removeprefix(start): p for n, p in zip(names, found, strict=True)}
 
 
-def read_coder(place: Place, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SparseCoder:
+def read_coder(
+    place: Place, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32
+) -> SparseCoder:
     """Returns the coder at a place."""
-    if not dtype.is_floating_point:
-        raise ConfigError(f"dtype: {dtype} has no fractions; choose float32, float64, bfloat16 or float16")
-    if place.lazy and (torch.device(device).type, dtype) != ("cpu", torch.float32):
+    where, precision = resolve_device(str(device), "device"), _precision(dtype)
+    if place.lazy and (where.type, precision) != ("cpu", torch.float32):
         raise ConfigError(
             "lazy: mapped weights stay on the CPU in the precision they are stored in; leave out the rest"
         )
@@ -147,9 +168,19 @@ def read_coder(place: Place, device: str | torch.device = "cpu", dtype: torch.dt
     coder = coder_from_tensors(spec, tensors, str(place))
     if place.lazy:
         return coder.to_dtype(None)
-    coder = coder.to(device).to_dtype(dtype)
+    coder = coder.to(where).to_dtype(precision or coder.W_dec.dtype)
     check_finite(coder.state_dict(), place)  # in the precision asked for: float16 ends at 65,504
     return coder
+
+
+def _precision(dtype: str | torch.dtype) -> torch.dtype | None:
+    """Returns the floating-point type that is meant; None of "auto"."""
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        return None
+    if name not in PRECISIONS:
+        raise ConfigError(f"dtype: {name} is not one of auto, {', '.join(PRECISIONS)}.{nearest(name, PRECISIONS)}")
+    return getattr(torch, name)
 
 
 def coder_from_tensors(spec: CoderSpec, tensors: dict[str, Tensor], source: str) -> SparseCoder:

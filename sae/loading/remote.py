@@ -8,10 +8,10 @@ fetched is compared with the hub's digest (`untrusted/digests.py`), small files 
 import logging
 import re
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sae.base.errors import ConfigError, DataError, nearest
 from sae.base.files import atomic_write, read_json, safe_join, write_json
@@ -21,6 +21,9 @@ from sae.loading import releases
 from sae.untrusted import digests, weights
 from sae.untrusted.ranged import TIMEOUT_S, Header, npz_header
 from sae.untrusted.weights import Shapes
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +35,18 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 class HubFiles:
     """The files of one commit of a repository; `revision` is that commit once it is known.
 
-    `wanted` is the part of it that is asked for, which errors name.
+    `wanted` is the part of it that is asked for, which errors name. `token` (False: none) is that of the environment or
+    of `hf auth login` by default; with `local_files_only` the hub is not asked.
     """
 
     def __init__(
-        self, repo: str, revision: str | None = None, cache_dir: str | Path | None = None, wanted: str = ""
+        self,
+        repo: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        wanted: str = "",
+        token: str | bool | None = None,
+        local_files_only: bool = False,
     ) -> None:
         from huggingface_hub import constants
 
@@ -44,19 +54,21 @@ class HubFiles:
         self.wanted = f"{repo}/{wanted}".rstrip("/")
         self.cache_dir = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
         self.folder = self.cache_dir / f"models--{repo.replace('/', '--')}"
-        self.reachable = True
+        self.token, self.reachable = token, not local_files_only
         self._headers: dict[str, Header] = {}
 
     @cached_property
     def _listing(self) -> tuple[str, list[str]]:
         """Commit and names: from the hub or, where it cannot be asked, as they were when it was asked last."""
-        from huggingface_hub import HfApi
+        from huggingface_hub.errors import OfflineModeIsEnabled
 
         kept = self._kept(self.asked_revision) if COMMIT.fullmatch(self.asked_revision or "") else None
         if kept is not None:  # what a commit holds does not change
             return kept
+        if not self.reachable:
+            return self._cached(OfflineModeIsEnabled("local_files_only"))
         try:
-            info = HfApi().model_info(self.identity, revision=self.asked_revision, timeout=TIMEOUT_S)
+            info = self._api.model_info(self.identity, revision=self.asked_revision, timeout=TIMEOUT_S)
         except Exception as error:  # the client's own, or of whatever it reaches the network with
             return self._cached(error)
         commit, names = str(info.sha), sorted(item.rfilename for item in info.siblings or [])
@@ -69,6 +81,12 @@ class HubFiles:
             if self.asked_revision != commit:
                 atomic_write(self._ref(), commit)
         return commit, names
+
+    @property
+    def _api(self) -> "HfApi":
+        from huggingface_hub import HfApi
+
+        return HfApi(token=self.token)
 
     def _cached(self, error: Exception) -> tuple[str, list[str]]:
         """Returns what is known of the cached copy; ConfigError if there is none, saying how to get it."""
@@ -181,7 +199,7 @@ class HubFiles:
 
     def header(self, name: str) -> Header | None:
         """Returns {tensor: (dtype, shape)} of a file on the hub; None if it is cached, or has no header."""
-        from huggingface_hub import HfApi, hf_hub_url
+        from huggingface_hub import hf_hub_url
 
         if self.is_cached(name) or not name.endswith((*weights.SAFETENSORS, *weights.NPZ)):
             return None
@@ -193,9 +211,9 @@ class HubFiles:
                 return self._headers[name]
             if name.endswith(weights.NPZ):
                 url = hf_hub_url(self.identity, name, revision=self.revision)
-                found = npz_header(url, self.sizes([name])[name])
+                found = npz_header(url, self.sizes([name])[name], self.token)
             else:
-                about = HfApi().parse_safetensors_file_metadata(self.identity, name, revision=self.revision).tensors
+                about = self._api.parse_safetensors_file_metadata(self.identity, name, revision=self.revision).tensors
                 found = {t: (DTYPES.get(i.dtype, i.dtype.lower()), tuple(i.shape)) for t, i in about.items()}
         except DataError:
             raise
@@ -205,14 +223,12 @@ class HubFiles:
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         """Returns the sizes of some files in bytes; of cached ones only, where the hub cannot be asked."""
-        from huggingface_hub import HfApi
-
         names = list(names)
         found = {name: (self.snapshot / name).stat().st_size for name in names if self.is_cached(name)}
         left = [name for name in names if name not in found]
         for part in (left[i : i + 500] for i in range(0, len(left), 500)) if self.reachable else ():
             try:
-                infos = HfApi().get_paths_info(self.identity, part, revision=self.revision)
+                infos = self._api.get_paths_info(self.identity, part, revision=self.revision)
             except Exception as error:
                 raise self._unfetched(part[0], error) from error
             found |= {info.path: int(getattr(info, "size", 0)) for info in infos}
@@ -227,8 +243,9 @@ class HubFiles:
         from huggingface_hub import hf_hub_download
 
         try:
-            with hub_or_cache():
-                found = hf_hub_download(self.identity, name, revision=self.revision, cache_dir=self.cache_dir, **how)
+            where = {"revision": self.revision, "cache_dir": self.cache_dir, "token": self.token}
+            with hub_or_cache() if self.reachable else nullcontext():
+                found = hf_hub_download(self.identity, name, **where, **how)
             return Path(found)
         except Exception as error:  # of the client, the network or the disk: all mean that the file is not here
             raise self._unfetched(name, error) from error

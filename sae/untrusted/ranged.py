@@ -16,10 +16,10 @@ Header = dict[str, tuple[str, tuple[int, ...]]]
 """{tensor: (dtype, shape)}."""
 
 
-def npz_header(url: str, size: int) -> Header:
+def npz_header(url: str, size: int, token: str | bool | None = None) -> Header:
     """Returns the dtypes and shapes of the arrays in an npz file of `size` bytes at a URL of the hub."""
     found: Header = {}
-    file = _Ranged(url, size)
+    file = _Ranged(url, size, token)
     try:
         with zipfile.ZipFile(io.BufferedReader(file, BLOCK_BYTES)) as archive:
             for info in archive.infolist():
@@ -34,8 +34,8 @@ def npz_header(url: str, size: int) -> Header:
 class _Ranged(io.RawIOBase):
     """A file at a URL, of which only what is read is fetched."""
 
-    def __init__(self, url: str, size: int) -> None:
-        self.url, self.size, self.at = url, size, 0
+    def __init__(self, url: str, size: int, token: str | bool | None) -> None:
+        self.url, self.size, self.token, self.at = url, size, token, 0
         self.error: Exception | None = None
         """Why bytes could not be had, which the reader of archives takes for the end of the file."""
 
@@ -65,7 +65,7 @@ class _Ranged(io.RawIOBase):
         stop = min(self.at + len(buffer), self.size)
         if stop <= self.at:
             return 0
-        headers = {**build_hf_headers(), "Range": f"bytes={self.at}-{stop - 1}"}
+        headers = {**build_hf_headers(token=self.token), "Range": f"bytes={self.at}-{stop - 1}"}
         answer = get_session().get(self.url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S)
         hf_raise_for_status(answer)
         got = stop - self.at

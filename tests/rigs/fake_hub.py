@@ -55,6 +55,9 @@ class _Handler(BaseHTTPRequestHandler):
         sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         kind = self.headers.get("Content-Type", "")
         parts = urlsplit(self.path).path.strip("/").split("/")
+        if "branch" in parts:
+            self.asked.append(f"POST {self.path}")
+            return self._json({})
         if parts[:3] == ["api", "repos", "create"] or parts[-1:] == ["validate-yaml"] or "commit" in parts:
             return self._write(parts, sent.decode())
         fields = json.loads(sent) if "json" in kind else parse_qs(sent.decode())
@@ -78,6 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._file(self.root / kind / owner / name, revision, "/".join(path), body)
 
     def _about(self, parts: list[str], wanted: list[str] | None) -> None:
+        if parts == ["whoami-v2"]:
+            return self._json({"name": "me", "type": "user"})
         if len(parts) < 3:  # what the client wants to know of the hub itself
             return self._json({})
         kind, owner, name, *rest = parts
