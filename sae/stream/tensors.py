@@ -163,17 +163,23 @@ class TensorSource:
 
 
 def cut(
-    shards: Sequence[Shard], sites: Iterable[str], most: int, with_gradients: bool = False, **how: Any
+    shards: Sequence[Shard],
+    sites: Iterable[str],
+    most: int,
+    with_gradients: bool = False,
+    like: Shard | None = None,
+    **how: Any,
 ) -> TensorSource:
-    """Returns shards in blocks of at most `most` vectors, one row at least; ConfigError if they do not go together.
+    """Returns shards in blocks of at most `most` vectors, one row at least.
 
-    A shard that holds nothing is an empty block: so blocks keep their numbers. `how` is as in `TensorSource`.
+    ConfigError if they do not go together, or with the shard `like`. A shard that holds nothing is an empty block: so
+    blocks keep their numbers. `how` is as in `TensorSource`.
     """
     names = list(sites)
     wanted = names + [f"{GRADIENTS}{name}" for name in names if with_gradients]
     pieces = []
     for shard in shards:
-        rows = _leading(shard, wanted, shards[0])[0]
+        rows = _leading(shard, wanted, like or shards[0])[0]
         step = max(1, most // max(1, _positions(shard, names[0])))
         pieces += [(shard, start, min(start + step, rows)) for start in range(0, max(1, rows), step)]
     return TensorSource(pieces, names, with_gradients=with_gradients, **how)
@@ -205,27 +211,28 @@ def _leading(shard: Shard, names: list[str], first: Shard) -> tuple[int, ...]:
         shape, kind = shard.shapes.get(name), shard.dtypes.get(name, "")
         if shape is None:
             near_by = nearest(name, shard.shapes)
-            raise ConfigError(f"{FIELD}: {shard.label} has no tensor {name!r}; it has {_list(shard.shapes)}.{near_by}")
+            raise ConfigError(
+                f"activations: {shard.label} has no tensor {name!r}; it has {_list(shard.shapes)}.{near_by}"
+            )
         if len(shape) not in (2, 3):
             raise ConfigError(
-                f"{FIELD}: {name} in {shard.label} has the shape {list(shape)}; it must be [n, width] or "
+                f"activations: {name} in {shard.label} has the shape {list(shape)}; it must be [n, width] or "
                 "[rows, positions, width]"
             )
         if not kind.startswith(("F", "BF")):
-            raise ConfigError(f"{FIELD}: {name} in {shard.label} has the data type {kind}; activations are floats")
+            raise ConfigError(f"activations: {name} in {shard.label} has the data type {kind}; activations are floats")
         if shape[-1] != first.shapes[name][-1]:
-            raise ConfigError(
-                f"{FIELD}: {name} has width {shape[-1]} in {shard.label}, but {first.shapes[name][-1]} in {first.label}"
-            )
+            wide = f"width {shape[-1]} in {shard.label}, but {first.shapes[name][-1]} in {first.label}"
+            raise ConfigError(f"activations: {name} has {wide}")
         if shape[:-1] != lead:
             raise ConfigError(
-                f"{FIELD}: in {shard.label}, {names[0]} is {list(lead)} vectors and {name} {list(shape[:-1])}; the "
+                f"activations: in {shard.label}, {names[0]} is {list(lead)} vectors and {name} {list(shape[:-1])}; the "
                 "rows of all sites belong together"
             )
     if MASK in shard.shapes and (shard.shapes[MASK] != lead or shard.dtypes[MASK].startswith(("F", "BF"))):
         raise ConfigError(
-            f"{FIELD}: mask in {shard.label} is {shard.dtypes[MASK]} {list(shard.shapes[MASK])}; it must be bool or "
-            f"uint8 {list(lead)}, as the vectors beside it"
+            f"activations: mask in {shard.label} is {shard.dtypes[MASK]} {list(shard.shapes[MASK])}; it must be bool "
+            f"or uint8 {list(lead)}, as the vectors beside it"
         )
     return lead
 
@@ -298,7 +305,7 @@ def stored_in_memory(given: Any, name: str) -> Stored:
     if not parts:
         raise ConfigError("activations: an empty list; give tensors [n, width]")
     label = "activations" if len(parts) == 1 else "activations[{}]"
-    shards = [_of_memory(label.format(number), named_tensors(part, name)) for number, part in enumerate(parts)]
+    shards = [shard_in_memory(label.format(number), named_tensors(part, name)) for number, part in enumerate(parts)]
     return Stored("activations", shards)
 
 
@@ -314,7 +321,8 @@ def named_tensors(given: Any, name: str) -> dict[str, Tensor]:
     return {key: torch.as_tensor(value).detach() for key, value in parts.items()}
 
 
-def _of_memory(label: str, tensors: dict[str, Tensor]) -> Shard:
+def shard_in_memory(label: str, tensors: dict[str, Tensor]) -> Shard:
+    """Returns tensors in memory, whose rows belong together, as a shard of a name."""
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     dtypes = {name: f"{'F' if x.is_floating_point() else 'I'}{8 * x.itemsize}" for name, x in tensors.items()}
     digest = hashlib.sha256(json.dumps([shapes, dtypes]).encode())

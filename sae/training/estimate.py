@@ -19,8 +19,9 @@ from sae.lm.hooks import sites_of_model
 from sae.lm.models import DTYPES, LanguageModel, resolve_device, untrained
 from sae.lm.site import SECOND, Site
 from sae.stream.batch import LANES
+from sae.stream.tensors import stored_at
 from sae.training.config import TrainConfig
-from sae.training.planning import CoderPlan, plan_run, plan_tensors, stored_by
+from sae.training.planning import CoderPlan, plan_run, plan_tensors, with_model_named
 from sae.training.subject import of_tensors
 
 FLOAT = 4
@@ -118,7 +119,7 @@ def _planned(
 ) -> tuple[list[tuple[LanguageModel, list[Site]]], dict[str, int], list[CoderPlan]]:
     """Returns the models with the sites that are read of each, the widths by site, and the coders."""
     if config.activations.source == "tensors":
-        stored = stored_by(config)
+        stored = with_model_named(config, stored_at(config.activations.path))
         sites, width, plans = plan_tensors(config, stored)
         of_tensors(config, stored, [site.name for site in sites], resolve_device(config.model.device))
         return [], width, plans

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sae.base.errors import ConfigError
 from sae.coder.spec import CoderSpec
@@ -10,7 +9,7 @@ from sae.lm.hooks import site_widths, sites_of_model
 from sae.lm.models import LanguageModel, ModelConfig
 from sae.lm.site import SECOND, Site
 from sae.lm.sites import resolve_sites
-from sae.stream.tensors import Stored, stored_at, stored_in_memory
+from sae.stream.tensors import Stored
 from sae.training.config import CoderConfig, OptimConfig, TrainConfig
 
 
@@ -78,15 +77,11 @@ def plan_run(
     return sites, widths, plan_coders(config, pairs, widths)
 
 
-def stored_by(config: TrainConfig, activations: Any = None) -> Stored:
-    """Returns the stored activations of a config, or those given in memory.
+def with_model_named(config: TrainConfig, stored: Stored) -> Stored:
+    """Returns activations that say of which model they are: what is stored with them, or else `model.name`.
 
-    The model that they are of is what the folder says, or else `model.name`, unless that is the default.
+    The default is none that anybody has named.
     """
-    if activations is None:
-        stored = stored_at(config.activations.path)
-    else:
-        stored = stored_in_memory(activations, config.activations.sites[0])
     said = {}
     for tag, model in (("", config.model), (f"{SECOND} ", config.second_model)):
         if model.name not in ("", ModelConfig().name):

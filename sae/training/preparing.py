@@ -19,16 +19,18 @@ from sae.lm.models import DTYPES, LanguageModel, ModelConfig, load_language_mode
 from sae.lm.site import SECOND
 from sae.loading import hub
 from sae.parallel import collectives
+from sae.stream.drawn import is_iterator
 from sae.stream.lanes import lanes_of
 from sae.stream.sources import Reading, Source
+from sae.stream.tensors import Stored, given_activations
 from sae.text.documents import commit_of_data, first_look
 from sae.text.tokenizing import TokenizedText, special_ids, tokenize, what_was_met
 from sae.training import checkpoint
 from sae.training.config import TrainConfig
 from sae.training.estimate import check_disk, disk_needed
 from sae.training.measuring import Recipe, Statistics, measure, sample_activations
-from sae.training.planning import CoderPlan, plan_run, plan_tensors, stored_by
-from sae.training.subject import OfText, Subject, of_tensors
+from sae.training.planning import CoderPlan, plan_run, plan_tensors, with_model_named
+from sae.training.subject import OfText, Subject, drawn_from, of_iterator, of_tensors
 from sae.training.trainer import CoderTrainer, Schedule, new_coder
 
 log = logging.getLogger(__name__)
@@ -89,11 +91,20 @@ def set_up(
 def set_up_tensors(config: TrainConfig, folder: Path, resume: bool, activations: Any = None) -> Setting:
     """Returns the same of a run on stored activations, those given or else those that the config names."""
     lanes_of(collectives.own_share())
-    stored = stored_by(config, activations)
+    device, name = resolve_device(config.model.device), config.activations.sites[0]
+    drawn = drawn_from(config, activations) if is_iterator(activations) else None
+    if drawn:
+        stored = Stored("the iterator", [drawn.like])
+    else:
+        given = config.activations.path if activations is None else activations
+        stored = given_activations(given, name)
+    stored = with_model_named(config, stored)
     sites, widths, plans = plan_tensors(config, stored)
-    subject = of_tensors(config, stored, [site.name for site in sites], resolve_device(config.model.device))
-    about = environment(subject.device, **subject.fingerprint)
+    names = [site.name for site in sites]
+    subject = of_iterator(config, drawn, names, device) if drawn else of_tensors(config, stored, names, device)
+    about = environment(device, **subject.fingerprint)
     config = _begun(config, config, folder, resume, plans, widths, about)
+    subject.hold_out(folder, begun=resume and bool(checkpoint.complete(folder)))
     log.info("%s", subject)
     return Setting(config, folder, plans, subject)
 
@@ -148,7 +159,8 @@ def new_trainers(setting: Setting, source: Source, saved: Path | None, watch: Wa
     config, subject, trainers = setting.config, setting.subject, {}
     schedule = Schedule(config.steps, config.dead_after, setting.micro_tokens, DTYPES[config.precision])
     specs = json.loads((saved / checkpoint.STATE).read_bytes())["specs"] if saved else {}
-    samples = {} if saved else sample_activations(source, config.activations.statistics_tokens, watch)
+    wanted = config.activations.statistics_tokens
+    samples = {} if saved else sample_activations(subject.sampled(source, wanted), wanted, watch)
     measured: dict[tuple[Any, ...], Statistics] = {}
     for plan in setting.plans:
         if saved:

@@ -35,6 +35,7 @@ from sae.loading import hub
 from sae.parallel import collectives
 from sae.parallel.stopping import StopFlag, stop_flag
 from sae.stream.batch import ActivationBatch
+from sae.stream.drawn import Ended
 from sae.training import checkpoint
 from sae.training.arguments import as_config, with_model
 from sae.training.callbacks import Callbacks, Listener, Moment
@@ -87,7 +88,8 @@ def train(
     or whose weights its name does not lead to, is passed again to resume.
 
     `activations`, of whatever model, take the place of a language model and text: a path as in `activations.path`, a
-    tensor [n, width] of the first of `activations.sites`, a dict of tensors by site, or a list of either.
+    tensor [n, width] of the first of `activations.sites`, a dict of tensors by site, a list of either, or an iterator
+    of them (docs/tensors.md), which needs `state()` and `load_state()` for the run to be resumed.
 
     Raises ConfigError for what cannot be, before long work starts; Stopped after a signal, with a checkpoint written;
     what a callback raises, when all that was trained is saved, with a note that says how to go on. After StopTraining
@@ -154,6 +156,7 @@ class Run:
             self.trainers = new_trainers(setting, self.source, saved, watch)
         self.stream = setting.subject.open_stream(setting.config, self.source)
         self.bad_steps, self.checkpoint = 0, saved
+        self.ended: Ended | None = None
         self.logs = {name: self.folder / name for name in ("metrics.jsonl", "timings.jsonl")}
         self.step = self._restore(saved)
 
@@ -222,23 +225,32 @@ class Run:
             log_bytes = self._train(tracker, progress)
             self._save(log_bytes)
             self._check_callbacks(f"a checkpoint of step {self.step} is written: {_way_on(self.folder)}")
+            at, most = f"at step {self.step} of {self.config.steps}", self.step * self.config.batch_tokens
+            if self.ended:
+                on = "or go on from its checkpoint with an iterator that does"
+                raise ConfigError(f"{self.ended}, {at}; set tokens to {most} at the most, {on}")
             if self.step < self.config.steps and self.stop.anywhere():
-                raise Stopped(f"at step {self.step} of {self.config.steps}, checkpoint written")
+                raise Stopped(f"{at}, checkpoint written")
 
     def _train(self, tracker: Tracker, progress: Progress) -> dict[str, int]:
         """Returns the lengths of the logs that belong to the step it has come to."""
         config, steps, began, first = self.config, self.config.steps, time.monotonic(), self.step
         shown: dict[str, float] = {}
         while self.step < steps and not self._ending():
+            log_bytes = self._log_bytes()
             if config.eval.every_steps and self.step and self.step % config.eval.every_steps == 0:
-                log_bytes = self._log_bytes()  # its checkpoint knows nothing of it, so that a resume does it again
-                try:
+                try:  # the checkpoint of this step knows nothing of it, so that a resume does it again
                     self._evaluate_midway()
                 except Stopped:
                     return log_bytes
                 if self._ending():
                     return log_bytes
-            lines = self._train_on(next(self.stream))
+            try:
+                batch = next(self.stream)
+            except Ended as ended:
+                self.ended = ended
+                return log_bytes
+            lines = self._train_on(batch)
             self.step += 1
             step = self.step
             if lines and (step % config.log.every_steps == 0 or step == steps):

@@ -8,16 +8,18 @@ import draccus
 import torch
 
 from sae.base.errors import ConfigError, DataError
-from sae.base.files import cache_dir
+from sae.base.files import cache_dir, save_tensors
 from sae.base.progress import Watch
 from sae.base.store import HEADER, Shards, fingerprint_key, remove_damaged
 from sae.lm.masking import MaskSpec
 from sae.lm.models import DTYPES
 from sae.parallel import collectives
+from sae.stream.batch import LANES
+from sae.stream.drawn import Drawn, DrawnStream
 from sae.stream.lanes import Stream
 from sae.stream.rows import RowStream
 from sae.stream.sources import Blocks, CachedSource, LiveSource, Reading, Source
-from sae.stream.tensors import FIELD, HELD_OUT, Stored, TensorSource, divided
+from sae.stream.tensors import FIELD, GRADIENTS, HELD_OUT, Stored, TensorSource, cut, divided, stored_at
 from sae.text.tokenizing import TokenizedText
 from sae.training.config import TrainConfig
 
@@ -55,6 +57,10 @@ class OfText:
     def measured_on(self) -> dict[str, Any]:
         """Returns, as arguments of `evaluate`, what is held out."""
         return {"lm": self.reading.lm, "rows": self.text.held_out, "second": self.reading.second}
+
+    def sampled(self, source: Source, tokens: int) -> Source:
+        """Returns the blocks that statistics are taken from."""
+        return source
 
     def open_source(self, config: TrainConfig, watch: Watch) -> Source:
         """Returns the model's blocks, or those on disk; a folder that is named gets held-out ones too."""
@@ -108,6 +114,13 @@ class OfTensors:
         """Returns, as arguments of `evaluate`, what is held out."""
         return {"activations": self.held_out}
 
+    def hold_out(self, folder: Path, begun: bool) -> None:
+        """Does nothing: what is held out lies where it is."""
+
+    def sampled(self, source: Source, tokens: int) -> Source:
+        """Returns the blocks that statistics are taken from."""
+        return source
+
     def open_source(self, config: TrainConfig, watch: Watch) -> Source:
         """Returns the part to train on."""
         return self.train
@@ -124,7 +137,87 @@ class OfTensors:
         return f"activations: {train} vectors to train on, {held_out} held out, of {self.label}{less}"
 
 
-Subject = OfText | OfTensors
+@dataclass
+class OfIterator:
+    """Activations as they are drawn, of which the first are held out, and kept in the run's folder."""
+
+    drawn: Drawn
+    names: list[str]
+    device: torch.device
+    mask: MaskSpec
+    held_out_tokens: int
+    held_out: TensorSource | None = None
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns that the activations are drawn: whose they are is the caller's to know."""
+        return {"data": "an iterator"}
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Returns what the spec of a coder says of its data."""
+        return {"training": {"tensors": {"source": "an iterator"}}}
+
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """Returns, as arguments of `evaluate`, what is held out."""
+        return {"activations": self.held_out}
+
+    def hold_out(self, folder: Path, begun: bool) -> None:
+        """Draws the first vectors, to be measured on, into the run's folder, where those of one that has begun are."""
+        path = folder / f"{HELD_OUT}.safetensors"
+        if not begun:
+            blocks = self.drawn.take(self.held_out_tokens)
+            joined = {name: torch.cat([b.activations[name] for b in blocks]) for name in blocks[0].activations}
+            graded = {name: torch.cat([b.gradients[name] for b in blocks]) for name in blocks[0].gradients}
+            save_tensors(path, joined | {f"{GRADIENTS}{name}": x for name, x in graded.items()})
+        self.held_out = cut(stored_at(str(path)).shards, self.names, self.drawn.most, **self.drawn.how)
+
+    def sampled(self, source: Source, tokens: int) -> Source:
+        """Returns the blocks that statistics are taken from: the next ones, which are trained on as well."""
+        return self.drawn.peek(tokens)
+
+    def open_source(self, config: TrainConfig, watch: Watch) -> Source:
+        """Returns what is drawn."""
+        return self.drawn
+
+    def open_stream(self, config: TrainConfig, source: Source) -> Stream:
+        """Returns single vectors of many blocks."""
+        return DrawnStream(self.drawn, config.batch_tokens, config.seed)
+
+    def __str__(self) -> str:
+        """Returns what there is, for people."""
+        held_out = f"{self.held_out.vectors:,}" if self.held_out else "none"
+        exact = "" if self.drawn.resumable else "; it has no state() and load_state(), so the run cannot be resumed"
+        return f"activations: of an iterator, the first {held_out} vectors held out{exact}"
+
+
+Subject = OfText | OfTensors | OfIterator
+
+
+def drawn_from(config: TrainConfig, iterator: Any) -> Drawn:
+    """Returns what an iterator gives, in blocks; ConfigError if it gives nothing, or if there are several ranks."""
+    if collectives.world_size() > 1:
+        raise ConfigError(
+            f"activations: an iterator is drawn by one process, and there are {collectives.world_size()}; store what "
+            "it gives as safetensors and name the folder"
+        )
+    settings = config.activations
+    how = {
+        "with_gradients": config.gradient_loss is not None,
+        "dtype": DTYPES[settings.dtype],
+        "skip_positions": settings.skip_positions,
+    }
+    most = min(settings.block_rows * config.text.context_length, max(1, config.tokens // (4 * LANES)))
+    return Drawn(iterator, settings.sites[0], most, **how)  # lanes hold no more than a quarter of what is trained on
+
+
+def of_iterator(config: TrainConfig, drawn: Drawn, names: list[str], device: torch.device) -> OfIterator:
+    """Returns what an iterator gives as what a run reads."""
+    drawn.names = names
+    mask = MaskSpec((), config.activations.skip_positions, next_token=config.gradient_loss is not None)
+    cut([drawn.like], names, drawn.most, **drawn.how)  # refused before anything is written
+    return OfIterator(drawn, names, device, mask, config.eval.tokens)
 
 
 def of_tensors(config: TrainConfig, stored: Stored, names: list[str], device: torch.device) -> OfTensors:

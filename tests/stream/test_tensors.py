@@ -141,7 +141,7 @@ BAD = {  # files, each a mapping of tensors: what is said
 @pytest.mark.parametrize("case", BAD)
 def test_files_that_do_not_fit_are_named(case, tmp_path):
     files, said = BAD[case]
-    with pytest.raises(ConfigError, match=rf"activations.path: .*{said}") as error:
+    with pytest.raises(ConfigError, match=rf"activations: .*{said}") as error:
         cut(stored(tmp_path, *files).shards, [SITE], 10)
     assert "\n" not in str(error.value)
 

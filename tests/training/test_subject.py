@@ -196,3 +196,80 @@ def test_a_damaged_store_is_named(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(DataError, match=r"x\.safetensors is missing, damaged or no safetensors file"):
         train(of(tmp_path), run_dir=tmp_path / "run")
+
+
+class Items:
+    """An endless iterator that can be set back."""
+
+    def __init__(self, end=10**6):
+        self.item, self.end = 0, end
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.item == self.end:
+            raise StopIteration
+        self.item += 1
+        draw = torch.Generator().manual_seed(self.item)
+        return {"vit.3": torch.randn(50, 16, generator=draw) * torch.rand(50, 1, generator=draw)}
+
+    def state(self):
+        return self.item
+
+    def load_state(self, state):
+        self.item = state
+
+
+DRAWN = {"activations.sites": ["vit.3"], "tokens": 12 * 128, "checkpoints.every_steps": 3}
+
+
+def drawn_run(folder, resume=False, first=None):
+    """The work of a child that trains on an iterator."""
+    import os
+
+    import sae.training.run
+
+    os.fsync = lambda descriptor: None
+    sae.training.run.write_report = lambda run_dir, results: None
+    if first:
+        first()
+    train(of("", DRAWN), resume=resume, run_dir=folder, activations=Items())
+    return 0
+
+
+def test_a_run_on_an_iterator_killed_and_resumed_equals_uninterrupted(tmp_path):
+    for name, resume, first, code in (
+        ("whole", False, None, 0),
+        ("killed", False, partial(at_step, 1, die), -9),
+        ("killed", True, partial(at_step, 7, die), -9),
+        ("killed", True, None, 0),
+    ):
+        child = Child(tmp_path / "log.txt", partial(drawn_run, tmp_path / name, resume, first))
+        assert child.wait() == code, child.output
+    assert_equal(tmp_path / "killed", tmp_path / "whole")
+    held_out = [load_tensors(tmp_path / name / "held_out.safetensors")["vit.3"] for name in ("whole", "killed")]
+    assert torch.equal(*held_out)
+    assert len(held_out[0]) == 300, "eval.tokens, in whole items"
+
+
+def test_an_iterator_that_ends_leaves_a_checkpoint_to_go_on_from(tmp_path, quick):
+    with pytest.raises(ConfigError, match=r"ended after 1,150 vectors, at step 4 of 12; set tokens to 512 at"):
+        train(of("", DRAWN), run_dir=tmp_path / "run", activations=Items(end=23))
+    train(of("", DRAWN), resume=True, run_dir=tmp_path / "run", activations=Items())
+    train(of("", DRAWN), run_dir=tmp_path / "whole", activations=Items())
+    assert_equal(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_iterator_without_a_state_is_told_so_and_not_resumed(tmp_path, quick, caplog):
+    caplog.set_level("INFO")
+    config = of("", {**DRAWN, "checkpoints.every_steps": 1})
+    train(config, run_dir=tmp_path / "run", activations=iter(Items().__next__, None))
+    assert "it has no state() and load_state(), so the run cannot be resumed" in caplog.text
+    with pytest.raises(ConfigError, match="--resume: the iterator of the run had no state"):
+        train(config, resume=True, run_dir=tmp_path / "run", activations=Items())
+    with pytest.raises(ConfigError, match="activations: the iterator gives nothing"):
+        train(config, run_dir=tmp_path / "other", activations=iter(()))
+    with pytest.raises(ConfigError, match=r"ended after 100 vectors, of which the first 256 are held out \(eval"):
+        train(config, run_dir=tmp_path / "other", activations=Items(end=2))
+    assert not (tmp_path / "other").exists()
