@@ -16,6 +16,7 @@ from torch import Tensor
 
 from interp.evidence.subject import Subject
 from sae.base.seeding import generator
+from sae.base.sums import in_float64
 from sae.coder.splicing import directions
 from sae.evaluation.metrics import kl_divergence
 from sae.lm.hooks import capture
@@ -102,7 +103,7 @@ def _matched(
         with add(lm.model, sites, strength * direction, keep[:, : tokens.shape[1]]):
             amplified = next_logits(lm, tokens, lengths)
         p, q = (logits[:, None].expand(-1, 2, -1) for logits in (clean, amplified))  # the last position is left out
-        return float(kl_divergence(p, q, torch.ones_like(keep[:, :1])).double().mean())
+        return float(in_float64(kl_divergence(p, q, torch.ones_like(keep[:, :1]))).mean())
 
     return matched_strength(measure, kl, max(START * norm, 1e-6))
 
@@ -113,5 +114,5 @@ def _drawn(
     """Returns the token at which the cumulative probability reaches each draw; special ones have none."""
     logits[:, [token for token in lm.tokenizer.all_special_ids if token < logits.shape[1]]] = -torch.inf
     logits[:, len(lm.tokenizer) :] = -torch.inf  # room in the matrix that no token uses
-    reached = logits.softmax(1).double().cumsum(1)
+    reached = in_float64(logits.softmax(1)).cumsum(1)
     return (reached < draw[:, None] * reached[:, -1:]).sum(1).clamp_max(logits.shape[1] - 1)

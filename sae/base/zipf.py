@@ -37,7 +37,7 @@ def fit(density: Float[Tensor, "m"], exponent: float | None = None, shift: float
     ranks count. With fewer than three of them, or if they do not fall with the rank, what is fitted is 0.
     """
     flat = Zipf(exponent or 0.0, shift or 0.0)
-    ordered = density.double().cpu().sort(descending=True).values[: max(1, int(FITTED_SHARE * len(density)))]
+    ordered = density.cpu().double().sort(descending=True).values[: max(1, int(FITTED_SHARE * len(density)))]
     ordered = ordered[ordered > 0]
     if len(ordered) < 3:
         return flat

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.base.settings import choose
+from sae.base.sums import summed_on
 from sae.coder.normalization import Normalization
 from sae.coder.rescaling import Coder, encoder_factors, norms, recompared, rescaled, rows_of_decoder, rule_tensors
 from sae.coder.spec import CoderSpec
@@ -89,9 +90,11 @@ class Folding(CoderTensors):
         return self._folded(pre_bias)
 
     def _folded(self, fold: Callable[..., Coder], *args: Any) -> "Self":
-        spec, tensors = fold(self.spec, {name: t.detach() for name, t in self.state_dict().items()}, *args)
+        device = self.W_enc.device
+        own = {name: t.detach().to(summed_on(device)) for name, t in self.state_dict().items()}
+        spec, tensors = fold(self.spec, own, *args)
         coder = type(self)(spec, "meta")
-        coder.load_state_dict({name: t.to(exact(t)) for name, t in tensors.items()}, assign=True)
+        coder.load_state_dict({name: t.to(device, exact(t)) for name, t in tensors.items()}, assign=True)
         return coder.requires_grad_(False).eval()
 
 

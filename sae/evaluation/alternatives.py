@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sae.base.errors import ConfigError
+from sae.base.sums import in_float64
 from sae.coder.coder import SparseCoder
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
@@ -210,7 +211,7 @@ def centerings(coder: SparseCoder, observed: Observed) -> Iterator[SparseCoder]:
 
 def _scale(x: Float[Tensor, "n d"], power: int) -> float:
     """Returns sqrt(d) / (E|x|^power)^(1/power)."""
-    return x.shape[1] ** 0.5 / float(x.double().norm(dim=1).pow(power).mean()) ** (1 / power)
+    return x.shape[1] ** 0.5 / float(in_float64(x).norm(dim=1).pow(power).mean()) ** (1 / power)
 
 
 PLACES: dict[str, Callable[[nn.Module, CoderSpec], Iterator[CoderSpec]]] = {

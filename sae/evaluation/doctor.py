@@ -25,6 +25,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from sae.base.errors import ConfigError
+from sae.base.sums import in_float64
 from sae.coder.coder import SparseCoder
 from sae.coder.normalization import undo
 from sae.coder.spec import CoderSpec
@@ -250,7 +251,7 @@ def _figures(coder: SparseCoder, observed: Observed, every: bool = False) -> dic
     if not spec.normalization.per_token:
         return result | {"error": result["fvu"]}
     constant = undo(spec.normalize_target(target).mean(0).expand_as(target), spec.normalize(x)[1])
-    left = float((target - constant).double().square().sum(1).mean())
+    left = float(in_float64(target - constant).square().sum(1).mean())
     return result | {"error": result["mse"] / left if left else None}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from sae.base.errors import ConfigError
 from sae.base.progress import Display, Watch
 from sae.base.settings import decode
+from sae.base.sums import in_float64
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED, CoderSpec
 from sae.coder.splicing import reads_ahead, splice
@@ -260,7 +261,7 @@ def _losses(
             }
             clean_losses = next_token_losses(clean, tokens, keep)
             counts[name] += len(clean_losses)
-            total["clean"] += float(clean_losses.double().sum())
+            total["clean"] += float(in_float64(clean_losses).sum())
             for arm, change in arms.items():
                 key = (name if arm == "spliced" else arm, tuple(site.name for site in spec.writes), str(spec.mask))
                 if key not in ablated:
@@ -269,7 +270,7 @@ def _losses(
                     kl = kl_divergence(clean, patched, next_token_mask(tokens, keep))
                     ablated[key] = next_token_losses(patched, tokens, keep), kl
                 for label, found in zip((arm, f"kl_{arm}"), ablated[key], strict=True):
-                    total[label] += float(found.double().sum())
+                    total[label] += float(in_float64(found).sum())
     return {name: _loss_table(sums[name], counts[name]) for name in coders}
 
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sae.base.sums import in_float64
 from sae.kernels.codes import SparseLatents
 
 DENSITY_BINS = tuple(range(-7, 1))
@@ -22,7 +23,7 @@ DENSITY_BINS = tuple(range(-7, 1))
 
 def fvu(x: Float[Tensor, "n d"], out: Float[Tensor, "n d"]) -> float:
     """Returns the fraction of variance unexplained, sum|x - out|^2 / sum|x - mean|^2, in float64."""
-    x, out = x.detach().double(), out.detach().double()
+    x, out = in_float64(x.detach()), in_float64(out.detach())
     return float((x - out).square().sum() / (x - x.mean(0)).square().sum().clamp_min(1e-300))
 
 
@@ -37,8 +38,8 @@ class Moments:
     def update(self, x: Float[Tensor, "n d"]) -> None:
         """Takes in rows x."""
         self.n += len(x)
-        self.total = self.total + x.double().sum(0).cpu()
-        self.squares = self.squares + x.double().square().sum(0).cpu()
+        self.total = self.total + in_float64(x).sum(0).cpu()
+        self.squares = self.squares + in_float64(x).square().sum(0).cpu()
 
     @property
     def mean(self) -> Float[Tensor, "d"]:
@@ -73,7 +74,7 @@ class Reconstruction:
 
     def update(self, x: Float[Tensor, "n d"], out: Float[Tensor, "n d"], latents: SparseLatents) -> None:
         """Takes in n tokens."""
-        x, out = x.double(), out.double()
+        x, out = in_float64(x), in_float64(out)
         self.target.update(x)
         errors, norms, out_norms = (x - out).square().sum(1), x.norm(dim=1), out.norm(dim=1)
         self.errors.update(x - out)
@@ -137,7 +138,7 @@ def head_shares(decoder: Float[Tensor, "d_sae d"], heads: int, alive: Bool[Tenso
     """
     if decoder.shape[1] % heads:
         return {"not_available": f"{decoder.shape[1]} columns are not {heads} heads of one width"}
-    parts = decoder.detach()[alive.to(decoder.device)].double().unflatten(1, (heads, -1)).norm(dim=2)
+    parts = in_float64(decoder.detach()[alive.to(decoder.device)]).unflatten(1, (heads, -1)).norm(dim=2)
     shares = parts / parts.sum(1, keepdim=True).clamp_min(1e-30)
     if not len(shares):
         return {"mean_share": [0.0] * heads, "dominant": None, "heads_per_latent": None}

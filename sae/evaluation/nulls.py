@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.base.sums import in_float64
 from sae.coder.coder import SparseCoder
 from sae.coder.initialization import initialize
 from sae.evaluation.metrics import fvu
@@ -20,8 +21,8 @@ def null_fvus(coder: SparseCoder, fitted: Pairs, test: Pairs) -> dict[str, dict[
     """
     (x, y), (x_test, y_test) = ([part.to(coder.W_enc.device) for part in pair] for pair in (fitted, test))
     if not coder.spec.is_autoencoder:
-        ones = [torch.cat([part, part.new_ones(len(part), 1)], dim=1).double() for part in (x, x_test)]
-        solution = torch.linalg.lstsq(ones[0].cpu(), y.double().cpu(), driver="gelsd").solution.to(y.device)
+        ones = [in_float64(torch.cat([part, part.new_ones(len(part), 1)], dim=1)) for part in (x, x_test)]
+        solution = torch.linalg.lstsq(ones[0].cpu(), y.cpu().double(), driver="gelsd").solution.to(ones[1].device)
         return {"linear_map": {"fvu": fvu(y_test, ones[1] @ solution)}}
     rule = coder.spec.rule
     plain = coder.with_spec(coder.spec.with_(selection=coder.spec.selection.with_gradients(False)))
@@ -34,8 +35,8 @@ def null_fvus(coder: SparseCoder, fitted: Pairs, test: Pairs) -> dict[str, dict[
     made, mean = random(x).out, x.mean(0)
     scale = ((made - mean) * (x - mean)).sum() / (made - mean).square().sum().clamp_min(1e-30)
     out, latents = random(x_test)
-    _, _, components = torch.linalg.svd((x - mean).double(), full_matrices=False)
-    basis = components[:rank].float()
+    _, _, components = torch.linalg.svd(in_float64(x - mean), full_matrices=False)
+    basis = components[:rank].to(x)
     projected = mean + (x_test - mean) @ basis.T @ basis
     return {
         "random_dictionary": {"fvu": fvu(x_test, mean + scale * (out - mean)), "l0": float(latents.l0().mean())},

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sae.base.sums import in_float64
 from sae.lm.calls import Call
 from sae.lm.heads import attention_in, heads_at, width_in
 from sae.lm.norms import norm_of
@@ -31,7 +32,7 @@ class Unserved(Exception):
 
 def off(found: Tensor, wanted: Tensor) -> float:
     """Returns the largest error of a token's vector, relative to the norm of the one wanted."""
-    found, wanted = found.double(), wanted.double()
+    found, wanted = in_float64(found), in_float64(wanted)
     return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-30)).max())
 
 
@@ -53,8 +54,8 @@ def factor(base: Tensor, part: Tensor, total: Tensor) -> float | None:
         return None
     if off(base + part, total) <= bound:
         return 1.0
-    added = total.double() - base.double()
-    a = float((added * part).sum() / part.double().square().sum().clamp_min(1e-30))
+    added, wanted = in_float64(total) - in_float64(base), in_float64(part)
+    a = float((added * wanted).sum() / wanted.square().sum().clamp_min(1e-30))
     return a if off(base + a * part, total) <= bound else None
 
 

@@ -43,7 +43,7 @@ class ModelConfig:
     dtype: str = "auto"
     """Precision of the model: auto (float32 on CPU, the checkpoint's on GPU), float32, bfloat16 or float16."""
     device: str = "auto"
-    """auto (a GPU if there is one, its own for each rank), cpu, cuda, or cuda:1 ..."""
+    """auto (a GPU if there is one, its own for each rank), cpu, cuda, cuda:1 ..., or mps, of Apple."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """What else transformers' from_pretrained is given: device_map (auto spreads the model over all GPUs, CPU memory
     and, with offload_folder, disk), max_memory, quantization_config, attn_implementation, variant."""
@@ -161,12 +161,13 @@ def _weights_digest(model: "PreTrainedModel") -> str:
 def resolve_device(device: str, field: str = "model.device") -> torch.device:
     """Returns the torch device for "auto" or an explicit name; ConfigError if this machine lacks it."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        apple = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else apple
     if device == "cuda":  # one GPU per rank, as launchers number them
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         found = torch.device(device)
-        torch.empty(0, dtype=torch.float64, device=found)  # statistics and metrics are summed in float64
+        torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{field}: {device!r} is not available here ({reason}); try cpu") from error

@@ -52,7 +52,7 @@ def _changed(coder: SparseCoder, again: SparseCoder, exact: bool) -> list[str]:
     old, new = coder.spec.to_json(), again.spec.to_json()
     if not exact:  # as it is with equal tensors
         x = torch.randn(TOKENS, coder.spec.d_in, generator=torch.Generator().manual_seed(0))
-        a, b = coder(x).out.double().cpu(), again(x).out.double()
+        a, b = coder(x).out.cpu().double(), again(x).out.cpu().double()
         error = float(((a - b).norm(dim=1) / a.norm(dim=1).clamp_min(1e-12)).median())  # a tie may fall otherwise
         if not error <= SAME:
             raise DataError(f"what was written is another map: outputs differ by {error:.2g} of their norm")

@@ -38,7 +38,8 @@ class AuxZipf(AuxK):
 
     def report(self, density: Float[Tensor, "d_sae"], dead: Bool[Tensor, "d_sae"]) -> dict[str, float]:
         """Returns the share of latents that live, but fire less than tau times as often as their rank lets expect."""
-        return {"dying_share": float(((shortfall(density, dead, self.tau) > 0) & ~dead).float().mean())}
+        lacking = shortfall(density, dead, self.tau) > 0
+        return {"dying_share": float((lacking & ~dead.to(lacking.device)).float().mean())}
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the normalized error of the under-used latents' explanation of the residual."""
@@ -46,7 +47,11 @@ class AuxZipf(AuxK):
 
 
 def shortfall(density: Float[Tensor, "d_sae"], dead: Bool[Tensor, "d_sae"], tau: float = 0.5) -> Float[Tensor, "d_sae"]:
-    """Returns w: 1 for a dead latent, 0 for one that fires at least tau times as often as expected."""
+    """Returns w: 1 for a dead latent, 0 for one that fires at least tau times as often as expected.
+
+    It lies where the densities do.
+    """
+    dead = dead.to(density.device)
     if not float(density.sum()):  # nothing is known yet
         return dead.to(density)
     expected = zipf.ranked(zipf.fit(density).shares(len(density)), density) * float(density.sum())

@@ -151,7 +151,7 @@ class FeatureChoice(MutualChoice):
 def _value_at(entries: Entries, where: Tensor, m: int) -> Float[Tensor, "m"]:
     """Returns each latent's value at its one entry where `where` is true, infinity if there is none."""
     found = torch.full((m,), torch.inf, dtype=torch.float64)
-    found[entries.ids[where].cpu()] = entries.values[where].double().cpu()
+    found[entries.ids[where].cpu()] = entries.values[where].cpu().double()
     return found
 
 

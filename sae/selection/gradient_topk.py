@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.base.errors import ConfigError
+from sae.base.sums import in_float64
 from sae.parallel import collectives
 from sae.selection import Factors, Moment, Owned, Selection
 from sae.selection.topk import TopK
@@ -96,7 +97,7 @@ class GradientTopK(TopK):
     ) -> Float[Tensor, "n m"]:
         """Returns s; in training, counts the effects."""
         if "effect.sum" in state:
-            state["effect.sum"] = state["effect.sum"] + effect.sum(dtype=torch.float64).cpu()
+            state["effect.sum"] = state["effect.sum"] + in_float64(effect).sum().cpu()
             state["effect.count"] = state["effect.count"] + effect.numel()
         if self.gradient_norm == "token":
             effect = effect / effect.mean(1, keepdim=True).clamp_min(1e-30)

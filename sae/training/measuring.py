@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.base.progress import Watch
+from sae.base.sums import in_float64
 from sae.coder.normalization import Normalization, by_site
 from sae.coder.spec import CoderSpec
 from sae.lm.masking import MaskSpec, norm_mask
@@ -119,7 +120,7 @@ def measure(
     if recipe.balance and not recipe.like and len(writes) > 1:
         writes = _balanced(y, writes)
         reads = writes if [s.name for s in reads] == [s.name for s in writes] else reads
-    weights = column_weights(writes)
+    weights = column_weights(writes).to(y.device)
     square = (y - y.mean(0)).square().mean(0)
     floor = 1e-12 * float((weights * y.square().mean(0)).sum())  # constant inputs: no more than rounding
     return Statistics(
@@ -178,13 +179,13 @@ def _median_norm(name: str, x: Float[Tensor, "n d"]) -> float:
 
 def _scale(x: Float[Tensor, "n d"]) -> float:
     """Returns the factor that makes E|x|^2 = d."""
-    root = float(x.double().square().sum(1).mean().sqrt())
+    root = float(in_float64(x).square().sum(1).mean().sqrt())
     return x.shape[1] ** 0.5 / root if root > 0 else 1.0
 
 
 def _normalized(kept: dict[str, Tensor], sites: tuple[Site, ...], normalization: Normalization) -> Float[Tensor, "n d"]:
     columns = torch.cat([kept[site.name] for site in sites], dim=1)
-    return by_site(normalization, [(site.width, site.scale) for site in sites], columns)[0].double()
+    return in_float64(by_site(normalization, [(site.width, site.scale) for site in sites], columns)[0])
 
 
 def _center(y: Float[Tensor, "n d"], center: str) -> Float[Tensor, "d"]:

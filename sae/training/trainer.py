@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.base.errors import ConfigError
+from sae.base.sums import in_float64, summed_on
 from sae.coder.coder import Pass, SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.normalization import undo
@@ -135,7 +136,7 @@ class CoderTrainer:
         self.average = Average(coder, optim.ema) if optim.ema else None
         device = coder.W_enc.device
         self.tokens_since_fired = torch.zeros(coder.spec.d_sae, dtype=torch.int64, device=device)
-        self.density = torch.zeros(coder.spec.d_sae, dtype=torch.float64, device=device)
+        self.density = torch.zeros(coder.spec.d_sae, dtype=torch.float64, device=summed_on(device))
         self.tokens_seen = 0
         self.residual_variance = coder.spec.variance or 1.0
         self.active_steps: dict[str, int] = dict.fromkeys(self.objectives, 0)
@@ -226,7 +227,7 @@ class CoderTrainer:
             return
         self.chooser.finish()
         self._count(sums.fired, n_tokens)
-        spread = sums.square.double() / n_tokens - (sums.error.double() / n_tokens).square().sum()
+        spread = in_float64(sums.square) / n_tokens - (in_float64(sums.error) / n_tokens).square().sum()
         self.residual_variance = max(float(spread), LEAST_RESIDUAL * (self.coder.spec.variance or 1.0))
         l0 = float(sums.fired.sum()) / n_tokens
         for name, term in self.objectives.items():
@@ -263,7 +264,7 @@ class CoderTrainer:
         self.tokens_since_fired = torch.where(fired > 0, 0, self.tokens_since_fired + n_tokens)
         decay = math.exp(-n_tokens / self.schedule.dead_after_tokens)
         decay = min(decay, self.tokens_seen / (self.tokens_seen + n_tokens))  # at first, all tokens alike
-        self.density = torch.lerp(fired.double() / n_tokens, self.density, decay)
+        self.density = torch.lerp(in_float64(fired) / n_tokens, self.density, decay)
         self.tokens_seen += n_tokens
 
     def _checked_gradient_norm(self, terms: dict[str, Tensor]) -> float:
