@@ -52,7 +52,7 @@ def test_a_coder_is_trained_and_evaluated(tmp_path, monkeypatch, quick, tiny_mod
     config = tiny_config(tiny_model, tiny_text, {**SMALL, **FAMILIES[family]})
     ((name, known),) = sae.train(config, run_dir=tmp_path / "here", progress=False).metrics.items()
     lm = load_language_model(str(tiny_model), device="cpu")
-    monkeypatch.setattr("sae.training.preparing.load_language_model", lambda *_: lm)
+    monkeypatch.setattr("sae.training.preparing.load_language_model", lambda **_: lm)
     with pretended.Pretended():
         lm.model.to(device)
         found = sae.train(config, run_dir=tmp_path / "there", progress=False)
