@@ -131,18 +131,20 @@ def train(
                 run.loop(tracker)
                 return run.finish()
         except Stopped as stopped:
-            raise Stopped(f"{stopped}; {_way_on(folder)}") from None
+            raise _in_python(Stopped(f"{stopped}; continue with --resume {folder}")) from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            reason = f"{error.strerror}; once there is room, {_way_on(folder)}"
-            raise OSError(error.errno, reason) from error
+            reason = f"{error.strerror}; once there is room, continue with --resume {folder}"
+            raise _in_python(OSError(error.errno, reason)) from error
         finally:
             tracker.finish()
 
 
-def _way_on(folder: Path) -> str:
-    return f"continue with --resume {folder} (in Python, resume=True)"
+def _in_python(error: Exception) -> Exception:
+    """Adds to an error what a traceback says and a command does not."""
+    error.add_note("In Python, that is sae.train(..., resume=True).")
+    return error
 
 
 class Run:
@@ -224,7 +226,7 @@ class Run:
         with self.watch.stage("training", self.config.steps, "steps", self.step, self.main) as progress:
             log_bytes = self._train(tracker, progress)
             self._save(log_bytes)
-            self._check_callbacks(f"a checkpoint of step {self.step} is written: {_way_on(self.folder)}")
+            self._check_callbacks("a checkpoint of it is written: continue with resume=True")
             at, most = f"at step {self.step} of {self.config.steps}", self.step * self.config.batch_tokens
             if self.ended:
                 on = "or go on from its checkpoint with an iterator that does"

@@ -15,6 +15,7 @@ from rigs.fakes import tiny_config
 from rigs.runs import assert_equal, checkpoints, lines
 
 import sae
+from sae.base.errors import Stopped
 from sae.training.callbacks import HOOKS, Moment
 
 STEPS = 10
@@ -182,8 +183,8 @@ def test_what_a_callback_raises_ends_a_run_that_goes_on_as_if_nothing_had_happen
     step = {"on_step": call, "on_evaluate": 4 * call, "on_save": min(3 * call, STEPS)}[hook]
     (note,) = error.__notes__
     assert note == (
-        f"raised by the callback Hearing.{hook} at step {step}; a checkpoint of step {step} is written: "
-        f"continue with --resume {run} (in Python, resume=True)"
+        f"raised by the callback Hearing.{hook} at step {step}; a checkpoint of it is written: "
+        "continue with resume=True"
     )
     assert checkpoints(run)[-1] == step
     assert later == list(range(1, step + (hook != "on_step")))  # nobody is told of anything after it
@@ -227,8 +228,9 @@ def test_a_signal_goes_before_a_callbacks_wish_to_end(config, tmp_path, whole):
         signal.raise_signal(signal.SIGTERM)
         raise sae.StopTraining
 
-    with pytest.raises(Exception, match=r"at step 2 of 10, checkpoint written; .* \(in Python, resume=True\)"):
+    with pytest.raises(Stopped, match="at step 2 of 10, checkpoint written; continue with --resume") as caught:
         sae.train(config, run_dir=tmp_path, callbacks=[hearing(lambda h, n, m: n == 2 and act(), ("on_step",))])
+    assert caught.value.__notes__ == ["In Python, that is sae.train(..., resume=True)."]
     sae.train(config, run_dir=tmp_path, resume=True)
     assert_equal(tmp_path, whole)
 
