@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import draccus
 import torch
-from torch import Tensor
 
 from sae.base.errors import ConfigError, Stopped
 from sae.base.files import append, cache_dir, save_tensors, write_json
@@ -29,8 +28,6 @@ from sae.base.tracker import Tracker
 from sae.coder.coder import SparseCoder
 from sae.evaluation.evaluation import evaluate
 from sae.lm.files import loading_bars
-from sae.lm.masking import norm_mask
-from sae.lm.site import Site
 from sae.loading import hub
 from sae.parallel import collectives
 from sae.parallel.stopping import StopFlag, stop_flag
@@ -38,13 +35,12 @@ from sae.stream.batch import ActivationBatch
 from sae.stream.drawn import Ended
 from sae.training import checkpoint
 from sae.training.arguments import as_config, with_model
+from sae.training.batches import bad_blocks, share_of
 from sae.training.callbacks import Callbacks, Listener, Moment
 from sae.training.config import TrainConfig
-from sae.training.end_to_end import splicer
-from sae.training.planning import CoderPlan
 from sae.training.preparing import Setting, load_models, new_trainers, set_up, set_up_tensors
 from sae.training.report import write_report
-from sae.training.trainer import Batch, CoderTrainer, NonFiniteError
+from sae.training.trainer import CoderTrainer, NonFiniteError
 
 if TYPE_CHECKING:
     from sae.lm.models import ModelLike, TokenizerLike
@@ -299,7 +295,7 @@ class Run:
         for plan in self.setting.plans:
             trainer = self.trainers[plan.name]
             try:
-                metrics = trainer.step(self._batch(batch, plan, trainer.coder), self.step)
+                metrics = trainer.step(share_of(batch, plan, trainer.coder, self.setting), self.step)
             except NonFiniteError as error:
                 errors.append(f"coder {plan.name}: {error}")
             else:
@@ -308,33 +304,12 @@ class Run:
             self._skip("; ".join(errors), batch)
         return lines
 
-    def _batch(self, batch: ActivationBatch, plan: CoderPlan, coder: SparseCoder) -> Batch:
-        """Returns a coder's share of what was streamed: its sites side by side, without outliers."""
-        usual = norm_mask({name: batch.activations[name] for name in plan.sites}, coder.spec.mask)
-        device = coder.W_enc.device
-
-        def columns(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> Tensor:
-            parts = [tensors[site.name].to(device).float() for site in sites]
-            return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[usual.to(device)]
-
-        x = columns(batch.activations, plan.reads)
-        target = x if coder.spec.is_autoencoder else columns(batch.activations, plan.writes)
-        if batch.text is not None:
-            context = batch.text.tokens.shape[1]
-            micro = self.setting.micro_tokens
-            rows = max(1, micro // context) if micro else len(batch.text.tokens)
-            lm = self.setting.subject.measured_on["lm"]
-            return Batch(x, target, None, *splicer(lm, batch.text, usual, coder.spec.writes, rows))
-        gradients = columns(batch.gradients, plan.writes) if coder.spec.selection.gradient_loss else None
-        return Batch(x, target, gradients)
-
     def _skip(self, errors: str, batch: ActivationBatch) -> None:
         """Keeps the batch for inspection; goes on while `max_bad_steps` allows."""
         self.bad_steps += 1
         dump = self.folder / f"bad-batch-step-{self.step + 1}-rank-{collectives.rank()}.safetensors"
         save_tensors(dump, {**batch.activations, "blocks": batch.blocks})
-        bad = torch.stack([~torch.isfinite(x).all(1).cpu() for x in batch.activations.values()]).any(0)
-        blocks = batch.blocks[bad].unique().tolist()
+        blocks = bad_blocks(batch)
         of = f" ({self.source.told(blocks)})" if blocks else ""
         where = f"step {self.step + 1}, {errors}; the step was not applied, its batch{of} is in {dump}"
         if self.bad_steps > self.config.max_bad_steps:
