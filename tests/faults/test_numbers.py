@@ -156,8 +156,8 @@ def test_nan_on_one_rank_ends_or_skips_the_step_on_all(tmp_path, tiny_model, tin
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_model_that_gives_nan_is_found_before_training(tmp_path, monkeypatch, tiny_train, value):
-    def damaged(*args):
-        lm = load_language_model(*args)
+    def damaged(*args, **kwargs):
+        lm = load_language_model(*args, **kwargs)
         lm.model.get_submodule("model.layers.0.mlp.down_proj").weight.data[0, 0] = value
         return lm
 
