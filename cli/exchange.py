@@ -24,7 +24,7 @@ def export(argv: list[str]) -> int:
 
     from interp.exchange.neuronpedia import export_run
     from interp.run.latents import spelled_out
-    from interp.run.preparing import prepare, resolve_config
+    from interp.run.preparing import Given, prepare, resolve_config
     from interp.run.rundir import latents_of, run_folder, saved_config
     from sae.base.paths import check_writable
     from sae.base.progress import Watch
@@ -35,7 +35,7 @@ def export(argv: list[str]) -> int:
     config = replace(saved_config(folder), latents=spelled_out(latents_of(folder)))  # of all commands, not of the last
     config = resolve_config(config)
     with stop_flag() as stop:
-        prepared = prepare(config, options.trust_remote_code, Watch(stop))
+        prepared = prepare(config, Given(trust_remote_code=options.trust_remote_code), Watch(stop))
         examples = (prepared.examples(latent) for latent in prepared.latents.tolist())
         names = options.model_id, options.source_id
         counts = export_run(folder, options.folder, config.all_scorers(), *names, examples, config.text.source)

@@ -84,17 +84,16 @@ def command(argv: list[str]) -> int:
 
 def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> int:
     from interp.run.explaining import explain_run
-    from interp.run.preparing import resolve_config
+    from interp.run.preparing import Given, resolve_config
 
-    config = resolve_config(config)
+    config, given = resolve_config(config), Given(trust_remote_code=options.trust_remote_code)
     if options.dry_run:
         from interp.run.estimate import dry_run
 
-        lines = dry_run(config, options.trust_remote_code)
+        lines = dry_run(config, given)
         report(options.json, {"lines": lines}, lines)
         return DONE
-    how = {name: getattr(options, name) for name in ("retry_failed", "repair", "trust_remote_code")}
-    found = explain_run(config, shard, **how)
+    found = explain_run(config, shard, given, retry_failed=options.retry_failed, repair=options.repair)
     if found is None:
         return DONE  # the ranks share the passes; what is left is to wait for answers
     if found.summary is not None:

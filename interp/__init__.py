@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 from sae.base.lazy import on_demand
 
 if TYPE_CHECKING:
-    from interp.view.notebook import examples, results
+    from interp.view.notebook import examples, explain, results
 
     __version__: str
 
-_HOMES: dict[str, str] = dict.fromkeys(("examples", "results"), "interp.view.notebook")
+_HOMES: dict[str, str] = dict.fromkeys(("examples", "explain", "results"), "interp.view.notebook")
 
-__all__ = ["__version__", "examples", "results"]
+__all__ = ["__version__", "examples", "explain", "results"]
 
 __getattr__, __dir__ = on_demand(__name__, _HOMES)

@@ -32,7 +32,7 @@ from interp.evidence.first_pass import check_evidence, stored_evidence
 from interp.evidence.subject import Subject
 from interp.run.config import ExplainConfig
 from interp.run.pipeline import check_models
-from interp.run.preparing import evidence_of, read_from, resolve_config
+from interp.run.preparing import Given, evidence_of, read_from, resolve_config
 from interp.run.results import explanations_of_run
 from interp.run.rundir import saved_config
 from interp.scorers.embedding import BATCH
@@ -136,7 +136,7 @@ def _side(folder: Path, explainer: str | None, trust_remote_code: bool) -> Side:
         raise ConfigError(
             f"path: {folder} has {len(found[name]):,} explained latents; at most {MOST:,} can be compared"
         )
-    subject, rows, codes = read_from(config, trust_remote_code)
+    subject, rows, codes = read_from(config, Given(trust_remote_code=trust_remote_code))
     check_evidence(codes, rows, *evidence_of(config))  # the texts are of this coder, not of what took its place
     return Side(folder, config, subject, rows, found[name])
 

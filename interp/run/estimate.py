@@ -20,7 +20,7 @@ from interp.records import ACTIVE, SPLITS, TIERS, Examples, Explanation, Item, J
 from interp.run.config import ExplainConfig
 from interp.run.latents import asked_latents
 from interp.run.pipeline import FEWEST_FOR_NULL
-from interp.run.preparing import Prepared, prepare
+from interp.run.preparing import NOTHING, Given, Prepared, prepare
 from interp.scorers import Trial
 
 SAMPLE_TOKENS = 60_000
@@ -40,13 +40,13 @@ class Asked:
     """Whether it is asked with another latent's explanation too."""
 
 
-def dry_run(config: ExplainConfig, trust_remote_code: bool = False) -> list[str]:
+def dry_run(config: ExplainConfig, given: Given = NOTHING) -> list[str]:
     """Returns the lines to print, given a resolved config."""
     with tempfile.TemporaryDirectory() as folder:
         tokens = min(SAMPLE_TOKENS, config.evidence.tokens or SAMPLE_TOKENS)
         small = replace(config, run_dir=folder, evidence=replace(config.evidence, tokens=tokens, store=False))
         small = replace(small, latents="random:50")
-        prepared = prepare(small, trust_remote_code)
+        prepared = prepare(small, given)
         return list(lines(config, prepared))
 
 

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from interp.client.config import EndpointConfig
 from interp.client.requests import ROLES
 from interp.client.running import finished
 from interp.evidence.first_pass import check_evidence
 from interp.prompts.windows import visible
 from interp.run.config import ExplainConfig
 from interp.run.pipeline import Pipeline, check_models
-from interp.run.preparing import evidence_of, looked_at, read_from
+from interp.run.preparing import NOTHING, Given, evidence_of, looked_at, read_from
 from interp.run.results import what_is_told, write_results
 from interp.run.rundir import (
     begin_run,
@@ -23,7 +24,7 @@ from interp.run.rundir import (
     shard_folders,
 )
 from sae.base.errors import ConfigError
-from sae.base.progress import Watch
+from sae.base.progress import Display, Watch
 from sae.parallel.collectives import process_group, rank, together
 from sae.parallel.stopping import stop_flag
 
@@ -49,38 +50,41 @@ class Outcome:
 def explain_run(
     config: ExplainConfig,
     shard: tuple[int, int] = WHOLE,
+    given: Given = NOTHING,
     *,
     retry_failed: bool = False,
     repair: bool = False,
-    trust_remote_code: bool = False,
+    progress: Display = True,
 ) -> Outcome | None:
     """Explains and scores the latents of a resolved config, as far as its folder does not hold that yet.
 
     Args:
         config: what `interp.run.preparing.resolve_config` returned.
         shard: (i, n) for the i-th of n parts of the latents.
+        given: what is loaded already, and what is allowed.
         retry_failed: whether what failed before is done again.
         repair: whether what is stored is verified, and made again where it is damaged.
-        trust_remote_code: whether the language model may run code that it ships.
+        progress: how far the work is, and how that is shown.
 
     Returns None on all ranks but the first, whose work is done once the text is read. Raises ConfigError for what
     cannot be, before long work and with nothing left behind; Stopped after a signal. What is finished is kept.
     """
     check_explained(config)
     with stop_flag() as stop:
-        watch = Watch(stop, repair=repair)
-        settings = settings_for(config)
+        watch = Watch(stop, repair=repair, display=progress)
+        settings = settings_for(config, given)
         config, answers = settings.config, b""
         with process_group():
             first = rank() == 0
             with together():
                 if first:
                     endpoints, cache = {role: config.endpoint(role) for role in ROLES}, cache_of(config, shard)
-                    answers = finished(check_models(endpoints, config.roles_asked(), cache, config.budget_usd))
-            reading = read_from(config, trust_remote_code, watch)
+                    asked = [role for role in config.roles_asked() if not _is_given(endpoints[role], config, given)]
+                    answers = finished(check_models(endpoints, asked, cache, config.budget_usd))
+            reading = read_from(config, given, watch)
             check_evidence(reading[2], reading[1], *evidence_of(config))
             if first:  # all can be: from here on the folder is this run's
-                begin_run(config, settings, answers, shard)
+                begin_run(config, settings, answers, shard, given)
             log.info("run folder   %s", config.run_dir)
             try:
                 prepared = looked_at(config, reading, watch)
@@ -99,6 +103,11 @@ def explain_run(
         ended.cut_off,
         failed if ended.failed > config.fail_share * ended.latents else "",
     )
+
+
+def _is_given(endpoint: EndpointConfig, config: ExplainConfig, given: Given) -> bool:
+    """Whether a role is that of the language model, and that is loaded already."""
+    return given.lm is not None and (endpoint.via, endpoint.model) == ("local", config.model.name)
 
 
 def tell_run(run_dir: Path) -> dict[str, Any]:

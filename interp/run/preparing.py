@@ -1,10 +1,12 @@
 """From a config to examples: coder, model and text, both passes, and which latents it is about."""
 
+import copy
 import logging
 import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,12 +37,15 @@ from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED
 from sae.evaluation.evaluation import text_of, with_special_tokens_masked
 from sae.lm.files import load_tokenizer
-from sae.lm.models import load_language_model, resolve_device
+from sae.lm.models import LanguageModel, ModelConfig, load_language_model, resolve_device
 from sae.loading import hub
 from sae.parallel import collectives
 from sae.text.decode import Decoder
 from sae.text.documents import TextConfig
 from sae.text.tokenizing import what_was_met
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 NEIGHBORS = 8
@@ -77,21 +82,51 @@ class Prepared:
         return {"strongest": strongest, "sampled": sorted(sampled, key=lambda window: -window.strength)}
 
 
-def resolve_config(config: ExplainConfig) -> ExplainConfig:
+@dataclass(frozen=True)
+class Given:
+    """What a run gets beside its config."""
+
+    coder: SparseCoder | None = None
+    """A loaded coder, in place of the one that the config names; the run saves it there."""
+    lm: LanguageModel | None = None
+    """A loaded language model, in place of the one that the config names."""
+    trust_remote_code: bool = False
+    """Whether a model that the config names may run code that it ships."""
+
+    def load_lm(self, model: ModelConfig) -> LanguageModel:
+        """Returns the language model, under the name that it has in the config."""
+        if self.lm is not None:
+            return replace(self.lm, name=model.name, revision=model.revision)
+        return load_language_model(**vars(model), trust_remote_code=self.trust_remote_code)
+
+    def tokenizer(self, model: ModelConfig) -> "PreTrainedTokenizerBase":
+        """Returns the tokenizer of the language model, which need not be loaded for it."""
+        if self.lm is not None:
+            return self.lm.tokenizer
+        return load_tokenizer(model.name, model.revision, self.trust_remote_code)
+
+
+NOTHING = Given()
+
+
+def resolve_config(config: ExplainConfig, given: Given = NOTHING) -> ExplainConfig:
     """Returns the config with the coder's own model and text, explainers and scorers where none are named, the run's
     folder, and the ids that a file of latents holds.
 
     Raises ConfigError if the coder cannot be loaded or does not say what it reads, or it has no such latents.
     """
-    spec = load_coder(config, lazy=True).spec
+    spec = load_coder(config, lazy=True, given=given).spec
+    if not spec.is_placed and given.coder is not None:
+        raise ConfigError("coder: the one that was given names no site to read; load it with sae.load(..., site=...)")
     if not spec.is_placed:
         raise ConfigError(f"coder.path: the coder in {config.coder.path} names no site to read; say coder.hints.site")
-    model, text, run_dir = config.model, config.text, config.run_dir
+    model, text, run_dir, site = config.model, config.text, config.run_dir, spec.reads[0]
     if not model.name:
-        site = spec.reads[0]
         if not site.model:
             raise ConfigError("model.name: the coder does not say which language model it reads; name it")
         model = replace(model, name=site.model, revision=model.revision or site.revision)
+    elif given.lm is not None and site.model and same_place(site.model, model.name):
+        model = replace(model, name=site.model, revision=site.revision)
     found = text_of(spec) if "text" in spec.training else None
     if found is None and not text.source:
         raise ConfigError("text.source: the coder does not say what text it was trained on; name one")
@@ -119,9 +154,16 @@ def resolve_config(config: ExplainConfig) -> ExplainConfig:
     return replace(config, **found, **plugins)
 
 
-def load_coder(config: ExplainConfig, device: str | torch.device = "cpu", lazy: bool = False) -> SparseCoder:
-    """Returns the one coder that is meant."""
+def load_coder(
+    config: ExplainConfig, device: str | torch.device = "cpu", lazy: bool = False, given: Given = NOTHING
+) -> SparseCoder:
+    """Returns the one coder that is meant; to work with, unless it is to be looked at only (`lazy`)."""
     asked = config.coder
+    if given.coder is not None:
+        if lazy:
+            return given.coder
+        own = copy.deepcopy(given.coder).requires_grad_(False).eval()  # the caller's stays where and as it is
+        return own.to(device).to_dtype(torch.float32)
     try:
         place = hub.find_place(asked.path, asked.name, asked.revision, **vars(asked.hints))
     except ConfigError as error:
@@ -129,9 +171,9 @@ def load_coder(config: ExplainConfig, device: str | torch.device = "cpu", lazy: 
     return hub.read_coder(replace(place, lazy=lazy), device)
 
 
-def prepare(config: ExplainConfig, trust_remote_code: bool = False, watch: Watch = UNWATCHED) -> Prepared:
+def prepare(config: ExplainConfig, given: Given = NOTHING, watch: Watch = UNWATCHED) -> Prepared:
     """Returns everything about the latents of a resolved config, computed as far as it is not in its folder."""
-    return looked_at(config, read_from(config, trust_remote_code, watch), watch)
+    return looked_at(config, read_from(config, given, watch), watch)
 
 
 def evidence_of(config: ExplainConfig) -> tuple[Path, Keep]:
@@ -171,14 +213,12 @@ def looked_at(config: ExplainConfig, reading: "Reading", watch: Watch = UNWATCHE
 Reading = tuple[Subject, Corpus, KeyedCodes]
 
 
-def read_from(config: ExplainConfig, trust_remote_code: bool = False, watch: Watch = UNWATCHED) -> Reading:
+def read_from(config: ExplainConfig, given: Given = NOTHING, watch: Watch = UNWATCHED) -> Reading:
     """Returns the coder (or its baseline) with its language model, the text of a resolved config, and its codes."""
-    coder = load_coder(config, resolve_device(config.model.device))
-    options = {**vars(config.model), "trust_remote_code": trust_remote_code}
+    coder = load_coder(config, given.lm.device if given.lm else resolve_device(config.model.device), given=given)
     if RELEASED in coder.spec.training:
-        tokenizer = load_tokenizer(config.model.name, config.model.revision, trust_remote_code)
-        coder = with_special_tokens_masked(coder, tokenizer)
-    subject, tokens = Subject(coder, lambda: load_language_model(**options)), config.evidence.tokens or TOKENS
+        coder = with_special_tokens_masked(coder, given.tokenizer(config.model))
+    subject, tokens = Subject(coder, lambda: given.load_lm(config.model)), config.evidence.tokens or TOKENS
     if config.evidence.cache:
         cache = DelphiCache(Path(config.evidence.cache).expanduser(), coder.spec.mask)
         if cache.d_sae != coder.spec.d_sae:

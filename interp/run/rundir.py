@@ -19,7 +19,7 @@ from interp.evidence.codes import map_of
 from interp.evidence.first_pass import HEADER
 from interp.run.config import ExplainConfig, ModelsConfig
 from interp.run.journal import Journal
-from interp.run.preparing import load_coder
+from interp.run.preparing import NOTHING, Given, load_coder
 from sae.base.errors import ConfigError
 from sae.base.files import atomic_write, read_json, write_json
 from sae.base.paths import check_writable, moved_along, near, same_place
@@ -27,10 +27,12 @@ from sae.base.settings import decode, flat, read_yaml, set_dotted, to_yaml
 from sae.base.store import fingerprint_key
 from sae.coder.coder import SparseCoder
 from sae.lm.environment import versions
+from sae.loading import hub
 from sae.text.documents import TextConfig, data_identity
 
 LATENTS, CACHE = "latents.json", "cache.sqlite"  # in a shard
 ENVIRONMENT = "env.json"
+OWN_CODER = "coder"  # in the folder of a run that was given a loaded one
 EXPLAIN_KEY = ("latent", "explainer")
 SCORE_KEY = ("latent", "scorer", "explainer", "null")
 
@@ -152,14 +154,14 @@ class Settings:
     """Digest of the coder."""
 
 
-def settings_for(config: ExplainConfig) -> Settings:
+def settings_for(config: ExplainConfig, given: Given = NOTHING) -> Settings:
     """Returns the settings with which a resolved config begins a run in its folder, or goes on with the one there.
 
     Nothing is written. ConfigError if the folder holds a run with other settings, or cannot be written to.
     """
     folder = Path(config.run_dir)
     check_writable(folder, "run_dir")
-    coder = coder_digest(load_coder(config, lazy=True))
+    coder = coder_digest(load_coder(config, lazy=True, given=given))
     if not (folder / "config.yaml").is_file() or _has_nothing(folder):
         return Settings(config, _told(config), coder)
     before = saved_config(folder)
@@ -180,15 +182,21 @@ def check_explained(config: ExplainConfig) -> None:
 
 
 def begin_run(
-    config: ExplainConfig, settings: Settings | None = None, answers: bytes = b"", shard: tuple[int, int] = (1, 1)
+    config: ExplainConfig,
+    settings: Settings | None = None,
+    answers: bytes = b"",
+    shard: tuple[int, int] = (1, 1),
+    given: Given = NOTHING,
 ) -> None:
-    """Writes config.yaml and env.json of a run, and what its file of answers begins with.
+    """Writes config.yaml and env.json of a run, what its file of answers begins with, and the coder if it was given.
 
     Explainers, scorers and models may come in later commands: config.yaml tells of all that the run ever had.
     """
     settings, folder = settings or settings_for(config), Path(config.run_dir)
     if answers:
         atomic_write(shard_folder(folder, shard) / CACHE, answers)
+    if given.coder is not None and (_digest_in(folder) != settings.coder or not Path(config.coder.path).is_dir()):
+        hub.save(given.coder, config.coder.path)
     atomic_write(folder / "config.yaml", to_yaml(settings.whole))
     about = {"coder": config.coder.path, "baseline": config.coder.baseline, "model": config.model.name}
     about |= {"text": config.text.source, "tokens": config.evidence.tokens, "seed": config.seed}
@@ -201,7 +209,8 @@ def forget_run(run_dir: Path) -> None:
         return
     for name in ("config.yaml", ENVIRONMENT):
         (run_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(run_dir / "shards", ignore_errors=True)
+    for name in ("shards", OWN_CODER):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
     with suppress(OSError):
         run_dir.rmdir()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp.records import Facts, Window
+from interp.run.journal import Journal
 from interp.run.latents import ids_among, is_one
 from interp.run.reasons import UNASKED
 from interp.run.results import results_of, what_is_told
@@ -54,7 +55,8 @@ class ExplainedRun:
     """The folder of a run of sae-explain, finished or not, in shards or merged, or imported.
 
     `run[508]` is a latent with its labels and scores, `len` the number of latents that were asked for, and iterating
-    gives them in order. It tells what its folder held when it was opened.
+    gives them in order. It tells what its folder held when it was
+    first looked at.
     """
 
     def __init__(self, run_dir: Path, asked: list[int] | None = None, unfinished: str = "") -> None:
@@ -66,15 +68,25 @@ class ExplainedRun:
             unfinished: why that did not do all of its work, if so.
         """
         self.run_dir, self.asked, self.unfinished = run_dir, asked, unfinished
-        self.shards = shard_folders(run_dir, whole=False)
-        self.known = (run_dir / "config.yaml").is_file()
+
+    @property
+    def known(self) -> bool:
+        """Returns whether its settings are there; an imported run has none."""
+        return (self.run_dir / "config.yaml").is_file()
+
+    @cached_property
+    def journals(self) -> Journals:
+        """Returns all that is written down of it, read when first asked for."""
         kinds: dict[str, Scorer] = (
-            saved_config(run_dir).all_scorers()
+            saved_config(self.run_dir).all_scorers()
             if self.known
             else {name: kind() for name, kind in names(Scorer).items()}  # an import has each by the name of its kind
         )
-        self.journals = Journals(run_dir, self.shards, kinds)
-        self.shown = [shown_in(shard) for shard in self.shards]
+        return Journals(self.run_dir, shard_folders(self.run_dir, whole=False), kinds)
+
+    @cached_property
+    def _shown(self) -> list[Journal]:
+        return [shown_in(shard) for shard in self.journals.folders]
 
     @property
     def d_sae(self) -> int | None:
@@ -191,7 +203,7 @@ class ExplainedRun:
             yield Label(explainer, there["by"] if there else "", text, status, first["reason"] or "", scores)
 
     def _examples(self, latent: int) -> dict[str, Any]:
-        row = next((row for journal in self.shown if (row := journal.get((latent,)))), None)
+        row = next((row for journal in self._shown if (row := journal.get((latent,)))), None)
         if row is None:
             return {}
         windows = {name: tuple(_window(one) for one in row[name]) for name in ("strongest", "sampled")}

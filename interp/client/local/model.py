@@ -76,7 +76,7 @@ class Model:
     def __init__(self, config: EndpointConfig, role: str, lm: LanguageModel | None = None) -> None:
         try:
             lm = lm or load_language_model(config.model)
-            self.source = local_folder(config.model) or config.model
+            self.source = (None if lm.given else local_folder(config.model)) or config.model
         except ConfigError as error:
             raise error_of_role(error, role) from error
         self.config, self.causal = config, lm.is_causal
