@@ -16,15 +16,10 @@ from typing import Any
 from sae.base.errors import ConfigError, nearest
 from sae.base.paths import near
 from sae.base.settings import choose, merge, read_yaml
+from sae.base.shipped import configs
 
 FAMILY, MODEL = "topk", "quickstart"
 Layers = dict[Path, dict[str, Any]]
-
-
-def configs(kind: str) -> dict[str, Path]:
-    """Returns the shipped configs of a kind by name: families, models, explain."""
-    folder = Path(__file__).parents[1] / "configs" / kind  # beside cli/, in a checkout and in an installation
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def first_lines(kind: str) -> dict[str, str]:

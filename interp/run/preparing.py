@@ -35,8 +35,10 @@ from sae.base.progress import UNWATCHED, Watch
 from sae.base.seeding import generator
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED
+from sae.evaluation.doctor import check_widths
 from sae.evaluation.evaluation import text_of, with_special_tokens_masked
 from sae.lm.files import load_tokenizer
+from sae.lm.hooks import site_widths
 from sae.lm.models import LanguageModel, ModelConfig, load_language_model, resolve_device
 from sae.loading import hub
 from sae.parallel import collectives
@@ -228,6 +230,7 @@ def read_from(config: ExplainConfig, given: Given = NOTHING, watch: Watch = UNWA
         if cache.model != config.model.name:
             log.warning("evidence.cache: %s is of %s; the coder reads %s", cache.folder, cache.model, config.model.name)
         return subject, corpus_of_cache(cache, tokens, watch), CachedCodes(cache)
+    check_widths(subject.lm, site_widths(subject.lm, list(coder.spec.reads)), coder.spec.reads, coder.spec.d_in)
     subject.lm.check_context(config.text.context_length)
     rows = corpus_of_text(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, watch)
     if config.coder.baseline != "none":

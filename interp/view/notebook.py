@@ -14,10 +14,12 @@ from interp.run.rundir import ENVIRONMENT, OWN_CODER, coder_digest, run_folder, 
 from interp.view.examples import LatentExamples
 from interp.view.explained import ExplainedRun
 from sae.base.arguments import wrong
-from sae.base.paths import RUNS
+from sae.base.errors import ConfigError, nearest
+from sae.base.paths import RUNS, near
 from sae.base.plugins import Plugin
 from sae.base.progress import Display
 from sae.base.settings import decode, encode, read_yaml, set_dotted
+from sae.base.shipped import configs
 from sae.coder.coder import SparseCoder
 from sae.lm.passed import passed_model
 
@@ -29,6 +31,8 @@ NAMES = {"coder": "path", "text": "source"} | {
     f"models.{role}": "model" for role in ("explainer", "judge", "reader", "encoder")
 }
 """Of sections of a config, the field that a name alone stands for."""
+FAMILIES = ("explainers", "scorers")
+"""Sections of plug-ins, of which a list names some by their kinds."""
 
 
 def explain(
@@ -55,7 +59,7 @@ def explain(
             folder or what that returned, whose settings then hold on.
         latents: ids: one, or several in a list, set, range, slice, array or mask; or as in a shell: "3,17,40-49",
             "random:100", "alive", "all", a file of ids. A hundred at random if nothing is said.
-        config: an `ExplainConfig`, a mapping of its fields, or a YAML file of them.
+        config: an `ExplainConfig`, a mapping of its fields, a YAML file of them, or a shipped one by name ("openai").
         model: the language model that the coder reads, by name or loaded; by default the one it was trained on.
         tokenizer: of a loaded model, if its name does not lead to it.
         retry_failed: whether what failed before is done again.
@@ -63,7 +67,7 @@ def explain(
         trust_remote_code: whether a model may run code that it ships.
         progress: True for a bar or lines, False for silence, or a function that is given the `Position`.
         fields: more fields of the config, whole sections or by dotted name: `budget_usd=5`,
-            `models={"explainer": "gpt-4o-mini"}`, `**{"evidence.tokens": 50_000}`.
+            `scorers=["detection"]`, `models={"explainer": "gpt-4o-mini"}`, `**{"evidence.tokens": 50_000}`.
 
     Raises ConfigError or TypeError in one line for what cannot be, before long work and with nothing left behind;
     Stopped after Ctrl-C, with all that is finished kept. Where the models give no more answers (the budget or quota is
@@ -121,7 +125,10 @@ def _asked(run: Any, config: Any, fields: dict[str, Any], trust_remote_code: boo
         fields = {"coder.path": folder, **fields}
     said: Any = {}
     if isinstance(config, str | os.PathLike):
-        path = Path(config).expanduser()
+        path = configs("explain").get(str(config)) or Path(config).expanduser()
+        if not path.is_file():
+            named = nearest(str(config), configs("explain")) or near(path)
+            raise ConfigError(f"config: no file and no shipped config {str(config)!r}.{named}")
         of_a_run = (path.parent / ENVIRONMENT).is_file()
         base, said = (saved_config(path.parent), {}) if of_a_run else (base, read_yaml(path))
     elif isinstance(config, ExplainConfig):
@@ -129,7 +136,7 @@ def _asked(run: Any, config: Any, fields: dict[str, Any], trust_remote_code: boo
     elif isinstance(config, Mapping):
         said = config
     elif config is not None:
-        raise wrong("config", config, "an ExplainConfig, a mapping of its fields, or the path of a YAML file of them")
+        raise wrong("config", config, "an ExplainConfig, a mapping of its fields, or a YAML file of them")
     data, said = encode(base), {**said, **fields}
     latents = said.pop("latents", None)
     for key, value in said.items():
@@ -151,8 +158,12 @@ def _folder(run: Any) -> str | None:
 
 def _plain(value: Any, key: str) -> Any:
     """Returns a value of a config as its file has it: sections and plug-ins as mappings, a name for what it names."""
-    if isinstance(value, str) and key in NAMES:
-        return {NAMES[key]: value}
+    family, _, name = key.partition(".")
+    if family in FAMILIES and not name and isinstance(value, str | Plugin | list | tuple | set):
+        several = [value] if isinstance(value, str | Plugin) else value
+        value = {one if isinstance(one, str) else one.get_choice_name(type(one)): one for one in several}
+    if isinstance(value, str) and (key in NAMES or (family in FAMILIES and name and "." not in name)):
+        return {NAMES.get(key, "type"): value}
     if isinstance(value, Plugin):
         return {"type": value.get_choice_name(type(value)), **encode(value)}
     if is_dataclass(value) and not isinstance(value, type):

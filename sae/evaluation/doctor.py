@@ -16,7 +16,7 @@ L0 back, and a second one if it does so again.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -165,15 +165,20 @@ def rows_of_text(
     return packer.take(-(-tokens // context))["tokens"]
 
 
+def check_widths(lm: LanguageModel, there: dict[str, int], sites: Sequence[Site], width: int) -> None:
+    """Raises ConfigError unless sites, of the widths that are `there` by name, have a coder's width together."""
+    found = sum(there[site.name] for site in sites)
+    if found != width:
+        names = ", ".join(site.name for site in sites)
+        raise ConfigError(f"site: the coder takes {names} to have width {width}; in {lm.name} it has {found}")
+
+
 def observe(lm: LanguageModel, spec: CoderSpec, tokens: Int[Tensor, "rows context"]) -> Observed:
     """Returns what the model computes of some rows at a coder's sites and at those of all mistakes of place."""
     own = list({site.name: site for site in (*spec.reads, *spec.writes)}.values())
     there = site_widths(lm, own)
-    for sites, width in ((spec.reads, spec.d_in), (spec.writes, spec.d_out)):
-        found = sum(there[site.name] for site in sites)
-        if found != width:
-            names = ", ".join(site.name for site in sites)
-            raise ConfigError(f"site: the coder takes {names} to have width {width}; in {lm.name} it has {found}")
+    check_widths(lm, there, spec.reads, spec.d_in)
+    check_widths(lm, there, spec.writes, spec.d_out)
     sites = {site.name: site for site in own}
     for site in _sites(lm.model, spec):
         if site.name not in sites:

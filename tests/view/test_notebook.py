@@ -1,14 +1,27 @@
 """interp in a notebook: explained runs and examples as objects, from whatever a folder can be called by."""
 
+import asyncio
+import json
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from rigs.runs import files
 
 import interp
-from sae.base.errors import ConfigError
+import sae
+from interp.run.explaining import Outcome
+from interp.scorers.detection import Detection
+from sae.base.errors import ConfigError, Stopped
 from sae.base.files import read_json
+
+SMALL = {"evidence": {"tokens": 30_000}, "examples.test": 12, "examples": {"shown": 10}}
+TABLES = ("results.parquet", "measures.parquet")
+HOSTILE = "<script>alert(1)</script><img src=x onerror=y>"
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +130,190 @@ def test_one_latent_at_a_time(run):
 
 def test_what_is_no_run(tmp_path, explained_coder):
     for none in (None, 3, [explained_coder], np.zeros(3), {"run_dir": "x"}):
-        with pytest.raises(
-            TypeError, match=r"is no run; give its folder, or what sae\.train or interp\.explain returned"
-        ):
+        with pytest.raises(TypeError, match="was given; it takes the folder of a run, or what sae"):
             interp.results(none)
     with pytest.raises(ConfigError, match="no such folder"):
         interp.results(tmp_path / "none")
     with pytest.raises(ConfigError, match="is no explained run"):
         interp.examples(explained_coder.parent / "model", 3)
+
+
+@pytest.fixture
+def never_loaded(monkeypatch):
+    """Makes loading a model an error, for what must be known before."""
+
+    def loaded(*_args, **_kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("interp.run.preparing.load_language_model", loaded)
+
+
+def same(run_dir, explained_coder):
+    return all((run_dir / name).read_bytes() == (explained_coder / "explain" / name).read_bytes() for name in TABLES)
+
+
+def test_the_call_gives_what_the_command_gives_also_where_a_loop_runs(explained_coder, tmp_path):
+    told = []
+
+    async def cell():
+        return interp.explain(explained_coder, range(12), config=SMALL, run_dir=tmp_path / "run", progress=told.append)
+
+    found = asyncio.run(cell())
+    assert same(found.run_dir, explained_coder)
+    assert {"evidence", "windows", "explaining", "scoring"} <= {at.what for at in told}
+    assert (found.run_dir, found.asked, found.unfinished) == (tmp_path / "run", list(range(12)), "")
+    assert found.summary == read_json(tmp_path / "run" / "summary.json")
+    again = interp.explain(tmp_path / "run", 3, progress=False)  # goes on with the settings of the folder
+    assert again.asked == [3]
+    assert len(again) == 12
+    assert same(again.run_dir, explained_coder)
+
+
+def test_a_loaded_coder_and_a_loaded_model_are_those_of_the_folder(explained_coder, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    coder, held = sae.load(explained_coder), AutoModelForCausalLM.from_pretrained(explained_coder.parent / "model")
+    coder.requires_grad_(True).train()
+    before = {name: tensor.clone() for name, tensor in coder.state_dict().items()}
+    found = interp.explain(coder, "0-11", model=held, config=SMALL, progress=False)
+    assert same(found.run_dir, explained_coder)
+    assert found.run_dir.parent.parent == type(found.run_dir)("runs")
+    assert coder.training
+    assert all(parameter.requires_grad for parameter in coder.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in coder.state_dict().items())
+    assert interp.explain(found, 20, progress=False).latents == [*range(12), 20]  # of the coder that the folder keeps
+    other = sae.load(explained_coder)
+    with torch.no_grad():
+        other.W_enc[0] *= 2
+    with pytest.raises(ConfigError, match="has other weights than the coder that"):
+        interp.explain(other, 3, config=SMALL, run_dir=found.run_dir, progress=False)
+
+
+def test_ctrl_c_ends_it_with_what_is_finished_and_the_same_call_goes_on(explained_coder, tmp_path):
+    def interrupt(at):
+        if at.what == "scoring" and not at.done:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def call(progress):
+        return interp.explain(explained_coder, range(12), config=SMALL, run_dir=tmp_path / "run", progress=progress)
+
+    async def cell():
+        with pytest.raises(Stopped, match="while scoring"):
+            call(interrupt)
+
+    asyncio.run(cell())
+    unfinished = interp.results(tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert len(unfinished) == 12
+    assert unfinished[0].label.text is not None
+    assert same(call(False).run_dir, explained_coder)
+
+
+@pytest.mark.parametrize(
+    ("cut_off", "failed", "said"),
+    [
+        ("the budget is spent", "", "the budget is spent; the same call goes on with what is missing"),
+        ("it goes on later", "3 of 9 latents failed", "it goes on later"),
+        ("", "3 of 9 latents failed", "3 of 9 latents failed; retry_failed=True does them again"),
+        ("", "", ""),
+    ],
+)
+def test_what_is_unfinished_is_returned_and_says_why(explained_coder, monkeypatch, cut_off, failed, said):
+    outcome = Outcome(explained_coder / "explain", [3], {}, cut_off, failed)
+    monkeypatch.setattr("interp.view.notebook.explain_run", lambda *_, **__: outcome)
+    found = interp.explain(explained_coder, 3)
+    assert found.unfinished == said
+    assert (f"unfinished: {said}" in repr(found)) == bool(said)
+
+
+def test_text_of_strangers_stays_text_in_a_notebook(explained_coder, tmp_path):
+    (tmp_path / "theirs.jsonl").write_text(json.dumps({"latent": 3, "text": HOSTILE}))
+    found = interp.explain(
+        explained_coder,
+        3,
+        config=SMALL,
+        explanations=tmp_path / "theirs.jsonl",
+        scorers=["embedding"],
+        run_dir=tmp_path / "run",
+        progress=False,
+    )
+    assert found[3].label.text == HOSTILE
+    for shown in (found._repr_html_(), found[3]._repr_html_(), found[3].examples._repr_html_()):
+        assert "<script" not in shown
+        assert "<img" not in shown
+    assert "&lt;script&gt;alert(1)" in found._repr_html_()
+    assert "&lt;script&gt;alert(1)" in found[3]._repr_html_()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scorers": "detection", "explainers": ["token_lookup"]},
+        {"scorers": {"detection": Detection()}, "explainers": {"token_lookup": "token_lookup"}},
+        {"scorers": [Detection()], "config": "keyless"},
+        {"scorers.detection.type": "detection", "seed": np.int64(0)},
+    ],
+)
+def test_sections_may_be_names_and_objects(explained_coder, monkeypatch, options):
+    seen = []
+    monkeypatch.setattr("interp.view.notebook.explain_run", lambda config, **_: seen.append(config))
+    interp.explain(explained_coder, 3, **options)
+    assert Detection() in seen[0].scorers.values()
+    assert list(seen[0].explainers) == ["token_lookup"]
+    assert seen[0].latents == "3,"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"run": None}, TypeError, "run: None was given; it takes the folder of a run or of a coder, a hub id, a Sp"),
+        ({"run": np.zeros(3)}, TypeError, r"run: numpy.ndarray of shape \[3\] was given"),
+        ({"run": "codr"}, ConfigError, "coder.path: "),
+        ({"latents": 48}, ConfigError, "latents: 48 is out of range; the coder has latents 0 to 47"),
+        ({"latents": "tree"}, ConfigError, "latents: 'tree' is no latent id"),
+        ({"latents": 0.5}, TypeError, "latents: 0.5 is no latent id"),
+        ({"config": {"latents": [3, 99]}}, ConfigError, "latents: 99 is out of range"),
+        ({"config": {"evidence": {"tokns": 3}}}, ConfigError, "evidence.tokns: no such field. Did you mean 'tokens'"),
+        ({"config": {"evidence.tokns": 3}}, ConfigError, "evidence.tokns: no such field. Did you mean 'tokens'"),
+        ({"evidnce": {"tokens": 3}}, ConfigError, "evidnce: no such field. Did you mean 'evidence'"),
+        ({"config": [3]}, TypeError, "config: list was given; it takes an ExplainConfig, a mapping"),
+        ({"config": "keyles"}, ConfigError, "config: no file and no shipped config 'keyles'. Did you mean 'keyless'"),
+        ({"scorers": ["detectoin"]}, ConfigError, "'detectoin' is not one of .* Did you mean 'detection'"),
+        ({"model": 5}, TypeError, "model: 5 was given; it takes a name, a folder, or a loaded model"),
+        ({"progress": "x"}, TypeError, "progress: 'x' "),
+        (
+            {"models": {"explainer": "gpt-4o-mini"}},
+            ConfigError,
+            "OPENAI_API_KEY is not set, and the model 'gpt-4o",
+        ),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_is_loaded(
+    explained_coder, tmp_path, monkeypatch, never_loaded, arguments, error, said
+):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(error, match=said) as found:
+        interp.explain(**{"run": explained_coder, "run_dir": tmp_path / "run", **arguments})
+    assert "\n" not in str(found.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_coder_that_does_not_say_enough_is_told(explained_coder, tmp_path, never_loaded):
+    spec = sae.load(explained_coder).spec
+    for changes, said in (
+        ({"reads": (), "writes": ()}, r"coder: the one that was given names no site to read; load it with sae.load\("),
+        ({"training": {}}, "text.source: the coder does not say what text it was trained on; name one"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            interp.explain(sae.SparseCoder(spec.with_(**changes)), 3, run_dir=tmp_path / "run")
+    assert not files(tmp_path)
+
+
+def test_a_model_of_another_width_is_told_before_text_is_read(explained_coder, tmp_path):
+    from rigs.fakes import tiny_model_folder
+
+    other = tiny_model_folder(tmp_path / "other", hidden_size=32, num_attention_heads=2)
+    with pytest.raises(ConfigError, match=r"takes model.layers.1 to have width 16; in .* it has 32"):
+        interp.explain(explained_coder, 3, model=other, run_dir=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
