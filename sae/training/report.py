@@ -62,15 +62,13 @@ def _density(density: dict[str, Any]) -> str:
 
 
 def _svg(draw: Any, columns: int = 2) -> str:
-    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG  # not pyplot, whose backend is the user's to choose
+    from matplotlib.figure import Figure
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, columns, figsize=(4.5 * columns, 3), squeeze=False, layout="constrained")
-    draw(axes[0])
+    figure = Figure(figsize=(4.5 * columns, 3), layout="constrained")
+    FigureCanvasSVG(figure)
+    draw(figure.subplots(1, columns, squeeze=False)[0])
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
