@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sae.evaluation.activations import activations
     from sae.evaluation.doctor import diagnose
     from sae.evaluation.evaluation import evaluate
+    from sae.evaluation.tables import to_pandas
     from sae.lm.models import load_language_model
     from sae.loading.hub import load, load_all, save
     from sae.loading.releases import list_released
@@ -40,6 +41,7 @@ _HOMES = {
     "load_language_model": "sae.lm.models",
     "save": "sae.loading.hub",
     "splice": "sae.coder.splicing",
+    "to_pandas": "sae.evaluation.tables",
     "train": "sae.training.run",
 }
 
@@ -58,6 +60,7 @@ __all__ = [
     "load_language_model",
     "save",
     "splice",
+    "to_pandas",
     "train",
 ]
 

@@ -11,10 +11,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae.base.errors import ConfigError
+from sae.coder.arguments import CoderLike, as_coder
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.lm.hooks import hooked
 from sae.lm.intervene import replace_at
+from sae.lm.models import LanguageModel, module_of
 from sae.lm.site import Site, tagged_columns
 
 
@@ -42,8 +44,8 @@ def reads_ahead(spec: CoderSpec) -> bool:
 
 @contextmanager
 def splice(
-    model: nn.Module,
-    coder: SparseCoder,
+    model: nn.Module | LanguageModel,
+    coder: CoderLike,
     keep: Bool[Tensor, "rows context"] | None = None,
     error: bool = False,
     given: dict[str, Float[Tensor, "rows context _d"]] | None = None,
@@ -52,6 +54,7 @@ def splice(
 ) -> Iterator[None]:
     """While open, the model computes with the coder's output in place of the activations it reconstructs.
 
+    The model is a loaded one, of transformers or ours; the coder may be an address as of `sae.load`.
     A coder that reads and writes one site replaces that tensor; one that writes elsewhere (a transcoder) replaces the
     tensors at the sites it writes, of what it has read in the same pass: every site sees the earlier ones replaced. A
     coder that `reads_ahead` cannot do so; it must be `given` its inputs by site name, those of the model as it is
@@ -59,6 +62,7 @@ def splice(
     constant: the model's output is unchanged until latents are edited. `keep` limits it to some positions; `gradients`
     are for a coder whose inference looks at them; of a coder of two models, `tag` says which of them `model` is.
     """
+    coder, model = as_coder(coder), module_of(model)
     spec = coder.spec
     if not spec.is_placed:
         raise ConfigError("site: the coder does not say where it reads and writes; say it when loading: site=...")

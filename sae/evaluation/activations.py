@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae.base.arguments import described, whole, wrong
 from sae.base.errors import ConfigError
-from sae.coder.coder import SparseCoder
+from sae.coder.arguments import as_coder
 from sae.coder.spec import CoderSpec
 from sae.evaluation.evaluation import models_of, with_special_tokens_masked
 from sae.kernels.codes import SparseLatents
@@ -26,6 +26,7 @@ from sae.text.packing import PADDING, added, same, token_ids
 from sae.text.tokenizing import encode_texts
 
 if TYPE_CHECKING:
+    from sae.coder.arguments import CoderLike
     from sae.lm.models import ModelLike
 
 ROWS = 16  # of one pass of the model
@@ -135,18 +136,20 @@ class Activations:
         return f"{self.title}: {rows}, {n:,} tokens, {n - counted:,} of them masked, L0 {l0:.1f}"
 
 
-def activations(lm: "ModelLike", coder: SparseCoder, text: Any, second: "ModelLike | None" = None) -> Activations:
+def activations(lm: "ModelLike", coder: "CoderLike", text: Any, second: "ModelLike | None" = None) -> Activations:
     """Returns what a coder makes of some text in a language model: latents by token, and those that fire most.
 
         sae.activations("quickstart", coder, "def f(x):").top(5)
 
-    `lm` is a loaded model or its name. `text` is one text or a list of them, a chat (a list of messages with role and
-    content) or a list of chats, or token ids, which are taken as they are. Around a text stands what stood around one
-    in training (BOS). Nothing is cut: ConfigError if a row is longer than the model has positions for. `second` is the
-    second model of a crosscoder of two, by default the one that its spec names.
+    `lm` is a loaded model or its name, `coder` one or its address as of `sae.load`. `text` is one text or a list of
+    them, a chat (a list of messages with role and content) or a list of chats, or token ids, which are taken as they
+    are. Around a text stands what stood around one in training (BOS). Nothing is cut: ConfigError if a row is longer
+    than the model has positions for. `second` is the second model of a crosscoder of two, by default the one that its
+    spec names.
 
     Raises ConfigError for a coder of no known site, or that looks at gradients of what follows.
     """
+    coder = as_coder(coder)
     if coder.spec.selection.looks_at_gradients:
         raise ConfigError("coder: its selection looks at gradients of what follows; sae.evaluate gives its figures")
     models = models_of({"": coder}, lm, second)

@@ -16,6 +16,7 @@ L0 back, and a second one if it does so again.
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from sae.base.arguments import whole, wrong
 from sae.base.errors import ConfigError
 from sae.base.sums import in_float64
+from sae.coder.arguments import as_coder
 from sae.coder.coder import SparseCoder
 from sae.coder.normalization import undo
 from sae.coder.spec import CoderSpec
@@ -42,6 +45,7 @@ from sae.text.packing import PADDING, Packer
 from sae.text.tokenizing import CHARS_PER_TOKEN, encode_texts, special_ids
 
 if TYPE_CHECKING:
+    from sae.coder.arguments import CoderLike
     from sae.lm.models import ModelLike
 
 LEAST_EV = 0.2
@@ -109,17 +113,24 @@ class Report:
         ]
 
 
-def diagnose(coder: SparseCoder, lm: "ModelLike", tokens: int = 2048, text: str | None = None) -> Report:
+def diagnose(
+    coder: "CoderLike", lm: "ModelLike", tokens: int = 2048, text: "str | os.PathLike[str] | None" = None
+) -> Report:
     """Returns whether a coder fits the activations of a model, and which usual mistake explains it if it does not.
 
-    The model is a loaded one or its name. The text is that of a source as in `TextConfig.source`: a file, a folder or a
-    hub id; by default the Python documentation on this machine. Healthy is an EV of at least 0.2, an L0 within a
-    factor of three of the advertised one where there is one, and no change with a better score. A second change is
-    tried on top of a change that helps, and every pair where no single one makes the coder well.
+    The coder is one or its address as of `sae.load`, the model a loaded one or its name. The text is that of a source
+    as in `TextConfig.source`: a file, a folder or a hub id; by default the Python documentation on this machine.
+    Healthy is an EV of at least 0.2, an L0 within a factor of three of the advertised one where there is one, and no
+    change with a better score. A second change is tried on top of a change that helps, and every pair where no single
+    one makes the coder well.
 
     Raises ConfigError for a coder of no known site, of two models, or that needs gradients; and if a site is missing or
     of another width.
     """
+    coder, tokens = as_coder(coder), whole("tokens", tokens)
+    if not isinstance(text, str | os.PathLike | None):
+        raise wrong("text", text, "the name of a source: a file, a folder or a hub id")
+    text = None if text is None else os.fspath(text)
     lm = as_language_model(lm, device=str(coder.W_enc.device))
     coder = rebuilt(coder, _resolved(coder.spec, lm))
     observed = observe(lm, coder.spec, rows_of_text(lm, coder.spec, tokens, text))

@@ -7,7 +7,7 @@ neither replaced nor counted. Losses are averaged over tokens first; ratios are 
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.base.arguments import whole
 from sae.base.errors import ConfigError
 from sae.base.progress import Display, Watch
 from sae.base.settings import decode
 from sae.base.sums import in_float64
+from sae.coder.arguments import as_coders
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED, CoderSpec
 from sae.coder.splicing import reads_ahead, splice
@@ -48,11 +50,12 @@ from sae.lm.models import LanguageModel
 from sae.lm.site import Site
 from sae.stream.tensors import TensorSource
 from sae.text.documents import TextConfig
-from sae.text.tokenizing import TokenRows, special_ids, tokenize
+from sae.text.tokenizing import TokenRows, as_rows, special_ids, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from sae.coder.arguments import CoderLike
     from sae.lm.models import ModelLike
 
 log = logging.getLogger(__name__)
@@ -60,9 +63,9 @@ PASS_LOGITS = 2**25  # most logits held at once, per copy: 128 MiB
 
 
 def evaluate(
-    coders: SparseCoder | dict[str, SparseCoder],
+    coders: "CoderLike | Mapping[str, CoderLike]",
     lm: "ModelLike | None" = None,
-    rows: TokenRows | None = None,
+    rows: "TokenRows | Tensor | None" = None,
     tokens: int = 16_384,
     nulls: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
@@ -73,6 +76,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Returns the metrics of a coder on about `tokens` held-out tokens; of several coders, a dict by name.
 
+    A coder may be an address as of `sae.load`, the model a name or loaded, and rows a tensor of token ids.
     Rows are taken evenly from the whole held-out part: the first ones may all come from one long document.
     The model, the `second` model of a crosscoder of two, and the held-out rows default to those the (first) coder's
     spec names: where it was trained. `activations` take their place: a path as in `activations.path`, tensors by site,
@@ -85,21 +89,22 @@ def evaluate(
     `with_gradients`, labeled: all figures again, with
     gradients at inference. Units: nats per token. `progress` is a `Display`: True, False or a function.
     """
-    several, watch = coders if isinstance(coders, dict) else {"": coders}, Watch(should_stop, display=progress)
+    several, watch, tokens = as_coders(coders), Watch(should_stop, display=progress), whole("tokens", tokens)
     spec = next(iter(several.values())).spec
     if activations is not None:
         source = activations if isinstance(activations, TensorSource) else held_out_of(activations, several)
         found = evaluate_stored(several, source, tokens, nulls, watch)
-        return found if isinstance(coders, dict) else found[""]
+        return found if isinstance(coders, Mapping) else found[""]
     with loading_bars(shown=progress is True):
         models = models_of(several, lm, second)
     lm = models[""]
     several = {name: with_special_tokens_masked(coder, lm.tokenizer) for name, coder in several.items()}
+    given = None if rows is None else as_rows(rows)
     for model in models.values():
-        model.check_context(rows.context_length if rows else text_of(spec).context_length)
-    rows = rows or tokenize(text_of(spec), lm.tokenizer, lm.source(), watch).held_out
+        model.check_context(given.context_length if given else text_of(spec).context_length)
+    held_out = given or tokenize(text_of(spec), lm.tokenizer, lm.source(), watch).held_out
     modes = both_modes(several)
-    batches = _spread(rows, tokens, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
+    batches = _spread(held_out, tokens, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
     causal = {tag: _writing(modes, tag) for tag, model in models.items() if model.is_causal}
     log.info("evaluating on %s held-out tokens", f"{sum(int(token_mask(part, spec.mask).sum()) for part in batches):,}")
     passes = len(batches) * (1 + sum(map(len, causal.values())))
@@ -118,7 +123,7 @@ def evaluate(
     fold_modes(results, several)
     _compare(several, results)
     results = {name: without_overflow(found) for name, found in results.items()}
-    return results if isinstance(coders, dict) else results[""]
+    return results if isinstance(coders, Mapping) else results[""]
 
 
 def _compare(coders: dict[str, SparseCoder], results: dict[str, Any]) -> None:

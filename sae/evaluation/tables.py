@@ -1,6 +1,44 @@
-"""The figures of an evaluation as rows of text: the same in the terminal and on the page."""
+"""The figures of an evaluation as rows: of text, the same in the terminal and on the page, and for pandas."""
 
-from typing import Any
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae.base.arguments import wrong
+from sae.base.errors import ConfigError
+from sae.base.settings import flat
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SAVED = "evaluation.json"  # in a run's folder
+
+
+def to_pandas(found: Any) -> "pd.DataFrame":
+    """Returns figures as a table: a row for each coder, by name, and a column for each figure ("reconstruction.fvu").
+
+    Of what `evaluate` or `train` returned, or of a run's folder or evaluation.json; of a metrics.jsonl, a row for each
+    of its lines. ConfigError if pandas is not installed, or there is no such file.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ConfigError("to_pandas: pandas is not installed; pip install pandas") from error
+    if isinstance(found, str | os.PathLike):
+        path = Path(found).expanduser()
+        path = path / SAVED if path.is_dir() else path
+        if not path.is_file():
+            raise ConfigError(f"found: no such file: {path}")
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return pd.DataFrame([flat(json.loads(line)) for line in text.splitlines()])
+        found = json.loads(text)
+    found = getattr(found, "metrics", found)
+    if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):
+        raise wrong("found", found, "what evaluate or train returned, or the path of a run's folder or figures")
+    rows = {"": found} if "density" in found else found
+    return pd.DataFrame([flat(row) for row in rows.values()], index=list(rows))
 
 
 def table(found: dict[str, Any]) -> list[tuple[str, str]]:

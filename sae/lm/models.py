@@ -269,6 +269,15 @@ def as_language_model(
     return LanguageModel(held, own, name, revision, nature.predicts, nature.positions, given=True)
 
 
+def module_of(model: "LanguageModel | torch.nn.Module") -> torch.nn.Module:
+    """Returns the modules of a loaded model, ours or transformers'; TypeError for a name: who would hold the model?"""
+    if isinstance(model, LanguageModel):
+        return model.model
+    if not isinstance(model, torch.nn.Module):
+        raise wrong("model", model, "a loaded model, of transformers or of sae.load_language_model")
+    return objects.unwrapped(model)
+
+
 def as_tokenizer(tokenizer: "TokenizerLike", revision: str | None = None) -> "PreTrainedTokenizerBase":
     """Returns a tokenizer: an object as it is, of a processor the one inside, or that of a model's name."""
     from transformers import PreTrainedTokenizerBase

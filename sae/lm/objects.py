@@ -23,16 +23,7 @@ def inside(model: Any) -> "tuple[PreTrainedModel, Any]":
     tokenizer = None
     if isinstance(model, Pipeline):
         model, tokenizer = model.model, model.tokenizer
-    while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
-        around = next(
-            (name for name in ("_orig_mod", "module") if isinstance(getattr(model, name, None), nn.Module)), ""
-        )
-        if around:
-            model = getattr(model, around)
-        elif hasattr(model, "get_base_model"):
-            model = _adapted(model)
-        else:
-            break
+    model = unwrapped(model)
     if isinstance(model, PreTrainedModel):
         return model, tokenizer
     if type(model).__module__.startswith("transformer_lens"):
@@ -44,6 +35,21 @@ def inside(model: Any) -> "tuple[PreTrainedModel, Any]":
             "model of transformers as it was before"
         )
     raise wrong("model", model, TAKEN)
+
+
+def unwrapped(model: Any) -> Any:
+    """Returns a model without what torch.compile, DataParallel and peft put around it, and anything else as it is."""
+    from transformers import PreTrainedModel
+
+    while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
+        around = [getattr(model, name, None) for name in ("_orig_mod", "module")]
+        if any(isinstance(inner, nn.Module) for inner in around):
+            model = next(inner for inner in around if isinstance(inner, nn.Module))
+        elif hasattr(model, "get_base_model"):
+            model = _adapted(model)
+        else:
+            break
+    return model
 
 
 def _adapted(model: Any) -> Any:

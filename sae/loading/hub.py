@@ -4,6 +4,7 @@ An address is a folder or weight file, "owner/repo" on the hub with a path below
 is known: SAELens' "release/sae_id" and Neuronpedia's "model/source" (`sae/loading/releases.py`).
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from sae import formats
+from sae.base.arguments import wrong
 from sae.base.errors import ConfigError, DataError, nearest
 from sae.base.paths import can_only_be_local, near
+from sae.coder.arguments import CoderLike, as_coder
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED, CoderSpec
 from sae.formats import native
@@ -102,9 +105,11 @@ def load_all(
     return {name: read_coder(replace(place, lazy=lazy), device, dtype) for name, place in found.items()}
 
 
-def save(coder: SparseCoder, folder: str | Path) -> None:
+def save(coder: CoderLike, folder: str | Path) -> None:
     """Writes a coder to a folder that `load` reads back bit for bit."""
-    native.write(Path(folder).expanduser(), coder)
+    if not isinstance(folder, str | os.PathLike):
+        raise wrong("folder", folder, "the path of a folder")
+    native.write(Path(folder).expanduser(), as_coder(coder))
 
 
 def locate(
@@ -118,7 +123,10 @@ def locate(
 
     Raises ConfigError if there is no such folder, repository or release, naming the nearest.
     """
-    text = "/".join(path) if isinstance(path, tuple) else str(path)
+    parts = path if isinstance(path, tuple) else (path,)
+    if not parts or not all(isinstance(part, str | os.PathLike) for part in parts):
+        raise wrong("path", path, "a folder or file, a hub id, or a released name")
+    text = "/".join(str(part) for part in parts)
     local = Path(text).expanduser()
     if not isinstance(path, tuple) and local.exists():
         return (LocalFiles(local), "") if local.is_dir() else (LocalFiles(local.parent), local.name)

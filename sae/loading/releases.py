@@ -12,6 +12,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from sae.assets import RELEASES
+from sae.base.arguments import wrong
 from sae.base.errors import ConfigError, nearest
 
 LAYERS = (r"layers?[_.]?(\d+)", r"blocks\.(\d+)\.", r"(?:^|/)l(\d+)(?:r|a|m|tc)_", r"/(\d+)-")
@@ -171,6 +172,8 @@ def repositories() -> list[str]:
 
 def list_released(model: str | None = None) -> list[ReleaseSummary]:
     """Returns all releases, or those of one language model (hub id, or the end of it), sorted by model and name."""
+    if not isinstance(model, str | None):
+        raise wrong("model", model, "the name of a language model, or the end of it")
     rows = [row for row in shipped_table().rows.values() if model is None or _is_model(row["model"], model)]
     if model is not None and not rows:
         known = sorted({row["model"] for row in shipped_table().rows.values()})

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from sae.base.arguments import wrong
 from sae.base.errors import ConfigError
 from sae.base.files import cache_dir, made_once
 from sae.base.progress import UNWATCHED, Watch
@@ -75,6 +76,40 @@ class TokenRows:
             here = shards == shard
             out[here] = self._open[shard][name][rows[here] - self._ends[shard] + self.sizes[shard]]
         return out
+
+
+@dataclass(frozen=True)
+class GivenRows:
+    """Rows that lie in memory."""
+
+    ids: Int[Tensor, "rows context"]
+
+    @property
+    def n_rows(self) -> int:
+        """Returns how many rows there are."""
+        return len(self.ids)
+
+    @property
+    def context_length(self) -> int:
+        """Returns their length."""
+        return self.ids.shape[1]
+
+    def tokens(self, rows: Int[Tensor, "n"]) -> Int[Tensor, "n context"]:
+        """Returns the chosen rows."""
+        return self.ids[rows]
+
+
+def as_rows(rows: Any) -> Any:
+    """Returns rows of a store as they are, and a tensor, array or list of token ids [rows, context] as rows."""
+    if hasattr(rows, "n_rows"):
+        return rows
+    try:
+        ids = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):  # text, objects, lists of unequal lengths
+        ids = torch.zeros(0)
+    if ids.dim() != 2 or not ids.numel() or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise wrong("rows", rows, "rows of a store of tokens, or token ids [rows, context]")
+    return GivenRows(ids.cpu())
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """What is passed to `train` in other forms than a config: a mapping or a file of one, and a model beside it."""
 
 import os
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from sae.base.arguments import wrong
 from sae.base.settings import decode, read_yaml
@@ -23,7 +23,9 @@ def as_config(config: Any) -> TrainConfig:
         return decode(TrainConfig, config)
     if not isinstance(config, TrainConfig):
         raise wrong("config", config, "a TrainConfig, a mapping of its fields, or the path of a YAML file of them")
-    return config
+    kinds = get_type_hints(TrainConfig)
+    parts = {name: part for name, part in vars(config).items() if isinstance(part, dict) and is_dataclass(kinds[name])}
+    return replace(config, **{name: decode(kinds[name], part, name) for name, part in parts.items()})
 
 
 def with_model(

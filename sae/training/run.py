@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import draccus
 import torch
 
+from sae.base.arguments import wrong
 from sae.base.errors import ConfigError, Stopped
 from sae.base.files import append, cache_dir, save_tensors, write_json
 from sae.base.paths import check_writable
@@ -91,6 +92,8 @@ def train(
     what a callback raises, when all that was trained is saved, with a note that says how to go on. After StopTraining
     it returns the coders as they are; the run may still go on with `resume`.
     """
+    if not isinstance(resume, bool):
+        raise wrong("resume", resume, "True or False; the folder to go on in is run_dir")
     config, told, watch = as_config(config), Callbacks(callbacks), Watch(repair=repair, display=progress)
     if activations is not None:
         path = activations if isinstance(activations, (str, Path)) else ""
