@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,12 @@ from .running import DONE, log, run
 from .telling import plain, report, say_next, tables
 
 if TYPE_CHECKING:
+    import argparse
+
     from sae.coder.spec import CoderSpec
 
 READ = ("--model.", "--second_model.", "--text.")
+STORED = "--activations.path"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,11 +42,10 @@ def command(argv: list[str]) -> int:
     if options.tokens < 1:
         raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
 
-    from sae.base.files import write_json
     from sae.base.paths import check_file
     from sae.base.progress import Watch
     from sae.evaluation.evaluation import evaluate, text_of
-    from sae.lm.models import ModelConfig, load_language_model
+    from sae.lm.models import ModelConfig, load_language_model, resolve_device
     from sae.loading import hub
     from sae.parallel.stopping import stop_flag
     from sae.text.tokenizing import tokenize, what_was_met
@@ -63,6 +66,12 @@ def command(argv: list[str]) -> int:
     for name, coder in coders.items():
         if not coder.spec.is_placed:
             raise ConfigError(f"--site: {name} does not say where it reads; name the place, such as layers.12")
+    stored = _stored(spec, run_config, overrides)
+    if stored:
+        with stop_flag() as stop:
+            coders = {name: coder.to(resolve_device("auto")) for name, coder in coders.items()}
+            found = evaluate(coders, None, None, options.tokens, options.nulls, stop, activations=stored)
+        return _report(options, target, found, model_known=bool(spec.reads[0].model))
     if not (spec.reads and spec.reads[0].model) and not any(word.startswith("--model.name") for word in overrides):
         raise ConfigError("--model.name: the coder does not say which language model it reads; name it")
     trained = TrainConfig()
@@ -73,7 +82,9 @@ def command(argv: list[str]) -> int:
     config = read_config(TrainConfig, read_yaml(run_config) if run_config else {}, overrides, trained)
     for word in overrides:
         if word.startswith("--") and not word.replace("second-model", "second_model").startswith(READ):
-            raise ConfigError(f"{word}: not used here; allowed: the options of --help and {', '.join(READ)}...")
+            raise ConfigError(
+                f"{word}: not used here; allowed: the options of --help and {', '.join(READ)}... or {STORED}"
+            )
     for part in (config.model, config.second_model, config.text):
         part.validate()
     load = partial(load_language_model, trust_remote_code=options.trust_remote_code)
@@ -87,11 +98,41 @@ def command(argv: list[str]) -> int:
         log.info("text: %s held-out tokens, %s", held_out, what_was_met(text.meta))
         coders = {name: coder.to(lm.device) for name, coder in coders.items()}
         found = evaluate(coders, lm, text.held_out, options.tokens, options.nulls, stop, second)
+    return _report(options, target, found)
+
+
+def _report(options: "argparse.Namespace", target: Path, found: dict[str, Any], model_known: bool = True) -> int:
+    """Writes and prints the metrics, and what can be done next."""
+    from sae.base.files import write_json
+
     write_json(target, plain(found))
     report(options.json == JSON, found, tables(found))
     log.info("json         %s", target)
-    say_next(["sae-explain", options.path])
+    if model_known:
+        say_next(["sae-explain", options.path])
     return DONE
+
+
+def _stored(spec: "CoderSpec", run_config: Path | None, overrides: list[str]) -> str:
+    """Returns where the stored activations lie that are to be measured on, "" where a language model is to be read.
+
+    Those are named, or are what the coder was trained on, unless a model or text is named.
+    """
+    named, other = ([word for word in overrides if word.startswith(start)] for start in ((STORED,), READ))
+    if named:
+        path = named[-1].partition("=")[2]
+        if not path or len(named) < len(overrides):
+            raise ConfigError(f"{STORED}: takes a folder, a file or a glob, and no other field beside it")
+        return path
+    if other or "tensors" not in spec.training:
+        return ""
+    kept = run_config.parent / "held_out.safetensors" if run_config else None
+    path = str(kept) if kept and kept.is_file() else spec.training["tensors"]["source"]
+    if not Path(path).exists() and not glob(path):
+        raise ConfigError(
+            f"{STORED}: the coder was trained on {path}, which is not here; name activations, or --model.name"
+        )
+    return path
 
 
 def _subject(spec: "CoderSpec") -> tuple[Any, ...]:

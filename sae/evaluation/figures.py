@@ -1,5 +1,6 @@
 """What is measured of a coder from activations alone: how well it reconstructs, and how its latents fire."""
 
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +19,7 @@ from sae.lm.masking import norm_mask
 from sae.lm.site import Site, columns_of
 from sae.stream.tensors import TensorSource, cut, divided, given_activations
 
+log = logging.getLogger(__name__)
 BLOCK = 2048  # vectors measured at once
 GRADIENT_MODE = " (with gradients)"
 WITH_GRADIENTS = "latents selected with gradients of later losses: these figures see the future"
@@ -114,8 +116,12 @@ def held_out_of(given: Any, coders: dict[str, SparseCoder]) -> TensorSource:
     names = list({site.name: None for c in coders.values() for site in (*c.spec.reads, *c.spec.writes)})
     trained = spec.training.get("tensors", {})
     if trained.get("fingerprint") == stored.fingerprint:
-        return divided(stored, names, trained["block"], trained["held_out_share"], trained["skip_positions"])[1]
-    return cut(stored.held_out or stored.shards, names, BLOCK, skip_positions=spec.mask.skip_positions)
+        source = divided(stored, names, trained["block"], trained["held_out_share"], trained["skip_positions"])[1]
+    else:
+        source = cut(stored.held_out or stored.shards, names, BLOCK, skip_positions=spec.mask.skip_positions)
+    apart = stored.held_out or trained.get("fingerprint") == stored.fingerprint
+    log.info("%s", f"activations: {source.vectors:,} vectors of {stored.label}, {'held out' if apart else 'all'}")
+    return source
 
 
 def evaluate_stored(

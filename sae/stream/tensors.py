@@ -30,7 +30,7 @@ from sae.stream.batch import Block
 FIELD = "activations.path"
 HELD_OUT = "held_out"
 """The folder, below that of stored activations, of those that are only measured on."""
-MASK = "mask"
+MASK, MEMORY = "mask", "tensors in memory"
 PREFIX, GRADIENTS = "activations/", "gradients/"
 LEAVES = (".pt", ".pth", ".bin", ".npy", ".npz", ".h5", ".parquet", ".arrow")  # that people keep tensors in
 PROBES, PROBED_BYTES = 16, 4096  # of a file, to know it again
@@ -304,9 +304,9 @@ def stored_in_memory(given: Any, name: str) -> Stored:
     parts = list(given) if isinstance(given, (list, tuple)) else [given]
     if not parts:
         raise ConfigError("activations: an empty list; give tensors [n, width]")
-    label = "activations" if len(parts) == 1 else "activations[{}]"
+    label = MEMORY if len(parts) == 1 else f"{MEMORY} [{{}}]"
     shards = [shard_in_memory(label.format(number), named_tensors(part, name)) for number, part in enumerate(parts)]
-    return Stored("activations", shards)
+    return Stored(MEMORY, shards)
 
 
 def named_tensors(given: Any, name: str) -> dict[str, Tensor]:

@@ -28,6 +28,15 @@ def as_config(config: Any) -> TrainConfig:
     return replace(config, **{name: decode(kinds[name], part, name) for name, part in parts.items()})
 
 
+def with_activations(config: TrainConfig, activations: Any) -> tuple[TrainConfig, Any]:
+    """Returns a config that reads the activations passed beside it, and these, unless the config names their path."""
+    if activations is None:
+        return config, None
+    path = os.fspath(activations) if isinstance(activations, str | os.PathLike) else ""
+    config = replace(config, activations=replace(config.activations, source="tensors", path=path))
+    return config, None if path else activations
+
+
 def with_model(
     config: TrainConfig, model: "ModelLike | None", tokenizer: "TokenizerLike | None", trust_remote_code: bool = False
 ) -> tuple[TrainConfig, LanguageModel | None]:

@@ -35,7 +35,7 @@ from sae.parallel.stopping import StopFlag, stop_flag
 from sae.stream.batch import ActivationBatch
 from sae.stream.drawn import Ended
 from sae.training import checkpoint
-from sae.training.arguments import as_config, with_model
+from sae.training.arguments import as_config, with_activations, with_model
 from sae.training.batches import bad_blocks, share_of
 from sae.training.callbacks import Callbacks, Listener, Moment
 from sae.training.config import TrainConfig
@@ -95,10 +95,7 @@ def train(
     if not isinstance(resume, bool):
         raise wrong("resume", resume, "True or False; the folder to go on in is run_dir")
     config, told, watch = as_config(config), Callbacks(callbacks), Watch(repair=repair, display=progress)
-    if activations is not None:
-        path = activations if isinstance(activations, (str, Path)) else ""
-        config = replace(config, activations=replace(config.activations, source="tensors", path=str(path)))
-        activations = None if path else activations
+    config, activations = with_activations(config, activations)
     config.validate()
     with loading_bars(shown=progress is True):
         config, given = with_model(config, model, tokenizer, trust_remote_code)

@@ -6,6 +6,8 @@ import shutil
 import signal
 
 import pytest
+import torch
+from rigs.fakes import tiny_config
 from rigs.runs import files
 from safetensors.torch import save_file
 
@@ -142,3 +144,33 @@ def test_figures_are_kept_where_nobody_reads_the_table(run, monkeypatch, capsys)
     monkeypatch.setattr("cli.evaluate.tables", broken)
     main([str(run), "--tokens", "64"])
     assert (run / "sae-eval.json").is_file()
+
+
+def test_a_coder_of_stored_activations_is_measured_on_them(tmp_path, quick, capsys, caplog):
+    caplog.set_level("INFO")
+    x = torch.randn(900, 16)
+    save_file({"vit.3": x}, tmp_path / "acts.safetensors")
+    there = {"activations.sites": ["vit.3"], "model.name": "quickstart", "tokens": 256}
+    config = tiny_config("", "quickstart", there)
+    run, memory = tmp_path / "run", tmp_path / "memory"
+    trained = sae.train(config, run_dir=run, activations=tmp_path / "acts.safetensors").metrics["vit.3"]
+    assert main([str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "CE clean" not in printed
+    found = json.loads((run / "sae-eval.json").read_text())["coders/vit.3"]
+    assert found["reconstruction"]["fvu"] == trained["reconstruction"]["fvu"]
+    assert "held out" in caplog.text
+    save_file({"vit.3": x + 1}, tmp_path / "other.safetensors")
+    assert main([str(run), "--activations.path", str(tmp_path / "other.safetensors")]) == 0
+    assert json.loads((run / "sae-eval.json").read_text())["coders/vit.3"]["reconstruction"]["tokens"] == 900
+    sae.train(config, run_dir=memory, activations=x)
+    sae.train(config, run_dir=tmp_path / "drawn", activations=iter([x[:300]] * 20))
+    assert main([str(tmp_path / "drawn")]) == 0
+    capsys.readouterr()
+    for argv, said in (
+        ([str(memory)], "--activations.path: the coder was trained on tensors in memory, which is not here; name act"),
+        ([str(run), "--text.source", "quickstart"], "--model.name: the coder does not say which language model it re"),
+        ([str(run), "--activations.path", "nowhere"], "activations.path: no such file or folder: nowhere"),
+    ):
+        assert main(argv) == 2
+        assert said in capsys.readouterr().err
