@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sae.loading.releases import list_released
     from sae.training.callbacks import Callback, StopTraining
     from sae.training.config import TrainConfig
+    from sae.training.history import history
     from sae.training.run import train
 
     __version__: str
@@ -35,6 +36,7 @@ _HOMES = {
     "activations": "sae.evaluation.activations",
     "diagnose": "sae.evaluation.doctor",
     "evaluate": "sae.evaluation.evaluation",
+    "history": "sae.training.history",
     "list_released": "sae.loading.releases",
     "load": "sae.loading.hub",
     "load_all": "sae.loading.hub",
@@ -54,6 +56,7 @@ __all__ = [
     "activations",
     "diagnose",
     "evaluate",
+    "history",
     "list_released",
     "load",
     "load_all",
