@@ -230,7 +230,9 @@ def read_from(config: ExplainConfig, given: Given = NOTHING, watch: Watch = UNWA
         if cache.model != config.model.name:
             log.warning("evidence.cache: %s is of %s; the coder reads %s", cache.folder, cache.model, config.model.name)
         return subject, corpus_of_cache(cache, tokens, watch), CachedCodes(cache)
-    check_widths(subject.lm, site_widths(subject.lm, list(coder.spec.reads)), coder.spec.reads, coder.spec.d_in)
+    reads = coder.spec.reads
+    if not any(site.tag for site in reads):
+        check_widths(subject.lm, site_widths(subject.lm, list(reads)), reads, coder.spec.d_in)
     subject.lm.check_context(config.text.context_length)
     rows = corpus_of_text(config.text, subject.lm.tokenizer, subject.lm.source(), tokens, watch)
     if config.coder.baseline != "none":

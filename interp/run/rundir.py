@@ -22,7 +22,7 @@ from interp.run.journal import Journal
 from interp.run.preparing import NOTHING, Given, load_coder
 from sae.base.errors import ConfigError
 from sae.base.files import atomic_write, read_json, write_json
-from sae.base.paths import check_writable, moved_along, near, same_place
+from sae.base.paths import check_writable, from_anywhere, moved_along, near, same_place
 from sae.base.settings import decode, flat, read_yaml, set_dotted, to_yaml
 from sae.base.store import fingerprint_key
 from sae.coder.coder import SparseCoder
@@ -161,7 +161,7 @@ def settings_for(config: ExplainConfig, given: Given = NOTHING) -> Settings:
     """
     folder = Path(config.run_dir)
     check_writable(folder, "run_dir")
-    coder = coder_digest(load_coder(config, lazy=True, given=given))
+    coder, config = coder_digest(load_coder(config, lazy=True, given=given)), _placed(config)
     if not (folder / "config.yaml").is_file() or _has_nothing(folder):
         return Settings(config, _told(config), coder)
     before = saved_config(folder)
@@ -232,6 +232,18 @@ def _places(config: ExplainConfig) -> dict[str, str]:
     """Returns the fields of a config that may be paths."""
     values = flat(draccus.encode(config))
     return {key: values[key] for key in PLACES}
+
+
+def _placed(config: ExplainConfig) -> ExplainConfig:
+    """Returns a config whose places are found wherever its run is: by their names from here only where that is so of
+    the run's folder too (`moved_along`). What a server has is not looked for here.
+    """
+    if not Path(config.run_dir).is_absolute():
+        return config
+    remote = {f"models.{role}.model" for role in ROLES if getattr(config.models, role).via != "local"}
+    named = {key: value for key, value in _places(config).items() if key not in remote and value not in SHIPPED}
+    placed = {key: from_anywhere(value) for key, value in named.items()}
+    return _with(config, {key: value for key, value in placed.items() if value != named[key]})
 
 
 def _with(config: ExplainConfig, changes: dict[str, str]) -> ExplainConfig:

@@ -14,6 +14,7 @@ import sae
 from cli.explain import main
 from interp.run.rundir import coder_digest, run_folder, saved_config
 from sae.base.errors import ConfigError
+from sae.base.settings import read_yaml
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.lm.site import Site
@@ -83,6 +84,20 @@ def test_one_coder_by_any_name_is_one(here, capsys):
         assert code == 0, printed
     assert journals(explain) == before
     assert sorted((explain / "evidence" / "windows").iterdir()) == windows
+
+
+def test_a_run_elsewhere_is_gone_on_with_from_anywhere(here, capsys, tmp_path, monkeypatch):
+    """Whatever of its coder, model and text was typed from here."""
+    run, names = tmp_path / "labels", ["--model.name=model", "--text.source", "text"]
+    code, printed = typed(capsys, "runs/q", *SMALL, "--explain-only", *names, "--run-dir", run)
+    assert code == 0, printed
+    monkeypatch.chdir(tmp_path)
+    code, printed = typed(capsys, "--config", run / "config.yaml", "--latents=5")
+    assert code == 0, printed
+    told = read_yaml(run / "config.yaml")
+    assert [told["coder"]["path"], told["model"]["name"], told["text"]["source"]] == [
+        str(here / name) for name in ("runs/q", "model", "text")
+    ]
 
 
 @pytest.mark.parametrize("older", [False, True])
