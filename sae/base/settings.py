@@ -171,6 +171,14 @@ def _is_address(value: Any) -> bool:
     return isinstance(value, str) and any(mark in value for mark in "/?@")
 
 
+def _meant(kind: type[Any], key: str, where: str) -> str:
+    """Returns a hint at the field that others call so (`ALSO_CALLED`), or that is called so further down, if any is."""
+    known = getattr(kind, "ALSO_CALLED", {}).get(key)
+    below = dict.fromkeys(name for name, *_ in describe(kind) if name.rpartition(".")[2] == key)
+    found = [known] if known else [name for name in below if name.count(".") == min(n.count(".") for n in below)]
+    return f" Did you mean {' or '.join(repr(_join(where, name)) for name in found)}?" if found else ""
+
+
 def _check_keys(kind: Any, data: Any, where: str) -> None:
     """Refuses unknown fields with their nearest match, which the decoder does not tell."""
     if not (dataclasses.is_dataclass(kind) and isinstance(kind, type)):
@@ -187,7 +195,8 @@ def _check_keys(kind: Any, data: Any, where: str) -> None:
     for key, value in data.items():
         if key not in known:
             told = shown(str(key))[1:-1]
-            raise ConfigError(f"{_join(where, told)}: no such field.{nearest(key, known)} Allowed: {', '.join(known)}")
+            meant = _meant(kind, str(key), where) or nearest(key, known)
+            raise ConfigError(f"{_join(where, told)}: no such field.{meant} Allowed: {', '.join(known)}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             _check_keys(hint, value, _join(where, key))

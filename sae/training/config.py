@@ -3,7 +3,7 @@
 import itertools
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import draccus
 
@@ -22,6 +22,7 @@ from sae.selection import Selection, trainable
 from sae.selection.topk import TopK
 from sae.stream.batch import LANES
 from sae.text.documents import TextConfig
+from sae.training.names import TRAINING_ARGUMENTS
 from sae.training.optim import OptimConfig
 
 LAYOUTS = ("per_site", "crosscoder", "cross_layer")
@@ -279,6 +280,8 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    ALSO_CALLED: ClassVar[dict[str, str]] = TRAINING_ARGUMENTS
 
     @property
     def steps(self) -> int:

@@ -1,9 +1,11 @@
 """Callbacks: what they are told; a run is the same whatever they do, ends where they ask, and outlives them."""
 
 import contextlib
+import logging
 import os
 import random
 import signal
+import sys
 import threading
 from functools import partial
 
@@ -245,7 +247,7 @@ def train_on_a_rank(config, run, resume, error):
     return 0
 
 
-@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [RuntimeError("mine"), pytest.param(KeyboardInterrupt(), marks=pytest.mark.slow)])
 def test_an_error_on_the_first_rank_ends_all_of_them(config, tmp_path, error):
     def run(name, resume, error):
         work = partial(train_on_a_rank, config, tmp_path / name, resume, error)
@@ -353,6 +355,18 @@ def test_progress_tells_every_stage_of_a_run(config, tmp_path):
     (last,) = [at for at in told if at.what == "training" and at.done]
     assert (last.n, last.total) == (STEPS, STEPS)
     assert {"fvu", "l0", "dead", "tokens_per_s"} == last.figures.keys()
+
+
+def test_a_run_leaves_the_process_as_it_was(config, tmp_path):
+    def state():
+        root, backend = logging.getLogger(), sys.modules["matplotlib"].rcParams._get("backend") if plots else None
+        return root.level, root.handlers, torch.get_num_threads(), signal.getsignal(signal.SIGINT), os.getcwd(), backend
+
+    plots = "matplotlib" in sys.modules
+    random_state, before = torch.get_rng_state(), state()
+    sae.train(config, run_dir=tmp_path, callbacks=lambda moment: moment.coders)
+    assert state() == before
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_silence_is_silence(config, tmp_path, monkeypatch, capfd, caplog):
