@@ -26,7 +26,7 @@ def test_a_second_run_in_a_folder_fails_at_once_and_a_killed_one_frees_it(tmp_pa
     child = Child(tmp_path / "log.txt", partial(hold, run))
     child.wait_for(lambda: (run / ".lock").exists() and (run / ".lock").read_text().endswith("}"))
     with monkeypatch.context() as patch:
-        patch.setattr("sae.training.preparing.load_language_model", lambda *_: pytest.fail("the model was loaded"))
+        patch.setattr("sae.training.preparing.load_language_model", lambda **_: pytest.fail("the model was loaded"))
         code, printed = tiny_train(folder=run)
     assert code == 2
     assert error_of(printed).startswith(f"run_dir: {run} is in use by process {child.process.pid} (started ")

@@ -171,8 +171,8 @@ def test_a_module_that_returns_a_tuple_and_a_glob_are_read(tmp_path, tiny_train)
 
 
 def test_a_module_that_never_runs_is_an_error_and_not_silence(monkeypatch, tiny_train):
-    def with_more(*args):
-        lm = load_language_model(*args)
+    def with_more(**options):
+        lm = load_language_model(**options)
         lm.model.spare = nn.Linear(16, 16)
         return lm
 
@@ -203,7 +203,10 @@ def test_a_module_that_never_runs_is_an_error_and_not_silence(monkeypatch, tiny_
         (["--tokens", "100"], "tokens: 100 is less than one batch (128 tokens)"),
         (["--batch-tokens", "100"], "batch_tokens: 100 is not a multiple of 64"),
         (["--activations.sites", "[]"], "activations.sites: empty"),
-        (["--activations.source", "disc"], "activations.source: 'disc' is not one of live, disk, write_through. Did"),
+        (
+            ["--activations.source", "disc"],
+            "activations.source: 'disc' is not one of live, disk, write_through, tensors",
+        ),
         (["--model.dtype", "fp32"], "model.dtype: 'fp32' is not one of auto, float32, bfloat16, float16."),
         (["--text.source", "./nowhere.txt"], "text.source: no such file or folder: './nowhere.txt'."),
         (["--grid", "{optim.lr: [1, -1]}"], "optim.lr: -1"),
