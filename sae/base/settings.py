@@ -138,7 +138,7 @@ def describe(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, str, str]
         if dataclasses.is_dataclass(hint) and not issubclass(hint, Plugin):  # type: ignore[arg-type]
             yield from describe(hint, f"{path}.")  # type: ignore[arg-type]
         elif isinstance(hint, type) and issubclass(hint, Plugin):
-            chosen = hint.get_choice_name(type(default))
+            chosen = "" if default is None else hint.get_choice_name(type(default))  # a spec must say it
             yield f"{path}.type", chosen, f"{doc} One of: {', '.join(names(hint))}."
             for name, choice in names(hint).items():
                 for sub, value, text in describe(choice, f"{path}."):
