@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sae.lm.models import load_language_model
     from sae.loading.hub import load, load_all, save
     from sae.loading.releases import list_released
+    from sae.loading.saelens import as_saelens
     from sae.training.callbacks import Callback, StopTraining
     from sae.training.config import TrainConfig
     from sae.training.history import history
@@ -34,6 +35,7 @@ _HOMES = {
     "StopTraining": "sae.training.callbacks",
     "TrainConfig": "sae.training.config",
     "activations": "sae.evaluation.activations",
+    "as_saelens": "sae.loading.saelens",
     "diagnose": "sae.evaluation.doctor",
     "evaluate": "sae.evaluation.evaluation",
     "history": "sae.training.history",
@@ -54,6 +56,7 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "activations",
+    "as_saelens",
     "diagnose",
     "evaluate",
     "history",
