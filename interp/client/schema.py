@@ -2,7 +2,8 @@
 
 There must be exactly one candidate: the whole text, the content of one fence, or one value of the schema's type within
 prose. Nothing is guessed: two candidates, repeated keys, numbers in quotes or a missing field are no answer, and the
-problem is told in words that a model can mend it by.
+problem is told in words that a model can mend it by. No library checks it: by the standard 3.0 is an integer, half a
+character is text and a word that is not known means nothing, and what a library says of a problem would be worded anew.
 """
 
 import json
