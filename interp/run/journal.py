@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ class Journal:
     def __init__(self, path: Path, key: tuple[str, ...]) -> None:
         self.path, self.key = path, key
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._where: dict[Hashable, tuple[int, str]] = {}
+        self._where: dict[Any, tuple[int, str]] = {}
         self._torn: int | None = None
         """Where a last line begins that has no end."""
         if path.is_file():
@@ -68,12 +68,15 @@ class Journal:
             file.seek(self._where[key][0])
             return _parsed(file.readline())
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields the rows that count, in the order of their keys, whatever order they were written in."""
-        if not self._where:
+    def rows(self, latents: Collection[int] | None = None) -> Iterator[dict[str, Any]]:
+        """Yields the rows that count, in the order of their keys, whatever order they were written in: all, or those of
+        some latents, with which keys begin.
+        """
+        keys: list[Any] = [key for key in self._where if latents is None or key[0] in latents]
+        if not keys:
             return
         with self.path.open("rb") as file:
-            for key in sorted(self._where):  # type: ignore[type-var]
+            for key in sorted(keys):
                 file.seek(self._where[key][0])
                 row = _parsed(file.readline())
                 if row is not None:

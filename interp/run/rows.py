@@ -2,7 +2,7 @@
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,10 @@ class Journals:
                 found[explainer].setdefault(kind, {"latents": 0, "first": said})["latents"] += 1
         return dict(found)
 
-    def table(self, latents: Iterable[int] | None = None) -> Iterator[Told]:
+    def table(self, latents: Collection[int] | None = None) -> Iterator[Told]:
         """Yields one row for every latent (of all, or of some), explainer and scorer, in this order."""
         nulls = {key: self.null(*key) for key in self._keys()}
-        by_latent = groupby(self._rows(), key=lambda row: row["latent"])
+        by_latent = groupby(self._rows(latents), key=lambda row: row["latent"])
         ahead = next(by_latent, None)
         for latent in self.latents if latents is None else sorted(latents):
             while ahead is not None and ahead[0] < latent:
@@ -100,9 +100,9 @@ class Journals:
     def _keys(self) -> Iterator[tuple[str, str]]:
         return ((explainer, name) for (explainer, _), names in self.labels.items() for name in names)
 
-    def _rows(self) -> Iterator[Row]:
-        """The rows of all scores, latent by latent."""
-        rows = heapq.merge(*(journal.rows() for journal in self.scores), key=lambda row: row["latent"])
+    def _rows(self, latents: Collection[int] | None = None) -> Iterator[Row]:
+        """The rows of all scores, or of those of some latents, latent by latent."""
+        rows = heapq.merge(*(journal.rows(latents) for journal in self.scores), key=lambda row: row["latent"])
         return (row for row in rows if row["scorer"] in self.scorers)
 
     def _counts(self, row: Row) -> bool:

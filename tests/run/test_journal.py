@@ -154,3 +154,12 @@ def test_what_another_adds_is_read(path):
     there = Journal(path, KEY)
     assert [r["latent"] for r in there.rows()] == [1, 2, *range(100, 110)]
     assert there.get((105, "a"))["text"] == "日本"
+
+
+def test_rows_of_some_latents_are_those_rows(tmp_path):
+    journal = Journal(tmp_path / "j.jsonl", ("latent", "scorer"))
+    for latent, scorer in ((7, "b"), (3, "a"), (7, "a")):
+        journal.append({"latent": latent, "scorer": scorer, "status": "ok"})
+    assert [(row["latent"], row["scorer"]) for row in journal.rows({7})] == [(7, "a"), (7, "b")]
+    assert list(journal.rows([5])) == list(journal.rows(())) == []
+    assert len(list(journal.rows())) == 3
