@@ -1,5 +1,6 @@
-"""sae-explain compare: which latents of two explained coders are the same, and whether their explanations say so."""
+"""sae-explain compare: two explained coders beside each other."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from .running import DONE, log
 from .telling import plain, report
 
 TOKENS = 100_000
+ABOUT = "which latents of two explained coders are the same, and whether their explanations say so"
 
 
-def command(argv: list[str]) -> int:
-    """Parses and acts."""
-    parser = Parser("sae-explain compare", description=__doc__)
+def parser() -> Parser:
+    """Returns what the command takes."""
+    parser = Parser("sae-explain compare", description=ABOUT)
     parser.add_argument("a", help="folder of an explained run, or of its coder")
     parser.add_argument("b", help="the other one")
     parser.add_argument("--explainer", metavar="NAME", help="whose explanations (default: llm, or the first one there)")
@@ -23,7 +25,12 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens for co-activation (default: %(default)s)")
     parser.add_json("with a file, write all there (default: compare-B.json in A's folder)")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
-    options = parser.parse_args(argv)
+    parser.set_defaults(act=compare_runs)
+    return parser
+
+
+def compare_runs(options: argparse.Namespace) -> int:
+    """Compares two runs."""
     if options.tokens < 1:
         raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
     from interp.client.config import EndpointConfig

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from sae.coder.spec import CoderSpec
 
+CONFIG, GROUPS = "sae.training.config:TrainConfig", ("model", "second_model", "text", "activations.path")
 READ = ("--model.", "--second_model.", "--text.")
 STORED = "--activations.path"
 
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(argv: list[str]) -> int:
     """Parses and acts."""
-    parser = Parser("sae-eval", description=__doc__)
+    parser = Parser("sae-eval", config=CONFIG, groups=GROUPS, description=__doc__)
     parser.add_argument("path", help="a run folder, a coder, or whatever else `sae.load` takes")
     parser.add_argument("--tokens", type=int, default=65_536, help="held-out tokens (default: %(default)s)")
     parser.add_argument("--nulls", action="store_true", help="also an untrained dictionary and PCA at the same L0")
@@ -80,11 +81,6 @@ def command(argv: list[str]) -> int:
         text = text_of(spec) if "text" in spec.training else trained.text
         trained = TrainConfig(model=ModelConfig(name=site.model, revision=site.revision), text=text)
     config = read_config(TrainConfig, read_yaml(run_config) if run_config else {}, overrides, trained)
-    for word in overrides:
-        if word.startswith("--") and not word.replace("second-model", "second_model").startswith(READ):
-            raise ConfigError(
-                f"{word}: not used here; allowed: the options of --help and {', '.join(READ)}... or {STORED}"
-            )
     for part in (config.model, config.second_model, config.text):
         part.validate()
     load = partial(load_language_model, trust_remote_code=options.trust_remote_code)

@@ -1,5 +1,6 @@
 """sae-explain export and import: Neuronpedia's JSON lines out, delphi's explanations and scores in."""
 
+import argparse
 from pathlib import Path
 
 from sae.base.errors import ConfigError, nearest
@@ -9,17 +10,21 @@ from .running import DONE
 from .telling import report, say_next
 
 
-def export(argv: list[str]) -> int:
-    """Writes the explanations, scores and windows of a run for Neuronpedia."""
-    parser = Parser("sae-explain export", description=export.__doc__)
+def export_parser() -> Parser:
+    """Returns what `sae-explain export` takes."""
+    parser = Parser("sae-explain export", description="write explanations, scores and windows for Neuronpedia")
     parser.add_argument("run_dir", help="folder of an explained run")
     parser.add_argument("folder", help="where explanations.jsonl and activations.jsonl are written")
     parser.add_argument("--model-id", required=True, help="Neuronpedia's name of the model, such as gpt2-small")
     parser.add_argument("--source-id", required=True, help="Neuronpedia's name of the coder, such as 6-res-jb")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
     parser.add_json()
-    options = parser.parse_args(argv)
+    parser.set_defaults(act=export)
+    return parser
 
+
+def export(options: argparse.Namespace) -> int:
+    """Writes the explanations, scores and windows of a run for Neuronpedia."""
     from dataclasses import replace
 
     from interp.exchange.neuronpedia import export_run
@@ -44,15 +49,19 @@ def export(argv: list[str]) -> int:
     return DONE
 
 
-def take_in(argv: list[str]) -> int:
-    """Reads delphi's explanations and scores, and writes them as a run of ours, its figures computed anew."""
-    parser = Parser("sae-explain import", description=take_in.__doc__)
+def import_parser() -> Parser:
+    """Returns what `sae-explain import` takes."""
+    parser = Parser("sae-explain import", description="make a run of delphi's explanations and scores")
     parser.add_argument("results", help="folder of a delphi run, which holds explanations/ and scores/")
     parser.add_argument("run_dir", help="folder of the new run")
     parser.add_argument("--hookpoint", help="which of several")
     parser.add_json()
-    options = parser.parse_args(argv)
+    parser.set_defaults(act=take_in)
+    return parser
 
+
+def take_in(options: argparse.Namespace) -> int:
+    """Reads delphi's explanations and scores, and writes them as a run of ours, its figures computed anew."""
     from interp.exchange.delphi import EXPLAINER, SCORERS, read_explanations, read_scores
     from interp.records import Explanation
     from interp.run.reasons import OK

@@ -1,13 +1,14 @@
 """sae-explain: say what the latents of a sparse coder mean, and score it."""
 
 import sys
-from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae.base.errors import ConfigError
 
-from .common import field_help, read_config
+from . import compare, exchange, show
+from .common import read_config
 from .parsing import Parser
 from .recipes import config_path, fields_of, first_lines
 from .running import DONE, log, run
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from interp.run.config import ExplainConfig
 
 PARTIAL = 3
-COMMANDS = ("show", "merge", "compare", "export", "import")
+CONFIG = "interp.run.config:ExplainConfig"
 EPILOG = """Every config field is an option: --examples.test 100 --models.judge.model NAME --latents 3,17,40-49
 Examples:
   sae-explain runs/quickstart                        labels and scores with no key and no network
@@ -37,9 +38,24 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(argv: list[str]) -> int:
     """Parses and acts."""
-    if argv[:1] and argv[0] in COMMANDS:
-        return _other(argv[0])(argv[1:])
-    parser = Parser("sae-explain", description=__doc__, epilog=EPILOG)
+    commands = {
+        "show": show.parser(),
+        "merge": _merge_parser(),
+        "compare": compare.parser(),
+        "export": exchange.export_parser(),
+        "import": exchange.import_parser(),
+    }
+    if argv[:1] and argv[0] in commands:
+        asked = commands[argv[0]].parse_args(argv[1:])
+        return asked.act(asked)
+    if (
+        argv
+        and argv[0].isalpha()
+        and not Path(argv[0]).exists()
+        and (meant := get_close_matches(argv[0], commands, 1, 0.7))
+    ):
+        raise ConfigError(f"{argv[0]!r}: neither a folder nor a command. Did you mean {meant[0]!r}?")
+    parser = Parser("sae-explain", config=CONFIG, commands=commands, description=__doc__, epilog=EPILOG)
     parser.add_argument("path", nargs="?", help="folder of a training run or of one coder")
     parser.add_argument("--config", metavar="NAME|FILE", help="a shipped config or a YAML file")
     parser.add_argument("--null", metavar="N|all", help="latents scored with another one's explanation too")
@@ -52,7 +68,6 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print real prompts and what the run would take")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--list-configs", action="store_true", help="list the shipped configs and exit")
-    parser.add_argument("--help-fields", action="store_true", help="list every config field and exit")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
     parser.add_argument("--repair", action="store_true", help="verify what is stored and make again what is damaged")
     parser.add_json()
@@ -65,9 +80,6 @@ def command(argv: list[str]) -> int:
     from interp.run.config import ExplainConfig
     from interp.run.rundir import saved_config
 
-    if options.help_fields:
-        print(field_help(ExplainConfig))
-        return DONE
     path = config_path(options.config, "explain") if options.config else None
     of_a_run = path is not None and (path.parent / "env.json").is_file()  # which an older version may have written
     began = saved_config(path.parent) if path and of_a_run else None
@@ -117,34 +129,21 @@ def _tell(summary: dict[str, Any], run_dir: Path, latents: list[int] | None, as_
     say_next(["sae-explain", "show", run_dir, *map(str, best[:1])])
 
 
-def _other(name: str) -> Callable[[list[str]], int]:
-    """Returns one of the other commands."""
-    if name == "merge":
-        return _merge
-    if name == "show":
-        from .show import command as show
-
-        return show
-    if name == "compare":
-        from .compare import command as compare
-
-        return compare
-    from . import exchange
-
-    return exchange.export if name == "export" else exchange.take_in
-
-
-def _merge(argv: list[str]) -> int:
-    parser = Parser("sae-explain merge", description="Put the shards of a run together.")
-    parser.add_argument("run_dir", help="folder of the run, which holds shards/")
-    parser.add_json()
-    options = parser.parse_args(argv)
+def _merge(options: Any) -> int:
     from interp.run.explaining import tell_run
     from interp.run.rundir import run_folder
 
     run_dir = run_folder(Path(options.run_dir))
     _tell(tell_run(run_dir), run_dir, None, options.json)
     return DONE
+
+
+def _merge_parser() -> Parser:
+    parser = Parser("sae-explain merge", description="put the shards of a run together")
+    parser.add_argument("run_dir", help="folder of the run, which holds shards/")
+    parser.add_json()
+    parser.set_defaults(act=_merge)
+    return parser
 
 
 def _words(options: Any) -> list[str]:

@@ -56,7 +56,8 @@ def command(argv: list[str]) -> int:
         return found
 
     listing = added("list", _list, "")
-    listing.add_argument("--model", help="only coders of this language model: a hub id, or the end of one")
+    listing.add_argument("--model", help="only coders of this language model: a hub id, or a part of one")
+    listing.add_argument("--release", metavar="NAME", help="only releases with this in their name")
     added("show", _show)
     fetch = added("fetch", _fetch)
     fetch.add_argument("--to", metavar="FOLDER", help="put the files below this folder instead of the cache")
@@ -80,7 +81,7 @@ def _list(options: argparse.Namespace) -> int:
     """List the releases that are known by name."""
     from sae.loading.releases import list_released
 
-    rows = list_released(options.model)
+    rows = list_released(options.model, options.release)
     head = ("release", "model", "coders", "layers", "widths", "L0", "format", "verified")
     counts = f"{len(rows)} releases, {sum(row.coders or 0 for row in rows):,} coders"
     report(options.json, rows, [*_table([head, *map(_release_row, rows)]), "", counts])

@@ -3,31 +3,66 @@
 import argparse
 import sys
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 from sae.base.errors import ConfigError, nearest
+from sae.base.fields import Field, fields
 from sae.base.settings import choose
 
-from .running import DEBUG, QUIET, VERBOSE
+from .helping import tell_fields, told_beside
+from .running import COMPLETE, DEBUG, QUIET, VERBOSE
+from .typed import check, field_of
 
+SHELLS = ("bash", "zsh", "fish")
 JSON = "-"  # the value of --json where no file is named
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ConfigErrors, so that every command fails in the same way.
 
+    Args:
+        prog: the command as it is typed.
+        config: the class whose fields are options too, "module:Class"; none: there are no fields.
+        groups: which of its groups are used; none: all.
+        commands: the parsers of its subcommands by name, where argparse does not know them.
+        settings: of argparse.
+
     Of the options that it adds, `run` has acted on --quiet, --verbose and --debug before anything is parsed.
     """
 
-    def __init__(self, prog: str, **settings: Any) -> None:
+    def __init__(
+        self,
+        prog: str,
+        config: str = "",
+        groups: tuple[str, ...] = (),
+        commands: "dict[str, Parser] | None" = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(prog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self.config, self.groups, self.commands = config, groups, commands or {}
         common = self.add_argument_group("of all commands")
         common.add_argument(*QUIET, action="store_true", help="warnings and errors only, no bars")
-        common.add_argument(
-            *VERBOSE, action="store_true", help="also what helps to find a fault ($SAE_LOG sets either)"
-        )
+        common.add_argument(*VERBOSE, action="store_true", help="also what helps to find a fault")
         common.add_argument(*DEBUG, action="store_true", help="show tracebacks")
         common.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+        if " " not in prog:
+            common.add_argument("--completion", action=_Completion, choices=SHELLS, help="print a script for the shell")
+        if config:
+            about = "print the fields, or those of a group or plug-in, and exit"
+            self.add_argument("--help-fields", nargs="?", const="", metavar="GROUP", help=about)
+
+    @cached_property
+    def table(self) -> list[Field]:
+        """Returns the config fields that are options."""
+        found = fields(self.config) if self.config else []
+        used = tuple(f"{group}." for group in self.groups)
+        return [field for field in found if not used or f"{field.path}.".startswith(used)]
+
+    @property
+    def options(self) -> list[str]:
+        """Returns the options that are no fields."""
+        return list(self._option_string_actions)
 
     def add_json(self, file: str = "") -> None:
         """Adds --json: results as JSON on standard output; --json FILE.json where `file` says what that writes."""
@@ -38,20 +73,38 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--json", action="store_const", const=JSON, help="print JSON")
 
     def parse_fields(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Returns (options, config fields as they were typed): the value behind a field is no positional word."""
+        """Returns (options, config fields as they were typed): the value behind a field is no positional word.
+
+        ConfigError for what is no field, before anything heavy is imported. --help-fields ends the command.
+        """
         words: list[str] = []
         for word in argv:
             last = words[-1] if words else ""
-            named = last.startswith("--") and "=" not in last and last not in self._option_string_actions
-            if named and len(last) > 2 and not word.startswith("--"):
+            named = last.startswith("--") and "=" not in last and self._spelled(last) not in self._option_string_actions
+            if named and len(last) > 2 and not word.startswith("--") and words[0] != COMPLETE:
                 words[-1] = f"{last}={word}"
             else:
                 words.append(word)
-        return self.parse_known_args(words)
+        options, typed = self.parse_known_args(words)
+        if options.help_fields is not None:
+            tell_fields(self.table, options.help_fields, options.json)
+            self.exit()
+        unused = [one for one in fields(self.config) if self.groups and one not in self.table]
+        for word in typed:
+            if field_of(word.removeprefix("--").partition("=")[0].replace("-", "_"), unused):
+                self.error(f"{word.partition('=')[0]}: not used here; fields of {', '.join(self.groups)} are")
+        check(typed, self.table, self.options)
+        return options, typed
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Returns (options, words that are none), as argparse does; what follows --json is its value if it is .json."""
         words = list(sys.argv[1:] if args is None else args)
+        if words[:1] == [COMPLETE]:
+            from .completion import candidates
+
+            print("".join(f"{word}\n" for word in candidates(self, words[1:])), end="")
+            self.exit()
+        words = [self._spelled(word) for word in words]
         may_be_file = getattr(self._option_string_actions.get("--json"), "nargs", None) == "?"
         for i, word in enumerate(words):
             if may_be_file and word == "--json" and not [*words, ""][i + 1].endswith(".json"):
@@ -65,6 +118,19 @@ class Parser(argparse.ArgumentParser):
             known = getattr(options, "parser", self)._option_string_actions
             self.error(f"{rest[0]}: {_why_not(rest[0].partition('=')[0], known)}")
         return options
+
+    def format_help(self) -> str:
+        """Returns what --help prints: also the subcommands and the groups of fields."""
+        return super().format_help() + told_beside(self.commands, self.table)
+
+    def _spelled(self, word: str) -> str:
+        """Returns an option as it is called, which may be typed with underscores, as fields may with dashes."""
+        name, equals, value = word.partition("=")
+        dashed = name.replace("_", "-")
+        known = (
+            name.startswith("--") and name not in self._option_string_actions and dashed in self._option_string_actions
+        )
+        return f"{dashed}{equals}{value}" if known else word
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None:
@@ -89,6 +155,16 @@ class _Version(argparse.Action):
         from sae.base.version import NAME, version
 
         print(f"{NAME} {version()}")
+        parser.exit()
+
+
+class _Completion(argparse.Action):
+    """Prints what makes a shell complete a command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, shell: Any, __: Any = None) -> None:
+        from .completion import script
+
+        print(script(parser.prog, shell))
         parser.exit()
 
 

@@ -16,6 +16,7 @@ from sae.base.logs import asked_level, listening
 from . import ended_by
 
 DONE, ERROR, BAD_USAGE = 0, 1, 2
+COMPLETE = "--complete"  # asked by shells: the words behind it are those of a line that is being typed
 DEBUG, QUIET, VERBOSE = ("--debug",), ("-q", "--quiet"), ("-v", "--verbose")
 NOISY = ("httpx", "httpx2", "huggingface_hub", "transformers", "datasets", "matplotlib")
 log = logging.getLogger(__package__)  # of all commands: the module that runs is called __main__
@@ -58,7 +59,7 @@ def run(command: Callable[[list[str]], int], argv: list[str] | None = None) -> i
 
 def _taken(arguments: list[str], *names: str) -> bool:
     """Returns whether an option of all commands was typed, wherever it stands, and takes it out."""
-    found = [word for word in arguments if word in names]
+    found = [word for word in arguments if word in names and arguments[0] != COMPLETE]
     for word in found:
         arguments.remove(word)
     return bool(found)

@@ -1,5 +1,6 @@
-"""sae-explain show: a latent's labels, scores, firing statistics and windows, from the folder of a run alone."""
+"""sae-explain show: what the folder of a run says of a latent."""
 
+import argparse
 import shlex
 from pathlib import Path
 
@@ -7,15 +8,21 @@ from .parsing import Parser
 from .running import DONE
 from .telling import report, wants_colors
 
+ABOUT = "a latent's labels, scores, firing statistics and windows, from the folder of a run alone"
 
-def command(argv: list[str]) -> int:
-    """Parses and acts."""
-    parser = Parser("sae-explain show", description=__doc__)
+
+def parser() -> Parser:
+    """Returns what the command takes."""
+    parser = Parser("sae-explain show", description=ABOUT)
     parser.add_argument("path", help="folder of an explained run, or of its coder")
     parser.add_argument("latents", nargs="+", metavar="ID", help="latents: ids and ranges, such as 508 or 40-49")
     parser.add_json()
-    options = parser.parse_args(argv)
+    parser.set_defaults(act=show)
+    return parser
 
+
+def show(options: argparse.Namespace) -> int:
+    """Shows latents."""
     from interp.run.rundir import run_folder
     from interp.view.explained import ExplainedRun
     from interp.view.terminal import lines

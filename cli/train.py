@@ -5,12 +5,13 @@ from pathlib import Path
 
 from sae.base.errors import ConfigError
 
-from .common import field_help, read_config
+from .common import read_config
 from .parsing import Parser
 from .recipes import FAMILY, MODEL, first_lines, recipe
 from .running import DONE, log, run
 from .telling import report, say_next, tables
 
+CONFIG = "sae.training.config:TrainConfig"
 EPILOG = """Every config field is an option: --coder.selection.k 64 --activations.sites '[layers.3]'.
 Examples:
   sae-train                                          the embedded quickstart: under two minutes, nothing downloaded
@@ -28,26 +29,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(argv: list[str]) -> int:
     """Parses and acts."""
-    parser = Parser("sae-train", description=__doc__, epilog=EPILOG)
+    parser = Parser("sae-train", config=CONFIG, description=__doc__, epilog=EPILOG)
     parser.add_argument("--config", metavar="NAME|FILE", help=f"a family of coders or a YAML file (default: {FAMILY})")
     parser.add_argument("--on", metavar="MODEL|FILE", help=f"the model it is trained on (default: {MODEL})")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would take, touch nothing")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--list-configs", action="store_true", help="list families and models and exit")
-    parser.add_argument("--help-fields", action="store_true", help="list every config field and exit")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
     parser.add_argument("--repair", action="store_true", help="verify the caches and make again what is damaged")
     parser.add_json()
-    options, overrides = parser.parse_known_args(argv)
+    options, overrides = parser.parse_fields(argv)
     if options.list_configs:
         return _list_configs(options.json)
 
     from sae.training.config import TrainConfig
 
-    if options.help_fields:
-        print(field_help(TrainConfig))
-        return DONE
     if options.resume and (options.config or options.on):
         option = "--config" if options.config else "--on"
         raise ConfigError(

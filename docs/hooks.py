@@ -51,7 +51,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = SECTION.sub(lambda found: section_of(at(source, found[1]), found[2]), markdown)
     markdown = CONFIG.sub(lambda found: yaml(at(source, found[1])), markdown)
     markdown = MEASURED.sub(lambda found: measured(found[1].split("; "), at(source, found[2]), found[3]), markdown)
-    markdown = FIELDS.sub(lambda found: fields(found[1]), markdown)
+    markdown = FIELDS.sub(lambda found: constants(found[1]), markdown)
     if here.startswith("families/"):
         markdown = EQUATION.sub(lambda found: f"{found[0]}\n{ALONE}", markdown)
     parts = FENCED.split(re.sub(r"^<!-- needs: .*? -->\n\n?", "", markdown, flags=re.MULTILINE))
@@ -96,15 +96,16 @@ def measured(names: list[str], path: str, section: str) -> str:
     raise PluginError(f"{path}#{section} has no rows {'; '.join(names)}")
 
 
-def fields(name: str) -> str:
+def constants(name: str) -> str:
     """Returns a table of the constants of a rule or loss term."""
+    from sae.base.fields import fields
     from sae.base.plugins import names
-    from sae.base.settings import describe
     from sae.objectives import Objective
     from sae.selection import Selection
 
     kind = (names(Selection) | names(Objective))[name]
-    rows = [f"| `{field}` | `{default}` | {doc} |" for field, default, doc in describe(kind)]
+    found = fields(f"{kind.__module__}:{kind.__qualname__}")
+    rows = [f"| `{field.path}` | `{field.default}` | {field.doc} |" for field in found]
     return "\n".join(["| field | default | |", "|---|---|---|", *rows])
 
 

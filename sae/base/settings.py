@@ -5,19 +5,18 @@ what is allowed and the nearest match.
 """
 
 import dataclasses
-import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import draccus
 import yaml
-from draccus.wrappers.docstring import get_attribute_docstring
 
 from sae.base.errors import ConfigError, nearest
+from sae.base.fields import fields
 from sae.base.lines import decoded
 from sae.base.plugins import Plugin, names
 
@@ -126,38 +125,6 @@ def decode(kind: type[T], data: dict[str, Any], where: str = "") -> T:
         raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from error
 
 
-def describe(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yields (dotted field, default, docstring) of every field below a config class, plug-ins included."""
-    hints = get_type_hints(kind)
-    for f in dataclasses.fields(kind):
-        path, hint = f"{prefix}{f.name}", hints[f.name]
-        doc = _docstring(kind, f.name)
-        default = f.default if f.default is not dataclasses.MISSING else None
-        if default is None and f.default_factory is not dataclasses.MISSING:
-            default = f.default_factory()
-        if dataclasses.is_dataclass(hint) and not issubclass(hint, Plugin):  # type: ignore[arg-type]
-            yield from describe(hint, f"{path}.")  # type: ignore[arg-type]
-        elif isinstance(hint, type) and issubclass(hint, Plugin):
-            chosen = "" if default is None else hint.get_choice_name(type(default))  # a spec must say it
-            yield f"{path}.type", chosen, f"{doc} One of: {', '.join(names(hint))}."
-            for name, choice in names(hint).items():
-                for sub, value, text in describe(choice, f"{path}."):
-                    yield sub, value, f"[{name}] {text}"
-        else:
-            yield path, str(draccus.encode(default)), doc
-            family = get_args(hint)[1] if get_origin(hint) is dict else None
-            if isinstance(family, type) and issubclass(family, Plugin):
-                for name, choice in names(family).items():
-                    yield from describe(choice, f"{path}.{name}.")
-
-
-def _docstring(kind: type[Any], name: str) -> str:
-    """Returns what is written below a field, in the class or else in the nearest one that it inherits from."""
-    owners = [owner for owner in kind.__mro__ if name in inspect.get_annotations(owner)]
-    found = (" ".join(get_attribute_docstring(owner, name).docstring_below.split()) for owner in owners)
-    return next((doc for doc in found if doc), "")
-
-
 def _listed(kind: Any, data: Any) -> Any:
     """Returns plain values in which one address for a list of them is a list of it."""
     if not (dataclasses.is_dataclass(kind) and isinstance(data, dict)):
@@ -174,7 +141,11 @@ def _is_address(value: Any) -> bool:
 def _meant(kind: type[Any], key: str, where: str) -> str:
     """Returns a hint at the field that others call so (`ALSO_CALLED`), or that is called so further down, if any is."""
     known = getattr(kind, "ALSO_CALLED", {}).get(key)
-    below = dict.fromkeys(name for name, *_ in describe(kind) if name.rpartition(".")[2] == key)
+    try:
+        paths = [one.path for one in fields(f"{kind.__module__}:{kind.__qualname__}") if one.kind != "group"]
+    except (LookupError, ValueError):  # a class without a source file
+        paths = []
+    below = dict.fromkeys(name for name in paths if name.rpartition(".")[2] == key)
     found = [known] if known else [name for name in below if name.count(".") == min(n.count(".") for n in below)]
     return f" Did you mean {' or '.join(repr(_join(where, name)) for name in found)}?" if found else ""
 
@@ -184,7 +155,7 @@ def _check_keys(kind: Any, data: Any, where: str) -> None:
     if not (dataclasses.is_dataclass(kind) and isinstance(kind, type)):
         return
     if not isinstance(data, dict):
-        raise ConfigError(f"{where or 'config'}: {shown(data)} is not a mapping of fields")
+        raise ConfigError(f"{where or 'config'}: {shown(data)} is not a mapping of fields, {_mapping(kind, where)}")
     if issubclass(kind, Plugin) and "type" in data:
         choose(f"{where}.type", data["type"], names(kind))
         kind, data = names(kind)[data["type"]], {key: value for key, value in data.items() if key != "type"}
@@ -195,8 +166,10 @@ def _check_keys(kind: Any, data: Any, where: str) -> None:
     for key, value in data.items():
         if key not in known:
             told = shown(str(key))[1:-1]
-            meant = _meant(kind, str(key), where) or nearest(key, known)
-            raise ConfigError(f"{_join(where, told)}: no such field.{meant} Allowed: {', '.join(known)}")
+            others = [name for name, other in _family(kind).items() if key in other.__dataclass_fields__]
+            meant = f" It is one of the type {' or '.join(others)}." if others else _meant(kind, str(key), where)
+            meant = meant or nearest(key, known)
+            raise ConfigError(f"{_join(where, told)}: no such field.{meant} Allowed: {', '.join(known) or 'none'}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             _check_keys(hint, value, _join(where, key))
@@ -205,6 +178,34 @@ def _check_keys(kind: Any, data: Any, where: str) -> None:
             if get_origin(hint) is dict:
                 for name, item in value.items():
                     _check_keys(get_args(hint)[1], item, f"{_join(where, key)}.{name}")
+
+
+def _family(kind: type[Any]) -> dict[str, type[Any]]:
+    """Returns the plug-ins beside one, by name; {} of a class that is none."""
+    return next((names(base) for base in kind.__mro__[1:] if Plugin in base.__bases__), {})  # type: ignore[arg-type]
+
+
+def _mapping(kind: type[Any], where: str) -> str:
+    """Returns an example of the mapping that a class of fields is given as, in a file and as it is typed."""
+    if issubclass(kind, Plugin):
+        first, value = "type", next(iter(names(kind)))
+    else:
+        field = dataclasses.fields(kind)[0]
+        first, value = field.name, field.default if isinstance(field.default, str | int | float) else "..."
+    return f"such as {{{first}: {value}}}" + (f"; or type --{where}.{first} {value}" if where else "")
+
+
+def _such_as(hint: Any, value: Any) -> str:
+    """Returns an example of the list or mapping that a field is, in place of a value that is none."""
+    if (get_origin(hint) or hint) in (tuple, list):
+        return f", such as [{value}]" if isinstance(value, str | int | float) else ""
+    if (get_origin(hint) or hint) is not dict:
+        return ""
+    held: Any = get_args(hint)[1] if get_args(hint) else Any
+    if isinstance(held, type) and Plugin in held.__mro__:
+        name = next(iter(held.get_known_choices()))  # type: ignore[attr-defined]
+        return f", such as {{{name}: {{type: {name}}}}}"
+    return ", such as {NAME: VALUE}"
 
 
 def _check_type(hint: Any, value: Any, where: str) -> None:
@@ -218,7 +219,7 @@ def _check_type(hint: Any, value: Any, where: str) -> None:
         return
     allowed = [_FITS.get(get_origin(kind) or kind, (lambda value: True, "")) for kind in kinds if kind is not NoneType]
     if value is None or not any(fits(value) for fits, _ in allowed):
-        raise ConfigError(f"{where}: {shown(value)} is not {allowed[0][1]}")
+        raise ConfigError(f"{where}: {shown(value)} is not {allowed[0][1]}{_such_as(kinds[0], value)}")
     kind: Any = get_origin(kinds[0]) or kinds[0]
     if kind in (tuple, list, dict):
         for name, item in value.items() if kind is dict else enumerate(value):

@@ -12,7 +12,6 @@ from functools import cache, cached_property
 from typing import Any
 
 from sae.assets import RELEASES
-from sae.base.arguments import wrong
 from sae.base.errors import ConfigError, nearest
 
 LAYERS = (r"layers?[_.]?(\d+)", r"blocks\.(\d+)\.", r"(?:^|/)l(\d+)(?:r|a|m|tc)_", r"/(\d+)-")
@@ -170,16 +169,29 @@ def repositories() -> list[str]:
     return sorted({row["repo"] for row in shipped_table().rows.values()})
 
 
-def list_released(model: str | None = None) -> list[ReleaseSummary]:
-    """Returns all releases, or those of one language model (hub id, or the end of it), sorted by model and name."""
-    if not isinstance(model, str | None):
-        raise wrong("model", model, "the name of a language model, or the end of it")
-    rows = [row for row in shipped_table().rows.values() if model is None or _is_model(row["model"], model)]
-    if model is not None and not rows:
-        known = sorted({row["model"] for row in shipped_table().rows.values()})
-        known += [name.rpartition("/")[2] for name in known]
-        raise ConfigError(f"model: no coder of {model!r} is known.{nearest(model, known, 3)}")
+def list_released(model: str | None = None, release: str | None = None) -> list[ReleaseSummary]:
+    """Returns all releases, or those of a language model and of a name, sorted by model and name.
+
+    A model is named by its hub id or the end of it, or else by any part: "gemma" is all of them; so is a release.
+    ConfigError with the nearest if there is none.
+    """
+    rows = list(shipped_table().rows.values())
+    for what, typed, key in (("model", model, "model"), ("release", release, "name")):
+        if typed is not None:
+            known = sorted({row[key] for row in rows})
+            meant = _meant(known, typed)
+            if not meant:
+                near = nearest(typed, [*known, *(name.rpartition("/")[2] for name in known)], 3)
+                raise ConfigError(f"{what}: no coder of {typed!r} is known.{near}")
+            rows = [row for row in rows if row[key] in meant]
     return sorted((_summed_up(row) for row in rows), key=lambda listed: (listed.model, listed.name))
+
+
+def _meant(known: list[str], typed: str) -> list[str]:
+    """Returns the names that are what was typed, or end in it behind a slash; else those that it is part of."""
+    part = typed.lower()
+    whole = [name for name in known if part in (name.lower(), name.lower().rpartition("/")[2])]
+    return whole or [name for name in known if part and part in name.lower()]
 
 
 def _summed_up(row: dict[str, Any]) -> ReleaseSummary:
@@ -219,10 +231,6 @@ def _first(patterns: tuple[str, ...], text: str) -> list[str]:
 def _size(width: str) -> tuple[bool, float]:
     number = float(re.sub(r"\D", "", width.removeprefix("2^")))
     return width.endswith("x"), 2**number if width.startswith("2^") else number * {"k": 1e3, "m": 1e6}.get(width[-1], 1)
-
-
-def _is_model(model: str, typed: str) -> bool:
-    return typed.lower() in (model.lower(), model.lower().rpartition("/")[2])
 
 
 def _column(column: Any) -> list[Any]:

@@ -79,6 +79,15 @@ def test_list_is_a_line_a_release(load):
     assert row.split() == ["gpt2-small-res-jb", "openai-community/gpt2", "13", "0-11", "10-70", "saelens", "no"]
     assert lines[-1].endswith(" coders")
     assert len(load("list")[1]) > 180
+    for typed, part in (("gemma", "gemma"), ("GEMMA-2-2", "gemma-2-2"), ("google/", "google/")):
+        models = {line.split()[1] for line in load("list", "--model", typed)[1][1:-2]}
+        assert len(models) > 1
+        assert all(part in model.lower() for model in models)
+    assert {line.split()[1] for line in load("list", "--model", "gpt2")[1][1:-2]} == {"openai-community/gpt2"}
+    names = [line.split()[0] for line in load("list", "--model", "gpt2", "--release", "res-jb")[1][1:-2]]
+    assert names
+    assert all("res-jb" in name for name in names)
+    assert load("list", "--release", "gpt2-small-res-jb")[2] == "next         sae-load show gpt2-small-res-jb"
     code, lines, _ = load("list", "--model", "gpt2", "--json")
     assert {row["name"]: row["layers"] for row in json.loads("\n".join(lines))}[RELEASE] == [2, 6, 10]
 
@@ -382,6 +391,8 @@ def test_the_doctor_tries_every_answer_to_what_the_files_leave_open(load, tmp_pa
         (["show", "./nowhere"], "path: no such folder: ./nowhere."),
         (["show", "gpt2-small-res-jb/blocks.8.hook_resid"], "path: the release gpt2-small-res-jb has no coder"),
         (["list", "--model", "gtp2"], "model: no coder of 'gtp2' is known. Did you mean 'gpt2'?"),
+        (["list", "--release", "gemma-scop-2b"], "release: no coder of 'gemma-scop-2b' is known. Did you mean 'gemma-"),
+        (["list", "--model", ""], "model: no coder of '' is known."),
         (["show", "{mine}", "--pre-bias", "some"], "--pre-bias: 'some' is not one of none, decoder, own."),
         (["show", "{mine}", "--format", "saelnes"], "format: 'saelnes' is not one of"),
         (["show", "{mine}", "--depth", "3"], "--depth: no such option."),

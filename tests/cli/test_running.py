@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import compare, evaluate, exchange, explain, load, running, show, train
+from cli import evaluate, explain, load, running, train
 from sae.base.progress import Progress
 from sae.base.version import version
 
@@ -116,7 +116,6 @@ def test_subcommands_have_the_options_of_all(capsys):
         told = capsys.readouterr().out
         for option in ("-q, --quiet", "-v, --verbose", "--debug", "--version", "--json"):
             assert option in told, (name, option)
-    assert {compare.command, exchange.export, exchange.take_in, show.command}
 
 
 @pytest.mark.parametrize("words", [["load", "list"], ["explain", "--list-configs"]])

@@ -199,7 +199,7 @@ def test_families_and_models_are_listed_and_found_by_what_is_listed(capsys):
             ["--config", "quickstrat"],
             "--config: no file and no shipped config 'quickstrat'. Did you mean 'quickstart'?",
         ),
-        (["tokens", "3"], "'tokens': expected --field value (see --help-fields)"),
+        (["tokens", "3"], "'tokens': expected --field value; did you mean --tokens?"),
         (["--tokens"], "--tokens: its value is missing"),
         (["--resume"], "argument --resume: expected one argument"),
         (["--resume", "nowhere"], "--resume: no such folder: nowhere."),

@@ -187,7 +187,7 @@ def test_they_are_chosen_by_name_and_set_by_field(command, tmp_path, capsys):
     assert "--scorers.strongest.most  (default: 8)\n      Windows of either kind." in told
     for wrong, error in (
         ("--scorers.yours.most=0", "scorers.strongest.most: 0 is too small; it must be at least 1"),
-        ("--scorers.yours.mots=9", "scorers.yours.mots: no such field. Did you mean 'most'? Allowed: most"),
+        ("--scorers.yours.mots=9", "--scorers.yours.mots: no such field. Did you mean --scorers.yours.most?"),
         ("--explainers.mine.type=first_thougt", "explainers.mine.type: 'first_thougt' is not one of"),
     ):
         assert command(tmp_path / "run", wrong) == 2
