@@ -48,6 +48,8 @@ def recipe(config: str | None = None, on: str | None = None) -> dict[str, Any]:
     files, asked = _layers(config or FAMILY, families | models, "--config")
     of_model = {path: data for path, data in files.items() if path in models.values()}
     of_family = {path: data for path, data in files.items() if path in families.values()}
+    if not (of_family or of_model) and any("facts" in data for data in files.values()):
+        of_model = files  # a user's own model
     if (on or asked) and not of_family:
         what = "is a model already" if of_model else "extends no family, so it stands by itself"
         raise ConfigError(f"--on: {config} {what}; name a family, or let a file of yours say: extends: {FAMILY}")
@@ -74,12 +76,14 @@ def _layers(name: str, shipped: dict[str, Path], field: str) -> tuple[Layers, st
     model: str | None = None
     beside: Path | None = None
     while wanted is not None:
-        wanted, _, below = str(wanted).partition(" on ")
+        wanted, _, below = (str(wanted), "", "") if Path(str(wanted)).is_file() else str(wanted).partition(" on ")
         model = model or below or None
         path = _found(wanted, shipped, field, beside)
         if path in layers:
             raise ConfigError(f"extends: {path} extends itself, by way of {next(iter(layers))}")
         data = read_yaml(path)
+        for key in {"on", True} & data.keys():  # in YAML "on" is a truth value
+            raise ConfigError(f"on: {path} says it in `extends`: {data.get('extends', FAMILY)} on {data[key]}")
         wanted, beside, field = data.pop("extends", None), path.parent, "extends"
         layers = {path: data, **layers}
     return layers, model
@@ -122,7 +126,7 @@ def _filled(value: Any, facts: dict[str, Any], model: str) -> Any:
         return {key: _filled(item, facts, model) for key, item in value.items()}
     if isinstance(value, list):
         return [_filled(item, facts, model) for item in value]
-    if not (isinstance(value, str) and value.startswith("$")):
+    if not (isinstance(value, str) and re.fullmatch(r"\$\w+", value)):
         return value
     if value[1:] not in facts:
         told = nearest(value[1:], facts)

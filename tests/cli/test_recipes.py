@@ -153,6 +153,7 @@ def test_a_file_of_a_users_own_may_be_the_model(file):
     config = read("transcoder", own)
     assert (config.name, config.model.name, config.activations.sites) == ("mine-transcoder", "some/model", ("a", "b"))
     assert (config.tokens, read("gated", own).tokens, read(None, own).tokens) == (4096, 8192, 1_000_000)
+    assert read(own) == read(None, own)
     with pytest.raises(ConfigError, match=r"^facts: mine has no 'layers', which is asked for as \$layers"):
         read("crosscoder", own)
     larger = file("larger.yaml", "extends: smollm2\nmodel: {name: HuggingFaceTB/SmolLM2-360M}\nfacts: {k: 48}\n")
@@ -179,6 +180,8 @@ def test_a_file_of_a_users_own_may_be_the_model(file):
         ("loop.yaml", None, r"extends: .*loop\.yaml extends itself"),
         ("lost.yaml", None, r"extends: .* 'smollm2_topk'. Did you mean 'topk on smollm2'\?"),
         ("asks.yaml", None, r"facts: quickstart has no 'mlp_inpt', .* as \$mlp_inpt. Did you mean 'mlp_input'\?"),
+        ("on.yaml", None, r"on: .*on\.yaml says it in `extends`: gated on smollm2"),
+        ("topk", "run.yaml", r"facts: run has no 'k', which is asked for as \$k"),
         ("topk", "flat.yaml", r"facts: 3 is not a mapping"),
         ("topk", "typo.yaml", r"for: 'gatd' is not one of .* Did you mean 'gated'\?"),
         ("topk", "model.gguf", r"--on: no file about a model '.*model.gguf'"),
@@ -189,6 +192,8 @@ def test_what_cannot_be_found_or_put_together_is_one_line(file, tmp_path, config
     file("loop.yaml", "extends: loop\n")
     file("lost.yaml", "extends: smollm2_topk\n")
     file("asks.yaml", "extends: topk\nactivations: {sites: [$mlp_inpt]}\n")
+    file("on.yaml", "extends: gated\non: smollm2\n")
+    file("run.yaml", "model: {name: smollm2}\n")
     file("flat.yaml", "facts: 3\n")
     file("typo.yaml", "facts: {k: 3}\nfor: {gatd: {tokens: 4096}}\n")
     file("model.gguf", "GGUF\0")
