@@ -60,14 +60,17 @@ LARGER = ("gemma-3-1b", "llama-3.1-8b", "qwen3-8b")  # of a class of which a sma
 
 @pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m in LARGER)) for m in MODELS])
 def test_every_family_on_every_model_is_dry_run_on_the_models_config(model, tmp_path, monkeypatch):
-    made, fake = cache(models.untrained), FakeTensorMode()  # a model is the same for all of its families
+    fake, made = (
+        FakeTensorMode(),
+        cache(lambda name: models.untrained(models.ModelConfig(name))),
+    )  # once, for all of them
     monkeypatch.setattr("sae.training.estimate.FakeTensorMode", lambda: fake)
-    monkeypatch.setattr("sae.training.estimate.untrained", lambda found, _: made(replace(found, dtype="auto")))
-    widths = cache(lambda lm, sites: site_widths(lm, list(sites)))
-    monkeypatch.setattr("sae.training.planning.site_widths", lambda lm, sites: dict(widths(lm, tuple(sites))))
+    monkeypatch.setattr("sae.training.estimate.untrained", lambda found, _: made(found.name))
     monkeypatch.setattr("sae.training.estimate.measured_flops_per_s", lambda device: 1e14)
     name = read(None, model).model.name
     there = "quickstart" if model == "quickstart" else model_folder(name, tmp_path)
+    widths = cache(lambda sites: site_widths(made(there), list(sites)))
+    monkeypatch.setattr("sae.training.planning.site_widths", lambda _, sites: dict(widths(tuple(sites))))
     described = models.load_config(there)
     heads = described.num_attention_heads
     attention = heads * (getattr(described, "head_dim", None) or described.hidden_size // heads)
