@@ -35,6 +35,7 @@ def hub(tmp_path, tiny_model, tiny_text):
         yield environment, asked
 
 
+@pytest.mark.slow
 def test_a_run_from_hub_ids_and_what_is_not_there(hub, tmp_path, tiny_model, tiny_text):
     environment, asked = hub
     config = tmp_path / "config.yaml"
