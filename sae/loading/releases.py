@@ -12,6 +12,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from sae.assets import RELEASES
+from sae.base.arguments import wrong
 from sae.base.errors import ConfigError, nearest
 
 LAYERS = (r"layers?[_.]?(\d+)", r"blocks\.(\d+)\.", r"(?:^|/)l(\d+)(?:r|a|m|tc)_", r"/(\d+)-")
@@ -177,6 +178,8 @@ def list_released(model: str | None = None, release: str | None = None) -> list[
     """
     rows = list(shipped_table().rows.values())
     for what, typed, key in (("model", model, "model"), ("release", release, "name")):
+        if not isinstance(typed, str | None):
+            raise wrong(what, typed, "a name, or a part of one")
         if typed is not None:
             known = sorted({row[key] for row in rows})
             meant = _meant(known, typed)
