@@ -92,7 +92,7 @@ def evaluate(
     several, watch, tokens = as_coders(coders), Watch(should_stop, display=progress), whole("tokens", tokens)
     spec = next(iter(several.values())).spec
     if activations is not None:
-        source = activations if isinstance(activations, TensorSource) else held_out_of(activations, several)
+        source = activations if isinstance(activations, TensorSource) else held_out_of(activations, several, tokens)
         found = evaluate_stored(several, source, tokens, nulls, watch)
         return found if isinstance(coders, Mapping) else found[""]
     with loading_bars(shown=progress is True):

@@ -17,6 +17,7 @@ from sae.evaluation.models import check_placed
 from sae.evaluation.nulls import null_fvus
 from sae.lm.masking import norm_mask
 from sae.lm.site import Site, columns_of
+from sae.stream.drawn import Drawn, is_iterator
 from sae.stream.tensors import TensorSource, cut, divided, given_activations
 
 log = logging.getLogger(__name__)
@@ -105,13 +106,16 @@ def without_overflow(found: Any) -> Any:
     return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
-def held_out_of(given: Any, coders: dict[str, SparseCoder]) -> TensorSource:
+def held_out_of(given: Any, coders: dict[str, SparseCoder], tokens: int) -> TensorSource:
     """Returns what is to be measured on of given activations: of those that the coder was trained on, what it was not.
 
-    Of others, all; or what lies in their folder for held-out ones, if they have it. ConfigError if they lack a site.
+    Of an iterator, the next `tokens` vectors. Of others, all; or what lies in their folder for held-out ones, if they
+    have it. ConfigError if they lack a site.
     """
     spec = next(iter(coders.values())).spec
     check_placed(coders)
+    if is_iterator(given):
+        given = [block.activations for block in Drawn(given, spec.reads[0].name, BLOCK).peek(tokens).blocks]
     stored = given_activations(given, spec.reads[0].name)
     names = list({site.name: None for c in coders.values() for site in (*c.spec.reads, *c.spec.writes)})
     trained = spec.training.get("tensors", {})

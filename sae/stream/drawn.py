@@ -64,7 +64,6 @@ class Drawn:
         found = next(((a, b) for a, b in pairs if hasattr(given, a) and hasattr(given, b)), None)
         self.ask, self.set_back = (getattr(given, method) for method in found) if found else (None, None)
         self.iterator = iter(given)
-        self.names: list[str] = []
         self.items, self.vectors, self.next = 0, 0, 0
         self.ready: dict[int, Block] = {}
         self.marks: list[tuple[int, str]] = []
@@ -76,6 +75,8 @@ class Drawn:
         if self.first is None:
             raise ConfigError("activations: the iterator gives nothing")
         self.like = self.first
+        self.names = self.first.names
+        """The sites that are read: all, unless set otherwise."""
 
     @property
     def resumable(self) -> bool:

@@ -250,9 +250,8 @@ def stored_at(path: str) -> Stored:
         files, apart = sorted(here.glob("*.safetensors")), sorted((here / HELD_OUT).glob("*.safetensors"))
         if not files:
             raise ConfigError(f"{FIELD}: {path} holds no .safetensors file{_other_files(here)}")
-        if (here / HEADER).is_file():
-            header = read_json(here / HEADER)
-            about = header.get("fingerprint", {}) if isinstance(header, dict) else {}
+        for folder, there in ((here / HELD_OUT, apart), (here, files)):
+            about = _about(folder, len(there))
     elif here.is_file():
         if here.suffix != ".safetensors":
             raise ConfigError(f"{FIELD}: {path} is no .safetensors file{_conversion(here)}")
@@ -263,6 +262,17 @@ def stored_at(path: str) -> Stored:
             what = "no .safetensors file is matched by" if has_magic(path) else "no such file or folder:"
             raise ConfigError(f"{FIELD}: {what} {path}.{near(path)}")
     return Stored(str(path), [_of_file(file) for file in files], [_of_file(file) for file in apart], about)
+
+
+def _about(folder: Path, files: int) -> dict[str, Any]:
+    """Returns what is known of a folder that was stored here, nothing of others; ConfigError if it is not whole."""
+    header = read_json(folder / HEADER) if (folder / HEADER).is_file() else {}
+    about = header.get("fingerprint") if isinstance(header, dict) else None
+    about = about if isinstance(about, dict) else {}
+    if about.get("blocks", files) != files:
+        way = "run what stored them again with activations.source disk, it continues"
+        raise ConfigError(f"{FIELD}: {folder} holds {files} of {about['blocks']} blocks; {way}")
+    return about
 
 
 def _of_file(path: Path) -> Shard:

@@ -159,7 +159,8 @@ def placed_config(config: TrainConfig) -> TrainConfig:
     data = draccus.encode(config)
     for key, value in flat(data).items():
         if key in PLACES and key != "run_dir" and value != "quickstart":  # that one is made, whatever lies here
-            set_dotted(data, key, from_anywhere(value))
+            here = key == "activations.path" and value  # of this machine, also if it is a glob or has yet to be made
+            set_dotted(data, key, str(Path(value).expanduser().absolute()) if here else from_anywhere(value))
     return decode(TrainConfig, data)
 
 

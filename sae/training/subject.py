@@ -78,16 +78,20 @@ class OfText:
             "special_ids": list(self.mask.special_ids),
             "skip_positions": self.mask.skip_positions,
         }
-        if not settings.path:
-            return _on_disk(
-                live, cache_dir() / "activations" / fingerprint_key(fingerprint), fingerprint, config, watch
-            )
-        folder = Path(settings.path).expanduser()
-        _check_free(folder, fingerprint)
-        blocks = Blocks(self.text.held_out, settings.block_rows, config.seed)
-        every = replace(config, activations=replace(settings, source="disk"))
-        _on_disk(LiveSource(self.reading, blocks), folder / HELD_OUT, fingerprint | {"part": HELD_OUT}, every, watch)
-        return _on_disk(live, folder, fingerprint, config, watch)
+        folder = cache_dir() / "activations" / fingerprint_key(fingerprint)
+        if settings.path:
+            folder, fingerprint = Path(settings.path).expanduser(), fingerprint | {"blocks": len(live)}
+            with collectives.together():
+                if collectives.rank() == 0:
+                    _check_free(folder, fingerprint)
+        source = _opened(live, folder, fingerprint, watch)
+        if settings.path:
+            apart = LiveSource(self.reading, Blocks(self.text.held_out, settings.block_rows, config.seed))
+            about = fingerprint | {"part": HELD_OUT, "blocks": len(apart)}
+            _fill(_opened(apart, folder / HELD_OUT, about, watch), watch)
+        if settings.source == "disk":
+            _fill(source, watch)
+        return source
 
     def open_stream(self, config: TrainConfig, source: Source) -> Stream | RowStream:
         """Returns single tokens of many rows, or whole rows for losses that run the model."""
@@ -262,16 +266,20 @@ def _check_free(folder: Path, fingerprint: dict[str, Any]) -> None:
         raise ConfigError(f"{FIELD}: {reason}; name another folder") from None
 
 
-def _on_disk(live: LiveSource, folder: Path, fingerprint: dict[str, Any], config: TrainConfig, watch: Watch) -> Source:
-    """Returns the blocks as they lie in a folder; of source disk, all of them are stored first."""
+def _opened(live: LiveSource, folder: Path, fingerprint: dict[str, Any], watch: Watch) -> CachedSource:
+    """Returns the blocks as they lie in a folder, or are to lie there."""
     share = collectives.own_share()
     if watch.repair:
         with collectives.together():
             if share.rank == 0:
                 remove_damaged(folder, "activations", fingerprint)
-    source = CachedSource(live, folder, fingerprint, part=str(share.rank))
-    if config.activations.source == "disk":
-        with collectives.together():
-            source.fill(range(share.rank, len(source), share.world_size), watch)
-        source.reload()
-    return source
+    return CachedSource(live, folder, fingerprint, part=str(share.rank))
+
+
+def _fill(source: CachedSource, watch: Watch) -> None:
+    """Stores all blocks, each rank its share."""
+    share = collectives.own_share()
+    stage = watch.stage("storing activations", len(source), "blocks", visible=share.rank == 0)
+    with stage as progress, collectives.together():
+        source.fill(range(share.rank, len(source), share.world_size), replace(watch, progress=progress.update))
+    source.reload()

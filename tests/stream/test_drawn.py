@@ -56,9 +56,7 @@ class Data:
 
 
 def drawn(given, most=20):
-    made = Drawn(given, SITE, most)
-    made.names = [SITE]
-    return made
+    return Drawn(given, SITE, most)
 
 
 def taken(stream, batches):

@@ -1,7 +1,9 @@
 """Runs on stored activations: as on live ones, bit for bit; no model is loaded; what is wrong is said at once."""
 
 import json
+import re
 from functools import partial
+from shutil import copytree
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from sae.base.files import load_tensors
 from sae.base.settings import to_yaml
 from sae.training.estimate import estimate
 from sae.training.run import train
+from sae.training.trainer import NonFiniteError
 
+SHORT = {"tokens": 256, "text.max_tokens": 2000}
 GRID = {"grid": {"coder.selection.k": [2, 4]}, "tokens": 12 * 128}
 
 
@@ -144,12 +148,15 @@ def test_bad_numbers_are_named_by_their_file(tmp_path, quick):
     for name, x in (("a", good), ("b", bad)):
         save_file({"layers.1": x}, tmp_path / f"{name}.safetensors")
     config = of(tmp_path, {"text.held_out_share": 0.1})
+    later = of(tmp_path, {"text.held_out_share": 0.1, "activations.statistics_tokens": 64})
+    with pytest.raises(NonFiniteError, match=r"its batch \(.*b.safetensors, rows 64 to 128\) is in"):
+        train(later, run_dir=tmp_path / "later")
     with pytest.raises(ConfigError, match=r"layers.1 holds NaN or Inf at 1 of 64 tokens in .*b.safetensors, rows 64 "):
         train(config, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_what_cannot_be_is_said_before_anything_is_written(tmp_path, tiny_train, no_model):
+def test_what_cannot_be_is_said_before_anything_is_written(acts, tmp_path, tiny_train, no_model):
     for name, x in (("few", torch.randn(90, 16)), ("more", torch.randn(900, 16))):
         (tmp_path / name).mkdir()
         save_file({"layers.1": x}, tmp_path / name / "x.safetensors")
@@ -165,6 +172,9 @@ def test_what_cannot_be_is_said_before_anything_is_written(tmp_path, tiny_train,
     assert "'layers.7' is not in" in error("more", **{"activations.sites": ["layers.7"]})
     assert "end-to-end terms (kl, ce) run the model live" in error("more", **{"coder.objectives.kl": {"type": "kl"}})
     assert "no such file or folder" in error("nowhere")
+    copytree(acts / "store", tmp_path / "part")
+    (tmp_path / "part" / "shard-000007.safetensors").unlink()
+    assert re.search(r"part holds (\d+) of (?!\1)\d+ blocks; run what stored them again", error("part"))
     assert "is not read by source live" in error("more", **{"activations.source": "live"})
 
 
@@ -174,6 +184,12 @@ def test_a_folder_that_holds_something_else_is_not_stored_in(acts, tmp_path, tin
         assert code == 2, printed
         return error_of(printed)
 
+    with pytest.MonkeyPatch.context() as patch:  # broken off before anything is stored, it goes on
+        patch.setattr("sae.stream.sources.LiveSource.read", lambda *_: 1 / 0)
+        there = {"activations.source": "disk", "activations.path": str(tmp_path / "new"), **SHORT}
+        assert tiny_train(there, folder=tmp_path / "broken")[0] == 1
+    code, printed = tiny_train(there, folder=tmp_path / "again")
+    assert code == 0, printed
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("words")
     before = files(acts / "store")
@@ -251,6 +267,8 @@ def test_a_run_on_an_iterator_killed_and_resumed_equals_uninterrupted(tmp_path):
     held_out = [load_tensors(tmp_path / name / "held_out.safetensors")["vit.3"] for name in ("whole", "killed")]
     assert torch.equal(*held_out)
     assert len(held_out[0]) == 300, "eval.tokens, in whole items"
+    coder = sae.load(tmp_path / "whole")
+    assert sae.evaluate(coder, activations=Items(), tokens=70)["reconstruction"]["tokens"] == 100
 
 
 def test_an_iterator_that_ends_leaves_a_checkpoint_to_go_on_from(tmp_path, quick):
