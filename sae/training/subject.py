@@ -1,6 +1,6 @@
 """What a run reads: a language model over text, or stored activations. Either says what the run asks about it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +279,6 @@ def _opened(live: LiveSource, folder: Path, fingerprint: dict[str, Any], watch: 
 def _fill(source: CachedSource, watch: Watch) -> None:
     """Stores all blocks, each rank its share."""
     share = collectives.own_share()
-    stage = watch.stage("storing activations", len(source), "blocks", visible=share.rank == 0)
-    with stage as progress, collectives.together():
-        source.fill(range(share.rank, len(source), share.world_size), replace(watch, progress=progress.update))
+    with collectives.together():
+        source.fill(range(share.rank, len(source), share.world_size), watch)
     source.reload()
