@@ -1,4 +1,4 @@
-"""What the site takes from elsewhere: READMEs become pages, links to configs and measured rows become these themselves.
+"""What the site takes from elsewhere: READMEs and notebooks are pages; links to configs and measured rows become these.
 
 A paragraph that is nothing but a link to a YAML file becomes the file. A paragraph "Measured: [A; B](PAGE#SECTION)"
 becomes the rows of that section's table that are named "A", "B", or "A, ..."; "…" goes on with a row. A paragraph
@@ -6,6 +6,7 @@ becomes the rows of that section's table that are named "A", "B", or "A, ..."; "
 section. Links to files that are no pages become their names. So no text and no figure stands twice.
 """
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -38,10 +39,29 @@ MEASURED = re.compile(r"^Measured: \[([^\]]+)\]\(([^)\s#]+)#([^)\s]+)\)$", re.MU
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the READMEs as pages."""
+    """Adds the READMEs and notebooks as pages."""
     for page, source in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    for path in (ROOT / "docs").glob("notebooks/*.ipynb"):
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=of_notebook(path)))
     return files
+
+
+def of_notebook(path: Path) -> str:
+    """Returns a notebook as a page: its text, its code, and of what each cell shows the richest form."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", ()):
+            data = {kind: "".join(shown) for kind, shown in output.get("data", {}).items()}
+            if "image/png" in data:
+                parts.append(f'<img src="data:image/png;base64,{data["image/png"].strip()}" alt="">')
+            elif "text/html" in data:
+                parts.append(re.sub(r"\n\s*", "", data["text/html"]))  # an empty line would end it
+            else:
+                parts.append(f"```text\n{''.join(output.get('text', data.get('text/plain', ''))).rstrip()}\n```")
+    return "\n\n".join(parts)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
