@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -125,17 +124,14 @@ def test_values_that_begin_with_dashes_stand_behind_an_equals_sign():
     ids=" ".join,
 )
 def test_it_takes_no_torch(words):
-    """Nor what takes as long: the answer is there within a second on a machine that does nothing else."""
     code = f"""
 import sys
 from cli.{words[0]} import main
 main({words[1:]!r})
 print("LOADED", *[name for name in ("torch", "transformers", "datasets", "pyarrow", "scipy") if name in sys.modules])
 """
-    began = time.process_time()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.splitlines()[-1] == "LOADED"
-    assert time.process_time() - began < 5
 
 
 def test_help_lists_commands_and_groups_and_fields_by_group(capsys):
