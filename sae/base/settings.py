@@ -6,6 +6,7 @@ what is allowed and the nearest match.
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -116,7 +117,7 @@ def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def decode(kind: type[T], data: dict[str, Any], where: str = "") -> T:
     """Returns the dataclass `kind` from plain values; ConfigError names the path, the value and the nearest field."""
-    data = _listed(kind, data)
+    data = _plain(kind, data)
     _check_keys(kind, data, where)
     try:
         return draccus.decode(kind, data)
@@ -125,12 +126,26 @@ def decode(kind: type[T], data: dict[str, Any], where: str = "") -> T:
         raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from error
 
 
-def _listed(kind: Any, data: Any) -> Any:
-    """Returns plain values in which one address for a list of them is a list of it."""
-    if not (dataclasses.is_dataclass(kind) and isinstance(data, dict)):
+def _plain(kind: Any, data: Any) -> Any:
+    """Returns values as a file has them: 1e6 where a whole number belongs, one address for a list of them as a list.
+
+    NumPy's and torch's numbers are numbers, their arrays lists, and paths text.
+    """
+    data = os.fspath(data) if isinstance(data, os.PathLike) else data
+    data = data.tolist() if callable(getattr(data, "tolist", None)) else data
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if isinstance(data, float) and int in kinds and float not in kinds and data.is_integer():
+        return int(data)
+    if isinstance(data, list | tuple):
+        return [_plain(get_args(kind)[0] if get_origin(kind) in (list, tuple) else None, item) for item in data]
+    if not isinstance(data, dict):
         return [data] if kind == tuple[str, ...] and _is_address(data) else data
-    hints = get_type_hints(kind)
-    return {key: _listed(hints.get(key), value) for key, value in data.items()}
+    if get_origin(kind) is dict:
+        return {key: _plain(get_args(kind)[1], value) for key, value in data.items()}
+    if isinstance(kind, type) and issubclass(kind, Plugin) and isinstance(data.get("type"), str):
+        kind = names(kind).get(data["type"], kind)
+    hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+    return {key: _plain(hints.get(key), value) for key, value in data.items()}
 
 
 def _is_address(value: Any) -> bool:

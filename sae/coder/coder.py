@@ -80,7 +80,7 @@ class SparseCoder(Published, Folding):
         `gradients` is what a rule whose inference is "gradient" looks at beside x (ValueError without), and no other.
         With `latents`, some ids, their entries alone, to rounding; no more is read than that takes (`partial.py`).
         """
-        x = _activations(x)
+        x = as_floats(x)
         if latents is not None:
             rows = self._rows(x, torch.promote_types(self.W_enc.dtype, torch.float32))
             beside = None if gradients is None else gradients.reshape(-1, self.spec.d_out)
@@ -103,26 +103,29 @@ class SparseCoder(Published, Folding):
         Differentiable like `forward`, at the latents that are kept, unless gradients are off; `gradients` as in
         `encode`.
         """
-        x = _activations(x)
+        x = as_floats(x)
         return self._latents(self._rows(x), gradients).to_dense().reshape(*x.shape[:-1], self.spec.d_sae)
 
     def decode(
         self,
-        latents: SparseLatents | Float[Tensor, "*shape d_sae"],
+        latents: SparseLatents | Float[Tensor, "*shape d_sae"] | Any,
         x: Float[Tensor, "*shape d_in"] | Any | None = None,
     ) -> Float[Tensor, "*shape d_out"]:
         """Returns the reconstruction from codes, sparse or dense, without the skip path.
 
         Per-token normalization is undone with the statistics of `x`, which must then be given (ValueError).
         """
-        latents = SparseLatents.from_dense(latents) if isinstance(latents, Tensor) else latents
+        if not isinstance(latents, SparseLatents):
+            latents = SparseLatents.from_dense(
+                as_floats(latents, "latents", "codes [..., d_sae]").to(self.b_dec.device)
+            )
         if latents.d_sae != self.spec.d_sae:
             raise ValueError(f"latents: they are of {latents.d_sae} latents, but this coder has {self.spec.d_sae}")
         if self.spec.normalization.per_token and x is None:
             kind = self.spec.normalization.kind
             raise ValueError(f"decode: normalization {kind!r} is undone per token; pass x")
         out = self.decoded(latents.values, latents.offsets, latents.ids) + self.b_dec
-        like = out.new_zeros(len(out), self.spec.d_in) if x is None else self._rows(_activations(x))
+        like = out.new_zeros(len(out), self.spec.d_in) if x is None else self._rows(as_floats(x))
         out = undo(out, self.spec.normalize(like)[1])
         return out.reshape(*latents.shape[:-1], self.spec.d_out)
 
@@ -130,7 +133,7 @@ class SparseCoder(Published, Folding):
         self, x: Float[Tensor, "*shape d_in"] | Any, gradients: Float[Tensor, "*shape d_out"] | None = None
     ) -> CoderOutput:
         """Returns (out, latents) of x, differentiable unless gradients are off; `gradients` as in `encode`."""
-        x = _activations(x)
+        x = as_floats(x)
         rows = self._rows(x)
         latents = self._latents(rows, gradients)
         out = self.decode(latents, rows).reshape(*x.shape[:-1], self.spec.d_out)
@@ -283,16 +286,16 @@ class SparseCoder(Published, Folding):
         return x.reshape(-1, self.spec.d_in).to(self.W_enc.device, dtype or self.W_enc.dtype)
 
 
-def _activations(x: Any) -> Tensor:
-    """Returns activations as a tensor; TypeError says what was given instead."""
+def as_floats(x: Any, argument: str = "x", wanted: str = "activations [..., d_in]") -> Tensor:
+    """Returns a tensor, an array or a list as a tensor of floats; TypeError says what was given instead."""
     if not isinstance(x, Tensor):
         try:
             x = torch.from_numpy(np.array(x))
         except (TypeError, ValueError):  # text, objects, lists of unequal lengths
-            raise TypeError(f"x: expected activations [..., d_in], not a {type(x).__name__}") from None
+            raise TypeError(f"{argument}: expected {wanted}, not a {type(x).__name__}") from None
     if not x.is_floating_point() or not x.ndim:
-        given = f"{x.dtype} {list(x.shape)}"
-        raise TypeError(f"x: expected activations [..., d_in], not {given}; token ids go through the language model")
+        hint = "; token ids go through the language model" if argument == "x" else ""
+        raise TypeError(f"{argument}: expected {wanted}, not {x.dtype} {list(x.shape)}{hint}")
     return x
 
 

@@ -59,6 +59,31 @@ class CoderTensors(nn.Module):
         for name, start in spec.selection.buffers(spec.d_sae).items():
             self.register_buffer(name, start.to(device))
 
+    @property
+    def d_in(self) -> int:
+        """Returns the width of what it reads."""
+        return self.spec.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Returns the width of what it writes."""
+        return self.spec.d_out
+
+    @property
+    def d_sae(self) -> int:
+        """Returns the number of latents."""
+        return self.spec.d_sae
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Returns the precision of its matrices."""
+        return self.W_dec.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Returns where its tensors are."""
+        return self.W_dec.device
+
     def to_dtype(self, dtype: torch.dtype | None) -> "Self":
         """Returns this coder with its matrices and biases in another precision (None: as they are, nothing is read).
 

@@ -109,7 +109,8 @@ class Tensorlike:
         return own(*args, **(kwargs or {}))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        return self.to_dense().detach().cpu().numpy().astype(dtype, copy=False)
+        made = self.to_dense().detach().cpu().numpy()
+        return made if dtype is None else made.astype(dtype, copy=False)  # None would be float64
 
     def __dlpack__(self, **options: Any) -> Any:
         return self.to_dense().detach().__dlpack__(**options)
@@ -250,10 +251,10 @@ class Tensorlike:
     __rmul__, __radd__ = __mul__, __add__  # 0 + z, with which sum() begins, is z
 
     def __rsub__(self, other: Any) -> Any:
-        return (-self)._each(operator.add, other)
+        return (-self)._each(_from, other)
 
     def __rtruediv__(self, other: Any) -> Any:
-        return self._each(lambda z, x: x / z, other)
+        return self._each(_into, other)
 
     def __neg__(self) -> "Self":
         return self._with(values=-self.values)
@@ -330,6 +331,14 @@ class Tensorlike:
         sizes = [1 if i in gone else size for i, size in enumerate(self.shape)]
         left = sizes if keepdim else [size for i, size in enumerate(sizes) if i not in gone]
         return index, torch.Size(left), math.prod(self.shape[i] for i in gone)
+
+
+def _from(z: Any, other: Any) -> Any:
+    return z + other  # of -z
+
+
+def _into(z: Any, other: Any) -> Any:
+    return other / z
 
 
 def _as_index(one: Any, device: torch.device) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sae.base.errors import ConfigError
 from sae.coder import wording
-from sae.coder.coder import SparseCoder
+from sae.coder.coder import SparseCoder, as_floats
 from sae.coder.normalization import undo
 from sae.coder.spec import CoderSpec
 from sae.formats import saelens
@@ -187,7 +187,8 @@ class SaeLensCoder(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Returns the codes of activations [..., d_in], or [..., heads, d_head] while heads are reshaped, densely."""
-        x = self._hooked("hook_sae_input", self.reshape_fn_in(x.to(self.device, self.dtype)))
+        x = as_floats(x).to(self.device, self.dtype)
+        x = self._hooked("hook_sae_input", self.reshape_fn_in(x))
         self._seen = x if self.coder.spec.normalization.per_token else None
         return self._hooked("hook_sae_acts_post", self.coder.encode_dense(x))
 
@@ -201,6 +202,7 @@ class SaeLensCoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the reconstruction, or the prediction, of activations; with `use_error_term`, the activations."""
+        x = as_floats(x)
         out = self.decode(self.encode(x))
         if self.coder.spec.skip:
             out = out + self.reshape_fn_out(self.coder.skipped(self.reshape_fn_in(x)), self.d_head).to(out)

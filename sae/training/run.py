@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainResult:
     """What a finished run leaves."""
 
@@ -59,12 +59,17 @@ class TrainResult:
     metrics: dict[str, dict[str, Any]]
     """The final held-out evaluation by coder name."""
 
+    def __repr__(self) -> str:
+        return "\n".join(
+            [f"TrainResult({str(self.run_dir)!r})", *(f"  {name}: {c}" for name, c in self.coders.items())]
+        )
+
 
 def train(
     config: TrainConfig | dict[str, Any] | Path | str,
     resume: bool = False,
     trust_remote_code: bool = False,
-    run_dir: Path | None = None,
+    run_dir: Path | str | None = None,
     repair: bool = False,
     *,
     model: "ModelLike | None" = None,
@@ -94,6 +99,8 @@ def train(
     """
     if not isinstance(resume, bool):
         raise wrong("resume", resume, "True or False; the folder to go on in is run_dir")
+    if not isinstance(run_dir, str | os.PathLike | None):
+        raise wrong("run_dir", run_dir, "the path of a folder")
     config, told, watch = as_config(config), Callbacks(callbacks), Watch(repair=repair, display=progress)
     config, activations = with_activations(config, activations)
     config.validate()

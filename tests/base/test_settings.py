@@ -1,9 +1,12 @@
 """Configs: what is typed becomes what is meant, or one line that names the field, the value and the nearest match."""
 
 import dataclasses
+from pathlib import Path
 
 import draccus
+import numpy as np
 import pytest
+import torch
 
 from cli.common import read_config
 from sae.base.errors import ConfigError
@@ -39,6 +42,26 @@ def test_the_file_overrides_defaults_and_options_override_the_file(tmp_path):
     path.write_text("tokens: 1000\noptim: {lr: 1e-2, ema: 0.5}\n", encoding="utf-8")
     config = read("--optim.ema", "0.9", path=path)
     assert (config.tokens, config.optim.lr, config.optim.ema, config.optim.beta1) == (1000, 0.01, 0.9, 0.9)
+
+
+def test_values_of_python_are_those_of_a_file():
+    typed = {
+        "tokens": np.int64(1000),
+        "batch_tokens": 1e2,
+        "optim": {"lr": np.float32(0.5), "warmup_share": torch.tensor(0.25)},
+        "coder": {"d_sae": 1e3, "selection": {"type": "topk", "k": 4.0}},
+        "text": {"source": Path("folder")},
+        "activations": {"sites": np.array(["layers.2"])},
+    }
+    config = decode(TrainConfig, typed)
+    assert (config.tokens, config.batch_tokens, config.coder.d_sae) == (1000, 100, 1000)
+    assert {type(n) for n in (config.tokens, config.batch_tokens, config.coder.d_sae, config.coder.selection.k)} == {
+        int
+    }
+    assert (config.optim.lr, config.text.source, config.activations.sites) == (0.5, "folder", ("layers.2",))
+    assert read("--tokens", "1e6").tokens == 1_000_000
+    with pytest.raises(ConfigError, match=r"^tokens: 1\.5 is not a whole number$"):
+        decode(TrainConfig, {"tokens": np.float64(1.5)})
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,21 @@ def test_what_is_no_activations_is_one_line(given, message, act):
         getattr(coder(), act)(given)
 
 
+def test_arrays_and_lists_are_codes():
+    c = coder()
+    dense = c.encode_dense(torch.randn(3, 6)).detach()
+    for given in (dense.numpy(), dense.tolist(), dense.double().numpy()):
+        torch.testing.assert_close(c.decode(given), c.decode(dense))
+    for given in (None, "text", coder(), torch.ones(3, 16, dtype=torch.long)):
+        with pytest.raises(TypeError, match=r"^latents: expected codes \[\.\.\., d_sae\], not "):
+            c.decode(given)
+
+
+def test_a_coder_says_its_sizes_and_where_it_is():
+    c = coder(dtype=torch.bfloat16)
+    assert (c.d_in, c.d_sae, c.d_out, c.dtype, c.device.type) == (6, 16, 6, torch.bfloat16, "cpu")
+
+
 def test_a_wrong_width_is_named():
     with pytest.raises(ValueError, match="last dimension is 5, but this coder has d_in = 6"):
         coder()(torch.randn(3, 5))

@@ -46,6 +46,8 @@ def test_attributes_are_those_of_the_dense_tensor(leading):
     same(torch.tensor(z), dense)
     same(z.to_sparse().to_dense(), dense)
     assert np.asarray(z, dtype="f8").dtype == np.float64
+    for one, right in ((z, np.float32), (z.to(torch.float16), np.float16), (z > 0, np.bool_)):
+        assert (one.numpy().dtype, np.asarray(one).dtype) == (right, right)
 
 
 MASK = dense_codes(2, 5, seed=1)[..., 0] > 0

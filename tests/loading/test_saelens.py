@@ -55,6 +55,8 @@ def test_the_numbers_are_those_of_the_coder(how):
     torch.testing.assert_close(acts, coder.encode(x).to_dense())
     torch.testing.assert_close(lens.decode(acts), coder.decode(coder.encode(x), x))
     torch.testing.assert_close(lens(x), coder(x).out)
+    torch.testing.assert_close(lens(x.numpy()), lens(x))
+    torch.testing.assert_close(lens.decode(lens.encode(x.tolist()).numpy()), lens.decode(acts))
     assert lens.W_enc.shape == (D, M)
     assert lens.W_dec.shape == (M, coder.spec.d_out)
     kind = coder.spec.normalization

@@ -50,11 +50,18 @@ def test_what_is_no_config_is_one_line(given):
         sae.train(given)
 
 
+def test_a_folder_that_is_none_is_one_line(config):
+    with pytest.raises(TypeError, match=r"^run_dir: 3 was given; it takes the path of a folder$"):
+        sae.train(config, run_dir=3)
+
+
 def test_a_run_of_a_loaded_model_is_that_of_its_name(quick, config, model, tiny_model, tmp_path):
     named = sae.train(config, run_dir=tmp_path / "named", progress=False)
     nothing = tiny_config("/absent", config.text.source, FEW)
     given = sae.train(nothing, run_dir=tmp_path / "given", model=model, progress=False)
     assert given.metrics == named.metrics
+    assert str(given).startswith(f"TrainResult('{tmp_path / 'given'}')\n  model.layers.")
+    assert max(map(len, str(given).splitlines())) < 300, "a cell's last line is to be read"
     assert lines(tmp_path / "given") == lines(tmp_path / "named")
     assert read_yaml(tmp_path / "given/config.yaml") == read_yaml(tmp_path / "named/config.yaml")
     (coder,) = given.coders.values()
