@@ -50,6 +50,31 @@ def test_what_is_no_config_is_one_line(given):
         sae.train(given)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (TrainConfig(tokens="5k"), "tokens: '5k' is not a whole number"),
+        (TrainConfig(tokens=1.5), "tokens: 1.5 is not a whole number"),
+        (
+            "quickstart",
+            "config: no such file: quickstart. sae-train --config quickstart --print-config prints",
+        ),
+        ("quikstart", "config: no such file: quikstart. Did you mean 'quickstart'?"),
+        ("nothing/at/all.yaml", "config: no such file: nothing/at/all.yaml."),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_is_wrong_in_a_config_is_one_line(given, message):
+    with pytest.raises(ConfigError) as found:
+        sae.train(given)
+    assert str(found.value).startswith(message)
+
+
+def test_whole_numbers_of_a_config_are_whole():
+    config = as_config(TrainConfig(tokens=5e3))
+    assert (config, type(config.tokens)) == (TrainConfig(tokens=5000), int)
+
+
 def test_a_folder_that_is_none_is_one_line(config):
     with pytest.raises(TypeError, match=r"^run_dir: 3 was given; it takes the path of a folder$"):
         sae.train(config, run_dir=3)
