@@ -77,10 +77,11 @@ def command(argv: list[str]) -> int:
         report(options.json, told, (f"{name:20}{about}" for name, about in told.items()))
         return DONE
 
+    path = config_path(options.config, "explain") if options.config else None  # a wrong name needs no import of torch
+
     from interp.run.config import ExplainConfig
     from interp.run.rundir import saved_config
 
-    path = config_path(options.config, "explain") if options.config else None
     of_a_run = path is not None and (path.parent / "env.json").is_file()  # which an older version may have written
     began = saved_config(path.parent) if path and of_a_run else None
     said = fields_of(path, "explain") if path and not began else {}

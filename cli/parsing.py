@@ -41,6 +41,7 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         super().__init__(prog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
         self.config, self.groups, self.commands = config, groups, commands or {}
+        self.register("type", int, _whole)
         common = self.add_argument_group("of all commands")
         common.add_argument(*QUIET, action="store_true", help="warnings and errors only, no bars")
         common.add_argument(*VERBOSE, action="store_true", help="also what helps to find a fault")
@@ -85,6 +86,9 @@ class Parser(argparse.ArgumentParser):
                 words[-1] = f"{last}={word}"
             else:
                 words.append(word)
+        if any(word.partition("=")[0] == "--help-fields" for word in map(self._spelled, words)):
+            for action in self._get_positional_actions():
+                action.required = False
         options, typed = self.parse_known_args(words)
         if options.help_fields is not None:
             tell_fields(self.table, options.help_fields, options.json)
@@ -138,7 +142,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]
         """Raises ConfigError."""
-        raise ConfigError(message)
+        more = f"; {self.prog} --help says what they are" if message.startswith("the following arguments are") else ""
+        raise ConfigError(message.removeprefix("argument ") + more)
+
+
+def _whole(text: str) -> int:
+    """Returns a whole number however it is written: 1000000, 1_000_000 or 1e6."""
+    try:
+        return int(text)
+    except ValueError:
+        if not float(text).is_integer():
+            raise
+        return int(float(text))
 
 
 def _why_not(word: str, known: Iterable[str]) -> str:

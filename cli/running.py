@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import select
 import signal
 import sys
@@ -28,7 +29,7 @@ def run(command: Callable[[list[str]], int], argv: list[str] | None = None) -> i
     Results go to standard output, all else to standard error: as much as `--quiet` and `--verbose` or $SAE_LOG ask for.
     Errors are one line; `--debug` adds the traceback.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [one for word in (sys.argv[1:] if argv is None else argv) for one in _apart(word)]
     debug, quiet, verbose = (_taken(arguments, *names) for names in (DEBUG, QUIET, VERBOSE))
     try:
         with ExitStack() as shown:
@@ -55,6 +56,11 @@ def run(command: Callable[[list[str]], int], argv: list[str] | None = None) -> i
             traceback.print_exc()
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return getattr(error, "exit_code", ERROR)
+
+
+def _apart(word: str) -> list[str]:
+    """Returns the short options of all commands that one word may hold: -qv is -q and -v."""
+    return [f"-{letter}" for letter in word[1:]] if re.fullmatch("-[qv]{2,}", word) else [word]
 
 
 def _taken(arguments: list[str], *names: str) -> bool:

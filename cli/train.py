@@ -43,20 +43,22 @@ def command(argv: list[str]) -> int:
     if options.list_configs:
         return _list_configs(options.json)
 
-    from sae.training.config import TrainConfig
-
     if options.resume and (options.config or options.on):
         option = "--config" if options.config else "--on"
         raise ConfigError(
             f"{option}: a resumed run has its own; change fields one by one, for example --log.every_steps 50"
         )
+    said = {} if options.resume else recipe(options.config, options.on)  # a wrong name is told before torch is imported
+
+    from sae.training.config import TrainConfig
+
     folder = Path(options.resume) if options.resume else None
     if folder:
         from sae.training.checkpoint import resumed_config, saved_config
 
         config = resumed_config(read_config(TrainConfig, {}, overrides, saved_config(folder)), folder)
     else:
-        config = read_config(TrainConfig, recipe(options.config, options.on), overrides)
+        config = read_config(TrainConfig, said, overrides)
     config.validate()
     if options.print_config:
         from sae.base.settings import encode, to_yaml

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from sae.base.errors import ConfigError, nearest
 from sae.base.fields import Field
 from sae.base.settings import choose
+from sae.base.shipped import configs
 from sae.training.names import TRAINING_ARGUMENTS
 
 USUAL = TRAINING_ARGUMENTS | {  # and by what other trainers of sparse coders call them
@@ -154,7 +155,11 @@ def _stray(word: str, last: Field | None, table: Sequence[Field], options: Seque
     field = field_of(word.replace("-", "_"), table)
     if field is not None or f"--{name}" in options:
         return f"{word!r}: expected --field value; did you mean --{word}?"
-    return f"{word!r}: expected --field value (see --help-fields)"
+    kinds = {"--on": "models", "--config": "families"} if "--on" in options else {"--config": "explain"}
+    for option, kind in kinds.items():
+        if option in options and (word in configs(kind) or (option == "--config" and word.endswith((".yaml", ".yml")))):
+            return f"{word!r}: expected --field value; did you mean {option} {word}?"
+    return f"{word!r}: one word too many; expected --field value (see --help-fields)"
 
 
 def _last(path: str) -> str:

@@ -9,6 +9,8 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from functools import reduce
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -170,7 +172,9 @@ def _check_keys(kind: Any, data: Any, where: str) -> None:
     if not (dataclasses.is_dataclass(kind) and isinstance(kind, type)):
         return
     if not isinstance(data, dict):
-        raise ConfigError(f"{where or 'config'}: {shown(data)} is not a mapping of fields, {_mapping(kind, where)}")
+        raise ConfigError(
+            f"{where or 'config'}: {shown(data)} is not a mapping of fields, {_mapping(kind, where, data)}"
+        )
     if issubclass(kind, Plugin) and "type" in data:
         choose(f"{where}.type", data["type"], names(kind))
         kind, data = names(kind)[data["type"]], {key: value for key, value in data.items() if key != "type"}
@@ -200,14 +204,24 @@ def _family(kind: type[Any]) -> dict[str, type[Any]]:
     return next((names(base) for base in kind.__mro__[1:] if Plugin in base.__bases__), {})  # type: ignore[arg-type]
 
 
-def _mapping(kind: type[Any], where: str) -> str:
-    """Returns an example of the mapping that a class of fields is given as, in a file and as it is typed."""
+def _mapping(kind: type[Any], where: str, given: Any) -> str:
+    """Returns an example of the mapping that a class of fields is given as, in a file and as it is typed.
+
+    It is what was given in its place, if it can be: the name of a plug-in, or the text of the first field.
+    """
     if issubclass(kind, Plugin):
-        first, value = "type", next(iter(names(kind)))
+        path, value = ["type"], next(iter([*get_close_matches(str(given), names(kind), 1), *names(kind)]))
     else:
-        field = dataclasses.fields(kind)[0]
-        first, value = field.name, field.default if isinstance(field.default, str | int | float) else "..."
-    return f"such as {{{first}: {value}}}" + (f"; or type --{where}.{first} {value}" if where else "")
+        path, hint, value = [], kind, None
+        while dataclasses.is_dataclass(hint):
+            field = dataclasses.fields(hint)[0]
+            hint, value = get_type_hints(hint)[field.name], field.default
+            path.append(field.name)
+        if hint is str and isinstance(given, str) and given:
+            value = shown(given)[1:-1]
+        value = value if isinstance(value, str | int | float) and value != "" else "..."
+    example = reduce(lambda inner, name: f"{{{name}: {inner}}}", reversed(path), str(value))
+    return f"such as {example}" + (f"; or type --{'.'.join([where, *path])} {value}" if where else "")
 
 
 def _such_as(hint: Any, value: Any) -> str:
@@ -260,13 +274,18 @@ _FITS: dict[Any, tuple[Callable[[Any], bool], str]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4)."""
+    """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4), and 1.5e6 a whole one."""
+
+    def _number(self, node: yaml.ScalarNode) -> float:
+        value = self.construct_yaml_float(node)
+        return int(value) if "e" in node.value.lower() and value.is_integer() else value
 
 
 class _Dumper(yaml.SafeDumper):
     """Its counterpart, which puts text that looks like such a number in quotes."""
 
 
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader._number)
 for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")

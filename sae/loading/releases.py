@@ -191,10 +191,15 @@ def list_released(model: str | None = None, release: str | None = None) -> list[
 
 
 def _meant(known: list[str], typed: str) -> list[str]:
-    """Returns the names that are what was typed, or end in it behind a slash; else those that it is part of."""
+    """Returns the names that are what was typed, or end in it behind a slash; else those that it is part of.
+
+    If there is none, what stands between letters and figures does not count: "Gemma2" and "gemma 2" are gemma-2.
+    """
     part = typed.lower()
     whole = [name for name in known if part in (name.lower(), name.lower().rpartition("/")[2])]
-    return whole or [name for name in known if part and part in name.lower()]
+    found = whole or [name for name in known if part and part in name.lower()]
+    plain = re.sub(r"[^a-z0-9]", "", part)
+    return found or [name for name in known if plain and plain in re.sub(r"[^a-z0-9]", "", name.lower())]
 
 
 def _summed_up(row: dict[str, Any]) -> ReleaseSummary:

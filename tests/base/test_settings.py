@@ -162,7 +162,30 @@ def test_text_stays_text_and_numbers_are_numbers():
     assert read("--model.name", "null").model.name == "null"
     assert read("--model.revision", "null").model.revision is None
     assert parse_value(TrainConfig, "optim.lr", "1e-4") == 1e-4
+    tokens = read("--tokens", "1.5e6").tokens
+    assert (tokens, type(tokens)) == (1_500_000, int)
+    assert type(read("--optim.lr", "1e0").optim.lr) is float
+    for text in ("1e999", "1e-3", "1.5"):
+        with pytest.raises(ConfigError, match=r"tokens: .* is not a whole number"):
+            read("--tokens", text)
     assert parse_value(TrainConfig, "activations.sites", "[a.b, c:input]") == ["a.b", "c:input"]
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"coder": {"selection": "jumprelu"}}, "such as {type: jumprelu}; or type --coder.selection.type jumprelu"),
+        ({"coder": {"selection": "topkk"}}, "such as {type: topk}; or type --coder.selection.type topk"),
+        ({"model": "gpt2"}, "such as {name: gpt2}; or type --model.name gpt2"),
+        ({"text": "my.txt"}, "such as {source: my.txt}; or type --text.source my.txt"),
+        ({"model": "http://me:key@host/x"}, "such as {name: http://***host/x}; or type --model.name http://***host/x"),
+        ({"model": 3}, "such as {name: quickstart}; or type --model.name quickstart"),
+    ],
+)
+def test_what_is_no_mapping_is_told_with_it_in_its_place(data, told):
+    with pytest.raises(ConfigError) as refused:
+        decode(TrainConfig, data)
+    assert str(refused.value).endswith(told)
 
 
 def test_text_that_looks_like_a_number_survives_a_file(tmp_path):

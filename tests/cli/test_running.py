@@ -51,6 +51,13 @@ def test_as_much_is_said_as_was_asked_for(monkeypatch, capsys, options, variable
     assert told == [f"{name} {level}" for name in names for level in heard]
 
 
+def test_short_options_may_be_one_word(capsys):
+    assert running.run(talk, ["-qq"]) == 0
+    assert "info" not in capsys.readouterr().err
+    assert running.run(talk, ["-qv"]) == 2
+    assert capsys.readouterr().err == "error: --quiet: does not go with --verbose; choose one\n"
+
+
 def test_what_was_asked_for_twice_or_is_no_level_is_one_line(monkeypatch, capsys):
     assert running.run(talk, ["-q", "-v"]) == 2
     assert capsys.readouterr().err == "error: --quiet: does not go with --verbose; choose one\n"

@@ -43,6 +43,13 @@ ROOT = Path(__file__).parents[2]
         ("--model", "--model: its value is missing, such as --model '{name: quickstart}'"),
         ("--activations.sites a b", "'b': a list goes in brackets: --activations.sites '[A, b]'"),
         ("coder.selection.k 3", "'coder.selection.k': expected --field value; did you mean --coder.selection.k?"),
+        ("smollm2", "'smollm2': expected --field value; did you mean --on smollm2?"),
+        ("jumprelu", "'jumprelu': expected --field value; did you mean --config jumprelu?"),
+        ("mine.yaml", "'mine.yaml': expected --field value; did you mean --config mine.yaml?"),
+        ("something", "'something': one word too many; expected --field value"),
+        ("--config", "--config: expected one argument"),
+        ("--config topkk", "--config: no file and no shipped config 'topkk'. Did you mean 'topk'?"),
+        ("--on smolm2", "--on: no file about a model 'smolm2'. Did you mean 'smollm2'?"),
         ("dry-run", "'dry-run': expected --field value; did you mean --dry-run?"),
         ("--coder.selection.type topkk", "coder.selection.type: 'topkk' is not one of "),
         ("--coder.objectives.mine.type l00", "coder.objectives.mine.type: 'l00' is not one of "),
@@ -71,6 +78,17 @@ def test_what_is_no_field_is_told_with_what_was_meant(typed, told, capsys):
             "--coder.selection.k: not used here; fields of model, second_model, text",
         ),
         (load, "shw x", "COMMAND: 'shw' is not one of "),
+        (explain, "runs/x keyless", "'keyless': expected --field value; did you mean --config keyless?"),
+        (explain, "runs/x topk", "'topk': one word too many; "),
+        (
+            explain,
+            "runs/x --config keylss",
+            "--config: no file and no shipped config 'keylss'. Did you mean 'keyless'?",
+        ),
+        (evaluate, "", "the following arguments are required: path; sae-eval --help says what they are"),
+        (evaluate, "x --tokens many", "--tokens: invalid int value: 'many'"),
+        (evaluate, "x --tokens 1.5", "--tokens: invalid int value: '1.5'"),
+        (evaluate, "x --tokens 0e3", "--tokens: 0 must be at least 1"),
         (load, "list --modl x", "--modl: no such option. Did you mean '--model'?"),
     ],
 )
@@ -91,6 +109,12 @@ def test_what_is_a_field_passes(typed, capsys, monkeypatch):
     monkeypatch.setattr("cli.train.recipe", lambda *_: {"grid": 3})  # refused once the fields are known
     assert train.main(typed.split()) == 2
     assert "such field" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed", ["--help-fields", "--help_fields text", "--help-fields=text.source --json"])
+def test_fields_are_told_whatever_else_is_missing(typed, capsys):
+    assert evaluate.main(typed.split()) == 0
+    assert "text.source" in capsys.readouterr().out
 
 
 def test_other_names_lead_to_fields():

@@ -254,6 +254,8 @@ def test_the_list_can_be_had_for_one_model():
     assert [row.name for row in rows] == sorted(row.name for row in rows)
     assert {row.model for row in rows} == {"openai-community/gpt2"}
     assert rows == sae.list_released("openai-community/GPT2")
+    assert {row.model for row in sae.list_released("Gemma2")} >= {"google/gemma-2-2b", "google/gemma-2-9b"}
+    assert sae.list_released("GPT 2") == rows
     by_name = {row.name: row for row in sae.list_released()}
     assert len(by_name) == len(releases.names()) > 180
     scope = by_name["gemma-scope-2b-pt-res"]
