@@ -195,7 +195,7 @@ def test_a_module_that_never_runs_is_an_error_and_not_silence(monkeypatch, tiny_
         (["--optim.lr", "fast"], "optim.lr: 'fast' is not a number"),
         (["--optim.lr", ".inf"], "optim.lr: inf is not a number"),
         (["--coder.selection.kk", "3"], "--coder.selection.kk: no such field. Did you mean --coder.selection.k?"),
-        (["--codr.d_sae", "3"], "codr: no such field. Did you mean 'coder'?"),
+        (["--codr.d_sae", "3"], "--codr.d_sae: no such field. Did you mean --coder.d_sae?"),
         (["--coder.selection.type", "top_k"], "coder.selection.type: 'top_k' is not one of "),
         (["--tokens", "many"], "tokens: 'many' is not a whole number"),
         (["--tokens", "true"], "tokens: True is not a whole number"),
