@@ -7,7 +7,8 @@ coder, `run_evals` measures the adapter and what `SAE.load_from_disk` makes of o
 model hooked by TransformerLens. What the definitions have in common (CE, squared error, explained variance, L0, cosine)
 is compared with our own figures of the same Hugging Face model, and the adapter is attached to a small
 HookedSAETransformer by `run_with_saes`. Coders are made of activations, not trained. Prints a table; exits with 1 where
-any two figures differ by more than 1e-4, relative to max(1, |b|).
+any two figures differ by more than 1e-4, relative to max(1, |b|), or more than this share of all (token, latent) pairs
+that fire is another: a tie within rounding falls as it will, and is one token of some latent's density.
 """
 
 import argparse
@@ -105,7 +106,7 @@ def ours(coder, lm, tokens):
 
 
 def theirs(coder, model, text, batches):
-    """Returns (SAELens' figures of what stands for its SAE, the tokens that it read: for losses, then for the rest)."""
+    """Returns SAELens' (figures of what stands for its SAE, densities, tokens read: for losses, then for the rest)."""
     how = {"dataset": text, "streaming": False, "context_size": CONTEXT, "store_batch_size_prompts": ROWS}
     store = ActivationsStore.from_sae(model, coder, device="cpu", **how)
     read, tokens = store.get_batch_tokens, []
@@ -114,7 +115,7 @@ def theirs(coder, model, text, batches):
     figures, of_latents = run_evals(coder, store, model, ActivationScaler(), config, exclude_special_tokens=False)
     flat = {name: figures[group][name] for group, names in GROUPS.items() for name in names}
     density = torch.tensor(of_latents["feature_density"])
-    return {**flat, "density of latents": density, "encoder norms": torch.tensor(of_latents["encoder_norm"])}, tokens
+    return {**flat, "encoder norms": torch.tensor(of_latents["encoder_norm"])}, density, tokens
 
 
 def differ(a, b):
@@ -156,8 +157,8 @@ def main():
     sample = lm.tokenizer(" ".join(text["text"]), return_tensors="pt").input_ids[:, : 48 * CONTEXT].reshape(48, CONTEXT)
     acts = capture(lm, [site], sample)[site.name][:, 1:].flatten(0, 1).float()
     worst = 0.0
-    print("| coder | CE clean, with it | explained variance | L0 | adapter - exported | adapter - ours | attached |")
-    print("|---|---|---|---|---|---|---|")
+    print("| coder | CE clean, with it | explained variance | L0 | adapter - exported | adapter - ours | attached | chosen otherwise |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, coder in coders(acts, site):
         if args.only not in (None, name):
             continue
@@ -166,12 +167,12 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             adapter.save_model(folder)
             exported = SAE.load_from_disk(folder)
-        a, tokens = theirs(adapter, model, text, args.batches)
-        b, again = theirs(exported, model, text, args.batches)
+        a, density, tokens = theirs(adapter, model, text, args.batches)
+        b, of_exported, again = theirs(exported, model, text, args.batches)
         assert all(map(torch.equal, tokens, again))
         c = ours(coder, lm, tokens)
         gaps = [max(differ(a[key], b[key]) for key in a), max(differ(a[key], c[key]) for key in c)]
-        gaps.append(attached(coder))
+        gaps += [attached(coder), float((density - of_exported).abs().sum() / (2 * density.sum()))]
         worst = max(worst, *gaps)
         ce = f"{a['ce_loss_without_sae']:.4f}, {a['ce_loss_with_sae']:.4f}"
         figures = f"{a['explained_variance']:.4f} | {a['l0']:.1f}"
