@@ -56,6 +56,7 @@ def test_a_model_is_what_its_name_leads_to(model, tiny_model):
     ],
     ids=["pipeline", "compiled", "parallel", "peft", "all of them", "ours"],
 )
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, as it compiles
 def test_it_is_found_inside_of_what_is_around_it(model, tokenizer, around):
     assert as_language_model(around(model, tokenizer)).model is model
 
