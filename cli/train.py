@@ -87,7 +87,8 @@ def _train(config, folder: Path, resume: bool, options) -> int:
         log.info("run folder   %s", folder)
         if (folder / "report.html").is_file():
             log.info("picture      %s", folder / "report.html")
-        say_next(["sae-eval", folder], ["sae-explain", folder])
+        read = all(site.model for coder in result.coders.values() for site in coder.spec.reads)
+        say_next(["sae-eval", folder], *([["sae-explain", folder]] if read else []))  # of vectors there is no text
     return DONE
 
 

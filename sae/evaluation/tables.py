@@ -18,8 +18,8 @@ SAVED = "evaluation.json"  # in a run's folder
 def to_pandas(found: Any) -> "pd.DataFrame":
     """Returns figures as a table: a row for each coder, by name, and a column for each figure ("reconstruction.fvu").
 
-    Of what `evaluate` or `train` returned, or of a run's folder or evaluation.json; of a metrics.jsonl, a row for each
-    of its lines. ConfigError if pandas is not installed, or there is no such file.
+    Of what `evaluate` or `train` returned, or of a run's folder or evaluation.json. ConfigError if pandas is not
+    installed, or there is no such file. What was measured on the way is in `sae.history`.
     """
     try:
         import pandas as pd
@@ -30,10 +30,7 @@ def to_pandas(found: Any) -> "pd.DataFrame":
         path = path / SAVED if path.is_dir() else path
         if not path.is_file():
             raise ConfigError(f"found: no such file: {path}")
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            return pd.DataFrame([flat(json.loads(line)) for line in text.splitlines()])
-        found = json.loads(text)
+        found = json.loads(path.read_text(encoding="utf-8"))
     found = getattr(found, "metrics", found)
     if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):
         raise wrong("found", found, "what evaluate or train returned, or the path of a run's folder or figures")

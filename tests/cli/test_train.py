@@ -13,6 +13,7 @@ import torch
 import yaml
 from rigs.fakes import tiny_config
 from rigs.runs import assert_equal, checkpoints, files, lines
+from safetensors.torch import save_file
 
 import sae.training.run
 from cli import ended_by, running
@@ -305,6 +306,16 @@ def test_gradients_are_streamed_alike_from_the_model_and_from_disk_and_mask_ever
     assert all("with_gradients" not in result for name, result in evaluated.items() if name.endswith("/topk"))
     assert tiny_train(folder=tmp_path / "plain")[0] == 0
     assert not hub.load(tmp_path / "plain").spec.mask.next_token
+
+
+def test_what_is_next_is_possible(tmp_path, tiny_train):
+    save_file({"vit.3": torch.randn(900, 16)}, tmp_path / "acts.safetensors")
+    stored = {"source": "tensors", "path": str(tmp_path / "acts.safetensors"), "sites": ["vit.3"]}
+    changes = {"tokens": 256, **{f"activations.{name}": value for name, value in stored.items()}}
+    code, printed = tiny_train(changes, model="quickstart", folder=tmp_path / "of vectors")
+    assert code == 0
+    assert f"next         sae-eval '{tmp_path / 'of vectors'}'" in printed
+    assert "sae-explain" not in printed  # there is no text
 
 
 @pytest.mark.parametrize(

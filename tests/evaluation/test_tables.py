@@ -27,16 +27,11 @@ def test_of_one_and_of_several_coders():
     assert pd.isna(table.loc["b", "loss.ce"])
 
 
-def test_of_a_runs_folder_and_of_its_log(tmp_path):
+def test_of_a_runs_folder(tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps({"a": ONE, "b": OTHER}))
     wanted = sae.to_pandas({"a": ONE, "b": OTHER})
     for where in (tmp_path, str(tmp_path), tmp_path / "evaluation.json"):
         pd.testing.assert_frame_equal(sae.to_pandas(where), wanted)
-    lines = [{"step": 1, "coder": "a", "fvu": 0.5}, {"step": 1, "coder": "a", "held_out": ONE}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    table = sae.to_pandas(tmp_path / "metrics.jsonl")
-    assert table["fvu"].tolist()[0] == 0.5
-    assert table["held_out.loss.ce"].tolist()[1] == 3.0
     with pytest.raises(ConfigError, match=r"^found: no such file: .*absent"):
         sae.to_pandas(tmp_path / "absent")
 
