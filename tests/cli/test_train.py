@@ -290,6 +290,7 @@ def test_six_different_coders_of_one_pass_equal_those_trained_alone(tmp_path, ti
         assert evaluated[0][key] == evaluated[1][key]
 
 
+@pytest.mark.slow  # of one coder: tests/training/test_subject.py
 def test_gradients_are_streamed_alike_from_the_model_and_from_disk_and_mask_every_coder(tmp_path, tiny_train):
     coders = {"topk": {"selection": {"type": "topk", "k": 4}}, "g": {"selection": {"type": "gradient_topk", "k": 4}}}
     for source in ("live", "disk", "write_through"):

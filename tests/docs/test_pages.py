@@ -43,6 +43,8 @@ SMALL = {
     "sae-train": "--tokens 8192 --text.max_tokens 20000 --eval.tokens 1000 --activations.statistics_tokens 4096",
     "sae-explain": "--latents random:20 --evidence.tokens 40000",
 }
+TRAINING = ("docs/training.md", "interp/README.md")
+"""Pages whose Python trains or explains, for a quarter of a minute."""
 RUN, MODEL = "runs/quickstart", "quickstart"
 STANDS_FOR = {  # what a page writes where a reader puts something of their own
     **dict.fromkeys(("RUN", "RUN_A", "RUN_B", "RUN_DIR", "A"), RUN),
@@ -92,7 +94,13 @@ def main_of(words: list[str]):
     return import_module(COMMANDS[words[0]]).main
 
 
-@pytest.mark.parametrize("page", sorted({block.page for block in of("python", run=True)}))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page in TRAINING))
+        for page in sorted({block.page for block in of("python", run=True)})
+    ],
+)
 def test_python_runs(page, shell, monkeypatch):
     """The blocks of a page are one program; a plug-in is forgotten again."""
     for family in (Selection, Objective, Explainer, Scorer):

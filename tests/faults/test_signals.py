@@ -55,7 +55,7 @@ def whole(tmp_path_factory):
     ("phase", "number"),
     [
         *(pytest.param(p, signal.SIGTERM, marks=() if p in QUICK else pytest.mark.slow) for p in PHASES),
-        ("a step", signal.SIGUSR1),
+        pytest.param("a step", signal.SIGUSR1, marks=pytest.mark.slow),
         ("a step", signal.SIGINT),
     ],
 )
