@@ -97,7 +97,7 @@ def test_more_tokens_other_text_and_nulls(tmp_path, run, capsys):
     ("argv", "named"),
     [
         (["{run}", "--tokens", "0"], "--tokens: 0 must be at least 1"),
-        (["{run}", "--tokens", "few"], "argument --tokens: invalid int value: 'few'"),
+        (["{run}", "--tokens", "few"], "--tokens: invalid int value: 'few'"),
         (["{run}", "--model.dtype", "fp32"], "model.dtype: 'fp32' is not one of auto, float32, bfloat16, float16."),
         (["{run}", "--modle.dtype", "float32"], "--modle.dtype: no such field. Did you mean --model.dtype?"),
         (["{run}", "--optim.lr", "1"], "--optim.lr: not used here; fields of model, second_model, "),

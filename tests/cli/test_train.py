@@ -202,7 +202,7 @@ def test_families_and_models_are_listed_and_found_by_what_is_listed(capsys):
         ),
         (["tokens", "3"], "'tokens': expected --field value; did you mean --tokens?"),
         (["--tokens"], "--tokens: its value is missing"),
-        (["--resume"], "argument --resume: expected one argument"),
+        (["--resume"], "--resume: expected one argument"),
         (["--resume", "nowhere"], "--resume: no such folder: nowhere."),
         (["--resume", "nowhere", "--config", "quickstart"], "--config: a resumed run has its own; "),
         (["--resume", "nowhere", "--on", "quickstart"], "--on: a resumed run has its own; "),
