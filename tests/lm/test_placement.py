@@ -5,6 +5,7 @@ import torch
 from rigs.fakes import sampled_rows, tiny_model_folder
 
 from interp.evidence.promotes import promoted_tokens
+from sae.base.errors import ConfigError
 from sae.coder.coder import SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.spec import CoderSpec
@@ -43,7 +44,12 @@ def plain(folder):
 @pytest.fixture(scope="module", params=MAPS)
 def spread(folder, request, tmp_path_factory):
     away = tmp_path_factory.mktemp("away")
-    lm = load_language_model(folder, kwargs={"device_map": MAPS[request.param], "offload_folder": away})
+    try:
+        lm = load_language_model(folder, kwargs={"device_map": MAPS[request.param], "offload_folder": away})
+    except ConfigError as error:
+        if request.param == "all on disk" and "meta tensors" in str(error):
+            pytest.skip("this version of transformers runs no model that is on disk alone")
+        raise
     assert any(weight.is_meta for weight in lm.model.parameters())
     return lm
 
