@@ -69,6 +69,8 @@ def _measured(module: nn.Module, width: int) -> Norm | None:
             own = without_hooks(module)
         norm = own.float().cpu().forward  # past the hooks that led here
         made, small, none = norm(x), norm(x * 1e-4), norm(torch.zeros_like(x))
+    except OSError:  # of weights that are kept on a disk: no answer
+        raise
     except Exception:  # whatever it is, it does not take a vector per token alone
         return None
     if any(not isinstance(y, Tensor) or y.shape != x.shape for y in (made, small, none)):

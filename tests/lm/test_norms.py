@@ -15,7 +15,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from sae.base.errors import ConfigError
 from sae.lm.hooks import before_gain, capture
 from sae.lm.models import LanguageModel
-from sae.lm.norms import Norm, norm_of
+from sae.lm.norms import Norm, _measured, norm_of
 from sae.lm.site import Site
 
 
@@ -123,3 +123,12 @@ def test_the_norm_of_t5_keeps_the_mean():
     x = model.shared(ids)
     wanted = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(capture(lm, [site], ids)[site.name], wanted)
+
+
+def test_weights_that_a_disk_does_not_give_are_no_answer(monkeypatch):
+    def unreadable(_module):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("sae.lm.norms.without_hooks", unreadable)
+    with pytest.raises(OSError, match="Input/output"):
+        _measured(nn.LayerNorm(8), 8)

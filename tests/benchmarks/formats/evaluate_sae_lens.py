@@ -157,8 +157,8 @@ def main():
     sample = lm.tokenizer(" ".join(text["text"]), return_tensors="pt").input_ids[:, : 48 * CONTEXT].reshape(48, CONTEXT)
     acts = capture(lm, [site], sample)[site.name][:, 1:].flatten(0, 1).float()
     worst = 0.0
-    gaps = "adapter - exported | adapter - ours | attached | chosen otherwise"
-    print(f"| coder | CE clean, with it | explained variance | L0 | {gaps} |")
+    columns = "adapter - exported | adapter - ours | attached | chosen otherwise"
+    print(f"| coder | CE clean, with it | explained variance | L0 | {columns} |")
     print("|---|---|---|---|---|---|---|---|")
     for name, coder in coders(acts, site):
         if args.only not in (None, name):
