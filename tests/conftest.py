@@ -68,7 +68,7 @@ def explained_coder(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """Leaves out what takes long in a run and only a person or a power cut would miss: pictures, estimate, flushing."""
-    monkeypatch.setattr("sae.training.run.write_report", lambda run_dir, results: None)
+    monkeypatch.setattr("sae.training.loop.write_report", lambda run_dir, results: None)
     nothing = SimpleNamespace(lines=list, disk=0)
     monkeypatch.setattr("sae.training.estimate.estimate", lambda config, trust_remote_code=False: nothing)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)

@@ -29,7 +29,7 @@ from sae.base.files import FolderLock, load_tensors, read_json, remove_stale, sa
 from sae.base.progress import UNWATCHED, Watch
 from sae.base.room import Need, check_room
 from sae.base.store import META, Shards, ShardWriter, remove_damaged
-from sae.parallel import collectives
+from sae.parallel import agreement, ranks
 
 VERSION = 2  # raise it whenever the same rows would give other evidence, or other files
 SAVE_EVERY_S = 60.0
@@ -54,9 +54,9 @@ def gather_evidence(codes: KeyedCodes, corpus: Corpus, folder: Path, keep: Keep,
     `codes` are those of this corpus. Raises as `check_evidence` does, and Stopped (everything saved) when asked to
     stop. Another process that gathers in the same folder is waited for.
     """
-    first = collectives.rank() == 0
+    first = ranks.rank() == 0
     with held_with_ranks(folder, watch):
-        with collectives.together():
+        with agreement.together():
             made_from = check_evidence(codes, corpus, folder, keep)
             if first and not (folder / HEADER).is_file():
                 write_json(folder / HEADER, made_from)
@@ -65,12 +65,12 @@ def gather_evidence(codes: KeyedCodes, corpus: Corpus, folder: Path, keep: Keep,
                 _repair(folder, made_from)
         new_tally = partial(Tally, codes.d_sae, corpus.context_length, keep.sizes, keep.seed)
         work = _Pass(codes, corpus, folder, new_tally, watch)
-        part = str(collectives.rank())
+        part = str(ranks.rank())
         merged = ShardWriter(folder / LATENTS, "evidence", made_from, part)
         kept = ShardWriter(folder / CODES, "codes", made_from, part) if keep.store else None
         if not merged.done or (kept is not None and len(kept.done) < len(work.groups)):
             work.encode(kept, all_tallied=bool(merged.done))
-        with collectives.together():
+        with agreement.together():
             if first:
                 if not merged.done:
                     merged.write(0, work.merged().state())
@@ -99,17 +99,17 @@ class _Pass:
 
     def encode(self, kept: ShardWriter | None, all_tallied: bool) -> None:
         """Encodes this rank's share of the blocks that are in no tally yet, or whose codes are to be stored."""
-        rank, tallied = collectives.rank(), np.ones(len(self.groups), bool)
+        rank, tallied = ranks.rank(), np.ones(len(self.groups), bool)
         tally, own = self.new_tally(), self.folder / f"pass-{rank}.safetensors"
         if not all_tallied:
             tallied = self._tallied(tally)
         done_before = range(len(self.groups)) if kept is None else set(kept.done)
         missing = [n for n in range(len(self.groups)) if not tallied[n] or n not in done_before]
-        mine = missing[rank :: collectives.world_size()]
+        mine = missing[rank :: ranks.world_size()]
         done = tallied & (rank == 0)
         stage = self.watch.stage("evidence", len(mine), "blocks", visible=rank == 0)
         due = time.monotonic() + SAVE_EVERY_S
-        with stage as progress, collectives.together():
+        with stage as progress, agreement.together():
             for count, number in enumerate(mine, 1):
                 rows = self.groups[number]
                 coded = self.codes.read(rows)
@@ -140,13 +140,13 @@ class _Pass:
     def _tallied(self, tally: Tally) -> Bool[ndarray, "blocks"]:
         """Has the first rank take into its tally all that was gathered before; returns which blocks that is."""
         first = self.folder / "pass-0.safetensors"
-        with collectives.together():
-            if collectives.rank() == 0:
+        with agreement.together():
+            if ranks.rank() == 0:
                 _save(first, tally, self._take_in(tally))
                 for path in _passes(self.folder):
                     if path != first:
                         path.unlink()
-        with collectives.together():  # no rank goes on before all know what is done
+        with agreement.together():  # no rank goes on before all know what is done
             return load_tensors(first)["done"].numpy().copy()
 
     def _take_in(self, tally: Tally) -> Bool[ndarray, "blocks"]:
@@ -166,8 +166,8 @@ class _Pass:
 def held_with_ranks(folder: Path, watch: Watch) -> Iterator[None]:
     """Holds a folder for this process and its ranks; waits for whoever holds it, until asked to stop."""
     with ExitStack() as held:
-        with collectives.together():
-            if collectives.rank() == 0:
+        with agreement.together():
+            if ranks.rank() == 0:
                 held.enter_context(FolderLock(folder, watch))
                 remove_stale(folder)
         yield

@@ -20,7 +20,7 @@ from interp.evidence.first_pass import held_with_ranks
 from interp.evidence.places import Plan
 from sae.base.progress import UNWATCHED, Watch
 from sae.base.store import Shards, ShardWriter, fingerprint_key, remove_damaged
-from sae.parallel import collectives
+from sae.parallel import agreement, ranks
 
 KIND = "windows"
 REACH = 31  # tokens looked at on either side: a window of 32 may lie anywhere around its place
@@ -48,21 +48,21 @@ def visit_places(codes: Codes, corpus: Corpus, plan: Plan, folder: Path, watch: 
     """
     made_from = {"plan": _digest(plan), "rows": corpus.key}
     folder = folder / KIND / fingerprint_key(made_from)
-    context, first = corpus.context_length, collectives.rank() == 0
+    context, first = corpus.context_length, ranks.rank() == 0
     rows = np.unique(np.concatenate([plan.position, plan.pool]) // context)
     rows = rows[np.argsort(-corpus.length[rows], kind="stable")]
     groups, visitor = row_blocks(corpus, rows), _Visitor(codes, context, plan)
     batches = [groups[i : i + SHARD_BLOCKS] for i in range(0, len(groups), SHARD_BLOCKS)]
     with held_with_ranks(folder, watch):
-        with collectives.together():
+        with agreement.together():
             if watch.repair and first:
                 remove_damaged(folder, KIND, made_from)
-        with collectives.together():  # no rank goes on before all know what is done
-            writer = ShardWriter(folder, KIND, made_from, str(collectives.rank()))
+        with agreement.together():  # no rank goes on before all know what is done
+            writer = ShardWriter(folder, KIND, made_from, str(ranks.rank()))
         missing = [number for number in range(len(batches)) if number not in writer.done]
-        mine = missing[collectives.rank() :: collectives.world_size()]
+        mine = missing[ranks.rank() :: ranks.world_size()]
         stage = watch.stage("windows", sum(len(batches[i]) for i in mine), "blocks", visible=first)
-        with stage as progress, collectives.together():
+        with stage as progress, agreement.together():
             for number in mine:
                 parts = []
                 for group in batches[number]:
@@ -70,7 +70,7 @@ def visit_places(codes: Codes, corpus: Corpus, plan: Plan, folder: Path, watch: 
                     parts.append(visitor.visit(group))
                     progress.update(progress.n + 1)
                 writer.write(number, {name: torch.from_numpy(array) for name, array in _joined(parts).items()})
-        with collectives.together():
+        with agreement.together():
             if first:
                 writer.finish({})
     return Visits(plan, folder, made_from)

@@ -25,7 +25,8 @@ from interp.run.rundir import (
 )
 from sae.base.errors import ConfigError
 from sae.base.progress import Display, Watch
-from sae.parallel.collectives import process_group, rank, together
+from sae.parallel.agreement import together
+from sae.parallel.ranks import process_group, rank
 from sae.parallel.stopping import stop_flag
 
 log = logging.getLogger(__name__)

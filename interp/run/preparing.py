@@ -41,7 +41,7 @@ from sae.lm.files import load_tokenizer
 from sae.lm.hooks import site_widths
 from sae.lm.models import LanguageModel, ModelConfig, load_language_model, resolve_device
 from sae.loading import hub
-from sae.parallel import collectives
+from sae.parallel import ranks
 from sae.text.decode import Decoder
 from sae.text.documents import TextConfig
 from sae.text.tokenizing import what_was_met
@@ -197,10 +197,10 @@ def looked_at(config: ExplainConfig, reading: "Reading", watch: Watch = UNWATCHE
     )
     evidence = gather_evidence(codes, rows, folder, keep, watch)
     known = StoredCodes(folder / CODES, rows, codes.d_sae) if keep.store else codes
-    if collectives.rank() == 0:
+    if ranks.rank() == 0:
         found = {"latents": evidence.d_sae, "alive": len(evidence.alive()), "tokens_counted": evidence.tokens}
         write_json(folder / TEXT, {"tokens": rows.n_tokens, **rows.meta, **found})
-    if not len(evidence.alive()) and collectives.rank() == 0:  # it would stand in the way of what fires
+    if not len(evidence.alive()) and ranks.rank() == 0:  # it would stand in the way of what fires
         shutil.rmtree(folder)
     latents = chosen_latents(config.latents, evidence, config.seed)
     near = decoder_neighbors(subject.coder, latents.tolist(), NEIGHBORS)

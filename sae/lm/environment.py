@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sae.base.files import typed_command
-from sae.parallel import collectives
+from sae.parallel import ranks
 
 PACKAGES = ("sae-interp", "torch", "transformers", "datasets", "safetensors", "numpy")
 
@@ -17,7 +17,7 @@ def environment(device: torch.device, **more: Any) -> dict[str, Any]:
     return {
         **versions(),
         "threads": torch.get_num_threads(),
-        "world_size": collectives.world_size(),
+        "world_size": ranks.world_size(),
         "device": str(device),
         **more,
     }

@@ -17,6 +17,7 @@ from sae.base.paths import from_anywhere
 from sae.base.settings import choose, decode
 from sae.lm import objects, options, placement, probing, weights
 from sae.lm.files import NAMELESS, commit_of, load_config, load_tokenizer, local_folder, readable_errors
+from sae.parallel import ranks
 from sae.text.tokenizing import special_ids, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -163,8 +164,8 @@ def resolve_device(device: str, field: str = "model.device") -> torch.device:
     if device == "auto":
         apple = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else apple
-    if device == "cuda":  # one GPU per rank, as launchers number them
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if device == "cuda":
+        device = f"cuda:{ranks.own_gpu()}"
     try:
         found = torch.device(device)
         torch.empty(0, device=found)

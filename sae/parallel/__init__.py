@@ -1,1 +1,1 @@
-"""Who computes what: the only place that talks to torch.distributed."""
+"""Who computes what, and how several processes agree: the only place that talks to torch.distributed."""

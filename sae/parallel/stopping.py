@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from sae.parallel import collectives
+from sae.parallel.launch import launch
 
 SIGNALS = tuple(name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))  # Windows lacks the second
 
@@ -24,17 +24,13 @@ class StopFlag:
         """Returns whether this process was asked to stop."""
         return self.signal_name is not None
 
-    def anywhere(self) -> bool:
-        """Returns whether any rank was asked to stop; every rank must call it at the same step."""
-        return collectives.any_rank(self())
-
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """Lets SIGTERM and Ctrl-C end the block at once, as without the flag: nobody polls it, and nothing can be lost.
 
         Of several ranks none ends alone, so that there the flag stays.
         """
-        names = {"SIGTERM", "SIGINT"} & self.before.keys() if collectives.world_size() == 1 else ()
+        names = {"SIGTERM", "SIGINT"} & self.before.keys() if launch().world_size == 1 else ()
         own = {name: signal.signal(getattr(signal, name), self.before[name]) for name in names}
         try:
             yield
@@ -52,7 +48,7 @@ def stop_flag() -> Iterator[StopFlag]:
         name, again = signal.Signals(number).name, flag.signal_name is not None
         if again and flag.before[name] is signal.default_int_handler:  # Python's own: a notebook's kernel lives on
             raise KeyboardInterrupt
-        if collectives.rank() == 0:
+        if launch().rank == 0:
             _say(f"{name}: {'ended at once' if again else 'stopping as soon as can be; another one ends it at once'}")
         if again:
             os._exit(128 + number)

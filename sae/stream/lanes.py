@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.base.seeding import generator
-from sae.parallel.collectives import ALONE, Share
+from sae.parallel.ranks import ALONE, Share
 from sae.stream.batch import LANES, ActivationBatch, Block
 from sae.stream.sources import Source
 

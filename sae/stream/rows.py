@@ -16,7 +16,7 @@ from sae.base.seeding import generator
 from sae.lm.hooks import capture
 from sae.lm.masking import token_mask
 from sae.lm.models import DTYPES
-from sae.parallel.collectives import ALONE, Share
+from sae.parallel.ranks import ALONE, Share
 from sae.stream.batch import ActivationBatch, TextBatch
 from sae.stream.sources import Reading
 from sae.text.tokenizing import TokenRows

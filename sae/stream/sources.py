@@ -20,7 +20,7 @@ from sae.lm.hooks import capture, capture_with_gradients, sites_of_model
 from sae.lm.masking import MaskSpec, token_mask
 from sae.lm.models import DTYPES, LanguageModel
 from sae.lm.site import SECOND, Site
-from sae.parallel import collectives
+from sae.parallel import ranks
 from sae.stream.batch import Block
 from sae.text.tokenizing import TokenRows
 
@@ -138,7 +138,7 @@ class CachedSource:
 
     def fill(self, blocks: range, watch: Watch) -> None:
         """Stores all of `blocks`; raises Stopped between two of them when asked to."""
-        size, first = None, collectives.rank() == 0
+        size, first = None, ranks.rank() == 0
         with watch.stage("storing activations", len(blocks), "blocks", visible=first) as progress:
             for block in blocks:
                 watch.poll("while storing activations")

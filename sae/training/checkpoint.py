@@ -32,12 +32,12 @@ from sae.base.files import (
 from sae.base.paths import from_anywhere, near, same_place
 from sae.base.room import Need, shortage
 from sae.base.settings import decode, flat, read_yaml, set_dotted
-from sae.parallel import collectives
+from sae.parallel import agreement, ranks
 from sae.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
-CHANGEABLE = ("log", "checkpoints", "eval", "max_bad_steps")  # of a run that has begun
+CHANGEABLE = ("log", "checkpoints", "eval", "ranks", "max_bad_steps")  # of a run that has begun
 PLACES = ("model.name", "second_model.name", "text.source", "activations.path", "coder.start_from", "run_dir")
 """Fields of what is one, however it is spelled."""
 PINNED = ("model.revision", "text.revision", "text.max_tokens")  # written to config.yaml as they were found
@@ -123,8 +123,8 @@ def locked(run_dir: Path, resume: bool) -> Iterator[None]:
     """
     settings = {run_dir / name: b"" for name in ("config.yaml", "env.json")}
     with ExitStack() as held:
-        with collectives.together():
-            if collectives.rank() == 0:
+        with agreement.together():
+            if ranks.rank() == 0:
                 try:
                     held.enter_context(FolderLock(run_dir))
                 except ConfigError as error:
@@ -137,7 +137,7 @@ def locked(run_dir: Path, resume: bool) -> Iterator[None]:
         try:
             yield
         except (ConfigError, DataError):
-            if collectives.rank() == 0 and not resume and not has_begun(run_dir):
+            if ranks.rank() == 0 and not resume and not has_begun(run_dir):
                 for path, before in settings.items():
                     atomic_write(path, before) if before else path.unlink(missing_ok=True)
             raise

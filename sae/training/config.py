@@ -18,6 +18,7 @@ from sae.lm.site import Site
 from sae.objectives import Objective
 from sae.objectives.auxk import AuxK
 from sae.objectives.reconstruction import Reconstruction
+from sae.parallel.ranks import RanksConfig
 from sae.selection import Selection, trainable
 from sae.selection.topk import TopK
 from sae.stream.batch import LANES
@@ -280,6 +281,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    ranks: RanksConfig = field(default_factory=RanksConfig)
 
     ALSO_CALLED: ClassVar[dict[str, str]] = TRAINING_ARGUMENTS
 
@@ -313,7 +315,7 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises ConfigError naming the first field whose value is not allowed."""
-        for part in ("model", "second_model", "text", "activations", "optim", "eval", "checkpoints", "log"):
+        for part in ("model", "second_model", "text", "activations", "optim", "eval", "checkpoints", "log", "ranks"):
             getattr(self, part).validate()
         at_least("batch_tokens", self.batch_tokens, LANES)
         if self.batch_tokens % LANES:

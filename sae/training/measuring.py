@@ -13,7 +13,7 @@ from sae.coder.normalization import Normalization, by_site
 from sae.coder.spec import CoderSpec
 from sae.lm.masking import MaskSpec, norm_mask
 from sae.lm.site import Site, column_weights
-from sae.parallel import collectives
+from sae.parallel import ranks
 from sae.stream.batch import Block
 from sae.stream.sources import Source
 
@@ -54,7 +54,7 @@ def sample_activations(source: Source, tokens: int, watch: Watch) -> dict[str, F
     """Returns, by site, the activations of about `tokens` tokens from blocks spread evenly over the text."""
     blocks, n_blocks = [_sound(source, 0)], len(source)
     stride = max(1, n_blocks // max(1, -(-tokens // max(1, len(blocks[0])))))
-    with watch.stage("measuring", tokens, "tokens", visible=collectives.rank() == 0) as progress:
+    with watch.stage("measuring", tokens, "tokens", visible=ranks.rank() == 0) as progress:
         for block in range(stride, n_blocks, stride):
             watch.poll("while measuring statistics")
             if progress.n >= tokens:

@@ -18,7 +18,7 @@ from sae.lm.masking import MaskSpec
 from sae.lm.models import DTYPES, LanguageModel, ModelConfig, load_language_model, resolve_device
 from sae.lm.site import SECOND
 from sae.loading import hub
-from sae.parallel import collectives
+from sae.parallel import agreement, ranks
 from sae.stream.drawn import is_iterator
 from sae.stream.lanes import lanes_of
 from sae.stream.sources import Reading, Source
@@ -49,7 +49,7 @@ class Setting:
     @property
     def micro_tokens(self) -> int:
         """Returns how many tokens of a micro-batch are this rank's."""
-        return -(-self.config.micro_batch_tokens // collectives.world_size())
+        return -(-self.config.micro_batch_tokens // ranks.world_size())
 
 
 Models = tuple[LanguageModel, LanguageModel | None]
@@ -57,7 +57,7 @@ Models = tuple[LanguageModel, LanguageModel | None]
 
 def load_models(config: TrainConfig, trust_remote_code: bool, given: LanguageModel | None = None) -> Models:
     """Returns the language models that a run reads, the first as it is given; of a crosscoder of two, both."""
-    lanes_of(collectives.own_share())  # refused here rather than when the stream begins
+    lanes_of(ranks.own_share())  # refused here rather than when the stream begins
     if Path(config.text.source).expanduser().exists():
         first_look(config.text)  # a missing column, or damage, is known before the model is loaded
 
@@ -90,7 +90,7 @@ def set_up(
 
 def set_up_tensors(config: TrainConfig, folder: Path, resume: bool, activations: Any = None) -> Setting:
     """Returns the same of a run on stored activations, those given or else those that the config names."""
-    lanes_of(collectives.own_share())
+    lanes_of(ranks.own_share())
     device, name = resolve_device(config.model.device), config.activations.sites[0]
     drawn = drawn_from(config, activations) if is_iterator(activations) else None
     if drawn:
@@ -124,8 +124,8 @@ def _begun(
             hub.find_place(start)
         except ConfigError as error:
             raise ConfigError(f"coder.start_from: {str(error).removeprefix('path: ')}") from None
-    with collectives.together():
-        if collectives.rank() == 0:
+    with agreement.together():
+        if ranks.rank() == 0:
             check_disk(disk_needed(config, plans, widths)[0], folder)
             if not resume:  # from here on the run can be resumed, if only from its start
                 atomic_write(folder / "config.yaml", to_yaml(pinned))
@@ -140,7 +140,7 @@ def _pinned(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
 
 
 def _text(config: TrainConfig, lm: LanguageModel, watch: Watch) -> TokenizedText:
-    with collectives.rank_zero_first():
+    with agreement.rank_zero_first():
         text = tokenize(config.text, lm.tokenizer, lm.source(), watch)
     n_tokens = text.train.n_rows * text.train.context_length
     log.info(

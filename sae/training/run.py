@@ -5,15 +5,11 @@ clock), checkpoints/step-*/, coders/<site>/ and report.html.
 """
 
 import errno
-import json
 import logging
 import os
-import time
 from collections.abc import Sequence
 from contextlib import closing
-from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,48 +17,25 @@ import draccus
 import torch
 
 from sae.base.arguments import wrong
-from sae.base.errors import ConfigError, Stopped
-from sae.base.files import append, cache_dir, save_tensors, write_json
+from sae.base.errors import Stopped
+from sae.base.files import cache_dir
 from sae.base.paths import check_writable
-from sae.base.progress import Aside, Display, Progress, Watch
+from sae.base.progress import Display, Watch
 from sae.base.tracker import Tracker
-from sae.coder.coder import SparseCoder
-from sae.evaluation.evaluation import evaluate
 from sae.lm.files import loading_bars
-from sae.loading import hub
-from sae.parallel import collectives
-from sae.parallel.stopping import StopFlag, stop_flag
-from sae.stream.batch import ActivationBatch
-from sae.stream.drawn import Ended
+from sae.parallel import agreement, ranks
+from sae.parallel.stopping import stop_flag
 from sae.training import checkpoint
 from sae.training.arguments import as_config, with_activations, with_model
-from sae.training.batches import bad_blocks, share_of
-from sae.training.callbacks import Callbacks, Listener, Moment
+from sae.training.callbacks import Callbacks, Listener
 from sae.training.config import TrainConfig
-from sae.training.preparing import Setting, load_models, new_trainers, set_up, set_up_tensors
-from sae.training.report import write_report
-from sae.training.trainer import CoderTrainer, NonFiniteError
+from sae.training.loop import Run, TrainResult
+from sae.training.preparing import load_models, set_up, set_up_tensors
 
 if TYPE_CHECKING:
     from sae.lm.models import ModelLike, TokenizerLike
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, repr=False)
-class TrainResult:
-    """What a finished run leaves."""
-
-    run_dir: Path
-    coders: dict[str, SparseCoder]
-    """By name: the site, and the grid point if there is a grid."""
-    metrics: dict[str, dict[str, Any]]
-    """The final held-out evaluation by coder name."""
-
-    def __repr__(self) -> str:
-        return "\n".join(
-            [f"TrainResult({str(self.run_dir)!r})", *(f"  {name}: {c}" for name, c in self.coders.items())]
-        )
 
 
 def train(
@@ -111,13 +84,13 @@ def train(
     with (
         torch.inference_mode(False),  # whatever the caller is within
         torch.enable_grad(),
-        collectives.process_group(),
+        ranks.process_group(config.ranks),
         stop_flag() as stop,
         checkpoint.locked(folder, resume),
     ):
         check_writable(cache_dir(), "SAE_CACHE")
-        with collectives.together():
-            name = config.log.tracker if collectives.rank() == 0 else "none"
+        with agreement.together():
+            name = config.log.tracker if ranks.rank() == 0 else "none"
             tracker = Tracker(name, config.log.project, folder.name, draccus.encode(config))
         watch = replace(watch, should_stop=stop)
         try:
@@ -148,237 +121,3 @@ def _in_python(error: Exception) -> Exception:
     """Adds to an error what a traceback says and a command does not."""
     error.add_note("In Python, that is sae.train(..., resume=True).")
     return error
-
-
-class Run:
-    """The trainers of a run and the stream that they share, at some step."""
-
-    def __init__(self, setting: Setting, saved: Path | None, watch: Watch, stop: StopFlag, told: Callbacks) -> None:
-        self.setting, self.config, self.folder, self.stop = setting, setting.config, setting.folder, stop
-        self.watch, self.told, self.main = watch, told, collectives.rank() == 0
-        self.source = setting.subject.open_source(setting.config, watch)
-        with collectives.together():
-            self.trainers = new_trainers(setting, self.source, saved, watch)
-        self.stream = setting.subject.open_stream(setting.config, self.source)
-        self.bad_steps, self.checkpoint = 0, saved
-        self.ended: Ended | None = None
-        self.logs = {name: self.folder / name for name in ("metrics.jsonl", "timings.jsonl")}
-        self.step = self._restore(saved)
-
-    def close(self) -> None:
-        """Ends what reads ahead."""
-        self.stream.close()
-
-    def _restore(self, saved: Path | None) -> int:
-        """Loads a checkpoint into the trainers and the stream and cuts the logs back to it; returns its step."""
-        if saved is None:
-            sizes, step = dict.fromkeys(self.logs, 0), 0
-        else:
-            tensors, values = checkpoint.load(saved)
-            for name, value in self.setting.subject.fingerprint.items():
-                then = values["reads"].get(name)
-                if then != value:
-                    raise ConfigError(
-                        f"--resume: the {name} is not that of the run ({then!r} then, {value!r} now); "
-                        "bring it back, or start a new run"
-                    )
-            for i, (name, trainer) in enumerate(self.trainers.items()):
-                trainer.load_state(tensors[f"coder-{i}"], values["coders"][name])
-            self.stream.load_state(tensors["stream"])
-            self.bad_steps, sizes, step = values["bad_steps"], values["log_bytes"], values["step"]
-            log.info("continuing %s at step %d of %d", self.folder, step, self.config.steps)
-        if self.main:
-            for name, path in self.logs.items():
-                path.touch()
-                os.truncate(path, min(sizes[name], path.stat().st_size))
-        return step
-
-    def _log_bytes(self) -> dict[str, int]:
-        return {name: path.stat().st_size if path.exists() else 0 for name, path in self.logs.items()}
-
-    def _save(self, log_bytes: dict[str, int]) -> None:
-        """Writes a checkpoint of the step and of so much of the logs."""
-        position = self.stream.state()
-        collectives.total_(*position.values())
-        with collectives.together():
-            if not self.main:
-                return
-            before = self.checkpoint
-            states = {name: trainer.state() for name, trainer in self.trainers.items()}
-            tensors = {f"coder-{i}": state[0] for i, state in enumerate(states.values())}
-            values = {
-                "coders": {name: state[1] for name, state in states.items()},
-                "specs": {name: trainer.coder.spec.to_json() for name, trainer in self.trainers.items()},
-                "reads": self.setting.subject.fingerprint,
-                "bad_steps": self.bad_steps,
-                "log_bytes": log_bytes,
-            }
-            tensors["stream"] = position
-            more = self.step < self.config.steps and not self.stop() and not self.told.ending
-            self.checkpoint = checkpoint.save(
-                self.folder, self.step, tensors, values, self.config.checkpoints.keep, more
-            )
-            if self.checkpoint != before:
-                self.told.tell("on_save", partial(self._moment, {}))
-
-    def loop(self, tracker: Tracker) -> None:
-        """Trains to the last step, or to the one at which a callback asked for an end, and writes a checkpoint.
-
-        After that, it raises Stopped if a signal asked for an end, or the error of a callback.
-        """
-        with self.watch.stage("training", self.config.steps, "steps", self.step, self.main) as progress:
-            log_bytes = self._train(tracker, progress)
-            self._save(log_bytes)
-            self._check_callbacks("a checkpoint of it is written: continue with resume=True")
-            at, most = f"at step {self.step} of {self.config.steps}", self.step * self.config.batch_tokens
-            if self.ended:
-                on = "or go on from its checkpoint with an iterator that does"
-                raise ConfigError(f"{self.ended}, {at}; set tokens to {most} at the most, {on}")
-            if self.step < self.config.steps and self.stop.anywhere():
-                raise Stopped(f"{at}, checkpoint written")
-
-    def _train(self, tracker: Tracker, progress: Progress) -> dict[str, int]:
-        """Returns the lengths of the logs that belong to the step it has come to."""
-        config, steps, began, first = self.config, self.config.steps, time.monotonic(), self.step
-        shown: dict[str, float] = {}
-        while self.step < steps and not self._ending():
-            log_bytes = self._log_bytes()
-            if config.eval.every_steps and self.step and self.step % config.eval.every_steps == 0:
-                try:  # the checkpoint of this step knows nothing of it, so that a resume does it again
-                    self._evaluate_midway()
-                except Stopped:
-                    return log_bytes
-                if self._ending():
-                    return log_bytes
-            try:
-                batch = next(self.stream)
-            except Ended as ended:
-                self.ended = ended
-                return log_bytes
-            lines = self._train_on(batch)
-            self.step += 1
-            step = self.step
-            if lines and (step % config.log.every_steps == 0 or step == steps):
-                self._write("metrics.jsonl", *lines)
-                seconds = time.monotonic() - began
-                rate = (step - first) * config.batch_tokens / seconds
-                self._write(
-                    "timings.jsonl", {"step": step, "seconds": round(seconds, 3), "tokens_per_s": round(rate, 1)}
-                )
-                for line in lines:
-                    tracker.log({f"{line['coder']}/{k}": v for k, v in line.items() if isinstance(v, float)}, step)
-                head = lines[0]
-                shown = {"fvu": head["fvu"], "l0": head["l0"], "dead": head["dead_share"], "tokens_per_s": rate}
-            progress.update(step, **shown)
-            self.told.tell("on_step", partial(self._moment, _figures(lines)))
-            if step % config.checkpoints.every_steps == 0 and step < steps:
-                self._save(self._log_bytes())
-        return self._log_bytes()
-
-    def _ending(self) -> bool:
-        """Returns whether a signal or a callback asked any rank for an end; all must call it at the same step."""
-        return collectives.any_rank(self.stop() or self.told.ending)
-
-    def _check_callbacks(self, kept: str) -> None:
-        """Raises what a callback has raised; on the other ranks, that this one failed."""
-        error = self.told.failure
-        if error is not None:
-            error.add_note(f"raised by the callback {self.told.failed} at step {self.step}; {kept}")
-        if collectives.any_rank(error is not None):
-            raise error or collectives.PeerError(1)
-
-    def _moment(self, metrics: dict[str, Any], coders: dict[str, SparseCoder] | None = None) -> Moment:
-        """Returns what callbacks are told now, about the coders as they stand or the finished ones."""
-
-        def snapshot() -> dict[str, SparseCoder]:
-            return deepcopy(coders) if coders else self._trained()
-
-        step, steps, tokens = self.step, self.config.steps, self.step * self.config.batch_tokens
-        return Moment(step, steps, tokens, deepcopy(metrics), self.folder, self.checkpoint, snapshot)
-
-    def _train_on(self, batch: ActivationBatch) -> list[dict[str, Any]]:
-        """Trains every coder on one batch; returns the metrics of those that took the step."""
-        lines, errors = [], []
-        for plan in self.setting.plans:
-            trainer = self.trainers[plan.name]
-            try:
-                metrics = trainer.step(share_of(batch, plan, trainer.coder, self.setting), self.step)
-            except NonFiniteError as error:
-                errors.append(f"coder {plan.name}: {error}")
-            else:
-                lines.append({"step": self.step + 1, "coder": plan.name, **metrics, **_active(trainer)})
-        if errors:
-            self._skip("; ".join(errors), batch)
-        return lines
-
-    def _skip(self, errors: str, batch: ActivationBatch) -> None:
-        """Keeps the batch for inspection; goes on while `max_bad_steps` allows."""
-        self.bad_steps += 1
-        dump = self.folder / f"bad-batch-step-{self.step + 1}-rank-{collectives.rank()}.safetensors"
-        save_tensors(dump, {**batch.activations, "blocks": batch.blocks})
-        blocks = bad_blocks(batch)
-        of = f" ({self.source.told(blocks)})" if blocks else ""
-        where = f"step {self.step + 1}, {errors}; the step was not applied, its batch{of} is in {dump}"
-        if self.bad_steps > self.config.max_bad_steps:
-            raise NonFiniteError(f"{where} (max_bad_steps: {self.config.max_bad_steps})")
-        log.warning("%s; skipped (%d of %d allowed)", where, self.bad_steps, self.config.max_bad_steps)
-
-    def _trained(self) -> dict[str, SparseCoder]:
-        return {name: trainer.trained() for name, trainer in self.trainers.items()}
-
-    def _evaluate(self, coders: dict[str, SparseCoder]) -> dict[str, dict[str, Any]]:
-        on, tokens, show = self.setting.subject.measured_on, self.config.eval.tokens, self.watch.display
-        return evaluate(coders, tokens=tokens, should_stop=self.stop, progress=show, **on)
-
-    def _evaluate_midway(self) -> None:
-        """Writes a held-out evaluation to metrics.jsonl."""
-        with collectives.together():
-            if self.main:
-                found = self._evaluate(self._trained())
-                lines = [{"step": self.step, "coder": name, "held_out": found[name]} for name in found]
-                self._write("metrics.jsonl", *lines)
-                self.told.tell("on_evaluate", partial(self._moment, found))
-
-    def finish(self) -> TrainResult:
-        """Saves and evaluates the coders."""
-        self.stream.close()
-        coders = self._trained()
-        found: dict[str, dict[str, Any]] = {}
-        with collectives.together():
-            if self.main:
-                found = self._finish(coders)
-                self.told.tell("on_evaluate", partial(self._moment, found, coders))
-                self.told.tell("on_end", partial(self._moment, found, coders))
-        self._check_callbacks(f"the run is finished, and all is saved in {self.folder}")
-        return TrainResult(self.folder, coders, found)
-
-    def _finish(self, coders: dict[str, SparseCoder]) -> dict[str, dict[str, Any]]:
-        for name, coder in coders.items():
-            if self.step < self.config.steps:  # a callback has ended it
-                tokens = self.step * self.config.batch_tokens
-                coder.spec = coder.spec.with_(training={**coder.spec.training, "tokens": tokens})
-            hub.save(coder, self.folder / "coders" / name)  # before anything else can fail
-        found = self._evaluate(coders)
-        for name, coder in coders.items():
-            found[name]["training"] = {"active_steps": self.trainers[name].active_steps, "steps": self.step}
-            coder.spec = coder.spec.with_(metrics=found[name])
-            hub.save(coder, self.folder / "coders" / name)
-        write_json(self.folder / "evaluation.json", found)
-        with Aside("report.html", "all figures are in evaluation.json"):
-            write_report(self.folder, found)
-        return found
-
-    def _write(self, name: str, *lines: dict[str, Any]) -> None:
-        if self.main:
-            append(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _figures(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns what a step has measured, by coder."""
-    return {
-        line["coder"]: {key: value for key, value in line.items() if key not in ("step", "coder")} for line in lines
-    }
-
-
-def _active(trainer: CoderTrainer) -> dict[str, int]:
-    return {f"active_steps.{name}": count for name, count in trainer.active_steps.items() if name != "reconstruction"}

@@ -13,7 +13,7 @@ from sae.base.progress import Watch
 from sae.base.store import HEADER, Shards, fingerprint_key, remove_damaged
 from sae.lm.masking import MaskSpec
 from sae.lm.models import DTYPES
-from sae.parallel import collectives
+from sae.parallel import agreement, ranks
 from sae.stream.batch import LANES
 from sae.stream.drawn import Drawn, DrawnStream
 from sae.stream.lanes import Stream
@@ -81,8 +81,8 @@ class OfText:
         folder = cache_dir() / "activations" / fingerprint_key(fingerprint)
         if settings.path:
             folder, fingerprint = Path(settings.path).expanduser(), fingerprint | {"blocks": len(live)}
-            with collectives.together():
-                if collectives.rank() == 0:
+            with agreement.together():
+                if ranks.rank() == 0:
                     _check_free(folder, fingerprint)
         source = _opened(live, folder, fingerprint, watch)
         if settings.path:
@@ -96,7 +96,7 @@ class OfText:
     def open_stream(self, config: TrainConfig, source: Source) -> Stream | RowStream:
         """Returns single tokens of many rows, or whole rows for losses that run the model."""
         if config.needs_rows:
-            share = collectives.own_share()
+            share = ranks.own_share()
             return RowStream(self.reading, self.text.train, config.batch_tokens, config.seed, share)
         return _stream(config, source, self.device)
 
@@ -201,9 +201,9 @@ Subject = OfText | OfTensors | OfIterator
 
 def drawn_from(config: TrainConfig, iterator: Any) -> Drawn:
     """Returns what an iterator gives, in blocks; ConfigError if it gives nothing, or if there are several ranks."""
-    if collectives.world_size() > 1:
+    if ranks.world_size() > 1:
         raise ConfigError(
-            f"activations: an iterator is drawn by one process, and there are {collectives.world_size()}; store what "
+            f"activations: an iterator is drawn by one process, and there are {ranks.world_size()}; store what "
             "it gives as safetensors and name the folder"
         )
     settings = config.activations
@@ -250,7 +250,7 @@ def of_tensors(config: TrainConfig, stored: Stored, names: list[str], device: to
 
 def _stream(config: TrainConfig, source: Source, device: torch.device) -> Stream:
     ahead = config.activations.blocks_ahead(on_cpu=device.type == "cpu")
-    return Stream(source, config.batch_tokens, config.seed, ahead, collectives.own_share())
+    return Stream(source, config.batch_tokens, config.seed, ahead, ranks.own_share())
 
 
 def _check_free(folder: Path, fingerprint: dict[str, Any]) -> None:
@@ -268,9 +268,9 @@ def _check_free(folder: Path, fingerprint: dict[str, Any]) -> None:
 
 def _opened(live: LiveSource, folder: Path, fingerprint: dict[str, Any], watch: Watch) -> CachedSource:
     """Returns the blocks as they lie in a folder, or are to lie there."""
-    share = collectives.own_share()
+    share = ranks.own_share()
     if watch.repair:
-        with collectives.together():
+        with agreement.together():
             if share.rank == 0:
                 remove_damaged(folder, "activations", fingerprint)
     return CachedSource(live, folder, fingerprint, part=str(share.rank))
@@ -278,7 +278,7 @@ def _opened(live: LiveSource, folder: Path, fingerprint: dict[str, Any], watch: 
 
 def _fill(source: CachedSource, watch: Watch) -> None:
     """Stores all blocks, each rank its share."""
-    share = collectives.own_share()
-    with collectives.together():
+    share = ranks.own_share()
+    with agreement.together():
         source.fill(range(share.rank, len(source), share.world_size), watch)
     source.reload()

@@ -15,12 +15,13 @@ from rigs.fakes import tiny_config
 from rigs.runs import assert_equal, checkpoints, files, lines
 from safetensors.torch import save_file
 
+import sae.training.loop
 import sae.training.run
 from cli import ended_by, running
 from cli.common import read_config
 from cli.recipes import recipe
 from cli.train import main
-from sae.base.errors import ConfigError
+from sae.base.errors import ConfigError, Stopped
 from sae.base.settings import to_yaml
 from sae.loading import hub
 from sae.objectives.reconstruction import Reconstruction
@@ -325,8 +326,8 @@ def test_what_is_next_is_possible(tmp_path, tiny_train):
         (RuntimeError("two\nlines"), 1, "error: two lines"),
         (KeyError("x"), 1, "error: KeyError: 'x'"),
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device"),
-        (sae.training.run.ConfigError("a.b: 3 is too small"), 2, "error: a.b: 3 is too small"),
-        (sae.training.run.Stopped("at step 3"), 75, "stopped at step 3"),
+        (ConfigError("a.b: 3 is too small"), 2, "error: a.b: 3 is too small"),
+        (Stopped("at step 3"), 75, "stopped at step 3"),
         (KeyboardInterrupt(), 130, ended_by(2)),
         (BrokenPipeError(32, "of a server"), 1, "error: [Errno 32] of a server"),
     ],
@@ -373,7 +374,7 @@ def test_coders_are_saved_before_anything_can_fail_in_their_evaluation(tmp_path,
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sae.training.run.evaluate", broken)
+        patch.setattr("sae.training.loop.evaluate", broken)
         code, printed = tiny_train(SHORT, folder=tmp_path / "run")
     assert (code, printed.splitlines()[-1]) == (1, "error: out of memory")
     before = hub.load(tmp_path / "run")
@@ -428,7 +429,7 @@ def test_what_fails_beside_the_run_ends_nothing(tmp_path, tiny_train, monkeypatc
     module = ModuleType("wandb")
     module.init, module.log, module.finish = (lambda **_settings: None), broken, broken
     monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.setattr("sae.training.run.write_report", broken)
+    monkeypatch.setattr("sae.training.loop.write_report", broken)
     code, printed = tiny_train({"log.tracker": "wandb"}, folder=tmp_path / "run")
     assert code == 0
     assert printed.count("log.tracker: wandb failed (BrokenPipeError: ") == 1

@@ -5,12 +5,13 @@ import time
 from functools import partial
 
 import pytest
-from rigs.children import Child, die, ranks
+from rigs.children import Child, die
+from rigs.children import ranks as as_ranks
 from rigs.interp_evidence import PlantedCodes, passes, planted, result, write_documents
 
 import interp.evidence.first_pass
 import interp.evidence.second_pass
-from sae.parallel import collectives
+from sae.parallel import ranks
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def run(tmp_path, one):
     source = one / "text.jsonl"
 
     def started(name, n_ranks, first=None):
-        environments = ranks(n_ranks) if n_ranks > 1 else [{}]
+        environments = as_ranks(n_ranks) if n_ranks > 1 else [{}]
         children = [
             Child(tmp_path / f"{name}-{rank}.txt", partial(passes, source, tmp_path / name, first), environment)
             for rank, environment in enumerate(environments)
@@ -57,7 +58,7 @@ def at_block(number, module, act, patch) -> None:
 
 def be_late(patch) -> None:
     """Has the second rank look at what is done when the first has long begun, unless that waits."""
-    if collectives.rank() == 1:
+    if ranks.rank() == 1:
         slow(patch, interp.evidence.first_pass, "load_tensors")
         slow(patch, interp.evidence.first_pass._Pass, "_take_in")
         slow(patch, interp.evidence.second_pass, "ShardWriter")
@@ -94,7 +95,7 @@ def stop_one(number, which, patch):
 
     def should_stop() -> bool:
         looks.append(None)
-        return collectives.rank() == which and len(looks) >= number
+        return ranks.rank() == which and len(looks) >= number
 
     return should_stop
 
@@ -108,7 +109,7 @@ def test_a_stop_of_one_rank_stops_both(run):
 
 
 def fail_one(patch) -> None:
-    if collectives.rank() == 1:
+    if ranks.rank() == 1:
         patch.setattr(PlantedCodes, "read", lambda codes, rows: 1 / 0)
 
 

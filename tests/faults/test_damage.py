@@ -18,7 +18,7 @@ from rigs.runs import assert_equal, checkpoints, files
 from safetensors.torch import load_file, save_file
 
 import sae
-import sae.training.run
+import sae.training.loop
 from cli.evaluate import main as sae_eval
 from sae.base.errors import DataError
 from sae.base.files import cache_dir, load_tensors, save_tensors, sha256_file, verify, write_json
@@ -99,13 +99,13 @@ def full_for_the_log(run: Path) -> None:
 
 
 def full_at_the_end(limit: int) -> None:
-    evaluate = sae.training.run.evaluate
+    evaluate = sae.training.loop.evaluate
 
     def last(*args, **kwargs):
         full(limit)
         return evaluate(*args, **kwargs)
 
-    sae.training.run.evaluate = last
+    sae.training.loop.evaluate = last
 
 
 LATE = {"log.every_steps": 100}

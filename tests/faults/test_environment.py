@@ -34,10 +34,10 @@ def run_python(code: str, *arguments: object, **changes: str) -> subprocess.Comp
 ELSEWHERE = """
 import locale, sys, time
 import torch
-import sae.training.run
+import sae.training.loop
 from cli.train import main
 
-sae.training.run.write_report = lambda run_dir, results: None
+sae.training.loop.write_report = lambda run_dir, results: None
 if sys.argv[1]:
     locale.setlocale(locale.LC_ALL, "de_DE.UTF-8")
     assert locale.format_string("%.1f", 0.5) == "0,5"

@@ -14,8 +14,8 @@ from rigs.children import Child, ranks, sae_train
 from rigs.fakes import measured, tiny_config, tiny_model_folder
 from rigs.runs import assert_equal, checkpoints, error_of, lines
 
+import sae.training.loop
 import sae.training.preparing
-import sae.training.run
 from sae.base.files import load_tensors
 from sae.base.settings import to_yaml
 from sae.lm.models import load_language_model
@@ -213,7 +213,7 @@ def test_a_batch_that_the_norm_filter_empties_changes_nothing_but_time(tmp_path)
 
 def test_a_model_whose_activations_are_all_zero(tmp_path, tiny_train, monkeypatch):
     model = tiny_model_folder(tmp_path / "model", initializer_range=0.0)
-    monkeypatch.setattr(sae.training.run, "write_report", write_report)
+    monkeypatch.setattr(sae.training.loop, "write_report", write_report)
     code, printed = tiny_train(model=model, folder=tmp_path / "run")
     assert code == 0, printed
     for line in lines(tmp_path / "run"):

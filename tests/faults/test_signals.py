@@ -13,8 +13,8 @@ from rigs.runs import assert_equal, checkpoints
 
 import sae.stream.sources
 import sae.text.tokenizing
+import sae.training.loop
 import sae.training.preparing
-import sae.training.run
 import sae.training.trainer
 from sae.base.files import cache_dir
 from sae.base.settings import to_yaml
@@ -25,8 +25,8 @@ PHASES = {
     "storing activations": (sae.stream.sources.LiveSource, "read", 50, []),
     "measuring": (sae.training.preparing, "sample_activations", 1, []),
     "a step": (sae.training.trainer.CoderTrainer, "step", 8, [5, 8]),
-    "an evaluation on the way": (sae.training.run, "evaluate", 1, [5, 8]),
-    "the last evaluation": (sae.training.run, "evaluate", 3, [15, 20]),
+    "an evaluation on the way": (sae.training.loop, "evaluate", 1, [5, 8]),
+    "the last evaluation": (sae.training.loop, "evaluate", 3, [15, 20]),
 }
 """What a run can be doing: a function that is called then (where, name, which call), and the checkpoints it leaves."""
 QUICK = ("storing activations", "a step")

@@ -174,7 +174,7 @@ def passes(source: Path, folder: Path, first: Any = None, latents: tuple[int, ..
     import interp.evidence.first_pass
     import interp.evidence.second_pass
     from sae.base.errors import Stopped
-    from sae.parallel.collectives import process_group
+    from sae.parallel.ranks import process_group
 
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, process_group():

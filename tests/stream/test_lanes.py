@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sae.base.errors import ConfigError
-from sae.parallel.collectives import Share
+from sae.parallel.ranks import Share
 from sae.stream.batch import LANES, Block
 from sae.stream.lanes import Stream
 

@@ -108,14 +108,14 @@ def test_other_weights_than_the_names_are_told_on_resuming_and_evaluating(quick,
 def test_a_model_of_no_name_is_passed_again(quick, config, other, tiny_model, tmp_path, monkeypatch):
     other.config._name_or_path = ""
     folder, passed = tmp_path / "run", {"model": other, "tokenizer": AutoTokenizer.from_pretrained(tiny_model)}
-    saved = sae.training.run.Run._save
+    saved = sae.training.loop.Run._save
 
     def stopping(run, *rest):
         saved(run, *rest)
         raise Stopped("here")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sae.training.run.Run._save", stopping)
+        patch.setattr("sae.training.loop.Run._save", stopping)
         with pytest.raises(Stopped):
             sae.train(config, run_dir=folder, progress=False, **passed)
     assert read_yaml(folder / "config.yaml")["model"]["name"] == "object:LlamaForCausalLM"

@@ -22,7 +22,7 @@ from sae.lm.site import Site
 from sae.objectives import Step
 from sae.objectives.ce import CE
 from sae.objectives.kl import KL
-from sae.parallel.collectives import Share
+from sae.parallel.ranks import Share
 from sae.selection.topk import TopK
 from sae.stream.batch import TextBatch
 from sae.stream.rows import RowStream

@@ -1,0 +1,94 @@
+"""What ranks agree on besides tensors: that all came through, and what rank 0 has decided.
+
+They wait for each other on keys of a store, not in a collective: one of them may tokenize or evaluate for hours.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sae.base.errors import Stopped
+from sae.parallel import ranks
+from sae.parallel.ranks import Group
+
+STOPPED = 0.5  # less than any error: where one rank failed and another was stopped, the third tells of the failure
+LONGEST_NAP_S = 0.1
+
+
+class PeerError(RuntimeError):
+    """The error of another rank, which says what it is; the exit code is the same."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another rank failed, and said why")
+        self.exit_code = exit_code
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Waits for all ranks at the end of the block, and ends them all if it failed on one.
+
+    A rank that waits for one that is gone would wait for ever.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    code = getattr(failed, "exit_code", 1) if failed else 0
+    worst = _largest(code if code != Stopped.exit_code else STOPPED)
+    if failed:
+        raise failed
+    if worst:
+        raise Stopped("with another rank") if worst == STOPPED else PeerError(int(worst))
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Lets rank 0 fill a cache that the others then read."""
+    if ranks.rank() == 0:
+        with together():
+            yield
+        with together():
+            pass
+    else:
+        with together():
+            pass
+        with together():
+            yield
+
+
+def agreed(decide: Callable[[], Any]) -> Any:
+    """Returns what rank 0 decides, plain JSON values, on every rank; its error ends all."""
+    group = ranks.group()
+    if group is None:
+        return decide()
+    key = f"decided/{next(group.numbers)}"
+    with together():
+        if ranks.rank() == 0:
+            group.store.set(key, json.dumps(decide()))
+    return json.loads(group.store.get(key))
+
+
+def _largest(value: float) -> float:
+    """The largest value of any rank."""
+    group = ranks.group()
+    if group is None:
+        return value
+    key, n = f"met/{next(group.numbers)}", len(group.peers)
+    group.store.set(f"{key}/{ranks.rank()}", str(value))
+    if ranks.rank() == 0:
+        every = [f"{key}/{i}" for i in range(n)]
+        _wait_for(group, every)
+        group.store.set(key, str(max(map(float, group.store.multi_get(every)))))
+    _wait_for(group, [key])
+    return float(group.store.get(key))
+
+
+def _wait_for(group: Group, keys: list[str]) -> None:
+    """Waits until all keys are set, asleep in Python, so that a signal is heard."""
+    nap = 0.001
+    while not group.store.check(keys):
+        time.sleep(nap)
+        nap = min(LONGEST_NAP_S, 1.5 * nap)

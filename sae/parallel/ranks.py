@@ -1,0 +1,174 @@
+"""The ranks of this process's group: who they are, how they join, and what one of them knows of the others."""
+
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import count
+
+import torch
+import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from sae.base.errors import ConfigError
+from sae.base.settings import choose
+from sae.parallel.heartbeat import Heartbeat, Peer
+from sae.parallel.launch import BY_HAND, Launch, launch
+
+log = logging.getLogger(__name__)
+BACKENDS = ("auto", "gloo", "nccl")
+
+
+@dataclass(frozen=True)
+class RanksConfig:
+    """Several processes that train together; on one, nothing of it matters."""
+
+    backend: str = "auto"
+    """What sums over ranks: gloo, nccl (between GPUs), or auto: nccl if there is a GPU. gloo takes GPU tensors, too."""
+    deadline_s: float = 60.0
+    """A rank that has not been heard for so long is lost, and the others end; each is heard twelve times as often."""
+    timeout_s: float = 600.0
+    """How long the sum of a step may take before the ranks that do not come to it are named, and all end."""
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field whose value is not allowed."""
+        choose("ranks.backend", self.backend, BACKENDS)
+        for name in ("deadline_s", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"ranks.{name}: {getattr(self, name)} must be above 0")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of several ranks does a part of their work."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def of(self, n: int) -> range:
+        """Returns this rank's part of n things in a row; parts differ by one at the most."""
+        return range(self.rank * n // self.world_size, (self.rank + 1) * n // self.world_size)
+
+
+ALONE = Share()
+
+
+class Group:
+    """The ranks that work together, and the store through which they tell each other what is no tensor."""
+
+    def __init__(self, store: Store, heart: Heartbeat, peers: list[Peer]) -> None:
+        self.store, self.heart, self.peers = store, heart, peers
+        self.numbers = count()
+        """Of what is agreed on, one after the other; all ranks count alike."""
+
+
+_joined: Group | None = None
+
+
+def group() -> Group | None:
+    """Returns the group of this process, None when alone."""
+    return _joined
+
+
+def rank() -> int:
+    """Returns this process's number, 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Returns the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own_share() -> Share:
+    """Returns this process's share of what all do."""
+    return Share(rank(), world_size())
+
+
+def own_gpu() -> int:
+    """Returns the number of this rank's GPU: a launcher may show all of a host's to each of its ranks, or one."""
+    return launch().local_rank % max(1, torch.cuda.device_count())
+
+
+@contextmanager
+def process_group(config: RanksConfig = RanksConfig()) -> Iterator[None]:
+    """Joins the group that the launcher names, if any, and leaves it at the end; within one, does nothing.
+
+    A group that the caller has joined by torch.distributed is used, and left to the caller. ConfigError if the ranks
+    do not meet.
+    """
+    global _joined
+    found, theirs = launch(), dist.is_initialized()
+    if _joined or (found.world_size < 2 and not theirs):
+        yield
+        return
+    if not theirs:
+        _join(found, config)
+    try:
+        store = _own_store(found, config)
+        peers = _introduced(store)
+        heart = Heartbeat(store, peers, rank(), config.deadline_s)
+        _joined = Group(store, heart, peers)
+        try:
+            with heart:
+                log.info("%s", described(found, peers))
+                yield
+        finally:
+            _joined = None
+    finally:  # a group that lives until the interpreter ends may abort it: its threads still run
+        if not theirs:
+            dist.destroy_process_group()
+
+
+def _join(found: Launch, config: RanksConfig) -> None:
+    gpus = torch.cuda.is_available()
+    if config.backend == "nccl" and not gpus:
+        raise ConfigError("ranks.backend: nccl sums between GPUs, and there is none here; use gloo or auto")
+    if gpus:
+        torch.cuda.set_device(own_gpu())
+    backend = "gloo" if config.backend == "gloo" or not gpus else "cpu:gloo,cuda:nccl"
+    where = f"tcp://{found.address}:{found.port}"
+    wait = timedelta(seconds=config.timeout_s)
+    try:
+        dist.init_process_group(backend, where, wait, rank=found.rank, world_size=found.world_size)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        reason = str(error).split("frame #")[0].strip().splitlines()[0]
+        raise ConfigError(
+            f"MASTER_ADDR: rank {found.rank} of {found.world_size} ({found.launcher}) cannot meet the others at "
+            f"{found.address}:{found.port}: {reason}"
+        ) from error
+
+
+def _own_store(found: Launch, config: RanksConfig) -> Store:
+    """Returns a store of our own, in rank 0's process: no collective is in its way, nor it in theirs."""
+    host, wait, mine = found.address or "127.0.0.1", timedelta(seconds=config.timeout_s), None
+    port = torch.zeros(1, dtype=torch.int64)
+    if rank() == 0:
+        mine = TCPStore(host, 0, is_master=True, timeout=wait, wait_for_workers=False)
+        port += mine.port
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    port = port.to(device)
+    dist.broadcast(port, 0)
+    return mine or TCPStore(host, int(port), is_master=False, timeout=wait, wait_for_workers=False)
+
+
+def _introduced(store: Store) -> list[Peer]:
+    """Returns the ranks, each as it says who it is."""
+    store.set(f"peer/{rank()}", Peer.here(rank()).to_json())
+    return [Peer.from_json(store.get(f"peer/{i}")) for i in range(world_size())]
+
+
+def described(found: Launch, peers: list[Peer]) -> str:
+    """Returns one line on the ranks: how many, on which hosts, what they compute on and what sums over them."""
+    hosts = list(dict.fromkeys(peer.host for peer in peers))
+    shown = ", ".join(hosts[:8]) + (f" and {len(hosts) - 8} more" if len(hosts) > 8 else "")
+    devices = ", ".join(dict.fromkeys(peer.device for peer in peers))
+    how = found.launcher if found.launcher != BY_HAND else f"by {BY_HAND}"
+    return f"ranks        {len(peers)} ({how}) on {len(hosts)} hosts ({shown}); {devices}; {dist.get_backend()}"
+
+
+def host() -> str:
+    """Returns the name of this machine."""
+    return socket.gethostname()
