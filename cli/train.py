@@ -1,6 +1,7 @@
 """sae-train: train, evaluate and save sparse coders on a language model's activations."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from sae.base.errors import ConfigError
@@ -11,6 +12,7 @@ from .recipes import FAMILY, MODEL, first_lines, recipe
 from .running import DONE, log, run
 from .telling import report, say_next, tables
 
+AUTO = "auto"
 CONFIG = "sae.training.config:TrainConfig"
 EPILOG = """Every config field is an option: --coder.selection.k 64 --activations.sites '[layers.3]'.
 Examples:
@@ -32,7 +34,7 @@ def command(argv: list[str]) -> int:
     parser = Parser("sae-train", config=CONFIG, description=__doc__, epilog=EPILOG)
     parser.add_argument("--config", metavar="NAME|FILE", help=f"a family of coders or a YAML file (default: {FAMILY})")
     parser.add_argument("--on", metavar="MODEL|FILE", help=f"the model it is trained on (default: {MODEL})")
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument("--resume", metavar="RUN|auto", help="continue the run in this folder; auto: that of this job")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would take, touch nothing")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--list-configs", action="store_true", help="list families and models and exit")
@@ -43,45 +45,56 @@ def command(argv: list[str]) -> int:
     if options.list_configs:
         return _list_configs(options.json)
 
-    if options.resume and (options.config or options.on):
+    folder = Path(options.resume) if options.resume not in (None, AUTO) else None
+    if folder and (options.config or options.on):
         option = "--config" if options.config else "--on"
         raise ConfigError(
             f"{option}: a resumed run has its own; change fields one by one, for example --log.every_steps 50"
         )
-    said = {} if options.resume else recipe(options.config, options.on)  # a wrong name is told before torch is imported
+    said = {} if folder else recipe(options.config, options.on)  # a wrong name is told before torch is imported
 
+    from sae.training.checkpoint import resumed_config, saved_config
     from sae.training.config import TrainConfig
 
-    folder = Path(options.resume) if options.resume else None
-    if folder:
-        from sae.training.checkpoint import resumed_config, saved_config
+    def config() -> TrainConfig:
+        if folder:
+            return resumed_config(read_config(TrainConfig, {}, overrides, saved_config(folder)), folder)
+        return read_config(TrainConfig, said, overrides)
 
-        config = resumed_config(read_config(TrainConfig, {}, overrides, saved_config(folder)), folder)
-    else:
-        config = read_config(TrainConfig, said, overrides)
-    config.validate()
     if options.print_config:
         from sae.base.settings import encode, to_yaml
 
-        report(options.json, encode(config), [to_yaml(config).rstrip()])
+        report(options.json, encode(_valid(config())), [to_yaml(config()).rstrip()])
         return DONE
     if options.dry_run:
         from sae.training.estimate import estimate
 
-        found = estimate(config, options.trust_remote_code)
+        found = estimate(_valid(config()), options.trust_remote_code)
         report(options.json, {**vars(found), "peak_memory": found.peak_memory}, found.lines())
         return DONE
-    resume, folder = folder is not None, folder or _new_folder(config)
-    return _train(config, folder, resume, options)
+    return _train(config, folder, options)
 
 
-def _train(config, folder: Path, resume: bool, options) -> int:
+def _valid(config):
+    config.validate()
+    return config
+
+
+def _train(config, folder: Path | None, options) -> int:
     from sae.base.memory import keep_freed_memory
+    from sae.parallel.agreement import together
+    from sae.parallel.ranks import process_group, rank
     from sae.training.run import train
+    from sae.training.start import begin
 
     keep_freed_memory()
-    _announce(config, folder, options.trust_remote_code)
-    result = train(config, resume, options.trust_remote_code, folder, options.repair)
+    with process_group(_ranks(config)):
+        going_on = True if folder else options.resume or False
+        found, folder, resume = begin(config, folder, going_on, _new_folder)
+        with together():
+            if rank() == 0:
+                _announce(found, folder, options.trust_remote_code)
+        result = train(found, resume, options.trust_remote_code, folder, options.repair)
     if result.metrics:  # those of the first rank
         report(options.json, {"run_dir": folder, "metrics": result.metrics}, tables(result.metrics))
         log.info("run folder   %s", folder)
@@ -90,6 +103,17 @@ def _train(config, folder: Path, resume: bool, options) -> int:
         read = all(site.model for coder in result.coders.values() for site in coder.spec.reads)
         say_next(["sae-eval", folder], *([["sae-explain", folder]] if read else []))  # of vectors there is no text
     return DONE
+
+
+def _ranks(config):
+    """Returns how the ranks are to meet; where one cannot read the config, rank 0 tells it why not, or what it says."""
+    from sae.parallel.launch import launch
+    from sae.parallel.ranks import RanksConfig
+
+    if launch().world_size > 1:
+        with suppress(ConfigError):
+            return config().ranks
+    return RanksConfig()
 
 
 def _announce(config, folder: Path, trust_remote_code: bool) -> None:
@@ -115,14 +139,11 @@ def _announce(config, folder: Path, trust_remote_code: bool) -> None:
             log.warning("warning      %s", missing)
 
 
-def _new_folder(config) -> Path:
-    """Returns the run's folder; one named by the run alone gets a number if it is taken."""
-    if config.run_dir:
-        return Path(config.run_dir).expanduser()
+def _new_folder(base: Path) -> Path:
+    """Returns the folder of a run that is named by its config alone: with a number if it is taken."""
     from sae.training.checkpoint import has_begun
 
-    base, number = Path("runs") / config.name, 2
-    folder = base
+    folder, number = base, 2
     while has_begun(folder):
         folder = base.with_name(f"{base.name}-{number}")
         number += 1

@@ -37,7 +37,7 @@ def together() -> Iterator[None]:
     except Exception as error:
         failed = error
     code = getattr(failed, "exit_code", 1) if failed else 0
-    worst = _largest(code if code != Stopped.exit_code else STOPPED)
+    worst = concluded(code if code != Stopped.exit_code else STOPPED, max)
     if failed:
         raise failed
     if worst:
@@ -71,19 +71,19 @@ def agreed(decide: Callable[[], Any]) -> Any:
     return json.loads(group.store.get(key))
 
 
-def _largest(value: float) -> float:
-    """The largest value of any rank."""
+def concluded(value: Any, conclude: Callable[[list[Any]], Any]) -> Any:
+    """Returns, on every rank, what rank 0 concludes of the values of all, in their order; plain JSON values."""
     group = ranks.group()
     if group is None:
-        return value
-    key, n = f"met/{next(group.numbers)}", len(group.peers)
-    group.store.set(f"{key}/{ranks.rank()}", str(value))
+        return conclude([value])
+    key = f"met/{next(group.numbers)}"
+    group.store.set(f"{key}/{ranks.rank()}", json.dumps(value))
     if ranks.rank() == 0:
-        every = [f"{key}/{i}" for i in range(n)]
+        every = [f"{key}/{i}" for i in range(len(group.peers))]
         _wait_for(group, every)
-        group.store.set(key, str(max(map(float, group.store.multi_get(every)))))
+        group.store.set(key, json.dumps(conclude([json.loads(told) for told in group.store.multi_get(every)])))
     _wait_for(group, [key])
-    return float(group.store.get(key))
+    return json.loads(group.store.get(key))
 
 
 def _wait_for(group: Group, keys: list[str]) -> None:

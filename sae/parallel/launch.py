@@ -12,9 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from sae.base.errors import ConfigError
 
-ALONE, BY_HAND, TORCHRUN, SRUN, MPIRUN = "no launcher", "RANK and WORLD_SIZE", "torchrun", "srun", "mpirun"
+ALONE, BY_HAND, TORCHRUN, ACCELERATE = "no launcher", "RANK and WORLD_SIZE", "torchrun", "accelerate launch"
+SRUN, MPIRUN = "srun", "mpirun"
 MPI = (  # rank, number of ranks, rank on this host, ranks on this host
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
@@ -36,12 +39,12 @@ class Launch:
     address: str = ""
     """Of rank 0's host, where the ranks meet."""
     port: int = 0
-    job: str = ""
-    """What a job keeps when its scheduler, or its torchrun, starts it again; empty if there is none."""
-    restarts: int = 0
-    """How often it was started again."""
-    by_torchrun: bool = False
-    """Whether a failure of a rank is answered by another start of all, whatever its exit code."""
+    step: str = ""
+    """Slurm's name of the job step; a job that is requeued counts its steps anew, so that this one has it again."""
+    agent: str = ""
+    """The torchrun that started it, and that answers the end of a rank, whatever its exit code, by another start."""
+    requeued: bool = False
+    """Whether Slurm has started the job again."""
 
 
 def launch(environment: Mapping[str, str] = os.environ) -> Launch:
@@ -52,16 +55,12 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch:
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS", 1)  # SLURM_NTASKS stands in batch scripts, too
     if "WORLD_SIZE" in environment or "RANK" in environment:
         found = _from_variables(environment)
-        by_agents = _number(environment, "GROUP_WORLD_SIZE", 1) if found.by_torchrun else found.world_size
+        by_agents = _number(environment, "GROUP_WORLD_SIZE", 1) if found.agent else found.world_size
         if tasks > by_agents:
-            what = "torchrun" if found.by_torchrun else "WORLD_SIZE"
+            what = "torchrun" if found.agent else "WORLD_SIZE"
             raise ConfigError(
                 f"{what}: srun has started {tasks} tasks, and each of them is a group of {found.world_size} by itself; "
-                + (
-                    "give torchrun --nnodes and --rdzv-endpoint"
-                    if found.by_torchrun
-                    else f"set it to {tasks}, or unset it"
-                )
+                + ("give torchrun --nnodes and --rdzv-endpoint" if found.agent else f"set it to {tasks}, or unset it")
             )
         return found
     if tasks > 1:
@@ -84,18 +83,18 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
 def _from_variables(environment: Mapping[str, str]) -> Launch:
     """As torchrun and `accelerate launch` say it, or whoever sets the same variables by hand."""
-    by_torchrun = "TORCHELASTIC_RUN_ID" in environment
+    by_torchrun = "TORCHELASTIC_RUN_ID" in environment  # so does `accelerate launch`
     rank, n = _number(environment, "RANK", None), _number(environment, "WORLD_SIZE", None)
     if not 0 <= rank < n:
         raise ConfigError(f"RANK: {rank} is none of WORLD_SIZE {n}")
     return Launch(
-        TORCHRUN if by_torchrun else BY_HAND,
+        BY_HAND if not by_torchrun else ACCELERATE if _by_accelerate(environment) else TORCHRUN,
         rank,
         n,
         _number(environment, "LOCAL_RANK", 0),
         _address(environment, "127.0.0.1" if n == 1 else ""),
         _port(environment, ""),
-        by_torchrun=by_torchrun,
+        agent=_agent() if by_torchrun else "",
         **_job(environment),
     )
 
@@ -133,12 +132,21 @@ def _reachable(host: str) -> str:
     return host
 
 
+def _by_accelerate(environment: Mapping[str, str]) -> bool:
+    return "ACCELERATE_MIXED_PRECISION" in environment
+
+
+def _agent() -> str:
+    """The process that started this one, told from others of the same number."""
+    parent = os.getppid()
+    return f"{socket.gethostname()} {parent} {psutil.Process(parent).create_time():.2f}"
+
+
 def _job(environment: Mapping[str, str]) -> dict[str, Any]:
-    """What tells a job from others, and how often it was started again."""
-    slurm, elastic = environment.get("SLURM_JOB_ID", ""), environment.get("TORCHELASTIC_RUN_ID", "")
-    again = max(_number(environment, f"{name}_RESTART_COUNT", 0) for name in ("TORCHELASTIC", "SLURM"))
-    names = {"slurm": slurm, "torchrun": "" if elastic == "none" or slurm else elastic}
-    return {"job": " ".join(f"{kind} {name}" for kind, name in names.items() if name), "restarts": again}
+    """What tells a step of Slurm's from others, also when its job is started again."""
+    names = [environment.get(f"SLURM_{name}", "") for name in ("CLUSTER_NAME", "JOB_ID", "STEP_ID")]
+    again = _number(environment, "SLURM_RESTART_COUNT", 0) > 0
+    return {"step": " ".join(names).strip() if names[1] else "", "requeued": again}
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None) -> int:

@@ -163,10 +163,11 @@ def _introduced(store: Store) -> list[Peer]:
 def described(found: Launch, peers: list[Peer]) -> str:
     """Returns one line on the ranks: how many, on which hosts, what they compute on and what sums over them."""
     hosts = list(dict.fromkeys(peer.host for peer in peers))
+    on = "1 host" if len(hosts) == 1 else f"{len(hosts)} hosts"
     shown = ", ".join(hosts[:8]) + (f" and {len(hosts) - 8} more" if len(hosts) > 8 else "")
     devices = ", ".join(dict.fromkeys(peer.device for peer in peers))
     how = found.launcher if found.launcher != BY_HAND else f"by {BY_HAND}"
-    return f"ranks        {len(peers)} ({how}) on {len(hosts)} hosts ({shown}); {devices}; {dist.get_backend()}"
+    return f"ranks        {len(peers)} ({how}) on {on} ({shown}); {devices}; {dist.get_backend()}"
 
 
 def host() -> str:

@@ -17,7 +17,7 @@ from sae.base.tracker import Tracker
 from sae.coder.coder import SparseCoder
 from sae.evaluation.evaluation import evaluate
 from sae.loading import hub
-from sae.parallel import agreement, collectives, ranks
+from sae.parallel import agreement, collectives, ranks, replicas
 from sae.parallel.stopping import StopFlag
 from sae.stream.batch import ActivationBatch
 from sae.stream.drawn import Ended
@@ -57,8 +57,8 @@ class Run:
         self.setting, self.config, self.folder, self.stop = setting, setting.config, setting.folder, stop
         self.watch, self.told, self.main = watch, told, ranks.rank() == 0
         self.source = setting.subject.open_source(setting.config, watch)
-        with agreement.together():
-            self.trainers = new_trainers(setting, self.source, saved, watch)
+        replicas.check_machines(setting.subject.device)
+        self.trainers = new_trainers(setting, self.source, saved, watch)
         self.stream = setting.subject.open_stream(setting.config, self.source)
         self.bad_steps, self.checkpoint = 0, saved
         self.ended: Ended | None = None
@@ -98,6 +98,7 @@ class Run:
 
     def _save(self, log_bytes: dict[str, int]) -> None:
         """Writes a checkpoint of the step and of so much of the logs."""
+        self._compare()
         position = self.stream.state()
         collectives.total_(*position.values())
         with agreement.together():
@@ -158,6 +159,8 @@ class Run:
             lines = self._train_on(batch)
             self.step += 1
             step = self.step
+            if step == first + 1:  # rather than at the first checkpoint, which may be far
+                self._compare()
             if lines and (step % config.log.every_steps == 0 or step == steps):
                 self._write("metrics.jsonl", *lines)
                 seconds = time.monotonic() - began
@@ -195,6 +198,15 @@ class Run:
 
         step, steps, tokens = self.step, self.config.steps, self.step * self.config.batch_tokens
         return Moment(step, steps, tokens, deepcopy(metrics), self.folder, self.checkpoint, snapshot)
+
+    def _compare(self) -> None:
+        """Raises ReplicaError if the ranks have come to hold different coders."""
+        held = {
+            f"{name} {key}": value
+            for name, trainer in self.trainers.items()
+            for key, value in trainer.replicated().items()
+        }
+        replicas.check_alike(held, f"after step {self.step}")
 
     def _train_on(self, batch: ActivationBatch) -> list[dict[str, Any]]:
         """Trains every coder on one batch; returns the metrics of those that took the step."""

@@ -1,16 +1,17 @@
 """What a run stands on before its first step: models, plans, text, activations, and coders as they begin."""
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import draccus
+
 from sae.base.errors import ConfigError
-from sae.base.files import atomic_write, write_json
+from sae.base.files import atomic_write, read_json, write_json
 from sae.base.progress import Watch
-from sae.base.settings import to_yaml
+from sae.base.settings import decode, to_yaml
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.lm.environment import environment
@@ -18,7 +19,7 @@ from sae.lm.masking import MaskSpec
 from sae.lm.models import DTYPES, LanguageModel, ModelConfig, load_language_model, resolve_device
 from sae.lm.site import SECOND
 from sae.loading import hub
-from sae.parallel import agreement, ranks
+from sae.parallel import agreement, ranks, replicas
 from sae.stream.drawn import is_iterator
 from sae.stream.lanes import lanes_of
 from sae.stream.sources import Reading, Source
@@ -30,6 +31,7 @@ from sae.training.config import TrainConfig
 from sae.training.estimate import check_disk, disk_needed
 from sae.training.measuring import Recipe, Statistics, measure, sample_activations
 from sae.training.planning import CoderPlan, plan_run, plan_tensors, with_model_named
+from sae.training.start import own_jobs
 from sae.training.subject import OfText, Subject, drawn_from, of_iterator, of_tensors
 from sae.training.trainer import CoderTrainer, Schedule, new_coder
 
@@ -124,13 +126,15 @@ def _begun(
             hub.find_place(start)
         except ConfigError as error:
             raise ConfigError(f"coder.start_from: {str(error).removeprefix('path: ')}") from None
-    with agreement.together():
-        if ranks.rank() == 0:
-            check_disk(disk_needed(config, plans, widths)[0], folder)
-            if not resume:  # from here on the run can be resumed, if only from its start
-                atomic_write(folder / "config.yaml", to_yaml(pinned))
-                write_json(folder / "env.json", about)
-    return config if resume else checkpoint.saved_config(folder)
+
+    def written() -> Any:
+        check_disk(disk_needed(config, plans, widths)[0], folder)
+        if not resume:  # from here on the run can be resumed, if only from its start
+            atomic_write(folder / "config.yaml", to_yaml(pinned))
+            write_json(folder / "env.json", about | {"job": own_jobs()})
+        return draccus.encode(config if resume else checkpoint.saved_config(folder))
+
+    return decode(TrainConfig, agreement.agreed(written))
 
 
 def _pinned(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
@@ -155,35 +159,54 @@ def _text(config: TrainConfig, lm: LanguageModel, watch: Watch) -> TokenizedText
 
 
 def new_trainers(setting: Setting, source: Source, saved: Path | None, watch: Watch) -> dict[str, CoderTrainer]:
-    """Returns a trainer for every plan, of an untrained coder or, as yet without weights, of that in a checkpoint."""
-    config, subject, trainers = setting.config, setting.subject, {}
+    """Returns a trainer for every plan, of an untrained coder or, as yet without weights, of that in a checkpoint.
+
+    Rank 0 measures and draws what coders begin with; the others take it over, bit for bit.
+    """
+    config, device = setting.config, setting.subject.device
     schedule = Schedule(config.steps, config.dead_after, setting.micro_tokens, DTYPES[config.precision])
-    specs = json.loads((saved / checkpoint.STATE).read_bytes())["specs"] if saved else {}
-    wanted = config.activations.statistics_tokens
-    samples = {} if saved else sample_activations(subject.sampled(source, wanted), wanted, watch)
-    measured: dict[tuple[Any, ...], Statistics] = {}
-    for plan in setting.plans:
+    drawn: dict[str, SparseCoder] = {}
+
+    def specs() -> dict[str, Any]:
         if saved:
-            coder = SparseCoder(CoderSpec.from_json(specs[plan.name]), subject.device)
-        else:
-            start = plan.coder.start_from
-            like = hub.load(start).spec if start else None
-            recipe = Recipe(
-                plan.coder.normalization, config.activations.norm_filter, plan.coder.center, plan.coder.balance_sites
-            )
-            key = (plan.reads, plan.writes, recipe, start)
-            if key not in measured:
-                recipe = replace(recipe, like=like)
-                measured[key] = measure(samples, plan.reads, plan.writes, subject.mask, recipe)
-            training = {
-                **subject.described["training"],
-                "tokens": config.steps * config.batch_tokens,
-                "seed": plan.coder.seed,
-                "sae-interp": version("sae-interp"),
-            }
-            described = subject.described | {"training": training}
-            coder = new_coder(plan.coder, measured[key], subject.device, **described)
-        trainers[plan.name] = CoderTrainer(coder, plan.coder.objectives, plan.optim, schedule)
+            return read_json(saved / checkpoint.STATE)["specs"]
+        drawn.update(_new_coders(setting, source, watch))
+        return {name: coder.spec.to_json() for name, coder in drawn.items()}
+
+    coders = {name: CoderSpec.from_json(spec) for name, spec in agreement.agreed(specs).items()}
+    made = {name: drawn[name] if name in drawn else SparseCoder(spec, device) for name, spec in coders.items()}
+    if not saved:
+        replicas.copy_of_rank_zero_(tensor for coder in made.values() for tensor in coder.state_dict().values())
+    return {
+        plan.name: CoderTrainer(made[plan.name], plan.coder.objectives, plan.optim, schedule) for plan in setting.plans
+    }
+
+
+def _new_coders(setting: Setting, source: Source, watch: Watch) -> dict[str, SparseCoder]:
+    """Returns the coders of a run as they begin, by what is measured at their sites."""
+    config, subject = setting.config, setting.subject
+    wanted = config.activations.statistics_tokens
+    samples = sample_activations(subject.sampled(source, wanted), wanted, watch)
+    measured: dict[tuple[Any, ...], Statistics] = {}
+    coders: dict[str, SparseCoder] = {}
+    for plan in setting.plans:
+        start = plan.coder.start_from
+        like = hub.load(start).spec if start else None
+        recipe = Recipe(
+            plan.coder.normalization, config.activations.norm_filter, plan.coder.center, plan.coder.balance_sites
+        )
+        key = (plan.reads, plan.writes, recipe, start)
+        if key not in measured:
+            measured[key] = measure(samples, plan.reads, plan.writes, subject.mask, replace(recipe, like=like))
+        training = {
+            **subject.described["training"],
+            "tokens": config.steps * config.batch_tokens,
+            "seed": plan.coder.seed,
+            "sae-interp": version("sae-interp"),
+        }
+        coders[plan.name] = new_coder(
+            plan.coder, measured[key], subject.device, **subject.described | {"training": training}
+        )
     for found in dict.fromkeys(map(str, measured.values())):
         log.info("%s", found)
-    return trainers
+    return coders

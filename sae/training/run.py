@@ -7,8 +7,8 @@ clock), checkpoints/step-*/, coders/<site>/ and report.html.
 import errno
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from sae.training.callbacks import Callbacks, Listener
 from sae.training.config import TrainConfig
 from sae.training.loop import Run, TrainResult
 from sae.training.preparing import load_models, set_up, set_up_tensors
+from sae.training.start import AUTO, begin, check_shared, mark
 
 if TYPE_CHECKING:
     from sae.lm.models import ModelLike, TokenizerLike
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 def train(
     config: TrainConfig | dict[str, Any] | Path | str,
-    resume: bool = False,
+    resume: bool | str = False,
     trust_remote_code: bool = False,
     run_dir: Path | str | None = None,
     repair: bool = False,
@@ -53,9 +54,10 @@ def train(
 ) -> TrainResult:
     """Trains, evaluates and saves the coders of a config and returns them with their metrics.
 
-    With `resume`, continues the run folder's newest checkpoint bit for bit (from the start if it has none). With
-    `repair`, verifies the caches the run will read and makes again what is damaged. `progress` says how the stages are
-    shown: True (a bar in a notebook or on a terminal, else a line every few seconds), False, or a function that is
+    With `resume`, continues the run folder's newest checkpoint bit for bit (from the start if it has none); "auto" does
+    so if there is a run in the folder that is named or, if none is, one that this very job has begun (docs/cluster.md).
+    With `repair`, verifies the caches the run will read and makes again what is damaged. `progress` says how the stages
+    are shown: True (a bar in a notebook or on a terminal, else a line every few seconds), False, or a function that is
     given the `Position`. `callbacks` hear of steps, evaluations, checkpoints and the end; a function, of every step.
 
     The config may be a mapping of its fields, or the path of a YAML file. `model`, a name or one that is loaded, stands
@@ -70,8 +72,8 @@ def train(
     what a callback raises, when all that was trained is saved, with a note that says how to go on. After StopTraining
     it returns the coders as they are; the run may still go on with `resume`.
     """
-    if not isinstance(resume, bool):
-        raise wrong("resume", resume, "True or False; the folder to go on in is run_dir")
+    if not isinstance(resume, bool) and resume != AUTO:
+        raise wrong("resume", resume, f"True, False or {AUTO!r}; the folder to go on in is run_dir")
     if not isinstance(run_dir, str | os.PathLike | None):
         raise wrong("run_dir", run_dir, "the path of a folder")
     config, told, watch = as_config(config), Callbacks(callbacks), Watch(repair=repair, display=progress)
@@ -79,42 +81,59 @@ def train(
     config.validate()
     with loading_bars(shown=progress is True):
         config, given = with_model(config, model, tokenizer, trust_remote_code)
-    folder = Path(run_dir or config.run_dir or Path("runs") / config.name).expanduser()
-    config = checkpoint.resumed_config(config, folder) if resume else checkpoint.placed_config(config)
+    asked = config
     with (
         torch.inference_mode(False),  # whatever the caller is within
         torch.enable_grad(),
         ranks.process_group(config.ranks),
         stop_flag() as stop,
-        checkpoint.locked(folder, resume),
     ):
-        check_writable(cache_dir(), "SAE_CACHE")
-        with agreement.together():
-            name = config.log.tracker if ranks.rank() == 0 else "none"
-            tracker = Tracker(name, config.log.project, folder.name, draccus.encode(config))
-        watch = replace(watch, should_stop=stop)
-        try:
-            if config.activations.source == "tensors":
-                setting = set_up_tensors(config, folder, resume, activations)
-            else:
-                with stop.lifted(), loading_bars(shown=progress is True):
-                    models = load_models(config, trust_remote_code, given)
-                setting = set_up(config, models, folder, resume, watch, trust_remote_code)
-            saved = checkpoint.latest(folder) if resume else None
-            if resume and saved is None:
-                log.info("no checkpoint in %s yet: starting at step 0", folder)
-            with closing(Run(setting, saved, watch, stop, told)) as run:
-                run.loop(tracker)
-                return run.finish()
-        except Stopped as stopped:
-            raise _in_python(Stopped(f"{stopped}; continue with --resume {folder}")) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            reason = f"{error.strerror}; once there is room, continue with --resume {folder}"
-            raise _in_python(OSError(error.errno, reason)) from error
-        finally:
-            tracker.finish()
+        config, folder, going_on = begin(lambda: asked, Path(run_dir) if run_dir else None, resume)
+        with checkpoint.locked(folder, going_on), _ended_well(folder):
+            check_shared(folder)
+            check_writable(cache_dir(), "SAE_CACHE")
+            with agreement.together():
+                name = config.log.tracker if ranks.rank() == 0 else "none"
+                tracker = Tracker(name, config.log.project, folder.name, draccus.encode(config))
+            watch = replace(watch, should_stop=stop)
+            try:
+                if config.activations.source == "tensors":
+                    setting = set_up_tensors(config, folder, going_on, activations)
+                else:
+                    with stop.lifted(), loading_bars(shown=progress is True):
+                        models = load_models(config, trust_remote_code, given)
+                    setting = set_up(config, models, folder, going_on, watch, trust_remote_code)
+                with closing(Run(setting, _newest(folder, going_on), watch, stop, told)) as run:
+                    run.loop(tracker)
+                    return run.finish()
+            finally:
+                tracker.finish()
+
+
+def _newest(folder: Path, resume: bool) -> Path | None:
+    """Returns the checkpoint to go on from, which rank 0 finds and verifies."""
+    if not resume:
+        return None
+    found = agreement.agreed(lambda: getattr(checkpoint.latest(folder), "name", None))
+    if found is None:
+        log.info("no checkpoint in %s yet: starting at step 0", folder)
+    return folder / "checkpoints" / found if found else None
+
+
+@contextmanager
+def _ended_well(folder: Path) -> Iterator[None]:
+    """Says of an end that can be gone on from how to do so, and leaves word of it in the run's folder."""
+    mark(folder, stopped=False)
+    try:
+        yield
+    except Stopped as stopped:
+        mark(folder, stopped=True)
+        raise _in_python(Stopped(f"{stopped}; continue with --resume {folder}")) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = f"{error.strerror}; once there is room, continue with --resume {folder}"
+        raise _in_python(OSError(error.errno, reason)) from error
 
 
 def _in_python(error: Exception) -> Exception:

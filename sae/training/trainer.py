@@ -313,6 +313,11 @@ class CoderTrainer:
                 normalize_decoder(copy)
         return copy.requires_grad_(False)
 
+    def replicated(self) -> dict[str, Tensor]:
+        """Returns what must be equal on every rank: weights, and the counters that decide which latents are dead."""
+        named = {name: parameter.detach() for name, parameter in self.coder.named_parameters()}
+        return named | {"tokens_since_fired": self.tokens_since_fired, "density": self.density}
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Returns (tensors, plain values) from which `load_state` continues bit for bit."""
         tensors = {"tokens_since_fired": self.tokens_since_fired, "density": self.density}
