@@ -1,10 +1,15 @@
-"""The few collectives needed: sums over ranks, rows of all ranks, and a flag that any of them may set."""
+"""The few collectives needed: sums over ranks, what all ranks have, and a flag that any of them may set."""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae.parallel.ranks import rank, world_size
+from sae.parallel.ranks import world_size
+
+BUCKET_BYTES = 32 * 2**20
+"""Of tensors that are summed at once. More gain nothing on any wire, and would be a second copy of a large coder."""
 
 
 def total(value: Tensor) -> Tensor:
@@ -16,40 +21,69 @@ def total(value: Tensor) -> Tensor:
 
 
 def total_(*tensors: Tensor) -> None:
-    """Replaces each tensor by its sum over ranks, one collective per data type."""
+    """Replaces each tensor by its sum over ranks.
+
+    Small ones of a data type travel together; one larger than a bucket is summed where it lies. So beside them a bucket
+    is held and no more, whatever their size.
+    """
     if not dist.is_initialized():
         return
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        group = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+    for bucket in _buckets(tensors):
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            dist.all_reduce(bucket[0])
+            continue
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         dist.all_reduce(flat)
-        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
-            tensor.copy_(part.reshape(tensor.shape))
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
-def before(count: int) -> int:
-    """Returns the sum of `count` over the ranks before this one."""
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields all tensors, as many at a time as are of a bucket's size together, and of one data type."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        bucket, size = [], 0
+        for tensor in (tensor for tensor in tensors if tensor.dtype == dtype):
+            if tensor.nbytes >= BUCKET_BYTES:
+                yield [tensor]
+                continue
+            if size + tensor.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(tensor)
+            size += tensor.nbytes
+        if bucket:
+            yield bucket
+
+
+def of_every_rank(numbers: Tensor) -> list[list[int]]:
+    """Returns the whole numbers [k] of all ranks, in their order: the one thing that the host must wait for."""
     if not dist.is_initialized():
-        return 0
-    return int(_counts(count)[: rank()].sum())
+        return [numbers.tolist()]
+    found = numbers.new_empty(world_size(), len(numbers))
+    dist.all_gather(list(found), numbers)
+    return found.tolist()
 
 
-def gathered(value: Tensor) -> Tensor:
-    """Returns the rows of all ranks one after the other; ranks may have different numbers of them."""
+def gathered(*columns: Tensor) -> tuple[Tensor, ...]:
+    """Returns columns of equal length, the rows of all ranks one after the other; ranks may have different numbers.
+
+    All columns move at once, after the numbers of rows; whole numbers, which must be below 2^31, as half of their size.
+    """
     if not dist.is_initialized():
-        return value
-    counts = _counts(len(value))
-    padded = torch.cat([value, value.new_zeros(int(counts.max()) - len(value), *value.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
+        return columns
+    words = [(c.int() if c.dtype == torch.int64 else c).view(torch.int32).view(len(c), -1) for c in columns]
+    rows = torch.cat(words, 1)
+    counts = [count for (count,) in of_every_rank(torch.tensor([len(rows)], device=rows.device))]
+    padded = rows.new_zeros(max(counts), rows.shape[1])
+    padded[: len(rows)] = rows
+    parts = list(rows.new_empty(len(counts), *padded.shape))
     dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
-
-
-def _counts(own: int) -> Tensor:
-    """A count of every rank."""
-    counts = torch.zeros(world_size(), dtype=torch.int64)
-    counts[rank()] = own
-    return total(counts)
+    found = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    narrow = found.split([part.shape[1] for part in words], dim=1)
+    return tuple(
+        part[:, 0].long() if column.dtype == torch.int64 else part.contiguous().view(column.dtype)[:, 0]
+        for part, column in zip(narrow, columns, strict=True)
+    )
 
 
 def any_rank(flag: bool) -> bool:

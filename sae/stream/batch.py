@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 LANES = 64
+"""How many there are unless a run says otherwise."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sae.base.errors import ConfigError
-from sae.stream.batch import LANES, ActivationBatch, Block
+from sae.stream.batch import ActivationBatch, Block
 from sae.stream.lanes import Stream
 from sae.stream.tensors import Shard, cut, named_tensors, shard_in_memory
 
@@ -198,7 +198,7 @@ class DrawnStream(Stream):
         """Continues behind the batch after which `state` was taken."""
         super().load_state(state)
         began = self.visit.tolist()
-        self.source.load_state(state, lambda block: block >= began[block % LANES])
+        self.source.load_state(state, lambda block: block >= began[block % self.n_lanes])
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

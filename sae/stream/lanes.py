@@ -1,10 +1,11 @@
-"""The order of tokens: 64 lanes, each shuffling one block at a time; a batch takes equally from every lane.
+"""The order of tokens: L lanes, each shuffling one block at a time; a batch takes equally from every lane.
 
-    visit i = 0, 1, 2, ...    epoch = i // n_blocks    block = order_epoch[i % n_blocks]    lane = i mod 64
+    visit i = 0, 1, 2, ...    epoch = i // n_blocks    block = order_epoch[i % n_blocks]    lane = i mod L
 
-Lane l makes the visits l, l + 64, l + 128, ... and hands out the block's tokens in a shuffled order, keyed by
-(seed, visit). So the tokens of batch s depend on (seed, s) alone: not on time, threads, the source, or the number of
-ranks, which own whole lanes. A batch mixes 64 blocks of shuffled rows; memory holds those and what is read ahead.
+Lane l makes the visits l, l + L, l + 2 L, ... and hands out the block's tokens in a shuffled order, keyed by
+(seed, visit). So the tokens of batch s depend on (seed, L, s) alone: not on time, threads, the source, or the number of
+ranks, which own whole lanes, some one more than others. A batch mixes L blocks of shuffled rows; memory holds those and
+what is read ahead.
 The state is (visit, offset) per lane, that of the last batch handed out; what was read ahead is read again on resume.
 """
 
@@ -19,16 +20,6 @@ from sae.base.seeding import generator
 from sae.parallel.ranks import ALONE, Share
 from sae.stream.batch import LANES, ActivationBatch, Block
 from sae.stream.sources import Source
-
-
-def lanes_of(share: Share) -> range:
-    """Returns the lanes that a rank owns; ConfigError if the ranks cannot share them equally."""
-    if LANES % share.world_size:
-        raise ConfigError(
-            f"WORLD_SIZE: {share.world_size} ranks cannot share {LANES} lanes; use 1, 2, 4, 8, 16, 32 or 64"
-        )
-    each = LANES // share.world_size
-    return range(share.rank * each, (share.rank + 1) * each)
 
 
 class Reader:
@@ -67,12 +58,20 @@ class Reader:
 class Stream:
     """An endless iterator of batches whose position can be saved and restored exactly."""
 
-    def __init__(self, source: Source, batch_tokens: int, seed: int, ahead: int = 0, share: Share = ALONE) -> None:
-        self.source, self.seed, self.ahead = source, seed, ahead
-        self.draw = batch_tokens // LANES
-        self.lanes = lanes_of(share)
-        self.visit = torch.arange(LANES)
-        self.offset = torch.zeros(LANES, dtype=torch.int64)
+    def __init__(
+        self,
+        source: Source,
+        batch_tokens: int,
+        seed: int,
+        ahead: int = 0,
+        share: Share = ALONE,
+        n_lanes: int = LANES,
+    ) -> None:
+        self.source, self.seed, self.ahead, self.n_lanes = source, seed, ahead, n_lanes
+        self.draw = batch_tokens // n_lanes
+        self.lanes = share.of(n_lanes)
+        self.visit = torch.arange(n_lanes)
+        self.offset = torch.zeros(n_lanes, dtype=torch.int64)
         self.pools: dict[int, tuple[int, Block, Tensor]] = {}
         self.reader: Reader | None = None
         self.orders: dict[int, Tensor] = {}
@@ -83,7 +82,7 @@ class Stream:
         if epoch == 0:
             return place
         if epoch not in self.orders:
-            apart = 2 + 2 * LANES // len(self.source)  # epochs between the last lane and what is read ahead
+            apart = 2 + 2 * self.n_lanes // len(self.source)  # epochs between the last lane and what is read ahead
             self.orders = {e: order for e, order in self.orders.items() if e >= epoch - apart}
             self.orders[epoch] = torch.randperm(len(self.source), generator=generator(self.seed, "blocks", epoch))
         return int(self.orders[epoch][place])
@@ -127,24 +126,24 @@ class Stream:
                 raise ConfigError("text: every token is masked; nothing is left to train on")
             if int(self.offset[lane]) >= len(block):
                 del self.pools[lane]
-                self.visit[lane] += LANES
+                self.visit[lane] += self.n_lanes
                 self.offset[lane] = 0
         return parts
 
     def _upcoming(self) -> Iterator[tuple[int, int]]:
         """Yields the visits of this rank's lanes from the current state on, in the order they will be needed."""
-        lap = int(self.visit[list(self.lanes)].min()) // LANES
+        lap = int(self.visit[list(self.lanes)].min()) // self.n_lanes
         started = {lane: int(self.visit[lane]) for lane in self.lanes}
         while True:
             for lane in self.lanes:
-                visit = lap * LANES + lane
+                visit = lap * self.n_lanes + lane
                 if visit >= started[lane]:
                     yield visit, self.block_of(visit)
             lap += 1
 
     def state(self) -> dict[str, Tensor]:
         """Returns the position after the last batch: (visit, offset) of every lane of this rank."""
-        own = torch.zeros(LANES, dtype=torch.int64)
+        own = torch.zeros(self.n_lanes, dtype=torch.int64)
         own[list(self.lanes)] = 1
         return {"visit": self.visit * own, "offset": self.offset * own}
 

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sae.base.errors import ConfigError
 from sae.base.seeding import generator
 from sae.lm.hooks import capture
 from sae.lm.masking import token_mask
@@ -28,11 +27,6 @@ class RowStream:
     def __init__(self, reading: Reading, rows: TokenRows, batch_tokens: int, seed: int, share: Share = ALONE) -> None:
         self.reading, self.rows, self.seed, self.share = reading, rows, seed, share
         self.per_batch = batch_tokens // rows.context_length
-        if self.per_batch < share.world_size or self.per_batch % share.world_size:
-            raise ConfigError(
-                f"batch_tokens: {batch_tokens} are {self.per_batch} rows of {rows.context_length} tokens; end-to-end "
-                f"terms need whole rows, as many for each of {share.world_size} ranks"
-            )
         self.batch = 0
         self._order: tuple[int, Tensor] | None = None
 
@@ -45,9 +39,8 @@ class RowStream:
 
     def __next__(self) -> ActivationBatch:
         """Returns this rank's rows of the next batch, with `text`."""
-        each = self.per_batch // self.share.world_size
-        first = self.batch * self.per_batch + self.share.rank * each
-        chosen = torch.stack([self._row(place) for place in range(first, first + each)])
+        first = self.batch * self.per_batch
+        chosen = torch.stack([self._row(first + place) for place in self.share.of(self.per_batch)])
         self.batch += 1
         tokens = self.rows.tokens(chosen)
         keep = token_mask(tokens, self.reading.mask)

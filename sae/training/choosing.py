@@ -25,9 +25,14 @@ class Chooser:
         self.groups = coder.rule_groups()
         self.states = [self.rule.start(group.stop - group.start) for group in self.groups]
         self.moments: list[Moment] = []
+        self.before = 0
 
-    def begin(self, progress: float, n_tokens: int) -> None:
-        """Begins a step of `n_tokens` tokens over all ranks, of which nothing is kept before `finish`."""
+    def begin(self, progress: float, n_tokens: int, before: int = 0) -> None:
+        """Begins a step of `n_tokens` tokens over all ranks, of which nothing is kept before `finish`.
+
+        `before` of them are those of the ranks before this one.
+        """
+        self.before = before
         self.moments = [Moment(progress, n_tokens, dict(state)) for state in self.states]
         for moment in self.moments:
             self.rule.begin(moment)
@@ -35,8 +40,8 @@ class Chooser:
     def whole_batch(self, parts: list[Tensor], look: Callable[[Tensor], Look]) -> list[Support]:
         """Returns the support of every micro-batch of this rank, by a batch-wide rule."""
         starts = [0, *torch.tensor([len(part) for part in parts]).cumsum(0).tolist()]
-        before, device = collectives.before(starts[-1]), self.coder.W_enc.device
-        none = Entries(*(torch.zeros(0, dtype=t, device=device) for t in (torch.long, torch.long, torch.float32)))
+        before, like = self.before, self.coder.W_enc
+        none = Entries(*(torch.zeros(0, dtype=t, device=like.device) for t in (torch.long, torch.long, like.dtype)))
         held: list[list[Entries]] = [[none] for _ in self.groups]
         for part, start in zip(parts, starts, strict=False):
             scores = self.coder.compared(look(part))
@@ -44,12 +49,25 @@ class Chooser:
                 entries.append(self.rule.candidates(scores[:, group], before + start, moment))
                 entries[:] = [self.rule.reduce(Entries.cat(entries), moment)] if start else entries[1:]
         kept = []
-        for (entries,), group, moment in zip(held, self.groups, self.moments, strict=True):
-            chosen = self.rule.keep(Entries(*map(collectives.gathered, entries)), moment)
+        for entries, group, moment in zip(self._of_all_ranks(held), self.groups, self.moments, strict=True):
+            chosen = self.rule.keep(entries, moment)
             chosen = chosen.take((chosen.tokens >= before) & (chosen.tokens < before + starts[-1]))
             kept.append(Entries(chosen.tokens - before, chosen.ids + group.start, chosen.values))
         offsets, ids = Entries.cat(kept).to_support(starts[-1])
         return [(offsets[a : b + 1] - offsets[a], ids[offsets[a] : offsets[b]]) for a, b in pairwise(starts)]
+
+    def _of_all_ranks(self, held: list[list[Entries]]) -> list[Entries]:
+        """Returns the candidates of every group of latents, gathered together."""
+        moved = [
+            Entries(tokens, ids + group.start, values)
+            for group, ((tokens, ids, values),) in zip(self.groups, held, strict=True)
+        ]
+        tokens, ids, values = collectives.gathered(*Entries.cat(moved))
+        found = []
+        for group in self.groups:
+            mine = (ids >= group.start) & (ids < group.stop)
+            found.append(Entries(tokens, ids - group.start, values).take(mine))
+        return found
 
     def per_token(self, look: Look, gradients: Float[Tensor, "n d_out"] | None) -> Support:
         """Returns the support of one micro-batch, by a per-token rule."""

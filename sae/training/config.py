@@ -18,7 +18,7 @@ from sae.lm.site import Site
 from sae.objectives import Objective
 from sae.objectives.auxk import AuxK
 from sae.objectives.reconstruction import Reconstruction
-from sae.parallel.ranks import RanksConfig
+from sae.parallel.ranks import ALONE, RanksConfig, Share
 from sae.selection import Selection, trainable
 from sae.selection.topk import TopK
 from sae.stream.batch import LANES
@@ -45,7 +45,9 @@ class ActivationConfig:
     """Of tensors, the folder, file or glob of safetensors to read. Of disk and write_through, a folder to store them in
     instead of the cache, with held-out ones below, for tensors to read later."""
     block_rows: int = 8
-    """Rows of text in one pass of the language model. The 64 lanes shuffle 64 x block_rows rows at a time."""
+    """Rows of text in one pass of the language model. 64 lanes shuffle 64 x block_rows rows at a time."""
+    lanes: int = LANES
+    """Blocks that are shuffled at a time, of which a batch takes equally; ranks share them, at least one each."""
     dtype: str = "float32"
     """Precision in which activations are kept and stored: float32, bfloat16 or float16."""
     skip_positions: int = 1
@@ -55,13 +57,14 @@ class ActivationConfig:
     statistics_tokens: int = 32_768
     """Tokens from which mean, variance, median norm and input scale are measured before step 0."""
     prefetch_blocks: int | None = None
-    """Blocks read ahead in a thread; none: 64, or 0 where model and coder share the CPU and would only compete."""
+    """Blocks that a rank reads ahead in a thread; none: one for each of its lanes, which run dry together, or 0 where
+    model and coder share the CPU and would only compete."""
 
-    def blocks_ahead(self, on_cpu: bool) -> int:
-        """Returns how many blocks to read ahead where the model is, or is not, on the coder's own CPU."""
+    def blocks_ahead(self, on_cpu: bool, share: Share = ALONE) -> int:
+        """Returns how many blocks a rank reads ahead where the model is, or is not, on the coder's own CPU."""
         if self.prefetch_blocks is not None:
             return self.prefetch_blocks
-        return 0 if self.source in ("live", "write_through") and on_cpu else LANES
+        return 0 if self.source in ("live", "write_through") and on_cpu else len(share.of(self.lanes))
 
     def validate(self) -> None:
         """Raises ConfigError naming the field whose value is not allowed."""
@@ -72,6 +75,7 @@ class ActivationConfig:
             )
         choose("activations.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         at_least("activations.block_rows", self.block_rows, 1)
+        at_least("activations.lanes", self.lanes, 1)
         at_least("activations.skip_positions", self.skip_positions, 0)
         at_least("activations.norm_filter", self.norm_filter, 0)
         at_least("activations.statistics_tokens", self.statistics_tokens, 1)
@@ -269,7 +273,7 @@ class TrainConfig:
     tokens: int = 1_000_000
     """Training tokens, repeats over several epochs counted."""
     batch_tokens: int = 1024
-    """Tokens of one optimizer step, over all ranks; a multiple of 64."""
+    """Tokens of one optimizer step, over all ranks; a multiple of `activations.lanes`."""
     micro_batch_tokens: int = 0
     """Tokens of one forward and backward pass; 0 takes the batch whole. Changes memory, not results."""
     precision: str = "float32"
@@ -317,9 +321,10 @@ class TrainConfig:
         """Raises ConfigError naming the first field whose value is not allowed."""
         for part in ("model", "second_model", "text", "activations", "optim", "eval", "checkpoints", "log", "ranks"):
             getattr(self, part).validate()
-        at_least("batch_tokens", self.batch_tokens, LANES)
-        if self.batch_tokens % LANES:
-            raise ConfigError(f"batch_tokens: {self.batch_tokens} is not a multiple of {LANES}, the number of lanes")
+        lanes = self.activations.lanes
+        at_least("batch_tokens", self.batch_tokens, lanes)
+        if self.batch_tokens % lanes:
+            raise ConfigError(f"batch_tokens: {self.batch_tokens} is not a multiple of {lanes}, the number of lanes")
         if self.tokens < self.batch_tokens:
             raise ConfigError(f"tokens: {self.tokens} is less than one batch ({self.batch_tokens} tokens)")
         at_least("micro_batch_tokens", self.micro_batch_tokens, 0)

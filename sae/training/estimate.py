@@ -18,7 +18,6 @@ from sae.evaluation.evaluation import rows_per_pass
 from sae.lm.hooks import sites_of_model
 from sae.lm.models import DTYPES, LanguageModel, resolve_device, untrained
 from sae.lm.site import SECOND, Site
-from sae.stream.batch import LANES
 from sae.stream.tensors import stored_at
 from sae.training.config import TrainConfig
 from sae.training.planning import CoderPlan, plan_run, plan_tensors, with_model_named
@@ -94,7 +93,7 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
         "process": psutil.Process().memory_info().rss + LATER,
         "model": weights * itemsize,
         "coders": sum(_copies(plan) * plan.parameters for plan in plans) * FLOAT,
-        "pool": config.batch_tokens * row if config.needs_rows else block * (LANES + ahead),
+        "pool": config.batch_tokens * row if config.needs_rows else block * (settings.lanes + ahead),
         "step": max((3 * p.d_sae + 4 * (p.d_in + p.d_out)) * micro + p.parameters for p in plans) * FLOAT
         + 4 * tokens * hidden * FLOAT
         + graph,

@@ -77,6 +77,23 @@ def plan_run(
     return sites, widths, plan_coders(config, pairs, widths)
 
 
+def check_ranks(config: TrainConfig, n: int) -> None:
+    """Raises ConfigError unless each of n ranks has a part of every batch: a lane, or a row of text."""
+    length, lanes, tokens = config.text.context_length, config.activations.lanes, config.batch_tokens
+    if config.needs_rows and tokens < n * length:
+        raise ConfigError(
+            f"batch_tokens: {tokens} are {tokens // length} rows of {length} tokens for {n} ranks; set it to "
+            f"{n * length} or more, or take {tokens // length} ranks"
+        )
+    if lanes < n and not config.needs_rows:
+        fits = next((m for m in range(n, tokens + 1) if tokens % m == 0), None)
+        to = f"{fits}" if fits else f"{n}, and batch_tokens to a multiple of that"
+        raise ConfigError(
+            f"activations.lanes: {lanes} for {n} ranks, of which each needs one; set it to {to}, or take {lanes} ranks "
+            "(a run that has begun keeps its lanes)"
+        )
+
+
 def with_model_named(config: TrainConfig, stored: Stored) -> Stored:
     """Returns activations that say of which model they are: what is stored with them, or else `model.name`.
 

@@ -21,7 +21,6 @@ from sae.lm.site import SECOND
 from sae.loading import hub
 from sae.parallel import agreement, ranks, replicas
 from sae.stream.drawn import is_iterator
-from sae.stream.lanes import lanes_of
 from sae.stream.sources import Reading, Source
 from sae.stream.tensors import Stored, given_activations
 from sae.text.documents import commit_of_data, first_look
@@ -30,7 +29,7 @@ from sae.training import checkpoint
 from sae.training.config import TrainConfig
 from sae.training.estimate import check_disk, disk_needed
 from sae.training.measuring import Recipe, Statistics, measure, sample_activations
-from sae.training.planning import CoderPlan, plan_run, plan_tensors, with_model_named
+from sae.training.planning import CoderPlan, check_ranks, plan_run, plan_tensors, with_model_named
 from sae.training.start import own_jobs
 from sae.training.subject import OfText, Subject, drawn_from, of_iterator, of_tensors
 from sae.training.trainer import CoderTrainer, Schedule, new_coder
@@ -59,7 +58,7 @@ Models = tuple[LanguageModel, LanguageModel | None]
 
 def load_models(config: TrainConfig, trust_remote_code: bool, given: LanguageModel | None = None) -> Models:
     """Returns the language models that a run reads, the first as it is given; of a crosscoder of two, both."""
-    lanes_of(ranks.own_share())  # refused here rather than when the stream begins
+    check_ranks(config, ranks.world_size())  # refused here rather than when the stream begins
     if Path(config.text.source).expanduser().exists():
         first_look(config.text)  # a missing column, or damage, is known before the model is loaded
 
@@ -92,7 +91,7 @@ def set_up(
 
 def set_up_tensors(config: TrainConfig, folder: Path, resume: bool, activations: Any = None) -> Setting:
     """Returns the same of a run on stored activations, those given or else those that the config names."""
-    lanes_of(ranks.own_share())
+    check_ranks(config, ranks.world_size())
     device, name = resolve_device(config.model.device), config.activations.sites[0]
     drawn = drawn_from(config, activations) if is_iterator(activations) else None
     if drawn:

@@ -14,7 +14,6 @@ from sae.base.store import HEADER, Shards, fingerprint_key, remove_damaged
 from sae.lm.masking import MaskSpec
 from sae.lm.models import DTYPES
 from sae.parallel import agreement, ranks
-from sae.stream.batch import LANES
 from sae.stream.drawn import Drawn, DrawnStream
 from sae.stream.lanes import Stream
 from sae.stream.rows import RowStream
@@ -187,7 +186,7 @@ class OfIterator:
 
     def open_stream(self, config: TrainConfig, source: Source) -> Stream:
         """Returns single vectors of many blocks."""
-        return DrawnStream(self.drawn, config.batch_tokens, config.seed)
+        return DrawnStream(self.drawn, config.batch_tokens, config.seed, n_lanes=config.activations.lanes)
 
     def __str__(self) -> str:
         """Returns what there is, for people."""
@@ -212,7 +211,7 @@ def drawn_from(config: TrainConfig, iterator: Any) -> Drawn:
         "dtype": DTYPES[settings.dtype],
         "skip_positions": settings.skip_positions,
     }
-    most = min(settings.block_rows * config.text.context_length, max(1, config.tokens // (4 * LANES)))
+    most = min(settings.block_rows * config.text.context_length, max(1, config.tokens // (4 * settings.lanes)))
     return Drawn(iterator, settings.sites[0], most, **how)  # lanes hold no more than a quarter of what is trained on
 
 
@@ -249,8 +248,9 @@ def of_tensors(config: TrainConfig, stored: Stored, names: list[str], device: to
 
 
 def _stream(config: TrainConfig, source: Source, device: torch.device) -> Stream:
-    ahead = config.activations.blocks_ahead(on_cpu=device.type == "cpu")
-    return Stream(source, config.batch_tokens, config.seed, ahead, ranks.own_share())
+    settings, share = config.activations, ranks.own_share()
+    ahead = settings.blocks_ahead(device.type == "cpu", share)
+    return Stream(source, config.batch_tokens, config.seed, ahead, share, settings.lanes)
 
 
 def _check_free(folder: Path, fingerprint: dict[str, Any]) -> None:

@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,7 +20,7 @@ from sae.coder.normalization import undo
 from sae.kernels.codes import Support
 from sae.loading import hub
 from sae.objectives import Objective, Spliced, Step
-from sae.parallel import collectives
+from sae.parallel import collectives, ranks
 from sae.selection import Selection
 from sae.training.choosing import Chooser
 from sae.training.config import CoderConfig
@@ -118,9 +119,25 @@ class _Sums:
     fired: Int[Tensor, "d_sae"]
 
     @classmethod
-    def zero(cls, names: Iterable[str], d_out: int, d_sae: int) -> "_Sums":
-        terms = {name: torch.zeros(()) for name in names}
-        return cls(terms, torch.zeros(d_out), torch.zeros(()), torch.zeros(d_sae, dtype=torch.int64))
+    def zero(cls, names: Iterable[str], coder: SparseCoder) -> "_Sums":
+        like = coder.W_enc
+        zeros = partial(torch.zeros, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        terms = {name: zeros(()) for name in names}
+        return cls(terms, zeros(coder.spec.d_out), zeros(()), zeros(coder.spec.d_sae, dtype=torch.int64))
+
+    def spread(self, n_tokens: int) -> Float[Tensor, ""]:
+        """Returns the variance of the error, in float64."""
+        return in_float64(self.square) / n_tokens - (in_float64(self.error) / n_tokens).square().sum()
+
+
+class _Figures(NamedTuple):
+    """What the host knows of a step, read of the device all at once."""
+
+    terms: dict[str, float]
+    grad_norm: float
+    square: float
+    spread: float
+    l0: float
 
 
 class CoderTrainer:
@@ -157,40 +174,38 @@ class CoderTrainer:
         Raises NonFiniteError, with nothing changed, if an activation, a loss term or a gradient is not finite.
         """
         batch = batch if isinstance(batch, Batch) else Batch(batch, batch)
-        n_tokens = self._counted(batch)
+        before, n_tokens = self._counted(batch)
         progress = index / self.schedule.steps
         factors = {name: term.factor(progress, self.multipliers[name]) for name, term in self.objectives.items()}
         self.optimizer.zero_grad(set_to_none=False)
-        self.chooser.begin(progress, n_tokens)
+        self.chooser.begin(progress, n_tokens, before)
         sums = self._backward(batch, n_tokens, factors)
         gradients = [p.grad for p in self.coder.parameters() if p.grad is not None]
         collectives.total_(*gradients, *sums.terms.values(), sums.error, sums.square, sums.fired)
-        grad_norm = self._checked_gradient_norm(sums.terms)
-        rate = self._update(grad_norm, index)
-        self._learn(sums, n_tokens)
+        found = self._checked(sums, max(1, n_tokens))  # the norm filter may leave nothing
+        rate = self._update(found.grad_norm, index)
+        self._learn(sums.fired, found, n_tokens)
         reports = dict(
             item for term in self.objectives.values() for item in term.report(self.density, self.dead).items()
         )
-        n, variance = max(1, n_tokens), self.coder.spec.variance or 1.0  # the norm filter may leave nothing
         return {
-            "loss": sum(float(sums.terms[name]) * factors[name] for name in self.objectives),
-            **{f"loss.{name}": float(loss) for name, loss in sums.terms.items()},
+            "loss": sum(found.terms[name] * factors[name] for name in self.objectives),
+            **{f"loss.{name}": loss for name, loss in found.terms.items()},
             **{f"weight.{name}": w for name, w in factors.items() if w != self.objectives[name].weight},
-            "fvu": float(sums.square) / (n * variance),
-            "l0": float(sums.fired.sum()) / n,
+            "fvu": found.square / (max(1, n_tokens) * (self.coder.spec.variance or 1.0)),
+            "l0": found.l0,
             "dead_share": float(self.dead.float().mean()),
             **reports,
             **self.chooser.report(),
             "lr": rate,
-            "grad_norm": grad_norm,
+            "grad_norm": found.grad_norm,
             "tokens": n_tokens,
         }
 
     def _backward(self, batch: Batch, n_tokens: int, factors: dict[str, float]) -> "_Sums":
         """Adds the gradients of every micro-batch up, and what is reported of it."""
         spec, dead = self.coder.spec, self.dead
-        with batch.x.device:
-            sums = _Sums.zero(self.objectives, spec.d_out, spec.d_sae)
+        sums = _Sums.zero(self.objectives, self.coder)
         for number, (run, target) in enumerate(self._passes(batch)):
             spliced = None
             if batch.spliced is not None:
@@ -219,28 +234,27 @@ class CoderTrainer:
                     sums.terms[name] += loss.detach()
         return sums
 
-    def _learn(self, sums: "_Sums", n_tokens: int) -> None:
+    def _learn(self, fired: Tensor, found: _Figures, n_tokens: int) -> None:
         """Takes what a step has shown into the state that later steps, and a resume, start from."""
-        for name, loss in sums.terms.items():
+        for name, loss in found.terms.items():
             self.active_steps[name] += int(loss != 0)
         if not n_tokens:
             return
         self.chooser.finish()
-        self._count(sums.fired, n_tokens)
-        spread = in_float64(sums.square) / n_tokens - (in_float64(sums.error) / n_tokens).square().sum()
-        self.residual_variance = max(float(spread), LEAST_RESIDUAL * (self.coder.spec.variance or 1.0))
-        l0 = float(sums.fired.sum()) / n_tokens
+        self._count(fired, n_tokens)
+        self.residual_variance = max(found.spread, LEAST_RESIDUAL * (self.coder.spec.variance or 1.0))
         for name, term in self.objectives.items():
-            self.multipliers[name] = term.adapted(self.multipliers[name], l0)
+            self.multipliers[name] = term.adapted(self.multipliers[name], found.l0)
 
-    def _counted(self, batch: Batch) -> int:
-        """Returns the number of tokens over all ranks, each of which raises if one of them has a bad token."""
+    def _counted(self, batch: Batch) -> tuple[int, int]:
+        """Returns the numbers of tokens of the ranks before this one, and of all; they raise if one has a bad token."""
         parts = [part for part in (batch.x, batch.target, batch.gradients) if part is not None]
         bad = torch.stack([~torch.isfinite(part).all(1) for part in parts]).any(0).sum()
-        n_tokens, n_bad = collectives.total(torch.stack([torch.full_like(bad, len(batch.x)), bad])).tolist()
+        every = collectives.of_every_rank(torch.stack([torch.full_like(bad, len(batch.x)), bad]))
+        counts, n_bad = [own for own, _ in every], sum(bad for _, bad in every)
         if n_bad:
-            raise NonFiniteError(f"NaN or Inf in what was streamed, at {n_bad} of {n_tokens} tokens")
-        return int(n_tokens)
+            raise NonFiniteError(f"NaN or Inf in what was streamed, at {n_bad} of {sum(counts)} tokens")
+        return sum(counts[: ranks.rank()]), sum(counts)
 
     def _passes(self, batch: Batch) -> Iterator[tuple[Pass, Float[Tensor, "m d_out"]]]:
         """Yields one differentiable pass, with its target, for every micro-batch."""
@@ -267,16 +281,22 @@ class CoderTrainer:
         self.density = torch.lerp(in_float64(fired) / n_tokens, self.density, decay)
         self.tokens_seen += n_tokens
 
-    def _checked_gradient_norm(self, terms: dict[str, Tensor]) -> float:
-        for name, loss in terms.items():
-            if not torch.isfinite(loss):
-                raise NonFiniteError(f"loss term {name} is {float(loss)}")
+    def _checked(self, sums: _Sums, n_tokens: int) -> _Figures:
+        """Returns the figures of a step; NonFiniteError names a loss term or a gradient that is not finite."""
         gradients = {name: p.grad for name, p in self.coder.named_parameters() if p.grad is not None}
         norms = {name: torch.linalg.vector_norm(gradient) for name, gradient in gradients.items()}
-        for name, norm in norms.items():
-            if not torch.isfinite(norm):
+        grad_norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+        scalars = (grad_norm, sums.square, sums.spread(n_tokens), sums.fired.sum())
+        found = torch.stack([in_float64(x) for x in (*sums.terms.values(), *norms.values(), *scalars)]).tolist()
+        terms, found = dict(zip(sums.terms, found, strict=False)), found[len(sums.terms) :]
+        for name, loss in terms.items():
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"loss term {name} is {loss}")
+        for name, norm in zip(norms, found, strict=False):
+            if not math.isfinite(norm):
                 raise NonFiniteError(f"gradient of {name} is not finite")
-        return float(torch.linalg.vector_norm(torch.stack(list(norms.values()))))
+        norm, square, spread, fired = found[len(norms) :]
+        return _Figures(terms, norm, square, spread, fired / n_tokens)
 
     def _update(self, grad_norm: float, index: int) -> float:
         unit = self.coder.spec.decoder_norm == "unit"

@@ -20,6 +20,7 @@ CHANGED = {
     "text.held_out_share": 0.2,
     "activations.sites": ["layers.0"],
     "activations.block_rows": 3,
+    "activations.lanes": 32,
     "activations.dtype": "bfloat16",
     "activations.skip_positions": 2,
     "activations.norm_filter": 1.1,

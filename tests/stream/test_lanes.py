@@ -6,7 +6,6 @@ from concurrent.futures import wait
 import pytest
 import torch
 
-from sae.base.errors import ConfigError
 from sae.parallel.ranks import Share
 from sae.stream.batch import LANES, Block
 from sae.stream.lanes import Stream
@@ -77,11 +76,35 @@ def test_reading_ahead_changes_nothing(n_blocks):
     assert taken(Stream(Numbered(n_blocks), 2 * LANES, seed=2), 30) != plain
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_the_batches_of_one(world):
-    alone = taken(Stream(Numbered(), 2 * LANES, seed=0), 20)
-    ranks = [taken(Stream(Numbered(), 2 * LANES, 0, 0, Share(rank, world)), 20) for rank in range(world)]
-    assert [[token for part in parts for token in part] for parts in zip(*ranks, strict=True)] == alone
+@pytest.mark.parametrize(("world", "lanes"), [(2, 64), (3, 64), (6, 64), (12, 64), (96, 128), (128, 128), (5, 7)])
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_ranks_share_the_batches_of_one(world, lanes, ahead):
+    alone = taken(Stream(Numbered(), 2 * lanes, seed=0, n_lanes=lanes), 12)
+    shares = [Stream(Numbered(), 2 * lanes, 0, ahead, Share(rank, world), lanes) for rank in range(world)]
+    parts = [taken(stream, 12) for stream in shares]
+    assert [[token for part in batch for token in part] for batch in zip(*parts, strict=True)] == alone
+    sizes = {len(part[0]) for part in parts}
+    assert max(sizes) - min(sizes) <= 2, "one lane more than another at the most"
+    states = [stream.state() for stream in shares]
+    again = Stream(Numbered(), 2 * lanes, 0, 0, Share(1, 2), lanes)  # of what all have summed up, with others beside it
+    again.load_state({name: sum(state[name] for state in states) for name in states[0]})
+    whole = Stream(Numbered(), 2 * lanes, seed=0, n_lanes=lanes)
+    taken(whole, 12)
+    half = len(Share(0, 2).of(lanes)) * 2
+    assert taken(again, 5) == [batch[half:] for batch in taken(whole, 5)]
+    for stream in shares:
+        stream.close()
+
+
+@pytest.mark.parametrize("lanes", [1, 5, 48])
+def test_every_number_of_lanes_reads_every_block(lanes):
+    stream = Stream(Numbered(), lanes, seed=0, ahead=2, n_lanes=lanes)
+    seen = set()
+    while int(stream.visit.min()) < len(stream.source):
+        seen.update(token for batch in taken(stream, 1) for token in batch)
+    sizes = dict(enumerate(stream.source.sizes))
+    assert seen == {1000 * block + i for block, n in sizes.items() for i in range(n)}
+    stream.close()
 
 
 @pytest.mark.parametrize("n_blocks", [3, 70])
@@ -129,8 +152,3 @@ def test_batches_are_handed_out_while_a_later_block_is_read():
     source.go_on.set()
     assert 70 in next(stream).blocks.tolist()
     stream.close()
-
-
-def test_ranks_must_divide_the_lanes():
-    with pytest.raises(ConfigError, match="3 ranks cannot share 64 lanes"):
-        Stream(Numbered(), LANES, 0, 0, Share(0, 3))
