@@ -6,8 +6,10 @@ And how whoever asked for long work watches it.
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import ClassVar
 from weakref import WeakSet
 
@@ -136,10 +138,16 @@ class Progress:
         self.show = _silent
 
     def __enter__(self) -> "Progress":
+        self.opened = (get_ident(), self)
+        _open.append(self.opened)
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
+        _open.remove(self.opened)
         self.close(ended=error is None)
+
+    def __str__(self) -> str:
+        return f"{self.what} at step {self.n}" if self.unit == "steps" else f"{self.what} at {self.n:,} {self.unit}"
 
     def _show(self, done: bool = False) -> None:
         seconds, left = time.monotonic() - self.began, None
@@ -151,6 +159,26 @@ class Progress:
         if aside.failed:
             self.show, self.instead = self.instead, _silent
             self._show(done)
+
+
+_open: list[tuple[int, "Progress | str"]] = []
+"""The stages that are under way, with the thread of each, the outermost first."""
+
+
+@contextmanager
+def during(what: str) -> Iterator[None]:
+    """Says what the block does, to whoever asks by `doing`; for what has no progress to show."""
+    opened = (get_ident(), what)
+    _open.append(opened)
+    try:
+        yield
+    finally:
+        _open.remove(opened)
+
+
+def doing(thread: int) -> str:
+    """Returns what a thread does, "training at step 118, saving", or "" outside of all stages."""
+    return ", ".join(str(stage) for opener, stage in tuple(_open) if opener == thread)
 
 
 Face = Callable[[Position], object]

@@ -4,17 +4,16 @@ They wait for each other on keys of a store, not in a collective: one of them ma
 """
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from sae.base.errors import Stopped
+from sae.base.progress import during
 from sae.parallel import ranks
-from sae.parallel.ranks import Group
+from sae.parallel.ranks import wait_for
 
 STOPPED = 0.5  # less than any error: where one rank failed and another was stopped, the third tells of the failure
-LONGEST_NAP_S = 0.1
 
 
 class PeerError(RuntimeError):
@@ -39,9 +38,16 @@ def together() -> Iterator[None]:
     code = getattr(failed, "exit_code", 1) if failed else 0
     worst = concluded(code if code != Stopped.exit_code else STOPPED, max)
     if failed:
-        raise failed
+        raise known(failed)
     if worst:
-        raise Stopped("with another rank") if worst == STOPPED else PeerError(int(worst))
+        raise known(Stopped("with another rank") if worst == STOPPED else PeerError(int(worst)))
+
+
+def known(error: Exception) -> Exception:
+    """Returns an error that every rank raises, or hears of, by itself: then none has to end the others."""
+    if group := ranks.group():
+        group.heart.known = error
+    return error
 
 
 @contextmanager
@@ -67,8 +73,11 @@ def agreed(decide: Callable[[], Any]) -> Any:
     key = f"decided/{next(group.numbers)}"
     with together():
         if ranks.rank() == 0:
-            group.store.set(key, json.dumps(decide()))
-    return json.loads(group.store.get(key))
+            decided = json.dumps(decide())
+            with group.heart.explained():
+                group.store.set(key, decided)
+    with group.heart.explained():
+        return json.loads(group.store.get(key))
 
 
 def concluded(value: Any, conclude: Callable[[list[Any]], Any]) -> Any:
@@ -77,18 +86,11 @@ def concluded(value: Any, conclude: Callable[[list[Any]], Any]) -> Any:
     if group is None:
         return conclude([value])
     key = f"met/{next(group.numbers)}"
-    group.store.set(f"{key}/{ranks.rank()}", json.dumps(value))
-    if ranks.rank() == 0:
-        every = [f"{key}/{i}" for i in range(len(group.peers))]
-        _wait_for(group, every)
-        group.store.set(key, json.dumps(conclude([json.loads(told) for told in group.store.multi_get(every)])))
-    _wait_for(group, [key])
-    return json.loads(group.store.get(key))
-
-
-def _wait_for(group: Group, keys: list[str]) -> None:
-    """Waits until all keys are set, asleep in Python, so that a signal is heard."""
-    nap = 0.001
-    while not group.store.check(keys):
-        time.sleep(nap)
-        nap = min(LONGEST_NAP_S, 1.5 * nap)
+    with group.heart.explained(), during("waiting for the others"):
+        group.store.set(f"{key}/{ranks.rank()}", json.dumps(value))
+        if ranks.rank() == 0:
+            every = [f"{key}/{i}" for i in range(len(group.peers))]
+            wait_for(group.store, every)
+            group.store.set(key, json.dumps(conclude([json.loads(told) for told in group.store.multi_get(every)])))
+        wait_for(group.store, [key])
+        return json.loads(group.store.get(key))

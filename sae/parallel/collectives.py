@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae.parallel.ranks import world_size
+from sae.parallel.ranks import collective, world_size
 
 BUCKET_BYTES = 32 * 2**20
 """Of tensors that are summed at once. More gain nothing on any wire, and would be a second copy of a large coder."""
@@ -16,7 +16,8 @@ def total(value: Tensor) -> Tensor:
     """Returns the sum of `value` over ranks."""
     if dist.is_initialized():
         value = value.clone()
-        dist.all_reduce(value)
+        with collective():
+            dist.all_reduce(value)
     return value
 
 
@@ -30,10 +31,12 @@ def total_(*tensors: Tensor) -> None:
         return
     for bucket in _buckets(tensors):
         if len(bucket) == 1 and bucket[0].is_contiguous():
-            dist.all_reduce(bucket[0])
+            with collective():
+                dist.all_reduce(bucket[0])
             continue
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        dist.all_reduce(flat)
+        with collective():
+            dist.all_reduce(flat)
         for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
@@ -60,7 +63,8 @@ def of_every_rank(numbers: Tensor) -> list[list[int]]:
     if not dist.is_initialized():
         return [numbers.tolist()]
     found = numbers.new_empty(world_size(), len(numbers))
-    dist.all_gather(list(found), numbers)
+    with collective():
+        dist.all_gather(list(found), numbers)
     return found.tolist()
 
 
@@ -77,7 +81,8 @@ def gathered(*columns: Tensor) -> tuple[Tensor, ...]:
     padded = rows.new_zeros(max(counts), rows.shape[1])
     padded[: len(rows)] = rows
     parts = list(rows.new_empty(len(counts), *padded.shape))
-    dist.all_gather(parts, padded)
+    with collective():
+        dist.all_gather(parts, padded)
     found = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
     narrow = found.split([part.shape[1] for part in words], dim=1)
     return tuple(
@@ -96,5 +101,6 @@ def _largest(value: float) -> float:
     if not dist.is_initialized():
         return value
     shared = torch.tensor(float(value))
-    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    with collective():
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
     return float(shared)

@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from sae.base.errors import ConfigError
+from sae.base.progress import during
 from sae.base.settings import choose
-from sae.parallel.heartbeat import Heartbeat, Peer
+from sae.parallel.heartbeat import Heartbeat
+from sae.parallel.judging import Peer
 from sae.parallel.launch import BY_HAND, Launch, launch
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "gloo", "nccl")
+LONGEST_NAP_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,24 @@ def own_gpu() -> int:
 
 
 @contextmanager
+def collective() -> Iterator[None]:
+    """Guards one collective: if it fails since another rank is lost, the error says which, where and at what."""
+    if _joined is None:
+        yield
+    else:
+        with _joined.heart.collective():
+            yield
+
+
+def wait_for(store: Store, keys: list[str]) -> None:
+    """Waits until all keys are set, asleep in Python, so that a signal is heard."""
+    nap = 0.001
+    while not store.check(keys):
+        time.sleep(nap)
+        nap = min(LONGEST_NAP_S, 1.5 * nap)
+
+
+@contextmanager
 def process_group(config: RanksConfig = RanksConfig()) -> Iterator[None]:
     """Joins the group that the launcher names, if any, and leaves it at the end; within one, does nothing.
 
@@ -104,12 +126,13 @@ def process_group(config: RanksConfig = RanksConfig()) -> Iterator[None]:
     if _joined or (found.world_size < 2 and not theirs):
         yield
         return
-    if not theirs:
-        _join(found, config)
+    with during("joining"):
+        if not theirs:
+            _join(found, config)
     try:
-        store = _own_store(found, config)
+        store, second = _own_store(found, config)
         peers = _introduced(store)
-        heart = Heartbeat(store, peers, rank(), config.deadline_s)
+        heart = Heartbeat(second, peers, rank(), config.deadline_s, config.timeout_s)
         _joined = Group(store, heart, peers)
         try:
             with heart:
@@ -141,8 +164,8 @@ def _join(found: Launch, config: RanksConfig) -> None:
         ) from error
 
 
-def _own_store(found: Launch, config: RanksConfig) -> Store:
-    """Returns a store of our own, in rank 0's process: no collective is in its way, nor it in theirs."""
+def _own_store(found: Launch, config: RanksConfig) -> tuple[Store, Store]:
+    """Returns a store of our own, in rank 0's process, by two connections: one for the heartbeat alone."""
     host, wait, mine = found.address or "127.0.0.1", timedelta(seconds=config.timeout_s), None
     port = torch.zeros(1, dtype=torch.int64)
     if rank() == 0:
@@ -151,7 +174,8 @@ def _own_store(found: Launch, config: RanksConfig) -> Store:
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     port = port.to(device)
     dist.broadcast(port, 0)
-    return mine or TCPStore(host, int(port), is_master=False, timeout=wait, wait_for_workers=False)
+    clients = [TCPStore(host, int(port), is_master=False, timeout=wait, wait_for_workers=False) for _ in range(2)]
+    return mine or clients[0], clients[1]
 
 
 def _introduced(store: Store) -> list[Peer]:

@@ -25,7 +25,8 @@ def copy_of_rank_zero_(tensors: Iterable[Tensor]) -> None:
     """Replaces the tensors by those of rank 0, of the same shapes and types."""
     if dist.is_initialized():
         for tensor in tensors:
-            dist.broadcast(tensor, 0)
+            with ranks.collective():
+                dist.broadcast(tensor, 0)
 
 
 def check_alike(tensors: Mapping[str, Tensor], when: str) -> None:

@@ -1,4 +1,7 @@
-"""Stopping cleanly: SIGTERM, SIGUSR1 and Ctrl-C set a flag that every long loop polls; the second one ends at once."""
+"""Stopping cleanly: SIGTERM, SIGUSR1 and Ctrl-C set a flag that every long loop polls; the second one ends at once.
+
+Of several ranks one that was asked is enough: the others hear of it by the heartbeat.
+"""
 
 import os
 import signal
@@ -10,6 +13,8 @@ from typing import Any
 from sae.parallel.launch import launch
 
 SIGNALS = tuple(name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))  # Windows lacks the second
+_flags: list["StopFlag"] = []
+_early: list[str] = []
 
 
 class StopFlag:
@@ -17,12 +22,14 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.peer_stops = False
+        """Whether another rank was asked, which says so itself: it is no first signal to this one."""
         self.before: dict[str, Any] = {}
         """By signal, what would be done without the flag."""
 
     def __call__(self) -> bool:
-        """Returns whether this process was asked to stop."""
-        return self.signal_name is not None
+        """Returns whether this process was asked to stop, or another rank."""
+        return self.signal_name is not None or self.peer_stops
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
@@ -49,7 +56,7 @@ def stop_flag() -> Iterator[StopFlag]:
         if again and flag.before[name] is signal.default_int_handler:  # Python's own: a notebook's kernel lives on
             raise KeyboardInterrupt
         if launch().rank == 0:
-            _say(f"{name}: {'ended at once' if again else 'stopping as soon as can be; another one ends it at once'}")
+            say(f"{name}: {'ended at once' if again else 'stopping as soon as can be; another one ends it at once'}")
         if again:
             os._exit(128 + number)
         flag.signal_name = name
@@ -59,13 +66,34 @@ def stop_flag() -> Iterator[StopFlag]:
             flag.before[name] = signal.signal(getattr(signal, name), handle)
         except ValueError:  # not the main thread: the caller owns the signals
             break
+    while _early:
+        flag.signal_name = _early.pop()
+    _flags.append(flag)
     try:
         yield flag
     finally:
+        _flags.remove(flag)
         for name, handler in flag.before.items():
             signal.signal(getattr(signal, name), handler)
 
 
-def _say(text: str) -> None:
-    with suppress(OSError):  # past all buffers, one of which may be in use
+def adopt(number: int) -> None:
+    """Sets the next flag from its start: a signal came when there was none yet, in the middle of an import."""
+    _early.append(signal.Signals(number).name)
+
+
+def asked() -> str:
+    """Returns the name of the signal by which this process was asked to stop, or "" if it was not."""
+    return next((flag.signal_name for flag in _flags if flag.signal_name), "")
+
+
+def peer_stops() -> None:
+    """Sets the flags of this process, since another rank was asked to stop."""
+    for flag in _flags:
+        flag.peer_stops = True
+
+
+def say(text: str) -> None:
+    """Writes a line to standard error, past all buffers, one of which may be in use."""
+    with suppress(OSError):
         os.write(2, f"{text}\n".encode())

@@ -85,8 +85,8 @@ def train(
     with (
         torch.inference_mode(False),  # whatever the caller is within
         torch.enable_grad(),
-        ranks.process_group(config.ranks),
         stop_flag() as stop,
+        ranks.process_group(config.ranks),
     ):
         config, folder, going_on = begin(lambda: asked, Path(run_dir) if run_dir else None, resume)
         with checkpoint.locked(folder, going_on), _ended_well(folder):
