@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager
 
 from sae.base.errors import ConfigError, Stopped
 from sae.base.logs import asked_level, listening
+from sae.parallel.launch import launch
+from sae.parallel.stopping import SIGNALS, early
 
 from . import ended_by
 
@@ -84,7 +86,7 @@ def _level(quiet: bool, verbose: bool) -> int:
     if level > logging.INFO or sys.stderr is None or not sys.stderr.isatty():  # bars of others
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    return level if os.environ.get("RANK", "0") == "0" else max(level, logging.WARNING)
+    return level if launch().rank == 0 else max(level, logging.WARNING)
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -99,7 +101,8 @@ class _Interrupted(KeyboardInterrupt):
 def _interruptible() -> Iterator[None]:
     """Lets SIGTERM end the block as Ctrl-C does; a second one, if the first got lost in an import, at once.
 
-    Ranks of a launcher are left alone: one that waits for the others would not hear of it.
+    SIGUSR1, by which a scheduler asks for a checkpoint, is kept for what can stop and be continued. So are all of them
+    where there are several ranks: one that ended by itself would leave the others waiting.
     """
     came: list[int] = []
 
@@ -109,9 +112,15 @@ def _interruptible() -> Iterator[None]:
         came.append(number)
         raise _Interrupted(number)
 
-    names = ("SIGINT", "SIGTERM") if os.environ.get("WORLD_SIZE", "1") == "1" else ()
-    alone = threading.current_thread() is threading.main_thread()
-    before = {name: signal.signal(getattr(signal, name), interrupt) for name in names if alone}
+    def keep(number: int, _frame: object) -> None:
+        if early:
+            os._exit(128 + number)
+        early.append(signal.Signals(number).name)
+
+    at_once = ("SIGINT", "SIGTERM") if launch().world_size == 1 else ()
+    names = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    handlers = {name: interrupt if name in at_once else keep for name in names}
+    before = {name: signal.signal(getattr(signal, name), handler) for name, handler in handlers.items()}
     try:
         yield
     except Stopped:
@@ -121,6 +130,7 @@ def _interruptible() -> Iterator[None]:
             raise _Interrupted(came[0]) from error
         raise
     finally:
+        early.clear()
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)
 

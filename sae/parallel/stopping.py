@@ -14,7 +14,8 @@ from sae.parallel.launch import launch
 
 SIGNALS = tuple(name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))  # Windows lacks the second
 _flags: list["StopFlag"] = []
-_early: list[str] = []
+early: list[str] = []
+"""Signals that came when there was no flag yet, in the middle of an import: the next one is set by them."""
 
 
 class StopFlag:
@@ -66,8 +67,8 @@ def stop_flag() -> Iterator[StopFlag]:
             flag.before[name] = signal.signal(getattr(signal, name), handle)
         except ValueError:  # not the main thread: the caller owns the signals
             break
-    while _early:
-        flag.signal_name = _early.pop()
+    while early:
+        flag.signal_name = early.pop()
     _flags.append(flag)
     try:
         yield flag
@@ -75,11 +76,6 @@ def stop_flag() -> Iterator[StopFlag]:
         _flags.remove(flag)
         for name, handler in flag.before.items():
             signal.signal(getattr(signal, name), handler)
-
-
-def adopt(number: int) -> None:
-    """Sets the next flag from its start: a signal came when there was none yet, in the middle of an import."""
-    _early.append(signal.Signals(number).name)
 
 
 def asked() -> str:

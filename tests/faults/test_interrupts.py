@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 from rigs.children import Child
+from rigs.children import ranks as as_ranks
 from rigs.fakes import tiny_config
 from rigs.interp_runs import tiny_coder
 
@@ -70,6 +71,21 @@ def test_a_signal_while_code_is_loaded_is_one_line_and_leaves_nothing(tmp_path, 
     assert done.stderr.splitlines()[-1].startswith(f"stopped by {name}; no file is left half written")
     assert "Traceback" not in done.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
+
+
+@pytest.mark.parametrize("n_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_scheduler_that_asks_for_a_checkpoint_that_early_gets_its_exit_code(tmp_path, made, n_ranks):
+    run, site = tmp_path / "run", f"{made / 'site'}{os.pathsep}{os.environ['PYTHONPATH']}"
+    started = []
+    for environment in as_ranks(n_ranks) if n_ranks > 1 else [{}]:
+        signaled = {"INTERRUPT_AT": "torch", "INTERRUPT_BY": "SIGUSR1"} if environment.get("RANK", "1") == "1" else {}
+        argv = [sys.executable, "-m", "cli.train", "--config", str(made / "config.yaml"), "--run-dir", str(run)]
+        told = {**os.environ, **environment, **signaled, "PYTHONPATH": site}
+        started.append(subprocess.Popen(argv, env=told, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=600)[1] for process in started]
+    assert [process.returncode for process in started] == [75] * n_ranks, said
+    assert all(f"continue with --resume {run}" in one for one in said)
+    assert not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text()
 
 
 def interrupted(command: str, argv: list[str], number: int) -> int:
