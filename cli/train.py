@@ -40,6 +40,8 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--list-configs", action="store_true", help="list families and models and exit")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
     parser.add_argument("--repair", action="store_true", help="verify the caches and make again what is damaged")
+    parser.add_argument("--store-only", action="store_true", help="store what activations.source disk reads, and end")
+    parser.add_argument("--shard", metavar="I/N", help="with --store-only: the I-th of N parts, 1/N to N/N")
     parser.add_json()
     options, overrides = parser.parse_fields(argv)
     if options.list_configs:
@@ -66,6 +68,8 @@ def command(argv: list[str]) -> int:
 
         report(options.json, encode(_valid(config())), [to_yaml(config()).rstrip()])
         return DONE
+    if options.store_only or options.shard:
+        return _store(_valid(config()), options)
     if options.dry_run:
         from sae.training.estimate import estimate
 
@@ -114,6 +118,21 @@ def _ranks(config):
         with suppress(ConfigError):
             return config().ranks
     return RanksConfig()
+
+
+def _store(config, options) -> int:
+    from sae.base.parts import Part
+    from sae.training.storing import check_storing, store_activations
+
+    if options.resume or not options.store_only:
+        raise ConfigError(
+            "--resume: goes without --store-only" if options.resume else "--shard: goes with --store-only"
+        )
+    part = Part.parse(options.shard or "1/1")
+    check_storing(config)
+    folder = store_activations(config, (part.number, part.of), options.trust_remote_code, options.repair)
+    report(options.json, {"folder": folder, "shard": str(part)}, [f"store        {folder}"])
+    return DONE
 
 
 def _announce(config, folder: Path, trust_remote_code: bool) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sae.training.config import TrainConfig
     from sae.training.history import history
     from sae.training.run import train
+    from sae.training.storing import store_activations
 
     __version__: str
 
@@ -45,6 +46,7 @@ _HOMES = {
     "load_language_model": "sae.lm.models",
     "save": "sae.loading.hub",
     "splice": "sae.coder.splicing",
+    "store_activations": "sae.training.storing",
     "to_pandas": "sae.evaluation.tables",
     "train": "sae.training.run",
 }
@@ -66,6 +68,7 @@ __all__ = [
     "load_language_model",
     "save",
     "splice",
+    "store_activations",
     "to_pandas",
     "train",
 ]

@@ -2,7 +2,8 @@
 
     header.json             kind, format version, fingerprint of everything the content depends on
     shard-000012.safetensors
-    shards-PART.jsonl       one line per shard written: file, SHA-256, bytes, data types and shapes; one PART per writer
+    shards-PART.jsonl       one line per shard written: file, SHA-256, bytes, data types and shapes, and whose it is (a
+                            hash of the fingerprint, as folders may be merged); one PART per writer
     meta.json               written last: what the owner wants to remember; its presence means the store is complete
 
 Token and activation shards lie in stores. A crash loses at most the shard being written; a torn last line is ignored.
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 VERSION = 1
 REMEDY = "run again with --repair, which makes it again"
 HEADER, META = "header.json", "meta.json"
+Entry = dict[str, Any]
+"""What a manifest says of one shard."""
 
 
 def fingerprint_key(fingerprint: dict[str, Any]) -> str:
@@ -45,20 +48,23 @@ class ShardWriter:
 
     def __init__(self, folder: Path, kind: str, fingerprint: dict[str, Any], part: str = "0") -> None:
         self.folder, self.journal = Path(folder), Path(folder) / f"shards-{part}.jsonl"
+        self.key = fingerprint_key(fingerprint)
         if (self.folder / HEADER).exists():
-            _check_header(self.folder, kind, fingerprint)
+            check_header(self.folder, kind, fingerprint)
             remove_stale(self.folder)
         else:
             write_json(self.folder / HEADER, {"kind": kind, "version": VERSION, "fingerprint": fingerprint})
         files = _shard_files(self.folder)
-        self.done = {index for index, entry in _entries(self.folder).items() if self.folder / entry["file"] in files}
+        found = _entries(self.folder, self.key)
+        self.done = {index for index, entry in found.items() if self.folder / entry["file"] in files}
 
-    def write(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def write(self, index: int, tensors: dict[str, Tensor]) -> Entry:
         """Writes one shard, in place of an earlier one of that index, and returns its manifest entry."""
-        path = self.folder / _file_name(index)
+        path = self.folder / file_name(index)
         save_tensors(path, tensors)  # the file is whole before the manifest names it
         entry = {
             "index": index,
+            "store": self.key,
             "file": path.name,
             "sha256": sha256_file(path),
             "bytes": path.stat().st_size,
@@ -73,7 +79,7 @@ class ShardWriter:
 
     def finish(self, meta: dict[str, Any]) -> None:
         """Marks the store complete, whoever wrote its shards; ValueError unless they are numbered 0, 1, 2 ..."""
-        found = _entries(self.folder)
+        found = _entries(self.folder, self.key)
         missing = sorted(set(range(max(found, default=-1) + 1)) - found.keys())
         if missing:
             raise ValueError(f"{self.folder} cannot be finished: shards {missing[:5]} were not written")
@@ -114,11 +120,12 @@ class Shards:
         verify: bool = True,
     ) -> None:
         self.folder, self.partial, self.verify = Path(folder), partial, verify
-        _check_header(self.folder, kind, fingerprint)
+        self.key = fingerprint_key(check_header(self.folder, kind, fingerprint))
+        """Names what its content depends on."""
         if not partial and not (self.folder / META).exists():
             raise DataError(f"{self.folder}: incomplete; run the command that makes it again, it continues")
         self.meta: dict[str, Any] = read_json(self.folder / META) if (self.folder / META).exists() else {}
-        self.entries: dict[int, dict[str, Any]] = {}
+        self.entries: dict[int, Entry] = {}
         self.reload()
         if not partial and sorted(self.entries) != list(range(self.meta.get("n_shards", -1))):
             raise DataError(f"{self.folder}: lists {len(self.entries)} shards, not all it should; {REMEDY}")
@@ -132,16 +139,16 @@ class Shards:
 
     def has_file(self, index: int) -> bool:
         """Returns whether a file for the shard lies there, be it known or not."""
-        return (self.folder / _file_name(index)).is_file()
+        return (self.folder / file_name(index)).is_file()
 
-    def add(self, index: int, entry: dict[str, Any]) -> None:
+    def add(self, index: int, entry: Entry) -> None:
         """Takes in a shard that was just written."""
         self.entries[index] = entry
         self._verified.add(index)
 
     def reload(self) -> None:
         """Takes in shards that other writers have added."""
-        found = _entries(self.folder)
+        found = _entries(self.folder, self.key)
         files = _shard_files(self.folder)
         if self.partial:
             found = {index: entry for index, entry in found.items() if self.folder / entry["file"] in files}
@@ -165,17 +172,19 @@ class Shards:
             raise DataError(f"{path}: holds {found}, expected {entry['tensors']}; {REMEDY}")
         return tensors
 
-    def bad(self) -> list[int]:
-        """Returns the indices of shards that are missing or changed: those to write again."""
+    def bad(self, among: range | None = None) -> list[int]:
+        """Returns the indices of shards, all or `among` some, that are missing or changed: those to write again."""
         found = []
         for index, entry in self.entries.items():
+            if among is not None and index not in among:
+                continue
             try:
                 self._check(self.folder / entry["file"], entry, checksum=True)
             except DataError:
                 found.append(index)
         return found
 
-    def _check(self, path: Path, entry: dict[str, Any], checksum: bool) -> None:
+    def _check(self, path: Path, entry: Entry, checksum: bool) -> None:
         if not path.is_file():
             raise DataError(f"{path}: missing; {REMEDY}")
         if path.stat().st_size != entry["bytes"]:
@@ -184,8 +193,11 @@ class Shards:
             raise DataError(f"{path}: changed since it was written (checksum); {REMEDY}")
 
 
-def remove_damaged(folder: Path, kind: str, fingerprint: dict[str, Any]) -> None:
-    """Deletes what is damaged of a partial store, so that it is made again: single shards, or all if it is not ours."""
+def remove_damaged(folder: Path, kind: str, fingerprint: dict[str, Any], among: range | None = None) -> None:
+    """Deletes what is damaged of a partial store, so that it is made again: single shards, or all if it is not ours.
+
+    With `among`, only those shards are looked at.
+    """
     if not folder.exists():
         return
     try:
@@ -194,13 +206,14 @@ def remove_damaged(folder: Path, kind: str, fingerprint: dict[str, Any]) -> None
         log.warning("made again: %s", error)
         shutil.rmtree(folder)
         return
-    for index in shards.bad():
+    for index in shards.bad(among):
         path = folder / shards.entries[index]["file"]
         log.warning("made again: %s", path)
         path.unlink(missing_ok=True)
 
 
-def _file_name(index: int) -> str:
+def file_name(index: int) -> str:
+    """Returns the name of a shard's file."""
     return f"shard-{index:06d}.safetensors"
 
 
@@ -212,20 +225,33 @@ def _described(tensor: Tensor) -> list[Any]:
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
 
 
-def _entries(folder: Path) -> dict[int, dict[str, Any]]:
-    entries = {}
+def journals(folder: Path, key: str) -> dict[Path, dict[int, Entry]]:
+    """Returns what each writer's journal lists, by index; DataError if one lists shards of another store than `key`."""
+    found = {}
     for journal in sorted(folder.glob("shards-*.jsonl")):
+        entries = found[journal] = {}
         for line in lines_of(journal.read_bytes(), errors="replace"):
             try:
                 entry = json.loads(line)
+                index, whose = entry["index"], entry.get("store", key)
                 # the name is derived, not believed: a manifest from elsewhere could point out of the folder
-                entries[entry["index"]] = {**entry, "file": _file_name(entry["index"])}
-            except (ValueError, TypeError, KeyError):  # torn by a crash: its shard is written again
+                entries[index] = {**entry, "file": file_name(index)}
+            except (ValueError, TypeError, KeyError, AttributeError):  # torn by a crash: its shard is written again
                 continue
-    return dict(sorted(entries.items()))
+            if whose != key:
+                raise DataError(f"{journal}: lists what was made with other settings; delete it and make that again")
+    return found
 
 
-def _check_header(folder: Path, kind: str, fingerprint: dict[str, Any] | None) -> None:
+def _entries(folder: Path, key: str) -> dict[int, Entry]:
+    found: dict[int, Entry] = {}
+    for entries in journals(folder, key).values():
+        found |= entries
+    return dict(sorted(found.items()))
+
+
+def check_header(folder: Path, kind: str, fingerprint: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns the fingerprint of a store; DataError if it is none, or of another kind or fingerprint than is given."""
     try:
         header = read_json(folder / HEADER)
     except DataError as error:
@@ -238,9 +264,10 @@ def _check_header(folder: Path, kind: str, fingerprint: dict[str, Any] | None) -
     if header["kind"] != kind:
         raise DataError(f"{folder}: holds {header['kind']}, not {kind}; {REMEDY}")
     if fingerprint is None:
-        return
+        return header["fingerprint"]
     stored, wanted = flat(header["fingerprint"]), flat(json.loads(json.dumps(fingerprint)))
     differing = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
     if differing:
         pairs = ", ".join(f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} wanted" for key in differing)
         raise DataError(f"{folder}: was made with other settings ({pairs}); {REMEDY}")
+    return header["fingerprint"]

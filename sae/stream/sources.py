@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sae.base.files import cache_dir
 from sae.base.progress import Watch
 from sae.base.room import Need, check_room
 from sae.base.seeding import generator
@@ -23,6 +24,9 @@ from sae.lm.site import SECOND, Site
 from sae.parallel import ranks
 from sae.stream.batch import Block
 from sae.text.tokenizing import TokenRows
+
+ACTIVATIONS = "activations"
+"""What a store of them says it is."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,8 @@ class CachedSource:
     """
 
     def __init__(self, live: LiveSource, folder: Any, fingerprint: dict[str, Any], part: str = "0") -> None:
-        self.live, self.writer = live, ShardWriter(folder, "activations", fingerprint, part=part)
-        self.stored = Shards(folder, "activations", fingerprint, partial=True)
+        self.live, self.writer = live, ShardWriter(folder, ACTIVATIONS, fingerprint, part=part)
+        self.stored = Shards(folder, ACTIVATIONS, fingerprint, partial=True)
 
     def __len__(self) -> int:
         return len(self.live)
@@ -138,17 +142,17 @@ class CachedSource:
 
     def fill(self, blocks: range, watch: Watch) -> None:
         """Stores all of `blocks`; raises Stopped between two of them when asked to."""
-        size, first = None, ranks.rank() == 0
-        with watch.stage("storing activations", len(blocks), "blocks", visible=first) as progress:
-            for block in blocks:
+        left = [block for block in blocks if block not in self.stored]
+        there, visible = len(blocks) - len(left), ranks.rank() == 0
+        with watch.stage("storing activations", len(blocks), "blocks", start=there, visible=visible) as progress:
+            for done, block in enumerate(left, 1):
                 watch.poll("while storing activations")
-                if block not in self.stored:
-                    self.read(block)
-                    if size is None:  # all blocks are of one size
-                        size = self.stored.entries[block]["bytes"]
-                        left = sum(later not in self.stored for later in blocks)
-                        check_room(Need("SAE_CACHE", self.writer.folder, size * left))
-                progress.update(progress.n + 1)
+                self.read(block)
+                if done == 1:  # all blocks are of one size
+                    folder, size = self.writer.folder, self.stored.entries[block]["bytes"]
+                    field = "SAE_CACHE" if folder.is_relative_to(cache_dir()) else "activations.path"
+                    check_room(Need(field, folder, size * (len(left) - 1)))
+                progress.update(there + done)
 
 
 def _block(stored: dict[str, Tensor]) -> Block:

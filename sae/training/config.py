@@ -26,6 +26,7 @@ from sae.text.documents import TextConfig
 from sae.training.names import TRAINING_ARGUMENTS
 from sae.training.optim import OptimConfig
 
+STORING = ("disk", "write_through")  # of activations.source
 LAYOUTS = ("per_site", "crosscoder", "cross_layer")
 OBJECTIVES: dict[str, Objective] = {"reconstruction": Reconstruction(), "auxk": AuxK()}
 
@@ -68,7 +69,7 @@ class ActivationConfig:
 
     def validate(self) -> None:
         """Raises ConfigError naming the field whose value is not allowed."""
-        choose("activations.source", self.source, ("live", "disk", "write_through", "tensors"))
+        choose("activations.source", self.source, ("live", *STORING, "tensors"))
         if self.path and self.source == "live":
             raise ConfigError(
                 f"activations.path: {self.path!r} is not read by source live; set activations.source tensors"

@@ -17,7 +17,7 @@ from sae.coder.spec import CoderSpec
 from sae.lm.environment import environment
 from sae.lm.masking import MaskSpec
 from sae.lm.models import DTYPES, LanguageModel, ModelConfig, load_language_model, resolve_device
-from sae.lm.site import SECOND
+from sae.lm.site import SECOND, Site
 from sae.loading import hub
 from sae.parallel import agreement, ranks, replicas
 from sae.stream.drawn import is_iterator
@@ -78,15 +78,20 @@ def set_up(
     lm, second = models
     sites, widths, plans = plan_run(config, lm, second)
     about = {"model": lm.fingerprint(), "trust_remote_code": trust_remote_code}
-    config = _begun(config, _pinned(config, lm), folder, resume, plans, widths, environment(lm.device, **about))
+    config = _begun(config, pinned(config, lm), folder, resume, plans, widths, environment(lm.device, **about))
+    return Setting(config, folder, plans, of_text(config, models, sites, watch))
+
+
+def of_text(config: TrainConfig, models: Models, sites: list[Site], watch: Watch) -> OfText:
+    """Returns some sites of models over the text of a config, whose commits and amounts are those that were found."""
+    lm, second = models
     text = _text(config, lm, watch)
     fingerprint = {**lm.fingerprint(), "text": text.key}
     if second:
         fingerprint |= {f"{SECOND} {name}": value for name, value in second.fingerprint().items()}
     settings, loss = config.activations, config.gradient_loss
     mask = MaskSpec(tuple(sorted(special_ids(lm.tokenizer))), settings.skip_positions, next_token=loss is not None)
-    reading = Reading(lm, sites, mask, settings.dtype, loss, second)
-    return Setting(config, folder, plans, OfText(reading, text, fingerprint, config))
+    return OfText(Reading(lm, sites, mask, settings.dtype, loss, second), text, fingerprint, config)
 
 
 def set_up_tensors(config: TrainConfig, folder: Path, resume: bool, activations: Any = None) -> Setting:
@@ -136,7 +141,7 @@ def _begun(
     return decode(TrainConfig, agreement.agreed(written))
 
 
-def _pinned(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
+def pinned(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
     """Returns the config with what would else be found anew at every start: commits, and how much text is wanted."""
     text = replace(config.text, revision=commit_of_data(config.text), max_tokens=config.max_text_tokens)
     return replace(config, model=replace(config.model, revision=lm.revision), text=text)

@@ -32,6 +32,7 @@ from sae.training.config import TrainConfig
 from sae.training.loop import Run, TrainResult
 from sae.training.preparing import load_models, set_up, set_up_tensors
 from sae.training.start import AUTO, begin, check_shared, mark
+from sae.training.subject import check_store
 
 if TYPE_CHECKING:
     from sae.lm.models import ModelLike, TokenizerLike
@@ -100,6 +101,7 @@ def train(
                 if config.activations.source == "tensors":
                     setting = set_up_tensors(config, folder, going_on, activations)
                 else:
+                    check_store(config)
                     with stop.lifted(), loading_bars(shown=progress is True):
                         models = load_models(config, trust_remote_code, given)
                     setting = set_up(config, models, folder, going_on, watch, trust_remote_code)

@@ -7,20 +7,23 @@ from typing import Any
 import draccus
 import torch
 
+from sae.base import parts
 from sae.base.errors import ConfigError, DataError
 from sae.base.files import cache_dir, save_tensors
 from sae.base.progress import Watch
-from sae.base.store import HEADER, Shards, fingerprint_key, remove_damaged
+from sae.base.store import HEADER, check_header, fingerprint_key, remove_damaged
 from sae.lm.masking import MaskSpec
 from sae.lm.models import DTYPES
 from sae.parallel import agreement, ranks
 from sae.stream.drawn import Drawn, DrawnStream
 from sae.stream.lanes import Stream
 from sae.stream.rows import RowStream
-from sae.stream.sources import Blocks, CachedSource, LiveSource, Reading, Source
+from sae.stream.sources import ACTIVATIONS, Blocks, CachedSource, LiveSource, Reading, Source
 from sae.stream.tensors import FIELD, GRADIENTS, HELD_OUT, Stored, TensorSource, cut, divided, stored_at
-from sae.text.tokenizing import TokenizedText
-from sae.training.config import TrainConfig
+from sae.text.tokenizing import TokenizedText, TokenRows
+from sae.training.config import STORING, TrainConfig
+
+MAKE = f"--store-only {parts.OPTION}"
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,26 @@ class OfText:
         return source
 
     def open_source(self, config: TrainConfig, watch: Watch) -> Source:
-        """Returns the model's blocks, or those on disk; a folder that is named gets held-out ones too."""
+        """Returns the model's blocks, or those on disk; a folder that is named gets held-out ones too.
+
+        What is made in shards must be whole: nothing of it is made here.
+        """
+        if config.activations.source == "live":
+            return self._live(config, self.text.train)
+        source, *apart = [_opened(place, watch) for place in self.places(config)]
+        for held_out in apart:
+            _fill(held_out, watch)
+        if config.activations.source == "disk":
+            _fill(source, watch)
+        return source
+
+    def places(self, config: TrainConfig) -> list["Place"]:
+        """Returns where blocks are stored: those to train on and, in a folder that is named, held-out ones.
+
+        ConfigError if that folder holds anything else.
+        """
         settings = config.activations
-        live = LiveSource(self.reading, Blocks(self.text.train, settings.block_rows, config.seed))
-        if settings.source == "live":
-            return live
+        live = self._live(config, self.text.train)
         fingerprint = {
             **self.fingerprint,
             "sites": [site.name for site in self.reading.sites],
@@ -77,20 +95,18 @@ class OfText:
             "special_ids": list(self.mask.special_ids),
             "skip_positions": self.mask.skip_positions,
         }
-        folder = cache_dir() / "activations" / fingerprint_key(fingerprint)
-        if settings.path:
-            folder, fingerprint = Path(settings.path).expanduser(), fingerprint | {"blocks": len(live)}
-            with agreement.together():
-                if ranks.rank() == 0:
-                    _check_free(folder, fingerprint)
-        source = _opened(live, folder, fingerprint, watch)
-        if settings.path:
-            apart = LiveSource(self.reading, Blocks(self.text.held_out, settings.block_rows, config.seed))
-            about = fingerprint | {"part": HELD_OUT, "blocks": len(apart)}
-            _fill(_opened(apart, folder / HELD_OUT, about, watch), watch)
-        if settings.source == "disk":
-            _fill(source, watch)
-        return source
+        if not settings.path:
+            return [Place(live, cache_dir() / "activations" / fingerprint_key(fingerprint), fingerprint)]
+        folder, fingerprint = Path(settings.path).expanduser(), fingerprint | {"blocks": len(live)}
+        with agreement.together():
+            if ranks.rank() == 0:
+                _check_free(folder, fingerprint)
+        apart = self._live(config, self.text.held_out)
+        about = fingerprint | {"part": HELD_OUT, "blocks": len(apart)}
+        return [Place(live, folder, fingerprint), Place(apart, folder / HELD_OUT, about)]
+
+    def _live(self, config: TrainConfig, rows: TokenRows) -> LiveSource:
+        return LiveSource(self.reading, Blocks(rows, config.activations.block_rows, config.seed))
 
     def open_stream(self, config: TrainConfig, source: Source) -> Stream | RowStream:
         """Returns single tokens of many rows, or whole rows for losses that run the model."""
@@ -253,27 +269,55 @@ def _stream(config: TrainConfig, source: Source, device: torch.device) -> Stream
     return Stream(source, config.batch_tokens, config.seed, ahead, share, settings.lanes)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the model's blocks are stored, or are to be."""
+
+    live: LiveSource
+    folder: Path
+    fingerprint: dict[str, Any]
+
+    def opened(self, part: str) -> CachedSource:
+        """Returns them as they lie there."""
+        return CachedSource(self.live, self.folder, self.fingerprint, part)
+
+    def remove_damaged(self, among: range | None = None) -> None:
+        """Deletes what is damaged of all, or `among` some blocks."""
+        remove_damaged(self.folder, ACTIVATIONS, self.fingerprint, among)
+
+
+def check_store(config: TrainConfig) -> None:
+    """Raises DataError if the folder that a run reads is made in shards, of which not all are there and whole."""
+    settings = config.activations
+    if settings.path and settings.source in STORING:
+        folder = Path(settings.path).expanduser()
+        with agreement.together():
+            if ranks.rank() == 0:
+                for place in (folder / HELD_OUT, folder):
+                    parts.check_whole(place, ACTIVATIONS, MAKE)
+
+
 def _check_free(folder: Path, fingerprint: dict[str, Any]) -> None:
     """Refuses a folder, named by hand, that holds anything but these very activations: nothing of it may be lost."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
         return
     try:
         if not (folder / HEADER).is_file():
             raise DataError(f"{folder}: holds other files")
-        Shards(folder, "activations", fingerprint, partial=True)
+        check_header(folder, ACTIVATIONS, fingerprint)
     except DataError as error:
         reason = str(error).rpartition(";")[0] or str(error)
         raise ConfigError(f"{FIELD}: {reason}; name another folder") from None
 
 
-def _opened(live: LiveSource, folder: Path, fingerprint: dict[str, Any], watch: Watch) -> CachedSource:
-    """Returns the blocks as they lie in a folder, or are to lie there."""
-    share = ranks.own_share()
-    if watch.repair:
-        with agreement.together():
-            if share.rank == 0:
-                remove_damaged(folder, "activations", fingerprint)
-    return CachedSource(live, folder, fingerprint, part=str(share.rank))
+def _opened(place: Place, watch: Watch) -> CachedSource:
+    """Returns the blocks as they lie in a folder, or are to lie there, of which no shard of a job array is missing."""
+    with agreement.together():
+        if ranks.rank() == 0:
+            if watch.repair:
+                place.remove_damaged()
+            parts.check_whole(place.folder, ACTIVATIONS, MAKE)
+    return place.opened(str(ranks.rank()))
 
 
 def _fill(source: CachedSource, watch: Watch) -> None:

@@ -102,6 +102,8 @@ NAMES = [
     "load_language_model.model",
     "train.config",
     "train.resume",
+    "store_activations.config",
+    "store_activations.shard",
     "to_pandas.found",
 ]
 
@@ -133,6 +135,8 @@ def calls(lm, coder, folder):
         "load_language_model.model": (lambda x: sae.load_language_model(x), ()),
         "train.config": (lambda x: sae.train(x), ()),
         "train.resume": (lambda x: sae.train({}, resume=x), ()),
+        "store_activations.config": (lambda x: sae.store_activations(x), ()),
+        "store_activations.shard": (lambda x: sae.store_activations({}, x), ()),
         "to_pandas.found": (lambda x: sae.to_pandas(x), ()),
     }
 
