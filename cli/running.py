@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from sae.base.errors import ConfigError, Stopped
 from sae.base.logs import asked_level, listening
 from sae.parallel.launch import launch
-from sae.parallel.stopping import SIGNALS, early
+from sae.parallel.stopping import SIGNALS, early, put_back
 
 from . import ended_by
 
@@ -105,6 +105,7 @@ def _interruptible() -> Iterator[None]:
     where there are several ranks: one that ended by itself would leave the others waiting.
     """
     came: list[int] = []
+    ranks, stopped = launch().world_size, False
 
     def interrupt(number: int, _frame: object) -> None:
         if came:
@@ -113,17 +114,18 @@ def _interruptible() -> Iterator[None]:
         raise _Interrupted(number)
 
     def keep(number: int, _frame: object) -> None:
-        if early:
+        if early and (ranks < 2 or number == signal.SIGINT):
             os._exit(128 + number)
         early.append(signal.Signals(number).name)
 
-    at_once = ("SIGINT", "SIGTERM") if launch().world_size == 1 else ()
+    at_once = ("SIGINT", "SIGTERM") if ranks == 1 else ()
     names = SIGNALS if threading.current_thread() is threading.main_thread() else ()
     handlers = {name: interrupt if name in at_once else keep for name in names}
     before = {name: signal.signal(getattr(signal, name), handler) for name, handler in handlers.items()}
     try:
         yield
     except Stopped:
+        stopped = True
         raise
     except Exception as error:
         if came:  # a library made an error of its own of it
@@ -131,8 +133,7 @@ def _interruptible() -> Iterator[None]:
         raise
     finally:
         early.clear()
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+        put_back(before, stopped)
 
 
 def _nobody_reads() -> bool:

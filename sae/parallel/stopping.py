@@ -50,14 +50,17 @@ class StopFlag:
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
     """Yields a flag set by the first signal; the handlers are put back on leaving."""
-    flag = StopFlag()
+    flag, several = StopFlag(), launch().world_size > 1
 
     def handle(number: int, _: FrameType | None) -> None:
         name, again = signal.Signals(number).name, flag.signal_name is not None
+        if again and several and name != "SIGINT":  # a launcher's, once one rank has ended; it kills what hangs
+            return
         if again and flag.before[name] is signal.default_int_handler:  # Python's own: a notebook's kernel lives on
             raise KeyboardInterrupt
         if launch().rank == 0:
-            say(f"{name}: {'ended at once' if again else 'stopping as soon as can be; another one ends it at once'}")
+            twice = "" if several and name != "SIGINT" else "; another one ends it at once"
+            say(f"{name}: {'ended at once' if again else f'stopping as soon as can be{twice}'}")
         if again:
             os._exit(128 + number)
         flag.signal_name = name
@@ -74,8 +77,19 @@ def stop_flag() -> Iterator[StopFlag]:
         yield flag
     finally:
         _flags.remove(flag)
-        for name, handler in flag.before.items():
-            signal.signal(getattr(signal, name), handler)
+        put_back(flag.before, flag())
+
+
+def put_back(handlers: dict[str, Any], stopped: bool) -> None:
+    """Sets the handlers of before, by signal.
+
+    Of several ranks that have stopped, each goes on to its end whatever SIGTERM or SIGUSR1 comes then: a launcher sends
+    them to the others as soon as one has ended, and one that died of it would make a failure of the stop.
+    """
+    stopped = stopped and launch().world_size > 1
+    for name, handler in handlers.items():
+        ignored = stopped and name != "SIGINT"
+        signal.signal(getattr(signal, name), signal.SIG_IGN if ignored else handler)
 
 
 def asked() -> str:

@@ -16,7 +16,7 @@ import pytest
 from rigs.children import PATIENCE_S, Child, ranks, sae_train
 from rigs.fakes import tiny_config
 from rigs.runs import assert_equal, checkpoints, lines
-from rigs.slurm import slurm, why_not
+from rigs.slurm import ALIVE, slurm, why_not
 
 from sae.base.settings import to_yaml
 
@@ -52,11 +52,13 @@ def by_hand(tmp_path_factory, config):
     return folder / "run"
 
 
-def wait_beyond(run: Path, step: int) -> None:
+def wait_beyond(run: Path, step: int, cluster, job: str) -> None:
+    """Waits until a job has taken a step."""
     end = time.monotonic() + PATIENCE_S
     while not ((run / "metrics.jsonl").exists() and len(lines(run)) > step):
-        assert time.monotonic() < end, "no step was taken"
-        time.sleep(0.01)
+        assert cluster.job(job)["JobState"] in ALIVE, cluster.log(job)
+        assert time.monotonic() < end, cluster.log(job)
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -73,14 +75,14 @@ def test_stopped_before_its_time_is_over_goes_on_and_ends_the_same(cluster, conf
     run = cluster.work / "requeued"
     job = cluster.submit(*SMALL, FILES / "train-nodes.sbatch", "--config", config, "--run-dir", run)
     for number, beyond in enumerate((30, 150)):
-        wait_beyond(run, beyond)
+        wait_beyond(run, beyond, cluster, job)
         cluster.call("scancel", "--signal=USR1", job)  # as --signal does: to the steps alone
         cluster.wait(job, rf"(?s)(stopped at step \d+ of 400, checkpoint written.*){{{number + 1}}}")
     found = cluster.wait(job)
     log = cluster.log(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "2"), log
     assert "Exited with exit code 75" in log
-    assert log.count("continuing at step") == 2
+    assert len(re.findall(r"^continuing \S+ at step \d+ of 400", log, re.MULTILINE)) == 2
     assert_equal(run, by_hand)
 
 
@@ -90,7 +92,7 @@ def test_killed_task_ends_the_job_which_goes_on_when_requeued(cluster, config, b
     run = cluster.work / f"killed-{rank}"
     job = cluster.submit(*SMALL, FILES / "train-nodes.sbatch", "--config", config, "--run-dir", run)
     cluster.wait(job, "run folder")
-    wait_beyond(run, 60)
+    wait_beyond(run, 60, cluster, job)
     ours = [process for process in cluster.processes() if process.environ().get("SLURM_JOB_ID") == job]
     task = [one for one in ours if one.environ().get("SLURM_PROCID") == str(rank) and "cli.train" in one.cmdline()]
     task[0].kill()
@@ -110,7 +112,7 @@ def test_torchrun_on_every_node_is_one_run_and_goes_on(cluster, config, by_hand)
     run = cluster.work / "torchrun"
     job = cluster.submit(*SMALL, FILES / "train-torchrun.sbatch", "--config", config, "--run-dir", run)
     cluster.wait(job, r"ranks +2 \(torchrun\)")
-    wait_beyond(run, 60)
+    wait_beyond(run, 60, cluster, job)
     cluster.call("scancel", "--signal=USR1", "--batch", job)  # as --signal=B: does: to the script alone
     found = cluster.wait(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
@@ -148,7 +150,7 @@ def test_a_second_job_on_the_folder_is_refused(cluster, config, by_hand):
     words = ("--config", config, "--run-dir", run)
     first = cluster.submit(*SMALL, FILES / "train-nodes.sbatch", *words)
     cluster.wait(first, "run folder")
-    wait_beyond(run, 5)
+    wait_beyond(run, 5, cluster, first)
     second = cluster.submit(*SMALL, FILES / "train-nodes.sbatch", *words)
     third = cluster.submit("--ntasks=1", "--output=%j.log", *SMALL[2:], FILES / "train-node.sbatch", "--resume", run)
     for job in (second, third):
@@ -169,7 +171,7 @@ def test_a_job_is_requeued_if_it_was_stopped_and_tells_its_exit_code(name, code,
 
 
 def test_a_torchrun_that_is_asked_to_stop_is_requeued(tmp_path):
-    """torchrun's own exit code is 1, then."""
+    """The exit code of torchrun itself is 1, then."""
     ready = tmp_path / "ready"
     asked = f"trap 'sleep 0.1; exit 1' USR1; touch {ready}; while :; do sleep 0.01; done"
     done = job_file("train-torchrun", tmp_path, asked, once_there=ready)

@@ -19,6 +19,7 @@ from rigs.children import PATIENCE_S, free_port
 
 ROOT = Path(__file__).parents[2]
 DAEMONS = ("slurmctld", "slurmd", "srun", "sbatch")
+ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -111,7 +112,7 @@ class Slurm:
             found = self.job(number)
             if said and re.search(said, self.log(number)):
                 return found
-            if found["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"):
+            if found["JobState"] not in ALIVE:
                 assert not said, f"ended without {said!r}:\n{self.log(number)}"
                 return found
             assert time.monotonic() < end, f"waited in vain: {found}\n{self.log(number)}"
