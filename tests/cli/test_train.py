@@ -354,9 +354,11 @@ def test_a_signal_of_which_a_library_makes_an_error_is_still_a_signal(capsys, nu
     assert capsys.readouterr().err.splitlines() == [ended_by(number)]
 
 
-def test_only_rank_zero_talks(monkeypatch):
+@pytest.mark.parametrize(("size", "number"), [("WORLD_SIZE", "RANK"), ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID")])
+def test_only_rank_zero_talks(monkeypatch, size, number):
     for rank, level in (("0", logging.INFO), ("1", logging.WARNING)):
-        monkeypatch.setenv("RANK", rank)
+        for name, value in ((size, "2"), (number, rank), ("MASTER_ADDR", "127.0.0.1")):
+            monkeypatch.setenv(name, value)
         assert running.run(lambda argv: logging.getLogger("sae").level, []) == level
 
 
