@@ -1,4 +1,7 @@
-"""sae-eval: held-out metrics of a coder, or of every coder of a run or repository, as a table and one JSON."""
+"""sae-eval: held-out metrics of a coder, or of every coder of a run or repository, as a table and one JSON.
+
+Started by torchrun or srun, every rank measures its share, and the first one tells the figures of all.
+"""
 
 import sys
 from functools import partial
@@ -17,11 +20,17 @@ from .telling import plain, report, say_next, tables
 if TYPE_CHECKING:
     import argparse
 
+    from sae.coder.coder import SparseCoder
     from sae.coder.spec import CoderSpec
+    from sae.lm.models import LanguageModel
+    from sae.parallel.stopping import StopFlag
+    from sae.text.documents import TextConfig
 
-CONFIG, GROUPS = "sae.training.config:TrainConfig", ("model", "second_model", "text", "activations.path")
+    Read = tuple[LanguageModel, LanguageModel | None, TextConfig]
+
+CONFIG, GROUPS = "sae.training.config:TrainConfig", ("model", "second_model", "text", "activations.path", "ranks")
 READ = ("--model.", "--second_model.", "--text.")
-STORED = "--activations.path"
+STORED, RANKS = "--activations.path", "--ranks."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,18 +53,54 @@ def command(argv: list[str]) -> int:
         raise ConfigError(f"--tokens: {options.tokens} must be at least 1")
 
     from sae.base.paths import check_file
-    from sae.base.progress import Watch
-    from sae.evaluation.evaluation import evaluate, text_of
-    from sae.lm.models import ModelConfig, load_language_model, resolve_device
-    from sae.loading import hub
+    from sae.parallel import agreement, ranks
     from sae.parallel.stopping import stop_flag
-    from sae.text.tokenizing import tokenize, what_was_met
     from sae.training.config import TrainConfig
 
     path = Path(options.path).expanduser()
     named = options.json not in (None, JSON)
     target = Path(options.json).expanduser() if named else (path if path.is_dir() else Path()) / "sae-eval.json"
     check_file(target, "--json")
+    group = read_config(TrainConfig, {}, [word for word in overrides if word.startswith(RANKS)]).ranks
+    group.validate()
+    with ranks.process_group(group), stop_flag() as stop:
+        found, model_known = _measured(options, [word for word in overrides if not word.startswith(RANKS)], stop)
+        with agreement.together():
+            if ranks.rank() == 0:
+                _report(options, target, found, model_known)
+    return DONE
+
+
+def _measured(options: "argparse.Namespace", overrides: list[str], stop: "StopFlag") -> tuple[dict[str, Any], bool]:
+    """Returns the figures by coder, and whether a language model is known that explains them."""
+    from sae.base.progress import Watch
+    from sae.evaluation.evaluation import evaluate_all
+    from sae.parallel import agreement, ranks
+    from sae.text.tokenizing import tokenize, what_was_met
+
+    share, watch = ranks.own_share(), Watch(stop, repair=options.repair)
+    with stop.lifted(), agreement.together():
+        coders, on = _opened(options, overrides)
+    if isinstance(on, str):
+        found = evaluate_all(coders, watch, options.tokens, options.nulls, share, activations=on)
+        return found, bool(next(iter(coders.values())).spec.reads[0].model)
+    lm, second, config = on
+    with agreement.rank_zero_first():
+        text = tokenize(config, lm.tokenizer, lm.source(), watch)
+    held_out = f"{text.held_out.n_rows * text.held_out.context_length:,}"
+    log.info("text: %s held-out tokens, %s", held_out, what_was_met(text.meta))
+    rows = text.held_out
+    return evaluate_all(coders, watch, options.tokens, options.nulls, share, lm=lm, rows=rows, second=second), True
+
+
+def _opened(options: "argparse.Namespace", overrides: list[str]) -> tuple[dict[str, "SparseCoder"], "str | Read"]:
+    """Returns the coders, and what they are measured on: where stored activations lie, or models and text."""
+    from sae.evaluation.evaluation import text_of
+    from sae.lm.models import ModelConfig, load_language_model, resolve_device
+    from sae.loading import hub
+    from sae.training.config import TrainConfig
+
+    path = Path(options.path).expanduser()
     coders = hub.load_all(options.path, revision=options.revision, **hints(options))
     spec = next(iter(coders.values())).spec
     beside = [path.resolve() / next(iter(coders)), *(path.resolve() / next(iter(coders))).parents]
@@ -69,10 +114,7 @@ def command(argv: list[str]) -> int:
             raise ConfigError(f"--site: {name} does not say where it reads; name the place, such as layers.12")
     stored = _stored(spec, run_config, overrides)
     if stored:
-        with stop_flag() as stop:
-            coders = {name: coder.to(resolve_device("auto")) for name, coder in coders.items()}
-            found = evaluate(coders, None, None, options.tokens, options.nulls, stop, activations=stored)
-        return _report(options, target, found, model_known=bool(spec.reads[0].model))
+        return {name: coder.to(resolve_device("auto")) for name, coder in coders.items()}, stored
     if not (spec.reads and spec.reads[0].model) and not any(word.startswith("--model.name") for word in overrides):
         raise ConfigError("--model.name: the coder does not say which language model it reads; name it")
     trained = TrainConfig()
@@ -88,16 +130,10 @@ def command(argv: list[str]) -> int:
     second = load(**vars(config.second_model)) if config.second_model.name else None
     for model in (lm, second) if second else (lm,):
         model.check_context(config.text.context_length)
-    with stop_flag() as stop:
-        text = tokenize(config.text, lm.tokenizer, lm.source(), Watch(stop, repair=options.repair))
-        held_out = f"{text.held_out.n_rows * text.held_out.context_length:,}"
-        log.info("text: %s held-out tokens, %s", held_out, what_was_met(text.meta))
-        coders = {name: coder.to(lm.device) for name, coder in coders.items()}
-        found = evaluate(coders, lm, text.held_out, options.tokens, options.nulls, stop, second)
-    return _report(options, target, found)
+    return {name: coder.to(lm.device) for name, coder in coders.items()}, (lm, second, config.text)
 
 
-def _report(options: "argparse.Namespace", target: Path, found: dict[str, Any], model_known: bool = True) -> int:
+def _report(options: "argparse.Namespace", target: Path, found: dict[str, Any], model_known: bool) -> None:
     """Writes and prints the metrics, and what can be done next."""
     from sae.base.files import write_json
 
@@ -106,7 +142,6 @@ def _report(options: "argparse.Namespace", target: Path, found: dict[str, Any], 
     log.info("json         %s", target)
     if model_known:
         say_next(["sae-explain", options.path])
-    return DONE
 
 
 def _stored(spec: "CoderSpec", run_config: Path | None, overrides: list[str]) -> str:

@@ -99,7 +99,8 @@ def _train(config, folder: Path | None, options) -> int:
             if rank() == 0:
                 _announce(found, folder, options.trust_remote_code)
         result = train(found, resume, options.trust_remote_code, folder, options.repair)
-    if result.metrics:  # those of the first rank
+        first = rank() == 0
+    if first:
         report(options.json, {"run_dir": folder, "metrics": result.metrics}, tables(result.metrics))
         log.info("run folder   %s", folder)
         if (folder / "report.html").is_file():

@@ -260,7 +260,7 @@ def _figures(coder: SparseCoder, observed: Observed, every: bool = False) -> dic
     """Returns the metrics of reconstruction, and `error` as at the head of this module."""
     spec = coder.spec
     x, target = (observed.columns(sites, every).to(coder.W_enc.device) for sites in (spec.reads, spec.writes))
-    found = Reconstruction(spec.d_sae)
+    found = Reconstruction(spec.d_sae, spec.d_out)
     for part, wanted in zip(x.split(PART), target.split(PART), strict=True):
         found.update(wanted, *coder(part))
     result = found.result()

@@ -6,7 +6,6 @@ neither replaced nor counted. Losses are averaged over tokens first; ratios are 
 """
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -30,11 +29,13 @@ from sae.evaluation.figures import (
     evaluate_stored,
     fold_modes,
     held_out_of,
+    results_of,
     side_by_side,
     without_overflow,
 )
 from sae.evaluation.metrics import kl_divergence, loss_recovered
 from sae.evaluation.models import models_of
+from sae.evaluation.sharing import Sharing
 from sae.lm.files import loading_bars
 from sae.lm.hooks import (
     capture,
@@ -48,6 +49,7 @@ from sae.lm.intervene import ablate
 from sae.lm.masking import next_token_mask, norm_mask, token_mask
 from sae.lm.models import LanguageModel
 from sae.lm.site import Site
+from sae.parallel.ranks import ALONE, Share
 from sae.stream.tensors import TensorSource
 from sae.text.documents import TextConfig
 from sae.text.tokenizing import TokenRows, as_rows, special_ids, tokenize
@@ -60,6 +62,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 PASS_LOGITS = 2**25  # most logits held at once, per copy: 128 MiB
+ARMS = ("spliced", "zero", "mean")
+SUMMED = ("tokens", "clean", *ARMS, *(f"kl_{arm}" for arm in ARMS))
 
 
 def evaluate(
@@ -90,12 +94,34 @@ def evaluate(
     gradients at inference. Units: nats per token. `progress` is a `Display`: True, False or a function.
     """
     several, watch, tokens = as_coders(coders), Watch(should_stop, display=progress), whole("tokens", tokens)
+    found = evaluate_all(several, watch, tokens, nulls, lm=lm, rows=rows, second=second, activations=activations)
+    return found if isinstance(coders, Mapping) else found[""]
+
+
+def evaluate_all(
+    coders: dict[str, SparseCoder],
+    watch: Watch,
+    tokens: int,
+    nulls: bool = False,
+    share: Share = ALONE,
+    *,
+    lm: "ModelLike | None" = None,
+    rows: "TokenRows | Tensor | None" = None,
+    second: "ModelLike | None" = None,
+    activations: Any = None,
+) -> dict[str, Any]:
+    """Returns the metrics of coders by name, as `evaluate` does.
+
+    With a share of several, all ranks must call it alike: each makes its part of the passes, and all return the same
+    figures, those of one process to the rounding of float64. An error or a stop of one ends all. `nulls` are measured
+    by the first rank, which needs all of the activations.
+    """
+    several, sharing = coders, Sharing(share)
     spec = next(iter(several.values())).spec
     if activations is not None:
         source = activations if isinstance(activations, TensorSource) else held_out_of(activations, several, tokens)
-        found = evaluate_stored(several, source, tokens, nulls, watch)
-        return found if isinstance(coders, Mapping) else found[""]
-    with loading_bars(shown=progress is True):
+        return evaluate_stored(several, source, tokens, nulls, watch, sharing)
+    with loading_bars(shown=watch.display is True):
         models = models_of(several, lm, second)
     lm = models[""]
     several = {name: with_special_tokens_masked(coder, lm.tokenizer) for name, coder in several.items()}
@@ -107,23 +133,24 @@ def evaluate(
     batches = _spread(held_out, tokens, getattr(lm.model.config.get_text_config(), "vocab_size", 0))
     causal = {tag: _writing(modes, tag) for tag, model in models.items() if model.is_causal}
     log.info("evaluating on %s held-out tokens", f"{sum(int(token_mask(part, spec.mask).sum()) for part in batches):,}")
+    own = share.of(len(batches))
+    batches = batches[own.start : own.stop]
     passes = len(batches) * (1 + sum(map(len, causal.values())))
-    with torch.no_grad(), watch.stage("evaluating", passes, "passes") as stage:
+    with torch.no_grad(), watch.stage("evaluating", passes, "passes", visible=sharing.shows) as stage:
 
         def advance() -> None:
             stage.update(stage.n + 1)
             watch.poll("during evaluation")
 
-        results, means = _reconstruct(modes, models, batches, nulls, advance)
+        results, means = _reconstruct(modes, models, batches, nulls, advance, sharing)
         for tag, writing in causal.items():
             if writing:
-                losses = _losses(writing, models, tag, batches, means, advance)
+                losses = _losses(writing, models, tag, batches, means, advance, sharing)
                 for name, found in losses.items():
                     results[name]["loss" if not tag else f"loss_{tag}"] = found
     fold_modes(results, several)
     _compare(several, results)
-    results = {name: without_overflow(found) for name, found in results.items()}
-    return results if isinstance(coders, Mapping) else results[""]
+    return {name: without_overflow(found) for name, found in results.items()}
 
 
 def _compare(coders: dict[str, SparseCoder], results: dict[str, Any]) -> None:
@@ -180,17 +207,19 @@ def _reconstruct(
     batches: list[Int[Tensor, "_rows context"]],
     nulls: bool,
     advance: Callable[[], None],
+    sharing: Sharing,
 ) -> tuple[dict[str, Any], dict[str, Float[Tensor, "_d"]]]:
     """Returns the metrics of pass 1 and the mean activation at the sites written, by coder."""
     figures = {name: Figures(coder, nulls) for name, coder in coders.items()}
-    for batch in batches:
-        advance()
-        seen = _seen(coders, models, batch)
-        for found in figures.values():
-            keep = token_mask(batch, found.coder.spec.mask).to(models[""].device)
-            found.update(*({name: x[keep] for name, x in tensors.items()} for tensors in seen))
-    results = {name: found.result(name) for name, found in figures.items()}
-    return results, {name: found.moments.mean.float() for name, found in figures.items()}
+    with sharing.measuring():
+        for batch in batches:
+            advance()
+            seen = _seen(coders, models, batch)
+            for found in figures.values():
+                keep = token_mask(batch, found.coder.spec.mask).to(models[""].device)
+                found.update(*({name: x[keep] for name, x in tensors.items()} for tensors in seen))
+    results = results_of(figures, sharing)
+    return results, {name: found.filtered.target.mean.float() for name, found in figures.items()}
 
 
 def _seen(
@@ -235,51 +264,70 @@ def _losses(
     batches: list[Int[Tensor, "_rows context"]],
     means: dict[str, Float[Tensor, "_d"]],
     advance: Callable[[], None],
+    sharing: Sharing,
 ) -> dict[str, dict[str, Any]]:
     """Returns the losses of one model with the sites replaced that each coder writes; all of them write in it."""
+    sums = torch.zeros(len(coders), len(SUMMED), dtype=torch.float64)
+    with sharing.measuring():
+        for batch in batches:
+            sums += _loss_sums(coders, models, tag, batch, means, advance)
+    sharing.add_up([sums])
+    return {
+        name: _loss_table(dict(zip(SUMMED, of, strict=True))) for name, of in zip(coders, sums.tolist(), strict=True)
+    }
+
+
+def _loss_sums(
+    coders: dict[str, SparseCoder],
+    models: dict[str, LanguageModel],
+    tag: str,
+    batch: Int[Tensor, "rows context"],
+    means: dict[str, Float[Tensor, "_d"]],
+    advance: Callable[[], None],
+) -> Float[Tensor, "coders summed"]:
+    """Returns what is `SUMMED` over the tokens of one batch, by coder."""
     lm, device = models[tag], models[""].device
-    sums: dict[str, dict[str, float]] = {name: defaultdict(float) for name in coders}
-    counts = dict.fromkeys(coders, 0)
 
     def logits(tokens: Tensor) -> Tensor:
         return lm.model(**model_inputs(lm, tokens)).logits
 
-    for batch in batches:
-        tokens = batch.to(lm.device)
-        seen: dict[str, Tensor] = {}
-        gradients: dict[str, Tensor] = {}
-        if len(models) > 1 or any(coder.spec.selection.looks_at_gradients for coder in coders.values()):
-            seen, gradients = _seen(coders, models, batch)
-        own = sites_of_model(_sites(coders), tag)
-        with hooked(lm.model, own, lambda site, x, seen=seen: seen.update({site.name: x.to(device, copy=True)})):
-            clean = logits(tokens)
-        ablated: dict[Any, tuple[Tensor, Tensor]] = {}  # the same for all coders of the same sites and mask
-        for name, coder in coders.items():
-            advance()
-            spec, total = coder.spec, sums[name]
-            keep = token_mask(tokens, spec.mask) & norm_mask(seen, spec.mask).to(lm.device)
-            g = side_by_side(gradients, spec.writes) if spec.selection.looks_at_gradients else None
-            arms: dict[str, Any] = {
-                "spliced": splice(lm.model, coder, keep, False, seen if reads_ahead(spec) else None, g, tag),
-                "zero": ablate(lm.model, spec.writes, keep, tag=tag),
-                "mean": ablate(lm.model, spec.writes, keep, means[name], tag),
-            }
-            clean_losses = next_token_losses(clean, tokens, keep)
-            counts[name] += len(clean_losses)
-            total["clean"] += float(in_float64(clean_losses).sum())
-            for arm, change in arms.items():
-                key = (name if arm == "spliced" else arm, tuple(site.name for site in spec.writes), str(spec.mask))
-                if key not in ablated:
-                    with change:
-                        patched = logits(tokens)
-                    kl = kl_divergence(clean, patched, next_token_mask(tokens, keep))
-                    ablated[key] = next_token_losses(patched, tokens, keep), kl
-                for label, found in zip((arm, f"kl_{arm}"), ablated[key], strict=True):
-                    total[label] += float(in_float64(found).sum())
-    return {name: _loss_table(sums[name], counts[name]) for name in coders}
+    tokens = batch.to(lm.device)
+    seen: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    if len(models) > 1 or any(coder.spec.selection.looks_at_gradients for coder in coders.values()):
+        seen, gradients = _seen(coders, models, batch)
+    own = sites_of_model(_sites(coders), tag)
+    with hooked(lm.model, own, lambda site, x: seen.update({site.name: x.to(device, copy=True)})):
+        clean = logits(tokens)
+    ablated: dict[Any, tuple[Tensor, Tensor]] = {}  # the same for all coders of the same sites and mask
+    sums = []
+    for name, coder in coders.items():
+        advance()
+        spec = coder.spec
+        keep = token_mask(tokens, spec.mask) & norm_mask(seen, spec.mask).to(lm.device)
+        g = side_by_side(gradients, spec.writes) if spec.selection.looks_at_gradients else None
+        arms: dict[str, Any] = {
+            "spliced": splice(lm.model, coder, keep, False, seen if reads_ahead(spec) else None, g, tag),
+            "zero": ablate(lm.model, spec.writes, keep, tag=tag),
+            "mean": ablate(lm.model, spec.writes, keep, means[name], tag),
+        }
+        clean_losses = next_token_losses(clean, tokens, keep)
+        total = {"tokens": float(len(clean_losses)), "clean": float(in_float64(clean_losses).sum())}
+        for arm, change in arms.items():
+            key = (name if arm == "spliced" else arm, tuple(site.name for site in spec.writes), str(spec.mask))
+            if key not in ablated:
+                with change:
+                    patched = logits(tokens)
+                kl = kl_divergence(clean, patched, next_token_mask(tokens, keep))
+                ablated[key] = next_token_losses(patched, tokens, keep), kl
+            for label, found in zip((arm, f"kl_{arm}"), ablated[key], strict=True):
+                total[label] = float(in_float64(found).sum())
+        sums.append([total[label] for label in SUMMED])
+    return torch.tensor(sums, dtype=torch.float64)
 
 
-def _loss_table(sums: dict[str, float], count: int) -> dict[str, Any]:
+def _loss_table(sums: dict[str, float]) -> dict[str, Any]:
+    count = int(sums["tokens"])
     ce = {name: value / max(1, count) for name, value in sums.items()}
     return {
         "tokens": count,

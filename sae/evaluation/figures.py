@@ -12,9 +12,10 @@ from torch import Tensor
 from sae.base.errors import ConfigError
 from sae.base.progress import Watch
 from sae.coder.coder import SparseCoder
-from sae.evaluation.metrics import Moments, Reconstruction, head_shares
+from sae.evaluation.metrics import Reconstruction, head_shares
 from sae.evaluation.models import check_placed
 from sae.evaluation.nulls import null_fvus
+from sae.evaluation.sharing import Sharing, joined
 from sae.lm.masking import norm_mask
 from sae.lm.site import Site, columns_of
 from sae.stream.drawn import Drawn, is_iterator
@@ -30,8 +31,8 @@ class Figures:
     """What is added up of one coder, from activations alone."""
 
     def __init__(self, coder: SparseCoder, nulls: bool) -> None:
-        self.coder, self.nulls, self.moments = coder, nulls, Moments()
-        self.filtered, self.unfiltered, self.skipped = (Reconstruction(coder.spec.d_sae) for _ in range(3))
+        self.coder, self.nulls, sizes = coder, nulls, (coder.spec.d_sae, coder.spec.d_out)
+        self.filtered, self.unfiltered, self.skipped = (Reconstruction(*sizes) for _ in range(3))
         self.held: list[tuple[Tensor, Tensor]] = []
 
     def update(self, seen: dict[str, Float[Tensor, "n _d"]], gradients: dict[str, Float[Tensor, "n _d"]]) -> None:
@@ -47,18 +48,23 @@ class Figures:
             x, target, g = x[usual], target[usual], None if g is None else g[usual]
             out, latents = coder(x, g)
         self.filtered.update(target, out, latents)
-        self.moments.update(target)
         if spec.skip:
             none = latents.with_values(torch.zeros_like(latents.values))
             self.skipped.update(target, coder.decode(none, x) + coder.skipped(x), none)
         if self.nulls:
             self.held.append((x.cpu(), target.cpu()))
 
-    def result(self, name: str) -> dict[str, Any]:
-        """Returns the metrics of pass 1; ConfigError if no token counts."""
+    def sums(self) -> list[Tensor]:
+        """Returns all that was added up, itself."""
+        return [part for of in (self.filtered, self.unfiltered, self.skipped) for part in of.sums()]
+
+    def result(self, name: str, sharing: Sharing) -> dict[str, Any]:
+        """Returns the metrics of pass 1, its sums being those of all ranks; ConfigError if no token counts."""
+        spec = self.coder.spec
+        self.filtered.nmse = [sharing.in_order(joined(self.filtered.nmse))]
         if not self.filtered.target.n:
             raise ConfigError(f"coder {name}: its mask leaves none of the held-out tokens; there is nothing to measure")
-        writes, unmasked = self.coder.spec.writes, self.unfiltered.result()
+        writes, unmasked = spec.writes, self.unfiltered.result()
         found: dict[str, Any] = {
             "reconstruction": self.filtered.result(),
             "reconstruction_unfiltered": {key: unmasked[key] for key in ("tokens", "fvu", "ev")},
@@ -67,14 +73,23 @@ class Figures:
         if len(writes) > 1:
             columns = zip(writes, columns_of(writes), strict=True)
             found["fvu_by_site"] = {site.name: self.filtered.fvu(part) for site, part in columns}
-        if self.coder.spec.skip:
+        if spec.skip:
             found["skip"] = {"ev": self.skipped.result()["ev"]}
         if len(writes) == 1 and writes[0].heads:
             found["heads"] = head_shares(self.coder.W_dec, writes[0].heads, self.filtered.fired > 0)
         if self.nulls:
-            x, target = (torch.cat(parts) for parts in zip(*self.held, strict=True))
-            found["nulls"] = null_fvus(self.coder, (x[::2], target[::2]), (x[1::2], target[1::2]))
+            sides = (joined([pair[i] for pair in self.held], width) for i, width in enumerate((spec.d_in, spec.d_out)))
+            found["nulls"] = sharing.of_first(list(sides), self._nulls)
         return found
+
+    def _nulls(self, x: Tensor, target: Tensor) -> dict[str, dict[str, float]]:
+        return null_fvus(self.coder, (x[::2], target[::2]), (x[1::2], target[1::2]))
+
+
+def results_of(figures: dict[str, Figures], sharing: Sharing) -> dict[str, Any]:
+    """Returns the metrics of pass 1 by coder, of what all ranks have taken in, whose sums are there from now on."""
+    sharing.add_up([part for found in figures.values() for part in found.sums()])
+    return {name: found.result(name, sharing) for name, found in figures.items()}
 
 
 def both_modes(coders: dict[str, SparseCoder]) -> dict[str, SparseCoder]:
@@ -129,7 +144,7 @@ def held_out_of(given: Any, coders: dict[str, SparseCoder], tokens: int) -> Tens
 
 
 def evaluate_stored(
-    coders: dict[str, SparseCoder], source: TensorSource, tokens: int, nulls: bool, watch: Watch
+    coders: dict[str, SparseCoder], source: TensorSource, tokens: int, nulls: bool, watch: Watch, sharing: Sharing
 ) -> dict[str, Any]:
     """Returns the metrics of coders on about `tokens` vectors, in blocks spread evenly over stored activations."""
     modes = {
@@ -139,14 +154,15 @@ def evaluate_stored(
     }
     n, each = len(source), max(1, source.vectors // max(1, len(source)))
     count = min(n, max(1, -(-tokens // each)))
-    figures = {name: Figures(coder, nulls) for name, coder in modes.items()}
-    with torch.no_grad(), watch.stage("evaluating", count, "blocks") as stage:
-        for done in range(count):
-            watch.poll("during evaluation")
-            block = source.read(done * n // count)
-            for found in figures.values():
-                found.update(block.activations, block.gradients)
-            stage.update(done + 1)
-    results = {name: found.result(name) for name, found in figures.items()}
+    figures, own = {name: Figures(coder, nulls) for name, coder in modes.items()}, sharing.share.of(count)
+    with torch.no_grad(), watch.stage("evaluating", len(own), "blocks", visible=sharing.shows) as stage:
+        with sharing.measuring():
+            for number in own:
+                watch.poll("during evaluation")
+                block = source.read(number * n // count)
+                for found in figures.values():
+                    found.update(block.activations, block.gradients)
+                stage.update(stage.n + 1)
+        results = results_of(figures, sharing)
     fold_modes(results, coders)
     return without_overflow(results)

@@ -8,7 +8,6 @@ With x the target, x^ the reconstruction and e = x - x^ over the unmasked tokens
     CE recovered = (CE_zero - CE_spliced) / (CE_zero - CE_clean)       KL score = 1 - KL_spliced / KL_zero
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,29 +26,37 @@ def fvu(x: Float[Tensor, "n d"], out: Float[Tensor, "n d"]) -> float:
     return float((x - out).square().sum() / (x - x.mean(0)).square().sum().clamp_min(1e-300))
 
 
-@dataclass
 class Moments:
-    """Streaming sums of vectors, for their variance about the mean over all tokens."""
+    """Streaming sums of vectors of width d, for their variance about the mean over all tokens."""
 
-    n: int = 0
-    total: Tensor | float = 0.0
-    squares: Tensor | float = 0.0
+    def __init__(self, d: int) -> None:
+        self.count = torch.zeros(1, dtype=torch.int64)
+        self.total, self.squares = torch.zeros(2, d, dtype=torch.float64)
 
     def update(self, x: Float[Tensor, "n d"]) -> None:
         """Takes in rows x."""
-        self.n += len(x)
-        self.total = self.total + in_float64(x).sum(0).cpu()
-        self.squares = self.squares + in_float64(x).square().sum(0).cpu()
+        self.count += len(x)
+        self.total += in_float64(x).sum(0).cpu()
+        self.squares += in_float64(x).square().sum(0).cpu()
+
+    def sums(self) -> list[Tensor]:
+        """Returns all that was added up, itself: what several have taken in is the sum of theirs."""
+        return [self.count, self.total, self.squares]
+
+    @property
+    def n(self) -> int:
+        """Returns the number of rows."""
+        return int(self.count)
 
     @property
     def mean(self) -> Float[Tensor, "d"]:
         """Returns the mean row."""
-        return torch.as_tensor(self.total) / max(1, self.n)
+        return self.total / max(1, self.n)
 
     @property
     def square(self) -> Float[Tensor, "d"]:
         """Returns the mean square of each coordinate."""
-        return torch.as_tensor(self.squares) / max(1, self.n)
+        return self.squares / max(1, self.n)
 
     @property
     def variance(self) -> float:
@@ -57,20 +64,21 @@ class Moments:
         return max(0.0, float(self.square.sum() - self.mean.square().sum()))
 
 
-@dataclass
 class Reconstruction:
-    """Streaming reconstruction metrics of one coder."""
+    """Streaming reconstruction metrics of one coder of d_sae latents, whose targets have width d."""
 
-    d_sae: int
-    target: Moments = field(default_factory=Moments)
-    errors: Moments = field(default_factory=Moments)
-    cosine: float = 0.0
-    norm_ratio: float = 0.0
-    out_square: float = 0.0
-    cross: float = 0.0
-    active: float = 0.0
-    fired: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    nmse: list[Tensor] = field(default_factory=list)
+    def __init__(self, d_sae: int, d: int) -> None:
+        self.target, self.errors = Moments(d), Moments(d)
+        self.scalars = torch.zeros(4, dtype=torch.float64)
+        """Over tokens: cosines, ratios of norms, |out|^2, <target, out>."""
+        self.fired = torch.zeros(d_sae, dtype=torch.int64)
+        """At how many tokens each latent fires."""
+        self.nmse: list[Tensor] = []
+        """By token, in the order in which they come."""
+
+    def sums(self) -> list[Tensor]:
+        """Returns all that was added up, itself; `nmse` is not among it."""
+        return [*self.target.sums(), *self.errors.sums(), self.scalars, self.fired]
 
     def update(self, x: Float[Tensor, "n d"], out: Float[Tensor, "n d"], latents: SparseLatents) -> None:
         """Takes in n tokens."""
@@ -78,14 +86,11 @@ class Reconstruction:
         self.target.update(x)
         errors, norms, out_norms = (x - out).square().sum(1), x.norm(dim=1), out.norm(dim=1)
         self.errors.update(x - out)
-        self.cosine += float(((x * out).sum(1) / (norms * out_norms).clamp_min(1e-30)).sum())
-        self.norm_ratio += float((out_norms / norms.clamp_min(1e-30)).sum())
-        self.out_square += float(out_norms.square().sum())
-        self.cross += float((x * out).sum())
+        cosine = ((x * out).sum(1) / (norms * out_norms).clamp_min(1e-30)).sum()
+        ratio = (out_norms / norms.clamp_min(1e-30)).sum()
+        self.scalars += torch.stack([cosine, ratio, out_norms.square().sum(), (x * out).sum()]).cpu()
         self.nmse.append((errors / norms.square().clamp_min(1e-30)).float().cpu())
-        fired = latents.fired().cpu()
-        self.active += float(fired.sum())
-        self.fired = fired if not self.fired.numel() else self.fired + fired
+        self.fired += latents.fired().cpu()
 
     def fvu(self, columns: slice = slice(None)) -> float | None:
         """Returns the FVU, or that of some columns; of constant targets None, for it has no value."""
@@ -98,7 +103,7 @@ class Reconstruction:
     def result(self) -> dict[str, Any]:
         """Returns the metrics as plain numbers; FVU of constant targets is None, for it has no value."""
         n, nmse = max(1, self.target.n), torch.cat(self.nmse) if self.nmse else torch.zeros(1)
-        value = self.fvu()
+        value, (cosine, ratio, out_square, cross) = self.fvu(), self.scalars.tolist()
         return {
             "tokens": self.target.n,
             "fvu": value,
@@ -106,10 +111,10 @@ class Reconstruction:
             "mse": float(self.errors.square.sum()),
             "nmse_mean": float(nmse.double().mean()),
             "nmse_median": float(nmse.median()),
-            "l0": self.active / n,
-            "cosine": self.cosine / n,
-            "norm_ratio": self.norm_ratio / n,
-            "reconstruction_bias": self.out_square / self.cross if self.cross else None,
+            "l0": int(self.fired.sum()) / n,
+            "cosine": cosine / n,
+            "norm_ratio": ratio / n,
+            "reconstruction_bias": out_square / cross if cross else None,
         }
 
     def density(self) -> dict[str, Any]:
@@ -119,7 +124,7 @@ class Reconstruction:
         logs = (fired[fired > 0] / n).log10()
         counts = torch.histogram(logs, torch.tensor([float(b) for b in DENSITY_BINS]).double()).hist
         return {
-            "dead_share": dead / max(1, self.d_sae),
+            "dead_share": dead / max(1, len(fired)),
             "counted_over_tokens": self.target.n,
             "log10_density_edges": list(DENSITY_BINS),
             "log10_density_counts": [int(c) for c in counts],

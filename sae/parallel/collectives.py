@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae.parallel.ranks import collective, world_size
+from sae.parallel.ranks import collective, rank, world_size
 
 BUCKET_BYTES = 32 * 2**20
 """Of tensors that are summed at once. More gain nothing on any wire, and would be a second copy of a large coder."""
@@ -89,6 +89,19 @@ def gathered(*columns: Tensor) -> tuple[Tensor, ...]:
         part[:, 0].long() if column.dtype == torch.int64 else part.contiguous().view(column.dtype)[:, 0]
         for part, column in zip(narrow, columns, strict=True)
     )
+
+
+def collected(rows: Tensor) -> Tensor:
+    """Returns on rank 0 the rows of all ranks one after the other, on the others none: they may be many."""
+    if not dist.is_initialized():
+        return rows
+    counts = [count for (count,) in of_every_rank(torch.tensor([len(rows)], device=rows.device))]
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = list(rows.new_empty(len(counts), *padded.shape)) if rank() == 0 else None
+    with collective():
+        dist.gather(padded, parts)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]) if parts else rows[:0]
 
 
 def any_rank(flag: bool) -> bool:

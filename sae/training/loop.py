@@ -15,7 +15,7 @@ from sae.base.files import append, save_tensors, write_json
 from sae.base.progress import Aside, Progress, Watch
 from sae.base.tracker import Tracker
 from sae.coder.coder import SparseCoder
-from sae.evaluation.evaluation import evaluate
+from sae.evaluation.evaluation import evaluate_all
 from sae.loading import hub
 from sae.parallel import agreement, collectives, ranks, replicas
 from sae.parallel.stopping import StopFlag
@@ -239,14 +239,15 @@ class Run:
         return {name: trainer.trained() for name, trainer in self.trainers.items()}
 
     def _evaluate(self, coders: dict[str, SparseCoder]) -> dict[str, dict[str, Any]]:
-        on, tokens, show = self.setting.subject.measured_on, self.config.eval.tokens, self.watch.display
-        return evaluate(coders, tokens=tokens, should_stop=self.stop, progress=show, **on)
+        """Returns the held-out figures, to which every rank has measured its share; all must call it."""
+        on, tokens = self.setting.subject.measured_on, self.config.eval.tokens
+        return evaluate_all(coders, self.watch, tokens, share=ranks.own_share(), **on)
 
     def _evaluate_midway(self) -> None:
         """Writes a held-out evaluation to metrics.jsonl."""
+        found = self._evaluate(self._trained())
         with agreement.together():
             if self.main:
-                found = self._evaluate(self._trained())
                 lines = [{"step": self.step, "coder": name, "held_out": found[name]} for name in found]
                 self._write("metrics.jsonl", *lines)
                 self.told.tell("on_evaluate", partial(self._moment, found))
@@ -255,30 +256,30 @@ class Run:
         """Saves and evaluates the coders."""
         self.stream.close()
         coders = self._trained()
-        found: dict[str, dict[str, Any]] = {}
+        if self.step < self.config.steps:  # a callback has ended it
+            tokens = self.step * self.config.batch_tokens
+            for coder in coders.values():
+                coder.spec = coder.spec.with_(training={**coder.spec.training, "tokens": tokens})
+        with agreement.together():  # before anything else can fail
+            self._save_coders(coders)
+        found = self._evaluate(coders)
+        for name, coder in coders.items():
+            found[name]["training"] = {"active_steps": self.trainers[name].active_steps, "steps": self.step}
+            coder.spec = coder.spec.with_(metrics=found[name])
         with agreement.together():
+            self._save_coders(coders)
             if self.main:
-                found = self._finish(coders)
+                write_json(self.folder / "evaluation.json", found)
+                with Aside("report.html", "all figures are in evaluation.json"):
+                    write_report(self.folder, found)
                 self.told.tell("on_evaluate", partial(self._moment, found, coders))
                 self.told.tell("on_end", partial(self._moment, found, coders))
         self._check_callbacks(f"the run is finished, and all is saved in {self.folder}")
         return TrainResult(self.folder, coders, found)
 
-    def _finish(self, coders: dict[str, SparseCoder]) -> dict[str, dict[str, Any]]:
-        for name, coder in coders.items():
-            if self.step < self.config.steps:  # a callback has ended it
-                tokens = self.step * self.config.batch_tokens
-                coder.spec = coder.spec.with_(training={**coder.spec.training, "tokens": tokens})
-            hub.save(coder, self.folder / "coders" / name)  # before anything else can fail
-        found = self._evaluate(coders)
-        for name, coder in coders.items():
-            found[name]["training"] = {"active_steps": self.trainers[name].active_steps, "steps": self.step}
-            coder.spec = coder.spec.with_(metrics=found[name])
+    def _save_coders(self, coders: dict[str, SparseCoder]) -> None:
+        for name, coder in coders.items() if self.main else ():
             hub.save(coder, self.folder / "coders" / name)
-        write_json(self.folder / "evaluation.json", found)
-        with Aside("report.html", "all figures are in evaluation.json"):
-            write_report(self.folder, found)
-        return found
 
     def _write(self, name: str, *lines: dict[str, Any]) -> None:
         if self.main:

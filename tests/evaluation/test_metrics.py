@@ -19,7 +19,7 @@ def data():
 
 
 def gathered(x, out, latents, size):
-    found = Reconstruction(WIDTH)
+    found = Reconstruction(WIDTH, D)
     for start in range(0, N, size):
         rows = slice(start, min(start + size, N))
         a, b = latents.offsets[rows.start], latents.offsets[rows.stop]
@@ -84,7 +84,7 @@ def test_no_ratio_where_there_is_nothing_to_explain():
 
 def test_moments_of_large_offsets_keep_their_variance():
     x = torch.randn(1000, D) + 1e4  # in float32 the variance would drown
-    moments = Moments()
+    moments = Moments(D)
     for part in x.split(13):
         moments.update(part)
     assert moments.variance == pytest.approx(x.double().numpy().var(0).sum(), rel=1e-5)
