@@ -272,9 +272,7 @@ def _losses(
         for batch in batches:
             sums += _loss_sums(coders, models, tag, batch, means, advance)
     sharing.add_up([sums])
-    return {
-        name: _loss_table(dict(zip(SUMMED, of, strict=True))) for name, of in zip(coders, sums.tolist(), strict=True)
-    }
+    return {name: _loss_table(*of) for name, of in zip(coders, sums.tolist(), strict=True)}
 
 
 def _loss_sums(
@@ -326,9 +324,9 @@ def _loss_sums(
     return torch.tensor(sums, dtype=torch.float64)
 
 
-def _loss_table(sums: dict[str, float]) -> dict[str, Any]:
-    count = int(sums["tokens"])
-    ce = {name: value / max(1, count) for name, value in sums.items()}
+def _loss_table(tokens: float, *sums: float) -> dict[str, Any]:
+    count = int(tokens)
+    ce = {name: value / max(1, count) for name, value in zip(SUMMED[1:], sums, strict=True)}
     return {
         "tokens": count,
         **{f"ce_{name}": ce[name] for name in ("clean", "spliced", "zero", "mean")},

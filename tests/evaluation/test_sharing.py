@@ -17,6 +17,7 @@ from sae.coder.coder import SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.spec import CoderSpec
 from sae.evaluation.evaluation import evaluate, evaluate_all
+from sae.lm.hooks import capture
 from sae.lm.masking import MaskSpec
 from sae.lm.site import SECOND, Site
 from sae.parallel import agreement, ranks
@@ -47,7 +48,7 @@ def cases(lm):
     heads = Site("model.layers.1.self_attn.o_proj", "input", "tiny", heads=2, width=D)
     second = Site(HERE.hook, model="tiny", tag=SECOND, width=D)
     every = {
-        "norms": coder(mask=MaskSpec((0, 1, 2), 1, {HERE.name: 20.0})),
+        "norms": coder(mask=MaskSpec((0, 1, 2), 1, {HERE.name: _usual_norm(lm, rows)})),
         "skip": coder((Site(MLP.hook, "input", "tiny", width=D),), (MLP,), skip=True),
         "of the mlp": coder((MLP,), (MLP,)),
         "two sites": coder((HERE, MLP), (HERE, MLP)),
@@ -55,7 +56,7 @@ def cases(lm):
     }
     ahead = coder(rule=GradientTopK(4), calibration=(0.1,))
     torch.manual_seed(5)
-    stored = {HERE.name: torch.randn(700, D), f"gradients/{HERE.name}": torch.randn(700, D)}
+    stored = {HERE.name: torch.randn(700, D)}
     return {
         "every figure": {"coders": every, "tokens": 240, "nulls": True, "lm": lm, "rows": rows},
         "with gradients": {"coders": {"": ahead}, "tokens": 240, "lm": lm, "rows": rows},
@@ -67,13 +68,14 @@ def cases(lm):
             "second": tiny_lm(7),
         },
         "one pass": {"coders": {"": coder()}, "tokens": 1, "nulls": False, "lm": lm, "rows": rows},
-        "stored": {
-            "coders": {"": coder()},
-            "tokens": 600,
-            "nulls": True,
-            "activations": {HERE.name: stored[HERE.name]},
-        },
+        "stored": {"coders": {"": coder()}, "tokens": 600, "nulls": True, "activations": stored},
     }
+
+
+def _usual_norm(lm, rows) -> float:
+    """Returns a norm that one token in five exceeds."""
+    x = capture(lm, [HERE], rows.data)[HERE.name]
+    return float(x[rows.data > 2].norm(dim=1).quantile(0.8))
 
 
 def found_by_ranks(names: list[str], folder: Path) -> int:
@@ -162,9 +164,8 @@ def breaks(how: str, folder: Path) -> int:
 
     with ranks.process_group():
         try:
-            evaluate_all(
-                {"": coder()}, Watch(asked, display=False), 240, share=ranks.own_share(), lm=lm, rows=sampled_rows(lm)
-            )
+            watch, share, rows = Watch(asked, display=False), ranks.own_share(), sampled_rows(lm, CONTEXT)
+            evaluate_all({"": coder()}, watch, 240, share=share, lm=lm, rows=rows)
         except Stopped as stopped:
             print(f"stopped {stopped}")
             return 75

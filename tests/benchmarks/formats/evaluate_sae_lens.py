@@ -89,10 +89,8 @@ def coders(acts, site):
 
 def ours(coder, lm, tokens):
     """Returns our own figures on the same tokens, none of them left out."""
-    found, losses = (
-        Reconstruction(coder.spec.d_sae, coder.spec.d_out),
-        {"ce_loss_without_sae": [], "ce_loss_with_sae": []},
-    )
+    found = Reconstruction(coder.spec.d_sae, coder.spec.d_out)
+    losses = {"ce_loss_without_sae": [], "ce_loss_with_sae": []}
     half = len(tokens) // 2
     for rows in tokens[half:]:
         x = capture(lm, list(coder.spec.reads), rows)[coder.spec.reads[0].name].flatten(0, -2).float()
