@@ -75,7 +75,8 @@ def gathered(*columns: Tensor) -> tuple[Tensor, ...]:
     """
     if not dist.is_initialized():
         return columns
-    words = [(c.int() if c.dtype == torch.int64 else c).view(torch.int32).view(len(c), -1) for c in columns]
+    narrow = [column.int() if column.dtype == torch.int64 else column for column in columns]
+    words = [part.view(torch.int32).view(len(part), part.element_size() // 4) for part in narrow]  # none will do
     rows = torch.cat(words, 1)
     counts = [count for (count,) in of_every_rank(torch.tensor([len(rows)], device=rows.device))]
     padded = rows.new_zeros(max(counts), rows.shape[1])
@@ -84,10 +85,10 @@ def gathered(*columns: Tensor) -> tuple[Tensor, ...]:
     with collective():
         dist.all_gather(parts, padded)
     found = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-    narrow = found.split([part.shape[1] for part in words], dim=1)
+    split = found.split([part.shape[1] for part in words], dim=1)
     return tuple(
         part[:, 0].long() if column.dtype == torch.int64 else part.contiguous().view(column.dtype)[:, 0]
-        for part, column in zip(narrow, columns, strict=True)
+        for part, column in zip(split, columns, strict=True)
     )
 
 
