@@ -42,7 +42,7 @@ def coder(reads=(HERE,), writes=(HERE,), rule=None, **spec) -> SparseCoder:
     return made
 
 
-def cases(lm):
+def cases(lm, tokens=240):
     """Returns, by name, what is evaluated: each figure that there is, more ranks than passes, and stored vectors."""
     rows = sampled_rows(lm, CONTEXT)
     heads = Site("model.layers.1.self_attn.o_proj", "input", "tiny", heads=2, width=D)
@@ -58,7 +58,7 @@ def cases(lm):
     torch.manual_seed(5)
     stored = {HERE.name: torch.randn(700, D)}
     return {
-        "every figure": {"coders": every, "tokens": 240, "nulls": True, "lm": lm, "rows": rows},
+        "every figure": {"coders": every, "tokens": tokens, "nulls": True, "lm": lm, "rows": rows},
         "with gradients": {"coders": {"": ahead}, "tokens": 240, "lm": lm, "rows": rows},
         "two models": {
             "coders": {"": coder((HERE, second), (HERE, second))},
@@ -78,7 +78,7 @@ def _usual_norm(lm, rows) -> float:
     return float(x[rows.data > 2].norm(dim=1).quantile(0.8))
 
 
-def found_by_ranks(names: list[str], folder: Path) -> int:
+def found_by_ranks(names: list[str], tokens: int, folder: Path) -> int:
     """The work of a rank: it evaluates, and writes down what it has found and how many passes it has made."""
     torch.set_num_threads(1)
     sae.evaluation.evaluation.PASS_LOGITS = 1  # a row a pass
@@ -86,7 +86,7 @@ def found_by_ranks(names: list[str], folder: Path) -> int:
     lm, shown, found = tiny_lm(), [], {}
     with ranks.process_group():
         share = ranks.own_share()
-        for name, case in cases(lm).items():
+        for name, case in cases(lm, tokens).items():
             if name in names:
                 found[name] = evaluate_all(watch=Watch(display=shown.append), share=share, **case)
         if share.rank == 0:  # what a callback may do: the others are not there
@@ -121,17 +121,17 @@ def assert_same(found, wanted, path="") -> None:
         assert found == wanted, path
 
 
-def check(tmp_path, monkeypatch, n: int, names: list[str]) -> None:
+def check(tmp_path, monkeypatch, n: int, names: list[str], tokens: int = 240) -> None:
     monkeypatch.setattr("sae.evaluation.evaluation.PASS_LOGITS", 1)
     monkeypatch.setattr("sae.evaluation.figures.BLOCK", 64)
-    assert run(found_by_ranks, tmp_path, n, names) == [0] * n
+    assert run(found_by_ranks, tmp_path, n, names, tokens) == [0] * n
     lm = tiny_lm()
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(n)]
     assert_same(told[0].pop("alone"), evaluate(coder(), lm, sampled_rows(lm, CONTEXT), 100))
     shown = [rank.pop("shown") for rank in told]
     assert len(shown[0]) == len(names)
     assert shown[1:] == [[]] * (n - 1)
-    for name, case in cases(lm).items():
+    for name, case in cases(lm, tokens).items():
         if name in names:
             wanted = json.loads(json.dumps(evaluate_all(watch=Watch(display=False), **case)))
             for rank in told:
@@ -139,7 +139,7 @@ def check(tmp_path, monkeypatch, n: int, names: list[str]) -> None:
 
 
 def test_two_ranks_find_every_figure_of_one(tmp_path, monkeypatch):
-    check(tmp_path, monkeypatch, 2, ["every figure"])
+    check(tmp_path, monkeypatch, 2, ["every figure"], 60)
 
 
 @pytest.mark.slow
