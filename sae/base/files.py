@@ -19,22 +19,24 @@ import stat
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from filelock import lock_descriptor
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sae.base.errors import ConfigError, DataError
 from sae.base.progress import Watch
+from sae.base.tensorfile import write_tensors
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MANIFEST, MARKER, LOCK = "manifest.json", "COMPLETE", ".lock"
 ABANDONED_AFTER_S = 24 * 3600  # for temporaries of other machines, whose processes cannot be asked
@@ -105,26 +107,29 @@ def typed_command() -> list[str]:
     return [Path(sys.argv[0]).name, *map(told, sys.argv[1:])]
 
 
-def save_tensors(path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file whole or not at all; equal tensors and metadata give equal bytes."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def save_tensors(
+    path: Path | str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Writes a safetensors file whole or not at all, and returns its size and digest, {"bytes", "sha256"}.
 
-    def write(temp: Path) -> None:
-        try:
-            save_file(plain, temp, metadata)
-        except SafetensorError as error:  # the operating system's error, wrapped into text
-            code = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else error from error
-        if metadata and len(metadata) > 1:
-            _sort_metadata(temp)
-
-    _replace(Path(path), write)
+    Equal tensors and metadata give equal bytes.
+    """
+    return _replace(Path(path), lambda temp: write_tensors(temp, tensors, metadata))
 
 
 def load_tensors(path: Path | str, device: str = "cpu") -> dict[str, Tensor]:
     """Returns the tensors of a safetensors file, memory-mapped on the CPU; DataError names the file if it is broken."""
     try:
         return load_file(path, device=device)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is missing, damaged or no safetensors file: {error}") from error
+
+
+def tensors_metadata(path: Path | str) -> dict[str, str]:
+    """Returns the text that a safetensors file holds beside its tensors; DataError names the file if it is broken."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} is missing, damaged or no safetensors file: {error}") from error
 
@@ -146,8 +151,11 @@ def safe_join(root: Path | str, *parts: str) -> Path:
 
 
 @contextmanager
-def publish(folder: Path | str) -> Iterator[Path]:
+def publish(folder: Path | str, known: dict[str, dict[str, Any]] | None = None) -> Iterator[Path]:
     """Yields a temporary folder to fill; at the end it gets a manifest and a marker, and takes the name `folder`.
+
+    `known` are sizes and digests by file name, as `write_tensors` returns them, which may be filled in by the block:
+    such files are not read again.
 
     If the block raises, nothing is left. FileExistsError if there is something of that name already; but if another
     process published the same folder meanwhile, theirs stays and ours goes.
@@ -161,7 +169,7 @@ def publish(folder: Path | str) -> Iterator[Path]:
     try:
         yield temp
         with _explained(folder):
-            _seal(temp)
+            _seal(temp, known or {})
             try:
                 if _WINDOWS and folder.exists():
                     folder.rmdir()  # it is empty; elsewhere it is replaced
@@ -311,17 +319,18 @@ def _is_abandoned(temp: Path, host: str, pid: str, launch: str) -> bool:
     return False
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def _replace(path: Path, write: Callable[[Path], T]) -> T:
     """Lets `write` make a file, and gives it the name `path` once it is on disk."""
     folder = _temp_beside(path)  # not a file: safetensors, too, makes a temporary beside what it writes
     try:
         with _explained(path):
             folder.mkdir(parents=True)
-            write(folder / path.name)
+            result = write(folder / path.name)
             _open_to_others(folder, [folder / path.name])
             _sync(folder / path.name)
             os.replace(folder / path.name, path)
             _sync(path.parent)
+        return result
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -372,24 +381,15 @@ def _described(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def _seal(folder: Path) -> None:
+def _seal(folder: Path, known: dict[str, dict[str, Any]]) -> None:
     """Writes manifest and marker, and flushes the whole tree to disk."""
-    files = {name: _described(path) for name, path in _files(folder).items()}
+    files = {name: known.get(name) or _described(path) for name, path in _files(folder).items()}
+    for name, told in known.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != told["bytes"]:
+            raise OSError(errno.EIO, f"{name} is not as it was written")
     write_json(folder / MANIFEST, {"version": 1, "files": files})
     inside = list(folder.rglob("*"))
     _open_to_others(folder, filter(Path.is_file, inside))
     for path in inside:
         _sync(path)
     atomic_write(folder / MARKER, sha256_file(folder / MANIFEST) + "\n")
-
-
-def _sort_metadata(path: Path) -> None:
-    """Puts a safetensors file's metadata in order: the library writes it in the random order of a hash map."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        assert len(text) <= size, "the same keys and values take the same room"
-        file.seek(8)
-        file.write(text.ljust(size))

@@ -3,17 +3,17 @@
 And the lock on the run folder they lie in, and the config with which a run may go on.
 """
 
-import errno
+import json
 import logging
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import draccus
+import torch
 from torch import Tensor
 
 from sae.base.errors import ConfigError, DataError
@@ -22,17 +22,15 @@ from sae.base.files import (
     atomic_write,
     is_complete,
     load_tensors,
-    publish,
     read_json,
     remove_stale,
-    save_tensors,
+    tensors_metadata,
     verify,
-    write_json,
 )
 from sae.base.paths import from_anywhere, near, same_place
-from sae.base.room import Need, shortage
 from sae.base.settings import decode, flat, read_yaml, set_dotted
 from sae.parallel import agreement, ranks
+from sae.parallel.ranks import Share
 from sae.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -43,40 +41,10 @@ PLACES = ("model.name", "second_model.name", "text.source", "activations.path", 
 PINNED = ("model.revision", "text.revision", "text.max_tokens")  # written to config.yaml as they were found
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    tensors: dict[str, dict[str, Tensor]],
-    values: dict[str, Any],
-    keep: int,
-    more: bool = False,
-) -> Path:
-    """Writes and returns checkpoints/step-N: a safetensors file per name and `state.json`; keeps the newest `keep`.
-
-    The older ones stay until it is whole. OSError, with nothing written, if there is no room for it; where `more` will
-    follow, also if there is none for the next: that is best known while all is saved.
-    """
-    folder = run_dir / "checkpoints" / f"step-{step:09d}"
-    size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-    if not _is_intact(folder):
-        _check_room(folder, size, f"checkpoint {folder.name}")
-        shutil.rmtree(folder, ignore_errors=True)
-        with publish(folder) as draft:
-            for name, group in tensors.items():
-                save_tensors(draft / f"{name}.safetensors", group)
-            write_json(draft / STATE, {"step": step, **values})
-    older = [path for path in complete(run_dir) if path < folder]
-    for old in older[: max(0, len(older) - keep + 1)]:
-        shutil.rmtree(old, ignore_errors=True)
-    if more:
-        _check_room(folder, size, f"the checkpoint that follows {folder.name}")
-    return folder
-
-
-def _check_room(folder: Path, size: int, what: str) -> None:
-    missing = shortage(Need(f"no room for {what}", folder.parent, size))
-    if missing:
-        raise OSError(errno.ENOSPC, missing)
+def part_name(group: str, share: Share) -> str:
+    """Returns the name of the file with a rank's rows of a group of tensors; alone, it is the group's."""
+    part = f".part-{share.rank + 1:05d}-of-{share.world_size:05d}" if share.world_size > 1 else ""
+    return f"{group}{part}.safetensors"
 
 
 def complete(run_dir: Path) -> list[Path]:
@@ -104,10 +72,52 @@ def latest(run_dir: Path) -> Path | None:
     return None
 
 
-def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Returns (tensors by file name, values) of a checkpoint."""
-    tensors = {path.stem: load_tensors(path) for path in sorted(folder.glob("*.safetensors"))}
-    return tensors, read_json(folder / STATE)
+def is_intact(folder: Path) -> bool:
+    """Returns whether there is a checkpoint that passes its checksums."""
+    with suppress(DataError):
+        verify(folder)
+        return True
+    return False
+
+
+def load(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+    """Returns (tensors by group, values) of a checkpoint, however many ranks have written it; DataError if it is torn.
+
+    A tensor in several parts is put together when it is asked for, so that only one at a time is in memory twice.
+    """
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        files.setdefault(re.sub(r"\.part-\d+-of-\d+$", "", path.stem), []).append(path)
+    return {group: _Joined(paths) for group, paths in files.items()}, read_json(folder / STATE)
+
+
+class _Joined(Mapping[str, Tensor]):
+    """The tensors of files that hold a part of the rows each."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.shapes: dict[str, list[int]] = {}
+        self.parts: dict[str, list[tuple[int, Tensor]]] = {}
+        for path in paths:
+            tensors, metadata = load_tensors(path), tensors_metadata(path)
+            for name, tensor in tensors.items():
+                told = json.loads(metadata[name]) if name in metadata else {"first": 0, "shape": list(tensor.shape)}
+                self.shapes[name] = told["shape"]
+                self.parts.setdefault(name, []).append((told["first"], tensor))
+        for name, parts in self.parts.items():
+            parts.sort(key=lambda part: (part[0], part[1].numel()))
+            ends = [first + (len(part) if part.dim() else 1) for first, part in parts]
+            if [first for first, _ in parts] != [0, *ends[:-1]] or ends[-1] != (self.shapes[name] or [1])[0]:
+                raise DataError(f"{paths[0].parent}: rows of {name} are missing")
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = [part for _, part in self.parts[name]]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).view(self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
 
 
 def has_begun(run_dir: Path) -> bool:
@@ -183,10 +193,3 @@ def resumed_config(config: TrainConfig, folder: Path) -> TrainConfig:
 def _is_pin(value: Any) -> bool:
     """Whether a value is one that a run would have kept as it is: an amount, or a whole commit."""
     return isinstance(value, int) or re.fullmatch("[0-9a-f]{40}", value or "") is not None
-
-
-def _is_intact(folder: Path) -> bool:
-    with suppress(DataError):
-        verify(folder)
-        return True
-    return False

@@ -8,7 +8,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from sae.base.errors import ConfigError, Stopped
 from sae.base.files import append, save_tensors, write_json
@@ -26,10 +28,8 @@ from sae.training.batches import bad_blocks, share_of
 from sae.training.callbacks import Callbacks, Moment
 from sae.training.preparing import Setting, new_trainers
 from sae.training.report import write_report
+from sae.training.saving import Saver
 from sae.training.trainer import CoderTrainer, NonFiniteError
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +60,18 @@ class Run:
         replicas.check_machines(setting.subject.device)
         self.trainers = new_trainers(setting, self.source, saved, watch)
         self.stream = setting.subject.open_stream(setting.config, self.source)
-        self.bad_steps, self.checkpoint = 0, saved
+        self.bad_steps, self.saver = 0, Saver(self.folder, setting.config.checkpoints.keep, saved)
         self.ended: Ended | None = None
         self.logs = {name: self.folder / name for name in ("metrics.jsonl", "timings.jsonl")}
         self.step = self._restore(saved)
+        every = self.config.checkpoints.every_steps
+        if self.step - self.step % every + every < self.config.steps:  # else there is none on the way
+            self.saver.make_room(self._state()[0])
 
     def close(self) -> None:
-        """Ends what reads ahead."""
+        """Ends what reads ahead, and what writes in the background."""
         self.stream.close()
+        self.saver.close()
 
     def _restore(self, saved: Path | None) -> int:
         """Loads a checkpoint into the trainers and the stream and cuts the logs back to it; returns its step."""
@@ -84,7 +88,7 @@ class Run:
                     )
             for i, (name, trainer) in enumerate(self.trainers.items()):
                 trainer.load_state(tensors[f"coder-{i}"], values["coders"][name])
-            self.stream.load_state(tensors["stream"])
+            self.stream.load_state(dict(tensors["stream"]))
             self.bad_steps, sizes, step = values["bad_steps"], values["log_bytes"], values["step"]
             log.info("continuing %s at step %d of %d", self.folder, step, self.config.steps)
         if self.main:
@@ -96,31 +100,38 @@ class Run:
     def _log_bytes(self) -> dict[str, int]:
         return {name: path.stat().st_size if path.exists() else 0 for name, path in self.logs.items()}
 
-    def _save(self, log_bytes: dict[str, int]) -> None:
-        """Writes a checkpoint of the step and of so much of the logs."""
+    @property
+    def checkpoint(self) -> Path | None:
+        """Returns the newest checkpoint that is whole."""
+        return self.saver.newest
+
+    def _save(self, log_bytes: dict[str, int], last: bool = False) -> None:
+        """Begins to write a checkpoint of the step and of so much of the logs; the last one is whole afterwards."""
         self._compare()
         position = self.stream.state()
         collectives.total_(*position.values())
         with agreement.together():
-            if not self.main:
-                return
+            self.saver.wait()
             before = self.checkpoint
-            states = {name: trainer.state() for name, trainer in self.trainers.items()}
-            tensors = {f"coder-{i}": state[0] for i, state in enumerate(states.values())}
+            tensors, coders = self._state()
             values = {
-                "coders": {name: state[1] for name, state in states.items()},
+                "coders": coders,
                 "specs": {name: trainer.coder.spec.to_json() for name, trainer in self.trainers.items()},
                 "reads": self.setting.subject.fingerprint,
                 "bad_steps": self.bad_steps,
                 "log_bytes": log_bytes,
             }
-            tensors["stream"] = position
             more = self.step < self.config.steps and not self.stop() and not self.told.ending
-            self.checkpoint = checkpoint.save(
-                self.folder, self.step, tensors, values, self.config.checkpoints.keep, more
-            )
-            if self.checkpoint != before:
-                self.told.tell("on_save", partial(self._moment, {}))
+            self.saver.save(self.step, {**tensors, "stream": position}, values, more, training=not last)
+            if last or self.told.hooks["on_save"]:
+                self.saver.wait()
+                if self.main and self.checkpoint != before:
+                    self.told.tell("on_save", partial(self._moment, {}))
+
+    def _state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, object]]]:
+        """Returns what the trainers need to go on: (tensors by file, plain values by coder)."""
+        states = {name: trainer.state() for name, trainer in self.trainers.items()}
+        return {f"coder-{i}": state[0] for i, state in enumerate(states.values())}, {n: s[1] for n, s in states.items()}
 
     def loop(self, tracker: Tracker) -> None:
         """Trains to the last step, or to the one at which a callback asked for an end, and writes a checkpoint.
@@ -129,7 +140,7 @@ class Run:
         """
         with self.watch.stage("training", self.config.steps, "steps", self.step, self.main) as progress:
             log_bytes = self._train(tracker, progress)
-            self._save(log_bytes)
+            self._save(log_bytes, last=True)
             self._check_callbacks("a checkpoint of it is written: continue with resume=True")
             at, most = f"at step {self.step} of {self.config.steps}", self.step * self.config.batch_tokens
             if self.ended:
@@ -179,8 +190,8 @@ class Run:
         return self._log_bytes()
 
     def _ending(self) -> bool:
-        """Returns whether a signal or a callback asked any rank for an end; all must call it at the same step."""
-        return collectives.any_rank(self.stop() or self.told.ending)
+        """Returns whether any rank was asked for an end, or lost a checkpoint; all must call it at the same step."""
+        return collectives.any_rank(self.stop() or self.told.ending or self.saver.failed)
 
     def _check_callbacks(self, kept: str) -> None:
         """Raises what a callback has raised; on the other ranks, that this one failed."""

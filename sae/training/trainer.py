@@ -1,7 +1,7 @@
 """One coder in training: losses, guards, the update, and the counters that a resume needs."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -358,7 +358,7 @@ class CoderTrainer:
         return tensors, values
 
     @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor], values: dict[str, object]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], values: dict[str, object]) -> None:
         """Continues from what `state` returned."""
         self.tokens_since_fired = tensors["tokens_since_fired"].to(self.tokens_since_fired.device)
         self.density = tensors["density"].to(self.density.device)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rigs.children import Child, at_step, sae_train
 from rigs.fakes import tiny_config, tiny_model_folder, tiny_text_folder
-from rigs.runs import assert_equal, checkpoints, files
+from rigs.runs import assert_equal, checkpoints, files, wait_for_checkpoint
 from safetensors.torch import load_file, save_file
 
 import sae
@@ -24,16 +24,17 @@ from sae.base.errors import DataError
 from sae.base.files import cache_dir, load_tensors, save_tensors, sha256_file, verify, write_json
 from sae.base.settings import to_yaml
 from sae.training import checkpoint
+from sae.training.saving import Saver
 
 # Row 1
 
 
 def save_for_ever(run: Path) -> int:
-    found = checkpoint.latest(run)
+    found, saver = checkpoint.latest(run), Saver(run, keep=2)
     step = json.loads((found / checkpoint.STATE).read_text())["step"] if found else 0
     while True:
         step += 1
-        checkpoint.save(run, step, {"coder-0": {"w": torch.full((50_000,), step)}}, {"saved": step}, keep=2)
+        saver.save(step, {"coder-0": {"w": torch.full((50_000,), step)}}, {"saved": step})
 
 
 def test_killed_while_saving_the_latest_checkpoint_is_whole(tmp_path):
@@ -94,7 +95,13 @@ def full(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
+def full_once_saved(run: Path, limit: int) -> None:
+    wait_for_checkpoint(run, 5)
+    full(limit)
+
+
 def full_for_the_log(run: Path) -> None:
+    wait_for_checkpoint(run, 5)
     full((run / "metrics.jsonl").stat().st_size + 10)
 
 
@@ -117,7 +124,12 @@ FULL = {  # when: (changed fields, what fills up, the file named, the checkpoint
         "cache/activations/",
         [],
     ),
-    "checkpoint": (LATE, lambda run: partial(at_step, 7, partial(full, 20_000)), "checkpoints/step-000000010", [5]),
+    "checkpoint": (
+        LATE,
+        lambda run: partial(at_step, 7, partial(full_once_saved, run, 20_000)),
+        "checkpoints/step-000000010",
+        [5],
+    ),
     "log": ({}, lambda run: partial(at_step, 7, partial(full_for_the_log, run)), "metrics.jsonl", [5]),
     "coder": (LATE, lambda run: partial(full_at_the_end, 6_000), "coders/model.layers.1/sae.safetensors", [15, 20]),
 }
@@ -272,10 +284,15 @@ def test_no_intact_checkpoint_is_said_and_nothing_is_touched(tmp_path, made, cac
 
 
 def test_keeping_one_checkpoint_never_prefers_a_damaged_one(tmp_path):
-    for step in (1, 2):
-        checkpoint.save(tmp_path, step, {"x": {"w": torch.zeros(1)}}, {}, keep=2)
+    def save(step: int, keep: int) -> None:
+        saver = Saver(tmp_path, keep)
+        saver.save(step, {"x": {"w": torch.zeros(1)}}, {})
+        saver.wait()
+
+    save(1, keep=2)
+    save(2, keep=2)
     flip(tmp_path / "checkpoints" / "step-000000002" / "x.safetensors")
-    checkpoint.save(tmp_path, 1, {"x": {"w": torch.zeros(1)}}, {}, keep=1)
+    save(1, keep=1)
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-000000001"
 
 

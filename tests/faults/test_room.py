@@ -10,10 +10,10 @@ from rigs.interp_runs import tiny_coder
 from rigs.runs import assert_equal, checkpoints, error_of, files
 
 import sae.stream.sources
-import sae.training.checkpoint
+import sae.training.saving
 from cli.explain import main as sae_explain
 from sae.base.files import cache_dir, verify
-from sae.training.trainer import CoderTrainer
+from sae.training.saving import Saver
 
 
 @pytest.fixture
@@ -24,15 +24,17 @@ def room(monkeypatch):
     return lambda free: found.update(free=free)
 
 
-def from_step(monkeypatch, number, act):
-    original = CoderTrainer.step
+def before_saving(monkeypatch, step, act):
+    """Has `act` done when the checkpoint of a step is about to be written, and the one before is whole."""
+    original = Saver.save
 
-    def step(self, x, index):
-        if index == number:
+    def save(self, number, *args, **how):
+        if number == step:
+            self.wait()
             act()
-        return original(self, x, index)
+        return original(self, number, *args, **how)
 
-    monkeypatch.setattr(CoderTrainer, "step", step)
+    monkeypatch.setattr(Saver, "save", save)
 
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_made_of_its_text(tmp_path, tiny_train, room):
@@ -63,16 +65,16 @@ def test_a_disk_that_fills_up_loses_no_checkpoint_and_the_run_goes_on(
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         if free == "before":
-            from_step(patch, 7, lambda: room(100))
+            before_saving(patch, 10, lambda: room(100))
         else:
-            original = sae.training.checkpoint.publish
+            original = sae.training.saving.publish
 
-            def publish(folder):
+            def publish(folder, known):
                 if folder.name == "step-000000010":
                     room(100)
-                return original(folder)
+                return original(folder, known)
 
-            patch.setattr(sae.training.checkpoint, "publish", publish)
+            patch.setattr(sae.training.saving, "publish", publish)
         code, printed = tiny_train(folder=run)
     assert code == 1
     what = "checkpoint step-000000010" if free == "before" else "the checkpoint that follows step-000000010"
@@ -90,10 +92,8 @@ def test_a_disk_that_fills_up_loses_no_checkpoint_and_the_run_goes_on(
 
 def test_the_oldest_checkpoint_is_there_until_the_new_one_is_whole(tmp_path, monkeypatch, tiny_train):
     run, seen = tmp_path / "run", []
-    original = sae.training.checkpoint.publish
-    monkeypatch.setattr(
-        sae.training.checkpoint, "publish", lambda folder: seen.append(checkpoints(run)) or original(folder)
-    )
+    original = sae.training.saving.publish
+    monkeypatch.setattr(sae.training.saving, "publish", lambda *args: seen.append(checkpoints(run)) or original(*args))
     assert tiny_train(folder=run)[0] == 0
     assert seen == [[], [5], [5, 10], [10, 15]]
 
@@ -153,7 +153,7 @@ def test_a_disk_that_others_fill_up(tmp_path, monkeypatch, tiny_train, small_dis
                 file.write(bytes(4096))
 
     with monkeypatch.context() as patch:
-        from_step(patch, 7, fill)
+        before_saving(patch, 10, fill)
         code, printed = tiny_train(folder=run)
     assert code == 1
     assert "[Errno 28] no room for checkpoint step-000000010: " in error_of(printed)

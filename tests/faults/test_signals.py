@@ -100,7 +100,7 @@ def test_the_second_signal_ends_it_at_once_and_what_was_saved_is_kept(tmp_path, 
     run = tmp_path / "run"
     argv = ["--config", str(config), "--run-dir", str(run)]
     child = Child(tmp_path / "log.txt", partial(sae_train, argv, partial(at_step, 7, slow_step)))
-    child.wait_for(lambda: "first signal taken" in child.output)
+    child.wait_for(lambda: "first signal taken" in child.output and checkpoints(run) == [5])
     child.kill(signal.SIGTERM)
     assert child.wait() == 128 + signal.SIGTERM  # in the middle of that step
     assert checkpoints(run) == [5]

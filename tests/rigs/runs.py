@@ -1,6 +1,7 @@
 """Run folders looked at from outside: what two equal runs have in common, and what lies in them."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ def lines(run: Path) -> list[dict[str, Any]]:
 def checkpoints(run: Path) -> list[int]:
     """Returns the steps that have a checkpoint."""
     return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+def wait_for_checkpoint(run: Path, step: int) -> None:
+    """Waits until the checkpoint of a step is whole, which another thread writes."""
+    while step not in checkpoints(run):
+        time.sleep(0.001)
 
 
 def files(folder: Path) -> set[str]:

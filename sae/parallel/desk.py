@@ -1,0 +1,69 @@
+"""Where threads of all ranks leave notes for each other, beside what the ranks themselves do at the same time."""
+
+import json
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from sae.parallel import ranks
+from sae.parallel.agreement import PeerError
+
+LONGEST_NAP_S = 0.05
+
+
+class Desk:
+    """Notes about one matter. All ranks make one at the same point; then a thread of each may use it."""
+
+    def __init__(self) -> None:
+        group = ranks.group()
+        self.rank, self.peers = ranks.rank(), group.peers if group else []
+        self.matter = f"desk/{next(group.numbers)}" if group else ""
+        self.store = group.store.clone() if group else None  # a client waits for nobody else's question
+
+    def put(self, name: str, value: Any) -> None:
+        """Leaves a note, plain JSON values."""
+        if self.store is not None:
+            self.store.set(f"{self.matter}/{name}", json.dumps(value))
+
+    def get(self, name: str) -> Any:
+        """Returns the value of a note, once it is there; raises what a rank has left by `fail`."""
+        return self._read([name])[0]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Returns the values of all ranks on rank 0, and [] on the others; raises as `get`."""
+        if self.store is None:
+            return [value]
+        self.put(f"of/{self.rank}", value)
+        return [] if self.rank else self._read([f"of/{rank}" for rank in range(len(self.peers))])
+
+    def fail(self, error: BaseException) -> BaseException:
+        """Leaves an error, which ends the waiting of all; returns what to raise, which names the rank among several."""
+        if self.store is None or isinstance(error, PeerError):
+            return error
+        number = error.errno if isinstance(error, OSError) else None
+        text = (error.strerror if isinstance(error, OSError) else "") or str(error) or repr(error)
+        try:
+            self.put("failed", [self.rank, number, text])
+            return self._failure()
+        except dist.DistError:  # the others are gone
+            return error
+
+    def _failure(self) -> BaseException:
+        """Rank 0 tells what it was; the others, that there was something."""
+        assert self.store is not None
+        rank, number, text = json.loads(self.store.get(f"{self.matter}/failed"))
+        if self.rank:
+            return PeerError(1)
+        text = f"{self.peers[rank]}: {text}"
+        return RuntimeError(text) if number is None else OSError(number, text)
+
+    def _read(self, names: list[str]) -> list[Any]:
+        assert self.store is not None
+        keys, nap = [f"{self.matter}/{name}" for name in names], 0.001
+        while not self.store.check(keys):
+            if self.store.check([f"{self.matter}/failed"]):
+                raise self._failure()
+            time.sleep(nap)
+            nap = min(LONGEST_NAP_S, 1.5 * nap)
+        return [json.loads(value) for value in self.store.multi_get(keys)]

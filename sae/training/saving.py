@@ -1,0 +1,198 @@
+"""Checkpoints are written while the training goes on: it is held for a copy in memory, and a thread writes that.
+
+Each rank writes its rows of every tensor to files of its own; rank 0's thread publishes the folder once the files of
+all ranks are whole. One is written at a time.
+"""
+
+import errno
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.base.files import publish, save_tensors, write_json
+from sae.base.room import Need, shortage
+from sae.base.tensorfile import Rows
+from sae.parallel import ranks
+from sae.parallel.agreement import PeerError
+from sae.parallel.desk import Desk
+from sae.training.checkpoint import STATE, complete, is_intact, part_name
+
+log = logging.getLogger(__name__)
+Groups = dict[str, dict[str, Tensor]]
+"""Tensors by name, by the file that they are written to."""
+
+
+Parts = dict[str, dict[str, Rows]]
+
+
+class Saver:
+    """Writes the checkpoints of a run, the newest `keep` of which stay. All ranks make the same calls."""
+
+    def __init__(self, run_dir: Path, keep: int, newest: Path | None = None) -> None:
+        self.run_dir, self.keep = run_dir, keep
+        self.newest = newest
+        """The newest checkpoint that is whole."""
+        self.copy = Copy()
+        self._writing: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Returns whether what is in the background went wrong, which `wait` raises."""
+        return self._failure is not None
+
+    def save(
+        self, step: int, tensors: Groups, values: dict[str, Any], more: bool = False, training: bool = True
+    ) -> None:
+        """Begins to write checkpoints/step-N: `tensors` and, as state.json, `values`; waits for the one before.
+
+        Where the `training` goes on, the tensors may change as soon as this returns; else they stay as they are until
+        `wait`. Older checkpoints stay until it is whole. `wait` raises OSError, with nothing written, if there is no
+        room for it; where `more` will follow, also if there is none for the next: that is best known while all is
+        saved.
+        """
+        self.wait()
+        desk, own = Desk(), own_rows(tensors)
+        if training:
+            own = self.copy.take(own)
+        size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+        values = deepcopy({"step": step, **values})
+        folder = self.run_dir / "checkpoints" / f"step-{step:09d}"
+        whole = folder.absolute()  # a callback may be in another folder for a while
+
+        def write() -> None:
+            _write(desk, whole, own, values, size, self.keep, more)
+            self.newest = folder
+
+        self._start(write)
+
+    def make_room(self, tensors: Groups) -> None:
+        """Takes the memory for copies of such tensors, in the background: new pages cost more than a copy."""
+        own = own_rows(tensors)
+        self._start(lambda: self.copy.make_room(own))
+
+    def wait(self) -> None:
+        """Waits until what was begun is whole; raises what went wrong on any rank, which rank 0 tells."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Waits for what is being written when the run ends by an error; one of its own is only logged."""
+        try:
+            self.wait()
+        except PeerError:
+            pass  # rank 0 tells
+        except Exception as error:
+            log.warning("the checkpoint on the way is lost: %s", error)
+
+    def _start(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._failure = error
+
+        self._writing = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._writing.start()
+
+
+def own_rows(tensors: Groups) -> Parts:
+    """Returns the rows that this rank writes, as views."""
+    share = ranks.own_share().of
+    return {name: {key: Rows.of(x, share) for key, x in group.items()} for name, group in tensors.items()}
+
+
+class Copy:
+    """Memory for a copy of what this rank writes, used again for each checkpoint; pinned for what lies on a GPU."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[str, str], Tensor] = {}
+
+    def make_room(self, own: Parts) -> None:
+        """Takes the memory, page by page."""
+        for group, tensors in own.items():
+            for name, rows in tensors.items():
+                self._of((group, name), rows.tensor).zero_()
+
+    def take(self, own: Parts) -> Parts:
+        """Returns copies, which the next call overwrites."""
+        copies = {
+            group: {name: rows._replace(tensor=self._of((group, name), rows.tensor)) for name, rows in tensors.items()}
+            for group, tensors in own.items()
+        }
+        on_gpu = False
+        for group, tensors in own.items():
+            for name, rows in tensors.items():
+                copies[group][name].tensor.copy_(rows.tensor, non_blocking=True)
+                on_gpu |= rows.tensor.is_cuda
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies
+
+    def _of(self, key: tuple[str, str], like: Tensor) -> Tensor:
+        held = self.held.get(key)
+        if held is None or (held.shape, held.dtype) != (like.shape, like.dtype):
+            held = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
+            self.held[key] = held
+        return held
+
+
+def _write(desk: Desk, folder: Path, own: Parts, values: dict[str, Any], size: int, keep: int, more: bool) -> None:
+    """Writes this rank's files of a checkpoint; rank 0 publishes those of all."""
+    try:
+        if desk.rank:
+            draft = desk.get("draft")
+            desk.gathered(_files(Path(draft), own) if draft else {})
+            desk.get("published")
+            return
+        if is_intact(folder):
+            desk.put("draft", "")
+        else:
+            _check_room(folder, size, f"checkpoint {folder.name}")
+            shutil.rmtree(folder, ignore_errors=True)
+            known: dict[str, dict[str, Any]] = {}
+            with publish(folder, known) as draft:
+                desk.put("draft", str(draft))
+                for files in desk.gathered(_files(draft, own)):
+                    known.update(files)
+                write_json(draft / STATE, values)
+        older = [path for path in complete(folder.parents[1]) if path < folder]
+        for old in older[: max(0, len(older) - keep + 1)]:
+            shutil.rmtree(old, ignore_errors=True)
+        if more:
+            _check_room(folder, size, f"the checkpoint that follows {folder.name}")
+        desk.put("published", True)
+    except BaseException as error:
+        raise desk.fail(error) from error
+
+
+def _files(draft: Path, own: Parts) -> dict[str, dict[str, Any]]:
+    """Writes this rank's files and returns their sizes and digests by name."""
+    share, written = ranks.own_share(), {}
+    for group, tensors in own.items():
+        name, where = part_name(group, share), None
+        plain = {key: row.tensor for key, row in tensors.items()}
+        if share.world_size > 1:
+            where = {key: json.dumps({"first": row.first, "shape": row.shape}) for key, row in tensors.items()}
+        else:
+            plain = {key: row.tensor.view(row.shape) for key, row in tensors.items()}
+        written[name] = save_tensors(draft / name, plain, where)
+    return written
+
+
+def _check_room(folder: Path, size: int, what: str) -> None:
+    missing = shortage(Need(f"no room for {what}", folder.parent, size))
+    if missing:
+        raise OSError(errno.ENOSPC, missing)
