@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 from filelock import lock_descriptor
@@ -36,7 +36,6 @@ from sae.base.progress import Watch
 from sae.base.tensorfile import write_tensors
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 MANIFEST, MARKER, LOCK = "manifest.json", "COMPLETE", ".lock"
 ABANDONED_AFTER_S = 24 * 3600  # for temporaries of other machines, whose processes cannot be asked
@@ -61,13 +60,31 @@ def cache_dir() -> Path:
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:
     """Writes a file (text as UTF-8) whole or not at all, and the folders above; OSError names the path and reason."""
-    raw = data.encode() if isinstance(data, str) else data
-    _replace(Path(path), lambda temp: temp.write_bytes(raw))
+    with replacing(path) as draft:
+        draft.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_whole(path: Path | str, write: Callable[[Path], Any]) -> None:
     """Writes a file whole or not at all by what writes it to a path that it is given; OSError names path and reason."""
-    _replace(Path(path), write)
+    with replacing(path) as draft:
+        write(draft)
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Yields the path of a file to write, which takes the name `path` once it is on disk; if the block raises, not."""
+    path = Path(path)
+    folder = _temp_beside(path)  # not a file: who writes may make a temporary beside it
+    try:
+        with _explained(path):
+            folder.mkdir(parents=True)
+            yield folder / path.name
+            _open_to_others(folder, [folder / path.name])
+            _sync(folder / path.name)
+            os.replace(folder / path.name, path)
+            _sync(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def append(path: Path | str, text: str) -> None:
@@ -114,7 +131,8 @@ def save_tensors(
 
     Equal tensors and metadata give equal bytes.
     """
-    return _replace(Path(path), lambda temp: write_tensors(temp, tensors, metadata))
+    with replacing(path) as draft:
+        return write_tensors(draft, tensors, metadata)
 
 
 def load_tensors(path: Path | str, device: str = "cpu") -> dict[str, Tensor]:
@@ -317,22 +335,6 @@ def _is_abandoned(temp: Path, host: str, pid: str, launch: str) -> bool:
     with suppress(PermissionError, FileNotFoundError):  # of someone else, or gone by now
         return time.time() - temp.stat().st_mtime > ABANDONED_AFTER_S
     return False
-
-
-def _replace(path: Path, write: Callable[[Path], T]) -> T:
-    """Lets `write` make a file, and gives it the name `path` once it is on disk."""
-    folder = _temp_beside(path)  # not a file: safetensors, too, makes a temporary beside what it writes
-    try:
-        with _explained(path):
-            folder.mkdir(parents=True)
-            result = write(folder / path.name)
-            _open_to_others(folder, [folder / path.name])
-            _sync(folder / path.name)
-            os.replace(folder / path.name, path)
-            _sync(path.parent)
-        return result
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _open_to_others(folder: Path, files: Iterable[Path]) -> None:

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from sae.base.errors import DataError
 from sae.base.files import save_tensors, sha256_file, write_json
+from sae.base.tensorfile import Rows
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
+from sae.parallel import agreement, ranks
+from sae.parallel.shared_file import save_rows
 from sae.untrusted.places import Place
 
 CONFIG, FILE = "cfg.json", "sae.safetensors"
@@ -38,12 +41,34 @@ def read(place: Place) -> tuple[CoderSpec, dict[str, Tensor]]:
 
 def write(folder: Path, coder: SparseCoder) -> None:
     """Writes a coder; weights first, so that a folder with a config is whole."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in coder.state_dict().items()}
+    tensors = coder.state_dict()
+    check_weights(tensors, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    told = save_tensors(folder / FILE, tensors)
+    describe(folder, coder, told["sha256"])
+
+
+def write_together(folder: Path, coder: SparseCoder) -> None:
+    """Writes the same files by all ranks, each its rows of the weights; all call it."""
+    if ranks.world_size() == 1:
+        return write(folder, coder)
+    rows = {name: Rows.of(tensor, ranks.own_share().of) for name, tensor in coder.state_dict().items()}
+    with agreement.together():
+        check_weights({name: row.tensor for name, row in rows.items()}, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    save_rows(folder / FILE, rows)
+    with agreement.together():
+        if ranks.rank() == 0:
+            describe(folder, coder, sha256_file(folder / FILE))
+
+
+def check_weights(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raises DataError naming a tensor that is not finite."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise DataError(f"{name}: holds NaN or Inf; not saved to {folder}")
-    if coder.spec.encoding.pursues:
-        tensors["W_enc"] = tensors["W_enc"].clone()  # it may be W_dec, and a file holds no tensor twice
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / FILE, tensors)
-    write_json(folder / CONFIG, {**coder.spec.to_json(), "sha256": sha256_file(folder / FILE)})
+
+
+def describe(folder: Path, coder: SparseCoder, digest: str) -> None:
+    """Writes the config of a coder whose weights of this digest are there."""
+    write_json(folder / CONFIG, {**coder.spec.to_json(), "sha256": digest})

@@ -112,6 +112,11 @@ def save(coder: CoderLike, folder: str | Path) -> None:
     native.write(Path(folder).expanduser(), as_coder(coder))
 
 
+def save_together(coder: SparseCoder, folder: Path) -> None:
+    """Writes the same files by all ranks, each its rows of the weights, so that none needs the whole; all call it."""
+    native.write_together(folder, coder)
+
+
 def locate(
     path: Address,
     revision: str | None = None,

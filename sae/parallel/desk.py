@@ -19,6 +19,8 @@ class Desk:
         group = ranks.group()
         self.rank, self.peers = ranks.rank(), group.peers if group else []
         self.matter = f"desk/{next(group.numbers)}" if group else ""
+        self.heard: BaseException | None = None
+        """What a rank has left by `fail`, as it is raised here."""
         self.store = group.store.clone() if group else None  # a client waits for nobody else's question
 
     def put(self, name: str, value: Any) -> None:
@@ -39,7 +41,7 @@ class Desk:
 
     def fail(self, error: BaseException) -> BaseException:
         """Leaves an error, which ends the waiting of all; returns what to raise, which names the rank among several."""
-        if self.store is None or isinstance(error, PeerError):
+        if self.store is None or error is self.heard:
             return error
         number = error.errno if isinstance(error, OSError) else None
         text = (error.strerror if isinstance(error, OSError) else "") or str(error) or repr(error)
@@ -53,10 +55,10 @@ class Desk:
         """Rank 0 tells what it was; the others, that there was something."""
         assert self.store is not None
         rank, number, text = json.loads(self.store.get(f"{self.matter}/failed"))
-        if self.rank:
-            return PeerError(1)
         text = f"{self.peers[rank]}: {text}"
-        return RuntimeError(text) if number is None else OSError(number, text)
+        named = RuntimeError(text) if number is None else OSError(number, text)
+        self.heard = PeerError(1) if self.rank else named
+        return self.heard
 
     def _read(self, names: list[str]) -> list[Any]:
         assert self.store is not None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rigs.children import Child, at_step, sae_train
+from rigs.children import Child, at_step, ranks, sae_train
 from rigs.fakes import tiny_config, tiny_model_folder, tiny_text_folder
 from rigs.runs import assert_equal, checkpoints, files, wait_for_checkpoint
 from safetensors.torch import load_file, save_file
@@ -23,6 +23,8 @@ from cli.evaluate import main as sae_eval
 from sae.base.errors import DataError
 from sae.base.files import cache_dir, load_tensors, save_tensors, sha256_file, verify, write_json
 from sae.base.settings import to_yaml
+from sae.parallel.agreement import agreed
+from sae.parallel.ranks import RanksConfig, process_group
 from sae.training import checkpoint
 from sae.training.saving import Saver
 
@@ -30,28 +32,35 @@ from sae.training.saving import Saver
 
 
 def save_for_ever(run: Path) -> int:
-    found, saver = checkpoint.latest(run), Saver(run, keep=2)
-    step = json.loads((found / checkpoint.STATE).read_text())["step"] if found else 0
-    while True:
-        step += 1
-        saver.save(step, {"coder-0": {"w": torch.full((50_000,), step)}}, {"saved": step})
+    with process_group(RanksConfig(deadline_s=5.0)):
+        found, saver = agreed(lambda: str(checkpoint.latest(run) or "")), Saver(run, keep=2)
+        step = json.loads(Path(found, checkpoint.STATE).read_text())["step"] if found else 0
+        while True:
+            step += 1
+            saver.save(step, {"coder-0": {"w": torch.full((50_000,), step)}}, {"saved": step})
 
 
-def test_killed_while_saving_the_latest_checkpoint_is_whole(tmp_path):
-    draw, before = random.Random(0), 0
-    for _ in range(8):
-        child = Child(tmp_path / "log.txt", partial(save_for_ever, tmp_path))
-        child.wait_for(lambda before=before: len(checkpoints(tmp_path)) and checkpoints(tmp_path)[-1] > before)
+@pytest.mark.parametrize(("n_ranks", "kills"), [(1, 10), (2, 1), pytest.param(2, 10, marks=pytest.mark.slow)])
+def test_killed_while_saving_the_latest_checkpoint_is_whole(tmp_path, n_ranks, kills):
+    draw, before, run = random.Random(n_ranks), 0, tmp_path / "run"
+    for _ in range(kills):
+        environments = ranks(n_ranks) if n_ranks > 1 else [{}]
+        children = [
+            Child(tmp_path / f"{rank}.txt", partial(save_for_ever, run), env) for rank, env in enumerate(environments)
+        ]
+        children[0].wait_for(lambda before=before: len(checkpoints(run)) and checkpoints(run)[-1] > before)
         time.sleep(draw.uniform(0, 0.03))
-        child.kill()
-        assert child.wait() == -signal.SIGKILL
-        kept = checkpoints(tmp_path)
-        found = checkpoint.latest(tmp_path)
+        killed = draw.choice(children)
+        killed.kill()
+        assert [child.wait() for child in children] == [-signal.SIGKILL if child is killed else 1 for child in children]
+        kept = checkpoints(run)
+        found = checkpoint.latest(run)
         assert found is not None
         tensors, values = checkpoint.load(found)
         assert values["saved"] == values["step"] == kept[-1] > before
         assert (tensors["coder-0"]["w"] == values["step"]).all()
-        assert {path.name[:5] for path in (tmp_path / "checkpoints").iterdir()} == {"step-"}
+        assert tensors["coder-0"]["w"].shape == (50_000,)
+        assert {path.name[:5] for path in (run / "checkpoints").iterdir()} == {"step-"}
         before = kept[-1]
 
 
