@@ -76,7 +76,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     folder = _temp_beside(path)  # not a file: who writes may make a temporary beside it
     try:
-        with _explained(path):
+        with explained(path):
             folder.mkdir(parents=True)
             yield folder / path.name
             _open_to_others(folder, [folder / path.name])
@@ -89,7 +89,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 def append(path: Path | str, text: str) -> None:
     """Adds text to the end of a file; OSError names the path and reason."""
-    with _explained(Path(path)), open(path, "a", encoding="utf-8", newline="\n") as file:
+    with explained(Path(path)), open(path, "a", encoding="utf-8", newline="\n") as file:
         file.write(text)
 
 
@@ -182,11 +182,11 @@ def publish(folder: Path | str, known: dict[str, dict[str, Any]] | None = None) 
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(errno.EEXIST, f"{folder} exists already; delete it or choose another name")
     temp = _temp_beside(folder)
-    with _explained(folder):
+    with explained(folder):
         temp.mkdir(parents=True)
     try:
         yield temp
-        with _explained(folder):
+        with explained(folder):
             _seal(temp, known or {})
             try:
                 if _WINDOWS and folder.exists():
@@ -269,7 +269,7 @@ class FolderLock:
                 time.sleep(0.2)
             command = " ".join(typed_command())
             started = datetime.now(UTC).isoformat(timespec="seconds")
-            with _explained(self.folder / LOCK):
+            with explained(self.folder / LOCK):
                 self._file.truncate(0)
                 self._file.write(json.dumps({"pid": os.getpid(), "started": started, "command": command}))
                 self._file.flush()
@@ -353,7 +353,7 @@ def _open_to_others(folder: Path, files: Iterable[Path]) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Makes an operating system's error one line that names the path and the reason; its errno and class stay."""
     try:
         yield

@@ -111,7 +111,7 @@ def _layout(
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:
-    raw = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
     yield from (raw[start : start + PIECE_BYTES] for start in range(0, len(raw), PIECE_BYTES))
 
 

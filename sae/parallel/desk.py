@@ -21,7 +21,7 @@ class Desk:
         self.matter = f"desk/{next(group.numbers)}" if group else ""
         self.heard: BaseException | None = None
         """What a rank has left by `fail`, as it is raised here."""
-        self.store = group.store.clone() if group else None  # a client waits for nobody else's question
+        self.store = group.store.clone() if group else None  # pyright: ignore[reportAttributeAccessIssue]
 
     def put(self, name: str, value: Any) -> None:
         """Leaves a note, plain JSON values."""

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.base.files import publish, save_tensors, write_json
+from sae.base.files import explained, publish, write_json
 from sae.base.room import Need, shortage
-from sae.base.tensorfile import Rows
+from sae.base.tensorfile import Rows, write_tensors
 from sae.parallel import ranks
 from sae.parallel.agreement import PeerError
 from sae.parallel.desk import Desk
@@ -151,6 +151,7 @@ class Copy:
 
 def _write(desk: Desk, folder: Path, own: Parts, values: dict[str, Any], size: int, keep: int, more: bool) -> None:
     """Writes this rank's files of a checkpoint; rank 0 publishes those of all."""
+    draft: Path | str = ""
     try:
         if desk.rank:
             draft = desk.get("draft")
@@ -175,7 +176,12 @@ def _write(desk: Desk, folder: Path, own: Parts, values: dict[str, Any], size: i
             _check_room(folder, size, f"the checkpoint that follows {folder.name}")
         desk.put("published", True)
     except BaseException as error:
-        raise desk.fail(error) from error
+        if draft and desk.rank:  # rank 0 may have removed it while this one was writing to it
+            shutil.rmtree(draft, ignore_errors=True)
+        told = desk.fail(error)
+        if told is error:
+            raise
+        raise told from error
 
 
 def _files(draft: Path, own: Parts) -> dict[str, dict[str, Any]]:
@@ -188,7 +194,8 @@ def _files(draft: Path, own: Parts) -> dict[str, dict[str, Any]]:
             where = {key: json.dumps({"first": row.first, "shape": row.shape}) for key, row in tensors.items()}
         else:
             plain = {key: row.tensor.view(row.shape) for key, row in tensors.items()}
-        written[name] = save_tensors(draft / name, plain, where)
+        with explained(draft / name):
+            written[name] = write_tensors(draft / name, plain, where)
     return written
 
 

@@ -51,7 +51,7 @@ def disturb(rank: int, point: str, act) -> None:
     if int(os.environ.get("RANK", "0")) != rank:
         return
     module, name = {
-        "a file": (sae.base.files, "write_tensors"),
+        "a file": (sae.training.saving, "write_tensors"),
         "the manifest": (sae.base.files, "_seal"),
         "the rename": (os, "rename"),
         "the oldest": (sae.training.saving, "complete"),
