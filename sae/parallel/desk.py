@@ -40,13 +40,16 @@ class Desk:
         return [] if self.rank else self._read([f"of/{rank}" for rank in range(len(self.peers))])
 
     def fail(self, error: BaseException) -> BaseException:
-        """Leaves an error, which ends the waiting of all; returns what to raise, which names the rank among several."""
+        """Leaves an error, which ends the waiting of all, and returns what to raise: the first that any rank has left.
+
+        Of several ranks it is named.
+        """
         if self.store is None or error is self.heard:
             return error
         number = error.errno if isinstance(error, OSError) else None
         text = (error.strerror if isinstance(error, OSError) else "") or str(error) or repr(error)
         try:
-            self.put("failed", [self.rank, number, text])
+            self.store.compare_set(f"{self.matter}/failed", "", json.dumps([self.rank, number, text]))
             return self._failure()
         except dist.DistError:  # the others are gone
             return error

@@ -176,9 +176,9 @@ def _write(desk: Desk, folder: Path, own: Parts, values: dict[str, Any], size: i
             _check_room(folder, size, f"the checkpoint that follows {folder.name}")
         desk.put("published", True)
     except BaseException as error:
+        told = desk.fail(error)
         if draft and desk.rank:  # rank 0 may have removed it while this one was writing to it
             shutil.rmtree(draft, ignore_errors=True)
-        told = desk.fail(error)
         if told is error:
             raise
         raise told from error
