@@ -271,14 +271,13 @@ class Run:
             tokens = self.step * self.config.batch_tokens
             for coder in coders.values():
                 coder.spec = coder.spec.with_(training={**coder.spec.training, "tokens": tokens})
-        with agreement.together():  # before anything else can fail
-            self._save_coders(coders)
+        self._save_coders(coders)  # before anything else can fail
         found = self._evaluate(coders)
         for name, coder in coders.items():
             found[name]["training"] = {"active_steps": self.trainers[name].active_steps, "steps": self.step}
             coder.spec = coder.spec.with_(metrics=found[name])
+        self._save_coders(coders)
         with agreement.together():
-            self._save_coders(coders)
             if self.main:
                 write_json(self.folder / "evaluation.json", found)
                 with Aside("report.html", "all figures are in evaluation.json"):
@@ -289,8 +288,8 @@ class Run:
         return TrainResult(self.folder, coders, found)
 
     def _save_coders(self, coders: dict[str, SparseCoder]) -> None:
-        for name, coder in coders.items() if self.main else ():
-            hub.save(coder, self.folder / "coders" / name)
+        for name, coder in coders.items():
+            hub.save_together(coder, self.folder / "coders" / name)
 
     def _write(self, name: str, *lines: dict[str, Any]) -> None:
         if self.main:

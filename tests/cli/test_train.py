@@ -376,7 +376,7 @@ def test_coders_are_saved_before_anything_can_fail_in_their_evaluation(tmp_path,
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sae.training.loop.evaluate", broken)
+        patch.setattr("sae.training.loop.evaluate_all", broken)
         code, printed = tiny_train(SHORT, folder=tmp_path / "run")
     assert (code, printed.splitlines()[-1]) == (1, "error: out of memory")
     before = hub.load(tmp_path / "run")

@@ -115,13 +115,13 @@ def full_for_the_log(run: Path) -> None:
 
 
 def full_at_the_end(limit: int) -> None:
-    evaluate = sae.training.loop.evaluate
+    evaluate = sae.training.loop.evaluate_all
 
     def last(*args, **kwargs):
         full(limit)
         return evaluate(*args, **kwargs)
 
-    sae.training.loop.evaluate = last
+    sae.training.loop.evaluate_all = last
 
 
 LATE = {"log.every_steps": 100}

@@ -25,8 +25,8 @@ PHASES = {
     "storing activations": (sae.stream.sources.LiveSource, "read", 50, []),
     "measuring": (sae.training.preparing, "sample_activations", 1, []),
     "a step": (sae.training.trainer.CoderTrainer, "step", 8, [5, 8]),
-    "an evaluation on the way": (sae.training.loop, "evaluate", 1, [5, 8]),
-    "the last evaluation": (sae.training.loop, "evaluate", 3, [15, 20]),
+    "an evaluation on the way": (sae.training.loop, "evaluate_all", 1, [5, 8]),
+    "the last evaluation": (sae.training.loop, "evaluate_all", 3, [15, 20]),
 }
 """What a run can be doing: a function that is called then (where, name, which call), and the checkpoints it leaves."""
 QUICK = ("storing activations", "a step")

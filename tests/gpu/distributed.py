@@ -336,6 +336,7 @@ def counted(device: str, folder: Path) -> dict[str, Any]:
 def saved(device: str, folder: Path) -> dict[str, Any]:
     """Seconds for which a checkpoint holds the training, and those in which a thread then writes it."""
     import torch
+
     from sae.training.saving import Saver
 
     trainer, batches = trainer_of("topk", LARGE, 4, torch.float32, device)
