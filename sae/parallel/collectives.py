@@ -75,8 +75,7 @@ def gathered(*columns: Tensor) -> tuple[Tensor, ...]:
     """
     if not dist.is_initialized():
         return columns
-    narrow = [column.int() if column.dtype == torch.int64 else column for column in columns]
-    words = [part.view(torch.int32).view(len(part), part.element_size() // 4) for part in narrow]  # none will do
+    words = [(c.int() if c.dtype == torch.int64 else c)[:, None].view(torch.int32) for c in columns]
     rows = torch.cat(words, 1)
     counts = [count for (count,) in of_every_rank(torch.tensor([len(rows)], device=rows.device))]
     padded = rows.new_zeros(max(counts), rows.shape[1])

@@ -112,6 +112,7 @@ class GradientTopK(TopK):
         """Takes the step's mean effect over to the next step."""
         state = moment.state
         both = collectives.total(torch.stack([state["effect.sum"], state["effect.count"]]))
+        state["effect.sum"], state["effect.count"] = both  # what is saved is the same on every rank
         state["effect.mean"] = both[0] / both[1].clamp_min(1)
 
     def calibration(self, state: dict[str, Tensor]) -> Tensor | None:

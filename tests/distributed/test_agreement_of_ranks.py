@@ -1,0 +1,88 @@
+"""Ranks that share batches unevenly, or have nothing of one, train the coder that one process trains: every kind."""
+
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from rigs.children import Child, ranks
+from rigs.sharing import bounds, cases, train_all, trained
+
+from sae.base.files import load_tensors
+
+SOME = ["fewer entries than latents", "cross-layer mutual_choice", "rows, mutual"]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Returns (case, steps, type) -> what one process comes to."""
+    known = {}
+
+    def found(name, steps, dtype):
+        if (name, steps, dtype) not in known:
+            known[name, steps, dtype] = trained(cases()[name], steps, dtype)
+        return known[name, steps, dtype]
+
+    return found
+
+
+@pytest.fixture
+def together(tmp_path):
+    """Returns (cases, number of ranks, steps, type) -> what every rank has of each case."""
+
+    def found(names, n, steps, dtype):
+        work = partial(train_all, names, steps, dtype, tmp_path)
+        made = [Child(tmp_path / f"{i}.txt", work, environment) for i, environment in enumerate(ranks(n))]
+        assert [child.wait() for child in made] == [0] * n, "".join(child.output for child in made)
+        loaded = [load_tensors(tmp_path / f"{i}.safetensors") for i in range(n)]
+        return {
+            name: [{k.removeprefix(f"{name}: "): v for k, v in x.items() if k.startswith(f"{name}: ")} for x in loaded]
+            for name in names
+        }
+
+    return found
+
+
+def assert_alike(name, one, every):
+    """All ranks hold the same bits, and what one process has to 1e-9."""
+    for key, wanted in one.items():
+        for held in every[1:]:
+            assert torch.equal(held[key], every[0][key]), (name, key)
+        got = every[0][key]
+        if not wanted.is_floating_point():
+            assert torch.equal(got, wanted), (name, key)
+            continue
+        size = wanted.abs().amax().clamp_min(1e-3) if wanted.numel() else 1.0
+        assert float(((got - wanted).double().abs() / size).amax()) <= 1e-9, (name, key)
+
+
+def test_some_kinds_on_three_ranks(alone, together):
+    found = together(SOME, 3, 9, torch.float64)
+    for name in SOME:
+        assert_alike(name, alone(name, 9, torch.float64), found[name])
+        assert int(found[name][0]["auxk"]) > 0, "dead latents learn as well"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_every_kind_after_60_steps_in_float64(alone, together, n):
+    for name, every in together(list(cases()), n, 60, torch.float64).items():
+        assert_alike(name, alone(name, 60, torch.float64), every)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_every_kind_in_float32(alone, together, n):
+    """First gradients to 1e-5; losses of ten steps to 1e-4: later, one near tie that falls the other way is seen."""
+    for name, every in together(list(cases()), n, 10, torch.float32).items():
+        one = alone(name, 10, torch.float32)
+        torch.testing.assert_close(every[0]["loss"], one["loss"], rtol=1e-4, atol=0, msg=name)
+        for key in (key for key in one if key.startswith("gradient.")):
+            assert float((every[0][key] - one[key]).norm()) <= 1e-5 * float(one[key].norm()) + 1e-12, (name, key)
+            assert torch.equal(every[1][key], every[0][key])
+
+
+def test_shares_are_ragged_and_some_are_empty():
+    sizes = [[b - a for a, b in pairwise(cuts)] for cuts in (bounds(s, 3, 96) for s in range(12))]
+    assert all(sum(step) == 96 for step in sizes)
+    assert {i for step in sizes for i, size in enumerate(step) if size == 0} == {0, 1, 2}
