@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError, Stopped
 from sae.base.files import append, save_tensors, write_json
-from sae.base.progress import Aside, Progress, Watch
+from sae.base.progress import Aside, Progress, Watch, during
 from sae.base.tracker import Tracker
 from sae.coder.coder import SparseCoder
 from sae.evaluation.evaluation import evaluate_all
@@ -110,7 +110,7 @@ class Run:
         self._compare()
         position = self.stream.state()
         collectives.total_(*position.values())
-        with agreement.together():
+        with during("saving a checkpoint"), agreement.together():
             self.saver.wait()
             before = self.checkpoint
             tensors, coders = self._state()

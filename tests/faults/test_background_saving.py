@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import time
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from rigs.children import Child, die, ranks, sae_train
 from rigs.fakes import tiny_config
-from rigs.runs import assert_equal, checkpoints
+from rigs.runs import assert_equal, checkpoints, lines
 
 import sae.base.files
 import sae.training.saving
@@ -90,6 +91,27 @@ def test_a_rank_killed_while_writing_is_named_and_the_run_goes_on(tmp_path, conf
     assert finished(children) == [0, 0], [child.output for child in children]
     assert_equal(run, whole)
     assert all(path.name.startswith("step-") for path in (run / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_alone(tmp_path, whole, tiny_train):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "step-000000020")
+    for path in (run / "evaluation.json", run / "coders"):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    code, printed = tiny_train(options=("--resume", run))
+    assert code == 0, printed
+    assert "at step 15 of 20" in printed
+    assert sorted(path.name for path in (run / "checkpoints" / "step-000000020").glob("*.safetensors")) == [
+        "coder-0.safetensors",
+        "stream.safetensors",
+    ]
+    for one, two in zip(lines(run), lines(whole), strict=True):
+        if one["step"] <= 15:
+            assert one == two
+        elif "fvu" in one:
+            assert one["tokens"] == two["tokens"]
+            assert one["fvu"] == pytest.approx(two["fvu"], rel=1e-4)
 
 
 def full() -> None:
