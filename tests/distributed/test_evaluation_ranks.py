@@ -61,5 +61,6 @@ def test_figures_of_ranks_are_those_of_one(tmp_path, tiny_model, tiny_text, n):
         found[name] = {coder.removeprefix("coders/"): part for coder, part in figures.items()}
     for name, wanted in found.pop("one").items():
         for who, figures in found.items():
-            for part in ("reconstruction", "reconstruction_unfiltered", "density", "loss"):
+            assert figures[name]["density"] == wanted["density"], (who, name)  # counts
+            for part in ("reconstruction", "reconstruction_unfiltered", "loss"):
                 assert figures[name][part] == pytest.approx(wanted[part], rel=1e-12), (who, name, part)
