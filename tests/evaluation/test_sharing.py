@@ -9,6 +9,7 @@ import torch
 from rigs.children import Child
 from rigs.children import ranks as as_ranks
 from rigs.fakes import sampled_rows, tiny_lm
+from rigs.runs import assert_figures
 
 import sae.evaluation.evaluation
 from sae.base.errors import Stopped
@@ -27,7 +28,6 @@ from sae.selection.topk import TopK
 D, CONTEXT = 16, 12
 HERE = Site("model.layers.1", model="tiny", width=D)
 MLP = Site("model.layers.1.mlp", model="tiny", width=D)
-EXACT = {"tokens", "counted_over_tokens", "log10_density_counts", "log10_density_edges", "dead_share", "nmse_median"}
 
 
 def coder(reads=(HERE,), writes=(HERE,), rule=None, **spec) -> SparseCoder:
@@ -109,25 +109,13 @@ def run(work, folder: Path, n: int, *arguments) -> list[int]:
     return codes
 
 
-def assert_same(found, wanted, path="") -> None:
-    """Counts are equal, and so is what depends on one token; sums are, to the rounding of float64."""
-    if isinstance(wanted, dict):
-        assert found.keys() == wanted.keys(), path
-        for key in wanted:
-            assert_same(found[key], wanted[key], f"{path}/{key}")
-    elif isinstance(wanted, float) and path.rpartition("/")[2] not in EXACT:
-        assert found == pytest.approx(wanted, rel=1e-12, abs=1e-14), path
-    else:
-        assert found == wanted, path
-
-
 def check(tmp_path, monkeypatch, n: int, names: list[str], tokens: int = 240) -> None:
     monkeypatch.setattr("sae.evaluation.evaluation.PASS_LOGITS", 1)
     monkeypatch.setattr("sae.evaluation.figures.BLOCK", 64)
     assert run(found_by_ranks, tmp_path, n, names, tokens) == [0] * n
     lm = tiny_lm()
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(n)]
-    assert_same(told[0].pop("alone"), evaluate(coder(), lm, sampled_rows(lm, CONTEXT), 100))
+    assert_figures(told[0].pop("alone"), evaluate(coder(), lm, sampled_rows(lm, CONTEXT), 100))
     shown = [rank.pop("shown") for rank in told]
     assert len(shown[0]) == len(names)
     assert shown[1:] == [[]] * (n - 1)
@@ -135,7 +123,7 @@ def check(tmp_path, monkeypatch, n: int, names: list[str], tokens: int = 240) ->
         if name in names:
             wanted = json.loads(json.dumps(evaluate_all(watch=Watch(display=False), **case)))
             for rank in told:
-                assert_same(rank[name], wanted, name)
+                assert_figures(rank[name], wanted, name)
 
 
 def test_two_ranks_find_every_figure_of_one(tmp_path, monkeypatch):

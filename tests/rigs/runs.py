@@ -5,6 +5,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+EXACT = {"dead_share", "nmse_median", "dense_share_1_percent", "dense_share_10_percent"}
+"""Figures that are no sums of floats."""
+
 
 def result(run: Path) -> dict[str, bytes]:
     """Returns what two equal runs have in common: the log and the coders' files."""
@@ -19,6 +24,18 @@ def assert_equal(run: Path, other: Path) -> None:
     assert "evaluation.json" in wanted
     for name, content in wanted.items():
         assert found[name] == content, name
+
+
+def assert_figures(found: Any, wanted: Any, path: str = "") -> None:
+    """Raises unless the figures of an evaluation are those wanted, sums to the rounding of float64."""
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys(), path
+        for key in wanted:
+            assert_figures(found[key], wanted[key], f"{path}/{key}")
+    elif isinstance(wanted, float) and path.rpartition("/")[2] not in EXACT:
+        assert found == pytest.approx(wanted, rel=1e-12, abs=1e-14), path
+    else:
+        assert found == wanted, path
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
