@@ -91,7 +91,8 @@ def evaluate(
     Where they apply: `fvu_by_site` of several sites written, `skip` (what the skip path alone explains), `heads`
     (decoder shares of attention heads), `against` (autoencoders of the same sites in this evaluation), and
     `with_gradients`, labeled: all figures again, with
-    gradients at inference. Units: nats per token. `progress` is a `Display`: True, False or a function.
+    gradients at inference. Units: nats per token. `progress` is a `Display`: True, False or a function. Of several
+    ranks, whichever calls it measures all by itself.
     """
     several, watch, tokens = as_coders(coders), Watch(should_stop, display=progress), whole("tokens", tokens)
     found = evaluate_all(several, watch, tokens, nulls, lm=lm, rows=rows, second=second, activations=activations)
