@@ -47,6 +47,10 @@ def command(argv: list[str]) -> int:
     if options.list_configs:
         return _list_configs(options.json)
 
+    if options.shard and not options.store_only:
+        raise ConfigError("--shard: goes with --store-only")
+    if options.resume and options.store_only:
+        raise ConfigError("--resume: goes without --store-only")
     folder = Path(options.resume) if options.resume not in (None, AUTO) else None
     if folder and (options.config or options.on):
         option = "--config" if options.config else "--on"
@@ -68,15 +72,19 @@ def command(argv: list[str]) -> int:
 
         report(options.json, encode(_valid(config())), [to_yaml(config()).rstrip()])
         return DONE
-    if options.store_only or options.shard:
+    if options.store_only:
         return _store(_valid(config()), options)
     if options.dry_run:
-        from sae.training.estimate import estimate
-
-        found = estimate(_valid(config()), options.trust_remote_code)
-        report(options.json, {**vars(found), "peak_memory": found.peak_memory}, found.lines())
-        return DONE
+        return _estimate(_valid(config()), options)
     return _train(config, folder, options)
+
+
+def _estimate(config, options, more=lambda widths: []) -> int:
+    from sae.training.estimate import estimate
+
+    found = estimate(config, options.trust_remote_code)
+    report(options.json, {**vars(found), "peak_memory": found.peak_memory}, [*found.lines(), *more(found.widths)])
+    return DONE
 
 
 def _valid(config):
@@ -123,14 +131,12 @@ def _ranks(config):
 
 def _store(config, options) -> int:
     from sae.base.parts import Part
-    from sae.training.storing import check_storing, store_activations
+    from sae.training.storing import check_storing, size_told, store_activations
 
-    if options.resume or not options.store_only:
-        raise ConfigError(
-            "--resume: goes without --store-only" if options.resume else "--shard: goes with --store-only"
-        )
     part = Part.parse(options.shard or "1/1")
     check_storing(config)
+    if options.dry_run:
+        return _estimate(config, options, lambda widths: [size_told(config, widths, part)])
     folder = store_activations(config, (part.number, part.of), options.trust_remote_code, options.repair)
     report(options.json, {"folder": folder, "shard": str(part)}, [f"store        {folder}"])
     return DONE

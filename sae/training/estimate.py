@@ -74,7 +74,7 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     config.validate()
     models, width, plans = _planned(config, trust_remote_code)
     context, settings = config.text.context_length, config.activations
-    row = _token_bytes(config, width)
+    row = token_bytes(config, width)
     block = settings.block_rows * context * row
     weights = sum(p.numel() for model, _ in models for p in model.model.parameters())
     device = resolve_device(config.model.device)
@@ -137,7 +137,7 @@ def disk_needed(config: TrainConfig, plans: list[CoderPlan], widths: dict[str, i
     """
     saved = sum((_copies(plan) - 1) * plan.parameters * FLOAT + 16 * plan.d_sae for plan in plans)  # but the gradients
     trained = sum(plan.parameters for plan in plans) * FLOAT
-    cached = 8 * config.max_text_tokens + _stored_tokens(config) * _token_bytes(config, widths)
+    cached = 8 * config.max_text_tokens + _stored_tokens(config) * token_bytes(config, widths)
     cached = 0 if config.activations.source == "tensors" else cached
     return (config.checkpoints.keep + 1) * saved + trained, cached
 
@@ -152,7 +152,7 @@ def _copies(plan: CoderPlan) -> int:
     return 5 if plan.optim.ema else 4
 
 
-def _token_bytes(config: TrainConfig, widths: dict[str, int]) -> int:
+def token_bytes(config: TrainConfig, widths: dict[str, int]) -> int:
     """Returns the size of what is kept of a token."""
     return sum(widths.values()) * DTYPES[config.activations.dtype].itemsize * (2 if config.gradient_loss else 1)
 

@@ -16,6 +16,7 @@ from sae.base.files import FolderLock, cache_dir
 from sae.base.parts import Part
 from sae.base.paths import check_writable
 from sae.base.progress import Display, Watch
+from sae.base.units import data_size
 from sae.lm.files import loading_bars
 from sae.parallel.launch import launch
 from sae.parallel.stopping import StopFlag, stop_flag
@@ -23,6 +24,7 @@ from sae.stream.sources import ACTIVATIONS
 from sae.training import checkpoint
 from sae.training.arguments import as_config, with_model
 from sae.training.config import STORING, TrainConfig
+from sae.training.estimate import token_bytes
 from sae.training.planning import plan_run
 from sae.training.preparing import Models, load_models, of_text, pinned
 from sae.training.subject import Place
@@ -71,9 +73,11 @@ def store_activations(
         places = of_text(config, models, plan_run(config, *models)[0], watch).places(config)
         folder = places[0].folder
         with _held(folder, own):
+            with FolderLock(folder / LOCKS, watch):  # one at a time begins the store
+                begun = [_Begun(place, own) for place in places]
             try:
-                for place in reversed(places):  # what is held out first: it is little
-                    _fill(place, folder / LOCKS, own, watch)
+                for store in reversed(begun):  # what is held out first: it is little
+                    store.fill(watch)
             except Stopped as stopped:
                 raise Stopped(f"{stopped}; what is stored is kept, and the same command goes on") from None
         done = parts.parts_in(folder)[0]
@@ -86,6 +90,16 @@ def check_storing(config: TrainConfig) -> None:
     source = config.activations.source
     if source not in STORING:
         raise ConfigError(f"activations.source: {source} has nothing to store; set it to disk")
+
+
+def size_told(config: TrainConfig, widths: dict[str, int], part: Part) -> str:
+    """Returns how much is stored to train on, in all and in one shard, if the text is as long as is wanted."""
+    tokens = config.max_text_tokens
+    size = tokens * token_bytes(config, widths)
+    return (
+        f"store        {tokens:,} tokens, {data_size(size)} in all; in shard {part} {tokens // part.of:,} tokens, "
+        f"{data_size(size / part.of)}"
+    )
 
 
 def _loaded(
@@ -109,14 +123,18 @@ def _held(folder: Path, part: Part) -> Iterator[None]:
         yield
 
 
-def _fill(place: Place, locks: Path, part: Part, watch: Watch) -> None:
-    """Makes what is missing of a shard, and marks it as complete."""
-    with FolderLock(locks, watch):  # one at a time begins the store
-        source = place.opened(part.name)
-        doubtful = parts.begin(place.folder, ACTIVATIONS, part, len(source))
-    own = part.shards(len(source))
-    if doubtful or watch.repair:
-        place.remove_damaged(own)
-        source.reload()
-    source.fill(own, watch)
-    parts.complete(place.folder, ACTIVATIONS, part, len(source))
+class _Begun:
+    """A shard of the blocks in a place."""
+
+    def __init__(self, place: Place, part: Part) -> None:
+        self.place, self.part, self.source = place, part, place.opened(part.name)
+        self.doubtful = parts.begin(place.folder, ACTIVATIONS, part, len(self.source))
+
+    def fill(self, watch: Watch) -> None:
+        """Makes what is missing of it, and marks it as complete."""
+        own = self.part.shards(len(self.source))
+        if self.doubtful or watch.repair:
+            self.place.remove_damaged(own)
+            self.source.reload()
+        self.source.fill(own, watch)
+        parts.complete(self.place.folder, ACTIVATIONS, self.part, len(self.source))

@@ -293,7 +293,7 @@ def check_store(config: TrainConfig) -> None:
         folder = Path(settings.path).expanduser()
         with agreement.together():
             if ranks.rank() == 0:
-                for place in (folder / HELD_OUT, folder):
+                for place in (folder, folder / HELD_OUT):
                     parts.check_whole(place, ACTIVATIONS, MAKE)
 
 
