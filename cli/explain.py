@@ -61,6 +61,7 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--null", metavar="N|all", help="latents scored with another one's explanation too")
     parser.add_argument("--price-in", metavar="USD", help="for a million prompt tokens, of explainer and judge")
     parser.add_argument("--price-out", metavar="USD", help="for a million answer tokens, of explainer and judge")
+    parser.add_argument("--evidence-only", action="store_true", help="look where latents fire, ask nothing")
     parser.add_argument("--explain-only", action="store_true", help="write explanations, score none")
     parser.add_argument("--score-only", action="store_true", help="score the explanations that are there")
     parser.add_argument("--retry-failed", action="store_true", help="do again what failed before")
@@ -158,10 +159,10 @@ def _words(options: Any) -> list[str]:
         value = getattr(options, name)
         if value is not None:
             words += [f"--models.{role}.{name}={value}" for role in ("explainer", "judge")]
-    if options.explain_only and options.score_only:
-        raise ConfigError("--score-only: does not go with --explain-only; leave out both to do both")
-    if options.explain_only or options.score_only:
-        words.append(f"--only={'explain' if options.explain_only else 'score'}")
+    halves = [name for name in ("evidence", "explain", "score") if getattr(options, f"{name}_only")]
+    if len(halves) > 1:
+        raise ConfigError(f"--{halves[1]}-only: does not go with --{halves[0]}-only; leave out both to do all")
+    words += [f"--only={name}" for name in halves]
     return words
 
 

@@ -123,7 +123,7 @@ class ExplainConfig:
     """A file of explanations to score beside (or without) those of explainers: jsonl with latent and text. Several of
     one latent are scored each, as those of FILE, FILE#2, ..."""
     only: str = "both"
-    """explain (no scores), score (the explanations that are there), or both."""
+    """evidence (asks nothing), explain (no scores), score (the explanations that are there), or both."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
     null_latents: int = 200
     """Latents scored with another latent's explanation too, at most; -1: all of them, 0: none."""
@@ -144,7 +144,7 @@ class ExplainConfig:
             self.model.validate()
         if self.text.source:
             self.text.validate()
-        choose("only", self.only, ("explain", "score", "both"))
+        choose("only", self.only, ("evidence", "explain", "score", "both"))
         at_least("in_flight", self.in_flight, 1)
         at_least("null_latents", self.null_latents, -1)
         if not 0 <= self.fail_share <= 1:

@@ -75,6 +75,8 @@ def lines(config: ExplainConfig, prepared: Prepared) -> Iterator[str]:
 
 def requests(config: ExplainConfig, prepared: Prepared, examples: Examples) -> Iterator[Asked]:
     """Yields everything that is asked about one latent, if all candidates differ and all judgements are wrong."""
+    if config.only == "evidence":
+        return
     label = Explanation(examples.latent, LABEL, "")
     sources = [label] if config.explanations else []
     for name, explainer in config.all_explainers().items():

@@ -41,7 +41,8 @@ class Outcome:
     latents: list[int]
     """Those that it was about."""
     summary: dict[str, Any] | None
-    """What all of the folder amounts to; None of a shard, which `sae-explain merge` tells with the others."""
+    """What all of the folder amounts to; None of evidence alone, and of a shard: `sae-explain merge` tells it with the
+    others."""
     cut_off: str = ""
     """Why the models gave no more answers, if so."""
     failed: str = ""
@@ -78,7 +79,7 @@ def explain_run(
         with process_group():
             first = rank() == 0
             with together():
-                if first:
+                if first and config.only != "evidence":
                     endpoints, cache = {role: config.endpoint(role) for role in ROLES}, cache_of(config, shard)
                     asked = [role for role in config.roles_asked() if not _is_given(endpoints[role], config, given)]
                     answers = finished(check_models(endpoints, asked, cache, config.budget_usd))
@@ -95,6 +96,8 @@ def explain_run(
                 raise
         if not first:
             return None
+        if config.only == "evidence":
+            return Outcome(Path(config.run_dir), prepared.latents.tolist(), None)
         ended = Pipeline(config, prepared, shard).run(retry_failed, watch)
     failed = f"{ended.failed} of {ended.latents} latents failed: {visible(ended.why)}"
     return Outcome(

@@ -197,6 +197,23 @@ def test_what_can_be_asked_without_a_coder(explain):
     assert "--scorers" in printed
 
 
+def test_evidence_is_gathered_before_there_is_anybody_to_ask(explain, tmp_path):
+    """And is the very one that labels are then made of, by shards too."""
+    asking = ["--models.explainer.model", "some", "--models.explainer.base_urls", "http://127.0.0.1:9/v1"]
+    code, printed = explain("one", *SMALL, *asking, "--evidence-only", "--run-dir", tmp_path / "run")
+    assert code == 0, printed
+    evidence = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "evidence").rglob("*")}
+    assert not (tmp_path / "run" / "shards").exists()
+    for shard in ("1/2", "2/2"):
+        code, printed = explain("one", *SMALL, "--shard", shard, "--run-dir", tmp_path / "run")
+        assert code == 0, printed
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "evidence").rglob("*")} == evidence
+    assert explain("merge", tmp_path / "run")[0] == 0
+    assert explain("one", *SMALL, "--run-dir", tmp_path / "whole")[0] == 0
+    told = [pq.read_table(tmp_path / name / "results.parquet").to_pylist() for name in ("run", "whole")]
+    assert [row["explanation"] for row in told[0]] == [row["explanation"] for row in told[1]]
+
+
 def test_the_config_is_printed_and_read_back(explain, tmp_path):
     code, printed = explain("one", *SMALL, "--config", "openai", "--print-config")
     assert code == 0
@@ -213,7 +230,8 @@ def test_the_config_is_printed_and_read_back(explain, tmp_path):
         (["nowhere"], "coder.path: no such folder"),
         (["one", "--shard", "3/2"], "--shard: '3/2'"),
         (["one", "--shard", "half"], "--shard: 'half'"),
-        (["one", "--explain-only", "--score-only"], "--score-only: does not go with"),
+        (["one", "--explain-only", "--score-only"], "--score-only: does not go with --explain-only"),
+        (["one", "--explain-only", "--evidence-only"], "--explain-only: does not go with --evidence-only"),
         (["one", "--scorers.x.type", "detectoin"], "Did you mean 'detection'?"),
         (["one", "--explainers.x.type", "llm"], "explainers.x: asks a language model; set models.explainer.model"),
         (["one", "--examples.shown-from", "bottom"], "examples.shown_from: 'bottom' is not one of"),

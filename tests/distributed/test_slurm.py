@@ -12,16 +12,19 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
-from rigs.children import PATIENCE_S, Child, ranks, sae_train
+from rigs.children import PATIENCE_S, Child, free_port, ranks, sae_train
 from rigs.fakes import tiny_config
+from rigs.interp_runs import SMALL as INTERP
+from rigs.interp_runs import tiny_coder
 from rigs.runs import assert_equal, checkpoints, lines
 from rigs.slurm import ALIVE, slurm, why_not
 
 from sae.base.settings import to_yaml
 
 FILES = Path(__file__).parents[2] / "configs" / "slurm"
-TRAINING = ("train-node", "train-nodes", "train-torchrun")
+TRAINING = ("train-node", "train-nodes", "train-from-store", "store", "train-torchrun")
 SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=30")
 LONG = {"tokens": 400 * 128, "checkpoints.every_steps": 25}
 
@@ -110,7 +113,8 @@ def test_killed_task_ends_the_job_which_goes_on_when_requeued(cluster, config, b
 @pytest.mark.slow
 def test_torchrun_on_every_node_is_one_run_and_goes_on(cluster, config, by_hand):
     run = cluster.work / "torchrun"
-    job = cluster.submit(*SMALL, FILES / "train-torchrun.sbatch", "--config", config, "--run-dir", run)
+    where = f"--export=ALL,MASTER_ADDR=127.0.0.1,MASTER_PORT={free_port()}"  # n1 is no name outside of this Slurm
+    job = cluster.submit(*SMALL, where, FILES / "train-torchrun.sbatch", "--config", config, "--run-dir", run)
     cluster.wait(job, r"ranks +2 \(torchrun\)")
     wait_beyond(run, 60, cluster, job)
     cluster.call("scancel", "--signal=USR1", "--batch", job)  # as --signal=B: does: to the script alone
@@ -145,18 +149,61 @@ def test_tasks_that_are_no_group_are_refused(cluster, config):
 
 
 @pytest.mark.slow
-def test_a_second_job_on_the_folder_is_refused(cluster, config, by_hand):
+def test_a_second_job_on_the_folder_is_refused(cluster, config):
     run = cluster.work / "shared"
-    words = ("--config", config, "--run-dir", run)
+    words = ("--config", config, "--run-dir", run, "--tokens", 100_000 * 128)
     first = cluster.submit(*SMALL, FILES / "train-nodes.sbatch", *words)
-    cluster.wait(first, "run folder")
     wait_beyond(run, 5, cluster, first)
     second = cluster.submit(*SMALL, FILES / "train-nodes.sbatch", *words)
-    third = cluster.submit("--ntasks=1", "--output=%j.log", *SMALL[2:], FILES / "train-node.sbatch", "--resume", run)
+    third = cluster.submit("--nodes=1", *SMALL[1:], FILES / "train-node.sbatch", "--resume", run)
     for job in (second, third):
         assert cluster.wait(job)["JobState"] == "FAILED", cluster.log(job)
         assert len(re.findall(r"error: run_dir: .*(in use|holds a run)", cluster.log(job))) == 1, cluster.log(job)
-    assert cluster.wait(first)["JobState"] == "COMPLETED", cluster.log(first)
+    wait_beyond(run, len(lines(run)), cluster, first)  # which does not mind
+    cluster.call("scancel", first)
+    assert cluster.wait(first)["JobState"] == "CANCELLED"
+
+
+SERVER = """
+import sys, time
+sys.path.insert(0, "{tests}")
+from rigs.fake_llm import FakeLLM
+said = '{"explanation": "tokens that end in a letter"}'
+with FakeLLM(lambda asked: said, port=int(sys.argv[1])):
+    time.sleep(3600)
+"""
+
+
+@pytest.mark.slow
+def test_labels_are_made_by_a_server_within_the_job(cluster, tmp_path):
+    coder = tiny_coder(tmp_path, documents=20)
+    (tmp_path / "serve.py").write_text(SERVER, encoding="utf-8")
+    serve = f"PYTHONPATH={FILES.parents[1] / 'tests'}:$PYTHONPATH python {tmp_path / 'serve.py'} $PORT"
+    own = {"MODEL": "fake", "SERVE": f"env {serve}", "SHARDS": "2"}
+    words = [FILES / "explain.sbatch", coder, *INTERP, "--latents", "random:6"]
+    export = "--export=ALL," + ",".join(f"{name}={value}" for name, value in own.items())
+    job = cluster.submit("--nodes=1", "--ntasks-per-node=2", *SMALL[2:], export, *words)
+    found = cluster.wait(job)
+    log = cluster.log(job)
+    assert found["JobState"] == "COMPLETED", log
+    assert re.search(r"ranks +2 \(srun\)", log), log
+    rows = pq.read_table(coder / "explain" / "results.parquet").to_pylist()
+    texts = {row["explanation"] for row in rows if row["explainer"] == "llm"}
+    assert "tokens that end in a letter" in texts, rows
+    assert len({row["latent"] for row in rows}) == 6
+    assert sorted(path.name for path in (coder / "explain" / "shards").iterdir()) == ["1-of-2", "2-of-2"]
+    assert not [process for process in cluster.processes() if "serve.py" in " ".join(process.cmdline())]
+
+
+@pytest.mark.slow
+def test_an_array_stores_and_a_job_trains_from_it(cluster, config, by_hand, tmp_path):
+    """The same run as the live one's; a part that is killed is made when it is requeued."""
+    run = cluster.work / "stored"
+    array = cluster.submit("--array=0-2", *SMALL[2:], FILES / "store.sbatch", "--config", config)
+    words = ("--config", config, "--run-dir", run)
+    job = cluster.submit(*SMALL, f"--dependency=afterok:{array}", FILES / "train-from-store.sbatch", *words)
+    found = cluster.wait(job)
+    assert found["JobState"] == "COMPLETED", cluster.log(array) + cluster.log(job)
     assert_equal(run, by_hand)
 
 
@@ -166,8 +213,8 @@ def test_a_job_is_requeued_if_it_was_stopped_and_tells_its_exit_code(name, code,
     """An exit code of srun by itself tells torchrun's stop from its failure no more than torchrun does."""
     done = job_file(name, tmp_path, f"exit {code}")
     assert done.returncode == code
-    again = code == 75 and name != "train-torchrun"
-    assert (tmp_path / "scontrol.txt").read_text().splitlines()[-1:] == (["requeue 7"] if again else []), name
+    told = {"train-torchrun": [], "store": ["requeue 5_2"]}.get(name, ["requeue 7"])
+    assert (tmp_path / "scontrol.txt").read_text().splitlines() == (told if code == 75 else [])
 
 
 def test_a_torchrun_that_is_asked_to_stop_is_requeued(tmp_path):
@@ -187,6 +234,7 @@ def job_file(name: str, folder: Path, srun: str, once_there: Path | None = None)
         (folder / command).write_text(f"#!/bin/bash\n{does}\n", encoding="utf-8")
         (folder / command).chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "SLURM_CPUS_PER_TASK": "2"}
+    job |= {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3"}
     environment = {**os.environ, **job, "SLURM_GPUS_ON_NODE": "2", "PATH": f"{folder}:{os.environ['PATH']}"}
     process = subprocess.Popen(["bash", FILES / f"{name}.sbatch", "--tokens", "5"], env=environment)
     end = time.monotonic() + PATIENCE_S
@@ -202,7 +250,7 @@ def job_file(name: str, folder: Path, srun: str, once_there: Path | None = None)
 @pytest.mark.parametrize("path", sorted(FILES.glob("*.sbatch")), ids=lambda path: path.stem)
 def test_job_files_are_sound(path):
     text = path.read_text(encoding="utf-8")
-    assert f"sbatch {path.name} " in text
+    assert re.search(rf"sbatch .*{path.name} ", text)
     for option in ("job-name", "time", "output=%x-", "cpus-per-task", "open-mode=append", "requeue"):
         assert f"#SBATCH --{option}" in text
     assert not shutil.which("shellcheck") or not subprocess.run(["shellcheck", path]).returncode

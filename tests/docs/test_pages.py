@@ -43,6 +43,7 @@ SMALL = {
     "sae-train": "--tokens 8192 --text.max_tokens 20000 --eval.tokens 1000 --activations.statistics_tokens 4096",
     "sae-explain": "--latents random:20 --evidence.tokens 40000",
 }
+LAUNCHERS = ("torchrun", "srun", "mpirun", "accelerate")
 TRAINING = ("docs/training.md", "interp/README.md")
 """Pages whose Python trains or explains, for a quarter of a minute."""
 RUN, MODEL = "runs/quickstart", "quickstart"
@@ -169,7 +170,12 @@ def installed(words: list[str]) -> str:
 def test_commands_that_cannot_run_here_parse(block, shell, monkeypatch):
     for words in block.commands:
         words = [STANDS_FOR.get(word, word) for word in words]
-        if words[0] == "torchrun":
+        if words[0] == "sbatch":
+            name = next(word for word in words if word.endswith(".sbatch"))
+            assert (ROOT / "configs" / "slurm" / name).is_file(), name
+            command = "sae-explain" if name == "explain.sbatch" else "sae-train"
+            words = [command, *(STANDS_FOR.get(word, word) for word in words[words.index(name) + 1 :])]
+        elif words[0] in LAUNCHERS:
             words = words[next(i for i, word in enumerate(words) if word in COMMANDS) :]
         if words[0] in COMMANDS:
             parse(words)

@@ -206,8 +206,9 @@ class FakeLLM:
         echo: Callable[[str, int], dict[str, Any]] | None = None,
         denies: Callable[[Asked], Fault | None] = lambda _: None,
         batch_script: Callable[[Batch], None] = lambda batch: batch.finish(),
+        port: int = 0,
     ) -> None:
-        self.answer, self.batch_script = answer, batch_script
+        self.answer, self.batch_script, self.port = answer, batch_script, port
         self.logprobs, self.schemas, self.limits = logprobs, schemas, limits
         self.temperature, self.system, self.thinks, self.quiet = temperature, system, thinks, quiet
         self.echo, self.denies = echo or echoed, denies
@@ -223,7 +224,7 @@ class FakeLLM:
 
     def __enter__(self) -> "FakeLLM":
         handler = type("Handler", (_Handler,), {"fake": self})
-        self._server = _Server(("127.0.0.1", 0), handler)
+        self._server = _Server(("127.0.0.1", self.port), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self

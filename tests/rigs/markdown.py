@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NEEDS = ("a network", "a server", "a GPU", "another library", "another model", "minutes")
+NEEDS = ("a network", "a server", "a GPU", "another library", "another model", "a cluster", "minutes")
 FENCE = re.compile(r"(?:<!-- needs: ([^>]*?) -->\n\n?)?^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 
