@@ -177,9 +177,8 @@ with FakeLLM(lambda asked: said, port=int(sys.argv[1])):
 @pytest.mark.slow
 def test_labels_are_made_by_a_server_within_the_job(cluster, tmp_path):
     coder = tiny_coder(tmp_path, documents=20)
-    (tmp_path / "serve.py").write_text(SERVER, encoding="utf-8")
-    serve = f"PYTHONPATH={FILES.parents[1] / 'tests'}:$PYTHONPATH python {tmp_path / 'serve.py'} $PORT"
-    own = {"MODEL": "fake", "SERVE": f"env {serve}", "SHARDS": "2"}
+    (tmp_path / "serve.py").write_text(SERVER.replace("{tests}", str(FILES.parents[1] / "tests")), encoding="utf-8")
+    own = {"MODEL": "fake", "SERVE": f"python {tmp_path / 'serve.py'} $PORT", "SHARDS": "2"}
     words = [FILES / "explain.sbatch", coder, *INTERP, "--latents", "random:6"]
     export = "--export=ALL," + ",".join(f"{name}={value}" for name, value in own.items())
     job = cluster.submit("--nodes=1", "--ntasks-per-node=2", *SMALL[2:], export, *words)
