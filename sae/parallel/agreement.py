@@ -11,7 +11,7 @@ from typing import Any
 from sae.base.errors import Stopped
 from sae.base.progress import during
 from sae.parallel import ranks
-from sae.parallel.ranks import wait_for
+from sae.parallel.meeting import wait_for
 
 STOPPED = 0.5  # less than any error: where one rank failed and another was stopped, the third tells of the failure
 

@@ -2,7 +2,6 @@
 
 import logging
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from itertools import count
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from sae.base.errors import ConfigError
 from sae.base.progress import during
@@ -19,10 +18,10 @@ from sae.base.settings import choose
 from sae.parallel.heartbeat import Heartbeat
 from sae.parallel.judging import Peer
 from sae.parallel.launch import BY_HAND, Launch, launch
+from sae.parallel.meeting import Meeting, meet
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "gloo", "nccl")
-LONGEST_NAP_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -106,82 +105,50 @@ def collective() -> Iterator[None]:
             yield
 
 
-def wait_for(store: Store, keys: list[str]) -> None:
-    """Waits until all keys are set, asleep in Python, so that a signal is heard."""
-    nap = 0.001
-    while not store.check(keys):
-        time.sleep(nap)
-        nap = min(LONGEST_NAP_S, 1.5 * nap)
-
-
 @contextmanager
 def process_group(config: RanksConfig = RanksConfig()) -> Iterator[None]:
     """Joins the group that the launcher names, if any, and leaves it at the end; within one, does nothing.
 
     A group that the caller has joined by torch.distributed is used, and left to the caller. ConfigError if the ranks
-    do not meet.
+    do not meet in `ranks.timeout_s`.
     """
     global _joined
     found, theirs = launch(), dist.is_initialized()
     if _joined or (found.world_size < 2 and not theirs):
         yield
         return
-    with during("joining"):
-        if not theirs:
-            _join(found, config)
+    backend = _backend(config)
+    number, n = (dist.get_rank(), dist.get_world_size()) if theirs else (found.rank, found.world_size)
+    met = meet(found, number, n, config.timeout_s)
+    heart = Heartbeat(met.second, met.peers, number, config.deadline_s, config.timeout_s)
     try:
-        store, second = _own_store(found, config)
-        peers = _introduced(store)
-        heart = Heartbeat(second, peers, rank(), config.deadline_s, config.timeout_s)
-        _joined = Group(store, heart, peers)
-        try:
-            with heart:
-                log.info("%s", described(found, peers))
-                yield
-        finally:
-            _joined = None
+        with heart:
+            if not theirs:
+                with during("joining"):
+                    _join(met, number, backend, config.timeout_s)
+            _joined = Group(met.store, heart, met.peers)
+            log.info("%s", described(found, met.peers))
+            yield
     finally:  # a group that lives until the interpreter ends may abort it: its threads still run
-        if not theirs:
+        _joined = None
+        if not theirs and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _join(found: Launch, config: RanksConfig) -> None:
+def _backend(config: RanksConfig) -> str:
     gpus = torch.cuda.is_available()
     if config.backend == "nccl" and not gpus:
         raise ConfigError("ranks.backend: nccl sums between GPUs, and there is none here; use gloo or auto")
-    if gpus:
+    return "gloo" if config.backend == "gloo" or not gpus else "cpu:gloo,cuda:nccl"
+
+
+def _join(met: Meeting, number: int, backend: str, timeout_s: float) -> None:
+    """Makes torch's group of those that have met."""
+    if torch.cuda.is_available():
         torch.cuda.set_device(own_gpu())
-    backend = "gloo" if config.backend == "gloo" or not gpus else "cpu:gloo,cuda:nccl"
-    where = f"tcp://{found.address}:{found.port}"
-    wait = timedelta(seconds=config.timeout_s)
-    try:
-        dist.init_process_group(backend, where, wait, rank=found.rank, world_size=found.world_size)
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        reason = str(error).split("frame #")[0].strip().splitlines()[0]
-        raise ConfigError(
-            f"MASTER_ADDR: rank {found.rank} of {found.world_size} ({found.launcher}) cannot meet the others at "
-            f"{found.address}:{found.port}: {reason}"
-        ) from error
-
-
-def _own_store(found: Launch, config: RanksConfig) -> tuple[Store, Store]:
-    """Returns a store of our own, in rank 0's process, by two connections: one for the heartbeat alone."""
-    host, wait, mine = found.address or "127.0.0.1", timedelta(seconds=config.timeout_s), None
-    port = torch.zeros(1, dtype=torch.int64)
-    if rank() == 0:
-        mine = TCPStore(host, 0, is_master=True, timeout=wait, wait_for_workers=False)
-        port += mine.port
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    port = port.to(device)
-    dist.broadcast(port, 0)
-    clients = [TCPStore(host, int(port), is_master=False, timeout=wait, wait_for_workers=False) for _ in range(2)]
-    return mine or clients[0], clients[1]
-
-
-def _introduced(store: Store) -> list[Peer]:
-    """Returns the ranks, each as it says who it is."""
-    store.set(f"peer/{rank()}", Peer.here(rank()).to_json())
-    return [Peer.from_json(store.get(f"peer/{i}")) for i in range(world_size())]
+    # The heartbeat sees what takes too long. gloo's clock goes on while a job is suspended, and would end it then.
+    wait = timedelta(days=1) if backend == "gloo" else timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, timeout=wait, store=met.public, rank=number, world_size=len(met.peers))
 
 
 def described(found: Launch, peers: list[Peer]) -> str:
