@@ -81,6 +81,7 @@ def _level(quiet: bool, verbose: bool) -> int:
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO if asked is None else asked
     if level > logging.DEBUG:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it sets a level of its own, and looks once
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is a line of ours, not a page of frames
         for name in NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
     if level > logging.INFO or sys.stderr is None or not sys.stderr.isatty():  # bars of others

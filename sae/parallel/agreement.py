@@ -6,13 +6,14 @@ They wait for each other on keys of a store, not in a collective: one of them ma
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from sae.base.errors import Stopped
 from sae.base.progress import during
 from sae.parallel import ranks
 from sae.parallel.meeting import wait_for
 
+Known = TypeVar("Known", bound=BaseException)
 STOPPED = 0.5  # less than any error: where one rank failed and another was stopped, the third tells of the failure
 
 
@@ -43,7 +44,7 @@ def together() -> Iterator[None]:
         raise known(Stopped("with another rank") if worst == STOPPED else PeerError(int(worst)))
 
 
-def known(error: Exception) -> Exception:
+def known(error: Known) -> Known:
     """Returns an error that every rank raises, or hears of, by itself: then none has to end the others."""
     if group := ranks.group():
         group.heart.known = error
@@ -86,11 +87,18 @@ def concluded(value: Any, conclude: Callable[[list[Any]], Any]) -> Any:
     if group is None:
         return conclude([value])
     key = f"met/{next(group.numbers)}"
-    with group.heart.explained(), during("waiting for the others"):
-        group.store.set(f"{key}/{ranks.rank()}", json.dumps(value))
+    store, explained = group.store, group.heart.explained
+    with during("waiting for the others"):
+        with explained():
+            store.set(f"{key}/{ranks.rank()}", json.dumps(value))
         if ranks.rank() == 0:
             every = [f"{key}/{i}" for i in range(len(group.peers))]
-            wait_for(group.store, every)
-            group.store.set(key, json.dumps(conclude([json.loads(told) for told in group.store.multi_get(every)])))
-        wait_for(group.store, [key])
-        return json.loads(group.store.get(key))
+            with explained():
+                wait_for(store, every)
+                told = store.multi_get(every)
+            found = json.dumps(conclude([json.loads(text) for text in told]))
+            with explained():
+                store.set(key, found)
+        with explained():
+            wait_for(store, [key])
+            return json.loads(store.get(key))

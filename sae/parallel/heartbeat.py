@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
+from sae.base.errors import Stopped
 from sae.base.progress import doing
 from sae.parallel import stopping
 from sae.parallel.judging import Beat, Heard, Peer, Verdict, judged
@@ -53,7 +54,8 @@ class Heartbeat:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is not None and not self._knows(error):
-            self.verdict = f"failed: {_line(error)}", getattr(error, "exit_code", 1)
+            what = "stopped" if isinstance(error, Stopped) else "failed:"
+            self.verdict = f"{what} {_line(error)}", getattr(error, "exit_code", 1)
         self.left = True
         self._have_told(self.deadline)
         if self.rank == 0:  # whose process has the store

@@ -71,7 +71,8 @@ class Beat:
     @classmethod
     def from_json(cls, text: bytes) -> "Beat":
         """Returns what `to_json` has written."""
-        return cls(**json.loads(text))
+        read = json.loads(text)
+        return cls(**{**read, "verdict": read["verdict"] and tuple(read["verdict"])})
 
 
 @dataclass

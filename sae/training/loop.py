@@ -147,7 +147,7 @@ class Run:
                 on = "or go on from its checkpoint with an iterator that does"
                 raise ConfigError(f"{self.ended}, {at}; set tokens to {most} at the most, {on}")
             if self.step < self.config.steps and collectives.any_rank(self.stop()):
-                raise Stopped(f"{at}, checkpoint written")
+                raise agreement.known(Stopped(f"{at}, checkpoint written"))
 
     def _train(self, tracker: Tracker, progress: Progress) -> dict[str, int]:
         """Returns the lengths of the logs that belong to the step it has come to."""
@@ -199,7 +199,7 @@ class Run:
         if error is not None:
             error.add_note(f"raised by the callback {self.told.failed} at step {self.step}; {kept}")
         if collectives.any_rank(error is not None):
-            raise error or agreement.PeerError(1)
+            raise agreement.known(error or agreement.PeerError(1))
 
     def _moment(self, metrics: dict[str, Any], coders: dict[str, SparseCoder] | None = None) -> Moment:
         """Returns what callbacks are told now, about the coders as they stand or the finished ones."""

@@ -20,7 +20,7 @@ from sae.base.arguments import wrong
 from sae.base.errors import Stopped
 from sae.base.files import cache_dir
 from sae.base.paths import check_writable
-from sae.base.progress import Display, Watch
+from sae.base.progress import Display, Watch, during
 from sae.base.tracker import Tracker
 from sae.lm.files import loading_bars
 from sae.parallel import agreement, ranks
@@ -102,7 +102,7 @@ def train(
                     setting = set_up_tensors(config, folder, going_on, activations)
                 else:
                     check_store(config)
-                    with stop.lifted(), loading_bars(shown=progress is True):
+                    with stop.lifted(), loading_bars(shown=progress is True), during("loading the model"):
                         models = load_models(config, trust_remote_code, given)
                     setting = set_up(config, models, folder, going_on, watch, trust_remote_code)
                 with closing(Run(setting, _newest(folder, going_on), watch, stop, told)) as run:

@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import sys
+import threading
 import time
 import types
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from sae.base import progress
 from sae.base.errors import Stopped
+from sae.base.progress import UNWATCHED, doing, during
 from sae.base.units import duration
 
 
@@ -211,3 +213,25 @@ def test_no_standard_error_is_no_error(monkeypatch, stream):
     shown = progress.Progress("training", 10, "steps")
     shown.update(1)
     shown.close()
+
+
+def test_what_a_thread_does_is_told_to_whoever_asks():
+    own, other = threading.get_ident(), []
+
+    def beside():
+        with during("writing"):
+            other.append((doing(threading.get_ident()), doing(own)))
+
+    assert doing(own) == ""
+    with UNWATCHED.stage("training", 200, "steps", 118, visible=False) as stage:
+        stage.update(119)
+        with pytest.raises(ValueError, match="no luck"), during("saving"):
+            thread = threading.Thread(target=beside)
+            thread.start()
+            thread.join()
+            raise ValueError("no luck")
+        assert doing(own) == "training at step 119"
+    assert other == [("writing", "training at step 119, saving")]
+    with UNWATCHED.stage("tokenizing", None, "tokens", 12_000, visible=False):
+        assert doing(own) == "tokenizing at 12,000 tokens"
+    assert doing(own) == ""

@@ -9,6 +9,8 @@ from functools import partial
 import pytest
 from rigs.children import Child, at_step, ranks, sae_train
 from rigs.fakes import tiny_config
+from rigs.losses import PHASES as PHASES_OF_RANKS
+from rigs.losses import Draw, Losses
 from rigs.runs import assert_equal, checkpoints
 
 import sae.stream.sources
@@ -140,3 +142,22 @@ def test_a_signal_to_one_rank_while_measuring_stops_all(tmp_path, config):
     work = partial(sae_train, argv, stop_while_measuring)
     children = [Child(tmp_path / f"{env['RANK']}.txt", work, env) for env in ranks(2)]
     assert [child.wait() for child in children] == [75, 75], [child.output for child in children]
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory, tiny_model, tiny_text):
+    return Losses(tmp_path_factory.mktemp("several"), tiny_model, tiny_text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "rank"), [(phase, number % 2) for number, phase in enumerate(PHASES_OF_RANKS)])
+def test_a_signal_to_one_rank_in_any_phase_stops_all_and_the_run_goes_on(several, phase, rank):
+    output = several.stop(Draw(2, rank, phase, signal.SIGTERM))
+    who = "got SIGTERM: all stop as soon as can be" if rank else "SIGTERM: stopping as soon as can be"
+    assert who in output[0]
+    assert len({text.splitlines()[-1] for text in output}) <= 2, output
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_signal_to_one_rank_while_rank_0_tokenizes_stops_all_and_the_run_goes_on(several, rank):
+    several.stop(Draw(2, rank, "tokenizing", signal.SIGUSR1))
