@@ -92,7 +92,7 @@ class Heartbeat:
         return error is not None
 
     def _talk(self) -> None:
-        said = time.monotonic()
+        said = float("-inf")
         try:
             while not self.over.is_set():
                 wanted, now = self.wanted, time.monotonic()

@@ -68,13 +68,20 @@ class Hearts:
         for heart in self.hearts:
             for thread in heart.threads:
                 thread.start()
-            stack.callback(self._cease, heart)
+                stack.callback(thread.join)
+        stack.callback(self._cease)
         return stack
 
-    def _cease(self, heart: Heartbeat) -> None:
-        heart.over.set()
-        heart.wake.set()
-        self.stores[heart.rank].open.set()
+    def freeze(self, rank: int) -> None:
+        """Has a rank neither talk nor judge."""
+        self.stores[rank].open.clear()
+        self.hearts[rank].left = True
+
+    def _cease(self) -> None:
+        for heart in self.hearts:
+            heart.over.set()
+            heart.wake.set()
+            self.stores[heart.rank].open.set()
 
     def wait_for(self, *ranks: int) -> dict[int, tuple[str, int]]:
         """Waits until just these have ended; returns why and with which code."""
@@ -94,7 +101,7 @@ def test_a_rank_that_is_not_heard_ends_the_others_who_say_what_it_did(monkeypatc
     with hearts.beat(), Watch().stage("training", None, "steps", 118, visible=False), during("saving"):
         wait_until(lambda: hearts.hearts[0].heard[2].text, lambda: "never heard")
         time.sleep(DEADLINE_S / 4)
-        hearts.stores[2].open.clear()
+        hearts.freeze(2)
         ended = hearts.wait_for(0, 1)
     assert ended[0] == ended[1]
     assert ended[0][1] == 1
@@ -165,7 +172,7 @@ def test_rank_0_stays_until_all_have_left_or_are_silent(monkeypatch):
         leave(hearts.hearts[1]).join(PATIENCE_S)
         gone.join(DEADLINE_S)
         assert gone.is_alive()
-        hearts.stores[2].open.clear()
+        hearts.freeze(2)
         gone.join(PATIENCE_S)
         assert not gone.is_alive()
     assert hearts.ended == {}
