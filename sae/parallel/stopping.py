@@ -72,6 +72,8 @@ def stop_flag() -> Iterator[StopFlag]:
             break
     while early:
         flag.signal_name = early.pop()
+        if launch().rank == 0:
+            say(f"{flag.signal_name}: stopping as soon as can be")
     _flags.append(flag)
     try:
         yield flag
@@ -94,7 +96,7 @@ def put_back(handlers: dict[str, Any], stopped: bool) -> None:
 
 def asked() -> str:
     """Returns the name of the signal by which this process was asked to stop, or "" if it was not."""
-    return next((flag.signal_name for flag in _flags if flag.signal_name), "")
+    return next((name for name in (*(flag.signal_name for flag in _flags), *early) if name), "")
 
 
 def peer_stops() -> None:

@@ -110,7 +110,7 @@ class Run:
         self._compare()
         position = self.stream.state()
         collectives.total_(*position.values())
-        with during("saving a checkpoint"), agreement.together():
+        with during("saving"), agreement.together():
             self.saver.wait()
             before = self.checkpoint
             tensors, coders = self._state()
