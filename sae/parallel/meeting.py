@@ -48,7 +48,7 @@ def meet(found: Launch, rank: int, world_size: int, timeout_s: float) -> Meeting
     is asked to stop meanwhile.
     """
     end, place = time.monotonic() + timeout_s, f"{found.address}:{found.port}"
-    every = [f"here/{i}" for i in range(world_size)]
+    every, zero = [f"here/{i}" for i in range(world_size)], "rank 0"
     try:
         public = _public(found, rank, timeout_s, end)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -56,6 +56,8 @@ def meet(found: Launch, rank: int, world_size: int, timeout_s: float) -> Meeting
         own = Peer.here(rank).to_json()
         if (first := here.compare_set(every[rank], "", own)) != own.encode():
             raise ConfigError(f"MASTER_PORT: {Peer.from_json(first)} has come to {place} already; set another one")
+        if here.check(every[:1]):
+            zero = str(Peer.from_json(here.get(every[0])))
         store = _store(found, 0, timeout_s, is_master=True) if rank == 0 else None
         if store:
             wait_for(here, every, end, lambda: bool(stopping.asked()) or here.check(["stop"]))
@@ -80,7 +82,7 @@ def meet(found: Launch, rank: int, world_size: int, timeout_s: float) -> Meeting
         store, second = store or _store(found, port, timeout_s), _store(found, port, timeout_s)
         return Meeting(peers, here, store, second)
     except dist.DistError as error:
-        raise RuntimeError(f"rank 0 has gone from {place}, where all ranks were to meet: {_reason(error)}") from error
+        raise RuntimeError(f"{zero} has gone from {place}, where all ranks were to meet: {_reason(error)}") from error
 
 
 def wait_for(

@@ -32,6 +32,7 @@ PHASES = {
     "the last evaluation": ("sae.training.loop.Run", "_evaluate", 3),
 }
 """What rank 0 is held in: a call of a function, while the others wait for it, or are about to."""
+NAMED = re.compile(r"rank (\d+) \([^,]*, pid (\d+)\) (?:was last heard|has gone)")
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 
 
@@ -177,4 +178,4 @@ class Losses:
 def _named_in(text: str) -> list[tuple[int, int]]:
     """Returns the ranks, with their processes, that the last line calls lost."""
     *_, last = text.splitlines() or [""]
-    return [(int(rank), int(pid)) for rank, pid in re.findall(r"rank (\d+) \([^,]*, pid (\d+)\) was last heard", last)]
+    return [(int(rank), int(pid)) for rank, pid in NAMED.findall(last)]
