@@ -36,6 +36,7 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--on", metavar="MODEL|FILE", help=f"the model it is trained on (default: {MODEL})")
     parser.add_argument("--resume", metavar="RUN|auto", help="continue the run in this folder; auto: that of this job")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would take, touch nothing")
+    parser.add_argument("--ranks", metavar="N", type=int, help="of a --dry-run: processes that would train together")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--list-configs", action="store_true", help="list families and models and exit")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
@@ -44,6 +45,8 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--shard", metavar="I/N", help="with --store-only: the I-th of N parts, 1/N to N/N")
     parser.add_json()
     options, overrides = parser.parse_fields(argv)
+    if options.ranks is not None and not options.dry_run:
+        raise ConfigError("--ranks: is for --dry-run; torchrun, srun or accelerate start the ranks of a run")
     if options.list_configs:
         return _list_configs(options.json)
 
@@ -82,8 +85,8 @@ def command(argv: list[str]) -> int:
 def _estimate(config, options, more=lambda widths: []) -> int:
     from sae.training.estimate import estimate
 
-    found = estimate(config, options.trust_remote_code)
-    report(options.json, {**vars(found), "peak_memory": found.peak_memory}, [*found.lines(), *more(found.widths)])
+    found = estimate(config, options.trust_remote_code, options.ranks)
+    report(options.json, found.to_json(), [*found.lines(), *more(found.widths)])
     return DONE
 
 

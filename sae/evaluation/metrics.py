@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae.base.sums import in_float64
 from sae.kernels.codes import SparseLatents
+from sae.lm.hooks import kept_logits
 
 DENSITY_BINS = tuple(range(-7, 1))
 
@@ -160,8 +161,8 @@ def kl_divergence(
     keep: Bool[Tensor, "rows context_1"],
 ) -> Float[Tensor, "kept"]:
     """Returns KL(clean || patched) in nats over the vocabulary at the kept positions, the last one left out."""
-    p, q = (logits[:, :-1][keep].float().log_softmax(-1) for logits in (clean, patched))
-    return (p.exp() * (p - q)).sum(-1)
+    parts = ((one.log_softmax(-1) for one in part) for part in kept_logits(keep, clean, patched))
+    return torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in parts])
 
 
 def loss_recovered(clean: float, spliced: float, ablated: float) -> float | None:

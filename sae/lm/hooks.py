@@ -19,6 +19,8 @@ from sae.lm.site import Site
 from sae.lm.sites import find_module
 from sae.text.packing import PADDING, token_ids
 
+LOGITS_AT_ONCE = 2**21  # 8 MiB in float32
+
 
 class _AllSeen(Exception):
     """Ends the language model's forward pass once every site has been seen."""
@@ -203,9 +205,23 @@ def next_token_losses(
 ) -> Float[Tensor, "counted"]:
     """Returns -log p(next token) in nats at every kept position but the last, which has no next token."""
     keep = next_token_mask(tokens, keep)
-    return nn.functional.cross_entropy(
-        logits[:, :-1][keep].float(), token_ids(tokens)[:, 1:][keep].long(), reduction="none"
-    )
+    labels = token_ids(tokens)[:, 1:][keep].long()
+    parts = zip(kept_logits(keep, logits), labels.split(_at_once(logits, len(labels))), strict=True)
+    return torch.cat([nn.functional.cross_entropy(one, own, reduction="none") for (one,), own in parts])
+
+
+def kept_logits(
+    keep: Bool[Tensor, "rows context_1"], *logits: Float[Tensor, "rows context vocabulary"]
+) -> Iterator[tuple[Float[Tensor, "some vocabulary"], ...]]:
+    """Yields the logits at the kept positions in float32, of some tokens at a time: what is made of them is larger."""
+    places = keep.nonzero()
+    for part in places.split(min(_at_once(one, len(places)) for one in logits)):
+        yield tuple(one[part[:, 0], part[:, 1]].float() for one in logits)
+
+
+def _at_once(logits: Float[Tensor, "rows context vocabulary"], tokens: int) -> int:
+    """Returns how many tokens' logits to look at together: all, where a gradient is wanted, which is not made twice."""
+    return max(1, tokens if logits.requires_grad else LOGITS_AT_ONCE // logits.shape[-1])
 
 
 def model_inputs(lm: LanguageModel, tokens: Int[Tensor, "rows context"]) -> dict[str, Any]:

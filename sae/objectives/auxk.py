@@ -8,10 +8,11 @@ makes micro-batches and ranks exact). No bias enters e^. The gradient reaches en
 and the term is exactly 0 while no latent is dead.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.base.errors import ConfigError
@@ -19,6 +20,8 @@ from sae.kernels.codes import offsets_of
 from sae.kernels.largest import top_ids
 from sae.objectives import Objective, Step, weighted, zero
 from sae.selection import Selection
+
+ENTRIES_AT_ONCE = 2**24  # 64 MiB in float32: more pieces would have the host wait more often
 
 
 @Objective.register_subclass("auxk")
@@ -47,9 +50,7 @@ def explained_by(step: Step, shares: Float[Tensor, "d_sae"], k: int) -> Float[Te
     if len(chosen) == 0 or len(step.target) == 0:
         return zero(step)
     k = min(k or nearest_power_of_two(step.target.shape[1] / 2), len(chosen))
-    scores = step.run.scores[:, chosen]
-    columns = top_ids(scores, k)
-    positive = scores.gather(1, columns) > 0
+    columns, positive = (torch.cat(found) for found in zip(*_largest(step.run.scores, chosen, k), strict=True))
     counts = positive.sum(1)
     offsets = offsets_of(counts)
     ids = chosen[columns[positive]]
@@ -57,6 +58,19 @@ def explained_by(step: Step, shares: Float[Tensor, "d_sae"], k: int) -> Float[Te
     explained = step.coder.decoded(torch.relu(kept) * shares[ids], offsets, ids)
     residual = step.error(step.run.prediction).detach()
     return (residual - weighted(step.coder, explained)).square().sum() / (step.n_tokens * step.residual_variance)
+
+
+def _largest(
+    scores: Float[Tensor, "n d_sae"], chosen: Int[Tensor, "c"], k: int
+) -> Iterator[tuple[Int[Tensor, "m k"], Bool[Tensor, "m k"]]]:
+    """Yields, for some tokens at a time, the k largest of the chosen latents, as places among them, and which are > 0.
+
+    All latents may be dead, and all their scores a second copy of what is the largest tensor of a step.
+    """
+    for part in scores.split(max(1, ENTRIES_AT_ONCE // len(chosen))):
+        own = part[:, chosen]
+        columns = top_ids(own, k)
+        yield columns, own.gather(1, columns) > 0
 
 
 def nearest_power_of_two(value: float) -> int:

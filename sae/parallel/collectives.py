@@ -58,6 +58,11 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             yield bucket
 
 
+def bytes_of_sums(*tensors: Tensor) -> list[int]:
+    """Returns what a rank hands to each collective of `total_(*tensors)`, which may be meta tensors."""
+    return [sum(tensor.nbytes for tensor in bucket) for bucket in _buckets(tensors)]
+
+
 def of_every_rank(numbers: Tensor) -> list[list[int]]:
     """Returns the whole numbers [k] of all ranks, in their order: the one thing that the host must wait for."""
     if not dist.is_initialized():
@@ -75,7 +80,7 @@ def gathered(*columns: Tensor) -> tuple[Tensor, ...]:
     """
     if not dist.is_initialized():
         return columns
-    words = [(c.int() if c.dtype == torch.int64 else c)[:, None].view(torch.int32) for c in columns]
+    words = _words(columns)
     rows = torch.cat(words, 1)
     counts = [count for (count,) in of_every_rank(torch.tensor([len(rows)], device=rows.device))]
     padded = rows.new_zeros(max(counts), rows.shape[1])
@@ -89,6 +94,19 @@ def gathered(*columns: Tensor) -> tuple[Tensor, ...]:
         part[:, 0].long() if column.dtype == torch.int64 else part.contiguous().view(column.dtype)[:, 0]
         for part, column in zip(split, columns, strict=True)
     )
+
+
+def _words(columns: Sequence[Tensor]) -> list[Tensor]:
+    """Returns columns of n members as [n, w] of 32 bits."""
+    return [(c.int() if c.dtype == torch.int64 else c)[:, None].view(torch.int32) for c in columns]
+
+
+def bytes_of_rows(*columns: Tensor) -> list[int]:
+    """Returns what a rank hands to each collective of `gathered(*columns)`, where none has more rows; for meta tensors.
+
+    They are gathered: a rank receives as much of every other one.
+    """
+    return [8, sum(word.nbytes for word in _words(columns))]
 
 
 def collected(rows: Tensor) -> Tensor:

@@ -92,6 +92,10 @@ class Selection(Plugin):
     units: ClassVar[Mapping[str, str] | None] = None
     """What its tensors and its `calibration` are measured in, where not in numbers: "scores" (what selection compares)
     or "latents". None: it is not known what a factor does to the rule, so that no fold may multiply its latents."""
+    beside_scores: ClassVar[float] = 0.25
+    """How many tensors as large as its scores it holds beside them while it chooses, at the most, in float32."""
+    fires_at_first: ClassVar[float] = 0.5
+    """Share of all entries that a fresh coder keeps, of a rule that has no k."""
     encoder: ClassVar[str | None] = None
     """The encoder that chooses in its place and looks here for constants, if it is one that `pursues`."""
     needs: ClassVar[tuple[tuple[str, ...], ...]] = ()
@@ -223,6 +227,13 @@ class Selection(Plugin):
 
     def candidates(self, scores: Float[Tensor, "n m"], first_token: int, moment: Moment) -> Entries:
         """Returns the entries of some tokens among which those lie that a batch-wide rule may keep."""
+        raise NotImplementedError
+
+    def candidates_of(self, n: int, batch: int, m: int) -> tuple[int, int]:
+        """Returns the least and the most candidates, among m latents, of n tokens of a batch in a step after the first.
+
+        Both of the rule's last k; they are equal where the tokens alone decide.
+        """
         raise NotImplementedError
 
     def reduce(self, entries: Entries, moment: Moment) -> Entries:

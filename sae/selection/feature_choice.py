@@ -41,6 +41,7 @@ class FeatureChoice(MutualChoice):
     """Keeps, for each latent, its largest tokens of the batch."""
 
     over: ClassVar[str] = "nothing"  # every latent has a threshold of its own
+    beside_scores: ClassVar[float] = 1.4
     units: ClassVar[Mapping[str, str] | None] = {"threshold": "scores"}
     mutual_share: float = 0.0
     """Share of the steps in which Mutual Choice trains first."""
@@ -102,6 +103,11 @@ class FeatureChoice(MutualChoice):
             return mutual
         own = top_of_columns(scores, moment.state["budgets"].to(scores.device) + 1, first_token)
         return _union(mutual, own, scores.shape[1])
+
+    def candidates_of(self, n: int, batch: int, m: int) -> tuple[int, int]:
+        """Returns what Mutual Choice would keep; at most, with every latent's own entries and the next one of each."""
+        mutual = min(self.k * batch, n * m)
+        return mutual, min(mutual + self.k * batch + m, n * m)
 
     def reduce(self, entries: Entries, moment: Moment) -> Entries:
         """Returns what both would keep of the entries."""

@@ -30,6 +30,7 @@ class Gated(Selection):
     needs: ClassVar[tuple[tuple[str, ...], ...]] = (("gate",), ("l1",))
     gated: ClassVar[bool] = True
     reads_bias: ClassVar[bool] = True
+    beside_scores: ClassVar[float] = 2.75
     units: ClassVar[Mapping[str, str] | None] = {"b_mag": "latents"}
 
     def parameters(self, d_sae: int, spread: float = 1.0) -> dict[str, Float[Tensor, "d_sae"]]:

@@ -17,7 +17,7 @@ with `gradient`, the coder must be given g, and figures obtained that way are la
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -42,6 +42,7 @@ INFERENCE = ("plain", "gradient")
 class GradientTopK(TopK):
     """Keeps the k largest of every token, by a score that counts what a latent does to the loss."""
 
+    beside_scores: ClassVar[float] = 4.1
     beta: float = 0.5
     """Weight of the gradient term in the score."""
     loss: str = "next_token"

@@ -35,6 +35,7 @@ class JumpReLU(Selection):
     over: ClassVar[str] = "nothing"
     needs: ClassVar[tuple[tuple[str, ...], ...]] = (("l0",),)
     trains_thresholds: ClassVar[bool] = True
+    fires_at_first: ClassVar[float] = 0.3  # near its threshold
     units: ClassVar[Mapping[str, str] | None] = {"threshold": "scores"}
     threshold_start: float = 1.5
     """Threshold of every latent before the first step, in standard deviations of the pre-activations then."""

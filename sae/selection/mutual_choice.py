@@ -33,6 +33,7 @@ class MutualChoice(Budget):
 
     batch_wide: ClassVar[bool] = True
     ranks: ClassVar[bool] = True
+    beside_scores: ClassVar[float] = 0.6
     units: ClassVar[Mapping[str, str] | None] = {"calibration": "scores"}
     threshold_decay: float = 0.95
     """Decay, per step, of the running mean that becomes the threshold at inference."""
@@ -70,6 +71,11 @@ class MutualChoice(Budget):
     def candidates(self, scores: Float[Tensor, "n m"], first_token: int, moment: Moment) -> Entries:
         """Returns the largest entries of some tokens."""
         return top_entries(scores, self.budget(moment), first_token)
+
+    def candidates_of(self, n: int, batch: int, m: int) -> tuple[int, int]:
+        """Returns the budget, or all entries."""
+        found = min(self.k * batch, n * m)
+        return found, found
 
     def reduce(self, entries: Entries, moment: Moment) -> Entries:
         """Returns the largest of the entries."""

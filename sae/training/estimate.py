@@ -1,4 +1,4 @@
-"""What a run will take, before anything loads: parameters, memory, disk, FLOPs and time.
+"""What a run will take, before anything loads: parameters, memory, disk, FLOPs, bytes between ranks, and time.
 
 The language model is built of fake tensors, which know every shape and hold no data, so widths and parameter counts are
 exact; sites are resolved and a pass is traced on it, so a mistyped or unused hook is found here as well.
@@ -12,95 +12,139 @@ import psutil
 import torch
 from torch._subclasses import FakeTensorMode
 
+from sae.base.errors import ConfigError
 from sae.base.room import Need, check_room, taken
 from sae.base.units import data_size, duration
-from sae.evaluation.evaluation import rows_per_pass
 from sae.lm.hooks import sites_of_model
 from sae.lm.models import DTYPES, LanguageModel, resolve_device, untrained
 from sae.lm.site import SECOND, Site
+from sae.parallel.ranks import world_size
 from sae.stream.tensors import stored_at
 from sae.training.config import TrainConfig
-from sae.training.planning import CoderPlan, plan_run, plan_tensors, with_model_named
+from sae.training.footprint import FLOAT, Footprint, copies, footprint, weights_dtype
+from sae.training.planning import CoderPlan, check_ranks, plan_run, plan_tensors, with_model_named
 from sae.training.subject import of_tensors
+from sae.training.traffic import Traffic, traffic
 
-FLOAT = 4
-LATER = 250_000_000  # measured: model code, plotting and the allocator's slack come after the estimate
-MEASURED_BYTES = 24  # of one number while statistics are taken: three times in float64
-GRAPH_LOGITS = 5  # of one token: clean, spliced, their softmaxes and a gradient
-EVALUATION_COPIES = 7  # logits of one pass: clean, patched, and the float32 intermediates of CE and KL
+LATER = 80_000_000  # measured: model code, the tokenizer and pictures, which come after the estimate
+WIRES = {"10 Gb/s": (1.25e9, 50e-6), "100 Gb/s": (12.5e9, 20e-6), "NVLink": (300e9, 10e-6)}
+"""By what is between ranks: bytes a second, and seconds until a collective of nothing is through. Not measured here."""
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Sizes of a run. Bytes, FLOPs and seconds; time is rough, the rest follows from shapes."""
 
+    ranks: int
     widths: dict[str, int]
     """Activation width by site."""
     lm_parameters: int
     coder_parameters: int
     """Summed over all coders."""
-    memory: dict[str, int]
-    """Peak bytes by what holds them, not all of it at once."""
-    evaluated_midway: bool
-    """Whether there is an evaluation while the pool of activations is still held."""
+    process: int
+    """Bytes of one rank that do not depend on the config: the interpreter and its libraries."""
+    footprint: Footprint
     disk: int
     """Bytes in the run's folder, at the most at one time."""
     cached: int
     """Bytes in the cache, if the text is as long as the run is and nothing of it is there yet."""
     flops: float
-    seconds: float
+    """Of all ranks."""
+    flops_per_s: float
+    """Of one rank, as measured here."""
+    steps: int
+    traffic: Traffic
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Returns the bytes of one rank by what holds them, each part at its worst: not all of it at once."""
+        return {"process": self.process, **self.footprint.parts()}
 
     @property
     def peak_memory(self) -> int:
-        """Returns the estimated peak of the process in bytes."""
-        m = self.memory
-        training = m["pool"] + max(m["step"], m["evaluation"] if self.evaluated_midway else 0)
-        return m["process"] + m["model"] + m["coders"] + max(m["statistics"], training, m["evaluation"])
+        """Returns the estimated peak in bytes of rank 0, which needs the most: it also measures, before step 0."""
+        return self.process + self.footprint.peak(measures=True)
+
+    @property
+    def peak_memory_others(self) -> int:
+        """Returns the same of every other rank."""
+        return self.process + self.footprint.peak(measures=False)
+
+    @property
+    def compute_s(self) -> float:
+        """Returns the seconds of a step at the measured speed, evaluation and all else shared out over the steps."""
+        return self.flops / self.ranks / self.flops_per_s / self.steps
+
+    @property
+    def seconds(self) -> float:
+        """Returns the seconds of the run without what ranks wait for each other."""
+        return self.compute_s * self.steps
+
+    def seconds_over(self, bytes_per_s: float, latency_s: float) -> float:
+        """Returns the seconds of the run where ranks exchange so many bytes a second, each collective after a while."""
+        moved = self.traffic.received[1] / bytes_per_s + self.traffic.collectives * latency_s
+        return self.steps * (self.compute_s + moved)
+
+    def to_json(self) -> dict[str, object]:
+        """Returns all parts."""
+        found = {name: value for name, value in vars(self).items() if name not in ("footprint", "traffic", "process")}
+        moved = {**vars(self.traffic), "sent": self.traffic.sent, "received": self.traffic.received}
+        return found | {
+            "memory": self.memory,
+            "peak_memory": self.peak_memory,
+            "peak_memory_others": self.peak_memory_others,
+            "traffic": moved,
+            "compute_s": self.compute_s,
+            "seconds": self.seconds,
+            "seconds_over": {name: self.seconds_over(*wire) for name, wire in WIRES.items() if self.ranks > 1},
+        }
 
     def lines(self) -> list[str]:
         """Returns the estimate as lines for people."""
         parts = ", ".join(f"{name} {data_size(value)}" for name, value in self.memory.items())
+        peak = f"{data_size(self.peak_memory)} at the peak"
+        if self.ranks > 1:
+            peak += f" of rank 0, {data_size(self.peak_memory_others)} of each other"
         return [
             f"sites        {', '.join(f'{name} (d {d})' for name, d in self.widths.items())}",
             f"parameters   {self.lm_parameters:,} in the model, {self.coder_parameters:,} in the coders",
-            f"memory       {data_size(self.peak_memory)} at the peak ({parts})",
+            f"memory       {peak} ({parts})",
             f"disk         {data_size(self.disk)} in the run's folder, up to {data_size(self.cached)} in the cache",
             f"compute      {self.flops:.3g} FLOPs, about {duration(self.seconds)} at this machine's measured speed",
+            *(self._exchange() if self.ranks > 1 else []),
+        ]
+
+    def _exchange(self) -> list[str]:
+        moved = self.traffic
+        sent, came = (_between(*ends) for ends in (moved.sent, moved.received))
+        took = {name: self.seconds_over(*wire) for name, wire in WIRES.items()}
+        waits = {name: 1 - self.seconds / seconds for name, seconds in took.items()}
+        over = ", ".join(f"{name} {duration(took[name])} ({waits[name]:.0%} exchange)" for name in took)
+        return [
+            f"exchange     {sent} sent by each of {self.ranks} ranks in a step, {came} received, in "
+            f"{moved.collectives} collectives",
+            f"seconds      {self.steps:,} steps x ({self.compute_s:.3g} s + {moved.received[1]:.4g} B / bandwidth + "
+            f"{moved.collectives} x latency): {over}",
         ]
 
 
-def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
-    """Returns what a config will take on this machine; ConfigError for what the run itself would refuse."""
+def _between(least: float, most: float) -> str:
+    return f"{least:,.0f} B" if least == most else f"{least:,.0f} to {most:,.0f} B"
+
+
+def estimate(config: TrainConfig, trust_remote_code: bool = False, ranks: int | None = None) -> Estimate:
+    """Returns what a config will take, on so many ranks like this process; none: on those of its group.
+
+    ConfigError for what the run itself would refuse.
+    """
     config.validate()
+    ranks = world_size() if ranks is None else ranks
+    if ranks < 1:
+        raise ConfigError(f"--ranks: {ranks} must be at least 1")
+    check_ranks(config, ranks)
     models, width, plans = _planned(config, trust_remote_code)
-    context, settings = config.text.context_length, config.activations
-    row = token_bytes(config, width)
-    block = settings.block_rows * context * row
     weights = sum(p.numel() for model, _ in models for p in model.model.parameters())
-    device = resolve_device(config.model.device)
-    dtype = DTYPES.get(config.model.dtype)
-    itemsize = dtype.itemsize if dtype else FLOAT if device.type == "cpu" else 2
-    micro = config.micro_batch_tokens or config.batch_tokens
-    described = models[0][0].model.config.get_text_config() if models else None
-    sizes = ("vocab_size", "num_hidden_layers", "hidden_size")
-    vocabulary, layers, hidden = (getattr(described, name, 0) for name in sizes)
-    parameters = sum(plan.parameters for plan in plans)
-    ahead = settings.blocks_ahead(on_cpu=device.type == "cpu")
-    tokens = settings.block_rows * context
-    backward = tokens if config.gradient_loss else micro if config.needs_rows else 0
-    graph = backward * (GRAPH_LOGITS * vocabulary + 20 * layers * hidden) * FLOAT
-    memory = {
-        "process": psutil.Process().memory_info().rss + LATER,
-        "model": weights * itemsize,
-        "coders": sum(_copies(plan) * plan.parameters for plan in plans) * FLOAT,
-        "pool": config.batch_tokens * row if config.needs_rows else block * (settings.lanes + ahead),
-        "step": max((3 * p.d_sae + 4 * (p.d_in + p.d_out)) * micro + p.parameters for p in plans) * FLOAT
-        + 4 * tokens * hidden * FLOAT
-        + graph,
-        "statistics": (FLOAT * sum(width.values()) + MEASURED_BYTES * max(map(_measured, plans)))
-        * min(settings.statistics_tokens, config.max_text_tokens),
-        "evaluation": EVALUATION_COPIES * rows_per_pass(context, vocabulary) * context * vocabulary * FLOAT,
-    }
+    found = footprint(config, models, plans, ranks)
     stored = _stored_tokens(config)
     disk, cached = disk_needed(config, plans, width)
     below = 3 * weights if config.gradient_loss else sum(_parameters_below(*model) for model in models)
@@ -109,8 +153,20 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False) -> Estimate:
     flops += 3.2 * config.tokens * encoders  # the dense encoder and, sparse, the rest
     flops += 8.0 * weights * config.tokens * len(plans) if config.needs_rows else 0  # clean, spliced and back
     flops += 8.0 * weights * config.eval.tokens * len(plans) if models and models[0][0].is_causal else 0
-    seconds = flops / measured_flops_per_s(device)
-    return Estimate(width, weights, parameters, memory, bool(config.eval.every_steps), disk, cached, flops, seconds)
+    return Estimate(
+        ranks,
+        width,
+        weights,
+        sum(plan.parameters for plan in plans),
+        psutil.Process().memory_info().rss + LATER,
+        found,
+        disk,
+        cached,
+        flops,
+        measured_flops_per_s(resolve_device(config.model.device)),
+        config.steps,
+        traffic(config, plans, ranks),
+    )
 
 
 def _planned(
@@ -126,6 +182,9 @@ def _planned(
         lm = untrained(config.model, trust_remote_code)
         second = untrained(config.second_model, trust_remote_code) if config.second_model.name else None
         sites, width, plans = plan_run(config, lm, second)
+        for model in (lm, second) if second else (lm,):
+            for weight in model.model.parameters():
+                weight.data = weight.data.to(weights_dtype(config))  # as it will be loaded
     models = [(model, sites_of_model(sites, tag)) for model, tag in ((lm, ""), (second, SECOND)) if model]
     return models, width, plans
 
@@ -135,7 +194,7 @@ def disk_needed(config: TrainConfig, plans: list[CoderPlan], widths: dict[str, i
 
     The oldest checkpoint goes when a new one is whole, so that there is one more than are kept.
     """
-    saved = sum((_copies(plan) - 1) * plan.parameters * FLOAT + 16 * plan.d_sae for plan in plans)  # but the gradients
+    saved = sum((copies(plan) - 1) * plan.parameters * FLOAT + 16 * plan.d_sae for plan in plans)  # but the gradients
     trained = sum(plan.parameters for plan in plans) * FLOAT
     cached = 8 * config.max_text_tokens + _stored_tokens(config) * token_bytes(config, widths)
     cached = 0 if config.activations.source == "tensors" else cached
@@ -145,11 +204,6 @@ def disk_needed(config: TrainConfig, plans: list[CoderPlan], widths: dict[str, i
 def check_disk(in_run: int, folder: Path) -> None:
     """Raises ConfigError if what a run writes to its folder, beside what is there already, does not fit the disk."""
     check_room(Need("run_dir", folder, in_run - taken(folder)))
-
-
-def _copies(plan: CoderPlan) -> int:
-    """Returns how often a coder's parameters are there: weights, gradients, two moments, an average."""
-    return 5 if plan.optim.ema else 4
 
 
 def token_bytes(config: TrainConfig, widths: dict[str, int]) -> int:
@@ -172,11 +226,6 @@ def measured_flops_per_s(device: torch.device) -> float:
         float((a @ a)[0, 0])
         count += 1
     return count * 2 * 512**3 / (time.perf_counter() - began)
-
-
-def _measured(plan: CoderPlan) -> int:
-    """Returns how many numbers of a token are measured at once."""
-    return plan.d_in + (plan.d_out if plan.reads != plan.writes else 0)
 
 
 def _parameters_below(lm: LanguageModel, sites: list[Site]) -> int:

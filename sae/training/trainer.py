@@ -180,8 +180,7 @@ class CoderTrainer:
         self.optimizer.zero_grad(set_to_none=False)
         self.chooser.begin(progress, n_tokens, before)
         sums = self._backward(batch, n_tokens, factors)
-        gradients = [p.grad for p in self.coder.parameters() if p.grad is not None]
-        collectives.total_(*gradients, *sums.terms.values(), sums.error, sums.square, sums.fired)
+        collectives.total_(*self.summed(sums))
         found = self._checked(sums, max(1, n_tokens))  # the norm filter may leave nothing
         rate = self._update(found.grad_norm, index)
         self._learn(sums.fired, found, n_tokens)
@@ -201,6 +200,12 @@ class CoderTrainer:
             "grad_norm": found.grad_norm,
             "tokens": n_tokens,
         }
+
+    def summed(self, sums: "_Sums | None" = None) -> list[Tensor]:
+        """Returns what is summed over ranks in a step: gradients, and what adds up beside them (or zeros)."""
+        sums = sums or _Sums.zero(self.objectives, self.coder)
+        gradients = [p.grad for p in self.coder.parameters() if p.grad is not None]
+        return [*gradients, *sums.terms.values(), sums.error, sums.square, sums.fired]
 
     def _backward(self, batch: Batch, n_tokens: int, factors: dict[str, float]) -> "_Sums":
         """Adds the gradients of every micro-batch up, and what is reported of it."""

@@ -1,37 +1,65 @@
 """The dry run against what a real run of the embedded model takes."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from rigs.peaks import peaks
 
-CHANGES = ["--tokens", "61440", "--eval.tokens", "4096", "--text.max_tokens", "200000", "--run_dir", "run"]
-CODE = """
-import json, re, sys
-from pathlib import Path
-from cli.common import read_config
-from cli.recipes import recipe
 from cli.train import main
-from sae.training.config import TrainConfig
-from sae.training.estimate import estimate
-changes = sys.argv[1:]
-found = estimate(read_config(TrainConfig, recipe(), changes))
-assert main(changes) == 0
-# the peak of this address space; that of getrusage begins with the size of the process that started this one
-peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-print(json.dumps({"estimated": found.peak_memory, "peak": peak, "disk": found.disk}))
-"""
+
+SHORT = ["--tokens", "20480", "--eval.tokens", "4096", "--text.max_tokens", "200000"]
+WIDE = ["--tokens", "8192", "--eval.tokens", "4096", "--text.max_tokens", "200000", "--coder.d_sae", "65536"]
 
 
 @pytest.mark.slow
-def test_memory_and_disk_of_a_real_run(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, *CHANGES], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(found)
-    assert found["peak"] == pytest.approx(found["estimated"], rel=0.3)
-    written = sum(p.stat().st_size for p in Path(tmp_path / "run").rglob("*") if p.is_file())
-    assert written <= 1.5 * found["disk"]
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("config", [SHORT, WIDE], ids=["quickstart", "wide"])
+def test_memory_and_disk_of_a_real_run(config, n, tmp_path):
+    first, *others = peaks(n, config, tmp_path / "run")
+    print(first, others)
+    assert first["peak"] == pytest.approx(first["estimated"], rel=0.15)
+    for other in others:
+        assert other["peak"] <= 1.15 * first["others"]
+    written = sum(p.stat().st_size for p in (tmp_path / "run").rglob("*") if p.is_file())
+    assert written <= 1.5 * first["disk"]
+
+
+def test_a_dry_run_of_several_ranks_says_what_one_of_them_takes(capsys):
+    found = []
+    for n in ("1", "3"):
+        assert main(["--dry-run", "--ranks", n, "--checkpoints.every_steps", "9", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    one, three = found
+    assert three["memory"]["pool"] == one["memory"]["pool"] * 22 // 64  # lanes are dealt raggedly
+    assert three["memory"]["coders"] == one["memory"]["coders"]  # whole on each
+    assert three["memory"]["snapshot"] == pytest.approx(one["memory"]["snapshot"] / 3, abs=3)
+    assert three["peak_memory_others"] < three["peak_memory"]  # which does not measure
+    assert one["traffic"]["sent"] == [0, 0]
+    least, most = three["traffic"]["sent"]
+    assert least == most > 4 * three["coder_parameters"]
+    assert three["compute_s"] == pytest.approx(one["compute_s"] / 3, rel=0.5)  # the speed is measured each time
+    assert set(three["seconds_over"]) == {"10 Gb/s", "100 Gb/s", "NVLink"}
+
+
+def test_a_dry_run_of_several_ranks_says_what_they_exchange(capsys):
+    assert main(["--dry-run", "--ranks", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert " of rank 0, " in lines[2]
+    assert lines[-2].startswith("exchange     ")
+    assert lines[-1].startswith("seconds      683 steps x (")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--dry-run", "--ranks", "0"], "--ranks: 0 must be at least 1"),
+        (["--dry-run", "--ranks", "some"], "--ranks: "),
+        (["--dry-run", "--ranks", "65"], "activations.lanes: 64 for 65 ranks, of which each needs one"),
+        (["--ranks", "2"], "--ranks: is for --dry-run"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused_in_one_line(argv, said, capsys):
+    assert main(argv) == 2
+    out, error = capsys.readouterr()
+    assert not out
+    assert error.splitlines()[-1].startswith(f"error: {said}")

@@ -1,0 +1,213 @@
+"""What one rank holds in memory, and when: what lasts, and what each phase of a run needs beside it.
+
+    loaded:    model weights
+    measured:  a sample of activations, its copies in float64                 rank 0 alone
+    trained:   coders with gradients and moments, the lanes' blocks, one step, a checkpoint that is being written
+    evaluated: the coders once more, the logits of one pass
+
+Only what grows with the config is counted, by the sizes of the blocks it is in (`sae/base/held.py`); a pass of the
+language model is traced on shapes. The rest, an interpreter with its libraries, is what this process takes now.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from sae.base.held import Held, Live, blocks, peak
+from sae.coder.coder import CHUNK_ENTRIES
+from sae.evaluation.evaluation import rows_per_pass
+from sae.lm.hooks import LOGITS_AT_ONCE, capture, hooked, model_inputs
+from sae.lm.models import DTYPES, LanguageModel, resolve_device
+from sae.lm.site import Site
+from sae.objectives.auxk import ENTRIES_AT_ONCE
+from sae.parallel.collectives import BUCKET_BYTES
+from sae.parallel.ranks import Share
+from sae.training.config import TrainConfig
+from sae.training.planning import CoderPlan
+
+FLOAT, DOUBLE = 4, 8
+ENTRY = 57  # measured: bytes of a code in a step: its id, place and value, and what is kept of them for the gradient
+ROWS = 4  # of a step, as wide as what is read and written: raw, normalized, predicted, the error
+CANDIDATE = 64  # bytes of a candidate of any rank where a rule chooses in the whole batch: as sent, and as chosen among
+END_TO_END = 4  # logits of one token beside those of the graph: clean, and the softmaxes of both
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rank by what holds them, each at its own worst."""
+
+    model: Held
+    coders: Held
+    pool: Held
+    """Blocks of the rank's lanes, and those read ahead."""
+    reading: Held
+    """A pass of the language model."""
+    step: Held
+    snapshot: Held
+    """What a checkpoint on the way still holds while it is written, in the memory of the host."""
+    sampling: Held
+    measuring: Held
+    """Of rank 0."""
+    sample: Held
+    """What is held of the sample while coders are made."""
+    evaluation: Held
+    midway: bool
+    """Whether there is an evaluation while the pool is held."""
+    on_host: bool
+    """Whether coders are trained in the memory of the host."""
+
+    def parts(self) -> dict[str, int]:
+        """Returns the bytes by name, for people."""
+        found = {
+            "model": self.model,
+            "coders": self.coders,
+            "pool": self.pool,
+            "step": _larger(self.reading, self.step),
+            "snapshot": self.snapshot,
+            "statistics": max(self.sampling, self.measuring, key=lambda held: held.total),
+            "evaluation": self.evaluation,
+        }
+        return {name: int(held.total) for name, held in found.items()}
+
+    def peak(self, measures: bool) -> int:
+        """Returns the most bytes that are held at once beside the process, of the rank that measures or of another."""
+        training = self.coders + self.pool + (self.snapshot if self.on_host else Held())
+        phases = [self.sampling, self.measuring, self.coders + self.sample] if measures else []
+        phases += [
+            training + self.reading,
+            training + self.step,
+            *([training + self.evaluation] if self.midway else []),
+        ]
+        phases.append(self.coders + self.evaluation)
+        return int(peak(self.model + phase for phase in phases))
+
+
+def footprint(
+    config: TrainConfig, models: list[tuple[LanguageModel, list[Site]]], plans: list[CoderPlan], ranks: int
+) -> Footprint:
+    """Returns what a rank holds that has as many lanes as any; models are built of fake tensors, or none."""
+    settings, context, share = config.activations, config.text.context_length, Share(ranks - 1, ranks)
+    rows, of_lanes = settings.block_rows, len(share.of(settings.lanes))
+    n = config.batch_tokens * of_lanes // settings.lanes
+    if config.needs_rows:
+        rows = len(share.of(config.batch_tokens // context))
+        n = rows * context
+    micro = min(n, -(-config.micro_batch_tokens // ranks) or n)
+    sites = {name: site.width for plan in plans for name, site in plan.sites.items()}
+    widths, kinds = list(sites.values()), 2 if config.gradient_loss else 1
+    stored = DTYPES[settings.dtype].itemsize
+    block = [blocks(rows * context * width * stored, kinds) for width in widths]
+    read = sum((passed(lm, at, rows, context, bool(config.gradient_loss)) for lm, at in models), Held())
+    on_cpu = resolve_device(config.model.device).type == "cpu"
+    ahead = settings.blocks_ahead(on_cpu, share)
+    pool = blocks(sum(n * width * stored for width in widths)) if config.needs_rows else Held()
+    for one in [] if config.needs_rows else block:
+        pool += blocks(one.total / kinds, kinds * (of_lanes + ahead)) if one.total else Held()
+    graph = Held()
+    if config.needs_rows:
+        texts = max(1, micro // context)
+        graph = sum((passed(lm, at, texts, context, True) for lm, at in models), Held())
+        graph += blocks(texts * context * _vocabulary(models) * FLOAT, END_TO_END)
+    tokens = min(settings.statistics_tokens, config.max_text_tokens)
+    sample = sum((blocks(tokens * width * FLOAT) for width in widths), Held())
+    taken = sum((blocks(rows * context * w * FLOAT, kinds * tokens / (rows * context)) for w in widths), Held())
+    coders = sum((_matrices(plan) for plan in plans for _ in range(copies(plan))), Held())
+    on_the_way = config.checkpoints.every_steps < config.steps
+    saved = sum((_matrices(plan) for plan in plans for _ in range(copies(plan) - 1)), Held()) if on_the_way else Held()
+    exchanged = blocks(min(BUCKET_BYTES, max(p.parameters for p in plans) * FLOAT)) if ranks > 1 else Held()
+    weights = [p.nbytes for lm, _ in models for p in lm.model.parameters()]
+    return Footprint(
+        sum(map(blocks, weights), Held()),
+        coders,
+        pool,
+        read,
+        _larger(_larger(*(_step(p, n, micro, config) for p in plans)) + exchanged, graph),
+        Held(saved.kept / ranks, saved.returned / ranks),
+        sample + taken + read,
+        sample + _larger(*(_measured(plan, tokens) for plan in plans)),
+        sample,
+        _evaluated(config, models, plans, rows * context),
+        bool(config.eval.every_steps),
+        on_cpu,
+    )
+
+
+def copies(plan: CoderPlan) -> int:
+    """Returns how often a coder's parameters are there: weights, gradients, two moments, an average."""
+    return 5 if plan.optim.ema else 4
+
+
+def weights_dtype(config: TrainConfig) -> torch.dtype:
+    """Returns the precision in which the language model is loaded; auto is the checkpoint's on a GPU, of 16 bits."""
+    on_cpu = resolve_device(config.model.device).type == "cpu"
+    return DTYPES.get(config.model.dtype, torch.float32 if on_cpu else torch.bfloat16)
+
+
+def _larger(*held: Held) -> Held:
+    return max(held, key=lambda one: one.total)
+
+
+def _matrices(plan: CoderPlan) -> Held:
+    """Returns a coder's parameters: an encoder and a decoder, and what is small beside them."""
+    return blocks(plan.parameters * FLOAT / 2, 2)
+
+
+def passed(lm: LanguageModel, sites: list[Site], rows: int, context: int, backward: bool) -> Held:
+    """Returns what a pass of a fake model holds: up to the last site, or of all of it, `backward` with a gradient."""
+    with next(lm.model.parameters()).fake_mode, Live() as live:  # type: ignore[attr-defined]
+        tokens = torch.zeros(rows, context, dtype=torch.int32)
+        if not backward:
+            with torch.no_grad():
+                capture(lm, sites, tokens) if sites else lm.model(**model_inputs(lm, tokens))
+            return live.worst
+        begin = lambda site, x: x.detach().requires_grad_()  # noqa: E731
+        with torch.enable_grad(), hooked(lm.model, sites, begin):
+            logits = lm.model(**model_inputs(lm, tokens)).logits.float()
+            logits.logsumexp(-1).sum().backward()
+    return live.worst
+
+
+def _vocabulary(models: list[tuple[LanguageModel, list[Site]]]) -> int:
+    return getattr(models[0][0].model.config.get_text_config(), "vocab_size", 0) if models else 0
+
+
+def _step(plan: CoderPlan, n: int, micro: int, config: TrainConfig) -> Held:
+    """Returns what one coder's step holds beside the coder: scores and what stands beside them, codes, gradients."""
+    rule, d_sae, scores = plan.spec.rule, plan.d_sae, micro * plan.d_sae * FLOAT
+    k = max(getattr(rule, "k", 0), getattr(rule, "k_start", 0))
+    codes = micro * (k or rule.fires_at_first * d_sae)
+    rows = blocks(n * (plan.d_in + plan.d_out) * FLOAT) + blocks(micro * (plan.d_in + plan.d_out) * FLOAT, ROWS / 2)
+    chosen = blocks(scores) + blocks(scores * (rule.beside_scores % 1)) + blocks(scores, int(rule.beside_scores))
+    chosen += blocks(codes * FLOAT, ENTRY / FLOAT)
+    if rule.batch_wide:
+        everywhere = min(k * config.batch_tokens, n * d_sae) * (config.batch_tokens // n)
+        chosen += blocks(everywhere * CANDIDATE / 8, 8)
+    revived = blocks(scores) + blocks(min(scores, ENTRIES_AT_ONCE * FLOAT))
+    return rows + _larger(chosen, revived, blocks(scores) + _matrices(plan) + blocks(plan.parameters * FLOAT / 2))
+
+
+def _measured(plan: CoderPlan, tokens: int) -> Held:
+    """Returns what measuring holds beside the sample: what is left of it, and float64 of both sides and of a square."""
+    kept = sum((blocks(tokens * site.width * FLOAT) for site in plan.sites.values()), Held())
+    return kept + blocks(tokens * plan.d_in * DOUBLE) + blocks(tokens * plan.d_out * DOUBLE, 3)
+
+
+def _evaluated(
+    config: TrainConfig, models: list[tuple[LanguageModel, list[Site]]], plans: list[CoderPlan], block: int
+) -> Held:
+    """Returns what the evaluation holds beside coders in training: finished ones, logits, one coder's codes."""
+    finished = sum((_matrices(plan) for plan in plans), Held())
+    vocabulary, context = _vocabulary(models), config.text.context_length
+    n = rows_per_pass(context, vocabulary) * context if models else block
+    graded = bool(config.gradient_loss)
+    seen = sum((passed(lm, at if graded else [], n // context, context, graded) for lm, at in models), Held())
+    found = []
+    for plan in plans:
+        m, rule = plan.d_sae, plan.spec.rule
+        chunk = min(n, max(1, CHUNK_ENTRIES // m)) * m * FLOAT
+        asked = blocks(chunk) + blocks(chunk * (rule.beside_scores % 1)) + blocks(chunk, int(rule.beside_scores))
+        found.append(asked + blocks(n * plan.d_out * DOUBLE, 5))
+    if models and models[0][0].is_causal:
+        logits = blocks(n * vocabulary * weights_dtype(config).itemsize)
+        found = [logits + _larger(each, seen, logits + blocks(LOGITS_AT_ONCE * FLOAT, 5)) for each in found]
+    return finished + _larger(seen, *found)
