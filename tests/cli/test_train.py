@@ -118,7 +118,7 @@ def test_too_little_disk_is_an_error_before_anything_loads(
 
 def test_what_only_may_be_too_little_is_a_warning(config, monkeypatch, quick, half_a_gigabyte, capsys):
     estimated(monkeypatch, 3 * 10**8, 3 * 10**8)
-    monkeypatch.setattr("sae.training.run.train", lambda *_: SimpleNamespace(metrics={}))
+    monkeypatch.setattr("sae.training.run.train", lambda *_: SimpleNamespace(metrics={}, coders={}))
     assert main(["--config", config]) == 0
     assert "warning      run_dir and SAE_CACHE: 600 MB of disk are needed, 500 MB are free " in capsys.readouterr().err
 
@@ -416,7 +416,7 @@ def test_a_model_that_cannot_be_estimated_may_still_run(config, monkeypatch, qui
         raise RuntimeError("data-dependent\nexpression")
 
     monkeypatch.setattr("sae.training.estimate.estimate", untraceable)
-    monkeypatch.setattr("sae.training.run.train", lambda *_: SimpleNamespace(metrics={}))
+    monkeypatch.setattr("sae.training.run.train", lambda *_: SimpleNamespace(metrics={}, coders={}))
     assert main(["--config", config]) == 0
     assert "warning      no estimate: data-dependent expression" in capsys.readouterr().err
 

@@ -42,7 +42,7 @@ def test_a_dry_run_of_several_ranks_says_what_one_of_them_takes(capsys):
 
 
 def test_a_dry_run_of_several_ranks_says_what_they_exchange(capsys):
-    assert main(["--dry-run", "--ranks", "2"]) == 0
+    assert main(["--dry-run", "--ranks", "2", "--ranks.deadline_s", "30"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert " of rank 0, " in lines[2]
     assert lines[-2].startswith("exchange     ")
