@@ -176,7 +176,8 @@ def test_commands_that_cannot_run_here_parse(block, shell, monkeypatch):
             command = "sae-explain" if name == "explain.sbatch" else "sae-train"
             words = [command, *(STANDS_FOR.get(word, word) for word in words[words.index(name) + 1 :])]
         elif words[0] in LAUNCHERS:
-            words = words[next(i for i, word in enumerate(words) if word in COMMANDS) :]
+            words = words[next(i for i, word in enumerate(words) if word in COMMANDS or word.startswith("tests/")) :]
+            words = words if words[0] in COMMANDS else ["python", *words]
         if words[0] in COMMANDS:
             parse(words)
         elif words[0] == "python" and words[1].startswith("tests/"):
