@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -351,10 +352,7 @@ def test_options_that_do_not_go_together(tmp_path, tiny_train, no_model, options
 
 
 def test_an_estimate_tells_of_the_store_and_makes_none(tmp_path, tiny_train, no_model, monkeypatch):
-    from sae.training.estimate import Estimate
-
-    found = Estimate({"a": 16, "b": 8}, 1, 1, {}, False, 1, 1, 1.0, 1.0)
-    monkeypatch.setattr(Estimate, "lines", lambda self: [])
+    found = SimpleNamespace(widths={"a": 16, "b": 8}, peak_memory=1, lines=list)
     monkeypatch.setattr("sae.training.estimate.estimate", lambda *_: found)
     options = ["--store-only", "--shard", "2/4", "--dry-run"]
     code, printed = tiny_train(stored(tmp_path / "store"), options)
