@@ -352,7 +352,7 @@ def test_options_that_do_not_go_together(tmp_path, tiny_train, no_model, options
 
 
 def test_an_estimate_tells_of_the_store_and_makes_none(tmp_path, tiny_train, no_model, monkeypatch):
-    found = SimpleNamespace(widths={"a": 16, "b": 8}, peak_memory=1, lines=list)
+    found = SimpleNamespace(widths={"a": 16, "b": 8}, lines=list, to_json=dict)
     monkeypatch.setattr("sae.training.estimate.estimate", lambda *_: found)
     options = ["--store-only", "--shard", "2/4", "--dry-run"]
     code, printed = tiny_train(stored(tmp_path / "store"), options)
