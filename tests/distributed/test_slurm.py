@@ -179,7 +179,7 @@ def test_labels_are_made_by_a_server_within_the_job(cluster, tmp_path):
     coder = tiny_coder(tmp_path, documents=20)
     (tmp_path / "serve.py").write_text(SERVER.replace("{tests}", str(FILES.parents[1] / "tests")), encoding="utf-8")
     own = {"MODEL": "fake", "SERVE": f"python {tmp_path / 'serve.py'} $PORT", "SHARDS": "2"}
-    words = [FILES / "explain.sbatch", coder, *INTERP, "--latents", "random:6"]
+    words = [FILES / "explain.sbatch", coder, *INTERP, "--latents", "random:6", "--explain-only"]
     export = "--export=ALL," + ",".join(f"{name}={value}" for name, value in own.items())
     job = cluster.submit("--nodes=1", "--ntasks-per-node=2", *SMALL[2:], export, *words)
     found = cluster.wait(job)

@@ -156,11 +156,15 @@ def slurm(folder: Path) -> Iterator[Slurm]:
         yield cluster
     finally:
         cluster.call("scancel", "--user=root", check=False)
-        for process in [*started, *cluster.processes()]:
-            with contextlib.suppress(ProcessLookupError, psutil.Error):
-                process.kill()
+        for process in started:
+            process.kill()
         for process in started:
             process.wait(PATIENCE_S)
+        while left := cluster.processes():  # what the daemons had begun, once they begin no more
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            time.sleep(0.05)
 
 
 def _program(name: str) -> str | None:
