@@ -1,15 +1,17 @@
 """Rows 2 and 6 as they happen on a cluster: under torchrun, killed from outside, and stopped through the launcher."""
 
+import os
 import random
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from rigs.children import PATIENCE_S, wait_until
+from rigs.children import PATIENCE_S, free_port, wait_until
 from rigs.fakes import tiny_config
 from rigs.runs import assert_equal, checkpoints, lines
 
@@ -21,12 +23,13 @@ CHANGES = {"tokens": 400 * 128, "checkpoints.every_steps": 25, "activations.sour
 @pytest.fixture
 def torchrun() -> Iterator[Callable[..., subprocess.Popen]]:
     """Starts sae-train on two ranks; nothing of it outlives the test."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     started: list[subprocess.Popen] = []
 
-    def start(log: Path, *argv: object) -> subprocess.Popen:
+    def start(log: Path, *argv: object, options: tuple[str, ...] = ("--standalone",), **more: Any) -> subprocess.Popen:
+        command = [*launcher, *options, "-m", "cli.train", *map(str, argv)]
         with open(log, "w", encoding="utf-8") as file:
-            started.append(subprocess.Popen([*launcher, "cli.train", *map(str, argv)], stdout=file, stderr=file))
+            started.append(subprocess.Popen(command, stdout=file, stderr=file, **more))
         return started[-1]
 
     yield start
@@ -68,3 +71,54 @@ def test_killed_and_stopped_under_torchrun_equals_undisturbed(torchrun, tmp_path
 
     assert torchrun(log, "--resume", run).wait(PATIENCE_S) == 0, log.read_text()
     assert_equal(run, whole)
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model, tiny_text):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(tiny_config(tiny_model, tiny_text, CHANGES)), encoding="utf-8")
+    return path
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(launcher.pid).children()
+
+
+def beyond(run: Path, step: int) -> Callable[[], bool]:
+    return lambda: (run / "metrics.jsonl").exists() and len(lines(run)) > step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_restart_goes_on_from_the_checkpoint_in_the_folder_that_nobody_named(torchrun, tmp_path, config, rank):
+    log, root = tmp_path / "log.txt", Path(__file__).parents[2]
+    again = ("--max-restarts", "2", "--master-port", str(free_port()))  # of a run id that every such torchrun has
+    here = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(root)}}
+    started = torchrun(log, "--config", config, options=again, **here)
+    run = tmp_path / "runs" / "tiny"
+    wait_until(beyond(run, 40), lambda: started.poll() is None, log)
+    ranks_of(started)[rank].kill()
+    assert started.wait(PATIENCE_S) == 0, log.read_text()
+    assert "continuing runs/tiny at step" in log.read_text()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]
+
+    whole = torchrun(log, "--config", config, options=again, **here)  # another torchrun: a run of its own
+    assert whole.wait(PATIENCE_S) == 0, log.read_text()
+    assert_equal(run, tmp_path / "runs" / "tiny-2")
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_stays_stopped_when_its_ranks_are_started_again(torchrun, tmp_path, config):
+    log, run = tmp_path / "log.txt", tmp_path / "run"
+    again = ("--max-restarts", "3", "--standalone")
+    started = torchrun(log, "--config", config, "--run-dir", run, options=again)
+    wait_until(beyond(run, 30), lambda: started.poll() is None, log)
+    ranks_of(started)[1].send_signal(signal.SIGUSR1)
+    assert started.wait(PATIENCE_S) == 1, log.read_text()  # torchrun's own exit code for any failure
+    step = checkpoints(run)[-1]
+    said = log.read_text()
+    assert f"stopped at step {step} of 400, checkpoint written" in said
+    assert said.count("stopped already: a signal had ended") == 2 * 3, said
+    assert len(lines(run)) == step
+    assert torchrun(log, "--resume", run).wait(PATIENCE_S) == 0, log.read_text()
+    assert len(lines(run)) == 400
