@@ -73,7 +73,7 @@ def train(
     what a callback raises, when all that was trained is saved, with a note that says how to go on. After StopTraining
     it returns the coders as they are; the run may still go on with `resume`.
     """
-    if not isinstance(resume, bool) and resume != AUTO:
+    if not isinstance(resume, bool) and not (isinstance(resume, str) and resume == AUTO):
         raise wrong("resume", resume, f"True, False or {AUTO!r}; the folder to go on in is run_dir")
     if not isinstance(run_dir, str | os.PathLike | None):
         raise wrong("run_dir", run_dir, "the path of a folder")
