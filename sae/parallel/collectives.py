@@ -63,6 +63,15 @@ def bytes_of_sums(*tensors: Tensor) -> list[int]:
     return [sum(tensor.nbytes for tensor in bucket) for bucket in _buckets(tensors)]
 
 
+def smallest(value: Tensor) -> Tensor:
+    """Returns the smallest of any rank, member by member."""
+    if dist.is_initialized():
+        value = value.clone()
+        with collective():
+            dist.all_reduce(value, dist.ReduceOp.MIN)
+    return value
+
+
 def of_every_rank(numbers: Tensor) -> list[list[int]]:
     """Returns the whole numbers [k] of all ranks, in their order: the one thing that the host must wait for."""
     if not dist.is_initialized():

@@ -75,6 +75,11 @@ def group() -> Group | None:
     return _joined
 
 
+def in_group() -> bool:
+    """Returns whether this process is one of a group, if only of itself."""
+    return dist.is_initialized()
+
+
 def rank() -> int:
     """Returns this process's number, 0 when alone."""
     return dist.get_rank() if dist.is_initialized() else 0

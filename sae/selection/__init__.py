@@ -240,6 +240,13 @@ class Selection(Plugin):
         """Returns the candidates among entries, sorted by (token, latent), of some of the batch's tokens."""
         raise NotImplementedError
 
+    def floors(self, entries: Entries, n_tokens: int, m: int, moment: Moment) -> Float[Tensor, "m"]:
+        """Returns, of the candidates of n tokens of the batch, a value for each of m latents.
+
+        Of the whole batch nothing is kept, or looked at by `keep`, that lies below the smallest of the parts' values.
+        """
+        raise NotImplementedError
+
     def keep(self, entries: Entries, moment: Moment) -> Entries:
         """Returns the kept entries, given the candidates of all tokens of the batch, sorted by (token, latent)."""
         raise NotImplementedError

@@ -105,9 +105,9 @@ class FeatureChoice(MutualChoice):
         return _union(mutual, own, scores.shape[1])
 
     def candidates_of(self, n: int, batch: int, m: int) -> tuple[int, int]:
-        """Returns what Mutual Choice would keep; at most, with every latent's own entries and the next one of each."""
-        mutual = min(self.k * batch, n * m)
-        return mutual, min(mutual + self.k * batch + m, n * m)
+        """Returns what Mutual Choice would; at most, with every latent's own entries and the next one of each."""
+        least, mutual = super().candidates_of(n, batch, m)
+        return least, min(mutual + self.k * batch + m, n * m)
 
     def reduce(self, entries: Entries, moment: Moment) -> Entries:
         """Returns what both would keep of the entries."""
@@ -116,6 +116,21 @@ class FeatureChoice(MutualChoice):
             return mutual
         budgets = moment.state["budgets"].to(entries.ids.device)
         return _union(mutual, entries.take(ranks(entries, len(budgets)) <= budgets[entries.ids]), len(budgets))
+
+    def floors(self, entries: Entries, n_tokens: int, m: int, moment: Moment) -> Float[Tensor, "m"]:
+        """Returns what Mutual Choice needs, or the value that a latent's share of m_i + 1 entries reach, if less.
+
+        Shares are rounded up, so that those of all parts are at least m_i + 1; the next one is the other side of a cut.
+        """
+        mutual = super().floors(entries, n_tokens, m, moment)
+        if self._mutual(moment) or not n_tokens:
+            return mutual
+        budgets = moment.state["budgets"].to(entries.ids.device)
+        last = -(-(budgets + 1) * n_tokens // moment.n_tokens) - 1
+        there = ranks(entries, m) == last[entries.ids]
+        own = torch.full_like(mutual, -torch.inf)
+        own[entries.ids[there]] = entries.values[there]
+        return torch.minimum(mutual, own)
 
     def keep(self, entries: Entries, moment: Moment) -> Entries:
         """Returns every latent's largest entries, and takes in densities and thresholds."""

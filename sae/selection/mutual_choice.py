@@ -73,13 +73,24 @@ class MutualChoice(Budget):
         return top_entries(scores, self.budget(moment), first_token)
 
     def candidates_of(self, n: int, batch: int, m: int) -> tuple[int, int]:
-        """Returns the budget, or all entries."""
-        found = min(self.k * batch, n * m)
-        return found, found
+        """Returns the tokens' share of the budget; at most, all of it, or all entries."""
+        return self.k * n, min(self.k * batch, n * m)
 
     def reduce(self, entries: Entries, moment: Moment) -> Entries:
         """Returns the largest of the entries."""
         return top_of(entries, self.budget(moment))
+
+    def floors(self, entries: Entries, n_tokens: int, m: int, moment: Moment) -> Float[Tensor, "m"]:
+        """Returns the value that k n entries reach.
+
+        The parts' n add up to the tokens of the batch, and each part has k n entries at or above the smallest floor of
+        all. So there are at least as many as the batch keeps, and what lies below is not among the largest.
+        """
+        count = self.k_at(moment.progress) * n_tokens
+        floor = torch.inf if count == 0 else -torch.inf
+        if 0 < count <= len(entries.values):
+            floor = entries.values.topk(count).values[-1]
+        return entries.values.new_full((m,), float(floor))
 
     def keep(self, entries: Entries, moment: Moment) -> Entries:
         """Returns the largest of the entries, and takes the smallest positive one into the running mean."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae.coder.coder import Look, SparseCoder
 from sae.kernels.codes import Entries, Support
-from sae.parallel import collectives
+from sae.parallel import collectives, ranks
 from sae.selection import Moment, Selection
 
 
@@ -49,19 +49,30 @@ class Chooser:
                 entries.append(self.rule.candidates(scores[:, group], before + start, moment))
                 entries[:] = [self.rule.reduce(Entries.cat(entries), moment)] if start else entries[1:]
         kept = []
-        for entries, group, moment in zip(self._of_all_ranks(held), self.groups, self.moments, strict=True):
+        found = self._of_all_ranks([entries for (entries,) in held], starts[-1])
+        for entries, group, moment in zip(found, self.groups, self.moments, strict=True):
             chosen = self.rule.keep(entries, moment)
             chosen = chosen.take((chosen.tokens >= before) & (chosen.tokens < before + starts[-1]))
             kept.append(Entries(chosen.tokens - before, chosen.ids + group.start, chosen.values))
         offsets, ids = Entries.cat(kept).to_support(starts[-1])
         return [(offsets[a : b + 1] - offsets[a], ids[offsets[a] : offsets[b]]) for a, b in pairwise(starts)]
 
-    def _of_all_ranks(self, held: list[list[Entries]]) -> list[Entries]:
-        """Returns the candidates of every group of latents, gathered together."""
-        moved = [
-            Entries(tokens, ids + group.start, values)
-            for group, ((tokens, ids, values),) in zip(self.groups, held, strict=True)
+    def _of_all_ranks(self, held: list[Entries], n_tokens: int) -> list[Entries]:
+        """Returns the candidates of every group of latents of all ranks; this one has `n_tokens` tokens.
+
+        Ranks first drop what none can keep: all candidates of each would be as many times what is kept as there are
+        ranks, on every rank.
+        """
+        if not ranks.in_group():
+            return held
+        floors = [
+            self.rule.floors(entries, n_tokens, group.stop - group.start, moment)
+            for entries, group, moment in zip(held, self.groups, self.moments, strict=True)
         ]
+        least = collectives.smallest(torch.cat(floors)).split([len(own) for own in floors])
+        moved = []
+        for (tokens, ids, values), group, floor in zip(held, self.groups, least, strict=True):
+            moved.append(Entries(tokens, ids + group.start, values).take(~(values < floor[ids])))
         tokens, ids, values = collectives.gathered(*Entries.cat(moved))
         found = []
         for group in self.groups:

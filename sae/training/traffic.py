@@ -1,6 +1,7 @@
 """What the ranks of a run tell each other in a step: bytes and collectives, by the functions that move them.
 
     tokens:     how many each rank has                                        gathered, 16 bytes
+    floors:     of a batch-wide rule, under which no rank has a candidate     smallest, one number a latent
     candidates: of a batch-wide rule, 12 bytes each                           gathered, padded to the rank with the most
     effects:    of a rule that looks at gradients, two numbers a group        summed
     gradients:  every parameter, with the loss terms, errors and firings      summed, in buckets
@@ -28,7 +29,7 @@ class Traffic:
 
     ranks: int
     summed: int
-    """Bytes that are summed."""
+    """Bytes that are summed, or of which the smallest is taken."""
     least: int
     most: int
     """Bytes that are gathered: candidates, of which data decides how many there are; the tokens of one rank."""
@@ -73,6 +74,7 @@ def _of_coder(plan: CoderPlan, config: TrainConfig, n: int) -> tuple[list[int], 
         summed += [bytes_of_sums(torch.zeros(2, dtype=torch.float64))[0]] * len(groups)
     if not plan.spec.rule.batch_wide:
         return summed, (0, 0)
+    summed += bytes_of_sums(torch.empty(plan.d_sae, device="meta"))
     sizes = [plan.spec.rule.candidates_of(n, config.batch_tokens, group.stop - group.start) for group in groups]
     least, most = (sum(size[end] for size in sizes) for end in (0, 1))
     return summed, (_rows(least), _rows(most))

@@ -12,6 +12,7 @@ from sae.coder.coder import SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
+from sae.kernels.codes import Entries
 from sae.kernels.largest import top_ids
 from sae.lm.hooks import capture_with_gradients, hooked
 from sae.lm.masking import MaskSpec
@@ -413,3 +414,35 @@ def test_losses_that_differ_cannot_share_a_pass():
     grid = {"a": {"type": "gradient_topk", "k": 2}, "b": {"type": "gradient_topk", "k": 2, "loss": "sampled"}}
     with pytest.raises(ConfigError, match="next_token, sampled cannot share one pass"):
         tiny_config(Path("m"), Path("t"), {"grid": {"coder.selection": grid}}).validate()
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("rule", [MutualChoice(K), FeatureChoice(K), FeatureChoice(1), MutualChoice(K, k_start=9)])
+def test_what_lies_below_the_floors_of_parts_of_a_batch_changes_nothing(rule, ties):
+    """Parts are what ranks have of a batch: uneven, some of no token, and not alike."""
+    kept, candidates = {}, {}
+    for sizes in ([16] * 4, [30, 0, 33, 1], [64]):
+        for dropping in (False, True):
+            state = rule.start(M)
+            for step in range(4):
+                draw = torch.Generator().manual_seed(step)
+                scores = torch.randn(N, M, generator=draw) * torch.rand(N, 1, generator=draw)
+                scores = (scores * 2).round() if ties else scores
+                moment = Moment(step / 4, N, dict(state))
+                rule.begin(moment)
+                starts = [sum(sizes[:i]) for i in range(len(sizes))]
+                parts = [rule.candidates(scores[a : a + n], a, moment) for a, n in zip(starts, sizes, strict=True)]
+                parts = [rule.reduce(entries, moment) for entries in parts]
+                if dropping:
+                    floors = [rule.floors(part, n, M, moment) for part, n in zip(parts, sizes, strict=True)]
+                    least = torch.stack(floors).amin(0)
+                    parts = [part.take(~(part.values < least[part.ids])) for part in parts]
+                together = Entries.cat(parts)
+                found = rule.keep(together, moment)
+                state = moment.state
+                candidates[tuple(sizes), dropping] = len(together.ids)
+                now = {**state, **found._asdict()}
+                for name, value in kept.setdefault(step, now).items():
+                    torch.testing.assert_close(now[name], value, rtol=0, atol=0, equal_nan=True, msg=f"{sizes} {name}")
+    alike = (16,) * 4
+    assert ties or candidates[alike, True] < 0.8 * candidates[alike, False], candidates

@@ -88,7 +88,7 @@ def test_bytes_and_collectives_of_a_step(n, tmp_path):
             assert len(moved) == said.collectives, label
             assert summed == said.summed, label
             assert said.least <= gathered <= said.most, label
-        assert (said.least == said.most) == ("feature" not in label)
+        assert (said.least == said.most) == (not plan.spec.rule.batch_wide), label
 
 
 def test_alone_nothing_moves():
