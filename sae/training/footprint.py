@@ -28,7 +28,7 @@ from sae.training.planning import CoderPlan
 FLOAT, DOUBLE = 4, 8
 ENTRY = 57  # measured: bytes of a code in a step: its id, place and value, and what is kept of them for the gradient
 ROWS = 4  # of a step, as wide as what is read and written: raw, normalized, predicted, the error
-CANDIDATE = 64  # bytes of a candidate of any rank where a rule chooses in the whole batch: as sent, and as chosen among
+CANDIDATE = 64  # bytes of a candidate where a rule chooses in the whole batch: as sent, and as chosen among
 END_TO_END = 4  # logits of one token beside those of the graph: clean, and the softmaxes of both
 
 
@@ -180,7 +180,8 @@ def _step(plan: CoderPlan, n: int, micro: int, config: TrainConfig) -> Held:
     chosen = blocks(scores) + blocks(scores * (rule.beside_scores % 1)) + blocks(scores, int(rule.beside_scores))
     chosen += blocks(codes * FLOAT, ENTRY / FLOAT)
     if rule.batch_wide:
-        everywhere = min(k * config.batch_tokens, n * d_sae) * (config.batch_tokens // n)
+        own = min(k * config.batch_tokens, n * d_sae)
+        everywhere = own * min(2, config.batch_tokens // n)  # ranks gather hardly more than the budget
         chosen += blocks(everywhere * CANDIDATE / 8, 8)
     revived = blocks(scores) + blocks(min(scores, ENTRIES_AT_ONCE * FLOAT))
     return rows + _larger(chosen, revived, blocks(scores) + _matrices(plan) + blocks(plan.parameters * FLOAT / 2))
