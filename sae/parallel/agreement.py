@@ -5,7 +5,7 @@ They wait for each other on keys of a store, not in a collective: one of them ma
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from sae.base.errors import Stopped
@@ -29,19 +29,30 @@ class PeerError(RuntimeError):
 def together() -> Iterator[None]:
     """Waits for all ranks at the end of the block, and ends them all if it failed on one.
 
-    A rank that waits for one that is gone would wait for ever.
+    A rank that waits for one that is gone would wait for ever. So would one that waits, within the block, for what
+    another one does not come to since it has failed there: that waiting ends, too.
     """
-    failed: Exception | None = None
+    failed, code, group = None, 0.0, ranks.group()
+    with group.block() if group else nullcontext():
+        try:
+            yield
+        except Exception as error:
+            failed, code = error, getattr(error, "exit_code", 1)
+            code = STOPPED if code == Stopped.exit_code else code
+            if group:
+                with group.heart.explained():
+                    group.store.set(group.failures[-1], json.dumps(code))
     try:
-        yield
-    except Exception as error:
-        failed = error
-    code = getattr(failed, "exit_code", 1) if failed else 0
-    worst = concluded(code if code != Stopped.exit_code else STOPPED, max)
-    if failed:
-        raise known(failed)
+        worst = concluded(code, max)
+    finally:
+        if failed:
+            raise known(failed)
     if worst:
-        raise known(Stopped("with another rank") if worst == STOPPED else PeerError(int(worst)))
+        raise known(_elsewhere(worst))
+
+
+def _elsewhere(code: float) -> Exception:
+    return Stopped("with another rank") if code == STOPPED else PeerError(int(code))
 
 
 def known(error: Known) -> Known:
@@ -71,7 +82,7 @@ def agreed(decide: Callable[[], Any]) -> Any:
     group = ranks.group()
     if group is None:
         return decide()
-    key = f"decided/{next(group.numbers)}"
+    key = f"decided{group.next_key()}"
     with together():
         if ranks.rank() == 0:
             decided = json.dumps(decide())
@@ -86,19 +97,24 @@ def concluded(value: Any, conclude: Callable[[list[Any]], Any]) -> Any:
     group = ranks.group()
     if group is None:
         return conclude([value])
-    key = f"met/{next(group.numbers)}"
-    store, explained = group.store, group.heart.explained
+    key = f"met{group.next_key()}"
     with during("waiting for the others"):
-        with explained():
-            store.set(f"{key}/{ranks.rank()}", json.dumps(value))
+        with group.heart.explained():
+            group.store.set(f"{key}/{ranks.rank()}", json.dumps(value))
         if ranks.rank() == 0:
-            every = [f"{key}/{i}" for i in range(len(group.peers))]
-            with explained():
-                wait_for(store, every)
-                told = store.multi_get(every)
+            told = _told(group, [f"{key}/{i}" for i in range(len(group.peers))])
             found = json.dumps(conclude([json.loads(text) for text in told]))
-            with explained():
-                store.set(key, found)
-        with explained():
-            wait_for(store, [key])
-            return json.loads(store.get(key))
+            with group.heart.explained():
+                group.store.set(key, found)
+        return json.loads(_told(group, [key])[0])
+
+
+def _told(group: ranks.Group, keys: list[str]) -> list[bytes]:
+    """Returns what the keys hold once all are set; raises if a rank has failed in a block that is open."""
+    store, failures = group.store, group.failures
+    with group.heart.explained():
+        wait_for(store, keys, other=lambda: any(store.check([key]) for key in failures))
+        if store.check(keys):  # also where one has failed just after
+            return store.multi_get(keys)
+        code = next(json.loads(store.get(key)) for key in failures if store.check([key]))
+    raise known(_elsewhere(code))

@@ -18,7 +18,8 @@ class Desk:
     def __init__(self) -> None:
         group = ranks.group()
         self.rank, self.peers = ranks.rank(), group.peers if group else []
-        self.matter = f"desk/{next(group.numbers)}" if group else ""
+        self.matter = f"desk{group.next_key()}" if group else ""
+        self.failures = group.failures if group else []
         self.heard: BaseException | None = None
         """What a rank has left by `fail`, as it is raised here."""
         self.store = group.store.clone() if group else None  # pyright: ignore[reportAttributeAccessIssue]
@@ -69,6 +70,8 @@ class Desk:
         while not self.store.check(keys):
             if self.store.check([f"{self.matter}/failed"]):
                 raise self._failure()
+            if any(self.store.check([key]) for key in self.failures):  # where all were to make a desk
+                raise PeerError(1)
             time.sleep(nap)
             nap = min(LONGEST_NAP_S, 1.5 * nap)
         return [json.loads(value) for value in self.store.multi_get(keys)]

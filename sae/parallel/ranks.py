@@ -63,8 +63,27 @@ class Group:
 
     def __init__(self, store: Store, heart: Heartbeat, peers: list[Peer]) -> None:
         self.store, self.heart, self.peers = store, heart, peers
-        self.numbers = count()
-        """Of what is agreed on, one after the other; all ranks count alike."""
+        self.blocks = [("", count())]
+        """That are open, one within the other, with the numbers of what is agreed on in each."""
+
+    def next_key(self) -> str:
+        """Returns the name of what is agreed on next; all ranks name it alike."""
+        name, numbers = self.blocks[-1]
+        return f"{name}/{next(numbers)}"
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """Counts apart what is agreed on within the block: a rank that fails there does not come to all of it."""
+        self.blocks.append((self.next_key(), count()))
+        try:
+            yield
+        finally:
+            self.blocks.pop()
+
+    @property
+    def failures(self) -> list[str]:
+        """Returns the keys by which a rank that fails in one of the open blocks says so, the innermost last."""
+        return [f"failed{name}" for name, _ in self.blocks[1:]]
 
 
 _joined: Group | None = None

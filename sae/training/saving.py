@@ -62,7 +62,10 @@ class Saver:
         self.wait()
         desk, own = Desk(), own_rows(tensors)
         if training:
-            own = self.copy.take(own)
+            try:
+                own = self.copy.take(own)
+            except Exception as error:  # no memory: the others' threads wait for this one's
+                raise desk.fail(error) from error
         size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
         values = deepcopy({"step": step, **values})
         folder = self.run_dir / "checkpoints" / f"step-{step:09d}"

@@ -133,6 +133,26 @@ def test_one_rank_without_room_ends_all_with_one_line(tmp_path, config, whole):
     assert_equal(run, whole)
 
 
+def no_memory(rank: int, method: str) -> None:
+    def fails(self, own) -> None:
+        raise MemoryError("no memory for the copy")
+
+    if int(os.environ.get("RANK", "0")) == rank:
+        setattr(sae.training.saving.Copy, method, fails)
+
+
+@pytest.mark.parametrize(
+    ("rank", "method"),
+    [(1, "make_room"), *(pytest.param(r, "take", marks=pytest.mark.slow) for r in (0, 1))],
+)
+def test_one_rank_without_memory_for_the_copy_ends_all(tmp_path, config, rank, method):
+    run = tmp_path / "run"
+    children = start(tmp_path, "--config", config, "--run-dir", run, first=partial(no_memory, rank, method))
+    assert finished(children) == [1, 1], [child.output for child in children]
+    assert "no memory for the copy" in "".join(child.output for child in children)
+    assert "connection" not in children[1].output
+
+
 def test_a_signal_while_writing_is_heard_and_what_was_begun_is_whole(tmp_path, monkeypatch, tiny_train):
     run, waiting, asked = tmp_path / "run", [], []
     files, wait = sae.training.saving._files, Saver.wait
