@@ -40,7 +40,7 @@ def run(command: Callable[[list[str]], int], argv: list[str] | None = None) -> i
             try:
                 code = command(arguments)
             except SystemExit as ended:  # so do --help and --version end
-                code = ended.code if isinstance(ended.code, int) else DONE
+                code = ended.code if isinstance(ended.code, int) else ERROR if ended.code else DONE
             if sys.stdout is not None:
                 sys.stdout.flush()
             return code

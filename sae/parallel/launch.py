@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,11 @@ class Launch:
     requeued: bool = False
     """Whether Slurm has started the job again."""
 
+    @property
+    def passes_on(self) -> bool:
+        """Returns whether a signal may come twice: from whoever sent it to all, and from the launcher."""
+        return self.world_size > 1 or bool(self.agent)
+
 
 def launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Returns how this process was started; ConfigError names a variable that is missing or makes no sense.
@@ -55,19 +61,18 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch:
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS", 1)  # SLURM_NTASKS stands in batch scripts, too
     if "WORLD_SIZE" in environment or "RANK" in environment:
         found = _from_variables(environment)
-        by_agents = _number(environment, "GROUP_WORLD_SIZE", 1) if found.agent else found.world_size
-        if tasks > by_agents:
-            what = "torchrun" if found.agent else "WORLD_SIZE"
+        by_agents = found.launcher != BY_HAND
+        groups = _number(environment, "GROUP_WORLD_SIZE", 1) if by_agents else found.world_size
+        if tasks > groups:
+            what = "torchrun" if by_agents else "WORLD_SIZE"
             raise ConfigError(
                 f"{what}: srun has started {tasks} tasks, and each of them is a group of {found.world_size} by itself; "
-                + ("give torchrun --nnodes and --rdzv-endpoint" if found.agent else f"set it to {tasks}, or unset it")
+                + ("give torchrun --nnodes and --rdzv-endpoint" if by_agents else f"set it to {tasks}, or unset it")
             )
         return found
-    if tasks > 1:
-        return _from_slurm(environment, tasks)
     for rank, size, local_rank, local_size in MPI:
         n = _number(environment, size, 1)
-        if n > 1:
+        if n > max(1, tasks):  # mpirun starts its own helper by srun, a task a node; srun sets some of these variables
             one_host = _number(environment, local_size, 0) == n
             return Launch(
                 MPIRUN,
@@ -78,7 +83,7 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch:
                 _port(environment, environment.get("SLURM_JOB_ID", "")),
                 **_job(environment),
             )
-    return Launch(**_job(environment))
+    return _from_slurm(environment, tasks) if tasks > 1 else Launch(**_job(environment))
 
 
 def _from_variables(environment: Mapping[str, str]) -> Launch:
@@ -94,7 +99,7 @@ def _from_variables(environment: Mapping[str, str]) -> Launch:
         _number(environment, "LOCAL_RANK", 0),
         _address(environment, "127.0.0.1" if n == 1 else ""),
         _port(environment, ""),
-        agent=_agent() if by_torchrun else "",
+        agent=_agent(environment["TORCHELASTIC_RUN_ID"]) if by_torchrun else "",
         **_job(environment),
     )
 
@@ -136,10 +141,15 @@ def _by_accelerate(environment: Mapping[str, str]) -> bool:
     return "ACCELERATE_MIXED_PRECISION" in environment
 
 
-def _agent() -> str:
-    """The process that started this one, told from others of the same number."""
-    parent = os.getppid()
-    return f"{socket.gethostname()} {parent} {psutil.Process(parent).create_time():.2f}"
+def _agent(run: str) -> str:
+    """The process that started the rank, told from others of the same number; there may be a script in between."""
+    agent = psutil.Process().parent()
+    with suppress(psutil.Error):  # of somebody else, or gone
+        while agent and agent.environ().get("TORCHELASTIC_RUN_ID") == run and (above := agent.parent()):
+            agent = above
+    with suppress(psutil.Error):
+        return f"{socket.gethostname()} {agent.pid} {agent.create_time():.2f}" if agent else ""
+    return ""
 
 
 def _job(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -50,16 +50,16 @@ class StopFlag:
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
     """Yields a flag set by the first signal; the handlers are put back on leaving."""
-    flag, several = StopFlag(), launch().world_size > 1
+    flag, launched = StopFlag(), launch().passes_on
 
     def handle(number: int, _: FrameType | None) -> None:
         name, again = signal.Signals(number).name, flag.signal_name is not None
-        if again and several and name != "SIGINT":  # a launcher's, once one rank has ended; it kills what hangs
+        if again and launched and name != "SIGINT":  # a launcher's, once one rank has ended; it kills what hangs
             return
         if again and flag.before[name] is signal.default_int_handler:  # Python's own: a notebook's kernel lives on
             raise KeyboardInterrupt
         if launch().rank == 0:
-            twice = "" if several and name != "SIGINT" else "; another one ends it at once"
+            twice = "" if launched and name != "SIGINT" else "; another one ends it at once"
             say(f"{name}: {'ended at once' if again else f'stopping as soon as can be{twice}'}")
         if again:
             os._exit(128 + number)
@@ -85,10 +85,10 @@ def stop_flag() -> Iterator[StopFlag]:
 def put_back(handlers: dict[str, Any], stopped: bool) -> None:
     """Sets the handlers of before, by signal.
 
-    Of several ranks that have stopped, each goes on to its end whatever SIGTERM or SIGUSR1 comes then: a launcher sends
-    them to the others as soon as one has ended, and one that died of it would make a failure of the stop.
+    A rank that has stopped goes on to its end whatever SIGTERM or SIGUSR1 comes then: a launcher sends them to the
+    others as soon as one has ended, and one that died of it would make a failure of the stop.
     """
-    stopped = stopped and launch().world_size > 1
+    stopped = stopped and launch().passes_on
     for name, handler in handlers.items():
         ignored = stopped and name != "SIGINT"
         signal.signal(getattr(signal, name), signal.SIG_IGN if ignored else handler)

@@ -4,6 +4,7 @@ A job that its scheduler starts again goes on with its own run: the one whose en
 started a job again. A torchrun starts its ranks again for whatever reason one of them ended, a wanted stop as well.
 """
 
+import glob
 import hashlib
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import draccus
 
 from sae.base.errors import ConfigError, DataError, Stopped
 from sae.base.files import LOCK, read_json, write_json
-from sae.base.settings import decode
+from sae.base.settings import decode, read_yaml
 from sae.parallel import agreement, ranks
 from sae.parallel.launch import launch
 from sae.training import checkpoint
@@ -24,6 +25,7 @@ from sae.training.config import TrainConfig
 AUTO = "auto"
 STOPPED = "STOPPED"  # a file: a signal has ended the run, and who started it
 SHARED_WITHIN_S = 30.0  # a network file system may show a new file late
+_begun_here: set[Path] = set()  # this process has not been started again since
 
 
 def own_jobs() -> dict[str, str]:
@@ -55,7 +57,7 @@ def _decided(
     named = run_dir or (Path(config.run_dir) if config.run_dir else None)
     folder = (named or Path("runs") / config.name).expanduser()
     if resume is not True:
-        found = _going_on(folder, named is not None, resume == AUTO)
+        found = _going_on(folder, config.name, named is not None, resume == AUTO)
         folder, resume = found or (folder if named else fresh(folder)), found is not None
     if _stopped_by(folder) == own_jobs().get("agent"):
         raise Stopped(f"already: a signal had ended {folder} when torchrun started it again")
@@ -63,9 +65,11 @@ def _decided(
     return {"config": draccus.encode(config), "folder": str(folder), "resume": resume}
 
 
-def _going_on(folder: Path, named: bool, typed: bool) -> Path | None:
+def _going_on(folder: Path, name: str, named: bool, typed: bool) -> Path | None:
     """Returns the folder of the run to go on with, None for a new one."""
-    beside = [folder] if named else [path for path in sorted(folder.parent.glob(f"{folder.name}*")) if path.is_dir()]
+    beside = [folder]
+    if not named:  # its folder has a number if the name was taken; one of a longer name is another run
+        beside = [path for path in sorted(folder.parent.glob(f"{glob.escape(folder.name)}*")) if _name_of(path) == name]
     own = [path for path in beside if _is_own(path, typed)]
     if len(own) > 1:
         raise ConfigError(f"--resume {AUTO}: {', '.join(map(str, own))} are all of this job; name one with --run-dir")
@@ -74,12 +78,21 @@ def _going_on(folder: Path, named: bool, typed: bool) -> Path | None:
     return next((path for path in own if (path / "config.yaml").is_file()), None)
 
 
+def _name_of(folder: Path) -> str | None:
+    """Returns what the config of the run in a folder is called, if there is one that can be read."""
+    with suppress(OSError, ConfigError):
+        return read_yaml(folder / "config.yaml").get("name", TrainConfig().name)
+    return None
+
+
 def _is_own(folder: Path, typed: bool) -> bool:
     """Returns whether this very job has begun the run in a folder, when it was started before."""
     jobs = own_jobs()
+    if folder.resolve() in _begun_here and not typed:
+        return False
     with suppress(DataError):
         begun = read_json(folder / "env.json").get("job", {})
-        again = launch().requeued or typed  # one start of a job may train several times, one of torchrun's ranks once
+        again = launch().requeued or typed  # one start of a job may train several times
         return any(begun.get(name) == jobs[name] for name in jobs if name == "agent" or again)
     return False
 
@@ -93,6 +106,7 @@ def _stopped_by(folder: Path) -> str:
 
 def mark(folder: Path, stopped: bool) -> None:
     """Leaves word that a signal has ended the run, for the torchrun that will start it again; or takes it away."""
+    _begun_here.add(folder.resolve())
     agent = own_jobs().get("agent")
     if ranks.rank() == 0:
         if not stopped:

@@ -1,6 +1,8 @@
 """How a process finds out what started it, from the variables that launchers set."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -57,6 +59,11 @@ def without(environment, *names):
         ({**SRUN, **TORCHRUN, "SLURM_STEP_NUM_TASKS": "2"}, ("torchrun", 5, 8, 1, "host-a")),  # one torchrun a node
         (OPENMPI, ("mpirun", 1, 2, 1, "127.0.0.1")),
         ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "MASTER_ADDR": "a"}, ("mpirun", 1, 2, 1, "a")),
+        (  # within Slurm, mpirun starts a helper on each of two nodes by srun, and that its ranks
+            {**SRUN, **OPENMPI, "SLURM_STEP_NUM_TASKS": "2", "OMPI_COMM_WORLD_SIZE": "8", "MASTER_ADDR": "a"},
+            ("mpirun", 1, 8, 1, "a"),
+        ),
+        ({**SRUN, "PMI_RANK": "3", "PMI_SIZE": "4"}, ("srun", 3, 4, 1, "localhost")),  # srun --mpi=pmi2
         ({"PMI_RANK": "2", "PMI_SIZE": "3", "MPI_LOCALRANKID": "0", "MASTER_ADDR": "a"}, ("mpirun", 2, 3, 0, "a")),
     ],
 )
@@ -116,6 +123,15 @@ def test_a_requeued_step_is_known_again_and_another_is_not():
     assert not first.requeued
     assert again.requeued
     assert launch({**SRUN, "SLURM_STEP_ID": "1"}).step != first.step
+
+
+def test_torchrun_is_known_by_its_process_also_where_a_script_starts_the_ranks():
+    program = "from sae.parallel.launch import launch; print(launch().agent)"
+    command, environment = [sys.executable, "-c", program], {**os.environ, **TORCHRUN}
+    script = ["sh", "-c", f'"{sys.executable}" -c "{program}"; true']
+    found = {subprocess.run(c, env=environment, capture_output=True, text=True).stdout for c in (command, script)}
+    (agent,) = found
+    assert f" {os.getpid()} " in agent
 
 
 def test_torchrun_is_known_by_its_process():

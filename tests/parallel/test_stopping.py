@@ -34,6 +34,16 @@ def test_of_several_ranks_a_stop_that_is_under_way_is_left_alone(name, handlers,
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
 
+def test_one_rank_under_torchrun_ends_well_though_the_signal_comes_twice(handlers, monkeypatch):
+    """Slurm sends it to all processes of a job, torchrun passes its own on."""
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    with stop_flag() as flag:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert flag()
+
+
 def test_of_several_ranks_none_of_which_was_stopped_the_handlers_are_put_back(handlers, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")

@@ -33,6 +33,7 @@ def started(tmp_path, monkeypatch):
 
     def run(found: Launch, run_dir: str | None = None, resume: bool | str = False, config=CONFIG):
         monkeypatch.setattr(start, "launch", lambda: found)
+        monkeypatch.setattr(start, "_begun_here", set())  # it is another process
         config, folder, goes_on = start.begin(lambda: config, Path(run_dir) if run_dir else None, resume, fresh)
         if not goes_on:
             folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +70,25 @@ def test_auto_goes_on_with_what_is_there_and_else_begins(started):
     assert started(SLURM, None, start.AUTO) == ("runs/mine", False)
     assert started(SLURM, None, start.AUTO) == ("runs/mine", True)
     assert started(OTHER_JOB, None, start.AUTO) == ("runs/mine-2", False)  # never another job's
+
+
+@pytest.mark.parametrize(("first", "again"), [(TORCHRUN, TORCHRUN), (SLURM, REQUEUED)])
+def test_another_run_of_the_job_whose_name_is_longer_is_not_taken_for_it(started, first, again):
+    assert started(first, config=replace(CONFIG, name="mine-wide")) == ("runs/mine-wide", False)
+    assert started(again) == ("runs/mine", False)
+    assert started(again) == ("runs/mine", True)
+
+
+def test_a_name_may_hold_what_a_pattern_is_made_of(started):
+    config = replace(CONFIG, name="k[64]")
+    assert [started(TORCHRUN, config=config) for _ in range(2)] == [("runs/k[64]", False), ("runs/k[64]", True)]
+
+
+def test_what_this_process_has_begun_it_goes_on_with_only_if_asked(started):
+    """A script that trains twice into one folder is told so, under torchrun as anywhere."""
+    folder = Path(started(TORCHRUN)[0])
+    start.mark(folder, stopped=False)
+    assert [start.begin(lambda: CONFIG, folder, resume)[2] for resume in (False, start.AUTO)] == [False, True]
 
 
 def test_a_folder_that_is_named_and_of_another_job_is_not_taken_over_by_a_restart(started):
