@@ -21,13 +21,13 @@ class Peer:
     rank: int
     host: str
     pid: int
-    device: str
-    """What it computes on, as far as that decides the last digits."""
+    device: str = "cpu"
+    """What it computes on."""
 
     @classmethod
-    def here(cls, rank: int) -> "Peer":
+    def here(cls, rank: int, device: str = "cpu") -> "Peer":
         """Returns who this process is."""
-        return cls(rank, socket.gethostname(), getpid(), "cpu")
+        return cls(rank, socket.gethostname(), getpid(), device)
 
     def to_json(self) -> str:
         """Returns it as text."""

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import count
 
@@ -41,7 +41,7 @@ class Meeting:
     """The same by another connection, for a thread that must not wait for the first."""
 
 
-def meet(found: Launch, rank: int, world_size: int, timeout_s: float) -> Meeting:
+def meet(found: Launch, rank: int, world_size: int, timeout_s: float, device: str = "cpu") -> Meeting:
     """Returns the ranks and their stores when all have come.
 
     ConfigError on all that came if one does not come in time, or if another group meets there; Stopped, on all, if one
@@ -53,7 +53,7 @@ def meet(found: Launch, rank: int, world_size: int, timeout_s: float) -> Meeting
         public = _public(found, rank, timeout_s, end)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         here = PrefixStore(f"sae/{attempt}/{next(_meetings)}", public)
-        own = Peer.here(rank).to_json()
+        own = Peer.here(rank, device).to_json()
         if (first := here.compare_set(every[rank], "", own)) != own.encode():
             raise ConfigError(f"MASTER_PORT: {Peer.from_json(first)} has come to {place} already; set another one")
         if here.check(every[:1]):
@@ -79,6 +79,8 @@ def meet(found: Launch, rank: int, world_size: int, timeout_s: float) -> Meeting
                 f"(ranks.timeout_s); missing: rank {who}"
             )
         peers = [Peer.from_json(text) for text in here.multi_get(every)]
+        if not found.address and peers[0].host != peers[rank].host:  # only who made the caller's group knows where
+            found = replace(found, address=peers[0].host)
         store, second = store or _store(found, port, timeout_s), _store(found, port, timeout_s)
         return Meeting(peers, here, store, second)
     except dist.DistError as error:

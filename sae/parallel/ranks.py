@@ -134,7 +134,7 @@ def process_group(config: RanksConfig = RanksConfig()) -> Iterator[None]:
     """Joins the group that the launcher names, if any, and leaves it at the end; within one, does nothing.
 
     A group that the caller has joined by torch.distributed is used, and left to the caller. ConfigError if the ranks
-    do not meet in `ranks.timeout_s`.
+    do not meet in `ranks.timeout_s`, or if the caller's group cannot sum what lies on CPUs.
     """
     global _joined
     found, theirs = launch(), dist.is_initialized()
@@ -142,8 +142,13 @@ def process_group(config: RanksConfig = RanksConfig()) -> Iterator[None]:
         yield
         return
     backend = _backend(config)
+    if theirs and "cpu" not in dist.get_backend_config():
+        raise ConfigError(
+            "ranks: the group that was joined by torch.distributed sums GPU tensors alone; "
+            "join it by init_process_group('cpu:gloo,cuda:nccl')"
+        )
     number, n = (dist.get_rank(), dist.get_world_size()) if theirs else (found.rank, found.world_size)
-    met = meet(found, number, n, config.timeout_s)
+    met = meet(found, number, n, config.timeout_s, _device())
     heart = Heartbeat(met.second, met.peers, number, config.deadline_s, config.timeout_s)
     try:
         with heart:
@@ -157,6 +162,10 @@ def process_group(config: RanksConfig = RanksConfig()) -> Iterator[None]:
         _joined = None
         if not theirs and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name(own_gpu()) if torch.cuda.is_available() else "cpu"
 
 
 def _backend(config: RanksConfig) -> str:
