@@ -153,7 +153,7 @@ def process_group(config: RanksConfig = RanksConfig()) -> Iterator[None]:
     try:
         with heart:
             if not theirs:
-                with during("joining"):
+                with during("joining"), heart.explained():
                     _join(met, number, backend, config.timeout_s)
             _joined = Group(met.store, heart, met.peers)
             log.info("%s", described(found, met.peers))
