@@ -363,12 +363,15 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    """Flushes a file or folder to disk; on Windows a file alone, which must be open to be written."""
+    """Flushes a file, which Windows wants open for writing, or a folder, where there is such a thing, to disk."""
     if _WINDOWS and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS) or not path.is_dir():  # some network disks
+            raise
     finally:
         os.close(descriptor)
 

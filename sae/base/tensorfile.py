@@ -84,7 +84,8 @@ def begin_rows(path: Path, tensors: Mapping[str, Rows]) -> None:
 def write_rows(path: Path, tensors: Mapping[str, Rows]) -> None:
     """Writes rows to a file that `begin_rows` has made, in whichever process, of tensors of the same names."""
     header, places = _layout({name: (x.tensor.dtype, x.shape) for name, x in tensors.items()}, None)
-    with open(path, "r+b") as file:
+    # not to be read: NFS would fill in the pages at the ends of the rows, and send back what it has of the neighbors'
+    with open(path, "wb", opener=lambda at, flags: os.open(at, flags & ~(os.O_CREAT | os.O_TRUNC))) as file:
         for name, rows in tensors.items():
             row = torch.Size(rows.shape[1:]).numel() * rows.tensor.itemsize
             file.seek(len(header) + places[name][0] + rows.first * row)

@@ -4,8 +4,10 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,23 @@ def test_a_full_or_read_only_disk_is_named_and_leaves_the_old_file(tmp_path, mon
     assert os.strerror(code) in str(caught.value)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_flushes_no_folders_takes_files_and_folders(tmp_path, monkeypatch, code):
+    def fsync(descriptor, of=stat.S_ISDIR):
+        if of(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    atomic_write(tmp_path / "file", b"new")
+    with publish(tmp_path / "folder") as draft:
+        atomic_write(draft / "inner" / "file", b"new")
+    verify(tmp_path / "folder")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    monkeypatch.setattr(os, "fsync", partial(fsync, of=stat.S_ISREG))
+    with pytest.raises(OSError, match=r"cannot write .*/other: "):  # a file must be on disk
+        atomic_write(tmp_path / "other", b"new")
 
 
 def test_a_file_where_a_folder_should_be_is_named(tmp_path):

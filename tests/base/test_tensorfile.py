@@ -1,6 +1,7 @@
 """Files of tensors: the bytes are the library's, whoever of several processes has written which rows."""
 
 import hashlib
+import os
 from functools import partial
 
 import pytest
@@ -42,3 +43,13 @@ def test_three_processes_write_their_rows_of_one_file(tmp_path):
     assert [child.wait() for child in children] == [0, 0, 0], [child.output for child in children]
     write_tensors(tmp_path / "alone", tensors)
     assert path.read_bytes() == (tmp_path / "alone").read_bytes()
+
+
+def test_rows_are_written_without_reading_what_others_write_beside_them(tmp_path, monkeypatch):
+    path, opened = tmp_path / "file", []
+    begin_rows(path, {name: Rows.of(x, Share(0, 3).of) for name, x in one_of_each().items()})
+    size, plain = path.stat().st_size, os.open
+    monkeypatch.setattr(os, "open", lambda at, flags, *rest: opened.append(flags) or plain(at, flags, *rest))
+    write_own(path, 1)
+    assert [flags & os.O_ACCMODE for flags in opened] == [os.O_WRONLY]
+    assert path.stat().st_size == size
