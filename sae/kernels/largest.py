@@ -77,11 +77,16 @@ def _candidates(flat: Float[Tensor, "entries"], count: int) -> Int[Tensor, "cand
     return torch.arange(flat.numel(), device=flat.device)
 
 
+def kth_largest(values: Float[Tensor, "m"], k: int) -> Float[Tensor, ""]:
+    """Returns the value at place k from above, found without a sort: many times as fast where k is large."""
+    return values.kthvalue(len(values) - k + 1).values
+
+
 def _first_largest(values: Float[Tensor, "m"], count: int) -> Int[Tensor, "count"]:
     """Returns the indices, ascending, of the `count` largest values; of equal ones the first."""
     if count <= 0:
         return torch.zeros(0, dtype=torch.long, device=values.device)
-    least = values.topk(count, sorted=True).values[-1]
+    least = kth_largest(values, count)
     above = ~(values <= least)
     equal = (values == least).nonzero()[:, 0]
     kept = above.clone()

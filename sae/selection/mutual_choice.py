@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.kernels.codes import Entries, Support, by_rows, where
-from sae.kernels.largest import top_entries, top_ids, top_of
+from sae.kernels.largest import kth_largest, top_entries, top_ids, top_of
 from sae.selection import Budget, Factors, Moment, Owned, Selection
 from sae.selection.jumprelu import JumpReLU
 
@@ -89,7 +89,7 @@ class MutualChoice(Budget):
         count = self.k_at(moment.progress) * n_tokens
         floor = torch.inf if count == 0 else -torch.inf
         if 0 < count <= len(entries.values):
-            floor = entries.values.topk(count).values[-1]
+            floor = kth_largest(entries.values, count)
         return entries.values.new_full((m,), float(floor))
 
     def keep(self, entries: Entries, moment: Moment) -> Entries:
