@@ -41,6 +41,8 @@ def run(command: Callable[[list[str]], int], argv: list[str] | None = None) -> i
                 code = command(arguments)
             except SystemExit as ended:  # so do --help and --version end
                 code = ended.code if isinstance(ended.code, int) else ERROR if ended.code else DONE
+                if isinstance(ended.code, str):
+                    print(ended.code, file=sys.stderr)
             if sys.stdout is not None:
                 sys.stdout.flush()
             return code

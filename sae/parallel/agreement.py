@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from sae.base.errors import Stopped
 from sae.base.progress import during
 from sae.parallel import ranks
+from sae.parallel.judging import WAITING
 from sae.parallel.meeting import wait_for
 
 Known = TypeVar("Known", bound=BaseException)
@@ -98,7 +99,7 @@ def concluded(value: Any, conclude: Callable[[list[Any]], Any]) -> Any:
     if group is None:
         return conclude([value])
     key = f"met{group.next_key()}"
-    with during("waiting for the others"):
+    with during(WAITING):
         with group.heart.explained():
             group.store.set(f"{key}/{ranks.rank()}", json.dumps(value))
         if ranks.rank() == 0:

@@ -10,6 +10,7 @@ Verdict = tuple[str, int]
 """Why a rank ends, and its exit code."""
 GRACE_S = 1.0
 """In which the others may meet an error themselves that one rank tells of: its text is then their own."""
+WAITING = "waiting for the others"  # what a rank does until all have come to what they agree on
 QUICK_S = 5.0
 """A deadline for those that must be dead, since a connection to one of them broke."""
 
@@ -122,6 +123,9 @@ def judged(heard: Sequence[Heard], me: int, now: float, deadline: float, timeout
     if me != 0:
         return None
     here = [one for one in heard if not one.beat.left]
+    ended = [one for one in others if one.beat.left and now - one.at > deadline]
+    if ended and (waits := next((one.peer for one in here if one.beat.doing.endswith(WAITING)), None)):
+        return f"{ended[0].peer} has ended, and {waits} waits for it", 1
     most = max((one.beat.begun for one in here), default=0)
     behind = [one for one in here if one.beat.begun < most]
     waiting = bool(behind) or any(one.beat.inside for one in here)

@@ -51,6 +51,12 @@ def test_as_much_is_said_as_was_asked_for(monkeypatch, capsys, options, variable
     assert told == [f"{name} {level}" for name in names for level in heard]
 
 
+@pytest.mark.parametrize(("ended", "code"), [(None, 0), (3, 3), ("no such thing", 1)])
+def test_an_exit_has_the_code_that_python_gives_it(capsys, ended, code):
+    assert running.run(lambda _: sys.exit(ended), []) == code
+    assert capsys.readouterr().err == ("no such thing\n" if code == 1 else "")
+
+
 def test_short_options_may_be_one_word(capsys):
     assert running.run(talk, ["-qq"]) == 0
     assert "info" not in capsys.readouterr().err

@@ -3,7 +3,7 @@ from dataclasses import asdict
 
 import pytest
 
-from sae.parallel.judging import Beat, Heard, Peer, judged
+from sae.parallel.judging import WAITING, Beat, Heard, Peer, judged
 
 DEADLINE, TIMEOUT = 60.0, 600.0
 
@@ -51,6 +51,19 @@ def test_a_store_that_gives_the_same_again_is_not_a_sign_of_life():
     for one in ranks.heard[1:]:
         one.hear(one.text, ranks.now)
     assert ranks.judged() is not None
+
+
+def test_one_that_has_ended_while_another_waits_for_it_is_named():
+    ranks = Ranks()
+    ranks.hear(2, left=True)
+    for now, expected in (
+        (50.0, None),
+        (70.0, ("rank 2 (n2, pid 12) has ended, and rank 1 (n1, pid 11) waits for it", 1)),
+    ):
+        ranks.now = now
+        ranks.hear(0)
+        ranks.hear(1, doing=f"saving, {WAITING}")
+        assert ranks.judged() == expected
 
 
 def test_one_that_has_left_may_be_silent():
