@@ -112,7 +112,10 @@ def _layout(
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:
-    raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    if flat.stride() != (1,):  # of one element or none, any stride counts as contiguous
+        flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
+    raw = flat.view(torch.uint8).numpy().data
     yield from (raw[start : start + PIECE_BYTES] for start in range(0, len(raw), PIECE_BYTES))
 
 

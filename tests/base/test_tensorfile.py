@@ -4,10 +4,11 @@ import hashlib
 import os
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from rigs.children import Child
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sae.base import tensorfile
 from sae.base.tensorfile import DTYPES, Rows, begin_rows, write_rows, write_tensors
@@ -29,6 +30,21 @@ def test_the_bytes_are_those_of_the_library(tmp_path, monkeypatch, metadata):
     written = (tmp_path / "ours").read_bytes()
     assert written == (tmp_path / "theirs").read_bytes()
     assert told == {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
+
+
+def test_tensors_of_any_stride_are_written_as_what_they_hold(tmp_path):
+    tensors = {
+        "one": torch.zeros(()).expand(1),
+        "none": torch.from_numpy(np.zeros(4, np.int64)[:0]),
+        "none of many": torch.zeros(1, dtype=torch.int64).expand(0),
+        "column": torch.arange(12.0).view(3, 4)[:, 1],
+        "spread": torch.tensor([7]).expand(5),
+        "one of a column": torch.arange(12).view(3, 4)[:1, 1],
+    }
+    write_tensors(tmp_path / "file", tensors)
+    found = load_file(tmp_path / "file")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def write_own(path, rank: int) -> int:

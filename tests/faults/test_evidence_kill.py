@@ -147,17 +147,17 @@ def test_killed_between_merging_and_deleting_the_parts_of_ranks(tmp_path, source
 
 @pytest.mark.parametrize("number", [1, 4, 17])
 def test_a_full_disk_is_a_clean_error_and_it_goes_on(tmp_path, source, whole, monkeypatch, number):
-    original, calls = sae.base.files.save_file, []
+    original, calls = sae.base.files.write_tensors, []
 
-    def full(tensors, path, metadata):
+    def full(path, tensors, metadata):
         calls.append(None)
         if len(calls) == number:
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        original(tensors, path, metadata)
+        return original(path, tensors, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sae.base.files, "save_file", full)
+        patch.setattr(sae.base.files, "write_tensors", full)
         with pytest.raises(OSError, match=r"cannot write .*safetensors: No space left on device"):
             passes(source, tmp_path / "run")
     assert not [f for f in (tmp_path / "run").rglob("*.safetensors") if f.read_bytes() == b"half"]
