@@ -23,6 +23,8 @@ from sae.parallel.launch import Launch
 LONGEST_NAP_S = 0.1
 FAREWELL_S = 5.0
 """How long rank 0 waits for the others to read that the meeting has failed, and they longer than it for that word."""
+LATECOMERS_S = 30.0
+"""How long a stop waits for ranks that have not come yet, so that all end together."""
 _meetings = count()
 _opened: dict[str, TCPStore] = {}
 """Rank 0's, for as long as it runs: it may meet the others again, who may be there first."""
@@ -61,11 +63,12 @@ def meet(found: Launch, rank: int, world_size: int, timeout_s: float, device: st
         store = _store(found, 0, timeout_s, is_master=True) if rank == 0 else None
         if store:
             wait_for(here, every, end, lambda: bool(stopping.asked()) or here.check(["stop"]))
+            wait_for(here, every, min(end, time.monotonic() + LATECOMERS_S))  # if it is a stop that ended the waiting
             missing = [i for i, key in enumerate(every) if not here.check([key])]
             here.set("met", json.dumps([store.port, missing, bool(stopping.asked()) or here.check(["stop"])]))
         elif not wait_for(here, ["met"], end + FAREWELL_S, lambda: bool(stopping.asked())):
             here.set("stop", "")  # or the time is over
-            wait_for(here, ["met"], time.monotonic() + FAREWELL_S)
+            wait_for(here, ["met"], time.monotonic() + LATECOMERS_S + FAREWELL_S)
         port, missing, stopped = json.loads(here.get("met"))
         if missing or stopped:
             here.add("read", 1)
@@ -115,14 +118,17 @@ def _public(found: Launch, rank: int, timeout_s: float, end: float) -> Store:
             return _opened[place]
         except dist.DistError as error:
             raise ConfigError(f"MASTER_PORT: rank 0 cannot open {place}: {_reason(error)}; set another one") from error
+    asked = False
     while True:  # torch would wait as well, but deaf, and with pages of what went wrong on the way
         try:
             socket.create_connection((found.address, found.port), 5.0).close()
             return _store(found, found.port, timeout_s)
         except OSError as error:
-            if stopping.asked():
-                raise Stopped("while the ranks met") from None
+            if stopping.asked() and not asked:  # rank 0 is yet to be told
+                asked, end = True, min(end, time.monotonic() + LATECOMERS_S)
             if time.monotonic() > end:
+                if asked:
+                    raise Stopped("while the ranks met") from None
                 raise ConfigError(
                     f"MASTER_ADDR: rank {rank} ({found.launcher}) has not reached rank 0 at {place} in {timeout_s:g} s "
                     f"(ranks.timeout_s): {error.strerror or error}"

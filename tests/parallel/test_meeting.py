@@ -79,6 +79,7 @@ def test_a_port_that_something_else_listens_on_is_told():
 
 
 def test_a_signal_while_others_are_waited_for_stops_all_that_came(come, monkeypatch):
+    monkeypatch.setattr(meeting, "LATECOMERS_S", 0.2)
     with stopping.stop_flag():
         signal.raise_signal(signal.SIGTERM)
         stopped = come(0, 1, n=3)
