@@ -61,13 +61,13 @@ class ShardWriter:
     def write(self, index: int, tensors: dict[str, Tensor]) -> Entry:
         """Writes one shard, in place of an earlier one of that index, and returns its manifest entry."""
         path = self.folder / file_name(index)
-        save_tensors(path, tensors)  # the file is whole before the manifest names it
+        written = save_tensors(path, tensors)  # the file is whole before the manifest names it
         entry = {
             "index": index,
             "store": self.key,
             "file": path.name,
-            "sha256": sha256_file(path),
-            "bytes": path.stat().st_size,
+            "sha256": written["sha256"],
+            "bytes": written["bytes"],
             "tensors": {name: _described(tensor) for name, tensor in tensors.items()},
         }
         try:

@@ -1,15 +1,13 @@
 """Where threads of all ranks leave notes for each other, beside what the ranks themselves do at the same time."""
 
 import json
-import time
 from typing import Any
 
 import torch.distributed as dist
 
 from sae.parallel import ranks
 from sae.parallel.agreement import PeerError
-
-LONGEST_NAP_S = 0.05
+from sae.parallel.meeting import wait_for
 
 
 class Desk:
@@ -66,12 +64,8 @@ class Desk:
 
     def _read(self, names: list[str]) -> list[Any]:
         assert self.store is not None
-        keys, nap = [f"{self.matter}/{name}" for name in names], 0.001
-        while not self.store.check(keys):
-            if self.store.check([f"{self.matter}/failed"]):
-                raise self._failure()
-            if any(self.store.check([key]) for key in self.failures):  # where all were to make a desk
-                raise PeerError(1)
-            time.sleep(nap)
-            nap = min(LONGEST_NAP_S, 1.5 * nap)
-        return [json.loads(value) for value in self.store.multi_get(keys)]
+        store, keys, failed = self.store, [f"{self.matter}/{name}" for name in names], f"{self.matter}/failed"
+        ends = [failed, *self.failures]  # the latter where all were to make a desk
+        if not wait_for(store, keys, other=lambda: any(store.check([key]) for key in ends)) and not store.check(keys):
+            raise self._failure() if store.check([failed]) else PeerError(1)
+        return [json.loads(value) for value in store.multi_get(keys)]

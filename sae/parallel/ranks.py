@@ -1,7 +1,6 @@
 """The ranks of this process's group: who they are, how they join, and what one of them knows of the others."""
 
 import logging
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,8 +191,3 @@ def described(found: Launch, peers: list[Peer]) -> str:
     devices = ", ".join(dict.fromkeys(peer.device for peer in peers))
     how = found.launcher if found.launcher != BY_HAND else f"by {BY_HAND}"
     return f"ranks        {len(peers)} ({how}) on {on} ({shown}); {devices}; {dist.get_backend()}"
-
-
-def host() -> str:
-    """Returns the name of this machine."""
-    return socket.gethostname()

@@ -168,7 +168,7 @@ def test_a_disk_that_fills_up_at_the_manifest_is_named(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store, "save_tensors", lambda path, tensors: (save_tensors(path, tensors), block()))
+    monkeypatch.setattr(store, "save_tensors", lambda path, tensors: (save_tensors(path, tensors), block())[0])
 
     def block() -> None:
         monkeypatch.setattr(os, "fsync", full)
