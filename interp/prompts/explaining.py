@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 
 from interp.prompts.judging import Messages
-from interp.prompts.windows import activation_levels, fenced, prose, quoted, shown, shown_with
+from interp.prompts.windows import activation_levels, fenced, prose, quoted, shown
 from interp.records import Item
+from sae.pages.marks import shown_with
 
 TOKENS_WITH_LEVELS = 10  # of a window: the strongest
 PROMOTED = 10

@@ -14,21 +14,19 @@ has no line break, no text can begin a line of its own.
 
 import math
 import re
-import unicodedata
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import count, groupby
+from itertools import count
 
 from interp.records import Window
 from sae.base.seeding import keyed_hash
+from sae.base.visible import seen, visible
+from sae.pages.marks import runs
 
 OPEN, CLOSE = "<<", ">>"
 TOP_LEVEL = 9
 
-_CODES = {"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\"}
-_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _NAMES = (  # control tokens without an underscore; those with one are told by it
     "s bos eos pad unk mask cls sep eod eop sop eot eom bot inst sys think thinking tool tools image img audio video "
     "user assistant system human model"
@@ -42,33 +40,13 @@ LONGEST_PROSE = 2000  # characters
 _CONSONANTS = "bcdfghjklmnpqrstvwxz"
 
 
-def shown_with(pieces: Sequence[str]) -> list[int]:
-    """Returns for every token the one whose text shows it; none (an empty list) where no text is there at all.
-
-    That is itself, or for a part of a character the token that the whole character is told with.
-    """
-    full = [place for place, piece in enumerate(pieces) if piece]
-    return [full[min(bisect_left(full, place), len(full) - 1)] for place in range(len(pieces))] if full else []
-
-
-def runs(window: Window, values: Sequence[float]) -> list[tuple[str, float]]:
-    """Returns the text cut where the value of its tokens changes, each part with that value; one for every token.
-
-    The token that a whole character is told with has the largest, by magnitude, of all that are a part of it.
-    """
-    pieces, told = window.pieces(), dict[int, float]()
-    for place, value in zip(shown_with(pieces), values, strict=False):
-        told[place] = max(told.get(place, 0.0), value, key=abs)
-    parts = groupby(sorted(told), told.__getitem__)
-    return [("".join(pieces[place] for place in part), value) for value, part in parts]
-
-
 def spans(window: Window, marked: Collection[int]) -> list[tuple[str, bool]]:
     """Returns the text cut where marks begin and end, with whether each part is marked; neighbors are one part.
 
     A marked token that is a part of a character stands for the token that the whole character is told with.
     """
-    return [(text, bool(mark)) for text, mark in runs(window, [place in marked for place in range(len(window.bounds))])]
+    values = [place in marked for place in range(len(window.tokens))]
+    return [(text, bool(mark)) for text, mark in runs(window.pieces(), values)]
 
 
 def shown(window: Window, marked: Collection[int] = ()) -> str:
@@ -102,7 +80,7 @@ def read_back(text: str) -> str:
 @lru_cache(256)  # the same explanation is asked about window by window
 def prose(text: str) -> str:
     """Returns an explanation on one line as it goes into a message: its words as they are, nothing like a mark."""
-    return _harmless(_escaped(_on_one_line(text), False, False, _seen))
+    return _harmless(_escaped(_on_one_line(text), False, False, seen))
 
 
 def on_one_line(text: str) -> str:
@@ -113,11 +91,6 @@ def on_one_line(text: str) -> str:
 def _on_one_line(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= LONGEST_PROSE else line[: LONGEST_PROSE - 4] + " ..."
-
-
-def visible(text: str) -> str:
-    """Returns text on one line for people, as it is: only what cannot be seen, or steers a terminal, is a code."""
-    return "".join(map(_seen, text))
 
 
 def activation_levels(window: Window, largest: float) -> tuple[int, ...]:
@@ -169,14 +142,8 @@ def _hash(*key: str | int) -> bytes:
 
 
 def _code(character: str) -> str:
-    """Returns a character, or the code of one that cannot be seen."""
-    unseen = unicodedata.category(character) in _UNSEEN
-    return _CODES.get(character) or (f"\\u{{{ord(character):x}}}" if unseen else character)
-
-
-def _seen(character: str) -> str:
-    """Returns a character, or the code of one that cannot be seen; backslashes of words stay as they are."""
-    return character if character == "\\" else _code(character)
+    """Returns a character, or the code of one that cannot be seen or begins a code."""
+    return r"\\" if character == "\\" else seen(character)
 
 
 def _escaped(text: str, mark_before: bool, mark_after: bool, code: Callable[[str], str] = _code) -> str:

@@ -9,7 +9,6 @@ from interp.client.config import EndpointConfig
 from interp.client.requests import ROLES
 from interp.client.running import finished
 from interp.evidence.first_pass import check_evidence
-from interp.prompts.windows import visible
 from interp.run.config import ExplainConfig
 from interp.run.pipeline import Pipeline, check_models
 from interp.run.preparing import NOTHING, Given, evidence_of, looked_at, read_from
@@ -25,6 +24,7 @@ from interp.run.rundir import (
 )
 from sae.base.errors import ConfigError
 from sae.base.progress import Display, Watch
+from sae.base.visible import visible
 from sae.parallel.agreement import together
 from sae.parallel.ranks import process_group, rank
 from sae.parallel.stopping import stop_flag

@@ -5,10 +5,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp.prompts.windows import visible
 from interp.records import Measure
 from interp.run.reasons import told, why
 from interp.run.tables import best_of, read_rows
+from sae.base.visible import visible
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from interp.prompts.windows import visible
 from interp.records import Facts, Measure, Window
 from interp.run.reasons import why
 from interp.run.tables import Told
+from sae.base.visible import visible
 
 
 @dataclass(frozen=True, repr=False)

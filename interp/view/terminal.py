@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
-from interp.prompts.windows import spans, spelled, visible
+from interp.prompts.windows import spans, spelled
 from interp.records import Facts, Window
 from interp.view.record import LatentRecord
+from sae.base.visible import visible
 
 BOLD, PLAIN = "\x1b[1;7m", "\x1b[0m"
 OPEN, CLOSE = "\u00ab", "\u00bb"  # where a mark cannot be bold

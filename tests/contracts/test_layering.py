@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 HEAVY = ("torch", "transformers", "datasets", "openai", "accelerate", "matplotlib")
 FLOORS = {
-    "sae": "base assets < kernels parallel text < lm selection encoders < coder stream untrusted"
-    " < formats objectives evaluation < loading < training",
+    "sae": "base assets < kernels parallel text pages < lm selection encoders < coder stream untrusted"
+    " < formats objectives evaluation < loading steering < training",
     "interp": "records < prompts client evidence < scoring < explainers < scorers < run < exchange view",
 }
 """The rooms, from below; rooms of one floor do not know each other."""

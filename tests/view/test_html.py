@@ -2,12 +2,11 @@
 
 import re
 from dataclasses import replace
-from html import unescape
 
-from rigs.interp_examples import facts, make_window, of_pieces
+from rigs.interp_examples import facts, of_pieces
 
 from interp.records import Measure
-from interp.view.html import marked, page, table, text_lines
+from interp.view.html import page, table, text_lines
 from interp.view.record import Label, LatentRecord, LatentScore
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=y>\"'>&lt;</pre></td><b>\x1b[2J\u202e\nnext"
@@ -35,22 +34,3 @@ def test_text_of_strangers_is_text():
     assert "\u202e" not in shown
     plain = page(record("plain"))
     assert re.sub(r">[^<]*<", "><", page(record(HOSTILE))) == re.sub(r">[^<]*<", "><", plain)  # same tags, other text
-
-
-def test_tokens_are_the_darker_the_more_they_fire():
-    shown = marked(firing(["a ", "cat", " sat", " on"], (0.0, 4.0, 1.0, -2.0)), 4.0)
-    assert re.findall(r'rgba\(([\d,]+),([\d.]+)\)[^>]*title="([^"]*)">([^<]*)</mark>', shown) == [
-        ("255,140,0", "1.00", "4", "cat"),
-        ("255,140,0", "0.25", "1", " sat"),
-        ("70,130,255", "0.50", "-2", " on"),
-    ]
-    assert unescape(re.sub("<[^>]*>", "", shown)) == "a cat sat on"
-
-
-def test_what_fires_on_a_part_of_a_character_is_seen():
-    shown = marked(firing(["", "\u00e9", "x"], (3.0, 1.0, 0.0)), 3.0)
-    assert 'title="3">\u00e9</mark>x' in shown
-
-
-def test_a_silent_window_has_no_mark():
-    assert "<mark" not in marked(make_window(["a", "b"]), 0.0)

@@ -1,0 +1,64 @@
+"""sae-view: look at a run: its report, a page that asks the model, which latents fire on a text, a site to share."""
+
+import argparse
+import sys
+
+from sae.base.errors import ConfigError
+
+from .parsing import Parser
+from .running import run
+
+EPILOG = """examples:
+  sae-view RUN                              # write report.html of a training or explained run
+  sae-view RUN_A RUN_B                      # two runs side by side
+  sae-view RUN --prompt "The cat sat"       # which latents fire on a text, with their labels
+  sae-view RUN --serve                      # a page on this machine: prompts, search, steering, bookmarks
+  sae-view RUN --export neuronpedia FOLDER  # what a local Neuronpedia imports; --export static: a site"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run(command, argv)
+
+
+def parser() -> Parser:
+    """Returns what the command takes."""
+    parser = Parser("sae-view", description=__doc__, epilog=EPILOG)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run or of an explained one")
+    parser.add_argument("--out", metavar="FILE.html", help="where the report is written")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--prompt", metavar="TEXT", help="tell which latents fire on a text; - reads it from stdin")
+    modes.add_argument("--serve", action="store_true", help="serve a page that asks the model")
+    modes.add_argument("--export", nargs="+", metavar=("KIND", "FOLDER"), help="write neuronpedia or static files")
+    parser.add_json()
+    return parser
+
+
+def command(argv: list[str]) -> int:
+    """Parses and acts."""
+    options = parser().parse_args(argv)
+    if len(options.runs) > 1 and (options.prompt is not None or options.serve or options.export):
+        raise ConfigError(f"RUN: {len(options.runs)} runs; --prompt, --serve and --export take one")
+    return _act(options)
+
+
+def _act(options: argparse.Namespace) -> int:
+    if options.prompt is not None:
+        from .prompting import tell_prompt
+
+        return tell_prompt(options)
+    if options.serve:
+        from .serving import serve
+
+        return serve(options)
+    if options.export:
+        from .exchange import export
+
+        return export(options)
+    from .reports import report_on
+
+    return report_on(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
