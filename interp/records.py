@@ -6,7 +6,7 @@ Everything here is plain data that survives a round trip through JSON.
 """
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 SPLITS = ("explain", "valid", "test")
 TIERS = ("random", "same_token", "neighbor")
@@ -61,6 +61,29 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Excerpt:
+    """A window that people are shown of a latent."""
+
+    window: Window
+    decile: int = -1
+    """Where its largest value is among those of the uniform sample: 0 (weakest) to 9; -1 where that is not known."""
+    split: str = ""
+    """The part of the text that it is from: one of SPLITS; "" where that is not known."""
+
+
+class Together(NamedTuple):
+    """A latent that fires where another one does."""
+
+    latent: int
+    share: float
+    """Of the places of the other one, those at which this one fires too."""
+    lift: float
+    """How much more often that is than among all tokens."""
+    places: int
+    """How many places were looked at."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """What is known of a latent beside its windows."""
 
@@ -84,6 +107,8 @@ class Facts:
     suppressed: tuple[str, ...] = ()
     neighbors: tuple[tuple[int, float], ...] = ()
     """The latents whose decoders point the same way, with cosines."""
+    together: tuple[Together, ...] | None = None
+    """The latents that fire together with it, those that say most of it first; None where nobody counted them."""
 
     @property
     def rate(self) -> float:
@@ -176,6 +201,30 @@ class Task:
 
 Judged = tuple[Task, Judgement]
 """A task with the answer on it."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A task with the answer on it, as people look at it."""
+
+    windows: tuple[Window, ...]
+    """What was judged: one window; of the intruder scorer several, of intervention none. They have no token ids."""
+    truth: float
+    tier: str
+    decile: int
+    value: float | None
+    """The answer, as in `Judgement`. None where there is none, and `reason` says why."""
+    reason: str = ""
+    miss: float | None = None
+    """From 0 (right) to 1 (as wrong as can be), by the scorer; above a half is wrong. None where there is no answer."""
+    marks: tuple[int, ...] = ()
+    """Of fuzzing: the tokens that were marked."""
+    levels: tuple[float, ...] = ()
+    """Of simulation: what was predicted for every token, 0 to 9."""
+    text: str = ""
+    """Of intervention: what the model wrote with the latent amplified,"""
+    clean: str = ""
+    """and without."""
 
 
 @dataclass(frozen=True)

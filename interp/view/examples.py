@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
-from interp.records import Window
+from interp.records import Excerpt, Window
 from interp.view import html
 from interp.view.terminal import largest, window_line
 
@@ -22,6 +22,10 @@ class Example:
     """"strongest" (of all the text) or "sampled" (at random)."""
     scale: float
     """The largest activation that examples of the latent have, for colors."""
+    decile: int = -1
+    """0 (weakest) to 9 by the values of the uniform sample; -1 where that is not known."""
+    split: str = ""
+    """The part of the text that it is from, "explain", "valid" or "test"; "" where that is not known."""
 
     @property
     def text(self) -> str:
@@ -72,10 +76,10 @@ class LatentExamples(Sequence[Example]):
         return self[:n]
 
     def table(self) -> "pa.Table":
-        """Returns a row for each: latent, kind, activation, text, tokens, token_ids and activations."""
+        """Returns a row for each: latent, kind, activation, text, tokens, token_ids, activations, decile and split."""
         import pyarrow as pa
 
-        names = ("kind", "activation", "text", "tokens", "token_ids", "activations")
+        names = ("kind", "activation", "text", "tokens", "token_ids", "activations", "decile", "split")
         rows = [{"latent": self.latent} | {name: getattr(one, name) for name in names} for one in self]
         return pa.Table.from_pylist(rows)
 
@@ -105,8 +109,9 @@ class LatentExamples(Sequence[Example]):
         return html.windows((example.window for example in self), scale)
 
 
-def examples_of(latent: int, strongest: Sequence[Window], sampled: Sequence[Window]) -> LatentExamples:
+def examples_of(latent: int, strongest: Sequence[Excerpt], sampled: Sequence[Excerpt]) -> LatentExamples:
     """Returns the windows that are kept of a latent."""
-    scale = max((window.strength for window in (*strongest, *sampled)), default=0.0)
+    scale = max((one.window.strength for one in (*strongest, *sampled)), default=0.0)
     kinds = (("strongest", strongest), ("sampled", sampled))
-    return LatentExamples(latent, [Example(window, kind, scale) for kind, some in kinds for window in some])
+    found = [Example(one.window, kind, scale, one.decile, one.split) for kind, some in kinds for one in some]
+    return LatentExamples(latent, found)

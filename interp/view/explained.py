@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp.records import Facts, Window
+from interp.records import Excerpt, Facts, Window
 from interp.run.journal import Journal
 from interp.run.latents import ids_among, is_one
 from interp.run.reasons import UNASKED
@@ -18,7 +18,7 @@ from interp.run.telling import lines_of
 from interp.scorers import Scorer
 from interp.view import html
 from interp.view.examples import LatentExamples, examples_of
-from interp.view.record import Label, LatentRecord, score_of
+from interp.view.record import Label, LatentRecord, Spread, score_of
 from interp.view.terminal import lines, title
 from sae.base.errors import ConfigError
 from sae.base.plugins import names
@@ -108,6 +108,19 @@ class ExplainedRun:
         the lift with their intervals, and by status how many latents there are.
         """
         return what_is_told(self.run_dir) | self._results[1]
+
+    @property
+    def nulls(self) -> dict[tuple[str, str], Spread]:
+        """Returns by explainer ("" for a scorer that needs no label) and scorer with its judge the scores of all
+        latents, and those by the labels of others.
+        """
+        import pyarrow.compute as pc
+
+        found = self.table().filter(pc.field("score").is_valid())
+        own: dict[tuple[str, str], list[float]] = {}
+        for row in found.select(["explainer", "scorer", "score"]).to_pylist():
+            own.setdefault((row["explainer"] or "", row["scorer"]), []).append(row["score"])
+        return {key: Spread(tuple(values), tuple(self.journals.nulls.get(key, ()))) for key, values in own.items()}
 
     def table(self) -> "pa.Table":
         """Returns results.parquet: a row for each latent, explainer and scorer (interp/README.md has its columns)."""
@@ -206,7 +219,7 @@ class ExplainedRun:
         row = next((row for journal in self._shown if (row := journal.get((latent,)))), None)
         if row is None:
             return {}
-        windows = {name: tuple(_window(one) for one in row[name]) for name in ("strongest", "sampled")}
+        windows = {name: tuple(Excerpt(_window(one)) for one in row[name]) for name in ("strongest", "sampled")}
         return {"facts": _facts(row["facts"]), "missing": row["missing"], **windows}
 
 

@@ -16,10 +16,10 @@ def page(record: LatentRecord) -> str:
     best.append(_items(map(repr, record.scores)))
     if record.missing:
         best.append(_lines("div", [record.missing]))
-    strength = max((window.strength for window in (*record.strongest, *record.sampled)), default=0.0)
+    strength = max((one.window.strength for one in (*record.strongest, *record.sampled)), default=0.0)
     for name, some in (("strongest windows", record.strongest), ("sampled windows", record.sampled)):
         if some:
-            best.append(_lines("div", [name], "margin-top:.5em") + windows(some, strength))
+            best.append(_lines("div", [name], "margin-top:.5em") + windows((one.window for one in some), strength))
     return _box("".join(best))
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from interp.records import Facts, Measure, Window
+from interp.records import Excerpt, Facts, Measure, Seen
 from interp.run.reasons import why
 from interp.run.tables import Told
 from sae.base.visible import visible
@@ -29,6 +29,10 @@ class LatentScore:
     """Why there is no score, or which answers are missing."""
     measures: dict[str, Measure] = field(default_factory=dict)
     """All figures by name, as in measures.parquet."""
+    windows: tuple[Seen, ...] = ()
+    """Some of what was judged: the worst misses first, with answers that are missing, then some that are right."""
+    asked: tuple[tuple[str, str], ...] = ()
+    """One of the questions as it went out, (role, text) by message; empty where nobody was asked."""
 
     @property
     def value(self) -> float | None:
@@ -41,6 +45,16 @@ class LatentScore:
         partly = f", {visible(self.reason)} missing" if self.reason else ""
         figures = f"{self.measure}, null {self.null}, lift {self.lift}"
         return f"{visible(self.scorer)}: {self.headline.replace('_', ' ')} {figures}, n {self.n}{partly}"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The scores of all latents by one explainer and scorer, behind their means."""
+
+    own: tuple[float, ...]
+    """Of every latent by its own label, in their order."""
+    null: tuple[float, ...]
+    """By the label of another one; of a scorer that needs no label, what guessing gives."""
 
 
 def score_of(told: Told) -> LatentScore:
@@ -64,6 +78,8 @@ class Label:
     reason: str
     """Why there is no text."""
     scores: tuple[LatentScore, ...]
+    asked: tuple[tuple[str, str], ...] = ()
+    """The question as it went out, (role, text) by message; empty where no model was asked."""
 
     def __repr__(self) -> str:
         by = f" ({visible(self.by)})" if self.by else ""
@@ -88,8 +104,10 @@ class LatentRecord:
     """None where no examples are kept of it: it was not asked for, or by an older version."""
     missing: str = ""
     """Why it has too few examples to be scored, if so."""
-    strongest: tuple[Window, ...] = ()
-    sampled: tuple[Window, ...] = ()
+    strongest: tuple[Excerpt, ...] = ()
+    """Where it fires most strongly, of all the text."""
+    sampled: tuple[Excerpt, ...] = ()
+    """Some of each decile of the uniform sample, the strongest first."""
     labels: tuple[Label, ...] = ()
     scores: tuple[LatentScore, ...] = ()
     """Of scorers that need no label."""

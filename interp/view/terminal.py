@@ -32,9 +32,9 @@ def lines(record: LatentRecord, command: str, colors: bool) -> Iterator[str]:
         yield "for more of it, look at more text: a larger --evidence.tokens and another --run-dir"
     if record.facts is None and command:
         yield f"no examples of it are kept here; to keep them: {command}"
-    for name, windows in (("strongest", record.strongest), ("sampled", record.sampled)):
-        if windows:
-            yield from ("", f"{name} windows", *(window_line(window, colors) for window in windows))
+    for name, some in (("strongest", record.strongest), ("sampled", record.sampled)):
+        if some:
+            yield from ("", f"{name} windows", *(window_line(one.window, colors) for one in some))
 
 
 def title(record: LatentRecord) -> str:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from rigs.interp_examples import facts, of_pieces
 
-from interp.records import Measure
+from interp.records import Excerpt, Measure
 from interp.view.html import page, table, text_lines
 from interp.view.record import Label, LatentRecord, LatentScore
 
@@ -20,7 +20,7 @@ def firing(pieces, values):
 def record(text):
     score = LatentScore(text, text, Measure(0.5), Measure(None), Measure(None), 3, "ok", text, {})
     label = Label(text, text, text, "ok", text, (score,))
-    window = firing([text, text], (0.0, 2.0))
+    window = Excerpt(firing([text, text], (0.0, 2.0)))
     known = facts(top_tokens=((text, 0.5),), promoted=(text,), suppressed=(text,))
     return LatentRecord(3, 8, True, 5, 9, known, text, (window,), (window,), (label,), (score,))
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from interp.records import Facts, Window
+from interp.records import Excerpt, Facts, Window
 from interp.run.tables import COLUMNS, Told
 from interp.view.record import Label, LatentRecord, score_of
 from interp.view.terminal import BOLD, PLAIN, lines
@@ -31,9 +31,8 @@ def told(**row):
 
 SCORED = told(scorer="detection[rule]", score=0.9, score_low=0.8, score_high=0.95, null=0.5, lift=0.4, n=40)
 LABEL = Label("token_lookup", "", 'fires on the tokens ">>>"', "ok", "", (SCORED,))
-RECORD = LatentRecord(
-    3, 2048, True, 1234, 100_000, FACTS, "", (window("a ", "cat", " sat", fires=(1, 2)),), (window("b"),), (LABEL,)
-)
+SHOWN = Excerpt(window("a ", "cat", " sat", fires=(1, 2)))
+RECORD = LatentRecord(3, 2048, True, 1234, 100_000, FACTS, "", (SHOWN,), (Excerpt(window("b")),), (LABEL,))
 
 
 def test_all_that_is_known_is_told():
@@ -79,7 +78,7 @@ def test_text_of_strangers_steers_no_terminal(colors):
     score = told(scorer=f"detection[{HOSTILE}]", status="failed", reason=HOSTILE)
     label = Label(HOSTILE, HOSTILE, HOSTILE, "ok", "", (score,))
     facts = replace(FACTS, top_tokens=((HOSTILE, 0.5),), promoted=(HOSTILE,), suppressed=(HOSTILE,))
-    seen = window(HOSTILE, HOSTILE, fires=(1,))
+    seen = Excerpt(window(HOSTILE, HOSTILE, fires=(1,)))
     failed = Label("other", HOSTILE, None, "failed", HOSTILE, ())
     record = replace(RECORD, labels=(label, failed), facts=facts, strongest=(seen,), sampled=(seen,))
     told_lines = list(lines(record, COMMAND, colors))
