@@ -221,6 +221,8 @@ MIRRORLESS = {
     "cli/test_quickstart_run.py": "the main command as typed on a fresh machine",
     "lm/test_transformerlens_names.py": "names of sae.lm.sites, in each model that they are of",
     "pages/test_core.py": "scripts that all pages share, in a browser",
+    "pages/test_plots.py": "plots.js, in a browser",
+    "pages/test_table.py": "table.js, in a browser",
     "run/test_planted.py": "known latents through scorers and what scores them",
     "run/test_planted_end_to_end.py": "known latents through all of interp",
     "training/test_families.py": "each family of coders through all of training",

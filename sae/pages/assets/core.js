@@ -41,6 +41,8 @@ async function read(name) {
 const place = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
 const address = (where) => "#" + new URLSearchParams(Object.entries(where).filter(([, value]) => value !== null && value !== undefined));
 const go = (where) => { location.hash = address({...place(), ...where}); };
+/** Notes a place in the address without a step back to the one before. */
+const note = (where) => history.replaceState(history.state, "", address({...place(), ...where}));
 
 /** Tabs: [[name, make], ...] where make() returns what the tab shows; arrows change them. */
 function tabs(label, some, chosen = 0, onchange = () => {}) {
