@@ -152,10 +152,6 @@ class Ledger:
         failures = self.accounts[role].failures
         failures[failure] = failures.get(failure, 0) + 1
 
-    def projected(self, share_done: float) -> float | None:
-        """Returns the whole cost in USD, judged by what so much of the work has cost; None where that tells nothing."""
-        return None if self.usd is None or not share_done > 0 else self.usd / share_done
-
     def totals(self) -> dict[str, Any]:
         """Returns plain JSON values: by role what Account holds, `usd` of all, and `budget_usd`.
 

@@ -28,11 +28,11 @@ from threadpoolctl import threadpool_limits
 
 from interp.client.client import Client
 from interp.client.config import EndpointConfig
-from interp.client.local.words import NAME
 from interp.client.requests import ROLES, Abilities, Reply, Request
 from interp.client.running import finished
 from interp.records import Examples, Explanation
 from interp.run import explanations_file
+from interp.run.answered import Answered, Share
 from interp.run.config import ExplainConfig
 from interp.run.flows import AGAIN, CutOff, Flow, Row, explanation_flow, score_flow
 from interp.run.journal import Journal
@@ -147,28 +147,30 @@ class Pipeline:
         batched = any(self.config.endpoint(role).via == "batch" for role in self.abilities)
         groups = [latents[i : i + WAVE] for i in range(0, len(latents), WAVE)] if batched else [[i] for i in latents]
         todo = iter(groups)
-        done = 0
 
         async def worker() -> None:
-            nonlocal done
             for group in todo:
                 if self.watch.should_stop() or errors:
                     return
+                share = Share()
                 try:
-                    await (self._in_waves(group, work) if batched else self._do(await work(group[0])))
+                    await (self._in_waves(group, work, share) if batched else self._do(await work(group[0]), share))
                 except Exception as error:  # the others end what they have begun
                     errors.append(error)
-                done += len(group)
-                progress.update(done, **self._shown())
+                told.end(len(group), share)
+                progress.update(told.done, told.reused, **told.figures())
 
         errors: list[Exception] = []
-        with self.watch.stage(label, len(latents), "latents") as progress:
-            await asyncio.gather(*(worker() for _ in range(1 if batched else self.config.in_flight)))
+        endpoints = {role: self.config.endpoint(role) for role in ROLES}
+        self.answered = told = Answered(self.client.ledger, endpoints, len(latents))
+        workers = 1 if batched else self.config.in_flight
+        with self.watch.stage(label, len(latents), "latents", at_once=workers) as progress:
+            await asyncio.gather(*(worker() for _ in range(workers)))
         for error in sorted(errors, key=lambda error: isinstance(error, CutOff)):
             raise error
         self.watch.poll(f"while {label}; the same command goes on")
 
-    async def _in_waves(self, latents: list[int], work: Callable[[int], Awaitable[list[Work]]]) -> None:
+    async def _in_waves(self, latents: list[int], work: Callable[[int], Awaitable[list[Work]]], share: Share) -> None:
         """Asks what all latents have to ask together, then begins each anew with the answers, until nobody asks more.
 
         So no flow, with all the examples that it holds, waits for a batch.
@@ -180,6 +182,7 @@ class Pipeline:
                 if self.watch.should_stop():
                     return
                 for journal, row, flow in await work(latent):
+                    share.rows += 1
                     try:
                         asked = next(flow)
                         while all(request in answers for request in asked):
@@ -189,10 +192,16 @@ class Pipeline:
                         self._end(journal, row | ended.value)
             if not wanted:
                 return
-            answers |= zip(wanted, await self.client.ask_all(list(wanted)), strict=True)
+            answers |= zip(wanted, await self._ask(list(wanted), share), strict=True)
 
-    async def _do(self, work: list[Work]) -> None:
+    async def _ask(self, requests: list[Request], share: Share) -> list[Reply]:
+        replies = await self.client.ask_all(requests)
+        self.answered.take(share, requests, replies)
+        return replies
+
+    async def _do(self, work: list[Work], share: Share) -> None:
         """Answers flows side by side, all their requests at once, and writes down what they return."""
+        share.rows = len(work)
         replies: dict[int, Any] = dict.fromkeys(range(len(work)))
         while replies:
             waiting: dict[int, list[Request]] = {}
@@ -202,7 +211,7 @@ class Pipeline:
                     waiting[i] = flow.send(answers)
                 except StopIteration as ended:
                     self._end(journal, row | ended.value)
-            found = iter(await self.client.ask_all([request for asked in waiting.values() for request in asked]))
+            found = iter(await self._ask([request for asked in waiting.values() for request in asked], share))
             replies = {i: list(islice(found, len(asked))) for i, asked in waiting.items()}
 
     def _end(self, journal: Journal, row: Row) -> None:
@@ -319,17 +328,6 @@ class Pipeline:
         row = self.scores.get((latent, scorer, explainer, True))
         of = row["of"] if row else self.theirs[explainer].get(latent)
         return None if of is None else self._explanation(of, explainer)
-
-    def _shown(self) -> dict[str, float]:
-        """What is told on the way of models that are asked; comparing words in this process asks none."""
-        by_role = self.client.ledger.accounts
-        accounts = [account for role, account in by_role.items() if self.config.endpoint(role).model != NAME]
-        if not any(account.calls or account.cached or account.failures for account in accounts):
-            return {}
-        asked = {"calls": sum(account.calls for account in accounts), "cached": sum(a.cached for a in accounts)}
-        usd = self.client.ledger.usd_in_all
-        missing = sum(sum(account.failures.values()) for account in accounts)
-        return asked | {"missing": missing} | ({} if usd is None else {"usd": usd})
 
 
 async def check_models(

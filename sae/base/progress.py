@@ -1,4 +1,4 @@
-"""Progress: a bar in a notebook or on a terminal, a line every few seconds elsewhere (a Slurm log), or a function.
+"""Progress: a bar in a notebook or on a terminal, a line now and then elsewhere (a Slurm log), or a function.
 
 And how whoever asked for long work watches it.
 """
@@ -18,10 +18,13 @@ from tqdm import tqdm
 from sae.base.arguments import wrong
 from sae.base.errors import Stopped
 from sae.base.logs import quiet
-from sae.base.units import duration
+from sae.base.pace import Pace
+from sae.base.units import duration, per_time
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
+"""Before the first line. Each one after it takes twice as long, up to the most."""
+MOST_BETWEEN_LINES = 300.0
 SECONDS_BETWEEN_CALLS = 0.1
 
 
@@ -40,22 +43,39 @@ class Position:
     seconds: float
     """Since the stage began."""
     seconds_left: float | None
-    """At the pace so far; None where nobody knows."""
+    """At the rate of late; None where nobody knows."""
     figures: dict[str, float] = field(default_factory=dict)
-    """A few numbers of the work itself."""
+    """A few numbers of the work itself. One whose name ends in `_share` is shown in percent."""
     done: bool = False
     """Whether this is the last that is told of the stage."""
+    rate: float | None = None
+    """`unit` per second of late, without the start-up and what was there before; None where nobody knows."""
 
     def __str__(self) -> str:
         whole = f"/{self.total:,}" if self.total else ""
-        left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
-        return f"{self.what} {self.n:,}{whole} {self.unit}{left}" + "".join(
-            f"  {name} {value:.4g}" for name, value in self.figures.items()
-        )
+        where = ", ".join([f"{self.what} {self.n:,}{whole} {self.unit}", *self.pace])
+        return "  ".join([f"{where} in {duration(self.seconds)}" if self.done else where, *self.told])
+
+    @property
+    def pace(self) -> list[str]:
+        """Returns how fast it goes and what is left, as far as that is known: "12 steps/s", "45 s left"."""
+        rate = [] if self.rate is None or self.done else [per_time(self.rate, self.unit)]
+        return rate if self.seconds_left is None or self.done else [*rate, f"{duration(self.seconds_left)} left"]
+
+    @property
+    def told(self) -> list[str]:
+        """Returns the figures as they are shown: "fvu 0.25", "valid 99.5%"."""
+        return [_told(name, value) for name, value in self.figures.items()]
+
+
+def _told(name: str, value: float) -> str:
+    if name.endswith("_share"):
+        return f"{name.removesuffix('_share')} {100 * value:.3g}%"
+    return f"{name} {value:,.0f}" if abs(value) >= 1000 else f"{name} {value:.4g}"
 
 
 Display = bool | Callable[[Position], object]
-"""How progress is shown, as a caller types it. True: a bar where one can be watched, else a line every few seconds.
+"""How progress is shown, as a caller types it. True: a bar where one can be watched, else a line now and then.
 False: not at all. A function is given the `Position`, ten times a second at most, and at the end of each stage; a class
 of tqdm's is the bar itself."""
 
@@ -81,9 +101,14 @@ class Watch:
         if self.should_stop():
             raise Stopped(doing)
 
-    def stage(self, what: str, total: int | None, unit: str, start: int = 0, visible: bool = True) -> "Progress":
-        """Returns the progress of one stage, shown as was asked for; to be used as a context."""
-        return Progress(what, total, unit, start, self.display if visible else False)
+    def stage(
+        self, what: str, total: int | None, unit: str, start: int = 0, visible: bool = True, at_once: int = 1
+    ) -> "Progress":
+        """Returns the progress of one stage, shown as was asked for; to be used as a context.
+
+        `start` is done already, and `at_once` units are worked on side by side.
+        """
+        return Progress(what, total, unit, start, self.display if visible else False, at_once)
 
 
 UNWATCHED = Watch()
@@ -117,17 +142,33 @@ class Progress:
     What shows it may fail: it is warned of once, and lines take the place of a bar, silence that of a function.
     """
 
-    def __init__(self, what: str, total: int | None, unit: str, start: int = 0, display: Display = True) -> None:
-        self.what, self.total, self.unit, self.first, self.n = what, total, unit, start, start
+    def __init__(
+        self,
+        what: str,
+        total: int | None,
+        unit: str,
+        start: int = 0,
+        display: Display = True,
+        at_once: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.what, self.total, self.unit, self.n = what, total, unit, start
         self.figures: dict[str, float] = {}
-        self.began = time.monotonic()
+        self.clock, self.began = clock, clock()
+        warming = at_once if not total else min(at_once, (total - start) // 4)
+        self.pace = Pace(start, warming)
         self.show, self.instead = _face(display)
         self._show()
 
-    def update(self, n: int, **figures: float) -> None:
-        """Moves to position n; the figures are shown until there are others."""
+    def update(self, n: int, reused: int = 0, **figures: float) -> None:
+        """Moves to position n; the figures are shown until there are others.
+
+        `reused` of what is done since the start cost no work (answers were there already), and tells nothing of the
+        rate.
+        """
         self.n = n
         self.figures |= figures
+        self.pace.update(n - reused, self.clock())
         self._show()
 
     def close(self, ended: bool = True) -> None:
@@ -150,12 +191,14 @@ class Progress:
         return f"{self.what} at step {self.n}" if self.unit == "steps" else f"{self.what} at {self.n:,} {self.unit}"
 
     def _show(self, done: bool = False) -> None:
-        seconds, left = time.monotonic() - self.began, None
-        if self.total and self.n > self.first:
-            left = seconds / (self.n - self.first) * max(0, self.total - self.n)
+        rate, left = self.pace.rate, None
+        if self.total and rate:
+            left = max(0, self.total - self.n) / rate
+        seconds, figures = self.clock() - self.began, dict(self.figures)
+        at = Position(self.what, self.n, self.total, self.unit, seconds, left, figures, done, rate)
         aside = Aside("showing the progress", "the work goes on without it")
         with aside:
-            self.show(Position(self.what, self.n, self.total, self.unit, seconds, left, dict(self.figures), done))
+            self.show(at)
         if aside.failed:
             self.show, self.instead = self.instead, _silent
             self._show(done)
@@ -204,7 +247,9 @@ def _silent(_: Position) -> None:
 
 
 class _Bar:
-    """A bar of tqdm's. One within another goes when it is done, so that a run leaves a bar a stage."""
+    """A bar of tqdm's, with our rate. One within another goes when it is done, so that a run leaves a bar a stage."""
+
+    FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
     open: ClassVar[WeakSet["_Bar"]] = WeakSet()
 
@@ -215,12 +260,11 @@ class _Bar:
         try:
             if self.bar is None:
                 leave = not self.open
-                self.bar = self.kind(
-                    total=at.total, initial=at.n, desc=at.what, unit=f" {at.unit}", leave=leave, disable=False
-                )
+                how = {"unit": f" {at.unit}", "leave": leave, "disable": False, "bar_format": self.FORMAT}
+                self.bar = self.kind(total=at.total, initial=at.n, desc=at.what, **how)
                 self.open.add(self)
             self.bar.total = at.total
-            self.bar.set_postfix({name: f"{value:.4g}" for name, value in at.figures.items()}, refresh=False)
+            self.bar.set_postfix_str(", ".join([*at.pace, *at.told]), refresh=False)
             self.bar.update(at.n - self.bar.n)
             if at.done:
                 self.open.discard(self)
@@ -233,18 +277,21 @@ class _Bar:
 
 
 class _Lines:
-    """A line every few seconds: in the log where that takes it, else on standard error."""
+    """A line at growing intervals, in the log where that takes it, else on standard error; after one, one at the end.
+
+    So a short stage says nothing, and a day leaves a page.
+    """
 
     def __init__(self) -> None:
-        self.last: float | None = None
+        self.begun, self.told = False, False
+        self.wait = self.due = SECONDS_BETWEEN_LINES
 
     def __call__(self, at: Position) -> None:
-        now, last = time.monotonic(), self.last
-        if last is not None and (at.done or now - last < SECONDS_BETWEEN_LINES):
+        begun, self.begun = self.begun, True
+        if not (self.told if at.done else begun and at.seconds >= self.due):
             return
-        self.last = now
-        if last is None:  # where it begins
-            return
+        self.told, self.wait = True, min(2 * self.wait, MOST_BETWEEN_LINES)
+        self.due = at.seconds + self.wait
         if log.isEnabledFor(logging.INFO) and log.hasHandlers():
             log.info("%s", at)
         elif sys.stderr is not None:
@@ -258,9 +305,8 @@ class _Calls:
         self.function, self.last = function, -SECONDS_BETWEEN_CALLS
 
     def __call__(self, at: Position) -> None:
-        now = time.monotonic()
-        if at.done or now - self.last >= SECONDS_BETWEEN_CALLS:
-            self.last = now
+        if at.done or at.seconds - self.last >= SECONDS_BETWEEN_CALLS:
+            self.last = at.seconds
             self.function(at)
 
 

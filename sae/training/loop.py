@@ -182,7 +182,8 @@ class Run:
                 for line in lines:
                     tracker.log({f"{line['coder']}/{k}": v for k, v in line.items() if isinstance(v, float)}, step)
                 head = lines[0]
-                shown = {"fvu": head["fvu"], "l0": head["l0"], "dead": head["dead_share"], "tokens_per_s": rate}
+                late = rate if progress.pace.rate is None else progress.pace.rate * config.batch_tokens
+                shown = {"fvu": head["fvu"], "l0": head["l0"], "dead": head["dead_share"], "tokens_per_s": late}
             progress.update(step, **shown)
             self.told.tell("on_step", partial(self._moment, _figures(lines)))
             if step % config.checkpoints.every_steps == 0 and step < steps:

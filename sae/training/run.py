@@ -58,7 +58,7 @@ def train(
     With `resume`, continues the run folder's newest checkpoint bit for bit (from the start if it has none); "auto" does
     so if there is a run in the folder that is named or, if none is, one that this very job has begun (docs/cluster.md).
     With `repair`, verifies the caches the run will read and makes again what is damaged. `progress` says how the stages
-    are shown: True (a bar in a notebook or on a terminal, else a line every few seconds), False, or a function that is
+    are shown: True (a bar in a notebook or on a terminal, else a line now and then), False, or a function that is
     given the `Position`. `callbacks` hear of steps, evaluations, checkpoints and the end; a function, of every step.
 
     The config may be a mapping of its fields, or the path of a YAML file. `model`, a name or one that is loaded, stands

@@ -305,10 +305,11 @@ def test_the_model_that_the_coder_reads_is_not_loaded_again_to_read(coder, prepa
 
 
 @pytest.mark.parametrize("asks", [False, True])
-def test_calls_are_told_where_a_model_is_asked(coder, prepared, tmp_path, monkeypatch, caplog, asks):
+def test_answers_are_told_where_a_model_is_asked(coder, prepared, tmp_path, monkeypatch, caplog, asks):
     monkeypatch.setattr("sae.base.progress.SECONDS_BETWEEN_LINES", 0.0)
     with FakeLLM(scripted, **ABLE) as server, caplog.at_level("INFO"):
         run(explain_config(coder, tmp_path, with_llm(server.url) if asks else {}), prepared)
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("scoring ")]
     assert lines
-    assert all(("  calls " in line) == asks for line in lines)
+    for figure in ("  answers ", "  cached ", "  valid 100%"):
+        assert [any(figure in line for line in lines), figure in lines[-1]] == [asks, asks]
