@@ -184,7 +184,7 @@ class Run:
                 head = lines[0]
                 late = rate if progress.pace.rate is None else progress.pace.rate * config.batch_tokens
                 shown = {"fvu": head["fvu"], "l0": head["l0"], "dead": head["dead_share"], "tokens_per_s": late}
-            progress.update(step, **shown)
+            progress.update(step, 0, **shown)
             self.told.tell("on_step", partial(self._moment, _figures(lines)))
             if step % config.checkpoints.every_steps == 0 and step < steps:
                 self._save(self._log_bytes())
