@@ -19,6 +19,7 @@ from interp.scorers import Scorer
 from interp.view import html
 from interp.view.examples import LatentExamples, examples_of
 from interp.view.record import Label, LatentRecord, Spread, score_of
+from interp.view.search import KEPT, WORDS_ALONE, Found, Searcher
 from interp.view.terminal import lines, title
 from sae.base.errors import ConfigError
 from sae.base.plugins import names
@@ -157,6 +158,18 @@ class ExplainedRun:
             plain = tuple(score_of(one) for one in told if one.row["explainer"] is None and one.row["scorer"])
             found = {"labels": tuple(self._labels(latent, told)), "scores": plain}
             yield Latent(latent, self.d_sae, latent in asked, **counts, **found, **self._examples(latent))
+
+    @cached_property
+    def searcher(self) -> Searcher:
+        """Returns what searches its latents; by meaning, with the encoder that its scorers compare texts by."""
+        encoder = saved_config(self.run_dir).endpoint("encoder") if self.known else WORDS_ALONE
+        return Searcher(self, encoder, self.run_dir / KEPT)
+
+    def search(self, query: str, by: str = "words", limit: int = 20) -> list[Found]:
+        """Returns the latents whose labels and tokens have all words of a query, or whose labels are near it in
+        meaning (`by="meaning"`), the best first (`interp.view.search`).
+        """
+        return self.searcher.find(query, by, limit)
 
     def __len__(self) -> int:
         return len(self.journals.latents)

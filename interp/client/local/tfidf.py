@@ -8,6 +8,7 @@ characters (`sae.text.scripts`).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from sae.text.scripts import SIGN, UNSPACED, folded, parts
 
@@ -21,14 +22,19 @@ def tfidf(texts: Sequence[str]) -> tuple[tuple[float, ...], ...]:
     Only their inner products mean anything: they are turned so that as many numbers suffice as there are texts.
     """
     import numpy as np
-    from sklearn.feature_extraction.text import TfidfVectorizer
 
     if not any(map(features, texts)):
         return ((0.0,),) * len(texts)
-    vectorizer = TfidfVectorizer(analyzer=features, sublinear_tf=True)  # type: ignore[arg-type]
-    found = vectorizer.fit_transform(texts).toarray()
+    found = vectorizer().fit_transform(texts).toarray()
     turned = np.linalg.qr(found.T)[1].T
     return tuple(map(tuple, turned.round(DIGITS).tolist()))
+
+
+def vectorizer() -> Any:
+    """Returns what is to be fitted to texts, and then makes sparse rows of norm 1 (scipy's), one a text."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return TfidfVectorizer(analyzer=features, sublinear_tf=True)  # type: ignore[arg-type]
 
 
 def features(text: str) -> list[str]:
