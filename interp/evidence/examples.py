@@ -22,7 +22,7 @@ from interp.evidence.corpus import Corpus
 from interp.evidence.places import KINDS, tokens_at
 from interp.evidence.second_pass import REACH, Visits
 from interp.evidence.tally import Evidence
-from interp.records import ACTIVE, SPLITS, TIERS, Examples, Facts, Item, Window
+from interp.records import ACTIVE, SPLITS, TIERS, Examples, Excerpt, Facts, Item, Window
 from sae.base.seeding import generator
 from sae.base.settings import at_least, choose
 from sae.text.decode import Decoder
@@ -124,13 +124,15 @@ class ExampleMaker:
             missing = "insufficient: it is silent in no random window of test"
         return Examples(latent, facts, **items, missing=missing)
 
-    def strongest(self, latent: int, n: int) -> list[Window]:
+    def strongest(self, latent: int, n: int) -> list[Excerpt]:
         """Returns up to n windows in which a latent fires most strongly, of all parts, the strongest first."""
         build = _Build(self, latent)
         spots = np.flatnonzero((build.spots.kind <= KINDS.index("top")) & (build.spots.values[:, REACH] != 0))
         spots = spots[np.argsort(-np.abs(build.spots.values[spots, REACH]), kind="stable")]
-        items = (build.active_at(int(spot), -1) for spot in spots)
-        return [item.window for item in islice((item for item in items if item is not None), n)]
+        deciles, splits = build.deciles()[spots].tolist(), build.spots.split[spots].tolist()
+        items = ((build.active_at(*one), split) for *one, split in zip(spots.tolist(), deciles, splits, strict=True))
+        found = (Excerpt(item.window, item.decile, SPLITS[split]) for item, split in items if item is not None)
+        return list(islice(found, n))
 
     def _sources(self, items: list[Item]) -> int:
         """How many documents items are from; of a text without documents, how many sections."""
@@ -156,6 +158,10 @@ class _Build:
         self.edges = np.quantile(strengths, np.arange(1, DECILES) / DECILES) if len(strengths) else np.zeros(0)
         self.pool_silent = np.cumsum(np.pad(self.spots.pool, ((0, 0), (1, 0))), axis=1)
 
+    def deciles(self) -> Int[ndarray, "m"]:
+        """Returns in which tenth of the uniform sample the value at every place would be."""
+        return np.searchsorted(self.edges, np.abs(self.spots.values[:, REACH]), side="right")
+
     def active(self, split: str, n: int) -> list[Item]:
         """Returns up to n active windows of a part: strongest first where shown, else in random order."""
         spots, how = self.spots, self.maker.config.shown_from if split == "explain" else "deciles"
@@ -164,7 +170,7 @@ class _Build:
         sample = sample[self._order(len(sample), split)]
         strongest = np.flatnonzero(here & (spots.kind <= KINDS.index("top")))
         strongest = strongest[np.argsort(-np.abs(spots.values[strongest, REACH]), kind="stable")]
-        deciles = np.searchsorted(self.edges, np.abs(spots.values[:, REACH]), side="right")
+        deciles = self.deciles()
         within = [np.flatnonzero(deciles[sample] == decile) for decile in range(DECILES)]
         turns = np.argsort(np.concatenate([np.arange(len(w)) for w in within]), kind="stable")
         by_decile = sample[np.concatenate(within)[turns]]  # one of each decile, then the next of each

@@ -192,6 +192,12 @@ class _Recorded(Scorer):
             measures |= {f"{figure}[{tier}]": theirs[figure] for figure in told if figure in theirs}
         return replace(score, measures=measures)
 
+    def misses(
+        self, tasks: Sequence[Task], judgements: Sequence[Judgement], threshold: float | None = None
+    ) -> list[float | None]:
+        """Returns what the scorer says of them."""
+        return self.like.misses(tasks, judgements, threshold)
+
 
 class _Entry(NamedTuple):
     """One entry of a file, whose fields are looked at before they are believed."""

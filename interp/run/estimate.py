@@ -18,6 +18,7 @@ from interp.evidence.examples import ExampleConfig
 from interp.explainers import Explainer
 from interp.records import ACTIVE, SPLITS, TIERS, Examples, Explanation, Item, Judgement
 from interp.run.config import ExplainConfig
+from interp.run.kept import messages_of
 from interp.run.latents import asked_latents
 from interp.run.pipeline import FEWEST_FOR_NULL
 from interp.run.preparing import NOTHING, Given, Prepared, prepare
@@ -177,6 +178,5 @@ def _texts(request: Request) -> tuple[str, ...]:
 
 
 def _told(request: Request) -> list[str]:
-    if isinstance(request, Chat):
-        return [line for role, text in request.messages for line in (f"[{role}]", text)]
-    return [request.text] if isinstance(request, LogProb) else [*request.texts[:3], "..."]
+    chat = isinstance(request, Chat)
+    return [line for role, text in messages_of(request) for line in ([f"[{role}]", text] if chat else [text])]

@@ -12,6 +12,7 @@ from typing import Any
 from interp.client.requests import RETRYABLE, Abilities, Chat, Reply, Request
 from interp.explainers import Explainer
 from interp.records import Examples, Explanation, Judged, Measure, Score, Task
+from interp.run.kept import asked_kept, seen_kept
 from interp.run.reasons import DEAD, FAILED, INSUFFICIENT, NONE, NOT_APPLICABLE, OK, PARTIAL, first_messages
 from interp.scorers import Scorer, Trial
 from interp.scoring.metrics import best_threshold
@@ -38,13 +39,14 @@ def explanation_flow(
     """
     if examples.missing:
         return {**_lacking(examples), "explanation": None}
-    replies = yield from _asked(explainer.requests(examples, abilities.get("explainer", Abilities())))
+    requests = explainer.requests(examples, abilities.get("explainer", Abilities()))
+    replies, asked = (yield from _asked(requests)), {"asked": asked_kept(requests)} if requests else {}
     found = explainer.explanations(examples, replies)
     if not found:
         failures = Counter(reply.failure for reply in replies if reply.failure)
         counts = failures or ({"unusable": len(replies)} if replies else {"nothing": 1})
         row = {"status": FAILED if failures else NONE, "reason": _counted(counts)}
-        return {**row, "messages": first_messages(replies), "explanation": None}
+        return {**row, "messages": first_messages(replies), **asked, "explanation": None}
     best, detail = found[0], {}
     if chooser is not None and (len(found) > 1 or explainer.refines):
         judged = yield from _judged(chooser, found, examples, abilities)
@@ -60,7 +62,7 @@ def explanation_flow(
                 if _worth(again[0][0], chooser) > _worth(score, chooser):
                     best = better[0]
         detail = {"candidates": tried}
-    return {"status": OK, "reason": "", "explanation": best.with_(detail=detail).to_json()}
+    return {"status": OK, "reason": "", **asked, "explanation": best.with_(detail=detail).to_json()}
 
 
 def score_flow(
@@ -70,8 +72,12 @@ def score_flow(
     prepared: dict[str, Any],
     abilities: Abilities,
     split: str = "test",
+    null: bool = False,
 ) -> Flow:
-    """Returns the row of a score: `status`, `score`, and of every task the truth and the judgement."""
+    """Returns the row of a score: `status`, `score`, and of every task the truth and the judgement.
+
+    Some of what was judged and one of the questions are kept for people, but of a `null`, which nobody looks at.
+    """
     if examples.missing:
         return _lacking(examples)
     tasks = scorer.tasks(examples, split, prepared)
@@ -91,7 +97,7 @@ def score_flow(
     score = scorer.score(tasks, judgements, examples.facts, threshold)
     lost = any(reply.failure in RETRYABLE for reply in first)
     status = FAILED if score.coverage < LEAST_COVERAGE else PARTIAL if lost else OK
-    return {
+    row = {
         "status": status,
         "reason": _counted(score.invalid),
         "messages": {kind: said for kind, said in first_messages(first).items() if kind in score.invalid},
@@ -104,6 +110,10 @@ def score_flow(
         "levels": [list(found.levels) for found in judgements] if any(found.levels for found in judgements) else [],
         "reasons": {str(i): found.reason for i, found in enumerate(judgements) if not found.valid},
     }
+    if not null:
+        row["seen"] = seen_kept(tasks, judgements, scorer.misses(tasks, judgements, threshold))
+        row["asked"] = asked_kept(requests)
+    return row
 
 
 def measure_of(row: Row, name: str) -> Measure:

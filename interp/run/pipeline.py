@@ -36,6 +36,7 @@ from interp.run.answered import Answered, Share
 from interp.run.config import ExplainConfig
 from interp.run.flows import AGAIN, CutOff, Flow, Row, explanation_flow, score_flow
 from interp.run.journal import Journal
+from interp.run.kept import excerpts_kept
 from interp.run.preparing import Prepared
 from interp.run.reasons import FAILED, OK, main_reason, told
 from interp.run.rundir import CACHE, LATENTS, asked_in, explained_in, scores_in, shard_folder, shown_in
@@ -259,7 +260,8 @@ class Pipeline:
             row = {"latent": latent, "scorer": name, "explainer": explainer, "null": null, "of": explanation.latent}
             row |= {"explanation": explanation.text, "judge": self._judge(scorer)}
             able = self.abilities.get(scorer.role, Abilities())
-            found.append((self.scores, row, score_flow(scorer, explanation, examples, ready, able)))
+            flow = score_flow(scorer, explanation, examples, ready, able, null=null)
+            found.append((self.scores, row, flow))
         return found
 
     def _open(self, journal: Journal, key: Hashable, explanation: str | None = None) -> bool:
@@ -293,7 +295,7 @@ class Pipeline:
             if (latent,) not in self.shown:
                 windows = await in_thread(self.prepared.shown, found)
                 row = {"latent": latent, "facts": asdict(found.facts), "missing": found.missing}
-                self.shown.append(row | {name: [asdict(window) for window in some] for name, some in windows.items()})
+                self.shown.append(row | {name: excerpts_kept(some) for name, some in windows.items()})
         self.kept[latent] = found
         if len(self.kept) > KEPT:
             self.kept.pop(next(iter(self.kept)))

@@ -24,7 +24,7 @@ from interp.evidence.promotes import Tokens, decoder_neighbors, promoted_tokens
 from interp.evidence.second_pass import visit_places
 from interp.evidence.subject import Subject
 from interp.evidence.tally import Evidence
-from interp.records import Examples, Window
+from interp.records import SPLITS, Examples, Excerpt
 from interp.run import explanations_file
 from interp.run.config import QUICKSTART_TOKENS, TOKENS, ExplainConfig
 from interp.run.latents import asked_latents, spelled_out
@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 NEIGHBORS = 8
-SHOWN = 8  # windows of each kind that people look at
+SHOWN = 8  # of the strongest windows, people look at so many
+OF_A_DECILE = 2  # and of each decile of the uniform sample at so many
 TEXT = "text.json"  # what the evidence is of
 
 
@@ -75,13 +76,19 @@ class Prepared:
         facts = replace(self.maker.facts(latent), promoted=up, suppressed=down, neighbors=self.near[latent])
         return self.maker.make(latent, facts)
 
-    def shown(self, examples: Examples) -> dict[str, list[Window]]:
-        """Returns what people look at of a latent: its `strongest` windows, and some that were `sampled` for it."""
+    def shown(self, examples: Examples) -> dict[str, list[Excerpt]]:
+        """Returns what people look at of a latent: its `strongest` windows, and of others some of each decile of the
+        uniform sample (`sampled`), the strongest first.
+        """
         strongest = self.maker.strongest(examples.latent, SHOWN)
-        places = {window.start for window in strongest}
-        active = [i.window for i in (*examples.test, *examples.explain, *examples.valid) if i.active]
-        sampled = [window for window in active if window.start not in places][:SHOWN]
-        return {"strongest": strongest, "sampled": sorted(sampled, key=lambda window: -window.strength)}
+        places = {one.window.start for one in strongest}
+        sampled: dict[int, list[Excerpt]] = {}
+        for split in reversed(SPLITS):  # of the test, the windows of a decile are in random order
+            for item in examples.of(split):
+                if item.active and item.window.start not in places:
+                    sampled.setdefault(item.decile, []).append(Excerpt(item.window, item.decile, split))
+        few = [one for decile in sorted(sampled) for one in sampled[decile][:OF_A_DECILE]]
+        return {"strongest": strongest, "sampled": sorted(few, key=lambda one: -one.window.strength)}
 
 
 @dataclass(frozen=True)

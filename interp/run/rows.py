@@ -155,7 +155,7 @@ class Journals:
             "answers": row.get("answers") or None,
             **self._firing(row["latent"]),
         }
-        return Told(flat, measures, counts if score else {}, messages)
+        return Told(flat, measures, counts if score else {}, messages, row)
 
     def _firing(self, latent: int) -> dict[str, Any]:
         if self.evidence is None or latent >= self.evidence.d_sae:

@@ -48,6 +48,8 @@ class Told(NamedTuple):
     """Missing answers by kind,"""
     messages: dict[str, str]
     """and what was said the first time."""
+    source: Mapping[str, Any] = {}
+    """The row of a journal that it tells of."""
 
 
 def write_tables(run_dir: Path, table: Iterator[Told]) -> None:

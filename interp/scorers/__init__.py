@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from interp.client.requests import Abilities, Reply, Request
 from interp.records import Examples, Explanation, Facts, Judgement, Score, Task
+from interp.scoring.misses import ranked_misses
 from sae.base.plugins import Plugin, discover
 
 if TYPE_CHECKING:
@@ -70,6 +71,14 @@ class Scorer(Plugin):
     ) -> Score:
         """Returns the score; `threshold` is the tuned one of a scorer that `tunes`."""
         raise NotImplementedError
+
+    def misses(
+        self, tasks: Sequence[Task], judgements: Sequence[Judgement], threshold: float | None = None
+    ) -> list[float | None]:
+        """Returns by task how wrong its answer is: from 0 (right) to 1, above a half where it is wrong, and None where
+        there is none. By default that is told by its rank among the answers on tasks of the other truth.
+        """
+        return ranked_misses(tasks, judgements, threshold)
 
 
 discover(__name__, __path__)

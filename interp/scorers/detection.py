@@ -21,10 +21,12 @@ from interp.records import Examples, Facts, Item, Judgement, Score, Task
 from interp.scorers import Scorer, Trial
 from interp.scoring.judging import ANSWERS, NO, YES, by_id, yes_or_no
 from interp.scoring.metrics import classification
+from interp.scoring.misses import ranked_misses
 from interp.scoring.tasks import window_task
 from sae.base.seeding import generator
 from sae.base.settings import at_least, choose
 
+EVEN = 0.5  # a probability of which or more says active
 TOKENS_OF_ANSWER = 48  # of a judge's answer on one window of several, with its id
 
 
@@ -93,7 +95,13 @@ class Detection(Scorer):
         self, tasks: Sequence[Task], judgements: Sequence[Judgement], facts: Facts, threshold: float | None = None
     ) -> Score:
         """Returns the score of telling active from silent; a probability of a half or more says active."""
-        return classification(tasks, judgements, facts, 0.5 if threshold is None else threshold)
+        return classification(tasks, judgements, facts, EVEN if threshold is None else threshold)
+
+    def misses(
+        self, tasks: Sequence[Task], judgements: Sequence[Judgement], threshold: float | None = None
+    ) -> list[float | None]:
+        """Returns how wrong each answer is, by its side of an even chance, then by its rank."""
+        return ranked_misses(tasks, judgements, EVEN if threshold is None else threshold)
 
     def _alone(self, abilities: Abilities) -> bool:
         """Returns whether every window has a request of its own that one word answers."""

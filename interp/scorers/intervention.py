@@ -8,6 +8,7 @@ reader sees a passage, then "contains an amplified amount of: z". Prompts are ac
 before the first token on which the latent fires: what it is shown is what it causes and not what it answers to.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -100,6 +101,12 @@ class Intervention(Scorer):
         values = [value for _, value in answered]
         mean = bootstrapped(lambda weights: weights @ values / weights.sum(1), [section for section, _ in answered])
         return score_of({"nats": mean}, judgements)
+
+    def misses(
+        self, tasks: Sequence[Task], judgements: Sequence[Judgement], threshold: float | None = None
+    ) -> list[float | None]:
+        """Returns 1 / (1 + e^v): above a half where the explanation became less likely."""
+        return [None if found.value is None else 1 / (1 + math.exp(min(found.value, 700))) for found in judgements]
 
 
 def prompt(window: Window) -> tuple[int, ...]:

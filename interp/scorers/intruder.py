@@ -90,6 +90,13 @@ class Intruder(Scorer):
         chance = 1 / self.windows
         return score_of({"accuracy": accuracy, "chance": Measure(chance, chance, chance)}, judgements)
 
+    def misses(
+        self, tasks: Sequence[Task], judgements: Sequence[Judgement], threshold: float | None = None
+    ) -> list[float | None]:
+        """Returns 1 where another text was chosen than the intruder."""
+        pairs = zip(tasks, judgements, strict=True)
+        return [float(found.value != task.truth) if found.valid else None for task, found in pairs]
+
 
 def _asked(task: Task, numbered: bool) -> tuple[Messages, tuple[str, ...]]:
     return odd_one([shown(item.window) for item in task.items], numbered)

@@ -16,6 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
 from interp.client.requests import Abilities, Chat, LogProb, Reply, Request
 from interp.prompts.reading import LEVELS, LEVELS_SCHEMA, UNKNOWN, simulated_levels, simulation_messages
 from interp.records import ACTIVE, Examples, Facts, Judgement, Measure, Score, Task, Window
@@ -81,6 +85,26 @@ class Simulation(Scorer):
         both = 0 < len(active) < len(pairs)
         measures = {"correlation": _correlation(pairs) if both else NONE, "correlation[active]": _correlation(active)}
         return score_of(measures, judgements)
+
+    def misses(
+        self, tasks: Sequence[Task], judgements: Sequence[Judgement], threshold: float | None = None
+    ) -> list[float | None]:
+        """Returns d / (d + 2) of d = mean_t (x_t - y_t)^2 over a window's tokens, both levels and activations in units
+        of their spread over all windows: over all tokens d is 2 - 2 r, so a half is what has nothing to do with it.
+        """
+        pairs = [pair for pair in zip(tasks, judgements, strict=True) if pair[1].valid]
+        actual = _standard([[abs(value) for value in task.items[0].window.activations] for task, _ in pairs])
+        levels = _standard([judgement.levels for _, judgement in pairs])
+        apart = (float(np.square(x - y).mean()) for x, y in zip(levels, actual, strict=True))
+        misses = (d / (d + 2) for d in apart)
+        return [next(misses) if judgement.valid else None for judgement in judgements]
+
+
+def _standard(windows: Sequence[Sequence[float]]) -> list[Float[ndarray, "_tokens"]]:
+    """Returns numbers less their mean over all windows, by their spread if they have one."""
+    every = np.array([value for window in windows for value in window])
+    mean, spread = (float(every.mean()), float(every.std())) if len(every) else (0.0, 0.0)
+    return [(np.array(window) - mean) / (spread or 1.0) for window in windows]
 
 
 def _reads(abilities: Abilities) -> bool:

@@ -3,11 +3,12 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp.records import Excerpt, Facts, Window
 from interp.run.journal import Journal
+from interp.run.kept import asked_of, excerpts_of, facts_of
 from interp.run.latents import ids_among, is_one
 from interp.run.reasons import UNASKED
 from interp.run.results import results_of, what_is_told
@@ -146,14 +147,13 @@ class ExplainedRun:
 
     def records(self, latents: Collection[int]) -> Iterator[Latent]:
         """Yields the record of each latent, ascending; ConfigError for one that the coder has not."""
-        asked, evidence = set(self.journals.latents), self.journals.evidence
-        rows: dict[int, list[Told]] = {latent: [] for latent in sorted(latents)}
-        if evidence is None and rows.keys() - asked:
+        asked, evidence, wanted = set(self.journals.latents), self.journals.evidence, sorted(set(latents))
+        if evidence is None and set(wanted) - asked:
             listed = ", ".join(map(str, sorted(asked)[:10])) + (" ..." if len(asked) > 10 else "")
-            raise ConfigError(f"latents: {min(rows.keys() - asked)} is not in {self.run_dir}; it holds {listed}")
-        for one in self.journals.table(rows.keys() & asked):
-            rows[one.row["latent"]].append(one)
-        for latent, told in rows.items():
+            raise ConfigError(f"latents: {min(set(wanted) - asked)} is not in {self.run_dir}; it holds {listed}")
+        table = groupby(self.journals.table(asked.intersection(wanted)), key=lambda one: one.row["latent"])
+        for latent in wanted:
+            told = list(next(table)[1]) if latent in asked else []
             counts = {"fired": int(evidence.state["fired"][latent]), "tokens": evidence.tokens} if evidence else {}
             plain = tuple(score_of(one) for one in told if one.row["explainer"] is None and one.row["scorer"])
             found = {"labels": tuple(self._labels(latent, told)), "scores": plain}
@@ -226,14 +226,15 @@ class ExplainedRun:
             status, first = there["status"] if there else UNASKED, mine[0].row
             text = first["explanation"]
             scores = tuple(score_of(one) for one in mine if one.row["scorer"]) if text else ()
-            yield Label(explainer, there["by"] if there else "", text, status, first["reason"] or "", scores)
+            by, why = there["by"] if there else "", first["reason"] or ""
+            yield Label(explainer, by, text, status, why, scores, asked_of(there or {}))
 
     def _examples(self, latent: int) -> dict[str, Any]:
         row = next((row for journal in self._shown if (row := journal.get((latent,)))), None)
         if row is None:
             return {}
-        windows = {name: tuple(Excerpt(_window(one)) for one in row[name]) for name in ("strongest", "sampled")}
-        return {"facts": _facts(row["facts"]), "missing": row["missing"], **windows}
+        windows = {name: excerpts_of(row[name]) for name in ("strongest", "sampled")}
+        return {"facts": facts_of(row["facts"]), "missing": row["missing"], **windows}
 
 
 def _told(record: Latent) -> tuple[str, str]:
@@ -243,14 +244,3 @@ def _told(record: Latent) -> tuple[str, str]:
         return UNASKED, ""
     score = next((score for score in label.scores if score.value is not None), None)
     return repr(label), f"{score.scorer} {score.measure}" if score else ""
-
-
-def _window(data: dict[str, Any]) -> Window:
-    values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in data.items()}
-    return Window(**values)
-
-
-def _facts(data: dict[str, Any]) -> Facts:
-    pairs = {name: tuple(map(tuple, data[name])) for name in ("top_tokens", "neighbors")}
-    lists = {name: tuple(data[name]) for name in ("histogram", "positions", "promoted", "suppressed")}
-    return Facts(**{**data, **lists, **pairs})

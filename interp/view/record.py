@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from interp.records import Excerpt, Facts, Measure, Seen
+from interp.run.kept import asked_of, seen_of
 from interp.run.reasons import why
 from interp.run.tables import Told
 from sae.base.visible import visible
@@ -63,7 +64,8 @@ def score_of(told: Told) -> LatentScore:
     names = {"measure": "score", "null": "null", "lift": "lift"}
     figures = {name: Measure(row[of], row.get(f"{of}_low"), row.get(f"{of}_high")) for name, of in names.items()}
     ended = {"n": row["n"], "status": row["status"], "reason": row["reason"] or ""}
-    return LatentScore(row["scorer"], row["headline"], measures=told.measures, **figures, **ended)
+    kept = {"windows": seen_of(told.source), "asked": asked_of(told.source)}
+    return LatentScore(row["scorer"], row["headline"], measures=told.measures, **figures, **ended, **kept)
 
 
 @dataclass(frozen=True, repr=False)
