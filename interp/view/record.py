@@ -28,6 +28,8 @@ class LatentScore:
     status: str
     reason: str
     """Why there is no score, or which answers are missing."""
+    coverage: float | None = None
+    """Share of the tasks that have an answer."""
     measures: dict[str, Measure] = field(default_factory=dict)
     """All figures by name, as in measures.parquet."""
     windows: tuple[Seen, ...] = ()
@@ -63,7 +65,7 @@ def score_of(told: Told) -> LatentScore:
     row = told.row
     names = {"measure": "score", "null": "null", "lift": "lift"}
     figures = {name: Measure(row[of], row.get(f"{of}_low"), row.get(f"{of}_high")) for name, of in names.items()}
-    ended = {"n": row["n"], "status": row["status"], "reason": row["reason"] or ""}
+    ended = {"n": row["n"], "coverage": row["coverage"], "status": row["status"], "reason": row["reason"] or ""}
     kept = {"windows": seen_of(told.source), "asked": asked_of(told.source)}
     return LatentScore(row["scorer"], row["headline"], measures=told.measures, **figures, **ended, **kept)
 

@@ -1,0 +1,246 @@
+"""The report of a run, read back from its file: all that was asked for is there, and every figure is the real one."""
+
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from rigs.interp_runs import coder_folder
+from rigs.page_files import blocks_of, latents_of_blocks
+
+from interp.run.preparing import read_from
+from interp.run.rundir import saved_config
+from interp.view import report
+from interp.view.blocks import CUT
+from interp.view.explained import ExplainedRun
+from interp.view.report import Report, explained_below, write_report
+from sae.base.errors import ConfigError
+
+HOSTILE = "</script><script>alert(1)</script>\"'<!-- \u202e\u200b\x7f\x1b[2J \U0001f600 <<x>>"
+
+
+@pytest.fixture(scope="module")
+def run(explained_coder):
+    return ExplainedRun(explained_coder / "explain")
+
+
+@pytest.fixture(scope="module")
+def written(run, tmp_path_factory):
+    return blocks_of(write_report([run.run_dir], tmp_path_factory.mktemp("page") / "report.html")[0])
+
+
+def near(value):
+    """Returns what a figure of the page equals: it has six digits."""
+    return None if value is None else pytest.approx(value, rel=1e-5)
+
+
+def test_sae_explain_writes_it_beside_its_tables(explained_coder, written):
+    assert blocks_of(explained_coder / "explain" / "report.html") == written
+
+
+def test_all_that_was_asked_for_is_in_the_index_and_has_a_page(run, written):
+    (index,) = written["main"]["runs"]
+    assert index["latents"] == run.latents == list(latents_of_blocks(written))
+    statuses = Counter(index["statuses"][status] for status in index["explainers"][0]["status"])
+    assert statuses == run.summary["explanations"]["token_lookup"]
+    assert sum(statuses.values()) == len(run)
+
+
+def test_the_index_says_what_the_table_says(run, written):
+    (index,) = written["main"]["runs"]
+    (explainer,) = index["explainers"]
+    scorers = {scorer["name"]: scorer for scorer in explainer["scorers"]}
+    rows = run.table().to_pylist()
+    assert {row["scorer"] for row in rows} == set(scorers)
+    for row in rows:
+        at, scorer = index["latents"].index(row["latent"]), scorers[row["scorer"]]
+        assert index["fired"][at] == row["fired"]
+        assert scorer["value"][at] == near(row["score"])
+        if row["score"] is not None:
+            assert scorer["low"][at] == pytest.approx(row["score_low"], rel=1e-5)
+            assert scorer["coverage"][at] == pytest.approx(row["coverage"], rel=1e-5)
+            assert (scorer["n"][at], scorer["headline"]) == (row["n"], row["headline"])
+        text = explainer["text"][at]
+        assert (None if text is None else index["texts"][text]) == row["explanation"]
+
+
+def test_the_summary_and_the_null_behind_it(run, written):
+    (index,) = written["main"]["runs"]
+    for told, real in zip(index["summary"], run.summary["scores"], strict=True):
+        assert told["mean"] == pytest.approx(list(real["mean"].values()), rel=1e-5)
+        assert (told["statuses"], told["coverage"]) == (real["statuses"], real["coverage"])
+        assert sorted(told["nulls"]) == pytest.approx(
+            sorted(run.nulls[real["explainer"], real["scorer"]].null), rel=1e-5
+        )
+    assert index["seen"]["tokens_counted"] == run.journals.evidence.tokens
+
+
+def test_a_page_says_what_the_record_says(run, written):
+    pages = latents_of_blocks(written)
+    for record in run:
+        page = pages[record.latent]
+        assert (page["fired"], page["tokens"], page["status"]) == (record.fired, record.tokens, record.status)
+        assert page["facts"]["neighbors"] == [
+            [i, pytest.approx(cosine, rel=1e-5)] for i, cosine in record.facts.neighbors
+        ]
+        for told, label in zip(page["labels"], record.labels, strict=True):
+            assert (told["text"], told["status"]) == (label.text, label.status)
+            for one, score in zip(told["scores"], label.scores, strict=True):
+                measure = score.measures[score.headline]
+                assert one["value"] == [near(part) for part in (measure.value, measure.low, measure.high)]
+                assert one["measures"].keys() == score.measures.keys()
+                assert len(one["judged"]) == len(score.windows)
+
+
+def test_histograms_add_up_to_the_counts(written):
+    for page in latents_of_blocks(written).values():
+        if page["facts"]:
+            assert sum(page["facts"]["histogram"]) == sum(page["facts"]["positions"]) == page["fired"]
+
+
+def test_values_are_those_of_the_coder_in_full_context(run, written):
+    """Of the whole rows of text, through the model as anybody would call it."""
+    subject, rows, _ = read_from(saved_config(run.run_dir))
+    seen = []
+    layer = subject.lm.model.get_submodule(subject.coder.spec.reads[0].name)
+    layer.register_forward_hook(
+        lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+    checked = 0
+    for latent, page in latents_of_blocks(written).items():
+        for text, values, _, start, _ in page["windows"][:4]:
+            row, place = divmod(start, rows.context_length)
+            tokens = rows.tokens(np.array([row]))[:, : rows.length[row]]
+            with torch.no_grad():
+                subject.lm.model(tokens)
+                codes = subject.coder.encode_dense(seen.pop().reshape(-1, subject.coder.spec.d_in))[:, latent]
+            pieces = text.split(CUT)
+            assert "".join(pieces) == subject.lm.tokenizer.decode(tokens[0, place : place + len(pieces)])
+            dense = [values.get(str(i), 0.0) for i in range(len(pieces))]
+            masked = np.isin(tokens[0].numpy(), subject.coder.spec.mask.special_ids)
+            real = np.where(masked, 0.0, codes.numpy())[place : place + len(pieces)]
+            assert dense == pytest.approx(real.tolist(), rel=1e-5, abs=1e-6)
+            checked += sum(value > 0 for value in dense)
+    assert checked > 40
+
+
+def test_two_runs_of_one_coder_are_joined_by_id(run, tmp_path):
+    shutil.copytree(run.run_dir, tmp_path / "other")
+    main = blocks_of(write_report([run.run_dir, tmp_path / "other"], tmp_path / "two.html")[0])["main"]
+    assert main["pairs"]["by"] == "id"
+    names = [one["name"] for one in main["runs"]]
+    assert len(set(names)) == 2
+
+
+def test_runs_of_two_coders_are_matched_by_what_they_write(run, explained_coder, tmp_path):
+    other = coder_folder(tmp_path / "coder", explained_coder.parent / "model", explained_coder.parent / "text", seed=4)
+    shutil.copytree(run.run_dir, other / "explain")
+    for name, change in (("env.json", ("coder", "0" * 16)),):
+        told = json.loads((other / "explain" / name).read_text())
+        (other / "explain" / name).write_text(json.dumps({**told, change[0]: change[1]}))
+    config = (other / "explain" / "config.yaml").read_text().replace(f"path: {explained_coder}", f"path: {other}")
+    (other / "explain" / "config.yaml").write_text(config)
+    pairs = blocks_of(write_report([run.run_dir, other], tmp_path / "two.html")[0])["main"]["pairs"]
+    assert (pairs["by"], len(pairs["pairs"])) == ("decoder", len(run))
+    assert all(abs(strength) <= 1 + 1e-6 for *_, strength in pairs["pairs"])
+    shutil.rmtree(other / "explain", ignore_errors=True)
+
+
+def test_where_nothing_can_be_matched_it_is_said(run, tmp_path):
+    shutil.copytree(run.run_dir, tmp_path / "other")
+    (tmp_path / "other" / "config.yaml").unlink()
+    (tmp_path / "other" / "env.json").unlink()
+    pairs = blocks_of(write_report([run.run_dir, tmp_path / "other"], tmp_path / "two.html")[0])["main"]["pairs"]
+    assert pairs["by"] == ""
+    assert "no config.yaml" in pairs["note"]
+
+
+def test_many_latents_are_pages_of_a_folder_with_one_index(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MOST", 5)
+    target = write_report([run.run_dir], tmp_path / "report.html")[0]
+    main = blocks_of(target)["main"]
+    assert main["runs"][0]["latents"] == run.latents
+    assert list(blocks_of(target)) == ["main"]
+    found = []
+    for first, last, name in main["parts"]:
+        blocks = blocks_of(tmp_path / name)
+        assert blocks["main"]["index"] == "../report.html"
+        mine = list(latents_of_blocks(blocks))
+        assert mine == blocks["main"]["runs"][0]["latents"] == [one for one in run.latents if first <= one <= last]
+        found += mine
+    assert found == run.latents
+
+
+def test_a_page_of_too_many_bytes_is_a_folder_too(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "LARGEST", 10_000)
+    target = write_report([run.run_dir], tmp_path / "report.html")[0]
+    assert (tmp_path / "report").is_dir()
+    assert blocks_of(target)["main"]["parts"]
+
+
+def test_a_server_makes_the_same_blocks_one_by_one(run, written):
+    page = Report([run])
+    assert json.loads(json.dumps(page.main(live=True))) == {**written["main"], "live": True}
+    assert json.loads(json.dumps(page.block("0/0"))) == written["0/0"]
+    for name in ("1/0", "0/1", "x", "0/-1", "../main", "0/0/0"):
+        with pytest.raises(KeyError):
+            page.block(name)
+
+
+def test_text_of_strangers_is_made_visible_once(run, tmp_path):
+    shutil.copytree(run.run_dir, tmp_path / "run")
+    shard = tmp_path / "run" / "shards" / "1-of-1"
+    for name, change in (("explain", _hostile_label), ("examples", _hostile_window), ("score", _hostile_score)):
+        path = shard / f"journal-{name}.jsonl"
+        lines = [json.dumps(change(json.loads(line))) for line in path.read_text().splitlines()]
+        path.write_text("".join(line + "\n" for line in lines))
+    target = write_report([tmp_path / "run"])[0]
+    assert "alert(1)" not in target.read_text(encoding="utf-8")
+    blocks = blocks_of(target)
+    text = json.dumps(blocks, ensure_ascii=False)
+    assert "\\\\u{202e}" in text
+    assert not [one for one in "\u202e\u200b\x1b" if one in text]
+    page = next(one for one in latents_of_blocks(blocks).values() if one["windows"])
+    window = next(one for one in page["windows"] if "alert" in one[0])
+    assert window[0].split(CUT)[0].startswith("</script><script>alert(1)</script>")
+
+
+def _hostile_label(row):
+    if row["explanation"]:
+        row["explanation"]["text"] = HOSTILE
+    return row
+
+
+def _hostile_score(row):
+    return {**row, "explanation": HOSTILE} if row["explanation"] else row
+
+
+def _hostile_window(row):
+    for window in [row["strongest"][0]] if row["strongest"] else []:
+        window = window.get("window", window)
+        window["text"] = HOSTILE + window["text"][window["bounds"][1] :]
+        window["bounds"] = [0, *(bound - window["bounds"][1] + len(HOSTILE) for bound in window["bounds"][1:])]
+    row["facts"]["promoted"] = [HOSTILE]
+    row["facts"]["top_tokens"] = [[HOSTILE, 0.5]]
+    return row
+
+
+def test_which_runs_lie_in_a_folder(explained_coder, tmp_path):
+    assert (
+        explained_below(explained_coder)
+        == explained_below(explained_coder / "explain")
+        == [explained_coder / "explain"]
+    )
+    assert explained_below(tmp_path) == []
+    with pytest.raises(ConfigError, match="no explained run"):
+        write_report([tmp_path])
+
+
+def test_a_run_of_a_folder_that_holds_several_is_one_page_of_tabs(run, tmp_path):
+    for site in ("a", "b"):
+        shutil.copytree(run.run_dir, tmp_path / "coder" / "explain" / site)
+    target = write_report([tmp_path / "coder"])[0]
+    assert target == tmp_path / "coder" / "explain" / "report.html"
+    assert [one["name"] for one in blocks_of(target)["main"]["runs"]] == ["a", "b"]
