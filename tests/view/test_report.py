@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from rigs.hostile_records import hostile
 from rigs.interp_runs import coder_folder
 from rigs.page_files import blocks_of, latents_of_blocks
 
@@ -17,8 +18,6 @@ from interp.view.blocks import CUT
 from interp.view.explained import ExplainedRun
 from interp.view.report import Report, explained_below, write_report
 from sae.base.errors import ConfigError
-
-HOSTILE = "</script><script>alert(1)</script>\"'<!-- \u202e\u200b\x7f\x1b[2J \U0001f600 <<x>>"
 
 
 @pytest.fixture(scope="module")
@@ -190,41 +189,28 @@ def test_a_server_makes_the_same_blocks_one_by_one(run, written):
 
 
 def test_text_of_strangers_is_made_visible_once(run, tmp_path):
-    shutil.copytree(run.run_dir, tmp_path / "run")
-    shard = tmp_path / "run" / "shards" / "1-of-1"
-    for name, change in (("explain", _hostile_label), ("examples", _hostile_window), ("score", _hostile_score)):
-        path = shard / f"journal-{name}.jsonl"
-        lines = [json.dumps(change(json.loads(line))) for line in path.read_text().splitlines()]
-        path.write_text("".join(line + "\n" for line in lines))
-    target = write_report([tmp_path / "run"])[0]
+    class Hostile(ExplainedRun):
+        def records(self, latents):
+            return map(hostile, super().records(latents))
+
+    target, told = tmp_path / "page.html", report.Report([Hostile(run.run_dir)])
+    report._write(target, told, report.Span())
     assert "alert(1)" not in target.read_text(encoding="utf-8")
     blocks = blocks_of(target)
     text = json.dumps(blocks, ensure_ascii=False)
-    assert "\\\\u{202e}" in text
     assert not [one for one in "\u202e\u200b\x1b" if one in text]
-    page = next(one for one in latents_of_blocks(blocks).values() if one["windows"])
-    window = next(one for one in page["windows"] if "alert" in one[0])
-    assert window[0].split(CUT)[0].startswith("</script><script>alert(1)</script>")
-
-
-def _hostile_label(row):
-    if row["explanation"]:
-        row["explanation"]["text"] = HOSTILE
-    return row
-
-
-def _hostile_score(row):
-    return {**row, "explanation": HOSTILE} if row["explanation"] else row
-
-
-def _hostile_window(row):
-    for window in [row["strongest"][0]] if row["strongest"] else []:
-        window = window.get("window", window)
-        window["text"] = HOSTILE + window["text"][window["bounds"][1] :]
-        window["bounds"] = [0, *(bound - window["bounds"][1] + len(HOSTILE) for bound in window["bounds"][1:])]
-    row["facts"]["promoted"] = [HOSTILE]
-    row["facts"]["top_tokens"] = [[HOSTILE, 0.5]]
-    return row
+    page = latents_of_blocks(blocks)[0]
+    seen = "</script><script>alert(1)</script>\"'<!-- \\u{202e}\\u{200b}\\u{7f}\\u{1b}[2J \U0001f600 <<x>>"
+    (label,), facts = page["labels"], page["facts"]
+    assert [label[name] for name in ("explainer", "by", "text", "reason")] == [seen] * 4
+    assert facts["promoted"] == [seen]
+    assert facts["top_tokens"] == [[seen, 0.5]]
+    assert page["windows"][0][0].split(CUT)[0] == seen
+    assert label["scores"][0]["judged"][0]["reason"] == seen
+    assert label["scores"][0]["asked"] == [[seen, seen]]
+    (index,) = blocks["main"]["runs"]
+    assert index["explainers"][0]["name"] == seen
+    assert seen in index["texts"]
 
 
 def test_which_runs_lie_in_a_folder(explained_coder, tmp_path):
