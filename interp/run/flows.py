@@ -105,7 +105,7 @@ def score_flow(
         "answers": _form(requests),
         "score": asdict(score),
         "threshold": threshold,
-        "tasks": _columns(tasks),
+        "tasks": task_columns(tasks),
         "values": [found.value for found in judgements],
         "levels": [list(found.levels) for found in judgements] if any(found.levels for found in judgements) else [],
         "reasons": {str(i): found.reason for i, found in enumerate(judgements) if not found.valid},
@@ -169,7 +169,8 @@ def _form(requests: Sequence[Request]) -> str:
     return "probabilities" if any(isinstance(one, Chat) and one.choices for one in requests) else "words"
 
 
-def _columns(tasks: Sequence[Task]) -> dict[str, list[Any]]:
+def task_columns(tasks: Sequence[Task]) -> dict[str, list[Any]]:
+    """Returns what a row has of every task beside its answer."""
     return {
         "truth": [task.truth for task in tasks],
         "tier": [task.tier for task in tasks],
