@@ -8,6 +8,7 @@ from sae.base.errors import ConfigError
 from .parsing import Parser
 from .running import run
 
+ORDERS = ("value", "fires", "effect")  # the largest value, the number of tokens, the effect on what follows
 EPILOG = """examples:
   sae-view RUN                              # write report.html of a training or explained run
   sae-view RUN_A RUN_B                      # two runs side by side
@@ -30,6 +31,15 @@ def parser() -> Parser:
     modes.add_argument("--prompt", metavar="TEXT", help="tell which latents fire on a text; - reads it from stdin")
     modes.add_argument("--serve", action="store_true", help="serve a page that asks the model")
     modes.add_argument("--export", nargs="+", metavar=("KIND", "FOLDER"), help="write neuronpedia or static files")
+    asked = parser.add_argument_group("of --prompt")
+    asked.add_argument("--top", type=int, default=20, metavar="N", help="latents that are told of (default: 20)")
+    asked.add_argument("--by", choices=ORDERS, default="value", help="what comes first (default: value)")
+    asked.add_argument("--latents", metavar="IDS", help="only these: ids and ranges, such as 508 or 3,17,40-49")
+    asked.add_argument("--chat", action="store_true", help="the text is a user's message, in the model's chat template")
+    model = parser.add_argument_group("of the language model, with --prompt and --serve")
+    model.add_argument("--model", default="", metavar="NAME", help="hub id or folder (default: what the run says)")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
+    model.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
     parser.add_json()
     return parser
 

@@ -20,11 +20,13 @@ from sae.base.lazy import on_demand
 
 if TYPE_CHECKING:
     from interp.view.notebook import examples, explain, results
+    from interp.view.prompting import prompt
 
     __version__: str
 
 _HOMES: dict[str, str] = dict.fromkeys(("examples", "explain", "results"), "interp.view.notebook")
+_HOMES["prompt"] = "interp.view.prompting"
 
-__all__ = ["__version__", "examples", "explain", "results"]
+__all__ = ["__version__", "examples", "explain", "prompt", "results"]
 
 __getattr__, __dir__ = on_demand(__name__, _HOMES)

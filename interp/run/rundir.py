@@ -102,6 +102,18 @@ def shard_folders(run_dir: Path, whole: bool = True) -> list[Path]:
     return found
 
 
+def explained_folders(typed: Path) -> list[Path]:
+    """Returns the folders of the explained runs that are meant by one of them, or by the folder of the coder or of the
+    run that trained it: one, or all below that.
+    """
+    of_run = [(up, typed.relative_to(up / "coders")) for up in typed.parents if (up / "coders") in typed.parents]
+    beside = [up / "explain" / name for up, name in of_run] + [up / "explain" for up, _ in of_run]
+    for folder in (typed, typed / "explain", *beside):
+        if (folder / "shards").is_dir():
+            return [folder]
+    return sorted(p.parent for p in typed.glob("explain*/**/shards"))
+
+
 def run_folder(path: Path) -> Path:
     """Returns the folder of an explained run, given that or the folder of its coder or of the run that trained it.
 
@@ -110,17 +122,12 @@ def run_folder(path: Path) -> Path:
     typed = path.expanduser()
     if not typed.is_dir():
         raise ConfigError(f"path: no such folder: {path}.{near(path)}")
-    of_run = [(up, typed.relative_to(up / "coders")) for up in typed.parents if (up / "coders") in typed.parents]
-    beside = [up / "explain" / name for up, name in of_run] + [up / "explain" for up, _ in of_run]
-    for folder in (typed, typed / "explain", *beside):
-        if (folder / "shards").is_dir():
-            return folder
-    below = sorted(p.parent for p in typed.glob("explain*/**/shards"))
-    if len(below) == 1:
-        return below[0]
-    if below:
-        raise ConfigError(f"path: {path} holds several explained runs; choose one: {', '.join(map(str, below))}")
-    raise ConfigError(f"path: {path} is no explained run, it holds no shards; run sae-explain {path} first")
+    found = explained_folders(typed)
+    if len(found) > 1:
+        raise ConfigError(f"path: {path} holds several explained runs; choose one: {', '.join(map(str, found))}")
+    if not found:
+        raise ConfigError(f"path: {path} is no explained run, it holds no shards; run sae-explain {path} first")
+    return found[0]
 
 
 def saved_config(run_dir: Path) -> ExplainConfig:
@@ -195,7 +202,7 @@ def begin_run(
     settings, folder = settings or settings_for(config), Path(config.run_dir)
     if answers:
         atomic_write(shard_folder(folder, shard) / CACHE, answers)
-    if given.coder is not None and (_digest_in(folder) != settings.coder or not Path(config.coder.path).is_dir()):
+    if given.coder is not None and (digest_in(folder) != settings.coder or not Path(config.coder.path).is_dir()):
         hub.save(given.coder, config.coder.path)
     atomic_write(folder / "config.yaml", to_yaml(settings.whole))
     about = {"coder": config.coder.path, "baseline": config.coder.baseline, "model": config.model.name}
@@ -275,7 +282,7 @@ def _continued(before: ExplainConfig, now: ExplainConfig, coder: str) -> Explain
         explainers=before.explainers | now.explainers,
         scorers=before.scorers | now.scorers,
     )
-    known = _digest_in(Path(now.run_dir))
+    known = digest_in(Path(now.run_dir))
     if known not in ("", coder):
         raise ConfigError(
             f"coder.path: {now.coder.path} has other weights than the coder that {now.run_dir} is of; choose another "
@@ -333,7 +340,7 @@ def _used(before: ExplainConfig) -> dict[str, set[str]]:
     return used
 
 
-def _digest_in(run_dir: Path) -> str:
+def digest_in(run_dir: Path) -> str:
     """Returns the digest of the coder that a run is of, "" of one by an older version, which kept none."""
     path = run_dir / ENVIRONMENT
     return read_json(path).get("coder", "") if path.is_file() else ""

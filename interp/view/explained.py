@@ -171,6 +171,14 @@ class ExplainedRun:
         """
         return self.searcher.find(query, by, limit)
 
+    def texts(self, latents: Collection[int]) -> dict[int, str]:
+        """Returns what some latents are called: the texts of their labels, of those that have one."""
+        told: dict[int, list[Told]] = {}
+        for one in self.journals.table(set(latents) & set(self.journals.latents)):
+            told.setdefault(one.row["latent"], []).append(one)
+        labels = {n: LatentRecord(n, None, True, labels=tuple(self._labels(n, rows))).label for n, rows in told.items()}
+        return {latent: label.text for latent, label in labels.items() if label and label.text}
+
     def __len__(self) -> int:
         return len(self.journals.latents)
 

@@ -25,8 +25,8 @@ class Firing:
     position: int
     value: float
     effect: float | None
-    """What it adds there, directly, to the logit of the token that follows (`PromptResult.follows`), above what it adds
-    to the average token; None where that is not known (`PromptResult.no_effects`)."""
+    """What it adds there, directly, to the logit of the token that follows (`PromptRecord.follows`), above what it adds
+    to the average token; None where that is not known (`PromptRecord.no_effects`)."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,14 @@ class PromptLatent:
     lowered: Logits = ()
 
     @property
-    def place(self) -> int:
-        """Returns which of `positions` has the largest value, by size."""
-        return max(range(len(self.values)), key=lambda place: abs(self.values[place]))
-
-    @property
     def position(self) -> int:
         """Returns the token at which it fires most."""
-        return self.positions[self.place]
+        return self.positions[self.values.index(self.value)]
 
     @property
     def value(self) -> float:
         """Returns its largest value, by size."""
-        return self.values[self.place]
+        return max(self.values, key=abs)
 
     @property
     def fires(self) -> int:
@@ -85,10 +80,8 @@ ORDERS: dict[str, Callable[[PromptLatent], float]] = {
 
 
 @dataclass(frozen=True, repr=False)
-class PromptResult:
-    """Which latents of a coder fire in a text, and where. `print` shows a table, notebooks the text with its tokens
-    shaded.
-    """
+class PromptRecord:
+    """Which latents of a coder fire in a text, and where."""
 
     model: str
     site: str
@@ -158,6 +151,15 @@ class PromptResult:
             for one in some
         ]
         return pd.DataFrame(rows, columns=list(names))
+
+    def title(self) -> str:
+        """Returns what was read by what, and how much fires, in one line."""
+        counted = sum(self.mask)
+        fired = sum(one.fires for one in self.latents)
+        masked = f", {len(self.mask) - counted} of them masked" if counted < len(self.mask) else ""
+        per_token = f", {fired / counted:.1f} a token" if counted else ""
+        fires = f"{len(self.latents):,} latents fire" if len(self.latents) != 1 else "1 latent fires"
+        return f"{self.model}, {self.site}: {len(self.mask):,} tokens{masked}; {fires}{per_token}"
 
     def _by_position(self) -> list[list[Firing]]:
         found: list[list[Firing]] = [[] for _ in self.tokens]

@@ -1,6 +1,6 @@
 """What a coder makes of some text: which latents fire where, with the tokens that training masked marked as such."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
@@ -14,12 +14,14 @@ from torch import Tensor
 from sae.base.arguments import described, whole, wrong
 from sae.base.errors import ConfigError
 from sae.coder.arguments import as_coder
+from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.evaluation.evaluation import models_of, with_special_tokens_masked
 from sae.kernels.codes import SparseLatents
 from sae.lm.hooks import capture, sites_of_model
 from sae.lm.masking import norm_mask, token_mask
 from sae.lm.models import LanguageModel
+from sae.lm.site import Site
 from sae.text.chats import as_chat
 from sae.text.decode import Decoder
 from sae.text.packing import PADDING, added, same, token_ids
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 ROWS = 16  # of one pass of the model
 BESIDE = 5  # tokens shown on each side of one
 TAKEN = "a text, a chat (messages with role and content), token ids, or a list of one of them"
+Run = Callable[[LanguageModel, list[Site], Tensor], dict[str, Tensor]]
 COLUMNS = ("latent", "value", "fires", "row", "position", "token", "where")
 
 
@@ -149,25 +152,60 @@ def activations(lm: "ModelLike", coder: "CoderLike", text: Any, second: "ModelLi
 
     Raises ConfigError for a coder of no known site, or that looks at gradients of what follows.
     """
+    return codes_of(*reading(lm, coder, text, second))
+
+
+class Reading(NamedTuple):
+    """What is to be read, and by what."""
+
+    coder: SparseCoder
+    models: dict[str, LanguageModel]
+    """By the tag of the sites that they have."""
+    rows: Int[Tensor, "rows context"]
+
+
+def reading(
+    lm: "ModelLike | None",
+    coder: "CoderLike",
+    text: Any,
+    second: "ModelLike | None" = None,
+    as_trained: bool = False,
+) -> Reading:
+    """Returns coder, models and rows of tokens of what `activations` takes; errors as there.
+
+    With `as_trained`, a row that is longer than those that a model was trained on is an error too, and is not tried.
+    """
     coder = as_coder(coder)
     if coder.spec.selection.looks_at_gradients:
         raise ConfigError("coder: its selection looks at gradients of what follows; sae.evaluate gives its figures")
     models = models_of({"": coder}, lm, second)
     own = models[""]
     coder = with_special_tokens_masked(coder, own.tokenizer)
-    reads, limits = coder.spec.reads, coder.spec.mask.norm_limits
-    sites = [*reads, *(site for site in coder.spec.writes if site.name in limits)]
     rows = _rows(own, coder.spec, text)
+    n = rows.shape[1]
     for model in models.values():
+        if as_trained and n > (model.trained_length or n):
+            raise ConfigError(
+                f"text: {n:,} tokens; {model.name} was trained on at most {model.trained_length:,} together"
+            )
         try:
-            model.check_context(rows.shape[1])
+            model.check_context(n)
         except ConfigError as error:
             raise ConfigError(str(error).replace("text.context_length", "text", 1)) from error
+    return Reading(coder, models, rows)
+
+
+def codes_of(
+    coder: SparseCoder, models: dict[str, LanguageModel], rows: Int[Tensor, "rows context"], run: Run = capture
+) -> Activations:
+    """Returns what a coder makes of rows of tokens; `run` is how a model's tensors are had, `capture` or the like."""
+    own, reads, limits = models[""], coder.spec.reads, coder.spec.mask.norm_limits
+    sites = [*reads, *(site for site in coder.spec.writes if site.name in limits)]
     parts, masks = [], []
     for batch in rows.split(ROWS):
         seen: dict[str, Tensor] = {}
         for tag, model in models.items():
-            seen |= {name: x.cpu() for name, x in capture(model, sites_of_model(sites, tag), batch).items()}
+            seen |= {name: x.cpu() for name, x in run(model, sites_of_model(sites, tag), batch).items()}
         masks.append(token_mask(batch, coder.spec.mask) & norm_mask(seen, coder.spec.mask))
         parts.append(torch.cat([seen[site.name].float() for site in reads], dim=-1))
     z = coder.encode(torch.cat(parts))
@@ -192,7 +230,8 @@ def _rows(lm: LanguageModel, spec: CoderSpec, text: Any) -> Int[Tensor, "rows co
             else:
                 found.append(document)  # with the special tokens that are among them
     except ConfigError as error:
-        raise ConfigError(str(error).replace("text.column", "text", 1)) from error
+        told = str(error).replace("text.column", "text", 1).replace("name a column of text", "give plain text", 1)
+        raise ConfigError(told) from error
     longest = max(map(len, found), default=0)
     if not all(found) or not longest:
         raise ValueError(f"text: there are no tokens in {described(text)}")

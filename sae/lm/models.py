@@ -98,15 +98,19 @@ class LanguageModel:
         """Returns where its inputs go."""
         return placement.input_device(self.model)
 
+    @property
+    def trained_length(self) -> int | None:
+        """Returns the longest row that its config says it was trained on, None where it does not say."""
+        text = self.model.config.get_text_config()
+        names = ("max_position_embeddings", "max_seq_len", "max_encoder_position_embeddings")
+        return next(filter(None, (getattr(text, name, None) for name in names)), None)
+
     def check_context(self, length: int) -> None:
         """Raises ConfigError if the model cannot read rows of a length; warns where it was trained on shorter ones.
 
         Where only the config says so, and no table of positions, it is tried.
         """
-        text, most = self.model.config.get_text_config(), self.positions or length
-        names = ("max_position_embeddings", "max_seq_len", "max_encoder_position_embeddings")
-        told = (getattr(text, name, None) for name in names)
-        trained = next(filter(None, told), length)
+        most, trained = self.positions or length, self.trained_length or length
         if length > trained and length <= most and self.tokenizer is not None:
             try:
                 with torch.no_grad():

@@ -37,6 +37,12 @@ class Norm:
         square = x.square().mean(-1, keepdim=True)
         return x / (square.sqrt() + self.eps) if self.outside else x * torch.rsqrt(square + self.eps)
 
+    def spread(self, x: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape 1"]:
+        """Returns what x is divided by."""
+        x = x.float()
+        square = (x - x.mean(-1, keepdim=True) if self.centers else x).square().mean(-1, keepdim=True)
+        return square.sqrt() + self.eps if self.outside else (square + self.eps).sqrt()
+
 
 _known: WeakKeyDictionary[nn.Module, dict[int, Norm | None]] = WeakKeyDictionary()
 

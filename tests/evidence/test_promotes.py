@@ -5,7 +5,8 @@ import torch
 from rigs.fakes import tiny_lm
 from rigs.interp_lms import LAYERS, D, subject_lm
 
-from interp.evidence.promotes import _stream, decoder_neighbors, promoted_tokens, token_text
+from interp.evidence.paths import ways_of
+from interp.evidence.promotes import decoder_neighbors, promoted_tokens, token_text
 from sae.coder.coder import SparseCoder
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
@@ -87,7 +88,7 @@ def test_what_is_written_below_goes_to_the_stream_as_the_model_takes_it(family, 
         inner = last(lm, Site(f"model.layers.2.{norm}", "input"))
         is_inner = site.side == "input"
         rows = without(rows, lm.model.get_submodule(site.hook).weight.T @ inner if is_inner else inner)
-    made = _stream(lm.model, writing(site, rows=rows))(rows)
+    made = ways_of(lm.model, writing(site, rows=rows))(rows)
     for row, got in zip(rows, made, strict=True):
         ends = []
         for size in (1e-2, -1e-2):
