@@ -129,7 +129,8 @@ class Measured:
         with present(head):
             self.rows: Tensor = head.weight[: len(direct.lm.tokenizer)]  # type: ignore[index]
             self.bias: Tensor | None = getattr(head, "bias", None)
-        self.mean = sum(part.float().sum(0) for part in self.rows.split(PIECE)) / len(self.rows)
+        parts = [part.float().sum(0) for part in self.rows.split(PIECE)]
+        self.mean = torch.stack(parts).sum(0) / len(self.rows)
 
     @torch.no_grad()
     def on(self, entries: Entries, targets: Int[Tensor, "m"]) -> Float[Tensor, "m"]:
@@ -146,7 +147,7 @@ class Measured:
         adds to the average one.
         """
         added = torch.cat([self._added(some) for some in self._split(entries)])
-        average = added.to(self.rows.device) @ self.mean[:, None]
+        average = (added.to(self.rows.device) * self.mean).sum(1, keepdim=True)
         up, down = extremes(added, self.rows, count)
         return up._replace(values=up.values - average), down._replace(values=down.values - average)
 

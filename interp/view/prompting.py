@@ -197,8 +197,8 @@ def _with_moved(fired: list[PromptLatent], measured: Measured, lm: LanguageModel
     chosen = [one for one in fired if one.latent in first]
     if not chosen:
         return fired
-    columns = ([one.position for one in chosen], [one.latent for one in chosen])
-    at = Entries(*map(torch.tensor, columns), torch.tensor([one.value for one in chosen]))
+    positions, ids, values = zip(*((one.position, one.latent, one.value) for one in chosen), strict=True)
+    at = Entries(torch.tensor(positions), torch.tensor(ids), torch.tensor(values))
     sides = measured.extremes(at, MOVED)
     texts = {n: visible(token_text(lm.tokenizer, n)) for side in sides for n in set(side.ids.flatten().tolist())}
     told = [
