@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sae.loading.hub import load, load_all, save
     from sae.loading.releases import list_released
     from sae.loading.saelens import as_saelens
+    from sae.steering.steer import steer
     from sae.training.callbacks import Callback, StopTraining
     from sae.training.config import TrainConfig
     from sae.training.history import history
@@ -46,6 +47,7 @@ _HOMES = {
     "load_language_model": "sae.lm.models",
     "save": "sae.loading.hub",
     "splice": "sae.coder.splicing",
+    "steer": "sae.steering.steer",
     "store_activations": "sae.training.storing",
     "to_pandas": "sae.evaluation.tables",
     "train": "sae.training.run",
@@ -68,6 +70,7 @@ __all__ = [
     "load_language_model",
     "save",
     "splice",
+    "steer",
     "store_activations",
     "to_pandas",
     "train",

@@ -161,8 +161,13 @@ def kl_divergence(
     keep: Bool[Tensor, "rows context_1"],
 ) -> Float[Tensor, "kept"]:
     """Returns KL(clean || patched) in nats over the vocabulary at the kept positions, the last one left out."""
-    parts = ((one.log_softmax(-1) for one in part) for part in kept_logits(keep, clean, patched))
-    return torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in parts])
+    return torch.cat([kl_of(*part) for part in kept_logits(keep, clean, patched)])
+
+
+def kl_of(clean: Float[Tensor, "n vocabulary"], patched: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n"]:
+    """Returns KL(clean || patched) in nats of each row of logits."""
+    p, q = clean.log_softmax(-1), patched.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def loss_recovered(clean: float, spliced: float, ablated: float) -> float | None:

@@ -1,7 +1,7 @@
 """Changing what a language model computes at a site: replace by anything, ablate, add a direction, by how much."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -112,9 +112,22 @@ def matched_strength(
 ) -> Matched:
     """Returns the strength at which `measure(strength)`, a divergence in nats, is within `tolerance` x target.
 
+    After `steps` measurements, the nearest (`guesses`).
+    """
+    search, found = guesses(target, start, tolerance, steps), None
+    while True:
+        try:
+            found = measure(next(search) if found is None else search.send(found))
+        except StopIteration as ended:
+            return ended.value
+
+
+def guesses(target: float, start: float, tolerance: float = 0.1, steps: int = 10) -> Generator[float, float, Matched]:
+    """Yields the strengths to be measured in search of a target, takes what each gives, and returns what was found.
+
     A search on logarithmic scales. A small divergence goes with the square of the strength, which gives a guess a
     little beyond the target; strides double until the target lies between two guesses, and from then on it is
-    interpolated. After `steps` measurements, the nearest.
+    interpolated.
     """
     low: tuple[float, float] | None = None
     high: tuple[float, float] | None = None
@@ -122,7 +135,7 @@ def matched_strength(
     goal, place, stride = math.log(target), math.log(start), 0.0
     for _ in range(steps):
         strength = math.exp(place)
-        found = measure(strength)
+        found = yield strength
         best = min(best, Matched(strength, found, abs(found - target) <= tolerance * target), key=_miss(target))
         if best.reached:
             break

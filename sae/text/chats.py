@@ -56,8 +56,8 @@ def chat_tokens(
     It has none if a message spells a special token, which the template's text would turn into one. ConfigError if the
     tokenizer has no template, or it refuses the chat.
     """
-    text, spelled = _written(tokenizer, chat), str(chat)
-    if any(token in spelled for token in tokenizer.convert_ids_to_tokens(sorted(special))):
+    text = _written(tokenizer, chat)
+    if _spells(tokenizer, chat, special):
         return np.zeros(0, np.int64)
     if roles and not tokenizer.is_fast:
         raise ConfigError("text.roles: this tokenizer does not say where its tokens stand in a text")
@@ -73,7 +73,26 @@ def chat_tokens(
     return np.where(counts[stops] > counts[starts], ids, context_only(ids))
 
 
-def _written(tokenizer: "PreTrainedTokenizerBase", chat: Chat) -> str:
+def answerable(tokenizer: "PreTrainedTokenizerBase", chat: Chat, special: set[int]) -> list[int]:
+    """Returns the token ids of a chat up to where the model answers, or goes on with a last message of its own.
+
+    ConfigError as of `chat_tokens`, and where a message spells a special token, which would be taken for one.
+    """
+    spelled = _spells(tokenizer, chat, special)
+    if spelled:
+        raise ConfigError(f"text.column: a message spells {spelled!r}, which this model takes for the end of one")
+    goes_on = bool(chat) and chat[-1].get("role") == "assistant"
+    text = _written(tokenizer, chat, add_generation_prompt=not goes_on, continue_final_message=goes_on)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[return-value]
+
+
+def _spells(tokenizer: "PreTrainedTokenizerBase", chat: Chat, special: set[int]) -> str:
+    """Returns a special token that the messages of a chat spell, "" if they spell none."""
+    text = str(chat)
+    return next((token for token in tokenizer.convert_ids_to_tokens(sorted(special)) if token in text), "")
+
+
+def _written(tokenizer: "PreTrainedTokenizerBase", chat: Chat, **how: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             f"text.column: it holds chats, and the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat "
@@ -83,7 +102,7 @@ def _written(tokenizer: "PreTrainedTokenizerBase", chat: Chat) -> str:
     if wrong is not None:
         raise ConfigError(f"text.column: a message has {', '.join(wrong) or 'nothing'}; it needs role and content")
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False))
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, **how))
     except Exception as error:  # a template is a program, and says in its own words what it does not take
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(

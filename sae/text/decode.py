@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+UNKNOWN = "\ufffd"  # what a part of a character is decoded to
+LONGEST = 8  # tokens of one character, at most
 BEFORE = "a"  # some tokenizers leave out the space of a first token, so others are looked at behind this
 
 
@@ -38,6 +40,30 @@ class Decoder:
                 bounds.append(max(start, _common(whole, self.text(tokens[: i + 1]))))
         bounds[-1] = len(whole)
         return whole, tuple(bounds)
+
+
+class Growing:
+    """The text of tokens that come one by one: of each what no later one changes, so a whole character at a time."""
+
+    def __init__(self, decoder: Decoder, before: list[int]) -> None:
+        """Begins behind tokens whose text is there already."""
+        self._decoder, self._tokens, self._told = decoder, list(before), len(before)
+        self._start = 0  # from here on is decoded: a token's text depends on the few before it
+
+    def add(self, token: int) -> str:
+        """Returns the text that a token adds; what is not yet a character comes with a later one."""
+        self._tokens.append(token)
+        return "" if self._whole().endswith(UNKNOWN) and len(self._tokens) - self._told < LONGEST else self.rest()
+
+    def rest(self) -> str:
+        """Returns what was not told yet."""
+        told = self._decoder.text(self._tokens[self._start : self._told])
+        text = self._whole()[len(told) :]
+        self._start, self._told = self._told, len(self._tokens)
+        return text
+
+    def _whole(self) -> str:
+        return self._decoder.text(self._tokens[self._start :])
 
 
 def _common(a: str, b: str) -> int:
