@@ -169,11 +169,16 @@ class Measured:
         parts = (member.split(self._size) for member in entries)
         return (Entries(*some) for some in zip(*parts, strict=True)) if len(entries.ids) else iter(())
 
+    def written(self, entries: Entries) -> Float[Tensor, "m d_out"]:
+        """Returns what entries add to the coder's output, in the units of the model."""
+        coder, device = self.direct.coder, self.direct.lm.device
+        rows = coder.decoder_rows(entries.ids.to(coder.device)).to(device) * entries.values[:, None].to(device)
+        by_token = self.scale.ndim == 2 and len(self.scale) > 1
+        scale = self.scale[entries.tokens.to(self.scale.device)] if by_token else self.scale
+        return rows * scale.to(rows)
+
     def _added(self, entries: Entries) -> Float[Tensor, "m d"]:
         """Returns what entries add to what the unembedding reads."""
-        coder, device = self.direct.coder, self.direct.lm.device
-        written = coder.decoder_rows(entries.ids.to(coder.device)).to(device) * entries.values[:, None].to(device)
-        scale = self.scale[entries.tokens] if self.scale.ndim == 2 and len(self.scale) > 1 else self.scale
         spreads = {path: spread[entries.tokens.to(spread.device)] for path, spread in self.spreads.items()}
-        stream = self.direct.ways(written * scale.to(written), spreads)
+        stream = self.direct.ways(self.written(entries), spreads)
         return self.gain(stream) / spreads[self.direct.final.hook] * self.factor

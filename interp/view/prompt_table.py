@@ -76,7 +76,8 @@ def _cells(found: PromptRecord, one: PromptLatent) -> Iterator[str]:
     yield "" if one.effect is None else f"{one.effect:+.3g}"
     yield marked(found.tokens[first:last], values, abs(one.value))
     yield as_html(one.label or "")
-    yield from (as_html(_pairs(moved)) for _, moved in _moves(one))
+    for _, moved in _moves(one):
+        yield " ".join(f'<span style="white-space:nowrap">{as_html(_pairs((pair,)))}</span>' for pair in moved)
 
 
 def _cell(inner: str) -> str:
