@@ -278,7 +278,7 @@ def _told(typed: str, known: "Outline") -> dict[str, Any]:
 
 
 def _facts(typed: str, known: "Outline") -> list[tuple[str, str]]:
-    from sae.loading.card import description
+    from sae.coder.wording import description
 
     place = known.place
     commit = f", commit {place.files.revision}" if place.files.revision else ""

@@ -24,6 +24,7 @@ from interp.view.search import KEPT, WORDS_ALONE, Found, Searcher
 from interp.view.terminal import lines, title
 from sae.base.errors import ConfigError
 from sae.base.plugins import names
+from sae.pages.notebook import table, text_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -210,7 +211,7 @@ class ExplainedRun:
         rows = [[str(record.latent), record.status, *_told(record)] for record in told]
         more = [f"and {len(asked) - SHOWN:,} more; to_pandas() has them all"] if len(asked) > SHOWN else []
         lines = [line for line in self._lines() if not line.startswith("  latent ")]
-        return html.text_lines(lines) + html.table(("latent", "status", "label", "score"), rows) + html.text_lines(more)
+        return text_lines(lines) + table(("latent", "status", "label", "score"), rows) + text_lines(more)
 
     def _lines(self) -> list[str]:
         """What the command prints, below which run it is."""

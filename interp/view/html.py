@@ -6,6 +6,7 @@ from interp.records import Window
 from interp.view.record import LatentRecord
 from interp.view.terminal import firing, largest, title
 from sae.pages.marks import as_html, marked
+from sae.pages.notebook import Html, table
 
 
 def page(record: LatentRecord) -> str:
@@ -28,20 +29,7 @@ def windows(some: Iterable[Window], strength: float) -> str:
     fire, by their share of `strength`; a token says its activation when pointed at.
     """
     shown = ((largest(window), marked(window.pieces(), window.activations, strength)) for window in some)
-    rows = (f"<tr>{_cell(f'{most:.2f}', 'right')}{_cell(text)}</tr>" for most, text in shown)
-    return f'<table style="border-collapse:collapse">{"".join(rows)}</table>'
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Returns plain text as a table."""
-    cells = "".join(f'<th style="text-align:left">{as_html(name)}</th>' for name in head)
-    body = "".join(f"<tr>{''.join(_cell(as_html(part)) for part in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def text_lines(lines: Iterable[str]) -> str:
-    """Returns lines of text as they are."""
-    return f'<pre style="white-space:pre-wrap">{chr(10).join(map(as_html, lines))}</pre>'
+    return table((), ((f"{most:.2f}", Html(text)) for most, text in shown))
 
 
 def _lines(tag: str, lines: Iterable[str], style: str = "") -> str:
@@ -50,10 +38,6 @@ def _lines(tag: str, lines: Iterable[str], style: str = "") -> str:
 
 def _items(lines: Iterator[str]) -> str:
     return "".join(f'<div style="margin-left:1.5em">{as_html(line)}</div>' for line in lines)
-
-
-def _cell(inner: str, align: str = "left") -> str:
-    return f'<td style="text-align:{align};vertical-align:top">{inner}</td>'
 
 
 def _box(inner: str) -> str:

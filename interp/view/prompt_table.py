@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from interp.view import html
 from interp.view.prompted import Logits, PromptLatent, PromptRecord
 from interp.view.terminal import BOLD, CLOSE, OPEN, PLAIN
 from interp.view.widths import columns, cut, wrapped
 from sae.pages.marks import as_html, marked, runs
+from sae.pages.notebook import Html, table, text_lines
 
 BESIDE = 24  # tokens of text on each side of the one where a latent fires most
 LABEL_LINES = 2
@@ -63,10 +63,8 @@ def as_table(found: PromptRecord, some: Sequence[PromptLatent]) -> str:
     shown = (as_html(text) if counts else f'<span style="{COUNTS}">{as_html(text)}</span>' for text, counts in parts)
     notes = [found.title()]
     notes += [f"effects on the next token are not known: {found.no_effects}"] if found.no_effects else []
-    head = "".join(f'<th style="text-align:left">{name}</th>' for name in COLUMNS)
-    rows = "".join(f"<tr>{''.join(_cell(cell) for cell in _cells(found, one))}</tr>" for one in some)
     text = f'<div style="white-space:pre-wrap;font-family:monospace">{"".join(shown)}</div>'
-    return f"{html.text_lines(notes)}{text}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"{text_lines(notes)}{text}{table(COLUMNS, (_cells(found, one) for one in some))}"
 
 
 def _cells(found: PromptRecord, one: PromptLatent) -> Iterator[str]:
@@ -74,14 +72,11 @@ def _cells(found: PromptRecord, one: PromptLatent) -> Iterator[str]:
     values = _values(found, one)[first:last]
     yield from (str(one.latent), f"{one.value:.4g}", str(one.fires))
     yield "" if one.effect is None else f"{one.effect:+.3g}"
-    yield marked(found.tokens[first:last], values, abs(one.value))
-    yield as_html(one.label or "")
+    yield Html(marked(found.tokens[first:last], values, abs(one.value)))
+    yield one.label or ""
     for _, moved in _moves(one):
-        yield " ".join(f'<span style="white-space:nowrap">{as_html(_pairs((pair,)))}</span>' for pair in moved)
-
-
-def _cell(inner: str) -> str:
-    return f'<td style="text-align:left;vertical-align:top">{inner}</td>'
+        pairs = (as_html(_pairs((pair,))) for pair in moved)
+        yield Html(" ".join(f'<span style="white-space:nowrap">{pair}</span>' for pair in pairs))
 
 
 def _values(found: PromptRecord, one: PromptLatent) -> list[float]:

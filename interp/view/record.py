@@ -7,6 +7,7 @@ from interp.run.kept import asked_of, seen_of
 from interp.run.reasons import why
 from interp.run.tables import Told
 from sae.base.visible import visible
+from sae.pages.notebook import table, text_lines
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,6 +90,15 @@ class Label:
         by = f" ({visible(self.by)})" if self.by else ""
         told = why(self.status, self.reason) if self.text is None else self.text
         return f"{visible(self.explainer)}{by}: {visible(told)}"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (one.scorer, one.headline.replace("_", " "), *map(str, (one.measure, one.null, one.lift, one.n)))
+            if one.value is not None
+            else (one.scorer, "no score", why(one.status, one.reason), "", "", "")
+            for one in self.scores
+        ]
+        return text_lines([repr(self)]) + (table(("scorer", "", "score", "null", "lift", "n"), rows) if rows else "")
 
 
 @dataclass(frozen=True)

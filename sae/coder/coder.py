@@ -14,8 +14,9 @@ from sae.coder import partial
 from sae.coder.folds import Folding
 from sae.coder.normalization import Undo, undo
 from sae.coder.published import Published
-from sae.coder.wording import summary
+from sae.coder.wording import description, kind, known_figures, summary
 from sae.kernels.codes import Entries, SparseLatents, Support, flat, offsets_of, rows_of
+from sae.pages.notebook import table
 
 CHUNK_ENTRIES = 2**26  # largest [tokens, d_sae] product held at once outside training: 256 MiB in float32
 
@@ -68,6 +69,11 @@ class SparseCoder(Published, Folding):
     def extra_repr(self) -> str:
         """Returns what the coder is, in one line."""
         return summary(self.spec, self.per_latent().get("threshold"))
+
+    def _repr_html_(self) -> str:
+        figures = [(name, f"{value:.4g}") for name, value in known_figures(self.spec)]
+        weights = [("weights", f"{str(self.dtype).removeprefix('torch.')} on {self.device}")]
+        return f"<b>{kind(self.spec)}</b>{table((), [*description(self.spec), *figures, *weights])}"
 
     def encode(
         self,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +21,8 @@ from sae.lm.hooks import capture, sites_of_model
 from sae.lm.masking import norm_mask, token_mask
 from sae.lm.models import LanguageModel
 from sae.lm.site import Site
+from sae.pages.marks import marked
+from sae.pages.notebook import Html, table, text_lines
 from sae.text.chats import as_chat
 from sae.text.decode import Decoder
 from sae.text.packing import PADDING, added, same, token_ids
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from sae.lm.models import ModelLike
 
 ROWS = 16  # of one pass of the model
-BESIDE = 5  # tokens shown on each side of one
+BESIDE = 5  # tokens shown on each side of one,
+AROUND = 24  # and in a notebook
 TAKEN = "a text, a chat (messages with role and content), token ids, or a list of one of them"
 Run = Callable[[LanguageModel, list[Site], Tensor], dict[str, Tensor]]
 COLUMNS = ("latent", "value", "fires", "row", "position", "token", "where")
@@ -62,9 +64,7 @@ class Top(list[Strongest]):
         return "\n".join(lines) if self else "no latent fires at a token that counts"
 
     def _repr_html_(self) -> str:
-        rows = [[f"<th>{name}</th>" for name in COLUMNS]]
-        rows += [[f"<td>{escape(_cell(value))}</td>" for value in row] for row in self]
-        return "<table>" + "".join(f"<tr>{''.join(row)}</tr>" for row in rows) + "</table>"
+        return table(COLUMNS, (map(_cell, row) for row in self))
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,7 +130,15 @@ class Activations:
         return f"{self._head()}\n{self.top(5)!r}"
 
     def _repr_html_(self) -> str:
-        return f"<p>{escape(self._head())}</p>{self.top(5)._repr_html_()}"
+        top = self.top(5)
+        rows = [(*map(_cell, one[:5]), Html(self._marked(one))) for one in top]
+        return text_lines([self._head()]) + table((*COLUMNS[:5], "where"), rows)
+
+    def _marked(self, one: Strongest) -> str:
+        """Returns the text around the token where a latent fires most, shaded where it fires, as HTML."""
+        around = slice(max(0, one.position - AROUND), one.position + AROUND + 1)
+        values = self.of(one.latent)[one.row].float() * self.mask[one.row]
+        return marked(self.strings[one.row][around], values.tolist()[around], abs(one.value))
 
     def _head(self) -> str:
         n, counted = int((self.tokens != PADDING).sum()), int(self.mask.sum())

@@ -36,6 +36,7 @@ from sae.evaluation.figures import (
 from sae.evaluation.metrics import kl_divergence, loss_recovered
 from sae.evaluation.models import models_of
 from sae.evaluation.sharing import Sharing
+from sae.evaluation.tables import Evaluation
 from sae.lm.files import loading_bars
 from sae.lm.hooks import (
     capture,
@@ -77,7 +78,7 @@ def evaluate(
     *,
     activations: Any = None,
     progress: Display = True,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Returns the metrics of a coder on about `tokens` held-out tokens; of several coders, a dict by name.
 
     A coder may be an address as of `sae.load`, the model a name or loaded, and rows a tensor of token ids.
@@ -96,7 +97,7 @@ def evaluate(
     """
     several, watch, tokens = as_coders(coders), Watch(should_stop, display=progress), whole("tokens", tokens)
     found = evaluate_all(several, watch, tokens, nulls, lm=lm, rows=rows, second=second, activations=activations)
-    return found if isinstance(coders, Mapping) else found[""]
+    return Evaluation(found if isinstance(coders, Mapping) else found[""])
 
 
 def evaluate_all(

@@ -8,11 +8,23 @@ from typing import TYPE_CHECKING, Any
 from sae.base.arguments import wrong
 from sae.base.errors import ConfigError
 from sae.base.settings import flat
+from sae.pages import notebook
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SAVED = "evaluation.json"  # in a run's folder
+
+
+class Evaluation(dict[str, Any]):
+    """The figures of a coder, or of several by name: a dict, which a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        several = {"": self} if "density" in self else self
+        columns = [dict(table(found)) for found in several.values()]
+        names = dict.fromkeys(name for column in columns for name in column)
+        rows = [(name, *(column.get(name, "") for column in columns)) for name in names]
+        return notebook.table(("", *several) if len(several) > 1 or "" not in several else (), rows)
 
 
 def to_pandas(found: Any) -> "pd.DataFrame":

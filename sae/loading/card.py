@@ -9,34 +9,12 @@ from typing import Any
 from sae.base.errors import ConfigError, nearest
 from sae.base.files import atomic_write, safe_join
 from sae.coder.coder import SparseCoder
-from sae.coder.spec import RELEASED, CoderSpec
-from sae.coder.wording import L0, figure, kind, places, rule
+from sae.coder.wording import Description, description, kind
 from sae.evaluation.tables import table
 from sae.formats import NATIVE, formats
 from sae.loading.converting import convert, writers
 
 LIBRARY = "sae-interp"
-Description = list[tuple[str, str]]
-
-
-def description(spec: CoderSpec) -> Description:
-    """Returns what a coder is as (name, text) rows: the same on the card and in the terminal."""
-    written = "what it reads" if spec.is_autoencoder else places(spec.writes)
-    rows = [("reads", places(spec.reads) or "not known"), ("writes", written or "not known")]
-    rows += [("latents", f"{spec.d_sae:,} (d_in {spec.d_in}, d_out {spec.d_out})")]
-    rows += [("encoder", spec.encoder + (f", {spec.n_blocks} blocks" if spec.cross_layer else ""))]
-    rows += [("selection", rule(spec)), ("pre-bias", spec.pre_bias), ("normalization", _normalization(spec))]
-    if spec.skip:
-        rows.append(("skip path", "x W_skip^T is added to the output"))
-    if spec.context_length:
-        rows.append(("context", f"{spec.context_length:,} tokens, BOS by {spec.bos}"))
-    if "tokens" in spec.training:
-        rows.append(("trained on", f"{spec.training['tokens']:,} tokens{_text(spec.training.get('text'))}"))
-    if RELEASED in spec.training:
-        source = spec.training[RELEASED]
-        rows.append(("released at", f"{source['from']}, {source['file']} ({source['format']})"))
-    l0 = figure(spec, *L0)
-    return [*rows, *([("advertised L0", f"{l0:g}")] if l0 is not None else [])]
 
 
 def model_card(coders: Mapping[str, SparseCoder], repo: str, format: str = NATIVE) -> str:
@@ -112,19 +90,6 @@ def push(
         except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
             raise ConfigError(f"repo: {repo} cannot be written to: {' '.join(str(error).split())[:300]}") from error
     return done.pr_url or done.commit_url
-
-
-def _normalization(spec: CoderSpec) -> str:
-    how = spec.normalization
-    if how.kind == "scalar":
-        scales = sorted({how.scale * site.scale for site in spec.reads} or {how.scale})
-        return f"scalar, times {', '.join(f'{scale:.6g}' for scale in scales)}"
-    undone = "" if how.undone else ", not undone"
-    return f"{how.kind}, eps {how.eps:g}{undone}" if how.kind in ("layer_norm", "l2") else how.kind
-
-
-def _text(text: Any) -> str:
-    return f" of {text['source']}" if isinstance(text, dict) and text.get("source") else ""
 
 
 def _table(head: tuple[str, str], rows: Description) -> list[str]:

@@ -18,7 +18,9 @@ from sae.base.progress import Aside, Progress, Watch, during
 from sae.base.tracker import Tracker
 from sae.coder.coder import SparseCoder
 from sae.evaluation.evaluation import evaluate_all
+from sae.evaluation.tables import Evaluation
 from sae.loading import hub
+from sae.pages.notebook import text_lines
 from sae.parallel import agreement, collectives, ranks, replicas
 from sae.parallel.stopping import StopFlag
 from sae.stream.batch import ActivationBatch
@@ -48,6 +50,9 @@ class TrainResult:
         return "\n".join(
             [f"TrainResult({str(self.run_dir)!r})", *(f"  {name}: {c}" for name, c in self.coders.items())]
         )
+
+    def _repr_html_(self) -> str:
+        return text_lines([str(self.run_dir)]) + Evaluation(self.metrics)._repr_html_()
 
 
 class Run:

@@ -64,3 +64,15 @@ def test_the_repr_of_a_coder_is_one_line(made, said):
     assert repr(coder.to("meta")).startswith("SparseCoder(")
     with torch.device("meta"):
         assert repr(SparseCoder(made, "meta"))
+
+
+def test_a_notebook_shows_all_that_a_coder_is():
+    site = Site("model.layers.2", model="<script>alert(1)</script>\u202e", width=8)
+    metrics = {"reconstruction": {"fvu": 0.25, "l0": 4.0}, "density": {"dead_share": 0.125}}
+    page = SparseCoder(CoderSpec(8, 8, 32, TopK(4), (site,), (site,), metrics=metrics))._repr_html_()
+    for name, text in (("latents", "32 (d_in 8, d_out 8)"), ("selection", "topk of 4"), ("FVU", "0.25"), ("L0", "4")):
+        assert f">{name}</td>" in page
+        assert f">{text}</td>" in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<script" not in page
+    assert "\u202e" not in page

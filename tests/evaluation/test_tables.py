@@ -8,6 +8,7 @@ import pytest
 
 import sae
 from sae.base.errors import ConfigError
+from sae.evaluation.tables import Evaluation, table
 
 ONE = {
     "reconstruction": {"fvu": 0.25, "l0": 4.0},
@@ -47,3 +48,26 @@ def test_without_pandas_it_is_one_line(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"^to_pandas: pandas is not installed; pip install pandas$"):
         sae.to_pandas(ONE)
+
+
+WHOLE = {
+    "reconstruction": {"tokens": 10, "fvu": 0.25, "nmse_mean": 0.1, "nmse_median": 0.1, "l0": 4.0, "cosine": 0.9}
+    | {"norm_ratio": 1.0, "reconstruction_bias": 1.0},
+    "reconstruction_unfiltered": {"tokens": 12, "fvu": 0.5},
+    "density": {"dead_share": 0.125, "counted_over_tokens": 12},
+}
+
+
+def test_a_notebook_shows_a_table_of_what_is_still_a_dict():
+    one = Evaluation(WHOLE)
+    assert json.loads(json.dumps(one)) == WHOLE == one
+    assert all(
+        f">{name}</td>" in one._repr_html_() and f">{text}</td>" in one._repr_html_() for name, text in table(WHOLE)
+    )
+    assert "<th" not in one._repr_html_()
+    other = WHOLE | {"fvu_by_site": {"<script>": 0.75}}
+    both = Evaluation({"a<b>": WHOLE, "c": other})._repr_html_()
+    assert "a&lt;b&gt;</th>" in both
+    assert "FVU at &lt;script&gt;</td><td" in both
+    assert "<script" not in both
+    assert both.count("<tr>") == len(table(other)) + 1

@@ -19,12 +19,12 @@ from sae.coder.coder import SparseCoder
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
 from sae.coder.splicing import splice
+from sae.coder.wording import description
 from sae.evaluation.doctor import diagnose
 from sae.evaluation.evaluation import evaluate
 from sae.formats import native, saelens
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
-from sae.loading.card import description
 from sae.selection import Selection
 from sae.selection.feature_choice import FeatureChoice
 from sae.selection.gated import Gated

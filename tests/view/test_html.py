@@ -6,8 +6,9 @@ from dataclasses import replace
 from rigs.interp_examples import facts, of_pieces
 
 from interp.records import Excerpt, Measure
-from interp.view.html import page, table, text_lines
+from interp.view.html import page
 from interp.view.record import Label, LatentRecord, LatentScore
+from sae.pages.notebook import table, text_lines
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=y>\"'>&lt;</pre></td><b>\x1b[2J\u202e\nnext"
 TAGS = {"div", "b", "br", "table", "thead", "tbody", "tr", "td", "th", "span", "mark", "pre"}
@@ -34,3 +35,15 @@ def test_text_of_strangers_is_text():
     assert "\u202e" not in shown
     plain = page(record("plain"))
     assert re.sub(r">[^<]*<", "><", page(record(HOSTILE))) == re.sub(r">[^<]*<", "><", plain)  # same tags, other text
+
+
+def test_a_label_shows_its_scores():
+    shown = record(HOSTILE).labels[0]._repr_html_()
+    assert set(re.findall(r"</?([\w!]+)", shown)) <= TAGS
+    assert ">0.500</td>" in shown
+    failed = LatentScore(
+        "detection[x]", "auroc", Measure(None), Measure(None), Measure(None), None, "failed", "http", {}
+    )
+    shown = Label("llm", "gpt", "about <cats>", "ok", "", (failed,))._repr_html_()
+    assert "about &lt;cats&gt;" in shown
+    assert ">no score</td>" in shown
