@@ -23,6 +23,7 @@ CANDIDATES = 64  # places looked at for a tier of one latent in one part, of whi
 TOKENS_OF_LATENT = 10  # a latent's usual tokens: those of most of its peaks
 PLACES_OF_TOKEN = 256  # of every such token and part, so many places are remembered
 ROWS_AT_ONCE = 4096  # that are searched for them
+PEAKS = {"explain": 64, "valid": 32, "test": 64}  # places looked at for all that fires, about as the parts are large
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ class Plan:
     pool: Int[ndarray, "pool"]
     """Positions of the shared pool."""
     pool_split: Int[ndarray, "pool"]
+
+    def peaks(self) -> Int[ndarray, "some"]:
+        """Returns the entries at which it is looked at what else fires: the first ones of each latent's sample."""
+        sampled = np.flatnonzero(self.kind == KINDS.index("sample"))
+        group = self.latent[sampled].astype(np.int64) * len(SPLITS) + self.split[sampled]
+        turn = np.arange(len(group)) - np.searchsorted(group, group)  # those of a latent and part come one by one
+        return sampled[turn < np.array(list(PEAKS.values()))[self.split[sampled]]]
 
 
 def plan_places(

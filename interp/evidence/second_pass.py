@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from numpy import ndarray
 
 from interp.evidence.codes import Codes, row_blocks
@@ -84,12 +84,14 @@ class Visits:
         shards = Shards(folder, KIND, made_from)
         self._shards = [{k: t.numpy() for k, t in shards.read(i).items()} for i in range(len(shards))]
         self._ends = [np.append(0, np.cumsum(shard["count"], dtype=np.int64)) for shard in self._shards]
+        self._peaks = plan.peaks()
+        self._knows = all("peak" in shard for shard in self._shards)  # as shards of older versions do not
+        counts = [shard["peak_count"] for shard in self._shards] if self._knows else []
+        self._peak_ends = [np.append(0, np.cumsum(count, dtype=np.int64)) for count in counts]
 
     def spots(self, latent: int) -> Spots:
         """Returns what one of the plan's latents does; KeyError if it is none of them."""
-        at = int(np.searchsorted(self.plan.latents, latent))
-        if at >= len(self.plan.latents) or self.plan.latents[at] != latent:
-            raise KeyError(latent)
+        at = self._place(latent)
         here = np.array([at, at + 1], np.int32)  # of another type, all latents would be copied
         entries, values = [], []
         pool = np.zeros((len(self.plan.pool), SPAN), bool)
@@ -114,6 +116,28 @@ class Visits:
             pool,
         )
 
+    def beside(self, latent: int) -> tuple[Integer[ndarray, "nnz"], int] | None:
+        """Returns the ids of all that fires at peaks of a latent, itself among them, and how many peaks these are.
+
+        None where that is not kept, since an older version visited some of them; KeyError as `spots`.
+        """
+        at = self._place(latent)
+        if not self._knows:
+            return None
+        low, high = np.searchsorted(self.plan.latent[self._peaks], np.array([at, at + 1], self.plan.latent.dtype))
+        positions, found = self.plan.position[self._peaks[low:high]], [np.zeros(0, np.int64)]
+        for shard, ends in zip(self._shards, self._peak_ends, strict=True):
+            place = np.searchsorted(shard["peak"], positions)
+            place = place[place < np.searchsorted(shard["peak"], positions, side="right")]
+            found.append(shard["peak_ids"][_ranges(ends[place], ends[place + 1])])
+        return np.concatenate(found), len(positions)
+
+    def _place(self, latent: int) -> int:
+        at = int(np.searchsorted(self.plan.latents, latent))
+        if at >= len(self.plan.latents) or self.plan.latents[at] != latent:
+            raise KeyError(latent)
+        return at
+
 
 class _Visitor:
     """Looks for the latents of a plan around its places."""
@@ -121,15 +145,28 @@ class _Visitor:
     def __init__(self, codes: Codes, context: int, plan: Plan) -> None:
         self.codes, self.context, self.plan = codes, context, plan
         self.places, self.pool = _ByRow.of(plan.position, context), _ByRow.of(plan.pool, context)
+        self.peaks = _ByRow.of(np.unique(plan.position[plan.peaks()]), context)
+        self.id_type = np.int16 if codes.d_sae < 2**15 else np.int32
         self.rank = np.full(codes.d_sae, -1, np.int32)
         self.rank[plan.latents] = np.arange(len(plan.latents))
 
     def visit(self, group: Int[ndarray, "rows"]) -> dict[str, ndarray]:
-        """Returns what is found in some rows: by entry how many values, where and which; the same of the pool."""
+        """Returns what is found in some rows: by entry how many values, where and which; the same of the pool; and by
+        peak the ids of all that fires there.
+        """
         coded, context, plan = self.codes.read(group), self.context, self.plan
         ids, values = coded.latents.ids.cpu().numpy(), coded.latents.values.float().cpu().numpy()
         token = np.repeat(np.arange(len(coded.rows)), np.diff(coded.latents.offsets.cpu().numpy()))
-        chosen = np.flatnonzero((self.rank[ids] >= 0) & (values != 0))
+        fires = values != 0
+        if not fires.all():  # in the support without firing
+            ids, values, token = ids[fires], values[fires], token[fires]
+        peak, peak_where = self.peaks.here(group, context)
+        spots = coded.rows * context + coded.places
+        of_peak = np.searchsorted(spots, peak_where)
+        of_peak[np.append(spots, -1)[of_peak] != peak_where] = -1  # masked now, by its norm
+        peak_low, peak_high = (np.searchsorted(token, of_peak, side) for side in ("left", "right"))
+        at_peaks = ids[_ranges(peak_low, peak_high)].astype(self.id_type)
+        chosen = np.flatnonzero(self.rank[ids] >= 0)
         spot = coded.rows[token[chosen]] * context + coded.places[token[chosen]]  # ascends with the tokens
         latent, values = self.rank[ids[chosen]].astype(np.int64), values[chosen]
 
@@ -141,7 +178,7 @@ class _Visitor:
         found = order[_ranges(low, high)]
         pool_entry, pool_where = self.pool.here(group, context)
         pool_low, pool_high = _around(spot, np.zeros(len(pool_where), np.int64), pool_where, context)
-        hits, fires = _ranges(pool_low, pool_high), pool_high - pool_low
+        hits, pool_fires = _ranges(pool_low, pool_high), pool_high - pool_low
         return {
             "latent": plan.latent[entry],
             "entry": entry.astype(np.int64),
@@ -149,8 +186,11 @@ class _Visitor:
             "at": (spot[found] - np.repeat(where, high - low) + REACH).astype(np.uint8),
             "value": values[found].astype(np.float32),
             "pool_latent": latent[hits].astype(np.int32),
-            "pool_entry": np.repeat(pool_entry, fires).astype(np.int32),
-            "pool_at": (spot[hits] - np.repeat(pool_where, fires) + REACH).astype(np.uint8),
+            "pool_entry": np.repeat(pool_entry, pool_fires).astype(np.int32),
+            "pool_at": (spot[hits] - np.repeat(pool_where, pool_fires) + REACH).astype(np.uint8),
+            "peak": self.peaks.positions[peak],
+            "peak_count": (peak_high - peak_low).astype(np.int32),
+            "peak_ids": at_peaks,
         }
 
 
@@ -193,15 +233,21 @@ def _around(
 
 
 def _joined(parts: list[dict[str, ndarray]]) -> dict[str, ndarray]:
-    """Returns the parts as one, ordered by latent."""
+    """Returns the parts as one, ordered by latent, and what is of peaks by their position."""
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    order = whole["latent"].argsort(kind="stable")
-    ends = np.cumsum(whole["count"], dtype=np.int64)
-    flat = _ranges((ends - whole["count"])[order], ends[order])
+    ordered = _by(whole, "latent", ("latent", "entry", "count"), "count", ("at", "value"))
+    ordered |= _by(whole, "peak", ("peak", "peak_count"), "peak_count", ("peak_ids",))
     pool = whole["pool_latent"].argsort(kind="stable")
-    ordered = {name: whole[name][order] for name in ("latent", "entry", "count")}
-    ordered |= {name: whole[name][flat] for name in ("at", "value")}
     return ordered | {name: whole[name][pool] for name in ("pool_latent", "pool_entry", "pool_at")}
+
+
+def _by(
+    whole: dict[str, ndarray], key: str, columns: tuple[str, ...], count: str, lists: tuple[str, ...]
+) -> dict[str, ndarray]:
+    """Returns columns in the order of one, and lists of which `count` says how long each is."""
+    order, ends = whole[key].argsort(kind="stable"), np.cumsum(whole[count], dtype=np.int64)
+    flat = _ranges((ends - whole[count])[order], ends[order])
+    return {name: whole[name][order] for name in columns} | {name: whole[name][flat] for name in lists}
 
 
 def _digest(plan: Plan) -> str:

@@ -28,6 +28,7 @@ from interp.records import SPLITS, Examples, Excerpt
 from interp.run import explanations_file
 from interp.run.config import QUICKSTART_TOKENS, TOKENS, ExplainConfig
 from interp.run.latents import asked_latents, spelled_out
+from interp.scoring.together import together
 from sae.base.errors import ConfigError
 from sae.base.files import write_json
 from sae.base.paths import same_place
@@ -73,7 +74,10 @@ class Prepared:
     def examples(self, latent: int) -> Examples:
         """Returns all that is shown of a latent."""
         up, down = self.tokens[latent]
-        facts = replace(self.maker.facts(latent), promoted=up, suppressed=down, neighbors=self.near[latent])
+        facts, beside = self.maker.facts(latent), self.maker.visits.beside(latent)
+        facts = replace(facts, promoted=up, suppressed=down, neighbors=self.near[latent])
+        if beside is not None:
+            facts = replace(facts, together=together(latent, *beside, self.evidence))
         return self.maker.make(latent, facts)
 
     def shown(self, examples: Examples) -> dict[str, list[Excerpt]]:

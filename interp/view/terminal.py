@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from interp.prompts.windows import spans, spelled
-from interp.records import Facts, Window
+from interp.records import Facts, Together, Window
 from interp.view.record import LatentRecord
 from sae.base.visible import visible
 
@@ -60,7 +60,13 @@ def told(facts: Facts) -> dict[str, list[str]]:
         "promotes": [spelled(token) for token in facts.promoted],
         "suppresses": [spelled(token) for token in facts.suppressed],
         "neighbors": [f"{latent} ({cosine:.2f})" for latent, cosine in facts.neighbors],
+        "together": ["not kept"] if facts.together is None else [*map(beside, facts.together)],
     }
+
+
+def beside(other: Together) -> str:
+    """Returns in a few words a latent that fires together with one: at how many of its peaks, and how unusual it is."""
+    return f"{other.latent} ({other.share:.0%}, {other.lift:.3g}x)"
 
 
 def window_line(window: Window, colors: bool) -> str:

@@ -27,12 +27,13 @@ import interp.evidence.second_pass
 from interp.evidence.codes import LiveCodes
 from interp.evidence.corpus import corpus_of_text
 from interp.evidence.first_pass import Keep, gather_evidence
-from interp.evidence.places import CANDIDATES, KINDS, POOL, plan_places
+from interp.evidence.places import CANDIDATES, KINDS, PEAKS, POOL, plan_places
 from interp.evidence.second_pass import REACH, SPAN, visit_places
 from interp.evidence.subject import Subject
 from interp.records import SPLITS
 from sae.base.errors import DataError, Stopped
 from sae.base.progress import Watch
+from sae.base.store import ShardWriter
 from sae.coder.coder import SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.spec import CoderSpec
@@ -82,6 +83,40 @@ def test_the_table_of_the_pool_is_right_at_the_edges_of_rows_too(found):
     for latent in range(0, D_SAE, 7):
         wanted = [around(codes[p // CONTEXT_LENGTH, :, latent], p % CONTEXT_LENGTH) for p in found.plan.pool.tolist()]
         assert np.array_equal(found.visits.spots(latent).pool, np.stack(wanted))
+
+
+def test_all_that_fires_at_the_first_peaks_of_each_part_is_known(found):
+    rows, total = found.rows, 0
+    codes = dense(rows.tokens(np.arange(rows.n_rows)).numpy())
+    for latent in range(D_SAE):
+        first = [found.evidence.places("sample", split, latent)[: PEAKS[split]] for split in SPLITS]
+        row, place = np.divmod(np.concatenate(first), CONTEXT_LENGTH)
+        ids, peaks = found.visits.beside(latent)
+        assert peaks == len(row)
+        fires = codes[row, place] != 0
+        assert np.array_equal(np.bincount(ids, minlength=D_SAE), fires.sum(0))
+        assert fires[:, latent].all()
+        total += len(ids)
+    assert total > 10_000
+
+
+def test_folders_of_older_versions_do_not_know_what_fires_together(found, tmp_path, monkeypatch):
+    few = plan_places(found.evidence, found.rows, np.array([9, 41]), [[10], [42]], 0)
+    monkeypatch.setattr(interp.evidence.second_pass, "SHARD_BLOCKS", 2)
+    with monkeypatch.context() as patch:
+
+        def older(writer, number, tensors):
+            return ShardWriter.write(writer, number, {k: t for k, t in tensors.items() if not k.startswith("peak")})
+
+        patch.setattr(interp.evidence.second_pass, "ShardWriter", type("Older", (ShardWriter,), {"write": older}))
+        asked = iter(range(1000))
+        with pytest.raises(Stopped):
+            visit_places(found.codes, found.rows, few, tmp_path, Watch(lambda: next(asked) >= 3))
+    again = visit_places(found.codes, found.rows, few, tmp_path)
+    assert again.beside(9) is None
+    assert np.array_equal(
+        again.spots(9).values, visit_places(found.codes, found.rows, few, tmp_path / "b").spots(9).values
+    )
 
 
 def test_the_places_are_those_that_evidence_kept(found):
@@ -172,6 +207,7 @@ def test_stopped_and_continued_it_finds_the_same(found, tmp_path, monkeypatch):
     for latent in chosen.tolist():
         for name, a, b in zip(again.spots(9)._fields, again.spots(latent), whole.spots(latent), strict=True):
             assert np.array_equal(a, b), name
+        assert np.array_equal(np.sort(again.beside(latent)[0]), np.sort(whole.beside(latent)[0]))
 
 
 def test_other_latents_can_be_looked_at_later(found, tmp_path):
@@ -190,9 +226,12 @@ def test_what_is_not_there_is_told(found, tmp_path):
     for latent in (10, 8, 63):
         with pytest.raises(KeyError):
             visits.spots(latent)
+        with pytest.raises(KeyError):
+            visits.beside(latent)
     dead = found.visits.spots(DEAD)
     assert not len(dead.position[dead.kind < 3])
     assert not dead.pool.any()
+    assert found.visits.beside(DEAD)[1] == 0
 
 
 def test_no_latents_are_no_trouble(found, tmp_path):
@@ -246,6 +285,9 @@ def test_a_real_model_in_other_blocks_says_the_same(tmp_path, monkeypatch):
         fires, total = fires + int((wanted != 0).sum()), total + len(wanted)
         pool = np.stack([around(codes[p // 48][:, latent], p % 48) for p in few.pool.tolist()])
         assert np.array_equal(spots.pool, pool != 0)
+        sampled = spots.position[spots.kind == 0]  # fewer than are looked at, so that all are
+        hits = sum((codes[p // 48][p % 48] != 0).astype(int) for p in sampled.tolist())
+        assert np.array_equal(np.bincount(visits.beside(latent)[0], minlength=32), hits)
     assert total > 500
     assert fires > total
 

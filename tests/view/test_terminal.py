@@ -6,13 +6,25 @@ from dataclasses import replace
 
 import pytest
 
-from interp.records import Excerpt, Facts, Window
+from interp.records import Excerpt, Facts, Together, Window
 from interp.run.tables import COLUMNS, Told
 from interp.view.record import Label, LatentRecord, score_of
 from interp.view.terminal import BOLD, PLAIN, lines
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\b\u202e\u2028x\nlatent 9 of 0 to 9\tend"
-FACTS = Facts(1234, 100_000, {}, 5.25, (), (), (("the", 0.75),), ("up",), ("down",), ((17, 0.5),))
+FACTS = Facts(
+    1234,
+    100_000,
+    {},
+    5.25,
+    (),
+    (),
+    (("the", 0.75),),
+    ("up",),
+    ("down",),
+    ((17, 0.5),),
+    (Together(21, 0.625, 12.345, 160),),
+)
 COMMAND = "sae-explain --config F --latents 3"
 
 
@@ -43,7 +55,8 @@ def test_all_that_is_known_is_told():
         '"the" 75%',
         '"up"',
         '"down"',
-        "17 (0.50)",
+        "  neighbors  17 (0.50)",
+        "  together   21 (62%, 12.3x)",
         'token_lookup: fires on the tokens ">>>"',
         "  detection[rule]: balanced accuracy 0.900 (0.800 to 0.950), null 0.500, lift 0.400, n 40",
         "     2.50  a «cat sat»",
@@ -55,6 +68,7 @@ def test_all_that_is_known_is_told():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"facts": replace(FACTS, together=None)}, "  together   not kept"),
         ({"asked": False, "labels": (), "facts": None}, f"not explained yet; to explain it: {COMMAND}"),
         ({"asked": False, "labels": (), "facts": None, "fired": 0}, "nothing explains what never fires"),
         ({"facts": None, "strongest": (), "sampled": ()}, f"no examples of it are kept here; to keep them: {COMMAND}"),
