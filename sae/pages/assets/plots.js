@@ -239,8 +239,8 @@ function save(svg, title, shown, sample, color) {
   for (const one of whole.querySelectorAll("*")) {
     const style = getComputedStyle(one);
     for (const name of ["fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-linecap", "fill-opacity", "text-anchor", "font-size", "font-family"]) one.setAttribute(name, style.getPropertyValue(name));
-    one.removeAttribute("class");
   }
+  for (const one of whole.querySelectorAll("*")) one.removeAttribute("class");
   whole.prepend(el("rect", {width: "100%", height: "100%", fill: getComputedStyle(document.body).backgroundColor}));
   whole.removeAttribute("class");
   whole.remove();
