@@ -21,7 +21,7 @@ from . import ended_by
 DONE, ERROR, BAD_USAGE = 0, 1, 2
 COMPLETE = "--complete"  # asked by shells: the words behind it are those of a line that is being typed
 DEBUG, QUIET, VERBOSE = ("--debug",), ("-q", "--quiet"), ("-v", "--verbose")
-NOISY = ("httpx", "httpx2", "huggingface_hub", "transformers", "datasets", "matplotlib")
+NOISY = ("httpx", "httpx2", "huggingface_hub", "transformers", "datasets")
 log = logging.getLogger(__package__)  # of all commands: the module that runs is called __main__
 
 

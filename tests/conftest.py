@@ -10,7 +10,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as commands have it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of every process: on tensors so small more only wait for one another
 os.environ.setdefault("MKL_NUM_THREADS", "1")
-os.environ.setdefault("MPLCONFIGDIR", os.path.join(os.environ.get("TMPDIR", "/tmp"), "matplotlib"))
 
 from rigs import shapes
 
@@ -69,7 +68,7 @@ def explained_coder(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """Leaves out what takes long in a run and only a person or a power cut would miss: pictures, estimate, flushing."""
-    monkeypatch.setattr("sae.training.loop.write_report", lambda run_dir, results: None)
+    monkeypatch.setattr("sae.training.loop.write_report", lambda run_dir: None)
     nothing = SimpleNamespace(lines=list, disk=0)
     monkeypatch.setattr("sae.training.estimate.estimate", lambda config, trust_remote_code=False: nothing)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)

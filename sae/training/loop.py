@@ -287,7 +287,7 @@ class Run:
             if self.main:
                 write_json(self.folder / "evaluation.json", found)
                 with Aside("report.html", "all figures are in evaluation.json"):
-                    write_report(self.folder, found)
+                    write_report(self.folder)
                 self.told.tell("on_evaluate", partial(self._moment, found, coders))
                 self.told.tell("on_end", partial(self._moment, found, coders))
         self._check_callbacks(f"the run is finished, and all is saved in {self.folder}")

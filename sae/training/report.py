@@ -1,74 +1,141 @@
-"""report.html: one self-contained page per run, with the curves and tables people look at first."""
+"""report.html of a run, from its folder alone: curves, held-out figures, densities, config and environment.
 
-import io
-import json
+A run that goes on has a report too, of what there is of it. Several runs are one page: curves overlaid, figures side by
+side, and the settings that differ.
+"""
+
+import os
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader
-
-from sae.base.files import atomic_write
-from sae.base.lines import lines_of
-from sae.evaluation.metrics import DENSITY_BINS
+from sae.base.settings import flat
+from sae.base.visible import visible
 from sae.evaluation.tables import table
+from sae.pages.page import write_page
+from sae.training.comparing import TOLD, differences, doubts, pairs
+from sae.training.curves import curves, held_out_curves
+from sae.training.recorded import Run, explained_below, labels, read_run
+
+REPORT = "report.html"
+POINTS, FEWEST, MOST = 24_000, 200, 2_000  # of one figure: of all coders together, and of one
 
 
-def write_report(run_dir: Path, results: dict[str, dict[str, Any]]) -> Path:
-    """Writes run_dir/report.html from metrics.jsonl and the held-out results; returns its path."""
-    lines = [json.loads(line) for line in lines_of((run_dir / "metrics.jsonl").read_bytes()) if line]
-    environment = Environment(loader=PackageLoader("sae.training"), autoescape=True)
-    coders = [
-        {
-            "name": name,
-            "rows": table(found),
-            "curve": _curves([line for line in lines if line["coder"] == name and "fvu" in line]),
-            "density": _density(found["density"]),
-        }
-        for name, found in results.items()
+def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
+    """Writes report.html of a run from its folder, finished or not, and returns its path.
+
+    ConfigError if the folder is not that of a run; DataError if no line of its log can be read.
+    """
+    folder = Path(run_dir)
+    return _write([read_run(folder, folder.resolve().name)], Path(out or folder / REPORT))
+
+
+def write_comparison(run_dirs: Sequence[Path | str], out: Path | str) -> Path:
+    """Writes a page that shows several runs beside each other, and returns its path. Raises as `write_report`."""
+    folders = [Path(folder) for folder in run_dirs]
+    return _write([read_run(*each) for each in zip(folders, labels(folders), strict=True)], Path(out))
+
+
+def _write(runs: list[Run], out: Path) -> Path:
+    several, count = len(runs) > 1, sum(len(run.coders) for run in runs)
+    most = max(FEWEST, min(MOST, POINTS // max(1, count)))
+    drawn = [found for run in runs for found in _curves(run, most)]
+    coders = [_coder(run, number, name) for number, run in enumerate(runs) for name in run.coders]
+    for coder, label in zip(coders, _called(coders, runs), strict=True):
+        coder["label"] = label
+    lines = max((coder["lines"] for coder in coders), default=0)
+    differing = differences([flat(run.config) | flat({"environment": run.environment}) for run in runs])
+    main = {
+        "runs": [_run(run, out) for run in runs],
+        "coders": coders,
+        "thinned": most if lines > most else 0,
+        "tokens": all(run.config.get("batch_tokens") for run in runs),
+        "pairs": pairs(coders, len(runs)) if several else [],
+        "differences": differing,
+        "doubts": doubts(differing, runs) if several else [],
+    }
+    title = " and ".join(run.label for run in runs)
+    write_page(out, title, [("sae.training", "run.js")], [("main", main), ("curves", drawn)])
+    return out
+
+
+def _curves(run: Run, most: int) -> list[dict[str, Any]]:
+    """Returns what is drawn of each coder of a run, and adds to what is said of it."""
+    found = []
+    for name in run.coders:
+        training, said = curves(run.lines.get(name, []), run.batch_tokens, most)
+        run.said += [f"{visible(name)}: {sentence}" for sentence in said]
+        held_out = held_out_curves(run.evaluations.get(name, []), run.batch_tokens)
+        found.append({"training": training, "held_out": held_out})
+    return found
+
+
+def _run(run: Run, out: Path) -> dict[str, Any]:
+    config = run.folder / "config.yaml"
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    timed = [line for line in run.speed if {"step", "seconds", "tokens_per_s"} <= line.keys()]
+    speed, _ = curves([{"step": line["step"], "y": line["tokens_per_s"]} for line in timed], run.batch_tokens, MOST)
+    steps = max((line["step"] for lines in run.lines.values() for line in lines), default=0)
+    return {
+        "label": run.label,
+        "config": "\n".join(map(visible, text.splitlines())),
+        "environment": [[name, visible(str(value))] for name, value in flat(run.environment).items()],
+        "explained": [_explained(folder, run.folder, out) for folder in explained_below(run.folder)],
+        "said": run.said,
+        "finished": run.finished,
+        "steps": steps,
+        "tokens": steps * run.batch_tokens,
+        "wanted": run.config.get("tokens"),
+        "seconds": timed[-1]["seconds"] if timed else None,
+        "speed": speed.get("y"),
+    }
+
+
+def _explained(folder: Path, run: Path, out: Path) -> dict[str, Any]:
+    """Returns what an explained run is called, and where its page is as seen from ours; None if it has none."""
+    page = folder / REPORT
+    address = Path(os.path.relpath(page.resolve(), out.resolve().parent)).as_posix() if page.is_file() else None
+    return {"name": visible(folder.relative_to(run).as_posix()), "href": address and "./" + quote(address)}
+
+
+def _coder(run: Run, number: int, name: str) -> dict[str, Any]:
+    step, found = run.evaluations[name][-1] if run.evaluations.get(name) else (None, {})
+    lines, size = run.lines.get(name, []), run.size(name)
+    last = lines[-1] if lines else {}
+    return {
+        "run": number,
+        "name": visible(name),
+        "size": size,
+        "step": step,
+        "figures": {label: get(found) for label, get in TOLD.items()},
+        "rows": [[label, visible(text)] for label, text in table(found)] if found else [],
+        "training": {key: last.get(key) for key in ("step", "fvu", "l0", "dead_share")},
+        "density": _density(found["density"], size) if found and size is not None else None,
+        "lines": len(lines),
+    }
+
+
+def _density(density: dict[str, Any], size: int) -> dict[str, Any]:
+    """Returns the bars of the histogram of firing densities of all latents, dead ones first."""
+    return {
+        "labels": ["dead", *(f"1e{edge}" for edge in density["log10_density_edges"][:-1])],
+        "counts": [round(size * density["dead_share"]), *density["log10_density_counts"]],
+        "tokens": density["counted_over_tokens"],
+    }
+
+
+def _called(coders: list[dict[str, Any]], runs: list[Run]) -> list[str]:
+    """Returns what coders are called in plots: where their names differ, and of which of several runs they are."""
+    parts = [coder["name"].split("/") for coder in coders]
+    same = len(list(takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))))
+    ends = ["/".join(part[same:]) or part[-1] for part in parts]
+    if len(runs) == 1:
+        return ends
+    alone = [len(run.coders) == 1 for run in runs]
+    labels = [runs[coder["run"]].label for coder in coders]
+    return [
+        label if alone[coder["run"]] else f"{label}: {end}"
+        for coder, label, end in zip(coders, labels, ends, strict=True)
     ]
-    config = (run_dir / "config.yaml").read_text(encoding="utf-8")
-    page = environment.get_template("train.html").render(title=run_dir.name, coders=coders, config=config)
-    path = run_dir / "report.html"
-    atomic_write(path, page)
-    return path
-
-
-def _curves(lines: list[dict[str, Any]]) -> str:
-    """Returns an SVG of FVU and dead share over steps."""
-    steps = [line["step"] for line in lines]
-    return _svg(
-        lambda axes: (
-            axes[0].plot(steps, [line["fvu"] for line in lines]),
-            axes[0].set(xlabel="step", ylabel="FVU (training batches)", yscale="log"),
-            axes[1].plot(steps, [line["dead_share"] for line in lines]),
-            axes[1].set(xlabel="step", ylabel="dead share", ylim=(0, 1)),
-        )
-    )
-
-
-def _density(density: dict[str, Any]) -> str:
-    """Returns an SVG of the histogram of firing densities, dead latents as a bar of their own."""
-    counts = density["log10_density_counts"]
-    alive = sum(counts)
-    dead = round(alive * density["dead_share"] / max(1e-9, 1 - density["dead_share"])) if alive else 0
-    labels = ["dead", *(f"1e{edge}" for edge in DENSITY_BINS[:-1])]
-    return _svg(
-        lambda axes: (
-            axes[0].bar(labels, [dead, *counts], color=["tab:red", *["tab:blue"] * len(counts)]),
-            axes[0].set(xlabel="share of tokens a latent fires on, at least", ylabel="latents"),
-        ),
-        columns=1,
-    )
-
-
-def _svg(draw: Any, columns: int = 2) -> str:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG  # not pyplot, whose backend is the user's to choose
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5 * columns, 3), layout="constrained")
-    FigureCanvasSVG(figure)
-    draw(figure.subplots(1, columns, squeeze=False)[0])
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

@@ -191,11 +191,9 @@ UNTOUCHED = """
 import logging, os, random, signal, sys, warnings
 from pathlib import Path
 
-import datasets, matplotlib, numpy, pyarrow, scipy.stats, sklearn, tokenizers, torch, transformers
-from matplotlib import pyplot
+import datasets, numpy, pyarrow, scipy.stats, sklearn, tokenizers, torch, transformers
 
 model, text, folder = sys.argv[1:]
-matplotlib.use("agg")
 handler = logging.NullHandler()
 logging.getLogger().addHandler(handler)
 torch.set_num_threads(3)
@@ -204,9 +202,6 @@ torch.set_num_threads(3)
 def state():
     root = logging.getLogger()
     return {
-        "backend": matplotlib.get_backend(),
-        "figures": pyplot.get_fignums(),
-        "rc": dict(matplotlib.rcParams),
         "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
         "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()),
         "dtype": torch.get_default_dtype(),

@@ -37,7 +37,7 @@ import torch
 import sae.training.loop
 from cli.train import main
 
-sae.training.loop.write_report = lambda run_dir, results: None
+sae.training.loop.write_report = lambda run_dir: None
 if sys.argv[1]:
     locale.setlocale(locale.LC_ALL, "de_DE.UTF-8")
     assert locale.format_string("%.1f", 0.5) == "0,5"

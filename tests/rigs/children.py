@@ -89,7 +89,7 @@ def sae_train(argv: list[str], first: Callable[[], object] | None = None) -> int
     torch.set_num_threads(1)
     torch.manual_seed(os.getpid())  # whoever drew from a global generator would differ from run to run
     os.fsync = lambda descriptor: None
-    sae.training.loop.write_report = lambda run_dir, results: None
+    sae.training.loop.write_report = lambda run_dir: None
     sae.training.estimate.estimate = lambda config, trust_remote_code=False: SimpleNamespace(lines=list, disk=0)
     if first is not None:
         first()

@@ -5,7 +5,6 @@ import logging
 import os
 import random
 import signal
-import sys
 import threading
 from functools import partial
 
@@ -362,10 +361,9 @@ def test_progress_tells_every_stage_of_a_run(config, tmp_path):
 
 def test_a_run_leaves_the_process_as_it_was(config, tmp_path):
     def state():
-        root, backend = logging.getLogger(), sys.modules["matplotlib"].rcParams._get("backend") if plots else None
-        return root.level, root.handlers, torch.get_num_threads(), signal.getsignal(signal.SIGINT), os.getcwd(), backend
+        root = logging.getLogger()
+        return root.level, root.handlers, torch.get_num_threads(), signal.getsignal(signal.SIGINT), os.getcwd()
 
-    plots = "matplotlib" in sys.modules
     random_state, before = torch.get_rng_state(), state()
     sae.train(config, run_dir=tmp_path, callbacks=lambda moment: moment.coders)
     assert state() == before

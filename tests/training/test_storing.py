@@ -37,7 +37,7 @@ def made(tmp_path_factory, tiny_model, tiny_text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAE_CACHE", str(folder / "cache"))
         patch.setattr("os.fsync", lambda descriptor: None)
-        patch.setattr("sae.training.loop.write_report", lambda run_dir, results: None)
+        patch.setattr("sae.training.loop.write_report", lambda run_dir: None)
         train(tiny_config(tiny_model, tiny_text, CHANGES), run_dir=folder / "live")
         for number in (2, 3, 1):
             store(tiny_model, tiny_text, folder / "store", number)

@@ -41,7 +41,7 @@ def acts(tmp_path_factory, tiny_model, tiny_text):
     changes = {**GRID, "activations.source": "disk", "activations.path": str(folder / "store"), "text.max_tokens": 8000}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAE_CACHE", str(folder / "cache"))
-        patch.setattr("sae.training.loop.write_report", lambda run_dir, results: None)
+        patch.setattr("sae.training.loop.write_report", lambda run_dir: None)
         train(tiny_config(tiny_model, tiny_text, changes), run_dir=folder / "run")
         train(tiny_config(tiny_model, tiny_text, {**GRID, "text.max_tokens": 8000}), run_dir=folder / "live")
     return folder
@@ -247,7 +247,7 @@ def drawn_run(folder, resume=False, first=None):
     import sae.training.loop
 
     os.fsync = lambda descriptor: None
-    sae.training.loop.write_report = lambda run_dir, results: None
+    sae.training.loop.write_report = lambda run_dir: None
     if first:
         first()
     train(of("", DRAWN), resume=resume, run_dir=folder, activations=Items())

@@ -2,7 +2,7 @@
 
    lines([{name, x: [...], y: [...]}], {title, x, y, log, low, high, note})   curves; a null in y is a gap
    bars(counts, labels, {title, x, y, apart, small, note})                    a histogram; `apart`: bars off its scale
-   scatter([{name, x, y, href, group}], {title, x, y, log, front, note})      named points; `front`: the lower left edge
+   scatter([{name, x, y, href, group}], {title, x, y, log, front, note})      named points; `front`: the edge of the best, "low" or "high" ones
 
    x and y name the axes with their units; `log` names the logarithmic ones: "", "x", "y" or "xy". */
 const {lines, bars, scatter} = (() => {
@@ -78,13 +78,13 @@ function sparkBars(counts, labels, options, apart, tallest) {
 }
 
 function scatter(points, options = {}) {
-  const log = options.log || "", order = points.map((_, i) => i).sort((a, b) => points[a].x - points[b].x || points[a].y - points[b].y);
+  const log = options.log || "", order = points.map((_, i) => i).sort((a, b) => points[a].x - points[b].x || (points[a].y - points[b].y) * (options.front === "high" ? -1 : 1));
   const groups = [...new Set(points.map((one) => one.group ?? ""))], groupOf = (i) => groups.indexOf(points[i].group ?? "");
   const draw = (wide, shown) => {
     const seen = new Set(shown), some = order.filter((i) => seen.has(groupOf(i)));
     const x = scale([some.map((i) => points[i].x)], log.includes("x"), {pad: 0.08}, EDGE.left, wide - EDGE.right);
     const y = scale([some.map((i) => points[i].y)], log.includes("y"), {pad: 0.08, ...options}, TALL - EDGE.bottom, EDGE.top);
-    const at = (i) => [x.at(points[i].x), y.at(points[i].y)], front = options.front ? lowest(some, points) : [];
+    const at = (i) => [x.at(points[i].x), y.at(points[i].y)], front = options.front ? best(some, points, options.front === "high") : [];
     const steps = front.map(at).map(([px, py], j) => (j ? `H${round(px)}V` : `M${round(px)} `) + round(py)).join("");
     const far = some.map(at);
     return {
@@ -106,10 +106,10 @@ function scatter(points, options = {}) {
   return plot(options, groups, draw, data, (i) => el("g", {transform: "translate(12 7)"}, el("path", {class: "shape", d: shapeOf(i)})));
 }
 
-/** The points below and left of which there is none, from left to right. */
-function lowest(order, points) {
-  let least = Infinity;
-  return order.filter((i) => points[i].y < least && ((least = points[i].y), true));
+/** The points of which no other is both further left and better, from left to right. */
+function best(order, points, high) {
+  let last = null;
+  return order.filter((i) => (last === null || (high ? points[i].y > last : points[i].y < last)) && ((last = points[i].y), true));
 }
 
 /** Names beside points [[name, x, y], ...], where they do not lie on each other. */

@@ -113,11 +113,12 @@ function table({label, rows, columns, href, key, sort = "", page = 100, noun = "
     return el("tr", {"data-row": i, tabindex: href ? null : -1, class: href ? "leads" : null}, cells);
   }
 
+  const arrow = () => el("span", {class: "arrow", "aria-hidden": "true"});
   const head = (column) => el("th", {scope: "col", class: column.numeric ? "numeric" : null, title: column.hint},
     el("button", {type: "button", onclick: () => {
       const up = column.name, down = "-" + column.name, [one, other] = column.numeric ? [down, up] : [up, down];
       change({sort: state.sort === one ? other : one});
-    }}, column.title, el("span", {class: "arrow", "aria-hidden": "true"})));
+    }}, column.numeric && arrow(), column.title, !column.numeric && arrow()));
   const heads = columns.map(head), body = el("tbody");
   const status = el("p", {role: "status", class: "faint"}), at = el("span", {class: "faint"});
   const before = el("button", {type: "button", onclick: () => change({page: state.page - 1})}, "Previous");
