@@ -54,13 +54,14 @@ def _trained(folders: list[Path], out: Path | None) -> list[Path]:
 
     if len(folders) > 1 and out is not None:
         return [write_comparison(folders, out)]
-    below = [path for folder in explained_below(folders[0]) for path in _explained([folder], None)]
-    return [write_report(folders[0], out), *below]
+    written = write_report(folders[0], out)
+    if not explained_below(folders[0]):
+        return [written]
+    explained = _explained(folders, None)
+    return [write_report(folders[0], out), *explained]  # again: now there is something to link to
 
 
 def _explained(folders: list[Path], out: Path | None) -> list[Path]:
-    from interp.view.report import write_report  # pyright: ignore[reportMissingImports]
+    from interp.view.report import write_report
 
-    from interp.run.rundir import run_folder
-
-    return write_report([run_folder(folder) for folder in folders], out)
+    return write_report(folders, out)

@@ -65,7 +65,7 @@ def _act(options: argparse.Namespace) -> int:
         from .exchange import export
 
         return export(options)
-    from .reports import report_on  # type: ignore  # made by its owner
+    from .reports import report_on
 
     return report_on(options)
 

@@ -19,7 +19,7 @@ from sae.training.comparing import TOLD, differences, doubts, pairs
 from sae.training.curves import curves, held_out_curves
 from sae.training.recorded import Run, explained_below, labels, read_run
 
-REPORT = "report.html"
+REPORT, TOGETHER = "report.html", "explained.html"  # of one run; of several explained ones below a folder
 POINTS, FEWEST, MOST = 24_000, 200, 2_000  # of one figure: of all coders together, and of one
 
 
@@ -82,7 +82,7 @@ def _run(run: Run, out: Path) -> dict[str, Any]:
         "label": run.label,
         "config": "\n".join(map(visible, text.splitlines())),
         "environment": [[name, visible(str(value))] for name, value in flat(run.environment).items()],
-        "explained": [_explained(folder, run.folder, out) for folder in explained_below(run.folder)],
+        "explained": _explained(run, out),
         "said": run.said,
         "finished": run.finished,
         "steps": steps,
@@ -93,11 +93,18 @@ def _run(run: Run, out: Path) -> dict[str, Any]:
     }
 
 
-def _explained(folder: Path, run: Path, out: Path) -> dict[str, Any]:
-    """Returns what an explained run is called, and where its page is as seen from ours; None if it has none."""
-    page = folder / REPORT
-    address = Path(os.path.relpath(page.resolve(), out.resolve().parent)).as_posix() if page.is_file() else None
-    return {"name": visible(folder.relative_to(run).as_posix()), "href": address and "./" + quote(address)}
+def _explained(run: Run, out: Path) -> list[dict[str, Any]]:
+    """Returns what explained runs are called, and where their pages are as seen from ours; None of one that has none."""
+    folders = explained_below(run.folder)
+    pages = {visible(folder.relative_to(run.folder).as_posix()): folder / REPORT for folder in folders}
+    together = Path(os.path.commonpath(folders)) / TOGETHER if len(folders) > 1 else None
+    if together and together.is_file():
+        pages = {"all in one page": together} | {name: page for name, page in pages.items() if page.is_file()}
+    return [{"name": name, "href": _seen_from(out, page) if page.is_file() else None} for name, page in pages.items()]
+
+
+def _seen_from(out: Path, page: Path) -> str:
+    return "./" + quote(Path(os.path.relpath(page.resolve(), out.resolve().parent)).as_posix())
 
 
 def _coder(run: Run, number: int, name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from rigs.explained_runs import write_explained_run
 from rigs.pages import blocks
 from rigs.recorded import recorded
 
@@ -55,3 +56,14 @@ def test_a_log_that_cannot_be_read_is_one_line(folder, capsys):
         capsys.readouterr().err
         == f"error: {folder}/metrics.jsonl: no line of it can be read; it is no log of a run, or damaged\n"
     )
+
+
+def test_a_run_whose_latents_are_explained_has_both_pages_and_one_leads_to_the_other(folder, capsys):
+    write_explained_run(folder / "explain", 3)
+    assert main([str(folder), "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)["written"]
+    assert written == [str(folder / "report.html"), str(folder / "explain" / "report.html")]
+    explained = blocks(folder / "report.html")["main"]["runs"][0]["explained"]
+    assert explained == [{"name": "explain", "href": "./explain/report.html"}]
+    assert main([str(folder / "explain"), "--out", "latents.html"]) == 0
+    assert capsys.readouterr().out == "latents.html\n"

@@ -58,6 +58,9 @@ def test_explained_runs_are_linked_from_wherever_the_page_is(tmp_path):
     assert blocks(write_report(folder))["main"]["runs"][0]["explained"] == both
     elsewhere = blocks(write_report(folder, tmp_path / "pages" / "a.html"))["main"]["runs"][0]["explained"]
     assert elsewhere[1]["href"] == "./../run/explain-b/x%20y/report.html"
+    (folder / "explained.html").touch()
+    found = blocks(write_report(folder))["main"]["runs"][0]["explained"]
+    assert found == [{"name": "all in one page", "href": "./explained.html"}, both[1]]
 
 
 @pytest.mark.parametrize("steps", [5000, pytest.param(50_000, marks=pytest.mark.slow)])
