@@ -94,7 +94,7 @@ def _run(run: Run, out: Path) -> dict[str, Any]:
 
 
 def _explained(run: Run, out: Path) -> list[dict[str, Any]]:
-    """Returns what explained runs are called, and where their pages are as seen from ours; None of one that has none."""
+    """Returns what explained runs are called, and where their pages are as seen from ours, None if there is none."""
     folders = explained_below(run.folder)
     pages = {visible(folder.relative_to(run.folder).as_posix()): folder / REPORT for folder in folders}
     together = Path(os.path.commonpath(folders)) / TOGETHER if len(folders) > 1 else None

@@ -38,6 +38,7 @@ def test_a_plot_is_read_by_pointer_and_keys_and_as_a_table_and_saves_itself(tmp_
         assert legend.nth(1).get_attribute("aria-pressed") == "false"
         assert curve.locator("path.curve").count() == 1 + 2  # one is drawn, two are in the legend
         curve.get_by_text("Data").click()
+        curve.locator("tbody").wait_for()
         assert curve.locator("tbody tr").count() == 100
         assert curve.locator("tbody tr").nth(9).inner_text().split("\t")[2].strip() == ""  # where b has none
         bars = histogram.locator("rect.bar")

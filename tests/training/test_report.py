@@ -103,7 +103,7 @@ def test_a_page_is_read_by_pointer_and_keys(tmp_path):
         assert "held out 0.1" in " ".join(fvu.locator(".reading span").all_inner_texts())
         page.get_by_role("button", name="Theme").click()
         page.get_by_text("Other logged figures").click()
-        assert page.locator("figure.plot", has_text="grad_norm").count() == 1
+        page.locator("figure.plot", has_text="grad_norm").wait_for()
         assert not faults(page)
         page.get_by_role("link", name="All coders").click()
         assert page.locator("figure.plot", has_text="FVU against L0").count() == 1
