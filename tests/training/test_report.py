@@ -96,6 +96,7 @@ def test_a_page_is_read_by_pointer_and_keys(tmp_path):
         assert page.locator("tbody tr").first.locator("th").inner_text().startswith("</script>")
         page.get_by_role("link", name="b", exact=True).focus()
         page.keyboard.press("Enter")
+        page.get_by_text("Held-out figures, step 40").wait_for()
         assert page.evaluate("location.hash").endswith("coder=1")
         fvu = page.locator("figure.plot", has_text="Fraction of variance unexplained")
         fvu.get_by_role("img").focus()
@@ -106,9 +107,9 @@ def test_a_page_is_read_by_pointer_and_keys(tmp_path):
         page.locator("figure.plot", has_text="grad_norm").wait_for()
         assert not faults(page)
         page.get_by_role("link", name="All coders").click()
-        assert page.locator("figure.plot", has_text="FVU against L0").count() == 1
+        page.locator("figure.plot", has_text="FVU against L0").wait_for()
         page.go_back()
-        assert page.get_by_text("Held-out figures, step 40").count() == 1
+        page.get_by_text("Held-out figures, step 40").wait_for()
         assert not seen.requests
         assert not seen.errors
 
