@@ -6,7 +6,7 @@ side, and the settings that differ.
 
 import os
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -80,6 +80,7 @@ def _run(run: Run, out: Path) -> dict[str, Any]:
     steps = max((line["step"] for lines in run.lines.values() for line in lines), default=0)
     return {
         "label": run.label,
+        "about": _about(run.config),
         "config": "\n".join(map(visible, text.splitlines())),
         "environment": [[name, visible(str(value))] for name, value in flat(run.environment).items()],
         "explained": _explained(run, out),
@@ -88,9 +89,30 @@ def _run(run: Run, out: Path) -> dict[str, Any]:
         "steps": steps,
         "tokens": steps * run.batch_tokens,
         "wanted": run.config.get("tokens"),
-        "seconds": timed[-1]["seconds"] if timed else None,
+        "seconds": _seconds([line["seconds"] for line in timed]),
         "speed": speed.get("y"),
     }
+
+
+def _seconds(logged: list[float]) -> float | None:
+    """Returns how long a run took: each of its processes counts from its own first step."""
+    last = [a for a, b in pairwise([*logged, 0.0]) if b < a]
+    return sum(last) if last else None
+
+
+def _about(config: dict[str, Any]) -> list[list[str]]:
+    """Returns what a run is of, in a few words each."""
+    found, grid = flat(config), flat(config.get("grid") or {})
+    told = {
+        "model": found.get("model.name"),
+        "reads": found.get("activations.sites"),
+        "writes": found.get("activations.targets"),
+        "text": found.get("text.source"),
+        "rule": found.get("coder.selection.type"),
+        **{name.rpartition(".")[2]: values for name, values in grid.items()},
+    }
+    texts = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in told.items()}
+    return [[visible(name), visible(str(text))] for name, text in texts.items() if text]
 
 
 def _explained(run: Run, out: Path) -> list[dict[str, Any]]:

@@ -40,6 +40,16 @@ def test_the_values_of_a_page_are_those_of_the_log(tmp_path):
     assert "/home/me" not in text
 
 
+def test_a_resumed_run_took_as_long_as_all_its_processes(tmp_path):
+    folder = recorded(tmp_path / "run", {"a": (0.2, 8.0)}, steps=4)
+    timed = [(1, 1.5), (2, 3.0), (3, 2.0), (4, 4.0)]
+    lines = [json.dumps({"step": step, "seconds": s, "tokens_per_s": BATCH * step / s}) + "\n" for step, s in timed]
+    (folder / "timings.jsonl").write_text("".join(lines))
+    run = blocks(write_report(folder))["main"]["runs"][0]
+    assert run["seconds"] == 3.0 + 4.0
+    assert run["speed"]["x"] == [BATCH * step for step, _ in timed]
+
+
 def test_a_run_that_goes_on_has_a_page_of_what_there_is(tmp_path):
     folder = recorded(tmp_path / "run", GRID, finished=False)
     main = blocks(write_report(folder, tmp_path / "other.html"))["main"]

@@ -165,12 +165,12 @@ function scale(columns, log, {low, high, pad = 0.03}, from, to) {
 
 function ticksOf(first, last, count, log) {
   if (log && last - first >= 0.7) {
-    const some = last - first < 2.5 ? (last - first < 1.3 ? [1, 2, 5] : [1, 3]) : [1], every = Math.ceil((last - first) / (2 * count)), found = [];
+    const some = last - first < 2.5 ? (last - first < 1 ? [1, 2, 3, 5] : last - first < 1.3 ? [1, 2, 5] : [1, 3]) : [1], every = Math.ceil((last - first) / (2 * count)), found = [];
     for (let power = Math.floor(first); power <= last; power += every) for (const part of some) if (Math.log10(part) + power >= first && Math.log10(part) + power <= last) found.push(part * 10 ** power);
     return found.map((value) => Number(value.toPrecision(3)));
   }
   const [low, high] = log ? [10 ** first, 10 ** last] : [first, last], rough = (high - low) / count, unit = 10 ** Math.floor(Math.log10(rough));
-  const step = unit * [1, 2, 5, 10].find((part) => part * unit >= rough * 0.999), found = [];
+  const step = unit * [1, 2, 2.5, 5, 10].find((part) => part * unit >= rough * 0.999), found = [];
   for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) found.push(Number((k * step).toPrecision(12)));
   return found;
 }

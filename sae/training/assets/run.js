@@ -23,7 +23,7 @@ function overview(main, drawn, unit) {
   const several = main.runs.length > 1, one = main.coders.length === 1;
   const figures = main.pairs.length > 0 && [el("h2", {}, "Held-out figures, side by side"), beside(main)];
   return [
-    main.runs.map((run) => el("p", {}, several && el("strong", {}, run.label + ": "), summary(main, run, unit))),
+    main.runs.map((run) => [several && el("h2", {}, run.label), about(main, run, unit)]),
     main.runs.flatMap((run) => run.said.map((text) => el("p", {class: "warning"}, several ? run.label + ": " + text : text))),
     main.doubts.map((text) => el("p", {class: "warning"}, text)),
     explained(main.runs),
@@ -38,12 +38,11 @@ function overview(main, drawn, unit) {
   ];
 }
 
-function summary(main, run, unit) {
-  const step = `${number(run.steps)} steps` + (unit === "tokens" ? `, ${number(run.tokens)} tokens` : "");
-  const state = run.finished ? "finished: " : "not finished: ";
-  const rest = !run.finished && run.wanted ? ` of ${number(run.wanted)} tokens` : "";
-  const size = main.coders.filter((coder) => main.runs[coder.run] === run).length;
-  return `${state}${size === 1 ? "one coder" : size + " coders"}, ${step}${rest}`;
+function about(main, run, unit) {
+  const so_far = unit === "tokens" && run.wanted && !run.finished ? `${number(run.tokens)} of ${number(run.wanted)} tokens` : unit === "tokens" ? `${number(run.tokens)} tokens` : "";
+  const told = [...run.about, ["coders", main.coders.filter((coder) => main.runs[coder.run] === run).length],
+    ["trained on", [so_far, `${number(run.steps)} steps`].filter(Boolean).join(", ")], run.seconds !== null && ["for", number(Math.round(run.seconds)) + " s"], ["state", run.finished ? "finished" : "not finished"]];
+  return el("dl", {class: "run"}, told.filter(Boolean).map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
 }
 
 function explained(runs) {
@@ -59,7 +58,7 @@ function sections(main, drawn, i, unit) {
   const both = DRAWN.map(([name, title]) => {
     const series = [training[name] && {name: "training batches", ...training[name]}, held_out[name] && {name: "held out", ...held_out[name]}].filter(Boolean);
     if (!series.length || (!training[name] && held_out[name].x.length < 2)) return null;
-    return lines(series, {title, x: unit, ...axis(SHORT[name], series), note: name === "dead_share" && series.length > 1 ? "In training: silent for long. Held out: silent on all that was measured." : null});
+    return lines(series, {title, x: unit, ...axis(SHORT[name], series), note: name === "dead_share" && series.length > 1 ? "In training, dead is silent for dead_after_tokens; held out, silent on all tokens measured." : null});
   });
   return [
     el("h2", {}, coder.step === null ? "Held-out figures" : `Held-out figures, step ${number(coder.step)}`),
@@ -155,8 +154,8 @@ function settings(main, unit) {
   return [el("h2", {}, "How it was made"), tabs("How it was made", [
     ["Config", each((run) => run.config ? el("pre", {tabindex: 0, "aria-label": "Config of " + run.label, role: "region"}, run.config) : el("p", {}, "There is no config.yaml."))],
     ["Environment", each((run) => run.environment.length ? facts(run.environment) : el("p", {}, "There is no env.json."))],
-    speeds.length > 0 && ["Speed", () => el("div", {class: "plots"}, lines(speeds.map((run) => ({name: run.label, ...run.speed})), {title: "Speed, since the start or resume", x: unit, y: "tokens/s", low: 0,
-      note: speeds.map((run) => `${speeds.length > 1 ? run.label + ": " : ""}${number(run.seconds)} s of training, evaluation and start-up aside`).join("; ") + "."}))],
+    speeds.length > 0 && ["Speed", () => el("div", {class: "plots"}, lines(speeds.map((run) => ({name: run.label, ...run.speed})), {title: "Mean speed since the start or the resume", x: unit, y: "tokens/s", low: 0,
+      note: speeds.map((run) => `${speeds.length > 1 ? run.label + ": " : ""}${number(run.seconds)} s from the first step on, start-up aside`).join("; ") + "."}))],
   ].filter(Boolean))];
 }
 
