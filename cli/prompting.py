@@ -16,7 +16,7 @@ NO_TERMINAL = 120  # columns
 
 def tell_prompt(options: argparse.Namespace) -> int:
     """Tells which latents fire on a text."""
-    text, top = _typed(options.prompt), whole("--top", options.top)
+    text, top = typed_text(options.prompt, "--prompt"), whole("--top", options.top)
 
     from interp.run.latents import ids_among
     from interp.view.opening import open_run
@@ -35,13 +35,13 @@ def tell_prompt(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _typed(text: str) -> str:
+def typed_text(text: str, option: str) -> str:
     """Returns the text that was typed, or what standard input holds; ConfigError for none."""
     if text == STDIN:
         try:
             text = sys.stdin.buffer.read().decode().removesuffix("\n")
         except UnicodeDecodeError as error:
-            raise ConfigError(f"--prompt: standard input is no UTF-8 text: {error}") from None
+            raise ConfigError(f"{option}: standard input is no UTF-8 text: {error}") from None
     if not text:
-        raise ConfigError("--prompt: the text is empty; give some, such as 'The cat sat on the mat'")
+        raise ConfigError(f"{option}: the text is empty; give some, such as 'The cat sat on the mat'")
     return text

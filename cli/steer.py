@@ -1,17 +1,31 @@
 """sae-steer: what a language model says with latents of a coder edited, beside what it says without."""
 
+import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 from sae.base.errors import ConfigError
 
 from .parsing import Parser
-from .running import run
+from .prompting import typed_text
+from .running import DONE, log, run
+from .telling import report
 
+if TYPE_CHECKING:
+    from interp.view.opening import Opened
+    from sae.steering.edits import Edit
+    from sae.steering.steer import Piece
+    from sae.steering.steered import Steered
+
+NEW_TOKENS = 40
 EPILOG = """examples:
-  sae-steer RUN --latent 508 --strength 4 "The weather today"       # clamped to 4 at every token
-  sae-steer RUN --latent 508 --strength 2x "The weather today"      # to twice its largest activation
-  sae-steer RUN --latent 508 --kl 0.5 "The weather today"           # by as much as changes the model by 0.5 nats
-  sae-steer RUN --edits '508=4, 17:add=2x, 9:ablate in answer, 3:scale=0.5 if 12>1' "The weather today" """
+  sae-steer RUN --latent 508 --strength 4 "The weather today"    # clamped to 4 at every token
+  sae-steer RUN --latent 508 --strength 2x "The weather today"   # to twice its largest activation
+  sae-steer RUN --latent 508 --kl 0.5 "The weather today"        # by as much as changes the model by 0.5 nats
+  sae-steer RUN --edits '508=4, 17:add=2x, 9:ablate in answer, 3:scale=0.5 if 12>1' "The weather today"
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,21 +39,119 @@ def parser() -> Parser:
     parser.add_argument("path", metavar="RUN", help="an explained run, the folder of a run or coder, a released name")
     parser.add_argument("prompt", metavar="PROMPT", help="what the model goes on from; - reads it from stdin")
     parser.add_argument("--latent", type=int, metavar="ID", help="the latent that is edited")
-    parser.add_argument("--how", default="clamp", metavar="HOW", help="clamp (default), add, scale or ablate")
+    parser.add_argument("--how", metavar="HOW", help="clamp (default), add, scale or ablate")
     parser.add_argument("--strength", metavar="S", help="a value, or so many times its largest activation: 2x")
-    parser.add_argument("--edits", metavar="EDITS", help="several latents at once, as in the examples")
+    parser.add_argument(
+        "--where", metavar="PART", help="both (default), prompt, or answer: from the prompt's last token"
+    )
+    parser.add_argument("--edits", metavar="EDITS", help="several latents at once, conditions: see the examples")
+    parser.add_argument("--kl", type=float, metavar="NATS", help="find the strength that gives this mean KL")
+    parser.add_argument("--chat", action="store_true", help="the prompt is what a user says, by the model's template")
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, metavar="N", help="at most (default: 40)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest tokens")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among so much of the probability")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws, which both continuations share")
+    parser.add_argument("--model", default="", metavar="NAME", help="the language model, if not the one of the run")
+    parser.add_argument("--device", default="auto", help="where model and coder go: auto, cpu, cuda ...")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
     parser.add_json()
     return parser
 
 
 def command(argv: list[str]) -> int:
     """Parses and acts."""
+    options = parser().parse_args(argv)
+    prompt, edits = typed_text(options.prompt, "PROMPT"), _edits(options)
+
+    from interp.view.opening import open_run
+    from sae.steering.hooks import Steering, check_steers
+    from sae.steering.steer import check_asked, streamed
+
+    opened = open_run(options.path, options.model, options.device, options.trust_remote_code)
+    check_steers(opened.coder.spec)
+    with _as_options(options):
+        check_asked(edits, opened.coder.spec.d_sae, options.kl)
+    steering = Steering(opened.lm, opened.coder)
+    if not options.chat and getattr(opened.lm.tokenizer, "chat_template", None):
+        log.info("prompt       read as plain text; the model has a template for chats: --chat")
+    names = ("new_tokens", "kl", "temperature", "top_p", "seed", "chat")
+    how: dict[str, Any] = {name: getattr(options, name) for name in names}
+    largest = opened.largest([edit.latent for edit in edits])
+    found = _shown(streamed(steering, prompt, edits, largest=largest, **how), options.json)
+    report(options.json, found.to_json(), [*found.figures, *_labels(opened, edits)])
+    return DONE
+
+
+def _edits(options: argparse.Namespace) -> "tuple[Edit, ...]":
+    """Returns the edits that are typed; ConfigError names the option that is wrong."""
     from sae.steering.edits import as_edits
 
-    options = parser().parse_args(argv)
-    said = {"latent": options.latent, "how": options.how, "strength": options.strength}
-    as_edits(options.edits if options.edits else said)
-    raise ConfigError("sae-steer: what steers is not there yet")
+    one = {name: getattr(options, name) for name in ("latent", "how", "strength", "where")}
+    said = [name for name, value in one.items() if value is not None]
+    if options.edits is not None:
+        if said:
+            raise ConfigError(f"--{said[0]}: does not go with --edits, which says all of it")
+        edits = as_edits(options.edits)
+    elif options.latent is None:
+        raise ConfigError("--latent: say which latent is edited, or --edits for several")
+    else:
+        with _as_options(options):
+            edits = as_edits(one)
+    if not edits:
+        raise ConfigError("--edits: it holds no edit; say one, such as 508=4")
+    return edits
+
+
+@contextmanager
+def _as_options(options: argparse.Namespace) -> Iterator[None]:
+    """Names the options by which an edit was said, where it is one alone."""
+    try:
+        yield
+    except ConfigError as error:
+        told = str(error)
+        raise ConfigError(told if options.edits else told.replace("edits.", "--", 1)) from None
+
+
+def _shown(pieces: "Iterator[Piece | Steered | None]", as_json: Any) -> "Steered":
+    """Prints both continuations while they are written, the plain one first, and returns the result."""
+    from sae.steering.steered import Steered, in_lines
+
+    found, last, held = None, "", ""  # what the steered one says while the plain one is not at its end
+    begun: list[str] = []
+
+    def say(side: str, text: str) -> None:
+        head = "" if side in begun else "\n" * bool(begun) + f"{side:12} "
+        begun.append(side)
+        print(head + text, end="", flush=True)
+
+    try:
+        for piece in pieces:
+            if isinstance(piece, Steered):
+                found = piece
+            elif piece is not None and not as_json:
+                text = in_lines(piece.text)
+                if piece.side == "plain":
+                    say("plain", text)
+                elif last == "steered":  # two in a row: the plain one has no more to say
+                    say("steered", held + text)
+                    held = ""
+                else:
+                    held += text
+                last = piece.side
+        if held:
+            say("steered", held)
+    finally:
+        if begun:
+            print()
+    return cast("Steered", found)
+
+
+def _labels(opened: "Opened", edits: "tuple[Edit, ...]") -> list[str]:
+    """Returns what the explained run says of the edited latents, a line each."""
+    if opened.run is None:
+        return []
+    found = opened.run.records({edit.latent for edit in edits})
+    return [f"{f'latent {one.latent}':12} {one.label!r}" for one in found if one.label and one.label.text]
 
 
 if __name__ == "__main__":

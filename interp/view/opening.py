@@ -1,6 +1,6 @@
 """What is needed to ask the model about a run: its coder and language model, and what is explained of it so far."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from sae.base.errors import ConfigError
 from sae.coder.coder import SparseCoder
 from sae.lm.models import LanguageModel, ModelConfig, load_language_model
 from sae.loading import hub
+from sae.steering.strengths import Largest
 
 
 @dataclass
@@ -33,6 +34,12 @@ class Opened:
         lm = self.load()
         self.coder.to(lm.device)
         return lm
+
+    def largest(self, latents: Iterable[int]) -> Largest:
+        """Returns the largest activations of latents, as far as the run keeps them, for strengths in units of them."""
+        records = self.run.records(set(latents)) if self.run else ()
+        known = {one.latent: one.facts.largest for one in records if one.facts}
+        return Largest(known, f"in the evidence of {self.run.run_dir}" if self.run else "")
 
 
 def open_run(path: Path | str, model: str = "", device: str = "auto", trust_remote_code: bool = False) -> Opened:

@@ -57,7 +57,8 @@ def generate(
     ConfigError if a value is not allowed, or the model has no positions for so many tokens.
     """
     check_writing(lm, len(tokens), new_tokens, temperature, top_p)
-    return _written(lm, list(tokens), Row(lm, during), new_tokens, (temperature, top_p, seed), tuple(stop), top, echo)
+    how = {"new_tokens": new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "top": top}
+    return written(lm, tokens, during, stop=stop, echo=echo, **how)
 
 
 def check_writing(lm: LanguageModel, prompt: int, new_tokens: int, temperature: float, top_p: float) -> None:
@@ -77,23 +78,28 @@ def check_writing(lm: LanguageModel, prompt: int, new_tokens: int, temperature: 
         raise ConfigError(f"prompt: its {prompt} tokens and {new_tokens} new ones are too many: {told}") from error
 
 
-def _written(
+def written(
     lm: LanguageModel,
-    tokens: list[int],
-    row: Row,
+    tokens: Sequence[int],
+    during: During | None = None,
+    *,
     new_tokens: int,
-    how: tuple[float, float, int],
-    stop: tuple[str, ...],
-    top: int,
-    echo: bool,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    top: int = 0,
+    echo: bool = False,
 ) -> Iterator[Step]:
+    """As `generate`, of values that have been checked."""
+    row, tokens = Row(lm, during), list(tokens)
     text, ends, watch = Growing(Decoder(lm.tokenizer), tokens[-BEFORE:]), ends_of(lm), Stops(stop)
     logits = row.read(tokens, len(tokens) if echo else 1)
     if echo:
         yield from _echoed(lm, tokens, logits, top, "" if new_tokens else "length")
     for number in range(new_tokens):
         last = logits[-1]
-        token = drawn(last[: len(lm.tokenizer)], *how, number)
+        token = drawn(last[: len(lm.tokenizer)], temperature, top_p, seed, number)
         logprob, likeliest = logprobs_of(last, token, top)
         ended = token in ends
         shown = watch.add("" if ended else text.add(token))

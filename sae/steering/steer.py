@@ -16,7 +16,7 @@ from sae.base.errors import ConfigError
 from sae.base.sums import in_float64
 from sae.base.visible import visible
 from sae.coder.arguments import as_coder
-from sae.lm.generation import BEFORE, Step, check_writing, generate
+from sae.lm.generation import BEFORE, Step, check_writing, written
 from sae.lm.models import LanguageModel
 from sae.steering.edits import Edit, EditsLike, as_edits, check_latents
 from sae.steering.generation import prompt_tokens
@@ -106,13 +106,13 @@ def streamed(
     strengths, monotone = ready(steering, asked, known), None
     how: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     plain, steered = list[Step](), list[Step]()
-    first = _told("plain", generate(lm, tokens, **how), plain)
+    first = _told("plain", written(lm, tokens, **how), plain)
     if kl is not None:
         yield from first
         greedy = _greedy(lm, tokens, plain, how)
         strengths, monotone = yield from strengths_for(steering, strengths, tokens, greedy, kl)
     during = steering.during([one.at(1.0) for one in strengths], len(tokens))
-    for pair in zip_longest(first, _told("steered", generate(lm, tokens, during, **how), steered)):
+    for pair in zip_longest(first, _told("steered", written(lm, tokens, during, **how), steered)):
         yield from (piece for piece in pair if piece)
     read = {name: getattr(during, name) for name in ("tokens", "masked", "changed")}
     greedy = _greedy(lm, tokens, plain, how)
@@ -154,22 +154,22 @@ def _told(side: str, steps: Iterator[Step], kept: list[Step]) -> Iterator[Piece]
 
 def _greedy(lm: LanguageModel, tokens: list[int], plain: list[Step], how: dict[str, Any]) -> list[int]:
     """Returns the likeliest continuation of the plain model, which is what it wrote at temperature 0."""
-    steps = plain if how["temperature"] == 0 else generate(lm, tokens, new_tokens=how["new_tokens"])
+    steps = plain if how["temperature"] == 0 else written(lm, tokens, new_tokens=how["new_tokens"])
     return [step.token for step in steps]
 
 
 def _arm(lm: LanguageModel, tokens: list[int], steps: list[Step], clean: Tensor | None = None) -> Arm:
     """Returns a continuation, with its perplexity under the plain model, whose logits may be there already."""
-    written = [step.token for step in steps]
-    clean = logits_after(lm, tokens, written) if clean is None else clean
-    losses = torch.nn.functional.cross_entropy(clean, torch.tensor(written, device=clean.device), reduction="none")
-    pieces = _pieces(Decoder(lm.tokenizer), tokens, written)
+    new = [step.token for step in steps]
+    clean = logits_after(lm, tokens, new) if clean is None else clean
+    losses = torch.nn.functional.cross_entropy(clean, torch.tensor(new, device=clean.device), reduction="none")
+    pieces = _pieces(Decoder(lm.tokenizer), tokens, new)
     text = "".join(step.text for step in steps)
-    return Arm(text, tuple(written), pieces, float(in_float64(losses).mean().exp()), steps[-1].end)
+    return Arm(text, tuple(new), pieces, float(in_float64(losses).mean().exp()), steps[-1].end)
 
 
-def _pieces(decoder: Decoder, tokens: list[int], written: list[int]) -> tuple[str, ...]:
-    """Returns what each written token shows behind a prompt; one in the middle of a character shows nothing."""
+def _pieces(decoder: Decoder, tokens: list[int], new: list[int]) -> tuple[str, ...]:
+    """Returns what each new token shows behind a prompt; one in the middle of a character shows nothing."""
     before = tokens[-BEFORE:]
-    text, bounds = decoder.window([*before, *written])
+    text, bounds = decoder.window([*before, *new])
     return tuple(visible(text[a:b]) for a, b in pairwise(bounds[len(before) :]))
