@@ -1,4 +1,4 @@
-"""sae-explain export and import: Neuronpedia's JSON lines out, delphi's explanations and scores in."""
+"""sae-view --export: a run for Neuronpedia, or a site; sae-explain import: delphi's explanations and scores."""
 
 import argparse
 from pathlib import Path
@@ -9,44 +9,70 @@ from .parsing import Parser
 from .running import DONE
 from .telling import report, say_next
 
+NEURONPEDIA_ONLY = ("model_id", "source_id")
 
-def export_parser() -> Parser:
-    """Returns what `sae-explain export` takes."""
-    parser = Parser("sae-explain export", description="write explanations, scores and windows for Neuronpedia")
-    parser.add_argument("run_dir", help="folder of an explained run")
-    parser.add_argument("folder", help="where explanations.jsonl and activations.jsonl are written")
-    parser.add_argument("--model-id", required=True, help="Neuronpedia's name of the model, such as gpt2-small")
-    parser.add_argument("--source-id", required=True, help="Neuronpedia's name of the coder, such as 6-res-jb")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
-    parser.add_json()
-    parser.set_defaults(act=export)
-    return parser
+
+def check_export(options: argparse.Namespace) -> None:
+    """Raises ConfigError for what --export does not take, and for options of it without it."""
+    kind, *folders = options.export or [""]
+    kinds = {"neuronpedia": _neuronpedia, "static": _static}
+    if options.export and kind not in kinds:
+        raise ConfigError(f"--export: {kind!r} is not one of {', '.join(kinds)}.{nearest(kind, kinds)}")
+    if len(folders) > 1:
+        raise ConfigError(f"--export: {len(folders)} folders; it takes one: --export {kind} {folders[0]}")
+    if kind == "static" and not folders:
+        raise ConfigError("--export: static needs a folder to write the site to: --export static FOLDER")
+    for name in NEURONPEDIA_ONLY if kind != "neuronpedia" else ():
+        if getattr(options, name):
+            raise ConfigError(f"--{name.replace('_', '-')}: goes with --export neuronpedia alone")
 
 
 def export(options: argparse.Namespace) -> int:
-    """Writes the explanations, scores and windows of a run for Neuronpedia."""
+    """Writes what was asked for of a run."""
+    kind, *folders = options.export
+    return (_neuronpedia if kind == "neuronpedia" else _static)(options, *folders)
+
+
+def _neuronpedia(options: argparse.Namespace, folder: str = "") -> int:
+    """Writes what a local Neuronpedia instance imports."""
     from dataclasses import replace
 
-    from interp.exchange.neuronpedia import export_run
-    from interp.run.latents import spelled_out
-    from interp.run.preparing import Given, prepare, resolve_config
+    from interp.exchange.neuronpedia_names import check_ids
     from interp.run.rundir import latents_of, run_folder, saved_config
     from sae.base.paths import check_writable
     from sae.base.progress import Watch
     from sae.parallel.stopping import stop_flag
 
-    folder = run_folder(Path(options.run_dir))
-    check_writable(Path(options.folder).expanduser(), "folder")
-    config = replace(saved_config(folder), latents=spelled_out(latents_of(folder)))  # of all commands, not of the last
-    config = resolve_config(config)
+    check_ids(options.model_id, options.source_id)
+    run_dir = run_folder(Path(options.runs[0]))
+    target = Path(folder).expanduser() if folder else run_dir / "neuronpedia"
+    check_writable(target, "--export")
+
+    from interp.exchange.neuronpedia_run import export_explained
+    from interp.run.latents import spelled_out
+    from interp.run.preparing import Given, prepare, resolve_config
+
+    config = replace(
+        saved_config(run_dir), latents=spelled_out(latents_of(run_dir))
+    )  # of all commands, not of the last
+    asked = {"device": options.device} | ({"name": options.model} if options.model else {})
+    config = resolve_config(replace(config, model=replace(config.model, **asked)))
     with stop_flag() as stop:
-        prepared = prepare(config, Given(trust_remote_code=options.trust_remote_code), Watch(stop))
-        examples = (prepared.examples(latent) for latent in prepared.latents.tolist())
-        names = options.model_id, options.source_id
-        counts = export_run(folder, options.folder, config.all_scorers(), *names, examples, config.text.source)
-    told = f"{counts.explanations} explanations and {counts.activations} windows in {options.folder}"
-    report(options.json, {"folder": options.folder, **counts._asdict()}, [told])
+        watch = Watch(stop)
+        prepared = prepare(config, Given(trust_remote_code=options.trust_remote_code), watch)
+        ids = options.model_id, options.source_id
+        names, made = export_explained(config, prepared, target, *ids, {}, watch)
+    said = {"folder": target, "model_id": names.model_id, "source_id": names.source_id, **made._asdict()}
+    counts = ", ".join(f"{count:,} {name}" for name, count in made._asdict().items())
+    named = "" if all(ids) else "; --model-id and --source-id name it otherwise"
+    told = [f"source       {names.model_id}/{names.source_id}{named}", f"exported     {counts} in {target}"]
+    report(options.json, said, told)
     return DONE
+
+
+def _static(options: argparse.Namespace, folder: str) -> int:
+    """Writes a site of a run's reports."""
+    raise NotImplementedError(folder)
 
 
 def import_parser() -> Parser:

@@ -27,7 +27,7 @@ Examples:
   sae-explain show RUN 508                           a latent: label, scores, and windows with marked tokens
   sae-explain RUN --shard 2/8 ...                    an eighth of the latents; then: sae-explain merge RUN_DIR
   sae-explain compare RUN_A RUN_B                    which latents of two coders mean the same
-  sae-explain export RUN_DIR FOLDER ...              for Neuronpedia; import: what delphi has explained and scored
+  sae-explain import DELPHI_RESULTS RUN_DIR          what delphi has explained and scored, as a run
 """
 
 
@@ -42,7 +42,6 @@ def command(argv: list[str]) -> int:
         "show": show.parser(),
         "merge": _merge_parser(),
         "compare": compare.parser(),
-        "export": exchange.export_parser(),
         "import": exchange.import_parser(),
     }
     if argv[:1] and argv[0] in commands:

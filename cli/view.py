@@ -5,6 +5,7 @@ import sys
 
 from sae.base.errors import ConfigError
 
+from .exchange import check_export
 from .parsing import Parser
 from .running import run
 
@@ -36,10 +37,13 @@ def parser() -> Parser:
     asked.add_argument("--by", choices=ORDERS, default="value", help="what comes first (default: value)")
     asked.add_argument("--latents", metavar="IDS", help="only these: ids and ranges, such as 508 or 3,17,40-49")
     asked.add_argument("--chat", action="store_true", help="the text is a user's message, in the model's chat template")
-    model = parser.add_argument_group("of the language model, with --prompt and --serve")
+    model = parser.add_argument_group("of the language model, with --prompt, --serve and --export")
     model.add_argument("--model", default="", metavar="NAME", help="hub id or folder (default: what the run says)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
     model.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
+    export = parser.add_argument_group("of --export neuronpedia")
+    export.add_argument("--model-id", default="", metavar="ID", help="its name of the model, such as gemma-2-2b")
+    export.add_argument("--source-id", default="", metavar="ID", help="its name of the coder, such as 20-my-res-16k")
     parser.add_json()
     return parser
 
@@ -49,6 +53,7 @@ def command(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if len(options.runs) > 1 and (options.prompt is not None or options.serve or options.export):
         raise ConfigError(f"RUN: {len(options.runs)} runs; --prompt, --serve and --export take one")
+    check_export(options)
     return _act(options)
 
 

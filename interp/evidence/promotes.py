@@ -7,7 +7,7 @@ mean where that norm does (LayerNorm), and W_U the unembedding: the direct path 
 taken as constant ("VocabProj", Gur-Arieh 2025, arXiv 2501.08319).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -36,25 +36,42 @@ def promoted_tokens(lm: LanguageModel, coder: SparseCoder, latents: Sequence[int
     not known, or where the latent writes nothing. How much a norm scales what passes it is known of no token, so they
     are empty too where one follows and something else is added to what passes it.
     """
+    through = readout(lm, coder)
+    if through is None:
+        return [((), ())] * len(latents)
+    found: list[Tokens] = []
+    for chosen in torch.tensor(list(latents), dtype=torch.long).split(LATENTS):
+        read = through.read(directions(coder, chosen))
+        words = [
+            [tuple(token_text(lm.tokenizer, token) for token in row) for row in side.ids.tolist()]
+            for side in extremes(read, through.weight, count)
+        ]
+        writes = (read.norm(dim=1) > 0).tolist()
+        found += [(up, down) if some else ((), ()) for up, down, some in zip(*words, writes, strict=True)]
+    return found
+
+
+class Readout(NamedTuple):
+    """How the logits read what a coder writes."""
+
+    weight: Float[Tensor, "vocabulary d_model"]
+    """Of the unembedding, the rows of tokens that there are."""
+    read: Callable[[Tensor], Tensor]
+    """Takes directions at the sites that are written to what the unembedding is multiplied with."""
+
+
+def readout(lm: LanguageModel, coder: SparseCoder) -> Readout | None:
+    """Returns how the logits read what a coder writes; None where `promoted_tokens` tells nothing."""
     unembedding = lm.model.get_output_embeddings()
     try:
         norm, into = lm.model.get_submodule(final_norm(lm.model)), ways_of(lm.model, coder)
     except NoPath:
-        return [((), ())] * len(latents)
+        return None
     if unembedding is None or (into.norms and len(into.parts) > 1):
-        return [((), ())] * len(latents)
+        return None
     with present(unembedding):  # type: ignore[arg-type]
         weight: Tensor = unembedding.weight[: len(lm.tokenizer)]  # type: ignore[index]
-    found: list[Tokens] = []
-    for chosen in torch.tensor(list(latents), dtype=torch.long).split(LATENTS):
-        stream = into(directions(coder, chosen).to(lm.device))
-        words = [
-            [tuple(token_text(lm.tokenizer, token) for token in row) for row in side.ids.tolist()]
-            for side in extremes(through_norm(norm, stream), weight, count)
-        ]
-        writes = (stream.norm(dim=1) > 0).tolist()
-        found += [(up, down) if some else ((), ()) for up, down, some in zip(*words, writes, strict=True)]
-    return found
+    return Readout(weight, lambda x: through_norm(norm, into(x.to(lm.device))).to(weight.device))
 
 
 def decoder_neighbors(coder: SparseCoder, latents: Sequence[int], count: int = 10) -> list[list[tuple[int, float]]]:

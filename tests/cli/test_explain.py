@@ -102,7 +102,7 @@ def test_a_number_is_the_latent_of_that_id_as_typed_and_in_a_config(explain, tmp
     assert len({*asked} - {7}) == 5  # beside what the command before was about
 
 
-def test_shards_are_merged_and_runs_compared_and_exported(explain, tmp_path, made):
+def test_shards_are_merged_and_runs_compared(explain, tmp_path, made):
     for shard in ("1/2", "2/2"):
         assert explain("one", *SMALL, "--run-dir", tmp_path / "a", "--shard", shard)[0] == 0
     code, printed = explain("merge", tmp_path / "a")
@@ -126,24 +126,6 @@ def test_shards_are_merged_and_runs_compared_and_exported(explain, tmp_path, mad
     assert (code, f"--json: {tmp_path / 'b'} is a folder" in error_of(printed)) == (2, True)
     code, printed = explain(tmp_path / "b")
     assert (code, "is an explained run, it holds no coder" in error_of(printed)) == (2, True)
-    names = ("--model-id", "tiny", "--source-id", "1-res")
-    code, printed = explain("export", tmp_path / "b", tmp_path / "lines", *names)
-    assert code == 0, printed
-    rows = [json.loads(line) for line in (tmp_path / "lines" / "explanations.jsonl").read_text().splitlines()]
-    assert {row["modelId"] for row in rows} == {"tiny"}
-    assert (tmp_path / "lines" / "activations.jsonl").stat().st_size > 1000
-
-
-def test_what_is_exported_is_of_the_latents_of_all_commands(explain, tmp_path):
-    for latents in ("3,17", "20"):
-        assert explain("one", *SMALL[:2], "--latents", latents, "--run-dir", tmp_path / "run")[0] == 0
-    code, printed = explain(
-        "export", tmp_path / "run", tmp_path / "lines", "--model-id", "tiny", "--source-id", "1-res"
-    )
-    assert code == 0, printed
-    for name in ("explanations", "activations"):
-        lines = (tmp_path / "lines" / f"{name}.jsonl").read_text().splitlines()
-        assert {json.loads(line)["index"] for line in lines} == {"3", "17", "20"}, name
 
 
 def test_a_coder_that_took_the_place_of_an_explained_one_is_not_compared(explain, made, tmp_path):
@@ -250,14 +232,13 @@ def test_the_config_is_printed_and_read_back(explain, tmp_path):
         (["merge", "nowhere"], "path: no such folder: nowhere"),
         (["merge", "one"], "is no explained run, it holds no shards; run sae-explain"),
         (["compare", "one", "two"], "is no explained run"),
-        (["export", "one", "x", "--model-id", "a", "--source-id", "b"], "is no explained run"),
         (["import", "one", "x"], "holds no scores"),
         (["--config", "keyles"], "Did you mean 'keyless'"),
         (["one", "--null_latents"], "its value is missing"),
     ],
 )
 def test_bad_input_is_one_line(explain, tmp_path, arguments, said):
-    small = [] if arguments[:1] in (["merge"], ["compare"], ["export"], ["import"]) else ["--run-dir", tmp_path / "run"]
+    small = [] if arguments[:1] in (["merge"], ["compare"], ["import"]) else ["--run-dir", tmp_path / "run"]
     if small and "--evidence.tokens" not in arguments:
         small += ["--evidence.tokens", "30000"]
     code, printed = explain(*arguments[:1], *small, *arguments[1:]) if arguments[:1] == ["one"] else explain(*arguments)

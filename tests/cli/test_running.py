@@ -122,7 +122,7 @@ def test_every_command_tells_its_version(module, capsys):
 
 
 def test_subcommands_have_the_options_of_all(capsys):
-    commands = [(explain, name) for name in ("show", "merge", "compare", "export", "import")]
+    commands = [(explain, name) for name in ("show", "merge", "compare", "import")]
     commands += [(load, name) for name in ("list", "show", "fetch", "convert", "push", "doctor")]
     for module, name in commands:
         assert module.main([name, "--help"]) == 0

@@ -161,7 +161,7 @@ print("LOADED", *[name for name in ("torch", "transformers", "datasets", "pyarro
 def test_help_lists_commands_and_groups_and_fields_by_group(capsys):
     assert explain.main(["--help"]) == 0
     told = capsys.readouterr().out
-    for name in ("show", "merge", "compare", "export", "import", "evidence", "models"):
+    for name in ("show", "merge", "compare", "import", "evidence", "models"):
         assert f"\n  {name} " in told
     assert train.main(["--help-fields", "coder.selection"]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]

@@ -3,6 +3,7 @@
 Nothing else knows of them, so whatever a run does with plug-ins must work from what they say of themselves.
 """
 
+import gzip
 import json
 import sys
 
@@ -16,6 +17,7 @@ from rigs.runs import error_of
 import interp.explainers
 import interp.scorers
 from cli.explain import main
+from cli.view import main as view
 from interp.client.requests import Chat
 from interp.explainers import Explainer
 from interp.scorers import Scorer
@@ -256,9 +258,12 @@ def test_they_are_compared_and_exported(run_dir, tmp_path, capsys):
     assert pairs
     assert all(pair["explanations"][0] == pair["explanations"][1] for pair in pairs)
     lines = tmp_path / "lines"
-    assert main(["export", str(run_dir), str(lines), "--model-id=tiny", "--source-id=1-res"]) == 0
-    rows = [json.loads(line) for line in (lines / "explanations.jsonl").read_text().splitlines()]
-    assert {row["typeName"] for row in rows} == {"mine"}
-    (score,) = rows[0]["scores"]
-    assert score["explanationScoreTypeName"] == "yours"
-    assert score["explanationScoreModelName"] == "fake"
+    assert view([str(run_dir), "--export", "neuronpedia", str(lines), "--model-id=tiny", "--source-id=1-res"]) == 0
+
+    def rows(kind):
+        packed = (lines / "tiny" / "1-res" / kind / "batch-0.jsonl.gz").read_bytes()
+        return [json.loads(line) for line in gzip.decompress(packed).splitlines()]
+
+    assert {row["typeName"] for row in rows("explanations")} == {"mine"}
+    assert {row["explanationScoreTypeName"] for row in rows("scores")} == {"yours"}
+    assert {row["explanationScoreModelName"] for row in rows("scores")} == {"fake"}

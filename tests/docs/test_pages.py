@@ -192,7 +192,7 @@ def parse(words: list[str]) -> None:
     """Raises ConfigError unless a command understands its words; the config of a run is read and checked too."""
     command = import_module(COMMANDS[words[0]]).command
     if words[0] == "sae-train" or (
-        words[0] == "sae-explain" and words[1] not in ("show", "merge", "compare", "export", "import")
+        words[0] == "sae-explain" and words[1] not in ("show", "merge", "compare", "import")
     ):
         with contextlib.redirect_stdout(io.StringIO()):
             assert command([*words[1:], "--print-config"]) == 0

@@ -1,5 +1,6 @@
-"""Neuronpedia's lines, read back by a reader that takes nothing but its fields and types."""
+"""What is written for Neuronpedia, read back as its importer reads it: labels, scores, windows, and their folder."""
 
+import gzip
 import json
 import re
 from collections.abc import Iterable
@@ -9,53 +10,51 @@ from typing import Any
 
 import pytest
 
-from interp.exchange.neuronpedia import AUTHOR, Exported, export_run
+from interp.exchange import neuronpedia
+from interp.exchange.neuronpedia import AUTHOR, About, Batch, Exported, export_run
+from interp.exchange.neuronpedia_names import Names
+from interp.exchange.neuronpedia_schema import check_tree
 from interp.records import ACTIVE, Examples, Explanation, Facts, Item, Measure, Score, Window
 from interp.run.rundir import explained_in, scores_in
 from interp.scorers.detection import Detection
 from interp.scorers.simulation import Simulation
-from sae.base.errors import ConfigError
+from sae.base.errors import ConfigError, DataError
 
-# As declared in apps/webapp/prisma/schema.prisma, with the nested scores of its API.
-EXPLANATION = {
-    "id": "id", "modelId": str, "layer": str, "index": str, "authorId": "id", "description": str,
-    "typeName": (str, None), "explanationModelName": (str, None), "scores": list,
-}  # fmt: skip
-SCORE = {"value": float, "explanationScoreTypeName": str, "explanationScoreModelName": str, "jsonDetails": str}
-ACTIVATION = {
-    "id": "id", "modelId": str, "layer": str, "index": str, "creatorId": "id", "dataSource": (str, None),
-    "tokens": [str], "values": [float], "maxValue": float, "maxValueTokenIndex": int, "minValue": float,
-}  # fmt: skip
+MODEL, SOURCE = "gemma-2-2b", "20-some-res"
 SCORERS = {"detection": Detection(), "simulation": Simulation()}
 NOTHING = Facts(0, 0, {}, 0.0, (), ())
 
 
-def check(value: Any, kind: Any, name: str) -> None:
-    if kind == "id":
-        assert isinstance(value, str), name
-        assert re.fullmatch("c[0-9a-f]{24}", value) or value == AUTHOR, name
-    elif isinstance(kind, tuple):
-        assert value is None or type(value) is kind[0], name
-    elif isinstance(kind, list):
-        assert type(value) is list, name
-        assert all(type(one) is kind[0] for one in value), name
-    else:
-        assert type(value) is kind, name
-
-
-def read(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines of a file, which have just these fields, in one order; as they are, and as the importer reads them."""
-    text = path.read_bytes().decode("ascii")
-    assert text == "" or text.endswith("\n")
-    rows = [json.loads(line) for line in text.split("\n")[:-1]]
-    imported = text.replace("\\u0000", " ").strip().split("\n") if text else []
-    assert [json.loads(line) for line in imported] == rows
-    for row in rows:
-        assert list(row) == list(fields)
-        for name, kind in fields.items():
-            check(row[name], kind, name)
-    assert len({row["id"] for row in rows}) == len(rows)
+def read(folder: Path, name: str, source: str = SOURCE) -> list[dict[str, Any]]:
+    """The lines of all files of a kind, as the importer reads them: the columns are those of the first."""
+    rows: list[dict[str, Any]] = []
+    paths = sorted((folder / MODEL / source / name).glob("*"), key=lambda path: int(re.findall(r"\d+", path.name)[0]))
+    for path in paths:
+        lines = gzip.decompress(path.read_bytes()).decode("ascii").replace("\\u0000", " ").strip().split("\n")
+        rows += [{key: json.loads(line).get(key) for key in json.loads(lines[0])} for line in lines]
     return rows
+
+
+def feature(latent: int) -> dict[str, Any]:
+    return {"index": str(latent), "maxActApprox": 1.5, "frac_nonzero": 0.25}
+
+
+def exported(
+    run: Path,
+    folder: Path,
+    examples: Iterable[Examples] = (),
+    source: str = SOURCE,
+    model: str = MODEL,
+    latents: Iterable[int] = range(4),
+    labels: dict[int, str] | None = None,
+    dataset: str | None = None,
+) -> Exported:
+    """Exports a run whose latents are those of the examples and some others."""
+    examples = sorted(examples, key=lambda one: one.latent)
+    ids = sorted({*latents, *(one.latent for one in examples)})
+    about = About(Names(model, source), source={"dataset": dataset})
+    batches = [Batch([feature(latent) for latent in ids], examples)]
+    return export_run(run, folder, SCORERS, about, batches, labels)
 
 
 def score(measures: dict[str, Measure], n: int = 20) -> dict[str, Any]:
@@ -102,11 +101,10 @@ def example(latent: int, *windows: Window) -> Examples:
     return Examples(latent, NOTHING, explain=items[:1], valid=items[1:2], test=(*items[2:], silent))
 
 
-def test_explanations_and_scores(tmp_path: Path) -> None:
+def test_explanations_and_their_scores_name_what_is_there(tmp_path: Path) -> None:
     run = made(tmp_path / "run")
-    assert export_run(run, tmp_path / "out", SCORERS, "gemma-2-2b", "20-some-res") == Exported(7, 0)
-    rows = read(tmp_path / "out" / "explanations.jsonl", EXPLANATION)
-    assert (tmp_path / "out" / "activations.jsonl").read_bytes() == b""
+    assert exported(run, tmp_path / "out") == Exported(4, 0, 7, 14)
+    rows = read(tmp_path / "out", "explanations")
     places = [(row["index"], row["typeName"]) for row in rows]
     assert places == sorted(places)
     assert ("2", "llm") not in places
@@ -114,15 +112,22 @@ def test_explanations_and_scores(tmp_path: Path) -> None:
     assert (row["modelId"], row["layer"], row["index"]) == ("gemma-2-2b", "20-some-res", "1")
     assert (row["description"], row["typeName"], row["explanationModelName"]) == ("llm on 1", "llm", "some/writer")
     assert rows[3]["explanationModelName"] is None
-    for one in (found for row in rows for found in row["scores"]):
-        assert list(one) == list(SCORE)
-        for name, kind in SCORE.items():
-            check(one[name], kind, name)
-    told = [(s["explanationScoreTypeName"], s["explanationScoreModelName"], s["value"]) for s in row["scores"]]
+    scores = [one for one in read(tmp_path / "out", "scores") if one["explanationId"] == row["id"]]
+    told = [(s["explanationScoreTypeName"], s["explanationScoreModelName"], s["value"]) for s in scores]
     assert told == [("detection", "judge", 0.76), ("simulation", "judge", 0.5)]
-    assert {one["explanationScoreModelName"] for one in rows[3]["scores"]} == {"rule"}
     details = {"measure": "balanced_accuracy", "low": 0.5, "high": 0.9, "n": 20, "coverage": 0.8}
-    assert json.loads(row["scores"][0]["jsonDetails"]) == details
+    assert json.loads(scores[0]["jsonDetails"]) == details
+    config = tmp_path / "out" / "config"
+    named = {
+        path.stem: [json.loads(line)["name"] for line in path.read_text().splitlines()] for path in config.iterdir()
+    }
+    assert named == {
+        "eval_type": [],
+        "explanation_model_type": ["some/writer"],
+        "explanation_score_model": ["judge", "rule"],
+        "explanation_score_type": ["detection", "simulation"],
+        "explanation_type": ["llm", "token_lookup"],
+    }
 
 
 def test_scores_that_are_none_or_of_another_text(tmp_path: Path) -> None:
@@ -132,25 +137,32 @@ def test_scores_that_are_none_or_of_another_text(tmp_path: Path) -> None:
     journal.append(row)
     journal.append({**journal.get((0, "simulation", "llm", False)), "explanation": "an older one"})
     journal.append({**row, "latent": 1, "status": "insufficient"} | {"score": {}})
-    export_run(run, tmp_path, SCORERS, "m", "s")
-    rows = {(row["index"], row["typeName"]): row for row in read(tmp_path / "explanations.jsonl", EXPLANATION)}
-    assert rows["0", "llm"]["scores"] == []
-    assert [one["explanationScoreTypeName"] for one in rows["1", "llm"]["scores"]] == ["simulation"]
+    exported(run, tmp_path)
+    ids = {(row["index"], row["typeName"]): row["id"] for row in read(tmp_path, "explanations")}
+    of = {name: [s for s in read(tmp_path, "scores") if s["explanationId"] == own] for name, own in ids.items()}
+    assert of["0", "llm"] == []
+    assert [one["explanationScoreTypeName"] for one in of["1", "llm"]] == ["simulation"]
+
+
+def test_labels_of_people_are_explanations_of_theirs(tmp_path: Path) -> None:
+    exported(made(tmp_path / "run"), tmp_path, labels={1: "months <b>", 77: "not of this run"})
+    rows = read(tmp_path, "explanations")
+    assert [(row["index"], row["description"]) for row in rows if row["typeName"] == "human"] == [("1", "months <b>")]
+    assert '"human"' in (tmp_path / "config" / "explanation_type.jsonl").read_text()
 
 
 def test_activations(tmp_path: Path) -> None:
     weak, strong = window([" a", "b", " c"], {1: 0.1}, 40), window([" x", " y"], {0: -1 / 3, 1: 0.5}, 10)
     given = [example(12, weak, strong, weak), example(3, strong)]
-    count = export_run(made(tmp_path), tmp_path, SCORERS, "m", "s", iter(given), dataset="some/texts")
-    assert count == Exported(7, 3)
-    rows = read(tmp_path / "activations.jsonl", ACTIVATION)
+    assert exported(made(tmp_path), tmp_path, iter(given), dataset="some/texts") == Exported(5, 3, 7, 14)
+    rows = read(tmp_path, "activations")
     assert [(row["index"], row["maxValue"]) for row in rows] == [("3", 0.5), ("12", 0.5), ("12", 0.1)]
     assert rows[0]["tokens"] == [" x", " y"]
     assert rows[0]["values"] == [-0.333333, 0.5]
     assert (rows[0]["maxValueTokenIndex"], rows[0]["minValue"]) == (1, -0.333333)
-    assert (rows[0]["dataSource"], rows[0]["layer"]) == ("some/texts", "s")
+    assert (rows[0]["dataSource"], rows[0]["layer"], rows[0]["creatorId"]) == ("some/texts", SOURCE, AUTHOR)
     for row in rows:
-        assert len(row["tokens"]) == len(row["values"])
+        assert re.fullmatch("c[0-9a-f]{24}", row["id"])
         assert row["values"][row["maxValueTokenIndex"]] == row["maxValue"] == max(row["values"])
         assert row["minValue"] == min(row["values"])
 
@@ -158,76 +170,123 @@ def test_activations(tmp_path: Path) -> None:
 def test_a_latent_that_fires_below_zero_is_told_by_magnitude(tmp_path: Path) -> None:
     strengths = (-0.5, -3.0, 2.0)
     windows = [window("abc", {1: value, 2: 0.25}, start=100 * place) for place, value in enumerate(strengths)]
-    export_run(made(tmp_path), tmp_path, SCORERS, "m", "s", [example(0, *windows)])
-    rows = read(tmp_path / "activations.jsonl", ACTIVATION)
+    exported(made(tmp_path), tmp_path, [example(0, *windows)])
+    rows = read(tmp_path, "activations")
     assert [(row["maxValue"], row["maxValueTokenIndex"]) for row in rows] == [(-3.0, 1), (2.0, 1), (-0.5, 1)]
     assert [row["minValue"] for row in rows] == [-3.0, 0.0, -0.5]
 
 
 def test_tokens_that_are_parts_of_characters(tmp_path: Path) -> None:
     text = Window(0, 0, (1, 2, 3, 4), "a\U0001f642!", (0, 1, 1, 2, 3), (0.0, 1.0, 2.0, 0.0), 0)
-    export_run(made(tmp_path), tmp_path, SCORERS, "m", "s", [example(0, text)])
-    assert read(tmp_path / "activations.jsonl", ACTIVATION)[0]["tokens"] == ["a", "", "\U0001f642", "!"]
+    exported(made(tmp_path), tmp_path, [example(0, text)])
+    assert read(tmp_path, "activations")[0]["tokens"] == ["a", "", "\U0001f642", "!"]
 
 
 HOSTILE = [
     "two\nlines\r\n", "\u2028\u2029\x85", '"}\n{"modelId": "other"', "NUL \0 here", "the text \\u0000",
-    "\\\\u0000 and \\", "\\\0", "</script><b>é</b> \U0001f642", "\ufffd\x1b[31m",
+    "\\\\u0000 and \\", "\\\0", "</script><b>é</b> \U0001f642", "\ufffd\x1b[31m", "half \ud800 a pair",
+    "\u202eRTL\u200b", "```\n<<< \"' ${x}", "x" * 1_000_000,
 ]  # fmt: skip
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     texts = {(i, "llm"): text for i, text in enumerate(HOSTILE) if i != 2} | {(99, "llm"): HOSTILE[2]}
-    export_run(made(tmp_path, texts=texts), tmp_path, SCORERS, "m", "s", [example(5, window(HOSTILE, {0: 1.0}))])
-    rows = read(tmp_path / "explanations.jsonl", EXPLANATION)
-    plain = {str(latent): text.replace("\0", " ") for (latent, _), text in texts.items()}
-    assert {row["index"]: row["description"] for row in rows} == plain
-    tokens = read(tmp_path / "activations.jsonl", ACTIVATION)[0]["tokens"]
-    assert tokens == [text.replace("\0", " ") for text in HOSTILE]
+    shown = [example(5, window(HOSTILE, {0: 1.0}))]
+    labels = dict(enumerate(HOSTILE))
+    exported(made(tmp_path, texts=texts), tmp_path, shown, latents=[*range(len(HOSTILE)), 99], labels=labels)
+    plain = [text.replace("\0", " ").replace("\ud800", "?") for text in HOSTILE]
+    rows = read(tmp_path, "explanations")
+    assert {int(r["index"]): r["description"] for r in rows if r["typeName"] == "human"} == dict(enumerate(plain))
+    assert {r["description"] for r in rows if r["typeName"] == "llm"} == {*plain}
+    assert read(tmp_path, "activations")[0]["tokens"] == plain
 
 
 def test_the_same_results_are_the_same_bytes(tmp_path: Path) -> None:
     given = [example(latent, window("abc", {latent: 1.0}, start=latent)) for latent in range(3)]
     for name, shards, order in (("one", 1, given), ("three", 3, given[::-1])):
-        export_run(made(tmp_path / name, shards), tmp_path / name, SCORERS, "m", "s", order)
-    export_run(tmp_path / "one", tmp_path / "again", SCORERS, "m", "s", given)
-    for file in ("explanations.jsonl", "activations.jsonl"):
-        first, *others = ((tmp_path / name / file).read_bytes() for name in ("one", "three", "again"))
-        assert first
-        assert others == [first, first]
+        exported(made(tmp_path / name, shards), tmp_path / name / "out", order)
+    exported(tmp_path / "one", tmp_path / "again" / "out", given)
+    first, *others = (
+        {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for out in (tmp_path / name / "out" for name in ("one", "three", "again"))
+    )
+    assert len(first) == 15
+    assert others == [first, first]
 
 
 def test_ids_differ_where_anything_does(tmp_path: Path) -> None:
     run, found = made(tmp_path / "run"), set()
     one = example(0, window("ab", {0: 1.0}))
     shifted = example(0, replace(one.explain[0].window, start=7))
-    for model, source, given in (("m", "s", one), ("n", "s", one), ("m", "t", one), ("m", "s", shifted)):
-        export_run(run, tmp_path, SCORERS, model, source, [given])
-        found.add(read(tmp_path / "activations.jsonl", ACTIVATION)[0]["id"])
+    for model, source, given in (
+        ("m", SOURCE, one),
+        (MODEL, "1-t", one),
+        (MODEL, SOURCE, one),
+        (MODEL, SOURCE, shifted),
+    ):
+        exported(run, tmp_path / "out", [given], source, model)
+        (path,) = (tmp_path / "out" / model / source / "activations").iterdir()
+        found.add(json.loads(gzip.decompress(path.read_bytes()))["id"])
     assert len(found) == 4
 
 
-@pytest.mark.parametrize("wrong", ["", "google/gemma", "a b", "x\n", "../x"])
-def test_ids_that_neuronpedia_has_not(tmp_path: Path, wrong: str) -> None:
-    run = made(tmp_path)
-    with pytest.raises(ConfigError, match=r"^model_id: "):
-        export_run(run, tmp_path / "out", SCORERS, wrong, "s")
-    with pytest.raises(ConfigError, match=r"^source_id: "):
-        export_run(run, tmp_path / "out", SCORERS, "m", wrong)
-    assert not (tmp_path / "out").exists()
+def test_many_latents_are_many_files_that_name_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neuronpedia, "BATCH", 2)
+    run = made(tmp_path / "run")
+    given = [example(latent, window("abc", {0: 1.0}, start=latent)) for latent in (2, 3)]
+    batches = [Batch([feature(0), feature(1)], []), Batch([feature(2), feature(3)], given)]
+    export_run(run, tmp_path, SCORERS, About(Names(MODEL, SOURCE)), batches)
+    names = {
+        kind: sorted(path.name for path in (tmp_path / MODEL / SOURCE / kind).iterdir())
+        for kind in ("features", "activations", "explanations", "scores")
+    }
+    assert [len(found) for found in names.values()] == [2, 1, 4, 7]  # a batch without windows leaves no empty file
+    assert names["activations"] == ["batch-0.jsonl.gz"]
+    assert check_tree(tmp_path, MODEL, SOURCE)["Neuron"] == 4
+
+
+def test_sources_share_a_folder_and_one_that_comes_again_is_replaced(tmp_path: Path) -> None:
+    one = [example(0, window("ab", {0: 1.0}))]
+    exported(made(tmp_path / "a"), tmp_path / "out", one)
+    exported(made(tmp_path / "b", texts={(0, "other"): "x"}), tmp_path / "out", source="21-some-res")
+    exported(tmp_path / "a", tmp_path / "out")
+    assert not (tmp_path / "out" / MODEL / SOURCE / "activations").exists()
+    assert len(read(tmp_path / "out", "explanations", "21-some-res")) == 1
+    types = (tmp_path / "out" / "config" / "explanation_type.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in types] == ["llm", "other", "token_lookup"]
+    for source in (SOURCE, "21-some-res"):
+        check_tree(tmp_path / "out", MODEL, source)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config", MODEL]
+
+
+def test_what_is_no_export_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / MODEL / SOURCE).mkdir(parents=True)
+    (tmp_path / MODEL / SOURCE / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match=r"exists and is no whole export; delete it or choose another folder"):
+        exported(made(tmp_path / "run"), tmp_path)
+    assert [path.name for path in (tmp_path / MODEL / SOURCE).iterdir()] == ["thesis.tex"]
 
 
 def test_a_run_without_results(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no shards"):
-        export_run(tmp_path, tmp_path / "out", SCORERS, "m", "s")
+        exported(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failure_leaves_the_files_of_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("failing", ["number", "schema"])
+def test_a_failure_leaves_the_files_of_before(tmp_path: Path, failing: str) -> None:
     run = made(tmp_path / "run")
-    export_run(run, tmp_path, SCORERS, "m", "s", [example(0, window("ab", {0: 1.0}))])
-    before = {name: (tmp_path / name).read_bytes() for name in ("explanations.jsonl", "activations.jsonl")}
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        export_run(run, tmp_path, SCORERS, "m", "other", [example(0, window("ab", {0: float("inf")}))])
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["activations.jsonl", "explanations.jsonl", "run"]
+    out = tmp_path / "out"
+    exported(run, out, [example(0, window("ab", {0: 1.0}))])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    if failing == "number":
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            exported(run, out, [example(0, window("ab", {0: float("inf")}))])
+    else:
+        batches = [Batch([feature(0) | {"pos_str": ["a"], "pos_values": []}], [])]
+        with pytest.raises(
+            DataError, match=r"features/batch-0.jsonl.gz line 1: pos_str has 1, pos_values has 0 values"
+        ):
+            export_run(run, out, SCORERS, About(Names(MODEL, SOURCE)), batches)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in out.iterdir()) == ["config", MODEL]

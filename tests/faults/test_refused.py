@@ -128,8 +128,6 @@ def test_the_other_commands_on_explained_runs(typed, made, tmp_path):
         (["compare", "a", "b", "--explainer", "lmm"], "--explainer: "),
         (["compare", "a", "c"], "path: no such folder: c"),
         (["merge", "c"], "path: no such folder: c"),
-        (["export", "c", "new/lines", "--model-id", "m", "--source-id", "s"], "path: no such folder: c"),
-        (["export", "a", "a/config.yaml/x", "--model-id", "m", "--source-id", "s"], "folder: cannot write to"),
         (["import", "a", "new/run"], "holds no scores"),
     ):
         code, printed = typed(sae_explain, *arguments)

@@ -10,6 +10,7 @@ from rigs.released.every import EVERY
 
 import sae
 from cli.explain import main as sae_explain
+from cli.view import main as sae_view
 from sae.base.errors import ConfigError, DataError
 from sae.base.files import cache_dir, publish
 from sae.loading.converting import convert, writers
@@ -39,7 +40,7 @@ def test_files_and_folders_of_every_command_follow_the_umask(tmp_path, tiny_trai
     options = ["--evidence.tokens", "8000", "--latents", "4", "--examples.test", "10", "--examples.shown", "4"]
     assert sae_explain([str(coder), *options, "--run-dir", str(run / "explain")]) == 0
     names = ["--model-id", "tiny", "--source-id", "1-res"]
-    assert sae_explain(["export", str(run / "explain"), str(tmp_path / "exported"), *names]) == 0
+    assert sae_view([str(run / "explain"), "--export", "neuronpedia", str(tmp_path / "exported"), *names]) == 0
     for folder in (run, tmp_path / "exported", cache_dir()):
         assert any(path.is_file() for path in folder.rglob("*"))
         assert wrong_modes(folder, umask) == {}

@@ -12,6 +12,7 @@ from rigs.runs import error_of
 
 import sae
 from cli.explain import main
+from cli.view import main as sae_view
 from interp.run.rundir import coder_digest, run_folder, saved_config
 from sae.base.errors import ConfigError
 from sae.base.settings import read_yaml
@@ -122,10 +123,10 @@ def test_a_moved_run_goes_on_is_merged_compared_and_exported(here, capsys, older
     for arguments in (
         ["merge", "elsewhere/moved/"],
         ["compare", "elsewhere/moved", "./runs/twin/", "--tokens", "2000"],
-        ["export", "elsewhere/moved", "lines", "--model-id", "tiny", "--source-id", "1"],
     ):
         code, printed = typed(capsys, *arguments)
         assert code == 0, printed
+    assert sae_view(["elsewhere/moved", "--export", "neuronpedia", "out", "--source-id", "1-res"]) == 0
     assert json.loads((moved / "explain" / "compare-twin.json").read_text())["mmcs"]["a_to_b"]["value"] > 0.999
     assert not Path("runs/q").exists()
 
