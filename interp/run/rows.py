@@ -19,6 +19,7 @@ from interp.scoring.metrics import lift_over, mean_measure
 
 SCORED = (OK, PARTIAL)  # of what failed, the few answers are no score
 CHANCE = "chance"
+NEAR = 64  # rows of explanations that are kept for the next question
 
 
 def label(row: Row) -> str:
@@ -34,6 +35,7 @@ class Journals:
         self.folders, self.scorers = folders, scorers
         self.journals = [explained_in(folder) for folder in folders]
         self.scores = [scores_in(folder) for folder in folders]
+        self._near: dict[tuple[int, str], Row | None] = {}
         self.evidence = stored_evidence(run_dir / "evidence")
         self.labels: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
         """By explainer and scorer, the labels of its scores; of an explainer of which nothing is scored, none."""
@@ -113,7 +115,12 @@ class Journals:
 
     def explained_row(self, latent: int, explainer: str) -> Row | None:
         """Returns the row of a latent's explanation, from whichever shard has it."""
-        return next((row for journal in self.journals if (row := journal.get((latent, explainer)))), None)
+        key = latent, explainer
+        if key not in self._near:  # all rows of a latent ask for the same few
+            if len(self._near) >= NEAR:
+                self._near.clear()
+            self._near[key] = next((row for journal in self.journals if (row := journal.get(key))), None)
+        return self._near[key]
 
     def _missing(self, latent: int, explainer: str, scorer: str) -> Row:
         """What stands for a score that is not there: why there is no explanation, or that it was not come to."""

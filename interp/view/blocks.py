@@ -80,6 +80,8 @@ def window_of_page(window: Window) -> list[Any]:
 
 def _homes(pieces: Sequence[str]) -> list[int]:
     """Returns for every token the place, among those that have a text, of the one that shows it."""
+    if all(pieces):
+        return list(range(len(pieces)))
     home = shown_with(pieces)
     places = {place: i for i, place in enumerate(sorted(set(home)))}
     return [places[at] for at in home]

@@ -25,6 +25,7 @@ from sae.pages.page import Asset, write_page
 REPORT = "report.html"
 PART = 50  # latents of a block
 MOST = 10_000  # latents of a page
+QUESTIONS = 2_000  # latents of a page of which all questions to models are in it
 LARGEST = 64_000_000  # bytes of a page
 NAMES = ("hooks", "index", "windows", "scores", "judged", "facts", "latent", "overview", "list", "compared", "pages")
 SCRIPTS: tuple[Asset, ...] = tuple(("interp.view", f"{name}.js") for name in NAMES)
@@ -106,7 +107,7 @@ class Report:
         chosen, start = self.runs[int(run)], PART * int(part)
         if start >= len(chosen):
             raise KeyError(name)
-        return _part(list(chosen.records(chosen.latents[start : start + PART])))
+        return part_of_page(list(chosen.records(chosen.latents[start : start + PART])), questions=True)
 
     def blocks(self, span: Span, whole: Sequence[Columns] = ()) -> Iterator[tuple[str, Any]]:
         """Yields the blocks of a page, made one after the other; `whole` is told of their latents too."""
@@ -118,7 +119,7 @@ class Report:
                 for record in records:
                     for found in (columns[number], *whole[number : number + 1]):
                         found.add(record)
-                yield f"{number}/{start // PART}", _part(records)
+                yield f"{number}/{start // PART}", part_of_page(records, self.many <= QUESTIONS)
         yield "main", self.main_of(columns, span)
 
     def main_of(self, columns: Sequence[Columns], span: Span) -> dict[str, Any]:
@@ -145,8 +146,22 @@ def _in_parts(run: ExplainedRun, latents: Sequence[int]) -> Iterator[LatentRecor
         yield from run.records(latents[start : start + PART])
 
 
-def _part(records: Sequence[LatentRecord]) -> dict[str, Any]:
-    return {"latents": [latent_of_page(record) for record in records]}
+def part_of_page(records: Sequence[LatentRecord], questions: bool) -> dict[str, Any]:
+    """Returns a block of latents; without `questions`, those that models were asked are there for one latent only."""
+    latents = [latent_of_page(record) for record in records]
+    asked = next((one["latent"] for one in latents if any(found["asked"] for found in _asking(one))), None)
+    for one in latents if not questions else ():
+        if one["latent"] != asked:
+            one["asked_of"] = asked
+            for found in _asking(one):
+                found["asked"] = []
+    return {"latents": latents}
+
+
+def _asking(latent: dict[str, Any]) -> list[dict[str, Any]]:
+    """What may hold a question, in a latent of a page."""
+    scores = [score for label in latent["labels"] for score in label["scores"]]
+    return [*latent["labels"], *scores, *latent["scores"]]
 
 
 def _write(target: Path, report: Report, span: Span, whole: Sequence[Columns] = ()) -> None:

@@ -12,7 +12,7 @@ UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 def visible(text: str) -> str:
     """Returns text on one line for people, as it is: only what cannot be seen, or steers a terminal, is a code."""
-    return "".join(map(seen, text))
+    return text if text.isprintable() else "".join(map(seen, text))  # what is printable has none of it
 
 
 def seen(character: str) -> str:

@@ -8,14 +8,34 @@ function pairRows() {
   return [...some, ...a.latents.filter((latent) => !left.has(latent)).map((latent) => [latent, null, null]), ...b.latents.filter((latent) => !right.has(latent)).map((latent) => [null, latent, null])];
 }
 
-/** The list of both runs, and what became better or worse. */
+/** What both runs amount to, by explainer and scorer. */
+function comparedSummary() {
+  const [a, b] = explained.runs, pairs = a.summary.map((one) => [one, b.summary.find((other) => other.explainer === one.explainer && other.scorer === one.scorer)]);
+  const told = (one) => one ? [el("b", {}, short(one.mean[0])), ` lift ${interval(one.lift)}, ${number(one.latents)} latents`] : "none";
+  return el("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": "Scores of both runs"}, el("table", {}, el("thead", {}, el("tr", {}, ["Score", a.name, b.name, "Difference"].map((name) => el("th", {scope: "col"}, name)))),
+    el("tbody", {}, pairs.map(([one, other]) => el("tr", {}, el("th", {scope: "row"}, `${one.scorer} of ${one.explainer || "no label"}, ${words(one.headline)}`), el("td", {}, told(one)), el("td", {}, told(other)), el("td", {}, other ? signed(other.mean[0] === null || one.mean[0] === null ? null : other.mean[0] - one.mean[0]) : ""))))));
+}
+
+const signed = (value) => value === null ? "" : el("span", {class: value > 0 ? "good" : value < 0 ? "warn" : null}, (value > 0 ? "+" : "") + short(value));
+const comparedState = () => JSON.stringify(Object.entries(place()).filter(([name]) => /^(both\.|explainer$)/.test(name)).sort());
+let comparedNow = null;
+
+/** The list of both runs, and what became better or worse; it is made again where the address asks for another. */
 function comparedList() {
-  const rows = pairRows(), {runs} = explained, {by} = explained.main.pairs, explainers = runs.map((run) => explainerNow(run)), places = runs.map((run, i) => rows.map((row) => run.rows.get(row[i])));
+  if (comparedNow && comparedNow.state === comparedState()) return comparedNow;
+  const rows = pairRows();
+  const made = comparedTable(rows, () => { if (comparedNow && comparedNow.rows === rows) comparedNow.state = comparedState(); });
+  comparedNow = {rows, made, state: comparedState(), latents: (run) => made.rows().map((i) => rows[i][run]).filter((latent) => latent !== null)};
+  return comparedNow;
+}
+
+function comparedTable(rows, onchange) {
+  const {runs} = explained, {by} = explained.main.pairs, explainers = runs.map((run) => explainerNow(run)), places = runs.map((run, i) => rows.map((row) => run.rows.get(row[i])));
   const columns = by === "id" ? [{name: "latent", title: "Latent", numeric: true, values: rows.map(([a, b]) => a ?? b), show: (latent) => String(latent)}]
     : [...runs.map((run, i) => ({name: "latent" + i, title: "Latent of " + run.name, numeric: true, values: rows.map((row) => row[i]), show: (latent) => latent === null ? (i ? "" : "none") : String(latent)})),
       {name: "alike", title: by === "decoder" ? "Cosine" : by, numeric: true, filter: "range", values: rows.map((row) => row[2]), show: (value) => value === null ? "" : short(value, 2)}];
   const of = (i, j, from) => places[i][j] === undefined || !from ? null : from[places[i][j]];
-  runs.forEach((run, i) => columns.push({name: "label" + i, title: run.name, wide: true, values: rows.map((row, j) => row[i] === null ? "" : labelOf(i, row[i], explainers[i]) || textAt(run, of(i, j, explainers[i] && explainers[i].reason)) || ""), show: (text) => el("span", {class: "clamped", title: text}, text)}));
+  runs.forEach((run, i) => columns.push({name: "label" + i, title: run.name, wide: true, values: rows.map((row, j) => row[i] === null ? "" : labelOf(i, row[i], explainers[i]) || textAt(run, of(i, j, explainers[i] && explainers[i].reason)) || ""), show: (text, j) => el("span", {class: "clamped", title: text}, i && text && text === columns.find(({name}) => name === "label0").values[j] ? el("span", {class: "faint"}, "the same") : text)}));
   const scorers = runs.map((run, i) => [...(explainers[i] ? explainers[i].scorers : []), ...run.scorers]);
   for (const first of scorers[0]) {
     const second = scorers[1].find(({name, headline}) => name === first.name && headline === first.headline);
@@ -23,10 +43,10 @@ function comparedList() {
     const pair = [first, second].map(({value}, i) => rows.map((_, j) => of(i, j, value)));
     pair.forEach((values, i) => columns.push({name: first.name + i, title: `${first.name}, ${runs[i].name}`, numeric: true, filter: "range", values, show: (value) => value === null ? "" : short(value)}));
     columns.push({name: first.name + "-d", title: "difference", hint: `${runs[1].name} less ${runs[0].name}`, numeric: true, filter: "range", values: rows.map((_, j) => pair[0][j] === null || pair[1][j] === null ? null : Number((pair[1][j] - pair[0][j]).toFixed(6))),
-      show: (value) => value === null ? "" : el("span", {class: value > 0 ? "good" : value < 0 ? "warn" : null}, (value > 0 ? "+" : "") + short(value))});
+      show: signed});
   }
   runs.forEach((run, i) => columns.push({name: "status" + i, title: "Status, " + run.name, filter: "choice", values: rows.map((row, j) => row[i] === null ? "" : statusAt(run, of(i, j, explainers[i] ? explainers[i].status : run.status)))}));
-  return table({label: "Latents of both runs", rows: rows.length, columns, noun: "latents", key: "both", sort: by === "id" ? "" : "-alike", href: (j) => (rows[j][0] === null ? pageOf(1, rows[j][1], place()) : pageOf(0, rows[j][0], place())) || "#"});
+  return table({label: "Latents of both runs", rows: rows.length, columns, noun: "latents", key: "both", sort: by === "id" ? "" : "-alike", href: (j) => (rows[j][0] === null ? pageOf(1, rows[j][1], place()) : pageOf(0, rows[j][0], place())) || "#", onchange});
 }
 
 /** The same latent of two runs, or two that are matched. */

@@ -30,7 +30,7 @@ function latentBody(run, record) {
       !record.labels.length && !record.scores.length && el("p", {}, "Nothing was asked of it yet."), record.missing && el("p", {class: "warning"}, record.missing)),
     hooks.latent.map(({name, make}) => el("section", {class: "panel", "aria-label": name}, el("h3", {}, name), make({run, latent: record.latent}))),
     el("div", {class: "columns"},
-      el("div", {class: "texts"}, judgedSections(record, strongest, context), examplesOf(record, strongest, context), askedSection(record)),
+      el("div", {class: "texts"}, judgedSections(record, strongest, context), examplesOf(record, strongest, context), askedSection(run, record)),
       factsOf(run, record)),
   ];
 }
@@ -67,7 +67,8 @@ function excerpts(record, some, strongest, context, kind) {
   }));
 }
 
-function askedSection(record) {
+function askedSection(run, record) {
+  if (Number.isInteger(record.asked_of)) return el("p", {class: "faint"}, "What models were asked is kept for some latents of a report of so many: see ", latentLink(run, record.asked_of, "latent " + record.asked_of), ".");
   const found = record.labels.flatMap((label) => [askedOf(label.asked, label.explainer), ...label.scores.map((score) => askedOf(score.asked, `${score.scorer} of ${label.explainer}`))]);
   const all = [...found, ...record.scores.map((score) => askedOf(score.asked, score.scorer))].filter(Boolean);
   return all.length > 0 && el("section", {}, el("h3", {}, "What the models were asked"), all);
@@ -77,7 +78,7 @@ function askedSection(record) {
 function absentPage(run, latent) {
   const about = explained.runs[run], elsewhere = Number.isInteger(latent) && pageOf(run, latent), {folder, d_sae: many} = about;
   const back = el("p", {}, el("a", {href: listAddress(place())}, "All latents"));
-  if (elsewhere && elsewhere[0] !== "#") return el("div", {}, back, el("p", {}, `Latent ${latent} is on `, link(elsewhere, "another page"), " of this report."));
+  if (elsewhere && elsewhere[0] !== "#") return el("div", {}, back, el("p", {role: "alert"}, `Latent ${latent} is on `, link(elsewhere, "another page"), " of this report."));
   if (!Number.isInteger(latent) || latent < 0 || (many && latent >= many)) return el("div", {}, back, el("p", {role: "alert"}, `There is no latent ${place().latent}` + (many ? `: the coder has 0 to ${number(many - 1)}.` : ".")));
   const words = command(["sae-explain", "--config", folder + "/config.yaml", "--latents", latent]);
   return el("div", {}, back, el("p", {role: "alert"}, `Latent ${latent} is not in this report: nobody asked for it. To explain it: `, el("code", {}, words), " ", copyButton("Copy", words)));

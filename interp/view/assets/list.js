@@ -4,6 +4,9 @@ const lists = new Map();
 const listAddress = (where) => address({...where, latent: null, view: null});
 const listState = () => JSON.stringify(Object.entries(place()).filter(([name]) => name.startsWith("list.")).sort());
 
+/** A cell, with what it is called where a screen is too narrow for columns. */
+const named = (name, inner) => [el("span", {class: "phone faint"}, name + " "), inner];
+
 /** The list of a run by the explainer of the address; it is made once, and again where the address asks for another. */
 function listOf(run) {
   const explainer = explainerNow(run), key = run.number + " " + (explainer ? explainer.name : ""), there = lists.get(key);
@@ -18,7 +21,8 @@ function listOf(run) {
   return kept.made;
 }
 
-const latentsInList = (run) => { const one = explained.runs[run]; return listOf(one).rows().map((i) => one.latents[i]); };
+/** The latents of the list in its order; of two runs side by side those of their common list. */
+const latentsInList = (run) => { if (explained.partners && place().alone === undefined) return comparedList().latents(run); const one = explained.runs[run]; return listOf(one).rows().map((i) => one.latents[i]); };
 
 function columnsOf(run, explainer) {
   const status = explainer ? explainer.status : run.status, tokens = run.seen.tokens_counted, scorers = [...(explainer ? explainer.scorers : []), ...run.scorers];
@@ -28,12 +32,12 @@ function columnsOf(run, explainer) {
   for (const scorer of scorers) {
     const none = nulls.get((run.scorers.includes(scorer) ? "" : explainer.name) + " " + scorer.name) ?? null;
     found.push({name: scorer.name, title: scorer.name, hint: words(scorer.headline), numeric: true, filter: "range", values: scorer.value,
-      show: (value, i) => value === null ? el("span", {class: "faint", title: textAt(run, scorer.reason[i])}, scorer.status[i] === null ? "" : statusAt(run, scorer.status[i]))
-        : el("span", {class: "scorecell", title: interval([value, scorer.low[i], scorer.high[i]])}, scoreBar([value, scorer.low[i], scorer.high[i]], none, ends.get(scorer), 72), " " + short(value))});
+      show: (value, i) => named(scorer.name, value === null ? el("span", {class: "faint", title: textAt(run, scorer.reason[i])}, scorer.status[i] === null ? "" : statusAt(run, scorer.status[i]))
+        : el("span", {class: "scorecell", title: interval([value, scorer.low[i], scorer.high[i]])}, scoreBar([value, scorer.low[i], scorer.high[i]], none, ends.get(scorer), 72), " " + short(value)))});
   }
   const coverage = scorers.length ? run.latents.map((_, i) => scorers.reduce((least, one) => one.coverage[i] === null ? least : Math.min(least ?? 1, one.coverage[i]), null)) : [];
-  if (coverage.some((share) => share !== null)) found.push({name: "coverage", title: "Coverage", hint: "share of the answers that there is, of the scorer that has fewest", numeric: true, filter: "range", values: coverage, show: (share) => el("span", {class: share !== null && share < 0.9 ? "warn" : null}, percent(share))});
-  if (tokens) found.push({name: "density", title: "Density", hint: "share of the tokens on which it fires; bars are logarithmic", numeric: true, filter: "range", values: run.fired.map((fired) => fired === null ? null : fired / tokens), show: densityCell});
+  if (coverage.some((share) => share !== null)) found.push({name: "coverage", title: "Coverage", hint: "share of the answers that there is, of the scorer that has fewest", numeric: true, filter: "range", values: coverage, show: (share) => named("coverage", el("span", {class: share !== null && share < 0.9 ? "warn" : null}, percent(share)))});
+  if (tokens) found.push({name: "density", title: "Density", hint: "share of the tokens on which it fires; bars are logarithmic", numeric: true, filter: "range", values: run.fired.map((fired) => fired === null ? null : fired / tokens), show: (share) => named("density", densityCell(share))});
   found.push({name: "status", title: "Status", filter: "choice", values: status.map((one) => statusAt(run, one)), show: (text) => el("span", {class: "badge " + (text === "ok" ? "right" : /failed|partial/.test(text) ? "wrong" : "")}, text)});
   return found;
 }

@@ -8,7 +8,7 @@ function overview(run) {
   return el("section", {class: "overview", "aria-label": "The run " + run.name},
     el("dl", {class: "run"}, told.filter(Boolean).map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
     Object.entries(explanations).map(([name, counts]) => statusLine(name, counts, failed[name])),
-    el("div", {class: "cards"}, run.summary.map((one) => scoreCard(run, one))), spending(spent),
+    run.summary.length > 0 && el("details", {open: matchMedia("(min-width: 40rem)").matches}, el("summary", {}, "Scores and their null"), el("div", {class: "cards"}, run.summary.map((one) => scoreCard(run, one)))), spending(spent),
     el("details", {}, el("summary", {}, "Environment"), el("p", {class: "faint"}, Object.entries(run.packages).map(([name, version]) => name + " " + version).join(", ") || "not told")));
 }
 

@@ -16,6 +16,7 @@ function explainedPage(main) {
   addEventListener("keydown", turned);
   hooks.changed.push(() => {
     lists.clear();
+    comparedNow = null;
     const where = place(), labels = root.querySelector(".latent > .labels");
     if (where.latent === undefined && !where.view) show();
     else if (labels) recordOf(runNow(where).number, Number(where.latent)).then((record) => labels.replaceWith(latentBody(runNow(where).number, record)[0]));
@@ -35,7 +36,7 @@ function viewOf(where) {
   if (added) return added.make();
   const run = runNow(where);
   if (where.latent !== undefined) return latentPage(run.number, Number(where.latent));
-  if (explained.partners && where.alone === undefined) return el("div", {}, el("p", {}, explained.main.pairs.note), el("div", {class: "sides"}, explained.runs.map((one) => el("section", {class: "side-of"}, el("h2", {}, one.name), overview(one)))), el("h2", {}, "Latents"), explainerTabs(explained.runs[0], where), comparedList());
+  if (explained.partners && where.alone === undefined) return el("div", {}, el("p", {}, explained.main.pairs.note), comparedSummary(), el("h2", {}, "Latents"), explainerTabs(explained.runs[0], where), el("div", {class: "compared"}, comparedList().made));
   const {index, parts, first, last} = explained.main;
   return el("div", {}, overview(run), el("h2", {}, "Latents"),
     index && el("p", {}, `This page has the latents ${number(first)} to ${last > 2 ** 52 ? "the last" : number(last)}. `, link(index, "The index lists all."), " "), parts.length > 0 && !index && el("p", {class: "faint"}, `${parts.length} pages hold these latents; every row leads to the one that has it.`),
