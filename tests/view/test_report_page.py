@@ -13,6 +13,7 @@ from interp.view.report import write_report
 
 pytestmark = needs_browser()
 LATENTS = 120
+LOOKS = (("phone", "light"), ("desk", "dark"), ("desk", "light"))
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,7 @@ def test_judged_windows_are_chosen_by_kind_and_answer(path):
         assert not seen.errors
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_said_in_a_line(path):
     with opened(path) as (page, seen):
         look(page, "latent=100000")
@@ -148,8 +150,13 @@ def test_what_is_not_there_is_said_in_a_line(path):
         assert not seen.errors
 
 
-@pytest.mark.parametrize("width", WIDTHS.values())
-@pytest.mark.parametrize("scheme", ["dark", "light"])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (WIDTHS["phone"], "dark"),
+        *(pytest.param(WIDTHS[name], scheme, marks=pytest.mark.slow) for name, scheme in LOOKS),
+    ],
+)
 def test_no_fault_is_found_and_nothing_is_wider_than_the_screen(path, width, scheme):
     with opened(path, width, color_scheme=scheme) as (page, seen):
         for anchor in ("list.sort=-density", "latent=5", "latent=3", "latent=100000"):
@@ -174,6 +181,7 @@ def test_hostile_text_is_text(tmp_path):
         assert not seen.requests
 
 
+@pytest.mark.slow
 def test_two_runs_stand_side_by_side(folder, tmp_path):
     a, b = (shutil.copytree(folder, tmp_path / name) for name in ("one", "other"))
     for one in (a, b):
@@ -196,6 +204,7 @@ def test_two_runs_stand_side_by_side(folder, tmp_path):
         assert not seen.requests
 
 
+@pytest.mark.slow
 def test_a_folder_of_pages_leads_from_its_index_to_a_latent(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "MOST", 60)
     with opened(write_report([folder], tmp_path / "report.html")[0]) as (page, seen):
