@@ -13,7 +13,7 @@ const unsaved = new Map();  // by latent, what the editor shows beside the text:
 /** The star, the edited label and its editor, and the way to steering, of one latent. */
 function noteBar(one) {
   const bar = el("span", {class: "notebar"});
-  const draw = (focus) => {
+  const draw = (focus = null) => {
     bar.replaceChildren(...barParts(one, draw));
     const held = focus && bar.querySelector(focus);
     if (held) held.focus();
@@ -29,7 +29,7 @@ function barParts(one, draw) {
   const note = noteOf(one) || {}, kept = draftOf(one);
   const star = el("button", {type: "button", class: "star", "aria-pressed": String(Boolean(note.bookmark)), "aria-label": "Bookmark latent " + one.latent, title: "Bookmark", onclick: async () => {
     try { await keepNote(one, {bookmark: !note.bookmark}); unsaved.delete(noteKey(one)); } catch (error) { if (!(error instanceof Refusal)) throw error; unsaved.set(noteKey(one), "Not saved: " + error.message); }
-    draw(".star");
+    drawnAnew(draw);
   }}, note.bookmark ? "\u2605" : "\u2606");
   const why = unsaved.get(noteKey(one));
   const edit = kept ? labelEditor(one, kept, draw) : [note.label && el("span", {class: "edited"}, note.label, el("span", {class: "badge"}, "edited")),
