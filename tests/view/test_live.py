@@ -30,9 +30,9 @@ EDIT = {
     "value": 8.0, "largest": 4.0, "largest_from": "in the evidence",
 }  # fmt: skip
 DONE = {
-    "tokens": {"plain": [" sat", "\\n"], "steered": [" ran"]}, "perplexity": {"plain": 2.5, "steered": 3.5},
-    "kl": {"mean": 0.75, "by_token": [0.5, 1.0], "tokens": [" sat", "\\n"]}, "monotone": False,
-    "edits": [EDIT], "read": {"tokens": 9, "masked": 1, "changed": 3},
+    "kl": [0.5, 1.0], "tokens": [" sat", "\\n"], "mean_kl": 0.75, "perplexity": {"plain": 2.5, "steered": None},
+    "note": "it does not rise steadily", "strengths": [EDIT], "read": {"tokens": 9, "masked": 1, "changed": 3},
+    "pieces": {"plain": [" sat", "\\n"], "steered": [" ran"]},
 }  # fmt: skip
 STREAM = [{"side": "plain", "text": " sat"}, {"side": "steered", "text": " ran"}, {"side": "plain", "text": "\\n"}]
 STREAM += [{"done": DONE}]
@@ -194,7 +194,8 @@ def test_what_came_of_a_stream_that_breaks_off_stands(server):
         page.get_by_text("KL 0.75 nats, the mean over 2 tokens").wait_for()
         facts = page.locator(".facts").inner_text()
         assert "2 \u00d7 4, its largest activation, in the evidence) in the answer where 12>1." in facts
-        assert "does not rise steadily" in facts
+        assert "It does not rise steadily." in facts
+        assert "2.5 plain, n/a steered" in facts
         shades = page.locator("[aria-label=Plain] mark").evaluate_all("some => some.map((one) => one.className)")
         assert shades == ["up5", "up9"]
 

@@ -29,26 +29,26 @@ async function* linesOf(answer) {
 }
 
 function measured(done, texts, facts) {
-  const {kl, tokens, perplexity} = done, greedy = JSON.stringify(tokens.plain) === JSON.stringify(kl.tokens);
-  const most = Math.max(0, ...kl.by_token), shaded = klStrip(kl, most);
-  if (greedy && kl.tokens.length) texts.plain.replaceChildren(shaded);
-  for (const side of ["plain", "steered"]) if (!tokens[side].length) texts[side].replaceChildren(el("span", {class: "faint"}, "(it ends at once)"));
+  const {kl, tokens, pieces, perplexity} = done, greedy = JSON.stringify(pieces.plain) === JSON.stringify(tokens);
+  const most = Math.max(0, ...kl), shaded = klStrip(tokens, kl, most), figure = (value) => value === null ? "n/a" : number(value, 4);
+  if (greedy && tokens.length) texts.plain.replaceChildren(shaded);
+  for (const side of ["plain", "steered"]) if (!pieces[side].length) texts[side].replaceChildren(el("span", {class: "faint"}, "(it ends at once)"));
   facts.replaceChildren(...[
-    !greedy && kl.tokens.length > 0 && el("section", {}, el("h3", {}, "Plain, greedy"), el("div", {class: "window"}, shaded)),
-    el("p", {}, `KL ${number(kl.mean, 4)} nats, the mean over ${number(kl.by_token.length)} tokens of the plain greedy continuation, shaded by token (largest ${number(most, 3)}).`,
-      done.monotone === false && " It does not rise steadily with the strength: other strengths may reach it as well."),
-    el("p", {}, `Perplexity under the plain model: ${number(perplexity.plain, 4)} plain, ${number(perplexity.steered, 4)} steered.`),
-    done.edits.length === 0 && el("p", {}, "No edit was given: both are what the plain model writes."),
-    done.edits.length > 0 && el("ul", {}, done.edits.map((one) => el("li", {}, latentLink(0, one.latent, "Latent " + one.latent), " ", inWords(one)))),
+    !greedy && tokens.length > 0 && el("section", {}, el("h3", {}, "Plain, greedy"), el("div", {class: "window"}, shaded)),
+    el("p", {}, `KL ${number(done.mean_kl, 4)} nats, the mean over ${number(kl.length)} tokens of the plain greedy continuation, shaded by token (largest ${number(most, 3)}).`),
+    done.note && el("p", {class: "warning"}, sentence(done.note)),
+    el("p", {}, `Perplexity under the plain model: ${figure(perplexity.plain)} plain, ${figure(perplexity.steered)} steered.`),
+    el("ul", {}, done.strengths.map((one) => el("li", {}, latentLink(0, one.latent, "Latent " + one.latent), " ", inWords(one)))),
+    !done.strengths.length && el("p", {}, "No edit was given: both are what the plain model writes."),
     el("p", {class: "faint"}, `Changed at ${number(done.read.changed)} of ${number(done.read.tokens)} tokens` + (done.read.masked ? `; ${number(done.read.masked)} are left alone, as in training.` : ".")),
   ].filter(Boolean));
 }
 
 /** The tokens of the plain greedy continuation, the darker the more the edits change what the model expects there. */
-function klStrip(kl, most) {
-  const said = el("p", {class: "reading faint", "aria-live": "polite"}), name = (place) => `"${kl.tokens[place]}", KL ${number(kl.by_token[place], 4)} nats`;
-  const strip = tokenStrip(kl.tokens, {label: "Plain continuation, shaded by KL; arrow keys go through its tokens", name, point: (place) => { said.textContent = place === null ? "" : name(place); }});
-  strip.shade(kl.by_token, most);
+function klStrip(tokens, kl, most) {
+  const said = el("p", {class: "reading faint", "aria-live": "polite"}), name = (place) => `"${tokens[place]}", KL ${number(kl[place], 4)} nats`;
+  const strip = tokenStrip(tokens, {label: "Plain continuation, shaded by KL; arrow keys go through its tokens", name, point: (place) => { said.textContent = place === null ? "" : name(place); }});
+  strip.shade(kl, most);
   return el("div", {}, strip.node, said);
 }
 
