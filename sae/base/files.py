@@ -80,9 +80,9 @@ def replacing(path: Path | str) -> Iterator[Path]:
             folder.mkdir(parents=True)
             yield folder / path.name
             _open_to_others(folder, [folder / path.name])
-            _sync(folder / path.name)
+            sync(folder / path.name)
             os.replace(folder / path.name, path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -195,7 +195,7 @@ def publish(folder: Path | str, known: dict[str, dict[str, Any]] | None = None) 
             except OSError:
                 if not is_complete(folder):
                     raise
-            _sync(folder.parent)
+            sync(folder.parent)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 
@@ -362,7 +362,7 @@ def explained(path: Path) -> Iterator[None]:
         raise OSError(error.errno or errno.EIO, f"cannot write {name}: {error.strerror or error}") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flushes a file, which Windows wants open for writing, or a folder, where there is such a thing, to disk."""
     if _WINDOWS and path.is_dir():
         return
@@ -396,5 +396,5 @@ def _seal(folder: Path, known: dict[str, dict[str, Any]]) -> None:
     inside = list(folder.rglob("*"))
     _open_to_others(folder, filter(Path.is_file, inside))
     for path in inside:
-        _sync(path)
+        sync(path)
     atomic_write(folder / MARKER, sha256_file(folder / MANIFEST) + "\n")

@@ -1,0 +1,11 @@
+"""The page of an explained run that asks its model, and the same model steered for clients of OpenAI's protocol.
+
+server       a socket, uvicorn, and how both end
+app          which address does what
+guards       who may ask: hosts, origins, tokens, pace, bodies; an answer that leaks nothing
+turns        one thread for the model, a step for each in turn
+panels       what the page asks: prompts, one latent on a text, search, steering, notes
+completions  OpenAI's protocol: asked (a request, checked), written (tokens, texts, log-probabilities)
+notes        bookmarks and edited labels, in a file beside the run
+served       the run with its coder and model, and what they write
+"""
