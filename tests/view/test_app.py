@@ -10,6 +10,7 @@ from interp.view.prompting import prompt
 from interp.view.serving.notes import Notes
 from sae.base.visible import visible
 from sae.pages.marks import runs
+from sae.steering.edits import as_edits
 from sae.steering.steer import steer
 
 TEXT = "one two three four"
@@ -98,7 +99,8 @@ def test_steering_is_streamed_and_ends_with_what_sae_steer_says(ask, served, kl)
     edits = [{"latent": 8, "how": "add", "strength": 60}]
     data = {"prompt": TEXT, "edits": edits, "new_tokens": 5, "kl": kl}
     *pieces, last = lines(ask.post("/api/steer", data))
-    expected = steer(served.lm, served.coder, TEXT, edits, new_tokens=5, kl=kl)
+    known = served.largest(as_edits(edits))
+    expected = steer(served.lm, served.coder, TEXT, edits, new_tokens=5, kl=kl, largest=known)
     for side in ("plain", "steered"):
         assert "".join(piece["text"] for piece in pieces if piece["side"] == side) == visible(getattr(expected, side))
     done = last["done"]

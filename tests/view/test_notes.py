@@ -165,12 +165,11 @@ def test_a_folder_that_takes_nothing_is_one_line(tmp_path):
 
 def killed_while_writing(folder, seconds):
     """Ends a writer of notes by SIGKILL; returns the last one that it was told is kept."""
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, folder], stdout=subprocess.PIPE)
-    first = writer.stdout.readline()
-    time.sleep(seconds)
-    writer.send_signal(signal.SIGKILL)
-    rest = writer.stdout.read().split(b"\n")
-    writer.wait()
+    with subprocess.Popen([sys.executable, "-c", WRITER, folder], stdout=subprocess.PIPE) as writer:
+        first = writer.stdout.readline()
+        time.sleep(seconds)
+        writer.send_signal(signal.SIGKILL)
+        rest = writer.stdout.read().split(b"\n")
     return max([int(first), *(int(line) for line in rest[:-1])])
 
 

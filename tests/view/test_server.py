@@ -84,14 +84,15 @@ print("ended")
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_ctrl_c_ends_a_server_in_the_middle_of_an_answer():
-    server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    port = int(server.stdout.readline())
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-        assert b"200 OK" in connection.recv(4096)
-        began = time.monotonic()
-        server.send_signal(2)
-        out, err = server.communicate(timeout=20)
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        port = int(server.stdout.readline())
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert b"200 OK" in connection.recv(4096)
+            began = time.monotonic()
+            server.send_signal(2)
+            out, err = server.communicate(timeout=20)
     assert (server.returncode, out) == (0, "ended\n")
     assert "Traceback" not in err
     assert time.monotonic() - began < 5
