@@ -52,7 +52,7 @@ class Row:
             more[self.cache] = self._kept
         with ONE_AT_A_TIME, self.during(given, start), seen_last(self.lm.model, last):
             found = self.lm.model(input_ids=given.to(self.lm.device), **more)
-        self._kept, self._read = getattr(found, self.cache) if self.cache else None, whole
+        self._kept, self._read = found[self.cache] if self.cache else None, whole
         return found.logits[0, -last:].float()
 
 
@@ -92,11 +92,11 @@ def _measured(model: Any) -> str:
     try:
         whole = model(input_ids=ids, use_cache=False).logits[0, -2:].float()
         found = model(input_ids=ids[:, :-2], use_cache=True)
-        name = next((name for name in CACHES if getattr(found, name, None) is not None), "")
+        name = next((name for name in CACHES if name in found), "")
         parts = []
         for place in (-2, -1) if name else ():
             new = ids[:, place : place + 1 or None]
-            found = model(input_ids=new, use_cache=True, **{name: getattr(found, name)})
+            found = model(input_ids=new, use_cache=True, **{name: found[name]})
             parts.append(found.logits[0, -1].float())
     except Exception:  # anything that a model's own code may raise
         return ""

@@ -33,8 +33,9 @@ log = logging.getLogger(__name__)
 TEXT_TOKENS = 16_384  # of the text on which a largest activation is measured
 START = 0.3  # of the activations' own norm: the first guess at what is to be added
 TOLERANCE = 0.1
-STEPS, REFINED = 16, 20  # guesses of the search, and more where it ends without
+STEPS, NARROWED, REFINED = 16, 8, 12  # guesses of the search, and of what follows where it ends without
 GRID = [2.0**n for n in range(-8, 9, 2)]  # times the first guess: looked at where the search finds nothing
+BEYOND = 16.0  # how far behind the last strength one is thought of, half-way to which is looked at
 FALLS = 0.02  # of a KL: by how much less a stronger edit must do to count as not monotone
 AT_ONCE = 64  # tokens whose distributions are compared together
 
@@ -186,13 +187,26 @@ def searched(target: float, start: float, seen: Mapping[float, float]) -> Genera
         return best
     for step in GRID:
         yield start * step
-    for low, high in [(a, b) for a, b in pairwise(sorted(seen)) if (seen[a] < target) != (seen[b] < target)]:
+    for _ in range(NARROWED):  # towards the lowest or highest there is
+        if _around(target, seen):
+            break
+        places = sorted(seen)
+        place = min(range(len(places)), key=lambda n: abs(seen[places[n]] - target))
+        beyond = [places[0] / BEYOND, *places, places[-1] * BEYOND]
+        for other in (beyond[place], beyond[place + 2]):
+            yield (places[place] * other) ** 0.5
+    for low, high in _around(target, seen):
         for _ in range(REFINED):
             middle = (low * high) ** 0.5
             yield middle
             low, high = (middle, high) if (seen[middle] < target) == (seen[low] < target) else (low, middle)
     nearest = min(seen, key=lambda strength: abs(seen[strength] - target))
     return Matched(nearest, seen[nearest], abs(seen[nearest] - target) <= TOLERANCE * target)
+
+
+def _around(target: float, seen: Mapping[float, float]) -> list[tuple[float, float]]:
+    """Returns the neighbors between which what they gave passes a target."""
+    return [(low, high) for low, high in pairwise(sorted(seen)) if (seen[low] < target) != (seen[high] < target)]
 
 
 def is_monotone(seen: Mapping[float, float]) -> bool:
