@@ -82,7 +82,7 @@ def seen_of(row: Mapping[str, Any]) -> tuple[Seen, ...]:
 
 def asked_kept(requests: Sequence[Request]) -> list[list[str]]:
     """Returns the first of the questions as it goes out, as (role, text) pairs, each as long as it is of use."""
-    return [[role, _cut(text)] for request in requests[:1] for role, text in messages_of(request)]
+    return [[role, cut(text)] for request in requests[:1] for role, text in messages_of(request)]
 
 
 def asked_of(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -144,7 +144,8 @@ def _shortest(values: Iterable[float]) -> list[float]:
     return [float(str(value)) for value in np.array(list(values), np.float32)]
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """Returns a text as it is, or where it is very long its beginning and its end."""
     if len(text) <= LONGEST:
         return text
     return f"{text[: LONGEST // 2]} [... {len(text) - LONGEST:,} characters ...] {text[-LONGEST // 2 :]}"
