@@ -97,7 +97,9 @@ def score_flow(
     score = scorer.score(tasks, judgements, examples.facts, threshold)
     lost = any(reply.failure in RETRYABLE for reply in first)
     status = FAILED if score.coverage < LEAST_COVERAGE else PARTIAL if lost else OK
-    row = {
+    misses = [] if null else scorer.misses(tasks, judgements, threshold)
+    kept = {} if null else {"seen": seen_kept(tasks, judgements, misses), "asked": asked_kept(requests)}
+    return {
         "status": status,
         "reason": _counted(score.invalid),
         "messages": {kind: said for kind, said in first_messages(first).items() if kind in score.invalid},
@@ -105,15 +107,12 @@ def score_flow(
         "answers": _form(requests),
         "score": asdict(score),
         "threshold": threshold,
+        **kept,
         "tasks": task_columns(tasks),
         "values": [found.value for found in judgements],
         "levels": [list(found.levels) for found in judgements] if any(found.levels for found in judgements) else [],
         "reasons": {str(i): found.reason for i, found in enumerate(judgements) if not found.valid},
     }
-    if not null:
-        row["seen"] = seen_kept(tasks, judgements, scorer.misses(tasks, judgements, threshold))
-        row["asked"] = asked_kept(requests)
-    return row
 
 
 def measure_of(row: Row, name: str) -> Measure:

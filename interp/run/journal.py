@@ -17,10 +17,13 @@ class Journal:
 
     What a crash left of a torn last line does not count, and is cut off before the next row is added; until then the
     file is only read, since it may be that of a run that goes on. Rows of other processes are seen by a new journal.
+
+    Of large rows much is looked at by few: where `until` names a field, rows are read as far as that alone, unless more
+    is asked for. It must be written behind the key and the status.
     """
 
-    def __init__(self, path: Path, key: tuple[str, ...]) -> None:
-        self.path, self.key = path, key
+    def __init__(self, path: Path, key: tuple[str, ...], until: str = "") -> None:
+        self.path, self.key, self.until = path, key, until
         path.parent.mkdir(parents=True, exist_ok=True)
         self._where: dict[Any, tuple[int, str]] = {}
         self._torn: int | None = None
@@ -32,7 +35,7 @@ class Journal:
                     if not line.endswith(b"\n"):
                         self._torn = end
                         break
-                    row = _parsed(line)
+                    row = _parsed(line, until)
                     if row is not None and row.get("version", 0) > VERSION:
                         raise DataError(f"{path}: version {row['version']} is newer than {VERSION}; upgrade sae-interp")
                     if row is not None:
@@ -66,11 +69,11 @@ class Journal:
             return None
         with self.path.open("rb") as file:
             file.seek(self._where[key][0])
-            return _parsed(file.readline())
+            return _parsed(file.readline(), self.until)
 
-    def rows(self, latents: Collection[int] | None = None) -> Iterator[dict[str, Any]]:
+    def rows(self, latents: Collection[int] | None = None, until: str | None = None) -> Iterator[dict[str, Any]]:
         """Yields the rows that count, in the order of their keys, whatever order they were written in: all, or those of
-        some latents, with which keys begin.
+        some latents, with which keys begin; as far as a field where one is named.
         """
         keys: list[Any] = [key for key in self._where if latents is None or key[0] in latents]
         if not keys:
@@ -78,7 +81,7 @@ class Journal:
         with self.path.open("rb") as file:
             for key in sorted(keys):
                 file.seek(self._where[key][0])
-                row = _parsed(file.readline())
+                row = _parsed(file.readline(), self.until if until is None else until)
                 if row is not None:
                     yield row
 
@@ -86,7 +89,10 @@ class Journal:
         return tuple(row[name] for name in self.key)
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes, until: str) -> dict[str, Any] | None:
+    end = line.find(f'"{until}":'.encode()) if until else -1  # in a text, there would be a backslash before a quote
+    if end >= 0:
+        line = line[:end].rstrip(b", ") + b"}"
     try:
         row = json.loads(line)
     except ValueError:

@@ -7,7 +7,7 @@ there, in the fewest digits that read back as the same float32. Older rows hold 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from interp.scoring.misses import worth_seeing
 Columns = dict[str, list[Any]]
 LONGEST = 4000  # characters of a message that are kept
 FEW = 4  # texts that are kept of a question about many
+LEVEL_DIGITS = 3  # behind the point, of levels from 0 to 9
+RARE = ("reason", "marks", "levels", "text", "clean")  # columns that are left out where none has one
 
 
 def excerpts_kept(some: Sequence[Excerpt]) -> Columns:
@@ -36,19 +38,25 @@ def excerpts_of(data: Columns | list[dict[str, Any]]) -> tuple[Excerpt, ...]:
 
 
 def seen_kept(tasks: Sequence[Task], judgements: Sequence[Judgement], misses: Sequence[float | None]) -> Columns:
-    """Returns some of what was judged as columns, what is worth most first, as far as there is a text to look at; what
-    the row has of every task is not repeated.
-    """
+    """Returns some of what was judged as columns, what is worth most first, as far as there is a text to look at."""
     there = [i for i, task in enumerate(tasks) if task.text or any(item.window.text for item in task.items)]
-    found = worth_seeing([tasks[i] for i in there], [judgements[i] for i in there], [misses[i] for i in there])
-    chosen = [there[i] for i in found]
-    items = [tasks[i].items for i in chosen]
-    kept = {"task": chosen, "miss": [misses[i] for i in chosen], "windows": [len(some) for some in items]}
-    kept |= _kept([item.window for some in items for item in some])
-    kept["marks"] = [list(some[0].marks) if len(some) == 1 else [] for some in items]
-    if any(tasks[i].text for i in chosen):
-        kept |= {"amplified": [tasks[i].text for i in chosen], "clean": [tasks[i].clean for i in chosen]}
-    return kept
+    worth = worth_seeing([tasks[i] for i in there], [judgements[i] for i in there], [misses[i] for i in there])
+    chosen = [(tasks[i], judgements[i], misses[i]) for i in (there[place] for place in worth)]
+    columns: Columns = {
+        "truth": [task.truth for task, _, _ in chosen],
+        "tier": [task.tier for task, _, _ in chosen],
+        "decile": [task.decile for task, _, _ in chosen],
+        "value": [found.value for _, found, _ in chosen],
+        "reason": [found.reason for _, found, _ in chosen],
+        "miss": [miss for _, _, miss in chosen],
+        "marks": [list(task.items[0].marks) if len(task.items) == 1 else [] for task, _, _ in chosen],
+        "levels": [[round(level, LEVEL_DIGITS) for level in found.levels] for _, found, _ in chosen],
+        "text": [task.text for task, _, _ in chosen],
+        "clean": [task.clean for task, _, _ in chosen],
+    }
+    told = {name: column for name, column in columns.items() if name not in RARE or any(column)}
+    windows = [item.window for task, _, _ in chosen for item in task.items]
+    return told | {"windows": [len(task.items) for task, _, _ in chosen], "of": _kept(windows)}
 
 
 def seen_of(row: Mapping[str, Any]) -> tuple[Seen, ...]:
@@ -56,28 +64,12 @@ def seen_of(row: Mapping[str, Any]) -> tuple[Seen, ...]:
     kept = row.get("seen")
     if not kept:
         return ()
-    windows, tasks, found = iter(_windows(kept)), row["tasks"], []
-    nothing = [""] * len(kept["task"])
-    passages = zip(kept.get("amplified", nothing), kept.get("clean", nothing), strict=True)
-    for i, miss, n, marks, (text, clean) in zip(
-        kept["task"], kept["miss"], kept["windows"], kept["marks"], passages, strict=True
-    ):
-        found.append(
-            Seen(
-                tuple(next(windows) for _ in range(n)),
-                tasks["truth"][i],
-                tasks["tier"][i],
-                tasks["decile"][i],
-                row["values"][i],
-                row["reasons"].get(str(i), ""),
-                miss,
-                tuple(marks),
-                tuple(row["levels"][i]) if row["levels"] else (),
-                text,
-                clean,
-            )
-        )
-    return tuple(found)
+    windows, n = iter(_windows(kept["of"])), len(kept["windows"])
+    of = [tuple(islice(windows, many)) for many in kept["windows"]]
+    marks, levels = ([tuple(one) for one in kept.get(name, ((),) * n)] for name in ("marks", "levels"))
+    passages = [kept.get(name, ("",) * n) for name in ("text", "clean")]
+    named = [kept[name] for name in ("truth", "tier", "decile", "value")]
+    return tuple(map(Seen, of, *named, kept.get("reason", ("",) * n), kept["miss"], marks, levels, *passages))
 
 
 def asked_kept(requests: Sequence[Request]) -> list[list[str]]:

@@ -20,6 +20,7 @@ from interp.scoring.metrics import lift_over, mean_measure
 SCORED = (OK, PARTIAL)  # of what failed, the few answers are no score
 CHANCE = "chance"
 NEAR = 64  # rows of explanations that are kept for the next question
+FIGURES, SHOWN = "threshold", "tasks"  # rows of scores as far as these fields hold figures, and all that people look at
 
 
 def label(row: Row) -> str:
@@ -34,7 +35,7 @@ class Journals:
     def __init__(self, run_dir: Path, folders: list[Path], scorers: dict[str, Scorer]) -> None:
         self.folders, self.scorers = folders, scorers
         self.journals = [explained_in(folder) for folder in folders]
-        self.scores = [scores_in(folder) for folder in folders]
+        self.scores = [scores_in(folder, FIGURES) for folder in folders]
         self._near: dict[tuple[int, str], Row | None] = {}
         self.evidence = stored_evidence(run_dir / "evidence")
         self.labels: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
@@ -83,10 +84,10 @@ class Journals:
                 found[explainer].setdefault(kind, {"latents": 0, "first": said})["latents"] += 1
         return dict(found)
 
-    def table(self, latents: Collection[int] | None = None) -> Iterator[Told]:
+    def table(self, latents: Collection[int] | None = None, until: str = FIGURES) -> Iterator[Told]:
         """Yields one row for every latent (of all, or of some), explainer and scorer, in this order."""
         nulls = {key: self.null(*key) for key in self._keys()}
-        by_latent = groupby(self._rows(latents), key=lambda row: row["latent"])
+        by_latent = groupby(self._rows(latents, until), key=lambda row: row["latent"])
         ahead = next(by_latent, None)
         for latent in self.latents if latents is None else sorted(latents):
             while ahead is not None and ahead[0] < latent:
@@ -102,9 +103,9 @@ class Journals:
     def _keys(self) -> Iterator[tuple[str, str]]:
         return ((explainer, name) for (explainer, _), names in self.labels.items() for name in names)
 
-    def _rows(self, latents: Collection[int] | None = None) -> Iterator[Row]:
+    def _rows(self, latents: Collection[int] | None = None, until: str = FIGURES) -> Iterator[Row]:
         """The rows of all scores, or of those of some latents, latent by latent."""
-        rows = heapq.merge(*(journal.rows(latents) for journal in self.scores), key=lambda row: row["latent"])
+        rows = heapq.merge(*(journal.rows(latents, until) for journal in self.scores), key=lambda row: row["latent"])
         return (row for row in rows if row["scorer"] in self.scorers)
 
     def _counts(self, row: Row) -> bool:

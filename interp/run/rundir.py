@@ -59,9 +59,9 @@ def explained_in(shard: Path) -> Journal:
     return Journal(shard / "journal-explain.jsonl", EXPLAIN_KEY)
 
 
-def scores_in(shard: Path) -> Journal:
-    """Returns the journal of scores of a shard."""
-    return Journal(shard / "journal-score.jsonl", SCORE_KEY)
+def scores_in(shard: Path, until: str = "") -> Journal:
+    """Returns the journal of scores of a shard, its rows as far as a field."""
+    return Journal(shard / "journal-score.jsonl", SCORE_KEY, until)
 
 
 def shown_in(shard: Path) -> Journal:

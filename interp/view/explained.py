@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interp.run import rows
 from interp.run.journal import Journal
 from interp.run.kept import asked_of, excerpts_of, facts_of
 from interp.run.latents import ids_among, is_one
@@ -152,7 +153,7 @@ class ExplainedRun:
         if evidence is None and set(wanted) - asked:
             listed = ", ".join(map(str, sorted(asked)[:10])) + (" ..." if len(asked) > 10 else "")
             raise ConfigError(f"latents: {min(set(wanted) - asked)} is not in {self.run_dir}; it holds {listed}")
-        table = groupby(self.journals.table(asked.intersection(wanted)), key=lambda one: one.row["latent"])
+        table = groupby(self.journals.table(asked.intersection(wanted), rows.SHOWN), key=lambda one: one.row["latent"])
         for latent in wanted:
             told = list(next(table)[1]) if latent in asked else []
             counts = {"fired": int(evidence.state["fired"][latent]), "tokens": evidence.tokens} if evidence else {}
