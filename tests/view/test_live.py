@@ -1,6 +1,8 @@
 """The panels of a live page, and what they say when the server fails: nothing that is typed is lost."""
 
 import contextlib
+import re
+from collections import Counter
 
 import pytest
 from rigs.browser import faults, needs_browser, opened
@@ -8,8 +10,10 @@ from rigs.explained_runs import HOSTILE, write_explained_run
 from rigs.live_server import Server, serving
 
 import interp
-from interp.view.live import LivePage
+from interp.view.live import LIVE_SCRIPTS, LivePage
+from interp.view.report import SCRIPTS, START
 from sae.base.visible import visible
+from sae.pages.page import CORE, text_of
 
 pytestmark = needs_browser()
 TOKENS = ["<s>", "The", " cat", visible(HOSTILE), "\\n"]
@@ -249,3 +253,10 @@ def test_every_panel_is_usable_and_without_serious_faults(server, width, scheme)
         assert found == []
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert not seen.errors
+
+
+def test_no_name_is_declared_twice_in_the_scripts_of_a_page():
+    """They are one script: a name that two files declare ends all of them, or means the one that comes last."""
+    text = "\n".join(map(text_of, (CORE[0], *SCRIPTS, *LIVE_SCRIPTS, START)))
+    found = re.findall(r"^(?:async )?(?:function\*?|const|let|class) (\w+)", text, re.M)
+    assert [name for name, times in Counter(found).items() if times > 1] == []

@@ -52,12 +52,12 @@ function tokenCard(found, place) {
   return el("div", {}, el("h3", {}, el("code", {}, found.tokens[place]), el("span", {class: "faint"}, ` token ${place}`)),
     follows !== null && el("p", {class: "faint"}, place + 1 < found.tokens.length ? "then " : "the model goes on with ", el("code", {}, follows), found.logits[place] !== null && `, logit ${number(found.logits[place], 3)} above the average`),
     rows.length ? el("table", {}, el("thead", {}, el("tr", {}, ["latent", "value", found.no_effects ? null : "effect"].filter(Boolean).map((name) => el("th", {scope: "col"}, name)), el("th", {scope: "col"}, "label"))),
-      el("tbody", {}, rows.slice(0, SHOWN).map(([latent, value, effect]) => el("tr", {}, el("td", {}, latentLink(0, latent)), el("td", {}, number(value, 4)), found.no_effects ? null : el("td", {class: effect < 0 ? "lowers" : ""}, signed(effect)), el("td", {class: "wide"}, shownLabel(found, latent))))))
+      el("tbody", {}, rows.slice(0, SHOWN).map(([latent, value, effect]) => el("tr", {}, el("td", {}, latentLink(0, latent)), el("td", {}, number(value, 4)), found.no_effects ? null : el("td", {class: effect < 0 ? "lowers" : ""}, withSign(effect)), el("td", {class: "wide"}, shownLabel(found, latent))))))
       : el("p", {class: "faint"}, firing(found, place) + "."),
     rows.length > SHOWN && el("p", {class: "faint"}, `and ${number(rows.length - SHOWN)} more`));
 }
 
-const signed = (value) => value === null || value === undefined ? "" : (value > 0 ? "+" : "") + number(value, 3);
+const withSign = (value) => value === null || value === undefined ? "" : (value > 0 ? "+" : "") + number(value, 3);
 const shownLabel = (found, latent) => labelOf(0, latent) || found.labels[latent] || el("span", {class: "faint"}, "not explained");
 
 /** The latents of a text, sorted as is chosen; one that is pointed at is shown in the text. */
@@ -79,7 +79,7 @@ function latentTable(found, {light, go}) {
     return el("tr", {tabindex: null, onpointerenter: () => light(one), onpointerleave: () => light(null), onfocusin: () => light(one), onfocusout: () => light(null)},
       el("td", {}, latentLink(0, one.latent)), el("td", {class: "wide"}, shownLabel(found, one.latent), raised), el("td", {}, number(one.value, 4)),
       el("td", {}, el("button", {type: "button", class: "quiet", "aria-label": `token ${at}: "${found.tokens[at]}"`, onclick: () => go(at)}, el("code", {}, found.tokens[at]))),
-      el("td", {}, number(one.fires)), found.no_effects ? null : el("td", {class: one.effect < 0 ? "lowers" : ""}, signed(one.effect)));
+      el("td", {}, number(one.fires)), found.no_effects ? null : el("td", {class: one.effect < 0 ? "lowers" : ""}, withSign(one.effect)));
   }
   draw();
   const heads = ["latent", "label", "largest", "at", "tokens", ...(found.no_effects ? [] : ["effect"])];
