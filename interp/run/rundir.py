@@ -159,6 +159,8 @@ class Settings:
     """Of all commands that worked on the run."""
     coder: str
     """Digest of the coder."""
+    site: str = ""
+    """What the coder reads; "" where that is not known."""
 
 
 def settings_for(config: ExplainConfig, given: Given = NOTHING) -> Settings:
@@ -168,13 +170,14 @@ def settings_for(config: ExplainConfig, given: Given = NOTHING) -> Settings:
     """
     folder = Path(config.run_dir)
     check_writable(folder, "run_dir")
-    coder, config = coder_digest(load_coder(config, lazy=True, given=given)), _placed(config)
+    loaded, config = load_coder(config, lazy=True, given=given), _placed(config)
+    coder, site = coder_digest(loaded), ", ".join(dict.fromkeys(read.name for read in loaded.spec.reads))
     if not (folder / "config.yaml").is_file() or _has_nothing(folder):
-        return Settings(config, _told(config), coder)
+        return Settings(config, _told(config), coder, site)
     before = saved_config(folder)
     then = _places(before)
     config = _with(config, {k: then[k] for k, v in _places(config).items() if then[k] != v and same_place(then[k], v)})
-    return Settings(config, _continued(_told(before), _told(config), coder), coder)
+    return Settings(config, _continued(_told(before), _told(config), coder), coder, site)
 
 
 def check_explained(config: ExplainConfig) -> None:
@@ -206,6 +209,7 @@ def begin_run(
         hub.save(given.coder, config.coder.path)
     atomic_write(folder / "config.yaml", to_yaml(settings.whole))
     about = {"coder": config.coder.path, "baseline": config.coder.baseline, "model": config.model.name}
+    about |= {"site": settings.site} if settings.site else {}
     about |= {"text": config.text.source, "tokens": config.evidence.tokens, "seed": config.seed}
     write_json(folder / ENVIRONMENT, {**versions(), "about": about, "coder": settings.coder})
 

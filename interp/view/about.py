@@ -11,7 +11,7 @@ from interp.view.explained import ExplainedRun
 from interp.view.record import Spread
 from sae.base.files import read_json
 
-FACTS = ("coder", "model", "text", "baseline", "seed")
+FACTS = ("coder", "model", "site", "text", "baseline", "seed")
 SEEN = ("tokens_counted", "documents", "sections", "context_length", "alive")
 
 
@@ -25,6 +25,7 @@ def about(run: ExplainedRun) -> dict[str, Any]:
         "facts": {name: shown_text(str(summary[name])) for name in FACTS if summary.get(name) not in (None, "none")},
         "seen": {name: seen[name] for name in SEEN if name in seen},
         "d_sae": run.d_sae,
+        "tokens": run.journals.evidence.tokens if run.journals.evidence else None,
         "digest": known.get("coder", ""),
         "packages": known.get("packages", {}),
         "explanations": {shown_text(name): counts for name, counts in summary["explanations"].items()},

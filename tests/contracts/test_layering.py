@@ -226,6 +226,7 @@ MIRRORLESS = {
     "run/test_planted.py": "known latents through scorers and what scores them",
     "run/test_planted_end_to_end.py": "known latents through all of interp",
     "view/test_report_page.py": "the page of an explained run, in a browser",
+    "view/test_report_size.py": "what the page of many latents takes",
     "training/test_families.py": "each family of coders through all of training",
     "training/test_older_runs.py": "a run of the version before, from its folder to its end",
     "training/test_scaling.py": "a law, in runs of many sizes",

@@ -73,7 +73,7 @@ def test_the_summary_and_the_null_behind_it(run, written):
         assert sorted(told["nulls"]) == pytest.approx(
             sorted(run.nulls[real["explainer"], real["scorer"]].null), rel=1e-5
         )
-    assert index["seen"]["tokens_counted"] == run.journals.evidence.tokens
+    assert index["seen"]["tokens_counted"] == index["tokens"] == run.journals.evidence.tokens
 
 
 def test_a_page_says_what_the_record_says(run, written):

@@ -63,7 +63,7 @@ def test_the_list_is_searched_sorted_and_filtered_and_the_address_holds_it(path)
         assert page.get_by_role("status").filter(has_text="2 of 120 latents").is_visible()
         page.get_by_role("searchbox").fill("")
         page.get_by_title("Show the latents that are failed").click()
-        page.wait_for_function("document.querySelectorAll('.table tbody tr').length < 5")
+        page.wait_for_selector(".table [role=status]:has-text('1 of 120 latents')")
         assert sorted(ids(page)) == [31]
         address = page.url
         page.goto("about:blank")
@@ -85,11 +85,11 @@ def test_a_latent_is_opened_read_and_turned_by_keys(path):
         for label in told[5]["labels"]:
             assert label["text"] in page.locator(".labels").inner_text()
         page.keyboard.press("n")
-        page.wait_for_function("document.querySelector('#latent')?.textContent.startsWith('Latent 6')")
+        page.wait_for_selector("#latent:has-text('Latent 6')")
         page.keyboard.press("ArrowLeft")
-        page.wait_for_function("document.querySelector('#latent')?.textContent.startsWith('Latent 5')")
+        page.wait_for_selector("#latent:has-text('Latent 5')")
         page.go_back()
-        page.wait_for_function("document.querySelector('#latent')?.textContent.startsWith('Latent 6')")
+        page.wait_for_selector("#latent:has-text('Latent 6')")
         assert not seen.errors
         assert not seen.requests
 
@@ -195,7 +195,7 @@ def test_two_runs_stand_side_by_side(folder, tmp_path):
         texts = page.locator(".side-of .labels").all_inner_texts()
         assert texts[0] == texts[1] != ""
         page.get_by_role("link", name="Next").click()
-        page.wait_for_function("document.querySelector('#latent')?.textContent.startsWith('Latent 6')")
+        page.wait_for_selector("#latent:has-text('Latent 6')")
         assert faults(page) == []
         page.get_by_role("link", name="other").click()
         page.wait_for_selector(".overview")

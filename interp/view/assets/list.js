@@ -25,7 +25,7 @@ function listOf(run) {
 const latentsInList = (run) => { if (explained.partners && place().alone === undefined) return comparedList().latents(run); const one = explained.runs[run]; return listOf(one).rows().map((i) => one.latents[i]); };
 
 function columnsOf(run, explainer) {
-  const status = explainer ? explainer.status : run.status, tokens = run.seen.tokens_counted, scorers = [...(explainer ? explainer.scorers : []), ...run.scorers];
+  const status = explainer ? explainer.status : run.status, {tokens} = run, scorers = [...(explainer ? explainer.scorers : []), ...run.scorers];
   const found = [{name: "latent", title: "Latent", numeric: true, values: run.latents, show: (latent) => String(latent)}];
   if (explainer) found.push({name: "label", title: "Label", wide: true, values: run.latents.map((latent, i) => labelOf(run.number, latent, explainer) || textAt(run, explainer.reason[i]) || statusAt(run, status[i])), show: (text, i) => labelCell(run, explainer, i)});
   const ends = new Map(scorers.map((scorer) => [scorer, endsOf(scorer.headline, [scorer.value])])), nulls = new Map(run.summary.map((one) => [one.explainer + " " + one.scorer, one.null[0]]));

@@ -3,7 +3,7 @@
 function overview(run) {
   const {facts, seen, latents, d_sae: many, spent, explanations, failures: failed} = run;
   const told = [facts.coder && ["coder", facts.coder], facts.baseline && ["baseline", facts.baseline], facts.model && ["model", facts.model], facts.site && ["site", facts.site], facts.text && ["text", facts.text],
-    seen.tokens_counted && ["looked at", `${number(seen.tokens_counted)} tokens` + (seen.documents ? ` of ${number(seen.documents)} documents` : "")],
+    run.tokens && ["looked at", `${number(run.tokens)} tokens` + (seen.documents ? ` of ${number(seen.documents)} documents` : "")],
     ["latents", `${number(latents.length)}` + (explained.main.parts.length ? " here" : " asked for") + (many ? ` of ${number(many)}` : "") + (seen.alive !== undefined ? `, ${number(seen.alive)} alive` : "")]];
   return el("section", {class: "overview", "aria-label": "The run " + run.name},
     el("dl", {class: "run"}, told.filter(Boolean).map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
