@@ -1,9 +1,11 @@
 """sae-view --export: a run for Neuronpedia, or a site; sae-explain import: delphi's explanations and scores."""
 
 import argparse
+import os
 from pathlib import Path
 
 from sae.base.errors import ConfigError, nearest
+from sae.base.visible import visible
 
 from .parsing import Parser
 from .running import DONE
@@ -72,7 +74,20 @@ def _neuronpedia(options: argparse.Namespace, folder: str = "") -> int:
 
 def _static(options: argparse.Namespace, folder: str) -> int:
     """Writes a site of a run's reports."""
-    raise NotImplementedError(folder)
+    from sae.base.paths import check_writable
+    from sae.pages.site import check_site, write_site
+
+    from .reports import written_of
+
+    run, target = Path(options.runs[0]).expanduser(), Path(folder).expanduser()
+    check_writable(target, "--export")
+    check_site(target, "--export")
+    pages = [page.absolute() for page in written_of([run])]
+    root = Path(os.path.commonpath([page.parent for page in pages]))
+    names = write_site(target, f"Reports of {visible(run.absolute().name)}", root, pages, "--export")
+    told = f"site         {target / names[0]}: {len(pages)} pages; any static host takes the folder as it is"
+    report(options.json, {"folder": target, "files": names}, [told])
+    return DONE
 
 
 def import_parser() -> Parser:

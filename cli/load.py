@@ -180,15 +180,19 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _push(options: argparse.Namespace) -> int:
-    """Put a coder, or all coders of a folder, into a repository on the hub, with a model card."""
+    """Put a coder, or all coders of a folder, into a repository on the hub, with a model card and its reports."""
     from sae.loading import hub
     from sae.loading.card import push
+
+    from .reports import reports_beside
 
     coders = hub.load_all(options.id, **_load_arguments(options))
     if len(coders) == 1:
         coders = {"": next(iter(coders.values()))}
-    url = push(coders, options.repo, options.private, format=options.to)
-    report(options.json, {"url": url, "coders": list(coders)}, [f"pushed       {url}"])
+    pages = reports_beside(options.id)
+    url = push(coders, options.repo, options.private, format=options.to, reports=pages)
+    told = [f"report       {name}, from {page}" for name, page in pages.items()]
+    report(options.json, {"url": url, "coders": list(coders), "reports": list(pages)}, [f"pushed       {url}", *told])
     say_next(["sae-load", "show", options.repo])
     return DONE
 

@@ -5,28 +5,38 @@ from pathlib import Path
 
 from sae.base.errors import ConfigError
 from sae.base.paths import check_file, near
+from sae.base.units import data_size
 
-from .running import DONE
+from .running import DONE, log
 from .telling import report
 
 TRAINED, EXPLAINED = "a training run", "an explained run"
+REPORT = "report.html"
+LARGEST = 64_000_000  # bytes of a report that goes to the hub with its coder
 COMPARISON = "comparison.html"  # where the page of several runs is written, here
 
 
 def report_on(options: argparse.Namespace) -> int:
     """Writes the page of a run into its folder, or a comparison of several; tells the paths, one a line."""
-    folders = [Path(run).expanduser() for run in options.runs]
+    written = written_of([Path(run).expanduser() for run in options.runs], options.out)
+    report(options.json, {"written": written}, map(str, written))
+    return DONE
+
+
+def written_of(folders: list[Path], file: str | None = None) -> list[Path]:
+    """Writes the page of a run, or of several, into a file or where it belongs; returns the paths, the first one first.
+
+    ConfigError for what is no run, or runs of several kinds.
+    """
     kinds = [kind_of(folder) for folder in folders]
     if len(set(kinds)) > 1:
         told = ", ".join(f"{folder} is {kind}" for folder, kind in zip(folders, kinds, strict=True))
         raise ConfigError(f"RUN: {told}; runs of one kind are compared")
     several = len(folders) > 1
-    out = Path(options.out or COMPARISON).expanduser() if options.out or several else None
+    out = Path(file or COMPARISON).expanduser() if file or several else None
     if out is not None:
         check_file(out, "--out")
-    written = _explained(folders, out) if kinds[0] == EXPLAINED else _trained(folders, out)
-    report(options.json, {"written": written}, map(str, written))
-    return DONE
+    return _explained(folders, out) if kinds[0] == EXPLAINED else _trained(folders, out)
 
 
 def kind_of(folder: Path) -> str:
@@ -46,6 +56,31 @@ def kind_of(folder: Path) -> str:
         f"RUN: {folder} is no run: it holds no metrics.jsonl, which sae-train writes, and no shards, which sae-explain "
         f"writes.{meant}"
     )
+
+
+def reports_beside(typed: str) -> dict[str, Path]:
+    """Returns the reports that are there of a coder, or of the run that trained it, by what they are called with it.
+
+    They hold what a run tells of itself and of text that it read, and no key. One that is too large, or has its latents
+    in further pages, is left out with a line that says so.
+    """
+    folder = Path(typed).expanduser().absolute()
+    if not folder.is_dir():
+        return {}
+    root = next((up.parent for up in (folder, *folder.parents) if up.name == "coders"), folder)
+    own = folder.relative_to(root / "coders") if root != folder else Path()
+    explained = [root / "explain" / own, root / "explain", folder / "explain"]
+    places = [root / REPORT, root / "explained.html", *(one / REPORT for one in explained)]
+    places += sorted(folder.glob("explain*/**/report.html"))
+    found: dict[str, Path] = {}
+    for page in filter(Path.is_file, dict.fromkeys(places)):
+        size = page.stat().st_size
+        if size > LARGEST or page.with_suffix("").is_dir():
+            why = f"{data_size(size)}, of {data_size(LARGEST)} at most" if size > LARGEST else "it has further pages"
+            log.warning("%s is not put beside the coder: %s", page, why)
+            continue
+        found[page.relative_to(root).as_posix()] = page
+    return found
 
 
 def _trained(folders: list[Path], out: Path | None) -> list[Path]:

@@ -2,9 +2,10 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sae.base.errors import ConfigError, nearest
 from sae.base.files import atomic_write, safe_join
@@ -17,8 +18,9 @@ from sae.loading.converting import convert, writers
 LIBRARY = "sae-interp"
 
 
-def model_card(coders: Mapping[str, SparseCoder], repo: str, format: str = NATIVE) -> str:
-    """Returns the README.md of a repository that holds these coders, by the names of their folders ("" at the root).
+def model_card(coders: Mapping[str, SparseCoder], repo: str, format: str = NATIVE, reports: Iterable[str] = ()) -> str:
+    """Returns the README.md of a repository that holds these coders, by the names of their folders ("" at the root),
+    and `reports`, pages to look at, by their names.
 
     Its library is the one whose format it is where the hub knows that, for the code that the hub offers to use it.
     """
@@ -41,6 +43,8 @@ def model_card(coders: Mapping[str, SparseCoder], repo: str, format: str = NATIV
         lines += _table(("what", "it is"), description(spec))
         if {"reconstruction", "density"} <= spec.metrics.keys():
             lines += ["Held-out metrics:", "", *_table(("metric", "value"), table(spec.metrics))]
+    links = [f"- [{_cell(name)}]({quote(name)})" for name in reports]
+    lines += ["## Reports", "", "Pages to download and open in a browser:", "", *links, ""] if links else []
     first = next(iter(specs))
     address = f"{repo}/{first}" if first else repo
     lines += ["## Loading", "", "```python", "import sae", "", f'coder = sae.load("{address}")']
@@ -59,8 +63,11 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     format: str = NATIVE,
+    reports: Mapping[str, Path] | None = None,
 ) -> str:
     """Puts coders with a card into a repository on the hub, made if need be; returns the address of the commit.
+
+    `reports` are pages that go along, by their names there.
 
     The token is that of the environment (HF_TOKEN) or of `hf auth login` by default; `revision` is a branch, made if
     need be. ConfigError without a token, if the hub refuses, or if the format cannot say what a coder is.
@@ -80,7 +87,9 @@ def push(
     with tempfile.TemporaryDirectory() as temp:
         for name, coder in coders.items():
             convert(coder, format, safe_join(temp, name) if name else Path(temp))
-        atomic_write(Path(temp, "README.md"), model_card(coders, repo, format))
+        for name, page in (reports or {}).items():
+            atomic_write(safe_join(temp, name), page.read_bytes())
+        atomic_write(Path(temp, "README.md"), model_card(coders, repo, format, reports or ()))
         said = {"commit_message": commit_message or f"Upload with {LIBRARY}", "create_pr": create_pr or None}
         try:
             api.create_repo(repo, private=private, exist_ok=True)

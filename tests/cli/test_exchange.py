@@ -83,3 +83,18 @@ def test_bad_input_is_one_line_and_writes_nothing(view, made, arguments, said):
     assert code == 2, printed
     assert said in error_of(printed)
     assert sorted(made.rglob("*")) == before
+
+
+def test_a_site_has_the_reports_of_a_run_and_an_index(view, made, tmp_path):
+    code, printed = view("run", "--export", "static", tmp_path / "site", "--json")
+    assert code == 0, printed
+    assert {path.name for path in (tmp_path / "site").iterdir()} == {
+        "index.html", "report.html", ".nojekyll", ".site.json",
+    }  # fmt: skip
+    assert (tmp_path / "site" / "report.html").read_bytes() == (made / "run" / "report.html").read_bytes()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "index.html").write_text("mine")
+    code, printed = view("run", "--export", "static", tmp_path / "full")
+    assert code == 2
+    assert "--export: " in error_of(printed)
+    assert (tmp_path / "full" / "index.html").read_text() == "mine"

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from rigs.explained_runs import write_explained_run
 from rigs.fake_hub import COMMIT, Faults, fake_hub, reached_from_here
 from rigs.hub_coders import GEMMA, gemma, native, saelens
+from rigs.pages import blocks
 from safetensors.torch import save_file
 
 import sae
@@ -20,6 +22,7 @@ from sae.base.errors import ConfigError
 from sae.coder.coder import SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.spec import CoderSpec
+from sae.pages.page import write_page
 from sae.selection.groupmax import GroupMax
 from sae.untrusted.hints import Hints
 
@@ -317,6 +320,38 @@ def test_push_puts_a_coder_and_its_card_where_load_finds_it(load, hub, tmp_path,
     for row in ("reads | model.layers.1 of tiny/llama", "selection | topk of 3", "advertised L0 | 3"):
         assert f"| {row} |" in readme
     assert 'coder = sae.load("me/coder")' in readme
+
+
+def test_push_puts_reports_beside_the_coder_and_nothing_else_of_the_run(load, hub, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-planted-7f3a")
+    run = tmp_path / "run"
+    coder = native(run / "coders" / "model.layers.1")
+    write_explained_run(run / "explain", 3)
+    (run / "notes.txt").write_text("mine")
+    for page in ("report.html", "explain/report.html"):
+        write_page(run / page, "Mine", [("sae.pages", "site.js")], [("main", {"pages": []})])
+    pushed = {"README.md", "cfg.json", "sae.safetensors", "report.html", "explain/report.html"}
+    for path, repo in ((coder, "me/one"), (run, "me/run")):
+        code, lines, _ = load("push", path, repo)
+        assert code == 0
+        assert [line.split(",")[0] for line in lines[1:]] == [
+            "report       report.html",
+            "report       explain/report.html",
+        ]
+        folder = hub[0] / "models" / repo
+        found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        assert found.keys() == pushed
+        assert found["explain/report.html"] == (run / "explain" / "report.html").read_bytes()
+        assert "- [explain/report.html](explain/report.html)" in found["README.md"].decode()
+        told = b"".join(found.values()) + json.dumps(blocks(folder / "report.html")).encode()
+        assert b"sk-planted" not in told
+        assert b"hf_mine" not in told
+    monkeypatch.setattr("cli.reports.LARGEST", 100)
+    assert load("push", coder, "me/small")[0] == 0
+    assert not list((hub[0] / "models/me/small").rglob("*.html"))
+    assert "is not put beside the coder: " in caplog.text
+    assert " at most" in caplog.text
 
 
 def test_push_of_several_keeps_their_names_and_figures(load, hub, tmp_path, monkeypatch, tiny_train):
