@@ -38,7 +38,8 @@ class Run:
     @property
     def batch_tokens(self) -> int:
         """Tokens a step; 1 if the config does not tell, so that what is drawn is over steps."""
-        return int(self.config.get("batch_tokens", 1))
+        told = self.config.get("batch_tokens")
+        return told if isinstance(told, int) else 1
 
     @property
     def coders(self) -> list[str]:
@@ -139,4 +140,7 @@ def _tried(path: Path, read: Any, said: list[str]) -> dict[str, Any]:
     except (ConfigError, DataError) as error:
         said.append(visible(" ".join(str(error).replace(f"{path.parent}/", "").split())) + ".")
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        said.append(f"{path.name}: it holds no mapping; it is left out.")
+        return {}
+    return found

@@ -51,7 +51,7 @@ def _write(runs: list[Run], out: Path) -> Path:
         "runs": [_run(run, out) for run in runs],
         "coders": coders,
         "thinned": most if lines > most else 0,
-        "tokens": all(run.config.get("batch_tokens") for run in runs),
+        "tokens": all(run.batch_tokens > 1 for run in runs),
         "pairs": pairs(coders, len(runs)) if several else [],
         "differences": differing,
         "doubts": doubts(differing, runs) if several else [],
@@ -102,7 +102,8 @@ def _seconds(logged: list[float]) -> float | None:
 
 def _about(config: dict[str, Any]) -> list[list[str]]:
     """Returns what a run is of, in a few words each."""
-    found, grid = flat(config), flat(config.get("grid") or {})
+    found = flat(config)
+    grid = {name: value for name, value in found.items() if name.startswith("grid.")}
     told = {
         "model": found.get("model.name"),
         "reads": found.get("activations.sites"),

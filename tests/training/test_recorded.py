@@ -5,6 +5,7 @@ from rigs.recorded import LATENTS, recorded
 
 from sae.base.errors import ConfigError, DataError
 from sae.training.recorded import labels, read_run
+from sae.training.report import write_report
 
 
 @pytest.fixture
@@ -62,3 +63,19 @@ def test_runs_are_called_by_where_their_paths_differ(tmp_path):
     assert labels([tmp_path / "x" / "run", tmp_path / "y" / "run"]) == ["x/run", "y/run"]
     assert labels([tmp_path / "x", tmp_path / "y"]) == ["x", "y"]
     assert labels([tmp_path / "x", tmp_path / "x"]) == ["x (1)", "x (2)"]
+
+
+@pytest.mark.parametrize(
+    "garbage", ["", "[]", "3", "null", '{"a": 1}', '{"a": {"reconstruction": 3}}', "\0", "a: [", '"x"']
+)
+def test_whatever_stands_in_a_file_a_page_is_written_or_one_line_says_why_not(folder, garbage):
+    for name in ("evaluation.json", "config.yaml", "env.json", "timings.jsonl", "coders/a/cfg.json", "metrics.jsonl"):
+        before = (folder / name).read_bytes()
+        (folder / name).write_text(garbage + "\n")
+        try:
+            assert write_report(folder).is_file()
+        except DataError as error:
+            assert name == "metrics.jsonl"
+            assert "\n" not in str(error)  # noqa: PT017
+        (folder / name).write_bytes(before)
+    assert not read_run(folder, "run").said

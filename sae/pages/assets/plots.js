@@ -27,9 +27,10 @@ function lines(series, options = {}) {
         few && [...one.x].map((at, j) => fits(one.y[j], y) && mark(i, x.at(at), y.at(one.y[j]))));
     });
     const at = (value) => {
-      const lit = shown.map((i) => [i, nearestTo(series[i].x, value)]).filter(([i, j]) => fits(series[i].y[j], y));
+      const near = (all[all.length - 1] - all[0]) / 50;  // what was measured further away is not told here; what was nearby, with its own x
+      const lit = shown.map((i) => [i, nearestTo(series[i].x, value)]).filter(([i, j]) => fits(series[i].y[j], y) && Math.abs(series[i].x[j] - value) <= near);
       return {
-        text: [(options.x || "x") + " " + number(value), ...lit.map(([i, j]) => told(series, i) + number(series[i].y[j]))],
+        text: [(options.x || "x") + " " + number(value), ...lit.map(([i, j]) => told(series, i) + number(series[i].y[j]) + (series[i].x[j] === value ? "" : ` at ${number(series[i].x[j])}`))],
         mark: [el("line", {class: "cursor", x1: x.at(value), x2: x.at(value), y1: EDGE.top, y2: TALL - EDGE.bottom}),
           lit.map(([i, j]) => el("g", {class: colorOf(i)}, el("circle", {class: "lit", r: 4, cx: x.at(series[i].x[j]), cy: y.at(series[i].y[j])})))],
       };
