@@ -38,7 +38,13 @@ from sae.training.config import TrainConfig
 
 PAGES = pages()
 BLOCKS = [block for page, text in PAGES.items() for block in blocks(page, text)]
-COMMANDS = {"sae-train": "cli.train", "sae-eval": "cli.evaluate", "sae-explain": "cli.explain", "sae-load": "cli.load"}
+COMMANDS = {
+    "sae-train": "cli.train",
+    "sae-eval": "cli.evaluate",
+    "sae-explain": "cli.explain",
+    "sae-load": "cli.load",
+    "sae-view": "cli.view",
+}
 SMALL = {
     "sae-train": "--tokens 8192 --text.max_tokens 20000 --eval.tokens 1000 --activations.statistics_tokens 4096",
     "sae-explain": "--latents random:20 --evidence.tokens 40000",
