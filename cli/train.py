@@ -115,7 +115,7 @@ def _train(config, folder: Path | None, options) -> int:
         report(options.json, {"run_dir": folder, "metrics": result.metrics}, tables(result.metrics))
         log.info("run folder   %s", folder)
         if (folder / "report.html").is_file():
-            log.info("picture      %s", folder / "report.html")
+            log.info("report       %s", folder / "report.html")
         read = all(site.model for coder in result.coders.values() for site in coder.spec.reads)
         say_next(["sae-eval", folder], *([["sae-explain", folder]] if read else []))  # of vectors there is no text
     return DONE

@@ -46,7 +46,7 @@ def test_a_run_leaves_a_folder_that_explains_itself_and_says_what_to_do_next(tmp
         assert shown in printed.out
     assert printed.err.splitlines()[-4:] == [
         "run folder   runs/first",
-        "picture      runs/first/report.html",
+        "report       runs/first/report.html",
         "next         sae-eval runs/first",
         "             sae-explain runs/first",
     ]
@@ -436,7 +436,7 @@ def test_what_fails_beside_the_run_ends_nothing(tmp_path, tiny_train, monkeypatc
     assert code == 0
     assert printed.count("log.tracker: wandb failed (BrokenPipeError: ") == 1
     assert printed.count("report.html failed (BrokenPipeError: ") == 1
-    assert "picture" not in printed
+    assert "report       " not in printed
     assert_equal(tmp_path / "run", tmp_path / "whole")
 
 
