@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from rigs.fakes import tiny_config
+from rigs.pages import blocks
 from rigs.runs import assert_equal, checkpoints, files, lines
 from safetensors.torch import save_file
 
@@ -68,7 +69,9 @@ def test_a_run_leaves_a_folder_that_explains_itself_and_says_what_to_do_next(tmp
     assert environment["packages"].keys() >= {"sae-interp", "torch", "transformers"}
     loaded = hub.load(run)
     assert loaded.spec.metrics == json.loads((run / "evaluation.json").read_text())["model.layers.1"]
-    assert "<svg" in (run / "report.html").read_text(encoding="utf-8")
+    (drawn,) = blocks(run / "report.html")["curves"]
+    assert drawn["training"]["fvu"]["y"] == [line["fvu"] for line in trained]
+    assert len(drawn["held_out"]["ce_recovered"]["x"]) == 3
 
 
 def test_a_run_of_relative_names_is_found_from_any_folder(tmp_path, tiny_model, tiny_text, monkeypatch):
