@@ -71,7 +71,7 @@ def test_a_run_leaves_a_folder_that_explains_itself_and_says_what_to_do_next(tmp
     assert loaded.spec.metrics == json.loads((run / "evaluation.json").read_text())["model.layers.1"]
     (drawn,) = blocks(run / "report.html")["curves"]
     assert drawn["training"]["fvu"]["y"] == [line["fvu"] for line in trained]
-    assert len(drawn["held_out"]["ce_recovered"]["x"]) == 3
+    assert len(drawn["held_out"]["fvu"]["x"]) == 3
 
 
 def test_a_run_of_relative_names_is_found_from_any_folder(tmp_path, tiny_model, tiny_text, monkeypatch):
