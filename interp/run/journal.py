@@ -18,8 +18,8 @@ class Journal:
     What a crash left of a torn last line does not count, and is cut off before the next row is added; until then the
     file is only read, since it may be that of a run that goes on. Rows of other processes are seen by a new journal.
 
-    Of large rows much is looked at by few: where `until` names a field, rows are read as far as that alone, unless more
-    is asked for. It must be written behind the key and the status.
+    Of large rows much is looked at by few: where `until` names a field, all rows are read as far as that alone, unless
+    more is asked for. It must be written behind the key and the status. `get` reads the whole of one.
     """
 
     def __init__(self, path: Path, key: tuple[str, ...], until: str = "") -> None:
@@ -69,7 +69,7 @@ class Journal:
             return None
         with self.path.open("rb") as file:
             file.seek(self._where[key][0])
-            return _parsed(file.readline(), self.until)
+            return _parsed(file.readline())
 
     def rows(self, latents: Collection[int] | None = None, until: str | None = None) -> Iterator[dict[str, Any]]:
         """Yields the rows that count, in the order of their keys, whatever order they were written in: all, or those of
@@ -89,7 +89,7 @@ class Journal:
         return tuple(row[name] for name in self.key)
 
 
-def _parsed(line: bytes, until: str) -> dict[str, Any] | None:
+def _parsed(line: bytes, until: str = "") -> dict[str, Any] | None:
     end = line.find(f'"{until}":'.encode()) if until else -1  # in a text, there would be a backslash before a quote
     if end >= 0:
         line = line[:end].rstrip(b", ") + b"}"

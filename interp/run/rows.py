@@ -34,7 +34,7 @@ class Journals:
 
     def __init__(self, run_dir: Path, folders: list[Path], scorers: dict[str, Scorer]) -> None:
         self.folders, self.scorers = folders, scorers
-        self.journals = [explained_in(folder) for folder in folders]
+        self.journals = [explained_in(folder, "asked") for folder in folders]  # what ended how; rows are got one by one
         self.scores = [scores_in(folder, FIGURES) for folder in folders]
         self._near: dict[tuple[int, str], Row | None] = {}
         self.evidence = stored_evidence(run_dir / "evidence")

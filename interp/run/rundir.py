@@ -54,9 +54,9 @@ def cache_of(config: ExplainConfig, shard: tuple[int, int]) -> Path:
     return shard_folder(Path(config.run_dir), shard) / CACHE
 
 
-def explained_in(shard: Path) -> Journal:
-    """Returns the journal of explanations of a shard."""
-    return Journal(shard / "journal-explain.jsonl", EXPLAIN_KEY)
+def explained_in(shard: Path, until: str = "") -> Journal:
+    """Returns the journal of explanations of a shard, its rows as far as a field."""
+    return Journal(shard / "journal-explain.jsonl", EXPLAIN_KEY, until)
 
 
 def scores_in(shard: Path, until: str = "") -> Journal:
@@ -64,9 +64,9 @@ def scores_in(shard: Path, until: str = "") -> Journal:
     return Journal(shard / "journal-score.jsonl", SCORE_KEY, until)
 
 
-def shown_in(shard: Path) -> Journal:
-    """Returns the journal of what people are shown of the latents of a shard."""
-    return Journal(shard / "journal-examples.jsonl", ("latent",))
+def shown_in(shard: Path, until: str = "") -> Journal:
+    """Returns the journal of what people are shown of the latents of a shard, its rows as far as a field."""
+    return Journal(shard / "journal-examples.jsonl", ("latent",), until)
 
 
 def asked_in(shard: Path) -> list[int]:

@@ -45,12 +45,15 @@ def worth_seeing(
     tasks: Sequence[Task], judgements: Sequence[Judgement], misses: Sequence[float | None], most: int = SEEN
 ) -> list[int]:
     """Returns the numbers of some tasks: the worst misses first, then some without an answer, each reason before the
-    same again, then those that are most right. Of equal ones, active and silent windows take turns.
+    same again, then those that are most right. Of these, and of equal misses, active and silent windows take turns.
     """
     turns = {True: count(), False: count()}
-    turn = [next(turns[task.truth > 0]) for task in tasks]
-    wrong = sorted((-miss, turn[i], i) for i, miss in enumerate(misses) if miss is not None and miss > HALF)
-    right = sorted((miss, turn[i], i) for i, miss in enumerate(misses) if miss is not None and miss <= HALF)
+    wrong = [
+        (-miss, next(turns[tasks[i].truth > 0]), i) for i, miss in enumerate(misses) if miss is not None and miss > HALF
+    ]
+    fits = sorted((miss, i) for i, miss in enumerate(misses) if miss is not None and miss <= HALF)
+    wrong, turns = sorted(wrong), {True: count(), False: count()}
+    right = sorted((next(turns[tasks[i].truth > 0]), miss, i) for miss, i in fits)
     again: dict[str, count[int]] = {}
     lost = [(i, found.reason) for i, found in enumerate(judgements) if misses[i] is None]
     missing = sorted((next(again.setdefault(reason, count())), i) for i, reason in lost)

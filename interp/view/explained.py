@@ -90,7 +90,7 @@ class ExplainedRun:
 
     @cached_property
     def _shown(self) -> list[Journal]:
-        return [shown_in(shard) for shard in self.journals.folders]
+        return [shown_in(shard, "facts") for shard in self.journals.folders]
 
     @property
     def d_sae(self) -> int | None:

@@ -163,3 +163,19 @@ def test_rows_of_some_latents_are_those_rows(tmp_path):
     assert [(row["latent"], row["scorer"]) for row in journal.rows({7})] == [(7, "a"), (7, "b")]
     assert list(journal.rows([5])) == list(journal.rows(())) == []
     assert len(list(journal.rows())) == 3
+
+
+def test_rows_are_read_as_far_as_is_asked_for(tmp_path):
+    path, inner = tmp_path / "j.jsonl", 'a "heavy": 3, } \\'
+    rows = [{"latent": i, "status": "ok", "text": inner, "heavy": [i] * 9, "tail": inner} for i in range(3)]
+    written = Journal(path, ("latent",))
+    for row in (*rows, {"latent": 7, "status": "failed", "text": inner}):
+        written.append(row)
+    brief = Journal(path, ("latent",), until="heavy")
+    assert [brief.status(key) for key in brief] == ["ok"] * 3 + ["failed"]
+    found = list(brief.rows())
+    assert [row["text"] for row in found] == [inner] * 4
+    assert not any("heavy" in row or "tail" in row for row in found)
+    assert [row.get("heavy") for row in brief.rows({0, 7}, until="tail")] == [[0] * 9, None]
+    assert [row["tail"] for row in brief.rows({0, 1}, until="")] == [inner] * 2
+    assert brief.get((1,)) == written.get((1,)) == {"version": 1, **rows[1]}
