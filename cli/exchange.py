@@ -53,6 +53,7 @@ def _neuronpedia(options: argparse.Namespace, folder: str = "") -> int:
     from interp.exchange.neuronpedia_run import export_explained
     from interp.run.latents import spelled_out
     from interp.run.preparing import Given, prepare, resolve_config
+    from interp.view.serving.notes import Notes
 
     config = replace(
         saved_config(run_dir), latents=spelled_out(latents_of(run_dir))
@@ -63,7 +64,7 @@ def _neuronpedia(options: argparse.Namespace, folder: str = "") -> int:
         watch = Watch(stop)
         prepared = prepare(config, Given(trust_remote_code=options.trust_remote_code), watch)
         ids = options.model_id, options.source_id
-        names, made = export_explained(config, prepared, target, *ids, {}, watch)
+        names, made = export_explained(config, prepared, target, *ids, Notes(run_dir).labels(), watch)
     said = {"folder": target, "model_id": names.model_id, "source_id": names.source_id, **made._asdict()}
     counts = ", ".join(f"{count:,} {name}" for name, count in made._asdict().items())
     named = "" if all(ids) else "; --model-id and --source-id name it otherwise"

@@ -11,6 +11,7 @@ from rigs.runs import error_of
 from cli.explain import main as sae_explain
 from cli.view import main
 from interp.exchange.neuronpedia_schema import check_tree
+from interp.view.serving.notes import Notes
 
 SMALL = ["--evidence.tokens", "30000", "--examples.test", "12", "--examples.shown", "10"]
 
@@ -45,6 +46,7 @@ def test_neuronpedia_gets_all_latents_of_all_commands_under_names_that_are_told(
     assert code == 0, printed
     assert "source       model/1-res-topk-48; --model-id and --source-id name it otherwise" in printed
     assert check_tree(made / "run" / "neuronpedia", "model", "1-res-topk-48")["Neuron"] == 3
+    Notes(made / "run").change(3, label="the letter f, by hand")
     names = ("--model-id", "tiny", "--source-id", "1-res")
     code, printed = view("run", "--export", "neuronpedia", tmp_path / "new" / "lines", *names, "--json")
     assert code == 0, printed
@@ -55,6 +57,10 @@ def test_neuronpedia_gets_all_latents_of_all_commands_under_names_that_are_told(
         lines = gzip.decompress(path.read_bytes()).splitlines()
         assert len(lines) == told[counted]
         assert {json.loads(line)["index"] for line in lines} == {"3", "17", "20"}, kind
+
+    packed = (tmp_path / "new" / "lines" / "tiny" / "1-res" / "explanations" / "batch-0.jsonl.gz").read_bytes()
+    people = [row for row in map(json.loads, gzip.decompress(packed).splitlines()) if row["typeName"] == "human"]
+    assert [(row["index"], row["description"]) for row in people] == [("3", "the letter f, by hand")]
 
 
 @pytest.mark.parametrize(

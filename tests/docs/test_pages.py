@@ -44,6 +44,7 @@ COMMANDS = {
     "sae-explain": "cli.explain",
     "sae-load": "cli.load",
     "sae-view": "cli.view",
+    "sae-steer": "cli.steer",
 }
 SMALL = {
     "sae-train": "--tokens 8192 --text.max_tokens 20000 --eval.tokens 1000 --activations.statistics_tokens 4096",
