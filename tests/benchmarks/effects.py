@@ -1,6 +1,6 @@
 """Is the direct effect of a latent what really happens when it is taken out? And what does a prompt cost?
 
-    python tests/benchmarks/effects.py RUN...
+    python tests/benchmarks/effects.py RUN... [--texts 60]
 
 For texts of the held-out part of a run, every latent that fires at a token is taken out there in the model, whose later
 layers go on to compute with what is left (the coder's error stays), and the logit of the token that really follows,
@@ -21,12 +21,12 @@ import sae
 from interp.evidence.effects import DirectEffects, Entries
 from sae.evaluation.activations import codes_of, reading
 from sae.evaluation.evaluation import text_of
-from sae.lm.hooks import capture, model_inputs
-from sae.lm.intervene import replace_at
+from sae.lm.hooks import capture
+from sae.lm.intervene import next_logits, replace_at
 from sae.lm.norms import norm_of
 from sae.text.tokenizing import tokenize
 
-TEXTS, TOKENS, TIMES = 60, 50, 9
+TOKENS, TIMES = 50, 9
 
 
 def centered(logits, count):
@@ -37,17 +37,17 @@ def centered(logits, count):
 @torch.no_grad()
 def compared(lm, coder, ids):
     """Returns by latent that fires at the last token but one: direct effects, real ones, and the largest fault."""
-    read = reading(lm, coder, ids)
-    direct = DirectEffects(lm, read.coder)
+    read = reading(lm, coder, ids[:-1])
+    direct, n = DirectEffects(lm, read.coder), len(ids) - 1
     found = codes_of(read.coder, read.models, read.rows, direct.run)
-    measured, token = direct.measured(), len(ids) - 2
+    measured, token = direct.measured(), n - 1
     latents, values = found.latents.row(token)
     entries = Entries(torch.full_like(latents, token), latents, values.float())
     effects = measured.on(entries, torch.full_like(latents, ids[-1]))
 
     written = measured.written(entries)
     [site] = coder.spec.writes
-    plain = centered(lm.model(**model_inputs(lm, read.rows)).logits[0, token], len(lm.tokenizer))[ids[-1]]
+    plain = centered(next_logits(lm, read.rows, torch.tensor([n])), len(lm.tokenizer))[0, ids[-1]]
     rows = read.rows.expand(len(latents), -1)
 
     def without(x):
@@ -56,7 +56,8 @@ def compared(lm, coder, ids):
         return x
 
     with replace_at(lm.model, site, without):
-        real = plain - centered(lm.model(**model_inputs(lm, rows)).logits[:, token], len(lm.tokenizer))[:, ids[-1]]
+        logits = next_logits(lm, rows, torch.full((len(rows),), n))
+    real = plain - centered(logits, len(lm.tokenizer))[:, ids[-1]]
 
     norm = lm.model.get_submodule(direct.final.hook)
     x = capture(lm, [direct.final], read.rows)[direct.final.name][0, token]
@@ -70,12 +71,12 @@ def compared(lm, coder, ids):
     return effects, real, float(fault)
 
 
-def measured_run(path):
+def measured_run(path, texts):
     """Returns a row of the table."""
     coder = sae.load(path)
     lm = sae.load_language_model(coder.spec.reads[0].model)
     text = tokenize(text_of(coder.spec), lm.tokenizer, lm.source()).held_out
-    places = torch.linspace(0, text.n_rows - 1, TEXTS).long()
+    places = torch.linspace(0, text.n_rows - 1, texts).long()
     rows = text.tokens(places)[:, :TOKENS].tolist()
     direct, real, faults, inside = [], [], [], []
     for ids in rows:
@@ -101,10 +102,12 @@ def main():
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+")
+    parser.add_argument("--texts", type=int, default=60)
+    options = parser.parse_args()
     print("| run | latents | Pearson | Spearman | Pearson at a token, median | fault | prompt |")
     print("|---|---|---|---|---|---|---|")
-    for path in parser.parse_args().runs:
-        print(measured_run(path))
+    for path in options.runs:
+        print(measured_run(path, options.texts), flush=True)
 
 
 if __name__ == "__main__":
