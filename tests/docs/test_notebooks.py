@@ -6,8 +6,8 @@ from rigs.notebooks import MOST_CELLS, NOTEBOOKS, execute, read
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def test_there_are_five():
-    assert len(NOTEBOOKS) == 5
+def test_there_are_six():
+    assert len(NOTEBOOKS) == 6
 
 
 @each
