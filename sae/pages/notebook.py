@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 from sae.pages.marks import as_html
 
-
 CELL = "text-align:left;vertical-align:top;padding:0 1em 0 0"
 
 
