@@ -122,12 +122,13 @@ def _score(score: LatentScore, windows: Windows) -> dict[str, Any]:
     found |= {"value": figures(score.measure), "null": figures(score.null), "lift": figures(score.lift), "n": score.n}
     found["coverage"] = rounded(score.coverage)
     found["measures"] = {name: figures(measure) for name, measure in score.measures.items()}
-    found["judged"] = [_seen(seen, windows) for seen in score.windows]
+    marked = score.scorer.startswith("fuzz")  # no other judge is shown the marks that items have
+    found["judged"] = [_seen(seen, windows, marked) for seen in score.windows]
     found["asked"] = _asked(score.asked)
     return found
 
 
-def _seen(seen: Seen, windows: Windows) -> dict[str, Any]:
+def _seen(seen: Seen, windows: Windows, marked: bool) -> dict[str, Any]:
     """What is there of a task and its answer; what it has nothing of is left out."""
     found = {"windows": [windows.number(window) for window in seen.windows], "truth": rounded(seen.truth)}
     found |= {"tier": seen.tier, "decile": seen.decile, "value": rounded(seen.value), "miss": rounded(seen.miss)}
@@ -135,7 +136,7 @@ def _seen(seen: Seen, windows: Windows) -> dict[str, Any]:
     found |= {name: shown_text(text) for name, text in told.items() if text}
     if len(seen.windows) == 1:
         home = _homes(seen.windows[0].pieces())
-        found |= {"marks": sorted({home[place] for place in seen.marks})} if seen.marks else {}
+        found |= {"marks": sorted({home[place] for place in seen.marks})} if marked and seen.marks else {}
         levels = _largest(home, seen.levels)
         found |= {"levels": [levels.get(place, 0.0) for place in range(len(set(home)))]} if seen.levels else {}
     return found

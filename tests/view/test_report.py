@@ -91,6 +91,7 @@ def test_a_page_says_what_the_record_says(run, written):
                 assert one["value"] == [near(part) for part in (measure.value, measure.low, measure.high)]
                 assert one["measures"].keys() == score.measures.keys()
                 assert len(one["judged"]) == len(score.windows)
+                assert not any("marks" in seen for seen in one["judged"]), "only fuzzing shows marks to its judge"
 
 
 def test_histograms_add_up_to_the_counts(written):

@@ -56,16 +56,16 @@ function failuresOf(score) {
   const some = failures(score);
   if (some.length < 2) return null;
   const groups = [["Windows in which it fires", some.filter(([kind]) => kind.startsWith("found"))], ["Windows in which it is silent", some.filter(([kind]) => !kind.startsWith("found"))]];
-  const [worst, [least]] = groups.flatMap(([, group]) => group.length > 3 ? averaged(group) : group).reduce((a, b) => b[1][0] < a[1][0] ? b : a);
+  const [worst, [least, , most]] = groups.flatMap(([, group]) => group.length > 3 ? averaged(group) : group).reduce((a, b) => b[1][0] < a[1][0] ? b : a);
   return el("div", {class: "failures"},
-    el("p", {}, "Weakest: ", el("b", {}, worst.replace(/^(told apart|against), /, "silent windows, ")), `, ${percent(least, 2)} ` + (worst.startsWith("against") ? "ranked below those in which it fires" : "right") + verdict(score, worst, least)),
+    el("p", {}, "Weakest: ", el("b", {}, worst.replace(/^(told apart|against), /, "silent windows, ")), `, ${percent(least, 2)} ` + (worst.startsWith("against") ? "ranked below those in which it fires" : "right") + verdict(worst, least, most)),
     groups.filter(([, group]) => group.length).map(([title, group]) => el("div", {}, el("h4", {}, title), el("ul", {class: "bars"}, group.map(([kind, measure]) =>
       el("li", {}, el("span", {}, kind.replace("found, ", "")), scoreBar(measure, null, [0, 1], 90), el("span", {}, percent(measure[0], 2))))))));
 }
 
-/** What a weakness says of a label, where it is one. */
-function verdict(score, worst, least) {
-  if (least > 0.7) return ".";
+/** What a weakness says of a label, where it is one by more than the chance of so few windows. */
+function verdict(worst, least, most) {
+  if (least > 0.7 || most > 0.8) return ".";
   if (worst.includes("fires strongly")) return ": the label misses what it fires on most.";
   if (worst.includes("fires weakly")) return ": the label is too narrow for what it fires on weakly.";
   if (worst.includes("same token")) return ": the label names a token, not when it fires on it.";
