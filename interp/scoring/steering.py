@@ -18,7 +18,7 @@ from interp.evidence.subject import Subject
 from sae.base.seeding import generator
 from sae.base.sums import in_float64
 from sae.coder.splicing import directions
-from sae.evaluation.metrics import kl_divergence
+from sae.evaluation.metrics import kl_of
 from sae.lm.hooks import capture
 from sae.lm.intervene import Matched, add, matched_strength, next_logits
 from sae.lm.models import LanguageModel
@@ -102,8 +102,7 @@ def _matched(
     def measure(strength: float) -> float:
         with add(lm.model, sites, strength * direction, keep[:, : tokens.shape[1]]):
             amplified = next_logits(lm, tokens, lengths)
-        p, q = (logits[:, None].expand(-1, 2, -1) for logits in (clean, amplified))  # the last position is left out
-        return float(in_float64(kl_divergence(p, q, torch.ones_like(keep[:, :1]))).mean())
+        return float(in_float64(kl_of(clean, amplified)).mean())
 
     return matched_strength(measure, kl, max(START * norm, 1e-6))
 
