@@ -10,6 +10,7 @@ from interp.view.blocks import rounded, shown_text
 from interp.view.explained import ExplainedRun
 from interp.view.record import Spread
 from sae.base.files import read_json
+from sae.base.paths import told_elsewhere
 
 FACTS = ("coder", "model", "site", "text", "baseline", "seed")
 SEEN = ("tokens_counted", "documents", "sections", "context_length", "alive")
@@ -21,8 +22,12 @@ def about(run: ExplainedRun) -> dict[str, Any]:
     known = read_json(environment) if environment.is_file() else {}
     seen, nulls = summary.get("text_seen", {}), run.nulls
     return {
-        "folder": shown_text(str(run.run_dir)),
-        "facts": {name: shown_text(str(summary[name])) for name in FACTS if summary.get(name) not in (None, "none")},
+        "folder": shown_text(told_elsewhere(str(run.run_dir))),
+        "facts": {
+            name: shown_text(told_elsewhere(str(summary[name])))
+            for name in FACTS
+            if summary.get(name) not in (None, "none")
+        },
         "seen": {name: seen[name] for name in SEEN if name in seen},
         "d_sae": run.d_sae,
         "tokens": run.journals.evidence.tokens if run.journals.evidence else None,

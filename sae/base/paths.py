@@ -29,6 +29,13 @@ def can_only_be_local(typed: str) -> bool:
     return path.is_absolute() or typed.startswith((".", "~")) or first == RUNS or Path(first or "/nowhere").is_dir()
 
 
+def told_elsewhere(path: str) -> str:
+    """Returns a path as a page has it that others may see: of one from the root or home, its last two parts alone."""
+    if not Path(path).is_absolute() and not path.startswith("~"):
+        return path
+    return "/".join(part for part in Path(path).parts[-2:] if part not in (os.sep, "~"))
+
+
 def near(typed: str | Path) -> str:
     """Returns " Did you mean 'a'?" with what is most like a path that is not there, "" if nothing is.
 

@@ -5,12 +5,14 @@ side, and the settings that differ.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from sae.base.paths import told_elsewhere
 from sae.base.settings import flat
 from sae.base.visible import visible
 from sae.evaluation.tables import table
@@ -21,6 +23,7 @@ from sae.training.recorded import Run, explained_below, labels, read_run
 
 REPORT, TOGETHER = "report.html", "explained.html"  # of one run; of several explained ones below a folder
 POINTS, FEWEST, MOST = 24_000, 200, 2_000  # of one figure: of all coders together, and of one
+PATH = re.compile(r"""^(\s*(?:-\s+|[\w.]+:\s+)["']?)((?:/|~)[^"'\n]*)""")  # of this machine, in a line of a config
 
 
 def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
@@ -81,7 +84,7 @@ def _run(run: Run, out: Path) -> dict[str, Any]:
     return {
         "label": run.label,
         "about": _about(run.config),
-        "config": "\n".join(map(visible, text.splitlines())),
+        "config": "\n".join(visible(PATH.sub(_shared, line)) for line in text.splitlines()),
         "environment": [[name, visible(str(value))] for name, value in flat(run.environment).items()],
         "explained": _explained(run, out),
         "said": run.said,
@@ -92,6 +95,10 @@ def _run(run: Run, out: Path) -> dict[str, Any]:
         "seconds": _seconds([line["seconds"] for line in timed]),
         "speed": speed.get("y"),
     }
+
+
+def _shared(found: re.Match[str]) -> str:
+    return found[1] + told_elsewhere(found[2])
 
 
 def _seconds(logged: list[float]) -> float | None:
@@ -113,7 +120,7 @@ def _about(config: dict[str, Any]) -> list[list[str]]:
         **{name.rpartition(".")[2]: values for name, values in grid.items()},
     }
     texts = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in told.items()}
-    return [[visible(name), visible(str(text))] for name, text in texts.items() if text]
+    return [[visible(name), visible(told_elsewhere(str(text)))] for name, text in texts.items() if text]
 
 
 def _explained(run: Run, out: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sae.base.paths import can_only_be_local, moved_along, near, same_place
+from sae.base.paths import can_only_be_local, moved_along, near, same_place, told_elsewhere
 
 
 @pytest.fixture
@@ -54,3 +54,18 @@ def test_what_moved_along_is_found_again(here):
     assert moved_along("runs/other", "runs/quickstart/explain", moved / "explain") == "runs/other"
     assert moved_along("owner/model", "/old/q/explain", moved / "explain") == "owner/model"
     assert moved_along("", "/old/q/explain", moved / "explain") == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/home/me/work/runs/topk", "runs/topk"),
+        ("~/topk", "topk"),
+        ("/topk", "topk"),
+        ("/", ""),
+        ("runs/quickstart", "runs/quickstart"),
+        ("owner/model", "owner/model"),
+    ],
+)
+def test_what_others_may_see_of_a_path(path, told):
+    assert told_elsewhere(path) == told

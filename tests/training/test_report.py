@@ -40,6 +40,17 @@ def test_the_values_of_a_page_are_those_of_the_log(tmp_path):
     assert "/home/me" not in text
 
 
+def test_a_page_tells_nothing_of_where_its_run_lies(tmp_path):
+    folder = recorded(tmp_path / "run", GRID)
+    lines = ["run_dir: /home/me/runs/a", "text:", "  source: '/home/me/secret/books.jsonl'", "  more:", "  - ~/me/b/c"]
+    (folder / "config.yaml").write_text("\n".join(lines))
+    main = blocks(write_report(folder))["main"]
+    assert "source: 'secret/books.jsonl'" in main["runs"][0]["config"]
+    assert "- b/c" in main["runs"][0]["config"]
+    assert "/me" not in json.dumps(main)
+    assert str(tmp_path) not in json.dumps(main)
+
+
 def test_a_resumed_run_took_as_long_as_all_its_processes(tmp_path):
     folder = recorded(tmp_path / "run", {"a": (0.2, 8.0)}, steps=4)
     timed = [(1, 1.5), (2, 3.0), (3, 2.0), (4, 4.0)]

@@ -47,6 +47,12 @@ def test_all_that_was_asked_for_is_in_the_index_and_has_a_page(run, written):
     assert sum(statuses.values()) == len(run)
 
 
+def test_a_page_tells_nothing_of_where_its_run_lies(run, written):
+    told = json.dumps(blocks(written))
+    assert str(run.run_dir.parent.parent) not in told
+    assert str(Path.home()) + "/" not in told
+
+
 def test_the_index_says_what_the_table_says(run, written):
     (index,) = written["main"]["runs"]
     (explainer,) = index["explainers"]
