@@ -23,11 +23,7 @@ def about(run: ExplainedRun) -> dict[str, Any]:
     seen, nulls = summary.get("text_seen", {}), run.nulls
     return {
         "folder": shown_text(told_elsewhere(str(run.run_dir))),
-        "facts": {
-            name: shown_text(told_elsewhere(str(summary[name])))
-            for name in FACTS
-            if summary.get(name) not in (None, "none")
-        },
+        "facts": {name: shown_text(told_elsewhere(str(summary[name]))) for name in _there(summary)},
         "seen": {name: seen[name] for name in SEEN if name in seen},
         "d_sae": run.d_sae,
         "tokens": run.journals.evidence.tokens if run.journals.evidence else None,
@@ -39,6 +35,10 @@ def about(run: ExplainedRun) -> dict[str, Any]:
         "spent": summary["spent"],
         "edges": bin_edges(),
     }
+
+
+def _there(summary: Mapping[str, Any]) -> list[str]:
+    return [name for name in FACTS if summary.get(name) not in (None, "none")]
 
 
 def _summed(one: Mapping[str, Any], spreads: Mapping[tuple[str, str], Spread]) -> dict[str, Any]:
