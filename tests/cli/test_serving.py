@@ -36,6 +36,7 @@ def asked(url, path, data=None):
         return answer.read()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_the_page_is_served_and_notes_outlive_kill_9(explained_coder, tmp_path):
     shutil.copytree(explained_coder.parent, tmp_path / "made")
@@ -81,7 +82,7 @@ def test_what_cannot_be_served_is_one_line(explained_coder, refused, tmp_path, m
     assert "--port: 70000 is not from 0" in refused(explained_coder, "--port", 70000)
     assert "SAE_VIEW_TOKEN" in refused(explained_coder, "--host", "0.0.0.0")
     assert "no address of this machine" in refused(explained_coder, "--host", "nowhere.invalid")
-    assert "--serve take one" in refused(explained_coder, explained_coder)
+    assert "--export take one" in refused(explained_coder, explained_coder)
     plain = tmp_path / "plain"
     shutil.copytree(explained_coder, plain, ignore=shutil.ignore_patterns("explain"))
     assert f"nothing is explained in {plain}; run this first: sae-explain {plain}" in refused(plain, "--port", 0)
