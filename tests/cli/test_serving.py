@@ -63,8 +63,7 @@ def test_the_page_is_served_and_notes_outlive_kill_9(explained_coder, tmp_path):
 @pytest.fixture
 def refused(capsys, monkeypatch):
     """Returns the one line with which sae-view --serve ends before it loads the model."""
-    monkeypatch.setattr("sae.lm.models.load_language_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    monkeypatch.setattr("interp.view.opening.load_language_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("interp.view.opening.load_language_model", lambda *_, **__: pytest.fail("the model was loaded"))
 
     def run(*options):
         code = main([*map(str, options), "--serve"])
