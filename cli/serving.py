@@ -22,6 +22,7 @@ def serve(options: argparse.Namespace) -> int:
     from interp.view.serving.app import app
     from interp.view.serving.guards import Access
     from interp.view.serving.limits import Limits
+    from interp.view.serving.notes import Notes
     from interp.view.serving.served import Served
     from interp.view.serving.server import address, checked_token, listening
     from interp.view.serving.server import serve as serve_app
@@ -32,6 +33,7 @@ def serve(options: argparse.Namespace) -> int:
         opened = open_run(path, options.model, options.device, options.trust_remote_code)
         if opened.run is None:
             raise ConfigError(f"RUN: nothing is explained in {path}; run this first: sae-explain {path}")
+        Notes(opened.run.run_dir)  # a file of a newer version is told of before the model is loaded
         served, page = Served(opened.run, opened.coder, opened.lm, limits), LivePage(opened.run)
         served.warm()
         page.block("main")
