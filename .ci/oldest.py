@@ -10,6 +10,6 @@ from pathlib import Path
 TORCH = "2.13.0"
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-for declared in project["dependencies"]:
+for declared in [*project["dependencies"], *project["optional-dependencies"]["view"]]:
     name, oldest = re.fullmatch(r"([\w-]+)>=([\d.]+)", declared).groups()
     print(f"{name}=={TORCH if name == 'torch' else oldest}")

@@ -29,7 +29,7 @@ PAGES = {
 }
 AT = {source: page for page, source in PAGES.items()}
 FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
-LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
+LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
 CONFIG = re.compile(r"^\[[^\]]+\]\(([^)\s]+\.yaml)\)$", re.MULTILINE)
 FIELDS = re.compile(r"^Fields: `(\w+)`$", re.MULTILINE)
 SECTION = re.compile(r"^Section: \[[^\]]+\]\(([^)\s#]+)#([^)\s]+)\)$", re.MULTILINE)
@@ -141,7 +141,7 @@ def link(found: re.Match[str], source: str, here: str) -> str:
         return found[0]
     name, _, anchor = target.partition("#")
     path = at(source, name)
-    page = AT.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") and path.endswith(".md") else None)
+    page = AT.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") and path.endswith((".md", ".png")) else None)
     if page is None:
         return text
     return f"[{text}]({posixpath.relpath(page, posixpath.dirname(here) or '.')}{'#' if anchor else ''}{anchor})"
