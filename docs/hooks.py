@@ -141,7 +141,8 @@ def link(found: re.Match[str], source: str, here: str) -> str:
         return found[0]
     name, _, anchor = target.partition("#")
     path = at(source, name)
-    page = AT.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") and path.endswith((".md", ".png")) else None)
+    in_docs = path.startswith("docs/") and path.endswith((".md", ".png"))
+    page = AT.get(path) or (path.removeprefix("docs/") if in_docs else None)
     if page is None:
         return text
     return f"[{text}]({posixpath.relpath(page, posixpath.dirname(here) or '.')}{'#' if anchor else ''}{anchor})"
