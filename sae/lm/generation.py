@@ -1,5 +1,6 @@
 """What a model writes after a prompt, token by token."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -141,10 +142,12 @@ def drawn(logits: Float[Tensor, "vocabulary"], temperature: float, top_p: float,
 def logprobs_of(
     logits: Float[Tensor, "vocabulary"], token: int, top: int
 ) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """Returns the log probability of a token, and the `top` likeliest with theirs, in nats."""
+    """Returns the log probability of a token, and the `top` likeliest with theirs, in nats; ConfigError if none is."""
     logs = logits.log_softmax(0)
-    best = logs.topk(min(top, len(logs)))
-    return float(logs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    best, logprob = logs.topk(min(top, len(logs))), float(logs[token])
+    if math.isnan(logprob):  # else any token would be as good, and nobody told
+        raise ConfigError("lm: it predicts no numbers here; where latents are edited, lessen their strength")
+    return logprob, tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 def ends_of(lm: LanguageModel) -> set[int]:

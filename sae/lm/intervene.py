@@ -1,6 +1,7 @@
 """Changing what a language model computes at a site: replace by anything, ablate, add a direction, by how much."""
 
 import math
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -140,7 +141,7 @@ def guesses(target: float, start: float, tolerance: float = 0.1, steps: int = 10
         if best.reached:
             break
         capped = found if found < 1e6 * target else 1e6 * target  # NaN, of an overflow, is too much as well
-        here = (place, math.log(max(capped, 1e-6 * target)))
+        here = (place, math.log(max(capped, 1e-6 * target, sys.float_info.min)))
         low, high = (here, high) if here[1] < goal else (low, here)
         if low and high:
             share = (goal - low[1]) / (high[1] - low[1])

@@ -10,7 +10,6 @@
 In JSON an edit is an object of the same names: {"latent": 508, "strength": 2, "unit": "largest", "if": "12>1"}.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +25,13 @@ PLACES = ("prompt", "answer", "both")
 FIELDS = ("latent", "how", "strength", "unit", "where", "when")
 EXAMPLES = "508=4, 17:add=2x, 9:ablate, 3:scale=0.5 if 12>1"
 
+LARGEST = 3.4e38  # what float32 holds
+
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_CONDITION = re.compile(rf"\s*(\d+)\s*([<>])\s*({_NUMBER})\s*")
-_EDIT = re.compile(r"\s*(\d+)\s*(?::\s*(\w+)\s*)?(?:=\s*([^\s,;]+)\s*)?(?:\bin\s+(\w+)\s*)?(?:\bif\s+([^,;]*?)\s*)?")
+_CONDITION = re.compile(rf"\s*(\d{{1,18}})\s*([<>])\s*({_NUMBER})\s*")
+_EDIT = re.compile(
+    r"\s*(\d{1,18})\s*(?::\s*(\w+)\s*)?(?:=\s*([^\s,;]+)\s*)?(?:\bin\s+(\w+)\s*)?(?:\bif\s+([^,;]*?)\s*)?"
+)
 _STRENGTH = re.compile(rf"({_NUMBER})(x?)")
 
 
@@ -167,7 +170,7 @@ def _condition(value: Any) -> Condition:
     match = _CONDITION.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ConfigError(f"edits.if: {shown(value)} is not LATENT>VALUE or LATENT<VALUE, as in 12>1")
-    return Condition(int(match[1]), match[2], float(match[3]))
+    return Condition(int(match[1]), match[2], _finite("edits.if", float(match[3])))
 
 
 def _whole(name: str, value: Any) -> None:
@@ -176,6 +179,6 @@ def _whole(name: str, value: Any) -> None:
 
 
 def _finite(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{name}: {shown(value)} is not a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+        raise ConfigError(f"{name}: {shown(value)} is not a number up to {LARGEST:g}")
     return float(value)

@@ -77,6 +77,8 @@ class Steering:
         limited = [site for site in spec.writes if site.name in spec.mask.norm_limits]
         self.seen = _once(*spec.reads, *(limited if self.ahead else ()))
         """The sites that are read; of those that are written, those whose norms are looked at before."""
+        self.measured: dict[int, tuple[float, str]] = {}
+        """Largest activations that no run told, and where they were looked for: a text is read once for a latent."""
 
     def during(self, edits: Sequence[Edit], prompt: int) -> "Editing":
         """Returns what is open while a row is read (`sae.lm.reading.Row`) whose prompt has so many tokens.

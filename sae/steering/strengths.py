@@ -86,15 +86,17 @@ def ready(steering: Steering, edits: Sequence[Edit], largest: Largest | None = N
     """
     known = largest or Largest({})
     missing = {edit.latent for edit in edits if edit.unit == "largest"} - known.values.keys()
-    found = measured_largest(steering, sorted(missing)) if missing else Largest({})
+    if new := missing - steering.measured.keys():
+        found = measured_largest(steering, sorted(new))
+        steering.measured |= {latent: (found.values[latent], found.source) for latent in new}
     strengths = []
     for edit in edits:
-        of = found if edit.latent in found.values else known
-        most = of.values.get(edit.latent)
+        seen = steering.measured[edit.latent] if edit.latent in missing else None
+        most, source = seen or (known.values.get(edit.latent), known.source)
         if edit.unit == "largest" and not most:
-            raise ConfigError(f"edits: {edit}: latent {edit.latent} fires nowhere ({of.source}); say a value")
+            raise ConfigError(f"edits: {edit}: latent {edit.latent} fires nowhere ({source}); say a value")
         value = edit.strength if edit.unit == "value" or edit.strength is None else edit.strength * (most or 0.0)
-        strengths.append(Strength(edit, value, most, of.source if most else ""))
+        strengths.append(Strength(edit, value, most, source if most else ""))
     return tuple(strengths)
 
 

@@ -196,3 +196,57 @@ def test_a_token_opens_the_page_by_a_form_alone(served):
         assert ask.get("/api/about", Cookie=cookie).status == 200
         for answer in (form, wrong, right):
             assert TOKEN not in str(answer.headers) + answer.body.decode()
+
+
+BROKEN = [
+    b'{"text": "a\xed\xa0\x80"}',
+    b'{"text": "a\\uD800"}',
+    b'{"\\udfff": "a"}',
+    '{"text": "a\\ud800"}'.encode("utf-16"),
+    '{"text": "a"}'.encode("utf-32-le"),
+    b'{"text": NaN}',
+    b'{"text": ' + b"[" * 100_000,
+    b'{"text": ' + b"9" * 5000 + b"}",
+    b"",
+]
+
+
+@pytest.mark.parametrize("body", BROKEN)
+def test_what_is_no_json_of_whole_characters_is_one_line(ask, body):
+    for path in ("/api/prompt", "/api/notes", "/v1/completions"):
+        answer = ask.post(path, body)
+        assert answer.status == 400
+        assert b"the request is not valid JSON" in answer.body
+
+
+def test_a_prompt_tells_edited_labels(ask, served):
+    latent = ask.post("/api/prompt", {"text": TEXT}).json["latents"][0]["latent"]
+    before = ask.post("/api/prompt", {"text": TEXT}).json["labels"].get(str(latent))
+    ask.post("/api/notes", {"latent": latent, "label": HOSTILE})
+    answer = ask.post("/api/prompt", {"text": TEXT}).json
+    assert answer["latents"][0]["label"] == answer["labels"][str(latent)] == visible(HOSTILE)
+    ask.post("/api/notes", {"latent": latent, "label": None})
+    assert ask.post("/api/prompt", {"text": TEXT}).json["labels"].get(str(latent)) == before
+
+
+@pytest.mark.parametrize("edits", ["8=1e300", "8:add=1e38x", "8:scale=1e308", "9" * 4500 + "=1", "8=1 if 9<1e999"])
+def test_numbers_that_no_model_holds_are_one_line(ask, edits):
+    for path, data in (
+        ("/api/steer", {"prompt": TEXT, "edits": edits}),
+        ("/v1/completions", {"prompt": TEXT, "steer": edits}),
+    ):
+        answer = ask.post(path, data)
+        assert (answer.status, b"internal" in answer.body) == (400, False)
+    assert ask.post("/v1/completions", {"prompt": TEXT, "steer": {"latent": 8, "strength": 10**400}}).status == 400
+
+
+def test_a_target_that_is_hardly_a_number_cannot_be_reached(ask):
+    *_, last = lines(ask.post("/api/steer", {"prompt": TEXT, "edits": "8", "kl": 5e-324, "new_tokens": 2}))
+    assert "cannot be reached" in last["error"]
+
+
+def test_no_error_tells_where_the_tokenizer_lies(ask, served):
+    answer = ask.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})
+    assert answer.status == 400
+    assert "chat template" in answer.json["error"]["message"]
+    assert "/" not in answer.json["error"]["message"]

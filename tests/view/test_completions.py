@@ -280,3 +280,20 @@ class TestChat:
     def test_a_model_without_a_template_says_so(self, client, served):
         with pytest.raises(openai.BadRequestError, match="chat template"):
             client.chat.completions.create(model=served.name, messages=self.TALK)
+
+
+def test_a_stream_of_nothing_ends_as_an_answer_of_nothing(complete):
+    pieces = list(complete([PROMPT, "four"], max_tokens=0, stream=True))
+    assert [(one.choices[0].index, one.choices[0].text, one.choices[0].finish_reason) for one in pieces] == [
+        (0, "", "length"),
+        (1, "", "length"),
+    ]
+
+
+def test_a_model_that_predicts_no_numbers_is_told(complete, client, served, monkeypatch):
+    def broken(row, tokens, last=1):
+        return torch.full((last, len(served.lm.tokenizer)), torch.nan)
+
+    monkeypatch.setattr("sae.lm.reading.Row.read", broken)
+    with pytest.raises(openai.BadRequestError, match="predicts no numbers here"):
+        complete(max_tokens=1)

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from interp.view.serving import guards
 from interp.view.serving.guards import Access, Answers, Bodies, as_json, host_name
 from interp.view.serving.limits import Limits
-from interp.view.serving.refusing import Refused
+from interp.view.serving.refusing import Refused, told
 from sae.base.errors import ConfigError, DataError
 
 TOKEN = "correct-horse-battery-staple"
@@ -302,3 +302,44 @@ def test_names_are_read_as_browsers_do():
 def test_a_refusal_says_when_and_what():
     status, headers, body = as_json(Refused(429, "later", wait_s=0.2), {"message": "x"})
     assert (status, headers["retry-after"], body) == (429, "1", b'{"error": {"message": "x"}}')
+
+
+@pytest.mark.parametrize("origin", ["http://[bad", "file://", "http://127.0.0.1:{port}/x", "http://x@127.0.0.1:{port}"])
+def test_an_origin_that_no_browser_says_is_refused(ask, origin):
+    answer = ask.post("/api/x", {}, Origin=origin.format(port=ask.port))
+    assert (answer.status, answer.json) == (403, {"error": "origin: only the page of this server may ask it"})
+    assert ask.post("/api/x", {}, Origin=f"https://127.0.0.1:{ask.port}").status == 200  # a proxy that speaks TLS
+
+
+def test_what_is_left_of_a_refused_body_is_not_read_for_ever(ask, monkeypatch):
+    monkeypatch.setattr("interp.view.serving.server.HEADER_SECONDS", 0.2)
+    head = b"POST /api/x HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n"
+    began = time.monotonic()
+    assert raw(ask.port, head, *[b"1\r\nx\r\n"] * 100, wait=0.05).startswith(b"HTTP/1.1 415")
+    assert time.monotonic() - began < 3
+    first = head.replace(b"text/plain", b"application/json") + b"0\r\n\r\n"
+    told = raw(ask.port, first, first.replace(b"chunked", b"chunked\r\nConnection: close"), wait=0.02)
+    assert told.count(b"HTTP/1.1 200") == 2  # a connection whose bodies end stays open
+
+
+def test_two_servers_of_a_machine_do_not_log_each_other_out(ask_with_token):
+    with running(lambda turns: guarded(token=TOKEN)) as other:
+        kept = [
+            one.post(guards.LOGIN, TOKEN.encode()).headers["set-cookie"].split(";")[0]
+            for one in (ask_with_token, other)
+        ]
+        assert kept[0].split("=")[0] != kept[1].split("=")[0]
+        both = "; ".join(kept)
+        assert (ask_with_token.get("/", Cookie=both).status, other.get("/", Cookie=both).status) == (200, 200)
+        assert other.get("/", Cookie=kept[0]).status == 401
+
+
+def test_a_name_is_known_however_it_was_typed():
+    assert Access("MyHost", Limits(), TOKEN).known(host_name("myhost:80"))
+
+
+def test_no_path_of_this_machine_is_told_whatever_it_is_of():
+    said = told(
+        ConfigError("x: /opt/a b/c.json, '~/models/gemma' or C:\\Users\\me\\x; see https://h.co/a/b, 1/2 and a/b")
+    )
+    assert str(said) == "x: a b/c.json, 'gemma' or x; see https://h.co/a/b, 1/2 and a/b"

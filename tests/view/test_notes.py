@@ -198,3 +198,57 @@ def test_two_writers_lose_nothing(tmp_path):
     ]
     assert [writer.wait() for writer in writers] == [0, 0]
     assert [(note.latent, note.history) for note in Notes(tmp_path)] == [(1, 40), (2, 40)]
+
+
+def test_a_file_that_was_put_in_its_place_is_read_from_its_beginning(tmp_path):
+    notes = Notes(tmp_path)
+    for label in ("a", "b", "c"):
+        notes.change(3, label=label)
+    kept = notes.path.read_bytes()
+    notes.path.unlink()
+    assert notes.to_json() == []
+    assert notes.change(4, label="d").history == 1
+    assert Notes(tmp_path).labels() == notes.labels() == {4: "d"}
+    other = tmp_path / "other"
+    other.write_bytes(kept)
+    other.replace(notes.path)
+    assert notes.labels() == {3: "c"}
+    notes.path.write_bytes(kept.splitlines(keepends=True)[0])
+    assert notes.labels() == {3: "a"}
+    assert notes.change(3, label="e").history == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"label": 5},
+        {"label": ["x"]},
+        {"label": "\ud800"},
+        {"latent": -1},
+        {"latent": 1e999},
+        {"latent": "3"},
+        {"version": "1"},
+    ],
+)
+def test_a_line_that_is_no_note_is_left_out(tmp_path, change, caplog):
+    notes = Notes(tmp_path)
+    notes.change(3, label="a")
+    row = json.loads(notes.path.read_text()) | change
+    with notes.path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert [note["label"] for note in Notes(tmp_path).to_json()] == ["a"]
+    assert "damaged" in caplog.text
+
+
+def test_half_a_character_is_no_label(tmp_path):
+    with pytest.raises(ConfigError, match="label: it holds half of a character"):
+        Notes(tmp_path).change(3, label="\ud800")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
+def test_notes_that_cannot_be_read_are_one_line(tmp_path):
+    notes = Notes(tmp_path)
+    notes.change(3, label="a")
+    notes.path.chmod(0)
+    with pytest.raises(DataError, match="cannot be read"):
+        notes.to_json()

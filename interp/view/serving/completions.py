@@ -101,7 +101,7 @@ class Completions:
     ) -> AsyncIterator[str]:
         head |= {"usage": None} if wanted.usage else {}
         answers = [Answer() for _ in range(len(wanted.prompts) * wanted.n)]
-        offsets, written = [0] * len(answers), 0
+        offsets, written, going = [0] * len(answers), 0, set(range(len(answers)))
         try:
             if wanted.chat:
                 for number in range(len(answers)):
@@ -117,6 +117,7 @@ class Completions:
                 logprobs = self._logprobs(wanted, one, offsets[piece.answer]) if wanted.logprobs else None
                 offsets[piece.answer] += len(text)
                 finish = piece.step.end or None
+                going -= {piece.answer} if finish else set()
                 if wanted.chat:
                     if shown:
                         delta = {"content": text}
@@ -126,6 +127,9 @@ class Completions:
                 elif shown or finish:
                     choice = {"index": piece.answer, "text": text, "logprobs": logprobs, "finish_reason": finish}
                     yield _event({**head, "choices": [choice]})
+            for number in sorted(going):  # no token was asked for
+                end = {"index": number, "text": "", "logprobs": None, "finish_reason": "length"}
+                yield _event({**head, "choices": [_delta(number, {}, None, "length") if wanted.chat else end]})
             if wanted.usage:
                 yield _event({**head, "choices": [], "usage": _usage(tokens, written)})
             yield "data: [DONE]\n\n"
@@ -177,4 +181,4 @@ def _usage(tokens: int, written: int) -> dict[str, int]:
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data)}\n\n"
+    return f"data: {json.dumps(data, allow_nan=False)}\n\n"

@@ -29,7 +29,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-COOKIE = "sae_view"
+COOKIE = "sae_view_"  # and the port: browsers keep one cookie of a name for all servers of a machine
 LOGIN = "/login"
 NO_POLICY = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 HEADERS = {
@@ -42,6 +42,7 @@ HEADERS = {
     "x-frame-options": "DENY",
 }
 OPEN = ("/", LOGIN)  # addresses that a link on another site may lead to
+SCHEMES = ("http", "https")  # the second where a proxy speaks it for us
 OWN_SITE = ("", "same-origin", "none")
 MOST_CLIENTS = 4096
 WRONG_TOKEN = 20  # requests that one with a wrong token counts for
@@ -78,11 +79,11 @@ class Access:
         if not self.token or not _same(typed, self.token):
             self.pace(scope, WRONG_TOKEN)
             raise Refused(401, "this is not the token in SAE_VIEW_TOKEN")
-        return f"{COOKIE}={self.session}; HttpOnly; SameSite=Strict; Path=/"
+        return f"{_cookie_name(scope)}={self.session}; HttpOnly; SameSite=Strict; Path=/"
 
     def known(self, name: str) -> bool:
         """Returns whether this server is called by a name; of all addresses of a machine, by any but a domain's."""
-        if name in ("localhost", "127.0.0.1", "::1", self.host):
+        if name in ("localhost", "127.0.0.1", "::1", self.host.lower()):
             return True
         if self.host not in ANYWHERE:
             return False
@@ -105,7 +106,7 @@ class Access:
 
     def _check_origin(self, scope: Message, headers: dict[str, str]) -> None:
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != headers["host"].lower():
+        if origin is not None and origin.lower() not in [f"{scheme}://{headers['host'].lower()}" for scheme in SCHEMES]:
             raise Refused(403, "origin: only the page of this server may ask it")
         own = headers.get("sec-fetch-site", "").lower() in OWN_SITE
         if not own and not (scope["method"] in ("GET", "HEAD") and scope["path"] in OPEN):
@@ -117,9 +118,10 @@ class Access:
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer" and _same(given.strip(), self.token):
             return
-        if _same(_cookie(headers), self.session):
+        session = _cookie(headers, _cookie_name(scope))
+        if _same(session, self.session):
             return
-        if kind or _cookie(headers):
+        if kind or session:
             self.pace(scope, WRONG_TOKEN)
         raise Refused(401, "the token in SAE_VIEW_TOKEN is needed, as Authorization: Bearer or by the form at /")
 
@@ -250,9 +252,13 @@ def _same(given: str, right: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), right.encode("utf-8", "surrogateescape"))
 
 
-def _cookie(headers: dict[str, str]) -> str:
+def _cookie_name(scope: Message) -> str:
+    return f"{COOKIE}{(scope.get('server') or ('', ''))[1]}"
+
+
+def _cookie(headers: dict[str, str], named: str) -> str:
     parts = (part.strip().partition("=") for part in headers.get("cookie", "").split(";"))
-    return next((value for name, _, value in parts if name == COOKIE), "")
+    return next((value for name, _, value in parts if name == named), "")
 
 
 def _is_address(name: str) -> bool:

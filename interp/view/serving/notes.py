@@ -62,6 +62,8 @@ class Notes:
         self._notes: dict[int, Note] = {}
         self._read = 0
         """Bytes of the file that are known."""
+        self._file: int | None = None
+        """Which file that is."""
         self._catch_up()
 
     def __iter__(self) -> Iterator[Note]:
@@ -134,16 +136,25 @@ class Notes:
             raise ConfigError(f"bookmark: {bookmark!r} is neither true nor false")
         if label is not KEEP and label is not None and not isinstance(label, str):
             raise ConfigError("label: it is no text")
+        if isinstance(label, str) and not _is_text(label):
+            raise ConfigError("label: it holds half of a character")
         if isinstance(label, str) and len(label) > LONGEST_CHARS:
             raise ConfigError(f"label: it has {len(label)} characters; at most {LONGEST_CHARS} are allowed")
 
     def _catch_up(self) -> None:
         """Reads the lines that have come since, of other processes too; a line that has no end is not there yet."""
         if not self.path.is_file():
+            self._notes, self._read, self._file = {}, 0, None
             return
-        with open(self.path, "rb") as file:
-            file.seek(self._read)
-            text = file.read()
+        try:
+            with open(self.path, "rb") as file:
+                found = os.fstat(file.fileno())
+                if found.st_ino != self._file or found.st_size < self._read:  # somebody has put another in its place
+                    self._notes, self._read, self._file = {}, 0, found.st_ino
+                file.seek(self._read)
+                text = file.read()
+        except OSError as error:
+            raise DataError(f"notes: {self.path} cannot be read ({error.strerror})") from error
         whole = text[: text.rfind(b"\n") + 1]
         for line in whole.splitlines():
             note = _note(line, self.path)
@@ -174,14 +185,26 @@ def _append(path: Path, line: bytes) -> None:
         raise ConfigError(f"notes: they cannot be written ({error.strerror}); mend that, then save again") from error
 
 
+def _is_text(text: str) -> bool:
+    """Whether a text has no halves of characters, which no answer and no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _note(line: bytes, path: Path) -> Note | None:
     """Returns what a line says; None for one that a crash has torn, to which nothing was added since."""
     try:
         row = json.loads(line)
         version = row["version"]
         if version <= VERSION:
-            return Note(int(row["latent"]), bool(row["bookmark"]), row["label"], str(row["changed"]))
-    except (ValueError, KeyError, TypeError):
+            latent, label = row["latent"], row["label"]
+            if type(latent) is not int or latent < 0 or not isinstance(label, str | None) or not _is_text(label or ""):
+                raise TypeError
+            return Note(latent, bool(row["bookmark"]), label, str(row["changed"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
         log.warning("%s: a line is damaged and left out: %.60r", path.name, line)
         return None
     raise DataError(f"{path}: version {version} is newer than {VERSION}; upgrade sae-interp")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -75,7 +76,11 @@ class Panels:
         def steps() -> Steps:
             served = self.served
             served.ids(text, chat=chat)
-            yield fires_on(served.coder, served.lm, text, served.run, chat=chat).to_json()
+            found, edited = fires_on(served.coder, served.lm, text, served.run, chat=chat), served.notes.labels()
+            named = [
+                replace(one, label=visible(edited.get(one.latent, one.label or "")) or None) for one in found.latents
+            ]
+            yield replace(found, latents=tuple(named)).to_json()
 
         return JSONResponse(await self._one(request, steps()))
 
@@ -146,7 +151,7 @@ class Panels:
             yield json.dumps(first) + "\n"
             try:
                 async for piece in pieces:
-                    yield json.dumps(piece) + "\n"
+                    yield json.dumps(piece, allow_nan=False) + "\n"
             except Exception as error:
                 yield json.dumps({"error": str(told(error, served.places))}) + "\n"
 

@@ -1,6 +1,7 @@
 """What is said of a request that fails: one line of ours, or an id under which the log tells more."""
 
 import logging
+import re
 import secrets
 import traceback
 from http import HTTPStatus
@@ -11,6 +12,7 @@ from sae.base.visible import visible
 
 log = logging.getLogger(__name__)
 LONGEST_CHARS = 500
+_PLACE = re.compile(r"(?<![\w.:/~-])(?:~?/|[A-Za-z]:\\)(?:[^\s/\\'\"]+[/\\])+")  # of any path but its last part
 
 
 class Refused(ConfigError):
@@ -45,7 +47,7 @@ def one_line(text: str, places: tuple[str, ...] = ()) -> str:
     """Returns a message on one line, in which a place of this machine is its last part alone."""
     for place in sorted(filter(None, places), key=len, reverse=True):
         text = text.replace(place, Path(place).name)
-    text = visible(" ".join(text.split()))
+    text = visible(" ".join(_PLACE.sub("", text).split()))
     return text if len(text) <= LONGEST_CHARS else text[:LONGEST_CHARS] + " ..."
 
 

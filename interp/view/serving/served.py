@@ -63,7 +63,8 @@ class Served:
     @cached_property
     def places(self) -> tuple[str, ...]:
         """Returns the folders of this machine that no answer tells."""
-        paths = [self.run.run_dir, Path.cwd(), Path.home(), Path(self.lm.name)]
+        own = [getattr(of, "name_or_path", "") for of in (self.lm.model, self.lm.tokenizer)]
+        paths = [self.run.run_dir, Path.cwd(), Path.home(), *(Path(name) for name in (self.lm.name, *own) if name)]
         local = [path for path in paths if path.expanduser().is_dir()]
         names = {str(path) for path in local} | {str(path.expanduser().resolve()) for path in local}
         return tuple(name for name in names if len(name) > 1)
@@ -178,8 +179,9 @@ async def body_of(request: Request) -> Any:
     """Returns the JSON of a request; Refused (400) if it is none."""
     body = await request.body()
     try:
-        data = json.loads(body, parse_constant=_no_number)
-        if b"\\ud" in body.lower():  # halves of characters, which no text has
+        text = body.decode("utf-8-sig")  # json.loads would take other encodings, and halves of characters in them
+        data = json.loads(text, parse_constant=_no_number)
+        if "\\ud" in text.lower():  # halves of characters, which no text has
             json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise Refused(400, "the request is not valid JSON") from None

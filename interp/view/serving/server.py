@@ -146,7 +146,7 @@ class _Patient(H11Protocol):
 
     def _watch(self) -> None:
         """Gives the headers of a request their time, from the first byte on; those of a body are counted elsewhere."""
-        waits = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
+        waits = self._waits() and not self.transport.is_closing()
         if waits and self._timer is None:
             self._timer = self.loop.call_later(HEADER_SECONDS, self._late)
         elif not waits:
@@ -159,8 +159,13 @@ class _Patient(H11Protocol):
 
     def _late(self) -> None:
         self._timer = None
-        if self.conn.their_state is h11.IDLE:
+        if self._waits():
             self.transport.close()
+
+    def _waits(self) -> bool:
+        """Whether nobody else counts: before a request, and for what comes of a body after it was refused."""
+        theirs, ours = self.conn.their_state, self.conn.our_state
+        return theirs is h11.IDLE or (theirs is h11.SEND_BODY and ours is h11.DONE)
 
 
 def _bound(host: str, port: int) -> socket.socket:
