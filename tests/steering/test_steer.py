@@ -166,6 +166,12 @@ def test_units_are_resolved_from_what_is_given_else_measured_and_said(monkeypatc
     assert measured.strengths[0].largest == pytest.approx(largest, rel=1e-5)
     assert measured.strengths[0].value == pytest.approx(2 * largest, rel=1e-5)
     assert "on 240 tokens of Python's documentation" in str(measured)
+    once = Steering(lm, coder)
+    first = list(streamed(once, "abc", "1=2x", new_tokens=3))[-1]
+    monkeypatch.setattr("sae.steering.strengths.rows_of_text", None)
+    assert list(streamed(once, "abc", "1=2x", new_tokens=3))[-1] == first  # nobody reads the text again
+    assert "largest" not in str(list(streamed(once, "abc", "1=8", new_tokens=3))[-1].strengths[0])
+    monkeypatch.setattr("sae.steering.strengths.rows_of_text", lambda *_: rows)
     coder = coder_of("relu")
     with torch.no_grad():
         coder.b_enc[7] = -1e6
