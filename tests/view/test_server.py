@@ -8,6 +8,8 @@ import sys
 import time
 
 import pytest
+from rigs.serving import running
+from starlette.responses import Response
 
 from interp.view.serving.server import TOKEN, address, checked_token, is_loopback, listening
 from sae.base.errors import ConfigError
@@ -96,3 +98,25 @@ def test_ctrl_c_ends_a_server_in_the_middle_of_an_answer():
     assert (server.returncode, out) == (0, "ended\n")
     assert "Traceback" not in err
     assert time.monotonic() - began < 5
+
+
+async def hello(scope, receive, send):
+    await Response("hello")(scope, receive, send)
+
+
+def test_a_machine_without_room_for_connections_is_told_once_and_goes_on(monkeypatch, caplog):
+    monkeypatch.setattr("asyncio.constants.ACCEPT_RETRY_DELAY", 0.05)
+
+    def full(_):
+        raise OSError(24, "Too many open files", "/home/somebody")
+
+    with running(lambda turns: hello) as ask:
+        with monkeypatch.context() as patched:
+            patched.setattr("socket.socket.accept", full)
+            with socket.create_connection(("127.0.0.1", ask.port)):
+                time.sleep(0.3)
+        assert ask.get("/").body == b"hello"
+    assert [record.getMessage() for record in caplog.records] == [
+        "socket.accept() out of system resource (Too many open files)"
+    ]
+    assert caplog.records[0].exc_info is None

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import h11
 import uvicorn
@@ -18,8 +19,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from interp.view.serving.guards import App
 from interp.view.serving.limits import Limits
+from interp.view.serving.refusing import one_line
 from interp.view.serving.turns import Turns
 from sae.base.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 TOKEN = "SAE_VIEW_TOKEN"
 LEAST_TOKEN = 16
@@ -115,10 +119,23 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, turns: Turns, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self.turns, self.ready = turns, ready
+        self.told: set[str] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        asyncio.get_running_loop().set_exception_handler(self._amiss)
         self.ready()
+
+    def _amiss(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Tells once of each thing that goes wrong outside of requests, such as too many connections for the machine:
+        asyncio would with every try, and with the places of this machine.
+        """
+        error = context.get("exception")
+        reason = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+        line = one_line(f"{context['message']} ({reason})")
+        if line not in self.told:
+            self.told.add(line)
+            log.warning("%s", line)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
