@@ -98,7 +98,7 @@ def score_flow(
     lost = any(reply.failure in RETRYABLE for reply in first)
     status = FAILED if score.coverage < LEAST_COVERAGE else PARTIAL if lost else OK
     misses = [] if null else scorer.misses(tasks, judgements, threshold)
-    kept = {} if null else {"seen": seen_kept(tasks, judgements, misses), "asked": asked_kept(requests)}
+    kept = {} if null else {"seen": seen_kept(scorer, tasks, judgements, misses), "asked": asked_kept(requests)}
     return {
         "status": status,
         "reason": _counted(score.invalid),

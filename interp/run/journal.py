@@ -55,7 +55,8 @@ class Journal:
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row."""
-        line = json.dumps({"version": VERSION, **row}, allow_nan=False) + "\n"  # ASCII: a reply need not be valid UTF-8
+        data = {"version": VERSION, **row}
+        line = json.dumps(data, allow_nan=False, separators=(",", ":")) + "\n"  # ASCII: a reply need not be valid UTF-8
         if self._torn is not None:
             os.truncate(self.path, self._torn)
         self._torn = self.path.stat().st_size if self.path.exists() else 0  # until the whole line is there

@@ -14,6 +14,7 @@ import numpy as np
 
 from interp.client.requests import Chat, LogProb, Request
 from interp.records import Excerpt, Facts, Judgement, Seen, Task, Together, Window
+from interp.scorers import Scorer
 from interp.scoring.misses import worth_seeing
 
 Columns = dict[str, list[Any]]
@@ -37,7 +38,9 @@ def excerpts_of(data: Columns | list[dict[str, Any]]) -> tuple[Excerpt, ...]:
     return tuple(map(Excerpt, _windows(data, data["tokens"]), data["decile"], data["split"]))
 
 
-def seen_kept(tasks: Sequence[Task], judgements: Sequence[Judgement], misses: Sequence[float | None]) -> Columns:
+def seen_kept(
+    scorer: Scorer, tasks: Sequence[Task], judgements: Sequence[Judgement], misses: Sequence[float | None]
+) -> Columns:
     """Returns some of what was judged as columns, what is worth most first, as far as there is a text to look at."""
     there = [i for i, task in enumerate(tasks) if task.text or any(item.window.text for item in task.items)]
     worth = worth_seeing([tasks[i] for i in there], [judgements[i] for i in there], [misses[i] for i in there])
@@ -49,7 +52,7 @@ def seen_kept(tasks: Sequence[Task], judgements: Sequence[Judgement], misses: Se
         "value": [found.value for _, found, _ in chosen],
         "reason": [found.reason for _, found, _ in chosen],
         "miss": [miss for _, _, miss in chosen],
-        "marks": [list(task.items[0].marks) if len(task.items) == 1 else [] for task, _, _ in chosen],
+        "marks": [list(scorer.marks(task.items[0])) if len(task.items) == 1 else [] for task, _, _ in chosen],
         "levels": [[round(level, LEVEL_DIGITS) for level in found.levels] for _, found, _ in chosen],
         "text": [task.text for task, _, _ in chosen],
         "clean": [task.clean for task, _, _ in chosen],

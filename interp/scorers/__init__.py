@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from interp.client.requests import Abilities, Reply, Request
-from interp.records import Examples, Explanation, Facts, Judgement, Score, Task
+from interp.records import Examples, Explanation, Facts, Item, Judgement, Score, Task
 from interp.scoring.misses import ranked_misses
 from sae.base.plugins import Plugin, discover
 
@@ -57,6 +57,10 @@ class Scorer(Plugin):
     def tasks(self, examples: Examples, split: str, prepared: dict[str, Any]) -> list[Task]:
         """Returns what is judged, in an order that tells nothing; none where the examples do not suffice."""
         raise NotImplementedError
+
+    def marks(self, item: Item) -> tuple[int, ...]:
+        """Returns the tokens of an item that are marked, and that alone a rule looks at; here none: a rule sees all."""
+        return ()
 
     def requests(self, trial: Trial) -> list[Request]:
         """Returns what is asked; nothing where the explanation's rule decides."""

@@ -50,10 +50,6 @@ class Detection(Scorer):
         choose(f"scorers.{name}.layout", self.layout, ("auto", "window", "batch"))
         at_least(f"scorers.{name}.windows_per_request", self.windows_per_request, 1)
 
-    def marks(self, item: Item) -> tuple[int, ...]:
-        """Returns the tokens that are marked, and that alone a rule looks at; here none, so that a rule sees all."""
-        return ()
-
     def usable(self, item: Item) -> bool:
         """Returns whether this can be asked of an item."""
         return True

@@ -6,7 +6,7 @@ from typing import Any
 
 from interp.evidence.tally import bin_edges
 from interp.run.rundir import ENVIRONMENT
-from interp.view.blocks import rounded, shown_text
+from interp.view.blocks import LONGEST_LISTED, LONGEST_NAME, rounded, shown_text
 from interp.view.explained import ExplainedRun
 from interp.view.record import Spread
 from sae.base.files import read_json
@@ -23,7 +23,7 @@ def about(run: ExplainedRun) -> dict[str, Any]:
     seen, nulls = summary.get("text_seen", {}), run.nulls
     return {
         "folder": shown_text(told_elsewhere(str(run.run_dir))),
-        "facts": {name: shown_text(told_elsewhere(str(summary[name]))) for name in _there(summary)},
+        "facts": {name: shown_text(told_elsewhere(str(summary[name])), LONGEST_NAME) for name in _there(summary)},
         "seen": {name: seen[name] for name in SEEN if name in seen},
         "d_sae": run.d_sae,
         "tokens": run.journals.evidence.tokens if run.journals.evidence else None,
@@ -47,7 +47,9 @@ def _summed(one: Mapping[str, Any], spreads: Mapping[tuple[str, str], Spread]) -
     spread = spreads.get((one["explainer"], one["scorer"]))
     nulls = sorted(spread.null) if spread and one["explainer"] else []
     named = {name: shown_text(one[name]) for name in ("explainer", "scorer", "headline")}
-    missing = {kind: {**said, "first": shown_text(said["first"])} for kind, said in one["invalid"].items()}
+    missing = {
+        kind: {**said, "first": shown_text(said["first"], LONGEST_LISTED)} for kind, said in one["invalid"].items()
+    }
     counts = {name: one[name] for name in ("latents", "statuses", "coverage")}
     return {**named, **figures, **counts, "invalid": missing, "nulls": [rounded(value) for value in nulls]}
 
@@ -55,7 +57,7 @@ def _summed(one: Mapping[str, Any], spreads: Mapping[tuple[str, str], Spread]) -
 def _said(failures: Mapping[str, Any]) -> dict[str, Any]:
     return {
         str(shown_text(name)): [
-            [shown_text(kind), one["latents"], shown_text(one["first"])] for kind, one in of.items()
+            [shown_text(kind), one["latents"], shown_text(one["first"], LONGEST_LISTED)] for kind, one in of.items()
         ]
         for name, of in failures.items()
     }

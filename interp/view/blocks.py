@@ -2,10 +2,11 @@
 
 A window is a list
 
-    [text, {place: value}, section, start, peak]
+    [text, {place: value}, section, start, peak, tokens]
 
-whose text is that of its tokens with `CUT` between them, which no visible text has. What several parts of a record show
-of the text is one window of its list `windows`, and these parts have its number.
+whose text is that of its tokens with `CUT` between them, which no visible text has. Where tokens are parts of a
+character and told with others, `tokens` says for every place which one of the window it is; else it is left out. What
+several parts of a record show of the text is one window of its list `windows`, and these parts have its number.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ from sae.pages.marks import shown_with
 
 CUT = "\x7f"  # between the tokens of a window: one byte, also in JSON
 LONGEST = 20_000  # characters of a text; a page is no place for more
-LONGEST_TOKEN = 400
+LONGEST_LISTED, LONGEST_TOKEN = 1_000, 400  # of a text in the list of all latents, and of a token
+LONGEST_NAME = 200
 
 
 def shown_text(text: str | None, longest: int = LONGEST) -> str | None:
@@ -75,7 +77,8 @@ def window_of_page(window: Window) -> list[Any]:
     home = _homes(pieces)
     text = CUT.join(shown_text(piece, LONGEST_TOKEN) or "" for piece in pieces if piece)
     values = {place: exactly(value) for place, value in _largest(home, window.activations).items()}
-    return [text, values, window.section, window.start, home[window.peak] if window.peak < len(home) else 0]
+    found = [text, values, window.section, window.start, home[window.peak] if window.peak < len(home) else 0]
+    return found if all(pieces) else [*found, [place for place, piece in enumerate(pieces) if piece]]
 
 
 def _homes(pieces: Sequence[str]) -> list[int]:
@@ -112,7 +115,8 @@ def rounded(value: float | None) -> float | None:
 
 
 def _label(label: Label, windows: Windows) -> dict[str, Any]:
-    texts = {name: shown_text(getattr(label, name)) for name in ("explainer", "by", "text", "status", "reason")}
+    texts = {name: shown_text(getattr(label, name)) for name in ("explainer", "text", "status", "reason")}
+    texts["by"] = shown_text(label.by, LONGEST_NAME)
     return {**texts, "asked": _asked(label.asked), "scores": [_score(score, windows) for score in label.scores]}
 
 
@@ -122,13 +126,12 @@ def _score(score: LatentScore, windows: Windows) -> dict[str, Any]:
     found |= {"value": figures(score.measure), "null": figures(score.null), "lift": figures(score.lift), "n": score.n}
     found["coverage"] = rounded(score.coverage)
     found["measures"] = {name: figures(measure) for name, measure in score.measures.items()}
-    marked = score.scorer.startswith("fuzz")  # no other judge is shown the marks that items have
-    found["judged"] = [_seen(seen, windows, marked) for seen in score.windows]
+    found["judged"] = [_seen(seen, windows) for seen in score.windows]
     found["asked"] = _asked(score.asked)
     return found
 
 
-def _seen(seen: Seen, windows: Windows, marked: bool) -> dict[str, Any]:
+def _seen(seen: Seen, windows: Windows) -> dict[str, Any]:
     """What is there of a task and its answer; what it has nothing of is left out."""
     found = {"windows": [windows.number(window) for window in seen.windows], "truth": rounded(seen.truth)}
     found |= {"tier": seen.tier, "decile": seen.decile, "value": rounded(seen.value), "miss": rounded(seen.miss)}
@@ -136,7 +139,7 @@ def _seen(seen: Seen, windows: Windows, marked: bool) -> dict[str, Any]:
     found |= {name: shown_text(text) for name, text in told.items() if text}
     if len(seen.windows) == 1:
         home = _homes(seen.windows[0].pieces())
-        found |= {"marks": sorted({home[place] for place in seen.marks})} if marked and seen.marks else {}
+        found |= {"marks": sorted({home[place] for place in seen.marks})} if seen.marks else {}
         levels = _largest(home, seen.levels)
         found |= {"levels": [levels.get(place, 0.0) for place in range(len(set(home)))]} if seen.levels else {}
     return found

@@ -9,7 +9,7 @@ scorers                                 that need no label
 from collections.abc import Iterable
 from typing import Any
 
-from interp.view.blocks import rounded, shown_text
+from interp.view.blocks import LONGEST_LISTED, rounded, shown_text
 from interp.view.record import LatentRecord, LatentScore
 
 
@@ -63,8 +63,8 @@ class Columns:
         self.own.put(row, fired=record.fired, status=self.statuses.number(record.status))
         self._put_scores(row, "", record.scores)
         for label in record.labels:
-            status, texts = self.statuses.number(label.status), (shown_text(label.text), shown_text(label.reason))
-            text, reason = map(self.texts.number, texts)
+            status, told = self.statuses.number(label.status), (label.text, label.reason)
+            text, reason = (self.texts.number(shown_text(one, LONGEST_LISTED)) for one in told)
             self.labels.setdefault(label.explainer, Column()).put(row, text=text, status=status, reason=reason)
             self._put_scores(row, label.explainer, label.scores)
 
@@ -81,7 +81,7 @@ class Columns:
                 coverage=rounded(score.coverage),
                 n=score.n,
                 status=self.statuses.number(score.status),
-                reason=self.texts.number(shown_text(score.reason)),
+                reason=self.texts.number(shown_text(score.reason, LONGEST_LISTED)),
             )
 
     def to_json(self) -> dict[str, Any]:

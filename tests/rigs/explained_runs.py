@@ -174,7 +174,7 @@ def _score_row(
     row |= {"answers": "" if rule else "probabilities", "score": asdict(score), "threshold": None}
     if not key["null"]:
         chats = [] if rule else [Chat("judge", one_text(DETECTION, text, shown(items[0].window)), 1)]
-        row |= {"seen": seen_kept(tasks, judgements, misses), "asked": asked_kept(chats)}
+        row |= {"seen": seen_kept(scorer, tasks, judgements, misses), "asked": asked_kept(chats)}
     row |= {"tasks": task_columns(tasks), "values": [found.value for found in judgements]}
     row["levels"] = [list(found.levels) for found in judgements] if name == "simulation" else []
     row["reasons"] = {str(i): found.reason for i, found in enumerate(judgements) if not found.valid}

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from rigs.hostile_records import hostile
 from rigs.interp_runs import coder_folder
 from rigs.page_files import blocks_of, latents_of_blocks
 
+from interp.records import Window
 from interp.run.preparing import read_from
 from interp.run.rundir import saved_config
 from interp.view import report
-from interp.view.blocks import CUT
+from interp.view.blocks import CUT, latent_of_page, window_of_page
+from interp.view.columns import Columns
 from interp.view.explained import ExplainedRun
 from interp.view.report import Report, explained_below, write_report
 from sae.base.errors import ConfigError
@@ -217,6 +220,22 @@ def test_text_of_strangers_is_made_visible_once(run, tmp_path):
     (index,) = blocks["main"]["runs"]
     assert index["explainers"][0]["name"] == seen
     assert seen in index["texts"]
+
+
+def test_tokens_that_are_told_with_others_keep_their_places():
+    window = Window(0, 640, (5, 6, 7, 8), "a\U0001f600b", (0, 1, 1, 2, 3), (0.0, 3.0, 1.0, 2.0), 1)
+    assert window_of_page(window) == [f"a{CUT}\U0001f600{CUT}b", {1: 3.0, 2: 2.0}, 0, 640, 1, [0, 2, 3]]
+
+
+def test_a_text_of_any_length_is_short_in_the_index_and_whole_with_its_latent(run):
+    long, (record, *_) = "word " * 2_000, (one for one in run if one.label and one.label.text)
+    record = replace(record, labels=(replace(record.labels[0], text=long, by="by" * 10**6),))
+    columns = Columns()
+    columns.add(record)
+    assert max(map(len, columns.to_json()["texts"])) < 1_100
+    label = latent_of_page(record)["labels"][0]
+    assert label["text"] == long
+    assert len(label["by"]) < 300
 
 
 def test_which_runs_lie_in_a_folder(explained_coder, tmp_path):

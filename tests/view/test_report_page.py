@@ -136,6 +136,41 @@ def test_judged_windows_are_chosen_by_kind_and_answer(path):
         assert not seen.errors
 
 
+def test_bins_of_scores_are_reached_by_keys_and_show_as_many_latents_as_they_say(path):
+    with opened(path) as (page, seen):
+        page.wait_for_selector(".overview")
+        bins = page.locator(".card").first.get_by_role("button")
+        told = [bin_.get_attribute("aria-label") for bin_ in bins.all()]
+        assert [bin_.get_attribute("tabindex") for bin_ in bins.all()] == ["0"] + ["-1"] * (len(told) - 1)
+        for at in range(len(told)):
+            bins.first.focus()
+            for _ in range(at):
+                page.keyboard.press("ArrowRight")
+            page.keyboard.press("Enter")
+            many = told[at].split(": ")[1].split()[0]
+            page.wait_for_selector(f".table [role=status]:has-text('{many} of {LATENTS} latents')")
+            assert str(len(ids(page))) == many
+        assert sum(int(one.split(": ")[1].split()[0]) for one in told) > 100
+        assert not seen.errors
+
+
+def test_tokens_told_with_others_and_texts_of_any_length(path):
+    with opened(path, WIDTHS["phone"]) as (page, seen):
+        look(page, "latent=5")
+        assert "decile 10, strongest" in page.locator(".failures").first.inner_text()
+        assert " peaks, " in page.locator(".facts").inner_text()
+        page.evaluate("""document.getElementById("main").replaceChildren(el("div", {class: "explained"},
+            windowOf([["a", 0], ["b", 1]], 1, {label: "merged", first: 130, context: 128, tokens: [0, 3]}),
+            el("p", {id: "long"}, brief("w".repeat(10000)))))""")
+        page.get_by_role("group", name="merged").locator("[data-place='1']").hover()
+        assert "token 5 of its row" in page.locator(".tip").inner_text()
+        assert len(page.locator("#long").inner_text()) < 450
+        page.get_by_role("button", name="all 10,000 characters").click()
+        assert len(page.locator("#long > span > span").inner_text()) == 10_000
+        assert overflow(page) <= 0
+        assert not seen.errors
+
+
 @pytest.mark.slow
 def test_what_is_not_there_is_said_in_a_line(path):
     with opened(path) as (page, seen):

@@ -14,7 +14,7 @@ function factsOf(run, record) {
     lists.filter(([, tokens]) => tokens.length).map(([title, tokens, hint]) => el("section", {title: hint}, el("h3", {}, title), chips(tokens))),
     part("Neighbors by decoder", facts.neighbors.length ? nearLatents(run, facts.neighbors.map(([latent, cosine]) => [latent, "cosine " + short(cosine, 2)])) : el("p", {class: "faint"}, "none")),
     part("Fires together with", facts.together === null ? el("p", {class: "faint"}, "not counted in this run") : facts.together.length
-      ? nearLatents(run, facts.together.map(([latent, share, lift]) => [latent, `at ${percent(share, 2)} of its places, ${number(lift, 2)} times chance`])) : el("p", {class: "faint"}, "nothing")),
+      ? nearLatents(run, facts.together.map(([latent, share, lift, peaks]) => [latent, `at ${percent(share, 2)} of ${number(peaks)} peaks, ${number(lift, 2)} times chance`])) : el("p", {class: "faint"}, "nothing")),
     (facts.histogram || []).some(Boolean) && valuesPlot(facts, about.edges), (facts.positions || []).some(Boolean) && placesPlot(facts, about.seen.context_length));
 }
 

@@ -34,10 +34,10 @@ function listOfJudged(record, score, strongest, context) {
 
 function judgedWindow(record, [seen, kind, name], i, score, strongest, context) {
   const truth = /intruder/.test(score.scorer) ? `window ${seen.truth + 1} does not belong` : seen.tier === "active" ? (seen.decile >= 0 ? `fires, decile ${seen.decile + 1}` : "fires") : "silent: " + (TIERS[seen.tier] || words(seen.tier));
-  const said = seen.value === null ? seen.reason || "no answer" : /intruder/.test(score.scorer) ? `said window ${seen.value + 1}` : "said " + number(seen.value, 3);
+  const said = seen.value === null ? brief(seen.reason) || "no answer" : /intruder/.test(score.scorer) ? `said window ${seen.value + 1}` : "said " + number(seen.value, 3);
   return el("li", {}, el("span", {class: "side"}, name && el("span", {class: "badge " + kind}, name), el("span", {}, truth), el("span", {class: seen.value === null ? "warn" : null}, said)),
     el("span", {class: "texts"},
       seen.windows.map((window, j) => el("span", {class: seen.windows.length > 1 && j === seen.truth ? "odd" : null}, seen.windows.length > 1 && el("span", {class: "faint"}, j + 1 + " "),
         recordWindow(record, window, strongest, {label: `judged window ${i + 1}`, marks: seen.marks || [], levels: seen.levels || null, context}))),
-      seen.text !== undefined && el("span", {class: "window"}, el("b", {}, "amplified "), seen.text), seen.clean !== undefined && el("span", {class: "window faint"}, el("b", {}, "without "), seen.clean)));
+      seen.text !== undefined && el("span", {class: "window"}, el("b", {}, "amplified "), brief(seen.text)), seen.clean !== undefined && el("span", {class: "window faint"}, el("b", {}, "without "), brief(seen.clean))));
 }

@@ -38,7 +38,7 @@ function latentBody(run, record) {
 function labelCard(run, record, label) {
   const edited = hooks.note({run, latent: record.latent});
   return el("div", {class: "card"},
-    el("p", {class: "label"}, label.text === null ? el("span", {class: "warn"}, label.status + (label.reason && !label.reason.startsWith(label.status) ? ": " + label.reason : label.reason ? label.reason.slice(label.status.length) : "")) : label.text,
+    el("p", {class: "label"}, label.text === null ? el("span", {class: "warn"}, brief(label.reason.startsWith(label.status) ? label.reason : label.status + (label.reason && ": " + label.reason))) : brief(label.text),
       " ", el("span", {class: "faint"}, label.explainer + (label.by ? ` (${label.by})` : "")), edited && edited.label && el("span", {class: "badge"}, "edited: " + edited.label)),
     label.scores.map(scoreLine));
 }

@@ -28,13 +28,13 @@ const words = (name) => String(name).replaceAll("_", " ");
 /** A score of a latent as a line. */
 function scoreLine(score) {
   const [value] = score.value, head = el("span", {class: "scorer"}, score.scorer);
-  if (value === null) return el("div", {class: "scoreline"}, head, el("span", {class: "badge bad"}, score.status), el("span", {class: "faint"}, "no score" + (score.reason ? ": " + score.reason : "")));
+  if (value === null) return el("div", {class: "scoreline"}, head, el("span", {class: "badge bad"}, score.status), el("span", {class: "faint"}, "no score", score.reason && [": ", brief(score.reason)]));
   const ends = endsOf(score.headline, [score.value, score.null]);
   return el("div", {class: "scoreline"}, head, scoreBar(score.value, score.null[0], ends),
     el("span", {}, el("b", {}, short(value)), " ", el("span", {class: "faint"}, words(score.headline) + (score.value[1] === null ? "" : `, ${short(score.value[1])} to ${short(score.value[2])}`))),
     el("span", {}, "null " + short(score.null[0])), el("span", {}, "lift ", el("b", {}, interval(score.lift))),
     el("span", {}, `n ${number(score.n)}`), score.coverage !== null && score.coverage !== undefined && el("span", {class: score.coverage < 0.9 ? "warn" : null}, "coverage " + percent(score.coverage)),
-    score.status !== "ok" && el("span", {class: "badge"}, score.status), score.reason && el("span", {class: "warn"}, "missing: " + score.reason));
+    score.status !== "ok" && el("span", {class: "badge"}, score.status), score.reason && el("span", {class: "warn"}, "missing: ", brief(score.reason)));
 }
 
 const TIERS = {random: "random text", same_token: "same token", neighbor: "a neighbor fires", active: "fires"};
@@ -43,7 +43,7 @@ const TIERS = {random: "random text", same_token: "same token", neighbor: "a nei
 function failures(score) {
   const found = [], of = (name) => score.measures[name];
   const kinds = of("tpr") ? ["tnr", "told apart, "] : ["auroc", "against "];
-  for (let decile = 9; decile >= 0; decile--) if (of("recall_decile_" + decile)) found.push([decile === 9 ? "found, strongest tenth" : decile === 0 ? "found, weakest tenth" : "found, tenth " + (decile + 1), of("recall_decile_" + decile)]);
+  for (let decile = 9; decile >= 0; decile--) if (of("recall_decile_" + decile)) found.push(["found, decile " + (decile + 1) + ({9: ", strongest", 0: ", weakest"}[decile] || ""), of("recall_decile_" + decile)]);
   for (const tier of ["random", "same_token", "neighbor"]) {
     const measure = of(tier === "random" ? kinds[0] : `${kinds[0]}[${tier}]`);
     if (measure) found.push([kinds[1] + TIERS[tier], measure]);
@@ -76,6 +76,19 @@ function verdict(worst, least, most) {
 function averaged(group) {
   const mean = (part) => [part.reduce((sum, [, [value]]) => sum + value, 0) / part.length];
   return [["windows in which it fires strongly", mean(group.slice(0, 3))], ["windows in which it fires weakly", mean(group.slice(-3))]];
+}
+
+/** Text of strangers; of more than is read in a moment, the beginning and a button that shows the rest. */
+function brief(text, most = 400) {
+  if (!text || text.length <= most + 100) return text;
+  const beginning = [...text.slice(0, most)].slice(0, -1).join(""), told = el("span", {}, beginning, "\u2026");
+  const button = el("button", {type: "button", class: "quiet more", "aria-expanded": "false", onclick: () => {
+    const all = button.getAttribute("aria-expanded") === "false";
+    told.textContent = all ? text : beginning + "\u2026";
+    button.textContent = all ? "less" : `all ${number(text.length)} characters`;
+    button.setAttribute("aria-expanded", all);
+  }}, `all ${number(text.length)} characters`);
+  return el("span", {}, told, " ", button);
 }
 
 /** All figures of a score. */

@@ -9,9 +9,10 @@ const largestOf = ([, values]) => Object.values(values).reduce((most, value) => 
 /**
  * Tokens [[text, value], ...] with values by hover and focus: arrows go from token to token, Enter shows all of them.
  * options: label (its name), peak (about which it is shown at first), marks (places that a judge was shown marked),
- * levels (what was predicted for each token, 0 to 9), first (its place in the corpus), context (tokens of a row).
+ * levels (what was predicted for each token, 0 to 9), first (its place in the corpus), context (tokens of a row),
+ * tokens (which token of the window stands at a place; by default that of the same number).
  */
-function windowOf(tokens, strongest, {label = "text", peak = null, marks = [], levels = null, first = null, context = null} = {}) {
+function windowOf(tokens, strongest, {label = "text", peak = null, marks = [], levels = null, first = null, context = null, tokens: numbers = null} = {}) {
   const marked = new Set(marks), far = (place) => peak !== null && Math.abs(place - peak) > NEAR;
   const pieces = tokens.map(([text, value], place) => {
     const level = !value ? 0 : strongest > 0 ? Math.min(9, Math.max(1, Math.round(Math.abs(value) / strongest * 9))) : 9;
@@ -31,7 +32,7 @@ function windowOf(tokens, strongest, {label = "text", peak = null, marks = [], l
     const parts = ['"' + text + '"', (value ? number(value, 6) : "0") + share];
     if (levels) parts.push("predicted " + number(levels[place], 2) + " of 9");
     if (marked.has(place)) parts.push("marked for the judge");
-    if (first !== null && context) parts.push("token " + ((first % context) + place) + " of its row");
+    if (first !== null && context) parts.push("token " + ((first % context) + (numbers ? numbers[place] : place)) + " of its row");
     return parts;
   }
   function tell(place, keys) {
@@ -73,6 +74,6 @@ function showTip(piece, parts) {
 
 /** A window of a record, with its largest value before it. */
 function recordWindow(record, i, strongest, options = {}) {
-  const window = record.windows[i], [, , , first, peak] = window, context = options.context;
-  return windowOf(tokensOf(window), strongest, {peak, first, context, ...options});
+  const window = record.windows[i], [, , , first, peak, numbers] = window, context = options.context;
+  return windowOf(tokensOf(window), strongest, {peak, first, context, tokens: numbers, ...options});
 }
