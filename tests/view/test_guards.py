@@ -218,7 +218,8 @@ def test_the_token_is_needed_and_told_nowhere(ask_with_token, caplog):
     ask, right = ask_with_token, f"Bearer {TOKEN}"
     answers = [ask.get("/"), ask.get("/api/x"), ask.post("/v1/x", {}), ask.get("/", Authorization="Bearer wrong")]
     answers += [ask.get("/", Authorization=f"Basic {TOKEN}"), ask.get("/", Authorization="Bearer ")]
-    answers += [ask.get("/", Cookie=f"sae_view={TOKEN}"), ask.get(f"/?token={TOKEN}"), ask.get("/", Cookie="sae_view=")]
+    answers += [ask.get("/", Cookie=f"sae_view_{ask.port}={kept}") for kept in (TOKEN, "")]
+    answers += [ask.get(f"/?token={TOKEN}")]
     for answer in answers:
         assert answer.status == 401
         assert answer.headers["www-authenticate"] == "Bearer"
