@@ -10,7 +10,7 @@ from sae.base.errors import ConfigError
 
 from .parsing import Parser
 from .prompting import typed_text
-from .running import DONE, log, run
+from .running import DONE, run
 from .telling import report
 
 if TYPE_CHECKING:
@@ -72,8 +72,6 @@ def command(argv: list[str]) -> int:
     with _as_options(options):
         check_asked(edits, opened.coder.spec.d_sae, options.kl)
     steering = Steering(opened.lm, opened.coder)
-    if not options.chat and getattr(opened.lm.tokenizer, "chat_template", None):
-        log.info("prompt       read as plain text; the model has a template for chats: --chat")
     names = ("new_tokens", "kl", "temperature", "top_p", "seed", "chat")
     how: dict[str, Any] = {name: getattr(options, name) for name in names}
     largest = opened.largest([edit.latent for edit in edits])

@@ -1,6 +1,7 @@
 """Arguments of another kind than a function takes: one line that says what was given and what is taken."""
 
 import operator
+from numbers import Real
 from typing import Any
 
 from sae.base.settings import shown
@@ -24,6 +25,13 @@ def described(value: Any) -> str:
         return f"the text {shown(value if len(value) <= LONGEST else value[: LONGEST - 3] + '...')}"
     shape = getattr(value, "shape", None)
     return f"{kind} of shape {list(shape)}" if isinstance(shape, tuple) else kind
+
+
+def number(argument: str, value: Any) -> float:
+    """Returns a number as it is, numpy's too; TypeError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise wrong(argument, value, "a number")
+    return value  # type: ignore[return-value]
 
 
 def whole(argument: str, value: Any, least: int = 1) -> int:

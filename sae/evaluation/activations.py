@@ -196,10 +196,7 @@ def reading(
             raise ConfigError(
                 f"text: {n:,} tokens; {model.name} was trained on at most {model.trained_length:,} together"
             )
-        try:
-            model.check_context(n)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("text.context_length", "text", 1)) from error
+        model.check_context(n, "text")
     return Reading(coder, models, rows)
 
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.base import arguments
 from sae.base.errors import ConfigError
 from sae.base.seeding import generator
 from sae.base.settings import at_least
@@ -65,15 +66,15 @@ def generate(
 def check_writing(lm: LanguageModel, prompt: int, new_tokens: int, temperature: float, top_p: float) -> None:
     """Raises ConfigError naming what cannot be: a value, a model that predicts nothing, more tokens than it reads."""
     at_least("new_tokens", new_tokens, 0)
-    at_least("temperature", temperature, 0)
-    if not 0 < top_p <= 1:
+    at_least("temperature", arguments.number("temperature", temperature), 0)
+    if not 0 < arguments.number("top_p", top_p) <= 1:
         raise ConfigError(f"top_p: {top_p} is not above 0 and at most 1")
     if not lm.is_causal:
         raise ConfigError(f"lm: {lm.name} does not predict the next token, so it writes nothing")
     if not prompt:
         raise ConfigError("prompt: it holds no tokens, so there is nothing to go on from")
     try:
-        lm.check_context(prompt + new_tokens)
+        lm.check_context(prompt + new_tokens, "prompt")
     except ConfigError as error:
         told = str(error).partition(": ")[2]
         raise ConfigError(f"prompt: its {prompt} tokens and {new_tokens} new ones are too many: {told}") from error

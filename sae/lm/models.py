@@ -105,8 +105,10 @@ class LanguageModel:
         names = ("max_position_embeddings", "max_seq_len", "max_encoder_position_embeddings")
         return next(filter(None, (getattr(text, name, None) for name in names)), None)
 
-    def check_context(self, length: int) -> None:
+    def check_context(self, length: int, field: str = "text.context_length") -> None:
         """Raises ConfigError if the model cannot read rows of a length; warns where it was trained on shorter ones.
+
+        Both name the field that says the length.
 
         Where only the config says so, and no table of positions, it is tried.
         """
@@ -121,10 +123,10 @@ class LanguageModel:
                 most = trained
         if length > most:
             raise ConfigError(
-                f"text.context_length: {length} is more than {self.name} has positions for; at most {most} are allowed"
+                f"{field}: {length} is more than {self.name} has positions for; at most {most} are allowed"
             )
         if length > trained:
-            log.warning("text.context_length: %d is more than %s was trained on (%d)", length, self.name, trained)
+            log.warning("%s: %d is more than %s was trained on (%d)", field, length, self.name, trained)
 
     def source(self) -> dict[str, Any]:
         """Returns which model it is: name and revision."""

@@ -39,7 +39,7 @@ def prompt_tokens(lm: LanguageModel, prompt: Any, bos: str = "row", chat: bool =
     stands what stood there in training, of the policy `bos`. ConfigError for messages that the model has no template
     for, or that spell one of its special tokens.
     """
-    if isinstance(prompt, list | tuple) and prompt and all(isinstance(token, int) for token in prompt):
+    if isinstance(prompt, list | tuple) and prompt and all(type(token) is int for token in prompt):
         outside = [token for token in prompt if not 0 <= token < len(lm.tokenizer)]
         if outside:
             raise ConfigError(
@@ -50,14 +50,16 @@ def prompt_tokens(lm: LanguageModel, prompt: Any, bos: str = "row", chat: bool =
     if chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     messages = as_chat(prompt)
-    if isinstance(messages, list):
+    if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
+        if not getattr(lm.tokenizer, "chat_template", None):
+            raise ConfigError(f"prompt: the tokenizer of {lm.name} has no chat template; give plain text, without chat")
         try:
             ids = answerable(lm.tokenizer, messages, special_ids(lm.tokenizer))
         except ConfigError as error:
             raise ConfigError(str(error).replace("text.column", "prompt", 1)) from error
         return ids if ids[: len(before)] == before else [*before, *ids]
     if not isinstance(prompt, str):
-        raise wrong("prompt", prompt, "a text, a chat (messages with role and content) or token ids")
+        raise wrong("prompt", prompt, "one text, one chat (messages with role and content) or token ids")
     (found,) = encode_texts(lm.tokenizer, [prompt])
     if not len(found) and not before:
         raise ConfigError(f"prompt: {shown(prompt[:60])} holds no tokens, so there is nothing to go on from")

@@ -194,8 +194,8 @@ class _Pass:
         parts = [self.seen.get(s.name, like.new_zeros(n, s.width or like.shape[-1])) for s in of.spec.reads]
         self._inputs = torch.cat([part.float() for part in parts], dim=-1)
         values = of.coder.encode(self._inputs, latents=of.ids)
-        dense = values.values.new_zeros(n, len(of.ids))
-        dense[values.tokens, torch.searchsorted(of.ids, values.ids)] = values.values
+        dense = of.decoder.new_zeros(n, len(of.ids))
+        dense[values.tokens, torch.searchsorted(of.ids, values.ids)] = values.values.to(dense)
         self._changes = self._edited(dense)
         spread = torch.as_tensor(of.spec.normalize(self._inputs)[1][1], device=dense.device, dtype=dense.dtype)
         self._spread = spread.expand(n, of.spec.d_out)

@@ -4,6 +4,7 @@ sae.steer("quickstart", coder, "def f(x):", "508=4")
 sae.steer(lm, coder, messages, "508=2x, 17:ablate if 12>1", kl=0.5)
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from sae.base.arguments import whole
+from sae.base.arguments import number, whole
 from sae.base.errors import ConfigError
 from sae.base.sums import in_float64
 from sae.base.visible import visible
@@ -22,7 +23,7 @@ from sae.steering.edits import Edit, EditsLike, as_edits, check_latents
 from sae.steering.generation import prompt_tokens
 from sae.steering.hooks import Steering, check_steers
 from sae.steering.steered import Arm, Steered
-from sae.steering.strengths import Largest, kl_by_token, logits_after, ready, strengths_for
+from sae.steering.strengths import Largest, kl_by_token, known_largest, logits_after, ready, strengths_for
 from sae.text.decode import Decoder
 
 if TYPE_CHECKING:
@@ -102,8 +103,7 @@ def streamed(
     check_asked(asked, steering.spec.d_sae, kl)
     tokens = prompt_tokens(lm, prompt, steering.spec.bos, chat)
     check_writing(lm, len(tokens), whole("new_tokens", new_tokens), temperature, top_p)
-    known = largest if isinstance(largest, Largest | None) else Largest(largest)
-    strengths, monotone = ready(steering, asked, known), None
+    strengths, monotone = ready(steering, asked, known_largest(largest)), None
     how: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     plain, steered = list[Step](), list[Step]()
     first = _told("plain", written(lm, tokens, **how), plain)
@@ -129,6 +129,7 @@ def streamed(
         monotone=monotone,
         **read,
         model=lm.name,
+        untemplated=not chat and isinstance(prompt, str) and bool(getattr(lm.tokenizer, "chat_template", None)),
         temperature=temperature,
         seed=seed,
     )
@@ -140,8 +141,8 @@ def check_asked(edits: Sequence[Edit], d_sae: int, kl: float | None) -> None:
     for edit in edits:
         if kl is None and edit.strength is None and edit.how != "ablate":
             raise ConfigError(f"edits.strength: {edit.how} of latent {edit.latent} needs one, or kl, which finds it")
-    if kl is not None and not kl > 0:
-        raise ConfigError(f"kl: {kl:g} is not above 0")
+    if kl is not None and not 0 < number("kl", kl) < math.inf:
+        raise ConfigError(f"kl: {kl:g} is not above 0" if kl != math.inf else "kl: no strength changes so much")
     if kl is not None and all(edit.how == "ablate" for edit in edits):
         raise ConfigError("kl: there is no strength that could be found for it; clamp, add or scale a latent")
 

@@ -51,6 +51,8 @@ class Steered:
     changed: int
     """and at how many an edit changed something."""
     model: str
+    untemplated: bool
+    """Whether the prompt was read as plain text by a model that has a template for chats."""
     temperature: float
     seed: int
 
@@ -71,9 +73,12 @@ class Steered:
 
     @property
     def note(self) -> str:
-        """Returns what is to be known of the search for a target KL, "" if nothing is."""
-        told = "the KL does not rise steadily with the strength, so that others may reach it too"
-        return told if self.monotone is False else ""
+        """Returns what is to be known of the search for a KL and of how the prompt was read, "" if nothing is."""
+        told = {
+            "the KL does not rise steadily with the strength, so that others may reach it too": self.monotone is False,
+            "the prompt was read as plain text, though the model has a template for chats (chat)": self.untemplated,
+        }
+        return "; ".join(text for text, holds in told.items() if holds)
 
     @property
     def figures(self) -> list[str]:

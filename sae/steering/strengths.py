@@ -7,16 +7,18 @@ by one factor (of `scale`, what it differs from 1 by), which is found by bisecti
 """
 
 import logging
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.base.arguments import number, wrong
 from sae.base.errors import ConfigError
 from sae.base.sums import in_float64
 from sae.evaluation.doctor import rows_of_text
@@ -73,9 +75,12 @@ class Strength:
         if self.value is None:
             return str(self.asked)
         told = str(replace(self.asked, strength=self.value, unit="value"))
-        if not self.largest or self.asked.how == "scale":
+        if self.asked.how == "scale":
             return told
-        return f"{told} ({self.value / self.largest:.3g} of its largest activation, {self.largest:.4g} {self.source})"
+        of = "in its own units; its largest activation is not known"
+        if self.largest:
+            of = f"{self.value / self.largest:.3g} of its largest activation, {self.largest:.4g} {self.source}"
+        return f"{told} ({'clamped; ' * (self.asked.how == 'clamp')}{of})"
 
 
 def ready(steering: Steering, edits: Sequence[Edit], largest: Largest | None = None) -> tuple[Strength, ...]:
@@ -138,6 +143,15 @@ def kl_by_token(clean: Float[Tensor, "n vocabulary"], edited: Float[Tensor, "n v
     return torch.cat([kl_of(p, q) for p, q in pairs]).clamp_min(0)
 
 
+def known_largest(given: Any) -> Largest | None:
+    """Returns largest activations as they were given by latent; TypeError for what are none."""
+    if given is None or isinstance(given, Largest):
+        return given
+    if not isinstance(given, Mapping):
+        raise wrong("largest", given, "largest activations by latent, as {508: 3.2}")
+    return Largest({latent: number("largest", value) for latent, value in given.items()})
+
+
 class OfTarget(NamedTuple):
     """Strengths that reach a target KL."""
 
@@ -165,7 +179,8 @@ def strengths_for(
     while found is None:
         during = steering.during([one.at(factor) for one in strengths], len(prompt))
         edited = logits_after(steering.lm, prompt, written, during)
-        seen[factor] = float(in_float64(kl_by_token(clean, edited)).mean())
+        kl = float(in_float64(kl_by_token(clean, edited)).mean())
+        seen[factor] = kl if math.isfinite(kl) else math.inf  # of an overflow: too much
         yield
         try:
             factor = search.send(seen[factor])

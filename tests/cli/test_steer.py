@@ -104,7 +104,7 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(steer, explained_coder
 def test_what_the_model_has_to_tell_is_one_line_as_well(steer, explained_coder):
     code, _, said = steer(explained_coder, "--latent", 3, "--strength", 1, "--chat", PROMPT)
     assert code == 2
-    assert error_of(said).startswith("prompt: it holds chats, and the tokenizer of ")
+    assert error_of(said).startswith("prompt: the tokenizer of ")
     code, told, said = steer(explained_coder, "--latent", 3, "--kl", 900, "--new-tokens", 3, PROMPT)
     assert code == 2
     assert error_of(said).startswith("kl: 900 nats cannot be reached; the nearest is ")

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from sae.base.errors import ConfigError
+from sae.lm.generation import generate
 from sae.lm.models import LanguageModel, load_language_model
 from sae.lm.probing import _last_reaches_others, nature_of, positions_of
 from sae.training.estimate import estimate
@@ -137,6 +138,10 @@ def test_rows_longer_than_training_saw_are_tried_and_warned_of(tmp_path, caplog)
     (line,) = caplog.messages
     assert line.startswith("text.context_length: 65 is more than")
     assert line.endswith("was trained on (64)")
+    caplog.clear()
+    next(generate(lm, [5] * 63, new_tokens=2))
+    (line,) = caplog.messages
+    assert line.startswith("prompt: 65 is more than"), "of a prompt, no setting of a run is named"
     config = MptConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=2, max_seq_len=40)
     mpt = LanguageModel(AutoModelForCausalLM.from_config(config).eval(), tiny_tokenizer(), "mpt", None, True)
     mpt.check_context(40)

@@ -72,6 +72,8 @@ def test_wrong_objects_are_one_line():
         r"edits.latent: True is not the id of a latent, which is a whole number from 0": {"latent": True},
         r"edits.strength: inf is not a number": {"latent": 3, "strength": float("inf")},
         r"edits.unit: 'lagest' is not one of value, largest. Did you mean": {"latent": 3, "unit": "lagest"},
+        r"edits.strength: 10{400} is not a number up to": {"latent": 3, "strength": 10**400},
+        r"edits.if: inf is not a number up to": {"latent": 3, "if": "4>1e999"},
         r"edits.if: 7 is not LATENT>VALUE": {"latent": 3, "if": 7},
         r"edits: 7 is none; say them as in '508=4, ": 7,
     }

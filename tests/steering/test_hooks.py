@@ -105,6 +105,21 @@ def column(spec, site):
     return slice(at * D, (at + 1) * D)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["topk", "l2", "skip", "crosscoder", "cross-layer"])
+def test_coders_in_other_precisions_steer_as_well(lm, kind, dtype):
+    coder = coder_of(kind).to(dtype)
+    steering, plain = Steering(lm, coder), logits(lm, ROW)
+    latent, _ = firing(coder, lm)
+    assert torch.equal(logits(lm, ROW, steering.during(as_edits(f"{latent}:scale=1"), len(PROMPT))), plain)
+    edited = logits(lm, ROW, steering.during(as_edits(f"{latent}=3"), len(PROMPT)))
+    same = coder_of(kind)
+    same.load_state_dict(coder.state_dict())  # the same numbers, in float32
+    wanted = logits(lm, ROW, Steering(lm, same).during(as_edits(f"{latent}=3"), len(PROMPT)))
+    assert torch.allclose(edited, wanted, **NEAR)
+    assert (wanted - plain).abs().max() > 0.1
+
+
 def test_what_is_not_reconstructed_stays(lm):
     coder = coder_of("topk")
     assert Steering(lm, coder).spec.is_autoencoder

@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -153,7 +154,7 @@ def test_units_are_resolved_from_what_is_given_else_measured_and_said(monkeypatc
     given = sae.steer(lm, coder, "abc", "1=2x", new_tokens=3, largest={1: 4.0})
     (strength,) = given.strengths
     assert (strength.value, strength.largest, strength.source) == (8.0, 4.0, "as given")
-    assert str(strength) == "1=8 (2 of its largest activation, 4 as given)"
+    assert str(strength) == "1=8 (clamped; 2 of its largest activation, 4 as given)"
     assert sae.steer(lm, coder, "abc", "1=8", new_tokens=3).steered == given.steered
     named = sae.steer(lm, coder, "abc", "1=8", new_tokens=3, largest=Largest({1: 4.0}, "in the evidence"))
     assert "2 of its largest activation, 4 in the evidence" in str(named)
@@ -199,6 +200,8 @@ def test_bad_input_is_one_line_before_a_model_is_loaded():
         r"^top_p: 0 is not above 0 and at most 1$": {"top_p": 0},
     }
     short = LanguageModel(lm.model, lm.tokenizer, "tiny", None, True, positions=64)
+    with pytest.raises(ConfigError, match=r"too many: 3\d+ is more than tiny has positions for; at most 64 "):
+        sae.steer(short, coder, "a" * 300, "1=1")
     for told, more in others.items():
         with pytest.raises(ConfigError, match=told):
             sae.steer(short, coder, **{"prompt": "abc", "edits": "1=1", **more})
@@ -232,7 +235,13 @@ def test_messages_go_through_the_template():
     assert sae.steer(chatty, coder, messages, "1=1", new_tokens=2).prompt == "<s>[system]s\n[user]hi\n[assistant]"
     begun = [*messages, {"role": "assistant", "content": "So"}]
     assert sae.steer(chatty, coder, begun, "1=1", new_tokens=2).prompt == "<s>[system]s\n[user]hi\n[assistant]So"
-    assert sae.steer(chatty, coder, "hi", "1=1", new_tokens=2).prompt == "<s>hi"
+    plain = sae.steer(chatty, coder, "hi", "1=1", new_tokens=2)
+    assert plain.prompt == "<s>hi"
+    assert plain.note == "the prompt was read as plain text, though the model has a template for chats (chat)"
+    assert str(plain).count(plain.note) == 1
+    assert plain.to_json()["note"] == plain.note
+    for ids in (found, sae.steer(chatty, coder, [0, 40], "1=1", new_tokens=2), sae.steer(lm, coder, "hi", "1=1")):
+        assert not ids.note
     with pytest.raises(ConfigError, match=r"^prompt: a message spells '</s>'"):
         sae.steer(chatty, coder, "hi</s>", "1=1", chat=True)
     with pytest.raises(ConfigError, match=r"^prompt: .* has no chat template"):
@@ -268,6 +277,48 @@ def test_the_stream_gives_the_pieces_of_the_result_and_users_do_not_mix():
     assert None in searching, "others may have a turn between the passes of a search"
 
 
+def test_what_is_not_one_prompt_or_one_number_is_one_line():
+    lm, coder, _ = planted()
+    kinds = {
+        r"^prompt: list was given; it takes one text, one chat .* or token ids$": {"prompt": ["abc", "def"]},
+        r"^prompt: tuple was given": {"prompt": ("abc",)},
+        r"^prompt: list was given; it takes one": {"prompt": []},
+        r"^prompt: list .*one text": {"prompt": [[3, 4], [5]]},
+        r"^prompt: list was": {"prompt": [True, False]},
+        r"^kl: the text '0.5' was given; it takes a number$": {"edits": "1", "kl": "0.5"},
+        r"^kl: no strength changes so much$": {"edits": "1", "kl": math.inf},
+        r"^temperature: the text '1' was given": {"temperature": "1"},
+        r"^top_p: True was given": {"top_p": True},
+        r"^largest: 3.0 was given; it takes largest activations by latent": {"largest": 3.0},
+        r"^largest: the text 'a' was given; it takes a number$": {"edits": "1=2x", "largest": {1: "a"}},
+        r"^edits.strength: 1e\+300 is not a number up to ": {"edits": "1=1e300"},
+    }
+    for told, more in kinds.items():
+        with pytest.raises((ConfigError, TypeError), match=told):
+            sae.steer(lm, coder, **{"prompt": "abc", "edits": "1=1", **more})
+
+
+def test_an_edit_that_overflows_the_model_is_an_error_and_ends_no_search():
+    lm, coder, _ = planted()
+    half = LanguageModel(deepcopy(lm.model).half(), lm.tokenizer, "tiny", None, True)
+    with pytest.raises(ConfigError, match=r"^lm: it predicts no numbers here; where latents are edited, lessen"):
+        sae.steer(half, coder, "abc", "1=1e30", new_tokens=3)
+    with pytest.raises(ConfigError, match=r"^kl: 500 nats cannot be reached; the nearest is [\d.]+, with 1="):
+        sae.steer(half, coder, "abc", "1", new_tokens=3, kl=500)
+
+
+def test_units_and_how_are_said_of_every_edit():
+    lm, coder, _ = planted()
+    found = sae.steer(lm, coder, "abc", "1=8, 2:add=1, 3:scale=2, 4:ablate", new_tokens=2, largest={2: 4.0})
+    own = "in its own units; its largest activation is not known"
+    assert [str(one) for one in found.strengths] == [
+        f"1=8 (clamped; {own})",
+        "2:add=1 (0.25 of its largest activation, 4 as given)",
+        "3:scale=2",
+        "4:ablate",
+    ]
+
+
 HOSTILE = "<script>alert(1)</script>\u202e\u200b\x1b[31m"
 
 
@@ -288,6 +339,6 @@ def test_the_result_is_shown_as_text_whatever_it_says():
     assert data["kl"] == list(found.kl)
     assert data["steered"] == found.steered
     assert data["mean_kl"] == found.mean_kl
-    assert data["edits"] == ["1=8"]
+    assert data["edits"] == [str(found.strengths[0])]
     assert data["strengths"][0]["strength"] == 8
     assert len(data["tokens"]) == len(data["kl"]) == 6

@@ -20,7 +20,7 @@ function latentHead(run, latent) {
     el("h2", {tabindex: -1, id: "latent"}, "Latent " + latent, explained.runs.length > 1 && el("span", {class: "faint"}, " of " + about.name)),
     hooks.beside.length > 0 && el("div", {class: "beside"}, hooks.beside.map((make) => make({run, latent}))),
     el("div", {class: "copies"}, copyButton("Copy link", here), copyButton("Copy sae-explain show", command(["sae-explain", "show", folder, latent])),
-      copyButton("Copy sae-steer", command(["sae-steer", folder, "--latent", latent, "--strength", "4"]) + ' "PROMPT"')));
+      copyButton("Copy sae-steer", command(["sae-steer", folder, "--latent", latent, "--strength", "2x"]) + ' "PROMPT"')));
 }
 
 function latentBody(run, record) {
