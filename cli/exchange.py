@@ -11,11 +11,9 @@ from .parsing import Parser
 from .running import DONE
 from .telling import report, say_next
 
-NEURONPEDIA_ONLY = ("model_id", "source_id")
-
 
 def check_export(options: argparse.Namespace) -> None:
-    """Raises ConfigError for what --export does not take, and for options of it without it."""
+    """Raises ConfigError for what --export does not take."""
     kind, *folders = options.export or [""]
     kinds = {"neuronpedia": _neuronpedia, "static": _static}
     if options.export and kind not in kinds:
@@ -24,9 +22,6 @@ def check_export(options: argparse.Namespace) -> None:
         raise ConfigError(f"--export: {len(folders)} folders; it takes one: --export {kind} {folders[0]}")
     if kind == "static" and not folders:
         raise ConfigError("--export: static needs a folder to write the site to: --export static FOLDER")
-    for name in NEURONPEDIA_ONLY if kind != "neuronpedia" else ():
-        if getattr(options, name):
-            raise ConfigError(f"--{name.replace('_', '-')}: goes with --export neuronpedia alone")
 
 
 def export(options: argparse.Namespace) -> int:

@@ -33,16 +33,18 @@ def written_of(folders: list[Path], file: str | None = None) -> list[Path]:
         told = ", ".join(f"{folder} is {kind}" for folder, kind in zip(folders, kinds, strict=True))
         raise ConfigError(f"RUN: {told}; runs of one kind are compared")
     several = len(folders) > 1
-    out = Path(file or COMPARISON).expanduser() if file or several else None
+    out = Path(COMPARISON if file is None else file).expanduser() if file is not None or several else None
     if out is not None:
-        check_file(out, "--out")
+        check_file(out, "--out", REPORT)
     return _explained(folders, out) if kinds[0] == EXPLAINED else _trained(folders, out)
 
 
 def kind_of(folder: Path) -> str:
     """Returns what kind of run a folder is of; ConfigError, with the nearest one, if it is none."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"RUN: {folder} is a file; give the folder of a run")
     if not folder.is_dir():
-        raise ConfigError(f"RUN: no such folder: {folder}.{near(folder)}")
+        raise ConfigError(f"RUN: no such folder: {folder}.{near(folder, folders=True)}")
     if (folder / "shards").is_dir():
         return EXPLAINED
     if (folder / "metrics.jsonl").is_file():

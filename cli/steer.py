@@ -3,11 +3,11 @@
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from sae.base.errors import ConfigError
 
+from .naming import as_typed
 from .parsing import Parser
 from .prompting import typed_text
 from .running import DONE, run
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sae.steering.steered import Steered
 
 NEW_TOKENS = 40
+ONE = ("latent", "how", "strength", "where")  # by which one edit is said
 EPILOG = """examples:
   sae-steer RUN --latent 508 --strength 4 "The weather today"    # clamped to 4 at every token
   sae-steer RUN --latent 508 --strength 2x "The weather today"   # to twice its largest activation
@@ -45,7 +46,12 @@ def parser() -> Parser:
         "--where", metavar="PART", help="both (default), prompt, or answer: from the prompt's last token"
     )
     parser.add_argument("--edits", metavar="EDITS", help="several latents at once, conditions: see the examples")
-    parser.add_argument("--kl", type=float, metavar="NATS", help="find the strength that gives this mean KL")
+    parser.add_argument(
+        "--kl",
+        type=float,
+        metavar="NATS",
+        help="find the strength that gives this mean KL; one that is typed says its sign, and proportions of several",
+    )
     parser.add_argument("--chat", action="store_true", help="the prompt is what a user says, by the model's template")
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, metavar="N", help="at most (default: 40)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest tokens")
@@ -61,16 +67,25 @@ def parser() -> Parser:
 def command(argv: list[str]) -> int:
     """Parses and acts."""
     options = parser().parse_args(argv)
+    with as_typed(options, **_names(options)):
+        return _act(options)
+
+
+def _act(options: argparse.Namespace) -> int:
     prompt, edits = typed_text(options.prompt, "PROMPT"), _edits(options)
 
     from interp.view.opening import open_run
+    from sae.lm.generation import check_drawing
     from sae.steering.hooks import Steering, check_steers
     from sae.steering.steer import check_asked, streamed
 
+    check_drawing(options.new_tokens, options.temperature, options.top_p, least=1)
+    for name, unused in (("top_p", options.top_p != 1), ("seed", options.seed != 0)):
+        if unused and options.temperature == 0:
+            raise ConfigError(f"{name}: nothing is drawn at temperature 0; give a --temperature above it, such as 0.7")
     opened = open_run(options.path, options.model, options.device, options.trust_remote_code)
     check_steers(opened.coder.spec)
-    with _as_options(options):
-        check_asked(edits, opened.coder.spec.d_sae, options.kl)
+    check_asked(edits, opened.coder.spec.d_sae, options.kl)
     steering = Steering(opened.lm, opened.coder)
     names = ("new_tokens", "kl", "temperature", "top_p", "seed", "chat")
     how: dict[str, Any] = {name: getattr(options, name) for name in names}
@@ -84,7 +99,7 @@ def _edits(options: argparse.Namespace) -> "tuple[Edit, ...]":
     """Returns the edits that are typed; ConfigError names the option that is wrong."""
     from sae.steering.edits import as_edits
 
-    one = {name: getattr(options, name) for name in ("latent", "how", "strength", "where")}
+    one = {name: getattr(options, name) for name in ONE}
     said = [name for name, value in one.items() if value is not None]
     if options.edits is not None:
         if said:
@@ -93,21 +108,16 @@ def _edits(options: argparse.Namespace) -> "tuple[Edit, ...]":
     elif options.latent is None:
         raise ConfigError("--latent: say which latent is edited, or --edits for several")
     else:
-        with _as_options(options):
-            edits = as_edits(one)
+        edits = as_edits(one)
     if not edits:
         raise ConfigError("--edits: it holds no edit; say one, such as 508=4")
     return edits
 
 
-@contextmanager
-def _as_options(options: argparse.Namespace) -> Iterator[None]:
-    """Names the options by which an edit was said, where it is one alone."""
-    try:
-        yield
-    except ConfigError as error:
-        told = str(error)
-        raise ConfigError(told if options.edits else told.replace("edits.", "--", 1)) from None
+def _names(options: argparse.Namespace) -> dict[str, str]:
+    """Returns what was typed, by what errors call it."""
+    one = {} if options.edits is not None else {f"edits.{name}": f"--{name}" for name in ONE}
+    return {"prompt": "PROMPT", "path": "RUN", **one}
 
 
 def _shown(pieces: "Iterator[Piece | Steered | None]", as_json: Any) -> "Steered":

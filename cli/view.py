@@ -6,9 +6,20 @@ import sys
 from sae.base.errors import ConfigError
 
 from .exchange import check_export
+from .naming import as_typed
 from .parsing import Parser
 from .running import run
 
+REPORT, PROMPT, SERVE = "a report", "--prompt", "--serve"
+STATIC, NEURONPEDIA = "--export static", "--export neuronpedia"
+OF_MODES = {  # options, and all that they do something with
+    ("out",): (REPORT,),
+    ("top", "by", "latents", "chat"): (PROMPT,),
+    ("model", "device", "trust_remote_code"): (PROMPT, SERVE, NEURONPEDIA),
+    ("model_id", "source_id"): (NEURONPEDIA,),
+    ("port", "host"): (SERVE,),
+    ("json",): (REPORT, PROMPT, STATIC, NEURONPEDIA),
+}
 ORDERS = ("value", "fires", "effect")  # the largest value, the number of tokens, the effect on what follows
 EPILOG = """examples:
   sae-view RUN                              # write report.html of a training or explained run
@@ -53,11 +64,31 @@ def parser() -> Parser:
 
 def command(argv: list[str]) -> int:
     """Parses and acts."""
-    options = parser().parse_args(argv)
+    takes = parser()
+    options = takes.parse_args(argv)
     if len(options.runs) > 1 and (options.prompt is not None or options.serve or options.export):
         raise ConfigError(f"RUN: {len(options.runs)} runs; --prompt, --serve and --export take one")
     check_export(options)
-    return _act(options)
+    _check_modes(options, takes)
+    with as_typed(options, text=PROMPT, path="RUN"):
+        return _act(options)
+
+
+def _check_modes(options: argparse.Namespace, takes: Parser) -> None:
+    """Raises ConfigError for an option that does nothing with what is asked for."""
+    mode = _mode(options)
+    for names, modes in OF_MODES.items():
+        typed = [name for name in names if getattr(options, name) != takes.get_default(name)]
+        if typed and mode not in modes:
+            raise ConfigError(f"--{typed[0].replace('_', '-')}: goes with {' and '.join(modes)} alone")
+
+
+def _mode(options: argparse.Namespace) -> str:
+    if options.prompt is not None:
+        return PROMPT
+    if options.serve:
+        return SERVE
+    return f"--export {options.export[0]}" if options.export else REPORT
 
 
 def _act(options: argparse.Namespace) -> int:

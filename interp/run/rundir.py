@@ -121,7 +121,7 @@ def run_folder(path: Path) -> Path:
     """
     typed = path.expanduser()
     if not typed.is_dir():
-        raise ConfigError(f"path: no such folder: {path}.{near(path)}")
+        raise ConfigError(f"path: no such folder: {path}.{near(path, folders=True)}")
     found = explained_folders(typed)
     if len(found) > 1:
         raise ConfigError(f"path: {path} holds several explained runs; choose one: {', '.join(map(str, found))}")

@@ -4,6 +4,7 @@ import operator
 from numbers import Real
 from typing import Any
 
+from sae.base.errors import ConfigError
 from sae.base.settings import shown
 
 LONGEST = 60
@@ -35,7 +36,7 @@ def number(argument: str, value: Any) -> float:
 
 
 def whole(argument: str, value: Any, least: int = 1) -> int:
-    """Returns a whole number of at least `least`; 1e5 is one, and numpy's are. TypeError or ValueError for others."""
+    """Returns a whole number of at least `least`; 1e5 is one, and numpy's are. TypeError or ConfigError for others."""
     given: Any = int(value) if isinstance(value, float) and value.is_integer() else value
     try:
         number = operator.index(given)
@@ -44,5 +45,5 @@ def whole(argument: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool):
         raise wrong(argument, value, "a whole number")
     if number < least:
-        raise ValueError(f"{argument}: {number} is too small; it must be at least {least}")
+        raise ConfigError(f"{argument}: {number} is too small; it must be at least {least}")
     return number

@@ -36,10 +36,11 @@ def told_elsewhere(path: str) -> str:
     return "/".join(part for part in Path(path).parts[-2:] if part not in (os.sep, "~"))
 
 
-def near(typed: str | Path) -> str:
+def near(typed: str | Path, folders: bool = False) -> str:
     """Returns " Did you mean 'a'?" with what is most like a path that is not there, "" if nothing is.
 
-    The first of its parts that is not there is compared with what lies in its place; that is a name if it is the last.
+    With `folders`, that is a folder. The first of its parts that is not there is compared with what lies in its place;
+    that is a name if it is the last.
     """
     there = Path()
     parts = Path(typed).parts
@@ -52,7 +53,7 @@ def near(typed: str | Path) -> str:
         names = [path.name for path in folder.iterdir()] if folder.is_dir() and os.access(folder, os.R_OK) else []
         for name in get_close_matches(part, names, n=3, cutoff=0.5):
             found = there.joinpath(name, *parts[i + 1 :])
-            if found.expanduser().exists():
+            if found.expanduser().is_dir() or (found.expanduser().exists() and not folders):
                 return f" Did you mean {(name if i + 1 == len(parts) else str(found))!r}?"
         return ""
     return ""
@@ -77,10 +78,10 @@ def from_anywhere(typed: str) -> str:
     return str(path.absolute()) if typed and path.exists() else typed
 
 
-def check_file(path: Path, field: str) -> None:
+def check_file(path: Path, field: str, usual: str = "figures.json") -> None:
     """Raises ConfigError naming the setting `field` if no file can be written by a name."""
     if path.is_dir():
-        raise ConfigError(f"{field}: {path} is a folder; name a file, such as {path / 'figures.json'}")
+        raise ConfigError(f"{field}: {path} is a folder; name a file, such as {path / usual}")
     check_writable(path.parent, field)
 
 

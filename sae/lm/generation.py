@@ -63,12 +63,17 @@ def generate(
     return written(lm, tokens, during, stop=stop, echo=echo, **how)
 
 
-def check_writing(lm: LanguageModel, prompt: int, new_tokens: int, temperature: float, top_p: float) -> None:
-    """Raises ConfigError naming what cannot be: a value, a model that predicts nothing, more tokens than it reads."""
-    at_least("new_tokens", new_tokens, 0)
+def check_drawing(new_tokens: int, temperature: float, top_p: float, least: int = 0) -> None:
+    """Raises ConfigError or TypeError naming the value that cannot be, whatever the model."""
+    arguments.whole("new_tokens", new_tokens, least)
     at_least("temperature", arguments.number("temperature", temperature), 0)
     if not 0 < arguments.number("top_p", top_p) <= 1:
         raise ConfigError(f"top_p: {top_p} is not above 0 and at most 1")
+
+
+def check_writing(lm: LanguageModel, prompt: int, new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raises ConfigError naming what cannot be: a value, a model that predicts nothing, more tokens than it reads."""
+    check_drawing(new_tokens, temperature, top_p)
     if not lm.is_causal:
         raise ConfigError(f"lm: {lm.name} does not predict the next token, so it writes nothing")
     if not prompt:

@@ -142,7 +142,7 @@ def locate(
     wanted = "/".join(below).strip("/")
     files = HubFiles(f"{owner}/{name}", revision, cache_dir, wanted, token, local_files_only)
     if not name or (can_only_be_local(text) and not files.folder.is_dir()):
-        close = near(text) or nearest(text, releases.names())
+        close = near(text, folders=True) or nearest(text, releases.names())
         hint = " A run is there once it is trained: train first (sae-train)." if can_only_be_local(text) else ""
         raise ConfigError(f"path: no such folder: {text}.{close}{hint}")
     return files, wanted

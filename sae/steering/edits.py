@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from numbers import Integral
 from typing import Any, TypeAlias
 
 from sae.base.errors import ConfigError
@@ -65,7 +66,7 @@ class Edit:
     """Where alone it acts."""
 
     def __post_init__(self) -> None:
-        _whole("edits.latent", self.latent)
+        object.__setattr__(self, "latent", _whole("edits.latent", self.latent))
         for name, allowed in (("how", HOWS), ("unit", UNITS), ("where", PLACES)):
             choose(f"edits.{name}", getattr(self, name), allowed)
         if self.strength is not None:
@@ -73,7 +74,8 @@ class Edit:
         if self.how == "ablate" and self.strength is not None:
             raise ConfigError(f"edits.strength: {self.strength:g}, but ablate makes a latent 0; leave it out, or clamp")
         if self.unit == "largest" and self.how in ("scale", "ablate"):
-            raise ConfigError(f"edits.unit: 'largest' is of clamp and add; {self.how} takes none")
+            said = "unit: 'largest'" if self.strength is None else f"strength: '{self.strength:g}x'"
+            raise ConfigError(f"edits.{said} is of clamp and add; {self.how} takes no largest activation")
 
     def __str__(self) -> str:
         how = "" if self.how == "clamp" else f":{self.how}"
@@ -173,12 +175,14 @@ def _condition(value: Any) -> Condition:
     return Condition(int(match[1]), match[2], _finite("edits.if", float(match[3])))
 
 
-def _whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
         raise ConfigError(f"{name}: {shown(value)} is not the id of a latent, which is a whole number from 0")
+    return int(value)
 
 
 def _finite(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+    given: Any = value.item() if hasattr(value, "item") else value  # of numpy
+    if isinstance(given, bool) or not isinstance(given, int | float) or not abs(given) <= LARGEST:
         raise ConfigError(f"{name}: {shown(value)} is not a number up to {LARGEST:g}")
-    return float(value)
+    return float(given)

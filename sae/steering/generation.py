@@ -1,6 +1,7 @@
 """What a model writes after a prompt, as it is or with latents edited, token by token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from sae.base.arguments import wrong
@@ -39,13 +40,16 @@ def prompt_tokens(lm: LanguageModel, prompt: Any, bos: str = "row", chat: bool =
     stands what stood there in training, of the policy `bos`. ConfigError for messages that the model has no template
     for, or that spell one of its special tokens.
     """
-    if isinstance(prompt, list | tuple) and prompt and all(type(token) is int for token in prompt):
-        outside = [token for token in prompt if not 0 <= token < len(lm.tokenizer)]
+    given = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # arrays and tensors
+    if isinstance(given, list | tuple) and given and all(map(_is_id, given)):
+        outside = [token for token in given if not 0 <= token < len(lm.tokenizer)]
         if outside:
             raise ConfigError(
                 f"prompt: {outside[0]} is not the id of a token; allowed are 0 to {len(lm.tokenizer) - 1}"
             )
-        return list(prompt)
+        return [int(token) for token in given]
+    if not isinstance(prompt, str) and not _is_chat(prompt):
+        raise wrong("prompt", prompt, "one text, one chat (messages with role and content) or token ids")
     before = added(lm.tokenizer, bos)[0]
     if chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -58,9 +62,15 @@ def prompt_tokens(lm: LanguageModel, prompt: Any, bos: str = "row", chat: bool =
         except ConfigError as error:
             raise ConfigError(str(error).replace("text.column", "prompt", 1)) from error
         return ids if ids[: len(before)] == before else [*before, *ids]
-    if not isinstance(prompt, str):
-        raise wrong("prompt", prompt, "one text, one chat (messages with role and content) or token ids")
     (found,) = encode_texts(lm.tokenizer, [prompt])
     if not len(found) and not before:
         raise ConfigError(f"prompt: {shown(prompt[:60])} holds no tokens, so there is nothing to go on from")
     return [*before, *found.tolist()]
+
+
+def _is_id(token: Any) -> bool:
+    return isinstance(token, Integral) and not isinstance(token, bool)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list | tuple) and bool(prompt) and all(isinstance(one, Mapping) for one in prompt)

@@ -102,6 +102,7 @@ def streamed(
     lm, asked = steering.lm, as_edits(edits)
     check_asked(asked, steering.spec.d_sae, kl)
     tokens = prompt_tokens(lm, prompt, steering.spec.bos, chat)
+    whole("seed", seed, -(2**63))
     check_writing(lm, len(tokens), whole("new_tokens", new_tokens), temperature, top_p)
     strengths, monotone = ready(steering, asked, known_largest(largest)), None
     how: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}

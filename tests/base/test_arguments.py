@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sae.base.arguments import described, whole, wrong
+from sae.base.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,8 @@ def test_what_is_none_is_refused(value):
 def test_one_that_is_too_small_says_the_least():
     with pytest.raises(ValueError, match=r"^n: 0 is too small; it must be at least 1$"):
         whole("n", 0)
+
+
+def test_that_a_whole_number_is_too_small_ends_a_command_as_bad_usage():
+    with pytest.raises(ConfigError, match=r"^n: -1 is too small"):
+        whole("n", -1)

@@ -63,7 +63,7 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(view, explained_coder,
         ((explained_coder, "--prompt", ""), "--prompt: the text is empty"),
         (
             (explained_coder, "--prompt", "a", "--latents", "48"),
-            "latents: 48 is out of range; the coder has latents 0 to",
+            "--latents: 48 is out of range; the coder has latents 0 to",
         ),
         ((explained_coder, "--prompt", "a", "--by", "size"), "--by: 'size' is not one of value, fires, effect"),
         ((explained_coder, "--prompt", "a", "--top", "0"), "--top: 0 is too small; it must be at least 1"),
@@ -71,7 +71,7 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(view, explained_coder,
         ((tmp_path / "nothing", "--prompt", "a"), "no such folder"),
     ):
         code, _, said = view(*words)
-        assert code != 0
+        assert code == 2
         assert why in error_of(said)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"\xff\xfe\xff")))
     code, _, said = view(explained_coder, "--prompt", "-")

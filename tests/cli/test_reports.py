@@ -67,3 +67,16 @@ def test_a_run_whose_latents_are_explained_has_both_pages_and_one_leads_to_the_o
     assert explained == [{"name": "explain", "href": "./explain/report.html"}]
     assert main([str(folder / "explain"), "--out", "latents.html"]) == 0
     assert capsys.readouterr().out == "latents.html\n"
+
+
+def test_a_file_or_no_name_for_the_page_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    assert main(["notes.txt"]) == 2
+    assert "RUN: notes.txt is a file; give the folder of a run" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    for typed in ("", "run"):
+        assert main(["run", "--out", typed]) == 2
+        assert "is a folder; name a file, such as " in (said := capsys.readouterr().err)
+        assert "report.html" in said

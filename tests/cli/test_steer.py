@@ -80,14 +80,29 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(steer, explained_coder
             *(*run, "--latent", 3, "--strength", "a lot"),
         ),
         "--strength: clamp of latent 3 needs one, or kl, which finds it": (*run, "--latent", 3),
-        "latent: 4000 is not one of this coder's; allowed are 0 to ": (*run, "--latent", 4000, "--strength", 1),
+        "--latent: 4000 is not one of this coder's; allowed are 0 to ": (*run, "--latent", 4000, "--strength", 1),
         "--where: 'anser' is not one of prompt, answer, both. Did you mean 'answer'?": (
             *(*run, "--latent", 3, "--strength", 1, "--where", "anser"),
         ),
         "--latent: does not go with --edits, which says all of it": (*run, "--latent", 3, "--edits", "3=1"),
         "--edits: it holds no edit; say one, such as 508=4": (*run, "--edits", ""),
-        "edits: latent 3 is edited twice at the same tokens: 3=1 and 3=2": (*run, "--edits", "3=1, 3=2"),
-        "kl: 0 is not above 0": (*run, "--latent", 3, "--kl", 0),
+        "--edits: latent 3 is edited twice at the same tokens: 3=1 and 3=2": (*run, "--edits", "3=1, 3=2"),
+        "--kl: 0 is not above 0": (*run, "--latent", 3, "--kl", 0),
+        "--kl: no strength changes so much": (*run, "--latent", 3, "--kl", "inf"),
+        "--strength: '2x' is of clamp and add; scale takes": (
+            *run,
+            "--latent",
+            3,
+            "--how",
+            "scale",
+            "--strength",
+            "2x",
+        ),
+        "--new-tokens: 0 is too small": (*run, "--latent", 3, "--strength", 1, "--new-tokens", 0),
+        "--temperature: -1.0 is too small": (*run, "--latent", 3, "--strength", 1, "--temperature", -1),
+        "--top-p: 2.0 is not above 0 and at most 1": (*run, "--latent", 3, "--strength", 1, "--top-p", 2),
+        "--top-p: nothing is drawn at temperature 0": (*run, "--latent", 3, "--strength", 1, "--top-p", 0.5),
+        "--seed: nothing is drawn at temperature 0": (*run, "--latent", 3, "--strength", 1, "--seed", 7),
         "PROMPT: the text is empty": (explained_coder, "", "--latent", 3),
         "--strngth: no such option. Did you mean '--strength'?": (*run, "--strngth", 3),
     }
@@ -104,9 +119,9 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(steer, explained_coder
 def test_what_the_model_has_to_tell_is_one_line_as_well(steer, explained_coder):
     code, _, said = steer(explained_coder, "--latent", 3, "--strength", 1, "--chat", PROMPT)
     assert code == 2
-    assert error_of(said).startswith("prompt: the tokenizer of ")
+    assert error_of(said).startswith("PROMPT: the tokenizer of ")
     code, told, said = steer(explained_coder, "--latent", 3, "--kl", 900, "--new-tokens", 3, PROMPT)
     assert code == 2
-    assert error_of(said).startswith("kl: 900 nats cannot be reached; the nearest is ")
+    assert error_of(said).startswith("--kl: 900 nats cannot be reached; the nearest is ")
     assert told.startswith("plain ")
     assert told.endswith("\n")

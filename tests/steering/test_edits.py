@@ -55,7 +55,7 @@ WRONG = {
     "x=4": r"^edits: 'x=4' is not LATENT\[:HOW\]\[=STRENGTH\] \[in WHERE\] \[if LATENT>VALUE\]$",
     "-3=4": r"^edits: '-3=4' is not LATENT",
     "5:ablate=3": r"^edits.strength: 3, but ablate makes a latent 0; leave it out, or clamp$",
-    "5:scale=2x": r"^edits.unit: 'largest' is of clamp and add; scale takes none$",
+    "5:scale=2x": r"^edits.strength: '2x' is of clamp and add; scale takes no largest activation$",
 }
 
 

@@ -5,6 +5,7 @@ import math
 from copy import deepcopy
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from rigs.fakes import tiny_lm, tiny_tokenizer
@@ -342,3 +343,40 @@ def test_the_result_is_shown_as_text_whatever_it_says():
     assert data["edits"] == [str(found.strengths[0])]
     assert data["strengths"][0]["strength"] == 8
     assert len(data["tokens"]) == len(data["kl"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("told", "more"),
+    [
+        (r"^prompt: list was given; it takes one text", {"prompt": ["abc", "abd"]}),
+        (r"^prompt: list was given; it takes one text", {"prompt": ["abc"], "chat": True}),
+        (r"^prompt: list was given; it takes one text", {"prompt": [True]}),
+        (r"^prompt: list was given; it takes one text", {"prompt": []}),
+        (r"^prompt: torch.Tensor of shape \[1, 2\] was given", {"prompt": torch.tensor([[5, 6]])}),
+        (r"^prompt: None was given", {"prompt": None}),
+        (r"^kl: the text '0.5' was given; it takes a number$", {"edits": "1", "kl": "0.5"}),
+        (r"^kl: no strength changes so much$", {"edits": "1", "kl": float("inf")}),
+        (r"^temperature: the text '1' was given; it takes a number$", {"temperature": "1"}),
+        (r"^top_p: None was given; it takes a number$", {"top_p": None}),
+        (r"^seed: the text 'x' was given; it takes a whole number$", {"seed": "x"}),
+        (r"^largest: ", {"largest": 3}),
+        (r"^edits.latent: '1' is not the id of a latent", {"edits": {"latent": "1", "strength": 2}}),
+        (r"^edits.latent: True is not the id of a latent", {"edits": {"latent": True, "strength": 2}}),
+        (r"^edits.strength: '2x' is of clamp and add; scale takes", {"edits": "1:scale=2x"}),
+        (r"^edits.unit: 'largest' is of clamp", {"edits": {"latent": 1, "how": "ablate", "unit": "largest"}}),
+    ],
+)
+def test_values_of_another_kind_are_one_line(told, more):
+    lm, coder, _ = planted()
+    with pytest.raises((ConfigError, TypeError), match=told):
+        sae.steer(lm, coder, **{"prompt": "abc", "edits": "1=1", "new_tokens": 2, **more})
+
+
+def test_numbers_and_token_ids_may_be_those_of_numpy_and_torch():
+    lm, coder, _ = planted()
+    wanted = sae.steer(lm, coder, [5, 6], [{"latent": 1, "strength": 2.0}], new_tokens=2)
+    edit = {"latent": np.int64(1), "strength": np.float32(2)}
+    for ids in (np.array([5, 6]), torch.tensor([5, 6]), [np.int64(5), np.int32(6)], (5, 6)):
+        found = sae.steer(lm, coder, ids, edit, new_tokens=np.int64(2))
+        assert found == wanted
+        json.dumps(found.to_json())
