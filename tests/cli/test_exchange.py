@@ -79,7 +79,7 @@ def test_neuronpedia_gets_all_latents_of_all_commands_under_names_that_are_told(
         (["run", "--export", "static", "x", "--source-id", "6-a"], "--source-id: goes with --export neuronpedia alone"),
         (["run", "one", "--export", "static", "x"], "RUN: 2 runs; --prompt, --serve and --export take one"),
         (["one", "--export", "neuronpedia", "x"], "is no explained run, it holds no shards; run sae-explain"),
-        (["none", "--export", "neuronpedia", "x"], "path: no such folder: none"),
+        (["none", "--export", "neuronpedia", "x"], "RUN: no such folder: none. Did you mean 'one'?"),
         (["run", "--export", "neuronpedia", "run/config.yaml/x"], "--export: cannot write to"),
     ],
 )
