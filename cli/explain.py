@@ -122,7 +122,7 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> i
 def _tell(summary: dict[str, Any], run_dir: Path, latents: list[int] | None, as_json: Any) -> None:
     """Tells what the folder of a run amounts to, where that lies, and how to look at its best label."""
     from interp.run.telling import summary_lines
-    from interp.view.report import write_report
+    from interp.view.reporting.report import write_report
     from sae.base.progress import Aside
 
     report(as_json, {"run_dir": run_dir, **summary}, summary_lines(summary, run_dir, latents))

@@ -19,9 +19,9 @@ def tell_prompt(options: argparse.Namespace) -> int:
     text, top = typed_text(options.prompt, "--prompt"), whole("--top", options.top)
 
     from interp.run.latents import ids_among
+    from interp.view.firing.prompting import prompt
+    from interp.view.firing.table import lines
     from interp.view.opening import open_run
-    from interp.view.prompt_table import lines
-    from interp.view.prompting import prompt
 
     opened = open_run(options.runs[0], options.model, options.device, options.trust_remote_code)
     d_sae = opened.coder.spec.d_sae

@@ -86,8 +86,8 @@ def reports_beside(typed: str) -> dict[str, Path]:
 
 
 def _trained(folders: list[Path], out: Path | None) -> list[Path]:
-    from sae.training.recorded import explained_below
-    from sae.training.report import write_comparison, write_report
+    from sae.training.reporting.recorded import explained_below
+    from sae.training.reporting.report import write_comparison, write_report
 
     if len(folders) > 1 and out is not None:
         return [write_comparison(folders, out)]
@@ -99,6 +99,6 @@ def _trained(folders: list[Path], out: Path | None) -> list[Path]:
 
 
 def _explained(folders: list[Path], out: Path | None) -> list[Path]:
-    from interp.view.report import write_report
+    from interp.view.reporting.report import write_report
 
     return write_report(folders, out)

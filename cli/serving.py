@@ -17,8 +17,8 @@ def serve(options: argparse.Namespace) -> int:
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"--port: {options.port} is not from 0 (any that is free) to 65535")
 
-    from interp.view.live import LivePage
     from interp.view.opening import open_run
+    from interp.view.reporting.live import LivePage
     from interp.view.serving.app import app
     from interp.view.serving.guards import Access
     from interp.view.serving.limits import Limits

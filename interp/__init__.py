@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 from sae.base.lazy import on_demand
 
 if TYPE_CHECKING:
+    from interp.view.firing.prompting import prompt
     from interp.view.notebook import examples, explain, results
-    from interp.view.prompting import prompt
 
     __version__: str
 
 _HOMES: dict[str, str] = dict.fromkeys(("examples", "explain", "results"), "interp.view.notebook")
-_HOMES["prompt"] = "interp.view.prompting"
+_HOMES["prompt"] = "interp.view.firing.prompting"
 
 __all__ = ["__version__", "examples", "explain", "prompt", "results"]
 

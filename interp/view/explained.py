@@ -21,7 +21,7 @@ from interp.scorers import Scorer
 from interp.view import html
 from interp.view.examples import LatentExamples, examples_of
 from interp.view.record import Label, LatentRecord, Spread, score_of
-from interp.view.search import KEPT, WORDS_ALONE, Found, Searcher
+from interp.view.searching.search import KEPT, WORDS_ALONE, Found, Searcher
 from interp.view.terminal import lines, title
 from sae.base.errors import ConfigError
 from sae.base.plugins import names
@@ -169,7 +169,7 @@ class ExplainedRun:
 
     def search(self, query: str, by: str = "words", limit: int = 20) -> list[Found]:
         """Returns the latents whose labels and tokens have all words of a query, or whose labels are near it in
-        meaning (`by="meaning"`), the best first (`interp.view.search`).
+        meaning (`by="meaning"`), the best first (`interp.view.searching.search`).
         """
         return self.searcher.find(query, by, limit)
 

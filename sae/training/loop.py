@@ -29,7 +29,7 @@ from sae.training import checkpoint
 from sae.training.batches import bad_blocks, share_of
 from sae.training.callbacks import Callbacks, Moment
 from sae.training.preparing import Setting, new_trainers
-from sae.training.report import write_report
+from sae.training.reporting.report import write_report
 from sae.training.saving import Saver
 from sae.training.trainer import CoderTrainer, NonFiniteError
 

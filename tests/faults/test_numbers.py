@@ -23,7 +23,7 @@ from sae.objectives.auxk import AuxK
 from sae.objectives.reconstruction import Reconstruction
 from sae.stream.lanes import Stream
 from sae.training.optim import OptimConfig
-from sae.training.report import write_report
+from sae.training.reporting.report import write_report
 from sae.training.trainer import CoderTrainer, NonFiniteError, Schedule, new_coder
 
 # Row 8

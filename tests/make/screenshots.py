@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from rigs.browser import opened  # noqa: E402
 
 import interp  # noqa: E402
-from interp.view.report import write_report  # noqa: E402
+from interp.view.reporting.report import write_report  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 TEXT = 'def load(path):\n    """Return the number of lines in the file, or None\n    if the process is not valid."""'

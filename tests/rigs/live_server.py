@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from interp.view.live import LivePage
+from interp.view.reporting.live import LivePage
 
 ABOUT = {
     "model": "quickstart", "coder": "coder", "run": "explain", "d_sae": 48, "site": "model.layers.1", "chat": False,

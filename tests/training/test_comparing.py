@@ -2,8 +2,8 @@
 
 from rigs.recorded import recorded
 
-from sae.training.comparing import differences, doubts, pairs
-from sae.training.recorded import read_run
+from sae.training.reporting.comparing import differences, doubts, pairs
+from sae.training.reporting.recorded import read_run
 
 
 def test_coders_correspond_by_name_or_as_the_only_ones():

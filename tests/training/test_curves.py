@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from sae.training.curves import curves, held_out_curves, thinned
+from sae.training.reporting.curves import curves, held_out_curves, thinned
 
 
 def test_curves_are_the_logged_values_over_tokens():

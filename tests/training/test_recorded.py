@@ -4,8 +4,8 @@ import pytest
 from rigs.recorded import LATENTS, recorded
 
 from sae.base.errors import ConfigError, DataError
-from sae.training.recorded import labels, read_run
-from sae.training.report import write_report
+from sae.training.reporting.recorded import labels, read_run
+from sae.training.reporting.report import write_report
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from rigs.browser import WIDTHS, faults, needs_browser, opened
 from rigs.pages import blocks
 from rigs.recorded import BATCH, LATENTS, recorded
 
-from sae.training.report import write_comparison, write_report
+from sae.training.reporting.report import write_comparison, write_report
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u202e\"'"
 GRID = {f"layers.2/k={k}": (2 / k, float(k)) for k in (4, 8, 16)}

@@ -6,7 +6,7 @@ import pytest
 from rigs.served import Plain, opened, served_at
 
 import sae
-from interp.view.prompting import prompt
+from interp.view.firing.prompting import prompt
 from interp.view.serving.notes import Notes
 from sae.base.visible import visible
 from sae.pages.marks import runs

@@ -10,8 +10,8 @@ from rigs.explained_runs import HOSTILE, write_explained_run
 from rigs.live_server import Server, serving
 
 import interp
-from interp.view.live import LIVE_SCRIPTS, LivePage
-from interp.view.report import SCRIPTS, START
+from interp.view.reporting.live import LIVE_SCRIPTS, LivePage
+from interp.view.reporting.report import SCRIPTS, START
 from sae.base.visible import visible
 from sae.pages.page import CORE, text_of
 

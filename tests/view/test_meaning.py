@@ -8,7 +8,7 @@ import pytest
 from interp.client.config import EndpointConfig
 from interp.client.local.tfidf import tfidf
 from interp.prompts.reading import query_for_words
-from interp.view.meaning import Asking, ByEncoder, ByWords, meaning_of
+from interp.view.searching.meaning import Asking, ByEncoder, ByWords, meaning_of
 from sae.base.errors import ConfigError
 
 TEXTS = ["names of colors", "rain and snow", "the red color", "rain and snow"]

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import interp
 from interp.evidence.effects import DirectEffects, Entries
 from interp.view.explained import ExplainedRun
-from interp.view.prompt_table import lines
+from interp.view.firing.table import lines
 from interp.view.widths import columns
 from sae.base.errors import ConfigError
 from sae.coder.coder import SparseCoder

@@ -10,16 +10,16 @@ import pytest
 import torch
 from rigs.hostile_records import hostile
 from rigs.interp_runs import coder_folder
-from rigs.page_files import blocks_of, latents_of_blocks
+from rigs.pages import blocks, latents_of_blocks
 
 from interp.records import Window
 from interp.run.preparing import read_from
 from interp.run.rundir import saved_config
-from interp.view import report
-from interp.view.blocks import CUT, latent_of_page, window_of_page
-from interp.view.columns import Columns
 from interp.view.explained import ExplainedRun
-from interp.view.report import Report, explained_below, write_report
+from interp.view.reporting import report
+from interp.view.reporting.blocks import CUT, latent_of_page, window_of_page
+from interp.view.reporting.columns import Columns
+from interp.view.reporting.report import Report, explained_below, write_report
 from sae.base.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ def run(explained_coder):
 
 @pytest.fixture(scope="module")
 def written(run, tmp_path_factory):
-    return blocks_of(write_report([run.run_dir], tmp_path_factory.mktemp("page") / "report.html")[0])
+    return blocks(write_report([run.run_dir], tmp_path_factory.mktemp("page") / "report.html")[0])
 
 
 def near(value):
@@ -39,7 +39,7 @@ def near(value):
 
 
 def test_sae_explain_writes_it_beside_its_tables(explained_coder, written):
-    assert blocks_of(explained_coder / "explain" / "report.html") == written
+    assert blocks(explained_coder / "explain" / "report.html") == written
 
 
 def test_all_that_was_asked_for_is_in_the_index_and_has_a_page(run, written):
@@ -136,7 +136,7 @@ def test_values_are_those_of_the_coder_in_full_context(run, written):
 
 def test_two_runs_of_one_coder_are_joined_by_id(run, tmp_path):
     shutil.copytree(run.run_dir, tmp_path / "other")
-    main = blocks_of(write_report([run.run_dir, tmp_path / "other"], tmp_path / "two.html")[0])["main"]
+    main = blocks(write_report([run.run_dir, tmp_path / "other"], tmp_path / "two.html")[0])["main"]
     assert main["pairs"]["by"] == "id"
     names = [one["name"] for one in main["runs"]]
     assert len(set(names)) == 2
@@ -150,7 +150,7 @@ def test_runs_of_two_coders_are_matched_by_what_they_write(run, explained_coder,
         (other / "explain" / name).write_text(json.dumps({**told, change[0]: change[1]}))
     config = (other / "explain" / "config.yaml").read_text().replace(f"path: {explained_coder}", f"path: {other}")
     (other / "explain" / "config.yaml").write_text(config)
-    pairs = blocks_of(write_report([run.run_dir, other], tmp_path / "two.html")[0])["main"]["pairs"]
+    pairs = blocks(write_report([run.run_dir, other], tmp_path / "two.html")[0])["main"]["pairs"]
     assert (pairs["by"], len(pairs["pairs"])) == ("decoder", len(run))
     assert all(abs(strength) <= 1 + 1e-6 for *_, strength in pairs["pairs"])
     shutil.rmtree(other / "explain", ignore_errors=True)
@@ -160,7 +160,7 @@ def test_where_nothing_can_be_matched_it_is_said(run, tmp_path):
     shutil.copytree(run.run_dir, tmp_path / "other")
     (tmp_path / "other" / "config.yaml").unlink()
     (tmp_path / "other" / "env.json").unlink()
-    pairs = blocks_of(write_report([run.run_dir, tmp_path / "other"], tmp_path / "two.html")[0])["main"]["pairs"]
+    pairs = blocks(write_report([run.run_dir, tmp_path / "other"], tmp_path / "two.html")[0])["main"]["pairs"]
     assert pairs["by"] == ""
     assert "no config.yaml" in pairs["note"]
 
@@ -168,15 +168,15 @@ def test_where_nothing_can_be_matched_it_is_said(run, tmp_path):
 def test_many_latents_are_pages_of_a_folder_with_one_index(run, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "MOST", 5)
     target = write_report([run.run_dir], tmp_path / "report.html")[0]
-    main = blocks_of(target)["main"]
+    main = blocks(target)["main"]
     assert main["runs"][0]["latents"] == run.latents
-    assert list(blocks_of(target)) == ["main"]
+    assert list(blocks(target)) == ["main"]
     found = []
     for first, last, name in main["parts"]:
-        blocks = blocks_of(tmp_path / name)
-        assert blocks["main"]["index"] == "../report.html"
-        mine = list(latents_of_blocks(blocks))
-        assert mine == blocks["main"]["runs"][0]["latents"] == [one for one in run.latents if first <= one <= last]
+        part = blocks(tmp_path / name)
+        assert part["main"]["index"] == "../report.html"
+        mine = list(latents_of_blocks(part))
+        assert mine == part["main"]["runs"][0]["latents"] == [one for one in run.latents if first <= one <= last]
         found += mine
     assert found == run.latents
 
@@ -185,7 +185,7 @@ def test_a_page_of_too_many_bytes_is_a_folder_too(run, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "LARGEST", 10_000)
     target = write_report([run.run_dir], tmp_path / "report.html")[0]
     assert (tmp_path / "report").is_dir()
-    assert blocks_of(target)["main"]["parts"]
+    assert blocks(target)["main"]["parts"]
 
 
 def test_a_server_makes_the_same_blocks_one_by_one(run, written):
@@ -205,10 +205,10 @@ def test_text_of_strangers_is_made_visible_once(run, tmp_path):
     target, told = tmp_path / "page.html", report.Report([Hostile(run.run_dir)])
     report._write(target, told, report.Span())
     assert "alert(1)" not in target.read_text(encoding="utf-8")
-    blocks = blocks_of(target)
-    text = json.dumps(blocks, ensure_ascii=False)
+    found = blocks(target)
+    text = json.dumps(found, ensure_ascii=False)
     assert not [one for one in "\u202e\u200b\x1b" if one in text]
-    page = latents_of_blocks(blocks)[0]
+    page = latents_of_blocks(found)[0]
     seen = "</script><script>alert(1)</script>\"'<!-- \\u{202e}\\u{200b}\\u{7f}\\u{1b}[2J \U0001f600 <<x>>"
     (label,), facts = page["labels"], page["facts"]
     assert [label[name] for name in ("explainer", "by", "text", "reason")] == [seen] * 4
@@ -217,7 +217,7 @@ def test_text_of_strangers_is_made_visible_once(run, tmp_path):
     assert page["windows"][0][0].split(CUT)[0] == seen
     assert label["scores"][0]["judged"][0]["reason"] == seen
     assert label["scores"][0]["asked"] == [[seen, seen]]
-    (index,) = blocks["main"]["runs"]
+    (index,) = found["main"]["runs"]
     assert index["explainers"][0]["name"] == seen
     assert seen in index["texts"]
 
@@ -254,4 +254,4 @@ def test_a_run_of_a_folder_that_holds_several_is_one_page_of_tabs(run, tmp_path)
         shutil.copytree(run.run_dir, tmp_path / "coder" / "explain" / site)
     target = write_report([tmp_path / "coder"])[0]
     assert target == tmp_path / "coder" / "explain" / "report.html"
-    assert [one["name"] for one in blocks_of(target)["main"]["runs"]] == ["a", "b"]
+    assert [one["name"] for one in blocks(target)["main"]["runs"]] == ["a", "b"]

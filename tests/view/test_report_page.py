@@ -6,10 +6,10 @@ import shutil
 import pytest
 from rigs.browser import WIDTHS, faults, needs_browser, opened
 from rigs.explained_runs import HOSTILE, write_explained_run
-from rigs.page_files import blocks_of, latents_of_blocks
+from rigs.pages import blocks, latents_of_blocks
 
-from interp.view import report
-from interp.view.report import write_report
+from interp.view.reporting import report
+from interp.view.reporting.report import write_report
 
 pytestmark = needs_browser()
 LATENTS = 120
@@ -43,7 +43,7 @@ def overflow(page):
 
 
 def test_the_list_is_searched_sorted_and_filtered_and_the_address_holds_it(path):
-    told = latents_of_blocks(blocks_of(path))
+    told = latents_of_blocks(blocks(path))
     with opened(path) as (page, seen):
         page.wait_for_selector(".overview")
         assert ids(page) == list(range(100))
@@ -75,7 +75,7 @@ def test_the_list_is_searched_sorted_and_filtered_and_the_address_holds_it(path)
 
 
 def test_a_latent_is_opened_read_and_turned_by_keys(path):
-    told = latents_of_blocks(blocks_of(path))
+    told = latents_of_blocks(blocks(path))
     with opened(path) as (page, seen):
         page.wait_for_selector(".overview")
         page.get_by_role("link", name="5", exact=True).first.click()
@@ -95,7 +95,7 @@ def test_a_latent_is_opened_read_and_turned_by_keys(path):
 
 
 def test_values_are_told_to_pointers_and_keys(path):
-    told = latents_of_blocks(blocks_of(path))[5]
+    told = latents_of_blocks(blocks(path))[5]
     window = told["windows"][told["strongest"][0][0]]
     places = sorted(map(int, window[1]))
     with opened(path) as (page, seen):
@@ -120,7 +120,7 @@ def test_values_are_told_to_pointers_and_keys(path):
 
 
 def test_judged_windows_are_chosen_by_kind_and_answer(path):
-    told = latents_of_blocks(blocks_of(path))[5]
+    told = latents_of_blocks(blocks(path))[5]
     score = told["labels"][0]["scores"][0]
     wrong = [one for one in score["judged"] if one["miss"] is not None and one["miss"] > 0.5]
     with opened(path) as (page, seen):

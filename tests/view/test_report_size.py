@@ -10,8 +10,8 @@ from rigs.browser import needs_browser, opened
 from rigs.explained_runs import write_explained_run
 from rigs.hostile import memory_at_peak
 
-from interp.view import report
 from interp.view.explained import ExplainedRun
+from interp.view.reporting import report
 
 KNOWN = 100  # latents that are told over and over, under other ids; no block holds one twice
 

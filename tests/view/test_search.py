@@ -8,7 +8,7 @@ import pytest
 import interp
 from interp.records import Facts
 from interp.view.record import Label, LatentRecord
-from interp.view.search import Searcher
+from interp.view.searching.search import Searcher
 from sae.base.errors import ConfigError
 
 NO_FACTS = Facts(fired=1, tokens=9, rates={}, largest=1.0, histogram=(), positions=())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from interp.view.word_index import Part, WordIndex, parts_of, signs
+from interp.view.searching.word_index import Part, WordIndex, parts_of, signs
 
 DOCUMENTS = [
     {"label": ["fires on names of colors"], "token": [" red", " green"]},

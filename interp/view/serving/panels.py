@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from interp.view.prompting import prompt as fires_on
+from interp.view.firing.prompting import prompt as fires_on
 from interp.view.serving.asked import checked_text, edits_of
 from interp.view.serving.guards import client_of
 from interp.view.serving.notes import KEEP, Outdated

@@ -1,4 +1,4 @@
-"""Pages read back: what is in their blocks."""
+"""Pages read back from their files: the blocks of data in them."""
 
 import base64
 import gzip
@@ -7,8 +7,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+BLOCK = re.compile(r'<script type="text/plain" data-block="([^"]*)">([^<]*)</script>')
+
 
 def blocks(path: Path) -> dict[str, Any]:
-    """Returns the blocks of a page, by name."""
-    found = re.findall(r'data-block="([^"]*)">([^<]*)<', path.read_text(encoding="utf-8"))
+    """Returns the blocks of a page by their names."""
+    found = BLOCK.findall(path.read_text(encoding="utf-8"))
     return {name: json.loads(gzip.decompress(base64.b64decode(data))) for name, data in found}
+
+
+def latents_of_blocks(found: dict[str, Any], run: int = 0) -> dict[int, dict[str, Any]]:
+    """Returns by id what a page tells of the latents of a run."""
+    parts = [value["latents"] for name, value in found.items() if name.startswith(f"{run}/")]
+    return {one["latent"]: one for part in parts for one in part}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sae.base.visible import visible
-from sae.training.recorded import Run
+from sae.training.reporting.recorded import Run
 
 
 def _at(part: str, name: str) -> Callable[[dict[str, Any]], Any]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from interp.evidence.tally import bin_edges
 from interp.run.rundir import ENVIRONMENT
-from interp.view.blocks import LONGEST_LISTED, LONGEST_NAME, rounded, shown_text
 from interp.view.explained import ExplainedRun
 from interp.view.record import Spread
+from interp.view.reporting.blocks import LONGEST_LISTED, LONGEST_NAME, rounded, shown_text
 from sae.base.files import read_json
 from sae.base.paths import told_elsewhere
 

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from interp.view.explained import ExplainedRun
-from interp.view.report import SCRIPTS, START, STYLE, Report
+from interp.view.reporting.report import SCRIPTS, START, STYLE, Report
 from sae.pages.page import Asset, page
 
 NAMES = ("live", "live_tokens", "live_try", "live_search", "live_steer", "live_written", "live_notes", "live_test")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from interp.view.prompted import Logits, PromptLatent, PromptRecord
+from interp.view.firing.prompted import Logits, PromptLatent, PromptRecord
 from interp.view.terminal import BOLD, CLOSE, OPEN, PLAIN
 from interp.view.widths import columns, cut, wrapped
 from sae.pages.marks import as_html, marked, runs

@@ -15,8 +15,8 @@ from interp.evidence.promotes import token_text
 from interp.run.latents import ids_among
 from interp.run.rundir import run_folder
 from interp.view.explained import ExplainedRun
-from interp.view.prompt_table import as_table, lines
-from interp.view.prompted import ORDERS, Logits, PromptLatent, PromptRecord
+from interp.view.firing.prompted import ORDERS, Logits, PromptLatent, PromptRecord
+from interp.view.firing.table import as_table, lines
 from sae.base.arguments import whole, wrong
 from sae.base.errors import ConfigError
 from sae.base.visible import visible

@@ -9,8 +9,8 @@ scorers                                 that need no label
 from collections.abc import Iterable
 from typing import Any
 
-from interp.view.blocks import LONGEST_LISTED, rounded, shown_text
 from interp.view.record import LatentRecord, LatentScore
+from interp.view.reporting.blocks import LONGEST_LISTED, rounded, shown_text
 
 
 class Words:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from interp.run.rundir import run_folder
-from interp.view.about import about, names_of
-from interp.view.blocks import latent_of_page, shown_text
-from interp.view.columns import Columns
 from interp.view.explained import ExplainedRun
-from interp.view.pairs import pairs_of
 from interp.view.record import LatentRecord
+from interp.view.reporting.about import about, names_of
+from interp.view.reporting.blocks import latent_of_page, shown_text
+from interp.view.reporting.columns import Columns
+from interp.view.reporting.pairs import pairs_of
 from sae.pages.page import Asset, write_page
 
 REPORT = "report.html"

@@ -23,9 +23,9 @@ from numpy import ndarray
 from interp.client.config import EndpointConfig
 from interp.client.local.words import NAME as TFIDF
 from interp.run.reasons import UNASKED, why
-from interp.view.meaning import Meaning, meaning_of
 from interp.view.record import LatentRecord
-from interp.view.word_index import Document, Part, WordIndex, parts_of
+from interp.view.searching.meaning import Meaning, meaning_of
+from interp.view.searching.word_index import Document, Part, WordIndex, parts_of
 from sae.base.errors import ConfigError
 from sae.base.settings import choose
 from sae.base.visible import visible

@@ -5,8 +5,8 @@ from typing import Any
 
 from interp.run.preparing import load_coder
 from interp.run.rundir import ENVIRONMENT, saved_config
-from interp.view.blocks import rounded, shown_text
 from interp.view.explained import ExplainedRun
+from interp.view.reporting.blocks import rounded, shown_text
 from sae.base.errors import ConfigError, DataError
 from sae.base.files import read_json
 

@@ -17,9 +17,9 @@ from sae.base.settings import flat
 from sae.base.visible import visible
 from sae.evaluation.tables import table
 from sae.pages.page import write_page
-from sae.training.comparing import TOLD, differences, doubts, pairs
-from sae.training.curves import curves, held_out_curves
-from sae.training.recorded import Run, explained_below, labels, read_run
+from sae.training.reporting.comparing import TOLD, differences, doubts, pairs
+from sae.training.reporting.curves import curves, held_out_curves
+from sae.training.reporting.recorded import Run, explained_below, labels, read_run
 
 REPORT, TOGETHER = "report.html", "explained.html"  # of one run; of several explained ones below a folder
 POINTS, FEWEST, MOST = 24_000, 200, 2_000  # of one figure: of all coders together, and of one
@@ -60,7 +60,7 @@ def _write(runs: list[Run], out: Path) -> Path:
         "doubts": doubts(differing, runs) if several else [],
     }
     title = " and ".join(run.label for run in runs)
-    write_page(out, title, [("sae.training", "run.js")], [("main", main), ("curves", drawn)])
+    write_page(out, title, [("sae.training.reporting", "run.js")], [("main", main), ("curves", drawn)])
     return out
 
 

@@ -1,0 +1,1 @@
+"""Which latents fire in a text, and what each does to the next token."""

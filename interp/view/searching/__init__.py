@@ -1,0 +1,1 @@
+"""Search among latents: by words, and by the meaning of their labels."""
