@@ -70,7 +70,7 @@ def command(argv: list[str]) -> int:
         raise ConfigError(f"RUN: {len(options.runs)} runs; --prompt, --serve and --export take one")
     check_export(options)
     _check_modes(options, takes)
-    with as_typed(options, text=PROMPT, path="RUN"):
+    with as_typed(options, text=PROMPT, path="RUN", run_dir="RUN"):
         return _act(options)
 
 
@@ -80,7 +80,8 @@ def _check_modes(options: argparse.Namespace, takes: Parser) -> None:
     for names, modes in OF_MODES.items():
         typed = [name for name in names if getattr(options, name) != takes.get_default(name)]
         if typed and mode not in modes:
-            raise ConfigError(f"--{typed[0].replace('_', '-')}: goes with {' and '.join(modes)} alone")
+            listed = " or ".join([", ".join(modes[:-1]), modes[-1]] if modes[1:] else modes)
+            raise ConfigError(f"--{typed[0].replace('_', '-')}: it goes with {listed}")
 
 
 def _mode(options: argparse.Namespace) -> str:

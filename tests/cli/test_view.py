@@ -25,7 +25,7 @@ def test_an_option_that_does_nothing_in_a_mode_is_one_line(capsys):
                 code = main(["no-such-run", *words, option, *value])
                 said = error_of(capsys.readouterr().err)
                 assert code == 2
-                assert said.startswith(f"{option}: goes with ") == (mode not in modes), (mode, option, said)
+                assert said.startswith(f"{option}: it goes with ") == (mode not in modes), (mode, option, said)
 
 
 def test_all_options_are_of_some_mode():
