@@ -196,8 +196,8 @@ def check_evidence(codes: KeyedCodes, corpus: Corpus, folder: Path, keep: Keep) 
     differing = sorted(key for key, (old, new) in _compared(there, made_from).items() if old != new)
     if differing:
         raise ConfigError(
-            f"run_dir: {folder} holds evidence made with another {', '.join(differing)} than there is now; go on where it "
-            "was made, or explain in another folder (sae-explain --run-dir)"
+            f"run_dir: {folder} holds evidence made with another {', '.join(differing)} than there is now; go on where "
+            "it was made, or explain in another folder (sae-explain --run-dir)"
         )
     return there
 
