@@ -241,7 +241,7 @@ def test_evidence_of_something_else_is_not_taken(tmp_path, rows, changed, name):
     given = {"codes": PlantedCodes(rows), "corpus": rows, "folder": tmp_path / "run", "keep": Keep(SIZES)}
     with pytest.raises(Stopped):
         gather_evidence(**given, watch=Watch(lambda: True))
-    with pytest.raises(ConfigError, match=f"made with another {name}; choose another folder with --run-dir"):
+    with pytest.raises(ConfigError, match=f"made with another {name} than there is now"):
         gather_evidence(**{**given, **changed(rows)})
 
 
