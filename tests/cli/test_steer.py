@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from rigs.runs import error_of
+from rigs.runs import error_of, typed
 
 import sae
 from cli.steer import main
@@ -18,13 +18,7 @@ PROMPT = "abcd efgh abcd"
 
 @pytest.fixture
 def steer(capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        code = main([*map(str, arguments)])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
+    return typed(main, capsys)
 
 
 def test_it_prints_what_python_returns(steer, explained_coder, monkeypatch):

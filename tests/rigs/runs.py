@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,15 @@ def error_of(printed: str) -> str:
     *_, last = printed.splitlines()
     assert last.startswith("error: "), printed
     return last.removeprefix("error: ")
+
+
+def typed(main: Callable[[list[str]], int], capsys: Any) -> Callable[..., tuple[int, str, str]]:
+    """Returns what runs a command with some words, and gives its code, standard output and standard error."""
+
+    def run(*words: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([*map(str, words)])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run

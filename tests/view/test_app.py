@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from rigs.served import Plain, opened, served_at
+from rigs.served import Plain, served_at
 
 import sae
 from interp.view.firing.prompting import prompt
@@ -16,17 +16,6 @@ from sae.steering.steer import steer
 TEXT = "one two three four"
 HOSTILE = "</script><script>alert(1)</script>\u202e\x1b[31m'\"🙂"
 TOKEN = "correct-horse-battery-staple"
-
-
-@pytest.fixture(scope="module")
-def served(explained_coder):
-    return opened(explained_coder)
-
-
-@pytest.fixture(scope="module")
-def ask(served):
-    with served_at(served) as asks:
-        yield asks
 
 
 def test_the_page_has_its_own_policy_as_a_header_too(ask):

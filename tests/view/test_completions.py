@@ -5,24 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from rigs.served import opened, served_at
+from rigs.served import served_at
 
 from sae.steering.generation import generate
 from sae.steering.steer import steer
 
 EDIT = "8=60, 17:add=30"
 PROMPT = "one two three"
-
-
-@pytest.fixture(scope="module")
-def served(explained_coder):
-    return opened(explained_coder)
-
-
-@pytest.fixture(scope="module")
-def ask(served):
-    with served_at(served) as asks:
-        yield asks
 
 
 @pytest.fixture(scope="module")

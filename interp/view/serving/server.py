@@ -128,12 +128,12 @@ class _Server(uvicorn.Server):
 
     def _amiss(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Tells once of each thing that goes wrong outside of requests, such as too many connections for the machine:
-        asyncio would with every try, and with the places of this machine.
+        asyncio would with every try, and with the places of this machine. Once it ends, what it tries again is of no use.
         """
         error = context.get("exception")
         reason = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
         line = one_line(f"{context['message']} ({reason})")
-        if line not in self.told:
+        if line not in self.told and not self.should_exit:
             self.told.add(line)
             log.warning("%s", line)
 
