@@ -128,7 +128,7 @@ class _Server(uvicorn.Server):
 
     def _amiss(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Tells once of each thing that goes wrong outside of requests, such as too many connections for the machine:
-        asyncio would with every try, and with the places of this machine. Once it ends, what it tries again is of no use.
+        asyncio would with every try, and with the places of this machine. Of what is tried again at the end, nothing.
         """
         error = context.get("exception")
         reason = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
