@@ -1,9 +1,12 @@
 """Shared set-up: shapes in signatures are checked while tests run, the network is closed, randomness is seeded."""
 
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+sys.dont_write_bytecode = False  # else every process would compile all tests anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")  # of children
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

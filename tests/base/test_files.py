@@ -143,6 +143,7 @@ for write in (
 """
 
 
+@pytest.mark.slow
 def test_a_file_cut_off_by_the_kernel_never_gets_its_name(tmp_path):
     with run_python(FULL_DISK, tmp_path) as process:
         output, errors = process.communicate(timeout=900)
@@ -426,6 +427,7 @@ print(kills)
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_of_a_save_leaves_the_latest_checkpoint_whole(tmp_path):
     with run_python(KILLED_SAVES, tmp_path) as process:
         output, errors = process.communicate(timeout=900)

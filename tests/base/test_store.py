@@ -211,6 +211,7 @@ print(kills)
 """
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_again_and_again_ends_with_a_whole_store(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLED_WRITER, str(tmp_path / "store")]

@@ -43,6 +43,7 @@ def explain(made, tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_a_coder_in_another_format_is_explained_like_the_same_one_of_ours(made, explain, tmp_path):
     coder, folder = sae.load(made / "one"), tmp_path / "theirs"
     folder.mkdir()
@@ -79,6 +80,7 @@ def test_from_a_coder_to_results(explain, tmp_path):
     assert after == before
 
 
+@pytest.mark.slow
 def test_a_number_is_the_latent_of_that_id_as_typed_and_in_a_config(explain, tmp_path):
     (tmp_path / "c.yaml").write_text("latents: 7\n")
     for name, typed in (("typed", ["--latents", "7"]), ("config", ["--config", tmp_path / "c.yaml"])):
@@ -128,6 +130,7 @@ def test_shards_are_merged_and_runs_compared(explain, tmp_path, made):
     assert (code, "is an explained run, it holds no coder" in error_of(printed)) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_coder_that_took_the_place_of_an_explained_one_is_not_compared(explain, made, tmp_path):
     shutil.copytree(made / "one", tmp_path / "coder")
     for coder in (tmp_path / "coder", made / "two"):
@@ -140,6 +143,7 @@ def test_a_coder_that_took_the_place_of_an_explained_one_is_not_compared(explain
     assert "of-coder/evidence holds evidence made with another coder" in error_of(printed)
 
 
+@pytest.mark.slow
 def test_an_import_is_not_mixed_with_what_is_there(explain, tmp_path):
     assert explain("one", *SMALL, "--run-dir", tmp_path / "run")[0] == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -148,6 +152,7 @@ def test_an_import_is_not_mixed_with_what_is_there(explain, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["neurons", "topk_neurons", "random_direction", "random_init"])
 def test_baselines_go_through_the_same_pipeline(explain, tmp_path, name):
     changed = ["--coder.baseline", name, "--examples.test", "10", "--null", "0", "--latents", "random:6"]
@@ -179,6 +184,7 @@ def test_what_can_be_asked_without_a_coder(explain):
     assert "--scorers" in printed
 
 
+@pytest.mark.slow
 def test_evidence_is_gathered_before_there_is_anybody_to_ask(explain, tmp_path):
     """And does for labels that shards make."""
     asking = ["--models.explainer.model", "some", "--models.explainer.base_urls", "http://127.0.0.1:9/v1"]

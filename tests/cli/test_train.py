@@ -74,6 +74,7 @@ def test_a_run_leaves_a_folder_that_explains_itself_and_says_what_to_do_next(tmp
     assert len(drawn["held_out"]["fvu"]["x"]) == 3
 
 
+@pytest.mark.slow
 def test_a_run_of_relative_names_is_found_from_any_folder(tmp_path, tiny_model, tiny_text, monkeypatch):
     (tmp_path / "lm").symlink_to(tiny_model)
     (tmp_path / "texts").symlink_to(tiny_text)

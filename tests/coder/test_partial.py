@@ -118,6 +118,7 @@ def test_some_latents_are_the_entries_of_the_full_codes(kind, asked, held):
         agrees(coder, x.double(), gradients, asked)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(list(RULES)),
@@ -296,6 +297,7 @@ def large(folder, rule, d_sae, d_in=256):
     return size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [ReLU(), TopK(2)])
 def test_ten_rows_of_a_large_file_take_little_memory(rule, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda descriptor: None)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
@@ -91,15 +92,17 @@ def imported(module: str, node: ast.AST) -> Iterator[tuple[str, str]]:
             yield alias.asname or alias.name, f"{origin}.{alias.name}"
 
 
-def imports(of_types: bool = True) -> Iterator[tuple[str, str, str]]:
-    """Yields (module, where, what it imports); `of_types` says whether those for type checkers alone are among them."""
+@cache
+def imports(of_types: bool = True) -> list[tuple[str, str, str]]:
+    """Returns (module, where, what it imports); `of_types` says whether those for type checkers alone are among them."""
+    found = []
     for module, tree in TREES.items():
         unseen = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
         skipped = {id(node) for block in unseen for node in ast.walk(block)} if not of_types else set()
         for node in ast.walk(tree):
-            for _, name in imported(module, node):
-                if id(node) not in skipped:
-                    yield module, at(module, node), name
+            if id(node) not in skipped:
+                found += [(module, at(module, node), name) for _, name in imported(module, node)]
+    return found
 
 
 def module_of(name: str) -> str:

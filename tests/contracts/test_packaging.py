@@ -96,6 +96,7 @@ print(len(modules))
 """
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_where_there_is_no_posix():
     done = subprocess.run([sys.executable, "-c", ON_WINDOWS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

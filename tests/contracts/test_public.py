@@ -251,6 +251,7 @@ for name in before:
 """
 
 
+@pytest.mark.slow
 def test_importing_and_using_leaves_the_process_as_it_was(tiny_model, tiny_text, tmp_path):
     few = {"tokens": 4 * 128, "eval.every_steps": 2}
     (tmp_path / "config.yaml").write_text(to_yaml(tiny_config(tiny_model, tiny_text, few)), encoding="utf-8")

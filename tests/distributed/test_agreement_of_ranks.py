@@ -98,6 +98,7 @@ def keep_batches(folder):
     CoderTrainer.step = step
 
 
+@pytest.mark.slow
 def test_three_ranks_read_the_tokens_of_one_in_their_order(tmp_path, tiny_model, tiny_text):
     changes = {"tokens": 4 * 128, "activations.sites": ["layers.1:input"], "activations.targets": ["layers.1"]}
     config = tmp_path / "config.yaml"

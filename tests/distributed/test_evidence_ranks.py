@@ -80,6 +80,7 @@ def test_two_ranks_find_what_one_finds(run):
     assert result(run.folder / "two") == result(run.one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "later"), [("evidence", 1), ("evidence", 3), ("windows", 2)])
 def test_killed_together_they_go_on_as_many_as_they_are(run, module, later):
     codes, output = run("killed", 2, partial(at_block, 4, module, die))
@@ -100,6 +101,7 @@ def stop_one(number, which, patch):
     return should_stop
 
 
+@pytest.mark.slow
 def test_a_stop_of_one_rank_stops_both(run):
     codes, output = run("stopped", 2, partial(stop_one, 3, 1))
     assert codes == [75, 75], output
@@ -113,6 +115,7 @@ def fail_one(patch) -> None:
         patch.setattr(PlantedCodes, "read", lambda codes, rows: 1 / 0)
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_ends_both(run):
     codes, output = run("failed", 2, fail_one)
     assert all(code not in (0, -signal.SIGKILL) for code in codes)

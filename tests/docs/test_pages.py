@@ -51,7 +51,7 @@ SMALL = {
     "sae-explain": "--latents random:20 --evidence.tokens 40000",
 }
 LAUNCHERS = ("torchrun", "srun", "mpirun", "accelerate")
-TRAINING = ("docs/training.md", "interp/README.md")
+TRAINING = ("docs/training.md", "docs/python.md", "interp/README.md")
 """Pages whose Python trains or explains, for a quarter of a minute."""
 RUN, MODEL = "runs/quickstart", "quickstart"
 STANDS_FOR = {  # what a page writes where a reader puts something of their own
@@ -141,6 +141,7 @@ def test_python_that_cannot_run_here_compiles():
         compile(block.text, block.where, "exec")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", of("sh", run=True), ids=lambda block: block.where)
 def test_commands_run_and_print_what_is_shown(block, shell):
     printed = "".join(shell(words) if words[0] in COMMANDS else installed(words) for words in block.commands)

@@ -393,6 +393,7 @@ def features(item) -> list[float]:
     return [len(marks), n, item.window.peak, min(marks), max(marks), float(np.mean(marks)), float(gaps.max()), *marked]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["linear", "trees"])
 def test_marks_and_shapes_do_not_tell_the_classes_apart(made, model):
     from sklearn.ensemble import HistGradientBoostingClassifier

@@ -73,10 +73,8 @@ def disturb(rank: int, point: str, act) -> None:
 DEATHS = [(1, "a file"), (0, "a file"), (0, "the manifest"), (0, "the rename"), (0, "the oldest")]
 
 
-@pytest.mark.parametrize(
-    ("rank", "point"),
-    [pytest.param(*death, marks=pytest.mark.slow if number else ()) for number, death in enumerate(DEATHS)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "point"), DEATHS)
 def test_a_rank_killed_while_writing_is_named_and_the_run_goes_on(tmp_path, config, whole, rank, point):
     run = tmp_path / "run"
     children = start(tmp_path, "--config", config, "--run-dir", run, first=partial(disturb, rank, point, die))
@@ -118,6 +116,7 @@ def full() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.slow
 def test_one_rank_without_room_ends_all_with_one_line(tmp_path, config, whole):
     run = tmp_path / "run"
     children = start(tmp_path, "--config", config, "--run-dir", run, first=partial(disturb, 1, "a file", full))

@@ -144,7 +144,7 @@ FULL = {  # when: (changed fields, what fills up, the file named, the checkpoint
 }
 
 
-@pytest.mark.parametrize("when", FULL)
+@pytest.mark.parametrize("when", [w if w == "checkpoint" else pytest.param(w, marks=pytest.mark.slow) for w in FULL])
 def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(
     tmp_path, made, tiny_model, tiny_text, tiny_train, when
 ):
@@ -212,7 +212,12 @@ def lost(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "damage"),
-    [*(("disk", damage) for damage in (flip, cut, other_type, other_run, lost)), ("live", cut), ("live", lost)],
+    [
+        ("disk", flip),
+        ("live", cut),
+        *(pytest.param("disk", d, marks=pytest.mark.slow) for d in (cut, other_type, other_run, lost)),
+        pytest.param("live", lost, marks=pytest.mark.slow),
+    ],
 )
 def test_a_damaged_shard_is_named_and_repair_makes_it_again(tmp_path, made, cached, source, damage):
     kind = "activations/*/shard-000003" if source == "disk" else "tokens/*/train/shard-000000"
@@ -242,6 +247,7 @@ def test_an_extra_token_shard_is_named_and_goes_with_a_repair(tmp_path, cached):
     assert not extra.exists()
 
 
+@pytest.mark.slow
 def test_a_block_damaged_under_a_running_run_costs_only_what_came_after_the_last_checkpoint(
     tmp_path, cached, monkeypatch
 ):
@@ -355,6 +361,7 @@ def test_an_unreadable_or_foreign_cache_is_named_and_repair_makes_it_again(tmp_p
     assert_equal(tmp_path / "run", made / "run")
 
 
+@pytest.mark.slow
 def test_another_setting_gets_a_cache_of_its_own(tmp_path, cached):
     before = files(cache_dir() / "activations")
     code, printed = cached({"activations.dtype": "bfloat16"}, folder=tmp_path / "run")

@@ -122,6 +122,7 @@ def test_as_soon_as_the_models_config_is_known(monkeypatch, tmp_path, tiny_train
     assert re.match(message, error_of(printed)), error_of(printed)
 
 
+@pytest.mark.slow
 def test_a_crosscoder_of_two_models_is_trained_and_evaluated_in_each(tmp_path, tiny_train):
     other = tiny_model_folder(tmp_path / "other", num_hidden_layers=3)
     changes = {"second_model": {"name": str(other), "device": "cpu"}, "coder.layout": "crosscoder"}
@@ -137,6 +138,7 @@ def test_a_second_model_of_another_tokenizer_is_refused(tmp_path, tiny_train):
     assert re.match(r"second_model\.name: .*other has another tokenizer than ", error_of(printed))
 
 
+@pytest.mark.slow
 def test_what_a_coder_starts_from_must_be_alike(tmp_path, tiny_train):
     assert tiny_train({"tokens": 128}, folder=tmp_path / "first")[0] == 0
     start = {"coder.start_from": str(next((tmp_path / "first" / "coders").iterdir())), "tokens": 128}

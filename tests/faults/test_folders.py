@@ -21,6 +21,7 @@ def hold(folder: Path) -> int:
             time.sleep(3600)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_fails_at_once_and_a_killed_one_frees_it(tmp_path, tiny_train, monkeypatch):
     run = tmp_path / "run"
     child = Child(tmp_path / "log.txt", partial(hold, run))
@@ -66,6 +67,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_model_is_loaded(
     assert error_of(printed).endswith("; choose another folder")
 
 
+@pytest.mark.slow
 def test_missing_folders_are_made_and_names_may_hold_spaces_and_unicode(
     tmp_path, monkeypatch, tiny_train, tiny_model, tiny_text, capsys
 ):

@@ -212,6 +212,7 @@ def unclassed(path):
     return weights.flatten(read_pickle(path, ("sae_training.",)), str(path))
 
 
+@pytest.mark.slow
 def test_bombs_are_refused_by_what_they_count_and_take_no_memory(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_AS)
     room = memory("VmSize") + 16 * GIB  # so that a bomb that goes off harms nothing else

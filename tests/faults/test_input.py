@@ -75,6 +75,7 @@ def test_a_folder_of_a_run_that_failed_so_early_can_be_used_again(tmp_path, tiny
     assert tiny_train(folder=run)[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "code"), [([{"text": "ab"}] * 3, 2), ([{"text": "ab" * 20}] * 5, 0)])
 def test_ranks_neither_wait_for_each_other_nor_differ_on_little_text(tmp_path, tiny_model, rows, code):
     config, text = tmp_path / "config.yaml", jsonl(tmp_path / "text.jsonl", rows)

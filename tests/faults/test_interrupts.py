@@ -74,7 +74,8 @@ def test_a_signal_while_code_is_loaded_is_one_line_and_leaves_nothing(tmp_path, 
     assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
 
 
-@pytest.mark.parametrize("n_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_ranks", [1, 2])
 def test_a_scheduler_that_asks_for_a_checkpoint_that_early_gets_its_exit_code(tmp_path, made, n_ranks):
     run, site = tmp_path / "run", f"{made / 'site'}{os.pathsep}{os.environ['PYTHONPATH']}"
     started = []

@@ -138,6 +138,7 @@ def asking(folder, monkeypatch, **changes):
             runner.run(client.__aexit__())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", QUESTIONS)
 def test_any_answer_amounts_to_a_reply(kind, tmp_path, monkeypatch):
     with asking(tmp_path, monkeypatch) as (fake, ask):
@@ -158,6 +159,7 @@ ERRORS = [ERROR, [ERROR], {"detail": [{"loc": ["body", "x"], "msg": "no"}]}, {"m
 STATUSES = [200, 204, 300, 304, 400, 404, 422, 429, 500, 503, 599]
 
 
+@pytest.mark.slow
 def test_any_error_amounts_to_a_reply(tmp_path, monkeypatch):
     with asking(tmp_path, monkeypatch) as (_, ask):
 

@@ -16,7 +16,8 @@ def losses(tmp_path_factory, tiny_model, tiny_text):
 QUICK = Draw(2, 1, "training", signal.SIGKILL)
 
 
-@pytest.mark.parametrize("draw", [QUICK, *(pytest.param(one, marks=pytest.mark.slow) for one in draws(8))], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("draw", [QUICK, *draws(8)], ids=str)
 def test_the_others_name_the_lost_rank_in_time_and_the_run_goes_on_as_if_nothing_had_happened(losses, draw):
     outcome = losses.lose(draw)
     assert outcome.codes == [1] * (draw.n - 1), outcome.output

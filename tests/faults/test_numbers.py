@@ -142,6 +142,7 @@ def poison_one_rank(rank: str, *batches: int) -> None:
         poison(pytest.MonkeyPatch(), *batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("allowed", "codes"), [(0, [1, 1]), (1, [0, 0])])
 def test_nan_on_one_rank_ends_or_skips_the_step_on_all(tmp_path, tiny_model, tiny_text, allowed, codes):
     config = tmp_path / "config.yaml"

@@ -64,6 +64,7 @@ def typed(made, tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_explain_writes_nothing_before_all_can_be(typed, made, tmp_path):
     run = tmp_path / "deep" / "run"
     for options, said in REFUSED.values():
@@ -118,6 +119,7 @@ def test_settings_of_a_refused_command_of_an_older_version_lock_nothing(typed, m
         assert error_of(printed).endswith("leave that as it was, or choose another folder with --run-dir")
 
 
+@pytest.mark.slow
 def test_the_other_commands_on_explained_runs(typed, made, tmp_path):
     for name in ("a", "b"):
         assert typed(sae_explain, made / "one", *SMALL, "--run-dir", tmp_path / name)[0] == 0

@@ -67,7 +67,9 @@ class Runs:
         assert self.run(name, resume=True) == [0] * self.n_ranks, self.output
 
 
-@pytest.mark.parametrize("source", ["live", "disk", "write_through"])
+@pytest.mark.parametrize(
+    "source", ["live", *(pytest.param(s, marks=pytest.mark.slow) for s in ("disk", "write_through"))]
+)
 def test_killed_twice_and_resumed_equals_uninterrupted(tmp_path, tiny_model, text, source):
     runs = Runs(tmp_path, tiny_model, text, {"activations.source": source})
     assert runs.run("whole") == [0], runs.output
@@ -79,6 +81,7 @@ def test_killed_twice_and_resumed_equals_uninterrupted(tmp_path, tiny_model, tex
     assert last["active_steps.auxk"] > 0
 
 
+@pytest.mark.slow
 def test_two_ranks_killed_and_resumed_equal_uninterrupted_and_take_the_tokens_of_one(tmp_path, tiny_model, text):
     runs = Runs(tmp_path, tiny_model, text, n_ranks=2)
     assert runs.run("whole") == [0, 0], runs.output
@@ -92,6 +95,7 @@ def test_two_ranks_killed_and_resumed_equal_uninterrupted_and_take_the_tokens_of
             assert two["fvu"] == pytest.approx(one["fvu"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path, tiny_model, text):
     runs = Runs(tmp_path, tiny_model, text, {"activations.source": "write_through"})
     assert runs.run("whole") == [0], runs.output
@@ -107,6 +111,7 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path, tiny_mo
     assert_equal(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint_starts_over(tmp_path, tiny_model, text):
     runs = Runs(tmp_path, tiny_model, text)
     assert runs.run("whole") == [0], runs.output

@@ -144,6 +144,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_others_fill_up(tmp_path, monkeypatch, tiny_train, small_disk):
     run, filler = small_disk / "run", small_disk / "filler"
 

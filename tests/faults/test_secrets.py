@@ -65,7 +65,9 @@ def leaks(shown):
 ECHO = error(400, " ".join(value for name, value in SECRETS.items() if name != "password"))
 
 
-@pytest.mark.parametrize("more", [(), ("--debug",)], ids=["plain", "debug"])
+@pytest.mark.parametrize(
+    "more", [pytest.param((), id="plain", marks=pytest.mark.slow), pytest.param(("--debug",), id="debug")]
+)
 @pytest.mark.parametrize("fault", [None, ECHO, error(500, ECHO.body["error"]["message"])], ids=["ok", "400", "500"])
 def test_a_run_tells_no_secret_whatever_its_server_says(run, tmp_path, monkeypatch, fault, more):
     with FakeLLM(scripted, logprobs=0) as server:  # also as the proxy, which is sent whole addresses

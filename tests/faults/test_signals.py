@@ -31,7 +31,7 @@ PHASES = {
     "the last evaluation": (sae.training.loop, "evaluate_all", 3, [15, 20]),
 }
 """What a run can be doing: a function that is called then (where, name, which call), and the checkpoints it leaves."""
-QUICK = ("storing activations", "a step")
+QUICK = ("a step",)
 LONG_PHASES = [phase for phase in PHASES_OF_RANKS if phase != "the last evaluation"]
 """Of ranks. Their last evaluation is over before rank 0 is let go: there is nothing left to stop."""
 
@@ -117,7 +117,7 @@ def stop_me(rank: str, step: int) -> None:
         at_step(step, partial(signal.raise_signal, signal.SIGUSR1))
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, config, rank):
     run = tmp_path / "run"
     argv = ["--config", str(config), "--run-dir", str(run)]
@@ -139,6 +139,7 @@ def stop_while_measuring() -> None:
         sae.training.preparing.sample_activations = sample
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_while_measuring_stops_all(tmp_path, config):
     argv = ["--config", str(config), "--run-dir", str(tmp_path / "run")]
     work = partial(sae_train, argv, stop_while_measuring)
@@ -160,6 +161,7 @@ def test_a_signal_to_one_rank_in_any_phase_stops_all_and_the_run_goes_on(several
     assert len({text.splitlines()[-1] for text in output}) <= 2, output
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_while_rank_0_tokenizes_stops_all_and_the_run_goes_on(several, rank):
     several.stop(Draw(2, rank, "tokenizing", signal.SIGUSR1))

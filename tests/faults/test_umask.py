@@ -30,9 +30,8 @@ def wrong_modes(folder: Path, umask: int, setgid: int = 0) -> dict[str, str]:
     return {str(path): oct(modes[path]) for path in modes if modes[path] != wanted[path]}
 
 
-@pytest.mark.parametrize(
-    "umask", [0o027, *(pytest.param(umask, marks=pytest.mark.slow) for umask in (0o022, 0o002, 0o077))], indirect=True
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("umask", [0o027, 0o022, 0o002, 0o077], indirect=True)
 def test_files_and_folders_of_every_command_follow_the_umask(tmp_path, tiny_train, umask):
     run = tmp_path / "run"
     assert tiny_train({"activations.source": "disk"}, folder=run)[0] == 0

@@ -182,6 +182,7 @@ def test_what_is_not_finite_is_not_saved_over_what_is(coder, folder):
     assert torch.isfinite(sae.load(folder).W_enc).all()
 
 
+@pytest.mark.slow
 def test_loading_needs_no_other_import(tmp_path):
     """In a process of its own: nothing else has registered the plug-ins that a saved spec names."""
     sae.save(SparseCoder(CoderSpec(4, 4, 8, TopK(2))), tmp_path)

@@ -204,6 +204,7 @@ def test_what_cannot_be_put_anywhere_is_one_line_and_nothing_is_sent(mine, tmp_p
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_the_methods_need_no_other_import(tmp_path):
     folder = native(tmp_path / "mine")
     for line in ("from sae import SparseCoder", "from sae.coder.coder import SparseCoder"):

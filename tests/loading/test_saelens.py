@@ -177,6 +177,7 @@ def test_what_saelens_has_no_coder_for_is_one_line(coder, error, message):
         sae.as_saelens(coder)
 
 
+@pytest.mark.slow
 def test_a_name_is_loaded_and_saelens_is_not(tmp_path):
     folder = native(tmp_path / "mine")
     code = f"import sae, sys; print(sae.as_saelens({str(folder)!r}).cfg.d_sae, 'sae_lens' in sys.modules)"

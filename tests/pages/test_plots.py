@@ -67,6 +67,7 @@ def test_a_plot_is_read_by_pointer_and_keys_and_as_a_table_and_saves_itself(tmp_
         assert not seen.errors
 
 
+@pytest.mark.slow
 def test_a_plot_fits_a_phone_in_letters_of_the_same_size(tmp_path):
     path = tmp_path / "page.html"
     write_page(path, "Plots", [("rigs.pages", "plots.js")], [("main", DATA)])

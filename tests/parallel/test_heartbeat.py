@@ -109,6 +109,7 @@ def test_a_rank_that_is_not_heard_ends_the_others_who_say_what_it_did(monkeypatc
     assert hearts.said == [f"error: {ended[0][0]}; all ranks end"] * 2
 
 
+@pytest.mark.slow
 def test_a_store_that_never_answers_ends_the_others_although_they_wait_for_it(monkeypatch):
     hearts = Hearts(monkeypatch, 3)
     with hearts.beat():
@@ -144,6 +145,7 @@ def test_the_error_of_one_ends_the_others_with_its_code(monkeypatch):
     assert ended[0] == ended[2] == ("rank 1 (n1, pid 11) failed: coder: no luck at all", 2)
 
 
+@pytest.mark.slow
 def test_the_error_of_rank_0_is_read_before_its_store_goes(monkeypatch):
     hearts = Hearts(monkeypatch, 3, deadline_s=PATIENCE_S)
     with hearts.beat():
@@ -153,6 +155,7 @@ def test_the_error_of_rank_0_is_read_before_its_store_goes(monkeypatch):
     assert ended[1] == ended[2] == ("rank 0 (n0, pid 10) failed: no luck", 1)
 
 
+@pytest.mark.slow
 def test_an_error_that_all_know_of_ends_none_of_the_others(monkeypatch):
     hearts = Hearts(monkeypatch, 2)
     known = ValueError("of rank 0")
@@ -165,6 +168,7 @@ def test_an_error_that_all_know_of_ends_none_of_the_others(monkeypatch):
     assert hearts.ended == {}
 
 
+@pytest.mark.slow
 def test_rank_0_stays_until_all_have_left_or_are_silent(monkeypatch):
     hearts = Hearts(monkeypatch, 3)
     with hearts.beat():
@@ -178,6 +182,7 @@ def test_rank_0_stays_until_all_have_left_or_are_silent(monkeypatch):
     assert hearts.ended == {}
 
 
+@pytest.mark.slow
 def test_a_collective_that_fails_waits_for_the_verdict(monkeypatch):
     hearts = Hearts(monkeypatch, 2)
     began = time.monotonic()
@@ -189,6 +194,7 @@ def test_a_collective_that_fails_waits_for_the_verdict(monkeypatch):
     assert hearts.ended[1] == hearts.ended[0]
 
 
+@pytest.mark.slow
 def test_a_rank_that_lives_but_does_not_come_to_a_sum_is_named(monkeypatch):
     hearts = Hearts(monkeypatch, 3, timeout_s=2.0)
     hearts.hearts[0].begun = hearts.hearts[2].begun = 8
@@ -210,6 +216,7 @@ def test_a_process_that_was_suspended_has_not_waited_for_the_others(monkeypatch)
         assert hearts.ended == {}
 
 
+@pytest.mark.slow
 def test_the_threads_cost_next_to_nothing(monkeypatch):
     hearts = Hearts(monkeypatch, 4, deadline_s=60.0)
     with hearts.beat():

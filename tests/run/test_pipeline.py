@@ -183,6 +183,7 @@ def test_an_exhausted_quota_ends_the_run_at_once_and_loses_nothing(coder, prepar
     assert {key: row for key, row in scores(tmp_path / "run").items() if key in kept} == kept
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept(coder, prepared, tmp_path):
     with FakeLLM(scripted, **ABLE) as server:
         changes = with_llm(server.url, budget_usd=0.05)
@@ -259,6 +260,7 @@ def test_several_explanations_of_a_latent_are_scored_each(coder, prepared, tmp_p
     assert judged == there
 
 
+@pytest.mark.slow
 def test_explaining_and_scoring_can_be_done_apart(coder, prepared, tmp_path):
     run(explain_config(coder, tmp_path / "run", {"only": "explain"}), prepared)
     assert explained(tmp_path / "run")
@@ -291,6 +293,7 @@ def test_two_runs_do_not_write_to_one_shard(coder, prepared, tmp_path):
         run(config, prepared)
 
 
+@pytest.mark.slow
 def test_the_model_that_the_coder_reads_is_not_loaded_again_to_read(coder, prepared, tmp_path, monkeypatch):
     def loaded(*_args):
         raise AssertionError("a second copy was loaded")

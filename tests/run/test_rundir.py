@@ -69,6 +69,7 @@ def journals(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("shards/*/journal-*.jsonl")}
 
 
+@pytest.mark.slow
 def test_one_coder_by_any_name_is_one(here, capsys):
     explain, before = here / "runs" / "q" / "explain", journals(here / "runs" / "q" / "explain")
     windows = sorted((explain / "evidence" / "windows").iterdir())
@@ -101,6 +102,7 @@ def test_a_run_elsewhere_is_gone_on_with_from_anywhere(here, capsys, tmp_path, m
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("older", [False, True])
 def test_a_moved_run_goes_on_is_merged_compared_and_exported(here, capsys, older):
     explain = here / "runs" / "q" / "explain"
@@ -147,6 +149,7 @@ def test_the_same_model_and_text_elsewhere_are_the_same(here, capsys):
     assert journals(here / "runs" / "q" / "explain") == before
 
 
+@pytest.mark.slow
 def test_shards_of_other_machines_and_folders_are_one_run(here, capsys, monkeypatch):
     options = [*SMALL, "--run-dir", here / "shared"]
     assert typed(capsys, "runs/q", *options, "--shard", "1/2")[0] == 0

@@ -162,18 +162,24 @@ def test_a_run_is_the_same_whatever_callbacks_do(config, tmp_path, whole, monkey
 
 FAULTS = [
     ("on_step", 5, RuntimeError("mine")),
+    ("on_evaluate", 2, SystemExit(3)),
+    ("on_save", 2, RuntimeError("mine")),
+]
+MORE_FAULTS = [
     ("on_step", 6, KeyError("at a checkpoint")),
     ("on_step", 10, RuntimeError("at the last one")),
     ("on_evaluate", 1, RuntimeError("mine")),
-    ("on_save", 2, RuntimeError("mine")),
     ("on_save", 4, RuntimeError("of the last one")),
     ("on_step", 1, KeyboardInterrupt()),
-    ("on_evaluate", 2, SystemExit(3)),
     ("on_save", 1, MemoryError()),
 ]
 
 
-@pytest.mark.parametrize(("hook", "call", "error"), FAULTS, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("hook", "call", "error"),
+    [*FAULTS, *(pytest.param(*fault, marks=pytest.mark.slow) for fault in MORE_FAULTS)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_what_a_callback_raises_ends_a_run_that_goes_on_as_if_nothing_had_happened(
     config, tmp_path, whole, hook, call, error
 ):
@@ -246,6 +252,7 @@ def train_on_a_rank(config, run, resume, error):
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError("mine"), pytest.param(KeyboardInterrupt(), marks=pytest.mark.slow)])
 def test_an_error_on_the_first_rank_ends_all_of_them(config, tmp_path, error):
     def run(name, resume, error):

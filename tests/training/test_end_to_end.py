@@ -139,6 +139,7 @@ def test_batches_are_whole_rows_in_an_order_of_their_own(lm):
     assert first[:20].tolist() != first[20:].tolist()
 
 
+@pytest.mark.slow
 def test_fine_tuning_lowers_the_divergence_and_starts_where_the_coder_was(tiny_train, tmp_path):
     assert tiny_train({"optim.lr": 1e-3}, folder=tmp_path / "first")[0] == 0
     start = {"coder.start_from": str(tmp_path / "first" / "coders" / "model.layers.1")}

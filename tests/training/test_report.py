@@ -135,6 +135,7 @@ def test_a_page_is_read_by_pointer_and_keys(tmp_path):
         assert not seen.errors
 
 
+@pytest.mark.slow
 @needs_browser()
 def test_two_runs_on_a_phone_in_the_dark(tmp_path):
     a = recorded(tmp_path / "a", {"x": (0.2, 8.0)}, text__source="one")

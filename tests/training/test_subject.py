@@ -65,6 +65,7 @@ def test_stored_activations_train_as_live_ones_bit_for_bit(acts, tmp_path, quick
     )
 
 
+@pytest.mark.slow
 def test_what_was_held_out_is_measured_again(acts, tmp_path, quick, no_model, monkeypatch):
     """By the coder's own word, whatever folder and share it was; of other activations all are measured."""
     x = torch.randn(1000, 16)
@@ -84,7 +85,7 @@ def test_what_was_held_out_is_measured_again(acts, tmp_path, quick, no_model, mo
         sae.evaluate(coder, activations={"layers.2": x})
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("n_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_uninterrupted(acts, tmp_path, n_ranks):
     config = tmp_path / "config.yaml"
     config.write_text(to_yaml(of(acts / "store", {**GRID, "eval.every_steps": 6})), encoding="utf-8")

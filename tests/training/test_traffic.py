@@ -74,6 +74,7 @@ def count(folder):
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_bytes_and_collectives_of_a_step(n, tmp_path):
     made = [Child(tmp_path / f"{i}.txt", partial(count, tmp_path), own) for i, own in enumerate(ranks(n))]

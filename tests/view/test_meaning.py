@@ -68,6 +68,7 @@ def test_what_is_damaged_or_of_another_encoder_is_made_again(encoder, asked, tmp
     assert after == pytest.approx(before, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_an_encoder_that_does_not_answer_is_one_line(monkeypatch):
     away = EndpointConfig("embedder", base_urls=("http://127.0.0.1:9/v1",), max_tries=1, timeout_s=1)
     with pytest.raises(ConfigError, match="embedder") as raised:

@@ -191,6 +191,7 @@ def test_what_was_told_to_be_kept_outlives_kill_9(tmp_path, times):
         assert sum(note.history for note in notes) in (last + 1, last + 2)
 
 
+@pytest.mark.slow
 def test_two_writers_lose_nothing(tmp_path):
     code = WRITER.replace("100_000", "40").replace("i % 7", "int(sys.argv[2])")
     writers = [

@@ -94,6 +94,7 @@ def test_a_latent_is_opened_read_and_turned_by_keys(path):
         assert not seen.requests
 
 
+@pytest.mark.slow
 def test_values_are_told_to_pointers_and_keys(path):
     told = latents_of_blocks(blocks(path))[5]
     window = told["windows"][told["strongest"][0][0]]
@@ -119,6 +120,7 @@ def test_values_are_told_to_pointers_and_keys(path):
         assert not seen.errors
 
 
+@pytest.mark.slow
 def test_judged_windows_are_chosen_by_kind_and_answer(path):
     told = latents_of_blocks(blocks(path))[5]
     score = told["labels"][0]["scores"][0]
@@ -136,6 +138,7 @@ def test_judged_windows_are_chosen_by_kind_and_answer(path):
         assert not seen.errors
 
 
+@pytest.mark.slow
 def test_bins_of_scores_are_reached_by_keys_and_show_as_many_latents_as_they_say(path):
     with opened(path) as (page, seen):
         page.wait_for_selector(".overview")
@@ -154,6 +157,7 @@ def test_bins_of_scores_are_reached_by_keys_and_show_as_many_latents_as_they_say
         assert not seen.errors
 
 
+@pytest.mark.slow
 def test_tokens_told_with_others_and_texts_of_any_length(path):
     with opened(path, WIDTHS["phone"]) as (page, seen):
         look(page, "latent=5")
@@ -185,13 +189,8 @@ def test_what_is_not_there_is_said_in_a_line(path):
         assert not seen.errors
 
 
-@pytest.mark.parametrize(
-    ("width", "scheme"),
-    [
-        (WIDTHS["phone"], "dark"),
-        *(pytest.param(WIDTHS[name], scheme, marks=pytest.mark.slow) for name, scheme in LOOKS),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), [(WIDTHS[name], scheme) for name, scheme in LOOKS])
 def test_no_fault_is_found_and_nothing_is_wider_than_the_screen(path, width, scheme):
     with opened(path, width, color_scheme=scheme) as (page, seen):
         for anchor in ("list.sort=-density", "latent=5", "latent=3", "latent=100000"):
