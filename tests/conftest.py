@@ -1,22 +1,27 @@
 """Shared set-up: shapes in signatures are checked while tests run, the network is closed, randomness is seeded."""
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.dont_write_bytecode = False  # else every process would compile all tests anew
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")  # of children
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as commands have it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of every process: on tensors so small more only wait for one another
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8 << 30:
+    os.environ.setdefault("TMPDIR", str(MEMORY))  # a disk takes longer for a test's folder than most tests take
+    tempfile.tempdir = None
 
 from rigs import shapes
 
 shapes.install()
+sys.dont_write_bytecode = False  # else every process would compile all tests anew
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -120,7 +120,8 @@ def test_too_little_disk_is_an_error_before_anything_loads(
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_only_may_be_too_little_is_a_warning(config, monkeypatch, quick, half_a_gigabyte, capsys):
+def test_what_only_may_be_too_little_is_a_warning(tmp_path, config, monkeypatch, quick, half_a_gigabyte, capsys):
+    monkeypatch.chdir(tmp_path)
     estimated(monkeypatch, 3 * 10**8, 3 * 10**8)
     monkeypatch.setattr("sae.training.run.train", lambda *_: SimpleNamespace(metrics={}, coders={}))
     assert main(["--config", config]) == 0

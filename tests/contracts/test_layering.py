@@ -94,7 +94,7 @@ def imported(module: str, node: ast.AST) -> Iterator[tuple[str, str]]:
 
 @cache
 def imports(of_types: bool = True) -> list[tuple[str, str, str]]:
-    """Returns (module, where, what it imports); `of_types` says whether those for type checkers alone are among them."""
+    """Returns (module, where, what it imports); `of_types`: also those for type checkers alone."""
     found = []
     for module, tree in TREES.items():
         unseen = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]

@@ -51,8 +51,6 @@ SMALL = {
     "sae-explain": "--latents random:20 --evidence.tokens 40000",
 }
 LAUNCHERS = ("torchrun", "srun", "mpirun", "accelerate")
-TRAINING = ("docs/training.md", "docs/python.md", "interp/README.md")
-"""Pages whose Python trains or explains, for a quarter of a minute."""
 RUN, MODEL = "runs/quickstart", "quickstart"
 STANDS_FOR = {  # what a page writes where a reader puts something of their own
     **dict.fromkeys(("RUN", "RUN_A", "RUN_B", "RUN_DIR", "A"), RUN),
@@ -102,13 +100,8 @@ def main_of(words: list[str]):
     return import_module(COMMANDS[words[0]]).main
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=[pytest.mark.slow] * (page in TRAINING))
-        for page in sorted({block.page for block in of("python", run=True)})
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted({block.page for block in of("python", run=True)}))
 def test_python_runs(page, shell, monkeypatch):
     """The blocks of a page are one program; a plug-in is forgotten again."""
     for family in (Selection, Objective, Explainer, Scorer):
@@ -174,6 +167,7 @@ def installed(words: list[str]) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", of("sh", run=False), ids=lambda block: block.where)
 def test_commands_that_cannot_run_here_parse(block, shell, monkeypatch):
     for words in block.commands:
@@ -270,7 +264,7 @@ def test_links_lead_somewhere(page):
         assert list(ROOT.glob(path.rstrip("/"))), path
 
 
-def test_options_named_are_known(shell):
+def test_options_named_are_known():
     """Also those in tables and sentences."""
     for page, text in PAGES.items():
         for command, option in re.findall(r"`(sae-\w+) (?:[A-Z][A-Z_]* )?(--[a-z-]++)(?!\.)", text):

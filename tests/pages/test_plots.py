@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from rigs.browser import WIDTHS, faults, needs_browser, opened
 
 from sae.pages.page import write_page
