@@ -15,11 +15,17 @@ from sae.base.arguments import wrong
 from sae.base.errors import nearest
 from sae.coder.coder import SparseCoder
 
+
+def _put_device(device: torch.device) -> None:
+    """Makes a device the default one; the CPU by none, as torch asks a default device at every call."""
+    torch.set_default_device(None if device.type == "cpu" else device)
+
+
 KEPT: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_default_device, torch.set_default_device),
+    (torch.get_default_device, _put_device),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (os.getcwd, os.chdir),
 )

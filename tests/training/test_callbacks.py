@@ -158,6 +158,7 @@ def test_a_run_is_the_same_whatever_callbacks_do(config, tmp_path, whole, monkey
     assert all(coder.W_dec.isfinite().all() for coder in result.coders.values())
     assert (torch.is_grad_enabled(), torch.get_num_threads()) == (True, 1)
     assert (torch.tensor(0.0).dtype, torch.tensor(0.0).device.type) == (torch.float32, "cpu")
+    assert not torch.overrides._get_current_function_mode_stack()  # one would slow down every call from now on
 
 
 FAULTS = [
