@@ -52,6 +52,7 @@ def write_own(path, rank: int) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_three_processes_write_their_rows_of_one_file(tmp_path):
     tensors, path = one_of_each(), tmp_path / "together"
     begin_rows(path, {name: Rows.of(x, Share(2, 3).of) for name, x in tensors.items()})

@@ -16,12 +16,18 @@ import sae.evaluation.evaluation
 from cli.evaluate import main
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run, filled by the first test that needs it."""
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
 @pytest.fixture
-def run(tmp_path, tiny_train):
-    folder = tmp_path / "run"
-    code, printed = tiny_train({"tokens": 256, "grid": {"coder.selection.k": [2, 4]}}, folder=folder)
-    assert code == 0, printed
-    return folder
+def run(tmp_path, tiny_train, trained):
+    if not trained.exists():
+        code, printed = tiny_train({"tokens": 256, "grid": {"coder.selection.k": [2, 4]}}, folder=trained)
+        assert code == 0, printed
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def test_a_run_gives_a_table_and_a_file_with_the_figures_of_its_end(run, capsys):

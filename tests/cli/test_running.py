@@ -99,9 +99,11 @@ def test_bars_follow(monkeypatch, capsys, options, bar):
 @pytest.mark.parametrize(
     "words",
     [
-        *([module, word] for module in ("train", "evaluate", "explain", "load") for word in ("--help", "--version")),
-        ["train", "--list-configs"],
+        ["train", "--help"],
         ["load", "list"],
+        pytest.param(["train", "--list-configs"], marks=pytest.mark.slow),
+        *(pytest.param([module, "--version"], marks=pytest.mark.slow) for module in ("train", "evaluate", "explain")),
+        *(pytest.param([module, "--help"], marks=pytest.mark.slow) for module in ("evaluate", "explain", "load")),
     ],
     ids=" ".join,
 )

@@ -35,7 +35,6 @@ FAMILIES = {
     "crosscoder": {"activations.sites": ["layers.0", "layers.1"], "coder.layout": "crosscoder"},
     "transcoder": {"activations.sites": ["layers.1.mlp:input"], "activations.targets": ["layers.1.mlp"]},
 }
-QUICK = ("crosscoder",)
 
 
 @pytest.fixture(params=["float64", "no float64"])
@@ -47,7 +46,8 @@ def device(request, monkeypatch):
     return pretended.DEVICE
 
 
-@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_coder_is_trained_and_evaluated(tmp_path, monkeypatch, quick, tiny_model, tiny_text, device, family):
     config = tiny_config(tiny_model, tiny_text, {**SMALL, **FAMILIES[family]})
     ((name, known),) = sae.train(config, run_dir=tmp_path / "here", progress=False).metrics.items()

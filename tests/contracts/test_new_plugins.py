@@ -231,7 +231,7 @@ def test_it_trains_and_goes_where_all_others_go(plugged, tiny_train, tiny_text, 
     assert report.lines()
 
 
-@pytest.mark.parametrize("layout", ["crosscoder", "cross_layer"])
+@pytest.mark.parametrize("layout", ["crosscoder", pytest.param("cross_layer", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("plugged", ["half_max", "soft", "batch_share"], indirect=True)
 def test_a_new_rule_trains_in_coders_of_several_sites(plugged, layout, tiny_train, tmp_path):
     sites = {"activations.sites": ["layers.0", "layers.1"], "coder.layout": layout}

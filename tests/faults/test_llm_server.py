@@ -295,7 +295,7 @@ def test_a_secret_is_not_shown_as_a_server_spells_it(tmp_path):
     ("fault", "failure", "calls"),
     [
         (hang(), "timeout", 3),  # with the small question that tells if the server is down
-        (drip(), "timeout", 3),
+        pytest.param(drip(), "timeout", 3, marks=pytest.mark.slow),
         (dropped(), "connection", 3),
         (web_page(), "server_error", 3),
         (truncated(), "server_error", 3),

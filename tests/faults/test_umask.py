@@ -45,6 +45,7 @@ def test_files_and_folders_of_every_command_follow_the_umask(tmp_path, tiny_trai
         assert wrong_modes(folder, umask) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("umask", [0o002], indirect=True, ids=oct)
 @pytest.mark.parametrize("name", writers())
 def test_every_format_that_is_written_follows_it_too(tmp_path, umask, name):

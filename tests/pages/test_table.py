@@ -21,6 +21,7 @@ SECONDS = """() => {
 FIRST = "document.querySelector('tbody tr').dataset.row"
 
 
+@pytest.mark.slow
 def test_ten_thousand_rows_are_sorted_filtered_searched_and_paged_and_the_address_keeps_it(tmp_path):
     path = tmp_path / "page.html"
     write_page(path, "Rows", [("rigs.pages", "table.js")], [("main", {"rows": ROWS})])

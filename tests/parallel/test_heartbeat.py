@@ -206,6 +206,7 @@ def test_a_rank_that_lives_but_does_not_come_to_a_sum_is_named(monkeypatch):
     assert "longer than ranks.timeout_s, 2 s: rank 1 (n1, pid 11) has not come to it" in ended[0][0]
 
 
+@pytest.mark.slow
 def test_a_process_that_was_suspended_has_not_waited_for_the_others(monkeypatch):
     hearts = Hearts(monkeypatch, 2, deadline_s=PATIENCE_S)
     now = time.monotonic

@@ -219,6 +219,7 @@ def test_shards_put_together_are_the_whole(coder, prepared, tmp_path):
     assert {**merged, "spent": None} == {**alone, "spent": None}
 
 
+@pytest.mark.slow
 def test_batches_give_the_same_scores_as_live_calls(coder, prepared, whole, tmp_path):
     with FakeLLM(scripted, **ABLE) as server:
         changes = with_llm(server.url)
@@ -307,6 +308,7 @@ def test_the_model_that_the_coder_reads_is_not_loaded_again_to_read(coder, prepa
     assert len(found) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asks", [False, True])
 def test_answers_are_told_where_a_model_is_asked(coder, prepared, tmp_path, monkeypatch, caplog, asks):
     monkeypatch.setattr("sae.base.progress.SECONDS_BETWEEN_LINES", 0.0)

@@ -145,6 +145,7 @@ def test_the_null_is_one_of_the_run_in_shards_too(coder, prepared, tmp_path, mos
     assert all(one["null"]["value"] is not None for one in summary["scores"])
 
 
+@pytest.mark.slow
 def test_more_latents_change_no_null_that_is_there(coder, prepared, tmp_path, few_are_enough):
     config = config_of(coder, tmp_path / "run")
     run(config, some(prepared, 30))
@@ -305,6 +306,7 @@ def test_a_score_of_another_text_is_none_of_this_one(coder, prepared, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_what_was_asked_for_is_told(coder, prepared, tmp_path):
     folder = tmp_path / "run"
     run(config_of(coder, folder), prepared)

@@ -64,7 +64,7 @@ def test_thresholds_start_in_the_spread_of_the_preactivations(scale, offset):
     assert made.coder.encode(x).l0().mean() == pytest.approx(64 * 0.0668, rel=0.1)  # P(N(0, 1) > 1.5)
 
 
-@pytest.mark.parametrize("start", [0.3, 4.0])
+@pytest.mark.parametrize("start", [pytest.param(0.3, marks=pytest.mark.slow), 4.0])
 def test_l0_comes_to_its_target_from_above_and_below(start):
     x = activations(400 * BATCH)
     made = trainer(x, OptimConfig(lr=0.01), Schedule(400, 3 * BATCH), **jumprelu(start, target=5.0))
