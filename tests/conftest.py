@@ -1,5 +1,6 @@
 """Shared set-up: shapes in signatures are checked while tests run, the network is closed, randomness is seeded."""
 
+import gc
 import os
 import shutil
 import sys
@@ -13,15 +14,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as commands have it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of every process: on tensors so small more only wait for one another
 os.environ.setdefault("MKL_NUM_THREADS", "1")
-MEMORY = Path("/dev/shm")
-if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8 << 30:
-    os.environ.setdefault("TMPDIR", str(MEMORY))  # a disk takes longer for a test's folder than most tests take
-    tempfile.tempdir = None
 
 from rigs import shapes
 
 shapes.install()
 sys.dont_write_bytecode = False  # else every process would compile all tests anew
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8 << 30:
+    os.environ.setdefault("TMPDIR", str(MEMORY))  # a disk takes longer for a test's folder than most tests take
+    tempfile.tempdir = None
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -33,9 +34,17 @@ settings.load_profile("patient")
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Returns how many processes run the tests: one a core, eight at most; none where one file is asked for."""
+    """Returns how many processes run the tests: one more than cores, as many tests wait for others; eight at most; none
+    where one file is asked for.
+    """
     files = [Path(argument.split("::")[0]) for argument in config.args]
-    return 0 if len(files) == 1 and files[0].is_file() else min(8, len(os.sched_getaffinity(0)))
+    return 0 if len(files) == 1 and files[0].is_file() else min(8, len(os.sched_getaffinity(0)) + 1)
+
+
+def pytest_collection_finish(session):
+    """Takes what is imported and collected, millions of objects, out of every collection of garbage to come."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

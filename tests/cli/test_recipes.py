@@ -20,6 +20,7 @@ from sae.training.estimate import estimate
 from sae.training.footprint import passed
 
 FAMILIES, MODELS = configs("families"), configs("models")
+QUICK = ("quickstart", "pythia-160m", "gemma-2-2b")  # the others take longer
 
 
 def read(config=None, on=None, *overrides):
@@ -44,7 +45,7 @@ def test_the_default_is_topk_on_the_quickstart():
     assert (config.coder.d_sae, vars(config.coder.selection)["k"]) == (2048, 16)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in MODELS])
 def test_every_family_on_every_model_is_a_valid_config_that_survives_yaml(model, tmp_path):
     for family in FAMILIES:
         config = read(family, model)
@@ -56,9 +57,6 @@ def test_every_family_on_every_model_is_a_valid_config_that_survives_yaml(model,
         assert sparsity == {read_yaml(MODELS[model])["facts"]["k"]}
 
 
-QUICK = ("quickstart",)  # the others take longer
-
-
 def traced(known, lm, sites, rows, context, backward):
     """Returns what `passed` does, of the one model that is made: once for all families that read it alike."""
     key = (*(site.name for site in sites), rows, context, backward)
@@ -67,7 +65,7 @@ def traced(known, lm, sites, rows, context, backward):
     return known[key]
 
 
-@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in MODELS])
+@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m != "quickstart")) for m in MODELS])
 def test_every_family_on_every_model_is_dry_run_on_the_models_config(model, tmp_path, monkeypatch):
     fake, made = (
         FakeTensorMode(),

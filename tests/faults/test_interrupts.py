@@ -107,7 +107,7 @@ def interrupted(command: str, argv: list[str], number: int) -> int:
     return importlib.import_module(f"cli.{command}").main(argv)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_a_signal_while_the_model_is_loaded_ends_it_there_and_then(tmp_path, made, command, number):
     words, _ = COMMANDS[command]

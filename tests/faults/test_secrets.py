@@ -68,7 +68,14 @@ ECHO = error(400, " ".join(value for name, value in SECRETS.items() if name != "
 @pytest.mark.parametrize(
     "more", [pytest.param((), id="plain", marks=pytest.mark.slow), pytest.param(("--debug",), id="debug")]
 )
-@pytest.mark.parametrize("fault", [None, ECHO, error(500, ECHO.body["error"]["message"])], ids=["ok", "400", "500"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(None, id="ok", marks=pytest.mark.slow),
+        pytest.param(ECHO, id="400"),
+        pytest.param(error(500, ECHO.body["error"]["message"]), id="500", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_tells_no_secret_whatever_its_server_says(run, tmp_path, monkeypatch, fault, more):
     with FakeLLM(scripted, logprobs=0) as server:  # also as the proxy, which is sent whole addresses
         monkeypatch.setenv("HTTP_PROXY", server.url.replace("http://", f"http://u:{quote(SECRETS['proxy'], safe='')}@"))

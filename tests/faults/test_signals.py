@@ -60,7 +60,7 @@ def whole(tmp_path_factory):
     [
         *(pytest.param(p, signal.SIGTERM, marks=() if p in QUICK else pytest.mark.slow) for p in PHASES),
         pytest.param("a step", signal.SIGUSR1, marks=pytest.mark.slow),
-        ("a step", signal.SIGINT),
+        pytest.param("a step", signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
 def test_one_checkpoint_exit_75_and_a_resume_as_if_nothing_had_happened(

@@ -1,5 +1,6 @@
 """A table of ten thousand rows, as a reader uses it."""
 
+import pytest
 from rigs.browser import faults, needs_browser, opened
 
 from sae.pages.page import write_page

@@ -28,7 +28,7 @@ def join(method: str, number: int) -> int:
     return 0
 
 
-@pytest.mark.parametrize("kind", ["tcp", "file"])
+@pytest.mark.parametrize("kind", ["tcp", pytest.param("file", marks=pytest.mark.slow)])
 def test_a_group_of_the_callers_is_used_and_left_to_the_caller(tmp_path, kind):
     method = f"tcp://127.0.0.1:{free_port()}" if kind == "tcp" else f"file://{tmp_path}/group"
     children = [Child(tmp_path / f"{i}.txt", partial(join, method, i)) for i in range(2)]

@@ -72,6 +72,7 @@ def run(tmp_path, argv, first):
     return [child.wait() for child in children], "".join(child.output for child in children)
 
 
+@pytest.mark.slow
 def test_ranks_on_two_kinds_of_cpu_are_refused_before_they_train(tmp_path, argv):
     codes, output = run(tmp_path, argv, of_another_kind)
     assert codes == [2, 2], output

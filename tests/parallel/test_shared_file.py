@@ -31,7 +31,8 @@ def write(path: Path, failing: int = -1) -> int:
     return 0
 
 
-@pytest.mark.parametrize("n", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [3, 2])
 def test_the_bytes_are_those_of_one_process(tmp_path, n):
     path = tmp_path / "sae.safetensors"
     save_tensors(path, tensors(1))

@@ -16,7 +16,7 @@ from beartype import beartype
 from jaxtyping import AbstractArray
 
 ROOT = Path(__file__).parents[2]
-CALLS = 3
+CALLS = 2
 """Calls of a function that are checked in each test."""
 WHOLE = ("sae.coder.coder", "sae.coder.spec", "sae.coder.tensors", "sae.coder.normalization", "sae.encoders")
 WHOLE += ("sae.kernels", "sae.selection", "sae.objectives", "sae.evaluation.metrics")

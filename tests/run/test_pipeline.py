@@ -121,7 +121,7 @@ def test_under_twenty_latents_the_null_is_not_available(coder, prepared, tmp_pat
     assert any("null n/a" in line for line in summary_lines(summary, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("after", [10, 70])
+@pytest.mark.parametrize("after", [pytest.param(10, marks=pytest.mark.slow), 70])
 def test_stopped_and_continued_is_the_same_and_pays_nothing_twice(coder, prepared, whole, tmp_path, after):
     with FakeLLM(scripted, **ABLE) as server:
         changes = with_llm(server.url, in_flight=3)

@@ -130,7 +130,7 @@ def few_are_enough(monkeypatch):
         monkeypatch.setattr(f"interp.run.{module}.FEWEST_FOR_NULL", 10)
 
 
-@pytest.mark.parametrize("most", [200, 16])
+@pytest.mark.parametrize("most", [pytest.param(200, marks=pytest.mark.slow), 16])
 def test_the_null_is_one_of_the_run_in_shards_too(coder, prepared, tmp_path, most, few_are_enough):
     config = config_of(coder, tmp_path / "run", {"null_latents": most})
     for number in (1, 2):

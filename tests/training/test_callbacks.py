@@ -210,7 +210,15 @@ def test_what_is_raised_after_the_end_loses_nothing(config, tmp_path, whole, hoo
     assert_equal(tmp_path, whole)
 
 
-@pytest.mark.parametrize(("hook", "call"), [("on_step", 5), ("on_evaluate", 1), ("on_save", 2), ("on_end", 1)])
+@pytest.mark.parametrize(
+    ("hook", "call"),
+    [
+        ("on_step", 5),
+        ("on_end", 1),
+        pytest.param("on_evaluate", 1, marks=pytest.mark.slow),
+        pytest.param("on_save", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_an_end_that_is_asked_for_finishes_the_run_which_may_still_go_on(config, tmp_path, whole, hook, call):
     told = []
     result = sae.train(
