@@ -109,12 +109,11 @@ def test_bars_follow(monkeypatch, capsys, options, bar):
 )
 def test_a_reader_that_has_seen_enough_hears_no_complaint(words):
     command = f"import time; from cli.{words[0]} import main; time.sleep(.2); raise SystemExit(main({words[1:]!r}))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    process.stdout.close()
-    assert process.wait() == 0
-    assert process.stderr.read() in ("", "next         sae-load show RELEASE\n")
+    argv = [sys.executable, "-c", command]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        process.stdout.close()
+        assert process.wait() == 0
+        assert process.stderr.read() in ("", "next         sae-load show RELEASE\n")
 
 
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)

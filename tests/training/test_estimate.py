@@ -24,7 +24,8 @@ def test_memory_and_disk_of_a_real_run(config, n, tmp_path):
     assert written <= 1.5 * first["disk"]
 
 
-def test_a_dry_run_of_several_ranks_says_what_one_of_them_takes(capsys):
+def test_a_dry_run_of_several_ranks_says_what_one_of_them_takes(capsys, monkeypatch):
+    monkeypatch.setattr("sae.training.estimate.measured_flops_per_s", lambda device: 1e11)
     found = []
     for n in ("1", "3"):
         assert main(["--dry-run", "--ranks", n, "--checkpoints.every_steps", "9", "--json"]) == 0
@@ -37,7 +38,7 @@ def test_a_dry_run_of_several_ranks_says_what_one_of_them_takes(capsys):
     assert one["traffic"]["sent"] == [0, 0]
     least, most = three["traffic"]["sent"]
     assert least == most > 4 * three["coder_parameters"]
-    assert three["compute_s"] == pytest.approx(one["compute_s"] / 3, rel=0.5)  # the speed is measured each time
+    assert three["compute_s"] == pytest.approx(one["compute_s"] / 3, rel=0.1)  # lanes are dealt raggedly
     assert set(three["seconds_over"]) == {"10 Gb/s", "100 Gb/s", "NVLink"}
 
 
