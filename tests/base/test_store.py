@@ -187,7 +187,7 @@ from sae.base.store import Shards, ShardWriter
 folder, random_delays = Path(sys.argv[1]), random.Random(0)
 torch.set_num_threads(1)
 os.fsync = lambda descriptor: None  # a kill loses nothing that was written
-total, kills = 60, 0
+total, kills = 600, 0
 while True:
     child = os.fork()
     if child == 0:

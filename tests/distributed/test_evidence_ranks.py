@@ -84,7 +84,8 @@ def test_two_ranks_find_what_one_finds(run):
 @pytest.mark.parametrize(("module", "later"), [("evidence", 1), ("evidence", 3), ("windows", 2)])
 def test_killed_together_they_go_on_as_many_as_they_are(run, module, later):
     codes, output = run("killed", 2, partial(at_block, 4, module, die))
-    assert codes == [-9, -9], output
+    assert -9 in codes, output  # the other one may hear of it before its own
+    assert 0 not in codes, output
     codes, output = run("killed", later)
     assert codes == [0] * later, output
     assert result(run.folder / "killed") == result(run.one)
