@@ -147,7 +147,7 @@ def process_group(config: RanksConfig = RanksConfig()) -> Iterator[None]:
             "join it by init_process_group('cpu:gloo,cuda:nccl')"
         )
     number, n = (dist.get_rank(), dist.get_world_size()) if theirs else (found.rank, found.world_size)
-    met = meet(found, number, n, config.timeout_s, _device())
+    met = meet(found, number, n, config.timeout_s, config.deadline_s, _device())
     heart = Heartbeat(met.second, met.peers, number, config.deadline_s, config.timeout_s)
     try:
         with heart:

@@ -1,7 +1,10 @@
 """Ranks as threads of one process: each meets the others with what a launcher would have told it."""
 
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
@@ -76,6 +79,36 @@ def test_a_port_that_something_else_listens_on_is_told():
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"MASTER_PORT: rank 0 cannot open 127.0.0.1:{port}: .*; set another one"):
             meet(Launch("srun", 0, 2, 0, "127.0.0.1", port), 0, 2, 60.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+def test_rank_0_that_is_lost_when_its_store_is_about_to_be_opened_is_told(number, monkeypatch):
+    """Of a dead process torch would ask for ranks.timeout_s, of a frozen one for ever."""
+    port = free_port()
+    rank_0 = (
+        "import time; from sae.parallel.launch import Launch; from sae.parallel.meeting import meet\n"
+        f"met = meet(Launch('srun', 0, 2, 0, '127.0.0.1', {port}), 0, 2, 60.0)\ntime.sleep(600)"
+    )
+    zero = subprocess.Popen([sys.executable, "-c", rank_0])
+    real = meeting._store
+
+    def store(found, port_there, timeout_s, **options):
+        if port_there != port:  # rank 0's own, of which it has told: what lies behind the meeting
+            os.kill(zero.pid, number)
+            if number == signal.SIGKILL:
+                zero.wait()
+        return real(found, port_there, timeout_s, **options)
+
+    monkeypatch.setattr(meeting, "_store", store)
+    monkeypatch.setattr(meeting, "_meetings", repeat(0))
+    try:
+        with pytest.raises(RuntimeError) as raised:
+            meet(Launch("srun", 1, 2, 1, "127.0.0.1", port), 1, 2, 60.0, deadline_s=0.5)
+    finally:
+        zero.kill()
+        zero.wait()
+    assert str(raised.value).startswith(f"rank 0 ({socket.gethostname()}, pid {zero.pid}) has gone from 127.0.0.1:")
+    assert str(raised.value).endswith("no answer for 0.5 s (ranks.deadline_s)")
 
 
 def test_a_signal_while_others_are_waited_for_stops_all_that_came(come, monkeypatch):
