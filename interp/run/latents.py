@@ -7,6 +7,7 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
+from sae.base.arguments import plain
 from sae.base.errors import ConfigError, nearest
 from sae.base.lines import decoded
 
@@ -22,12 +23,13 @@ def named_latents(given: Any, d_sae: int) -> str:
     """
     if isinstance(given, str | os.PathLike):
         return os.fspath(given)
-    values = _plain(range(d_sae)[given] if isinstance(given, slice) else given)
+    values = range(d_sae)[given] if isinstance(given, slice) else given
     if isinstance(values, range) and values.step == 1 and values:
         return f"{values[0]}-{values[-1]}"
+    values = plain(values)
     if not isinstance(values, Iterable) or isinstance(values, bytes | dict):
         return _word(values)
-    several = list(values)
+    several = [plain(value) for value in values]  # of sets, too
     if several and all(isinstance(value, bool) for value in several):
         if len(several) != d_sae:
             raise ConfigError(f"latents: a mask of {len(several)} latents; the coder has {d_sae}")
@@ -37,7 +39,7 @@ def named_latents(given: Any, d_sae: int) -> str:
 
 def is_one(given: Any) -> bool:
     """Returns whether a value stands for a single latent: a number, or the text of one."""
-    value = _plain(given)
+    value = plain(given)
     return value.strip().isdecimal() if isinstance(value, str) else isinstance(value, int)
 
 
@@ -54,17 +56,12 @@ def ids_among(there: Collection[int], given: Any, d_sae: int) -> list[int]:
     return found
 
 
-def _plain(given: Any) -> Any:
-    """Returns the numbers of numpy, torch and pandas as Python's own."""
-    return given.tolist() if hasattr(given, "tolist") else given
-
-
 def _word(value: Any) -> str:
     """Returns an id as text."""
     if isinstance(value, str):
         return value
     try:
-        return str(index(_NO_NUMBER if isinstance(value, bool) else _plain(value)))
+        return str(index(_NO_NUMBER if isinstance(value, bool) else value))
     except TypeError:
         raise TypeError(f"latents: {value!r} is no latent id; allowed: {ALLOWED}") from None
 

@@ -1,6 +1,7 @@
 """Arguments of another kind than a function takes: one line that says what was given and what is taken."""
 
 import operator
+import sys
 from numbers import Real
 from typing import Any
 
@@ -28,11 +29,20 @@ def described(value: Any) -> str:
     return f"{kind} of shape {list(shape)}" if isinstance(shape, tuple) else kind
 
 
+def plain(value: Any) -> Any:
+    """Returns the numbers and texts of numpy, torch and pandas, within lists, tuples and ranges too, as Python's own."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [plain(item) for item in value] if isinstance(value, list | tuple | range) else value
+
+
 def number(argument: str, value: Any) -> float:
-    """Returns a number as it is, numpy's too; TypeError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    """Returns a number, of numpy or torch too, as Python's own; TypeError for anything else."""
+    given = plain(value)
+    if isinstance(given, bool) or not isinstance(given, Real):
         raise wrong(argument, value, "a number")
-    return value  # type: ignore[return-value]
+    if isinstance(given, int) and abs(given) > sys.float_info.max:
+        raise ConfigError(f"{argument}: it is larger than a number may be")
+    return given  # type: ignore[return-value]
 
 
 def whole(argument: str, value: Any, least: int = 1) -> int:

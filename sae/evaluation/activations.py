@@ -1,16 +1,15 @@
 """What a coder makes of some text: which latents fire where, with the tokens that training masked marked as such."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.base.arguments import described, whole, wrong
+from sae.base.arguments import described, whole
 from sae.base.errors import ConfigError
 from sae.coder.arguments import as_coder
 from sae.coder.coder import SparseCoder
@@ -23,8 +22,8 @@ from sae.lm.models import LanguageModel
 from sae.lm.site import Site
 from sae.pages.marks import marked
 from sae.pages.notebook import Html, table, text_lines
-from sae.text.chats import as_chat
 from sae.text.decode import Decoder
+from sae.text.given import as_documents
 from sae.text.packing import PADDING, added, same, token_ids
 from sae.text.tokenizing import encode_texts
 
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 ROWS = 16  # of one pass of the model
 BESIDE = 5  # tokens shown on each side of one,
 AROUND = 24  # and in a notebook
-TAKEN = "a text, a chat (messages with role and content), token ids, or a list of one of them"
 Run = Callable[[LanguageModel, list[Site], Tensor], dict[str, Tensor]]
 COLUMNS = ("latent", "value", "fires", "row", "position", "token", "where")
 
@@ -221,7 +219,7 @@ def codes_of(
 
 def _rows(lm: LanguageModel, spec: CoderSpec, text: Any) -> Int[Tensor, "rows context"]:
     """Returns what was given as rows of tokens, as training would have made them, each to its end."""
-    documents = _documents(text)
+    documents = as_documents("text", text)
     before, behind = added(lm.tokenizer, spec.bos)
     found: list[list[int]] = []
     roles = tuple(spec.training.get("text", {}).get("roles", ()))
@@ -241,29 +239,6 @@ def _rows(lm: LanguageModel, spec: CoderSpec, text: Any) -> Int[Tensor, "rows co
     if not all(found) or not longest:
         raise ValueError(f"text: there are no tokens in {described(text)}")
     return torch.tensor([row + [PADDING] * (longest - len(row)) for row in found])
-
-
-def _documents(text: Any) -> list[Any]:
-    """Returns what was given as a list of texts, chats and lists of token ids."""
-    if isinstance(text, Mapping) and "input_ids" in text:  # what a tokenizer returns
-        ids = _plain(text["input_ids"])
-        text = _unpadded(ids, _plain(text["attention_mask"])) if "attention_mask" in text else ids
-    text = as_chat(_plain(text))
-    if isinstance(text, str):
-        return [text]
-    if not isinstance(text, list | tuple):
-        raise wrong("text", text, TAKEN)
-    if text and (isinstance(text[0], dict) or all(isinstance(item, int) for item in text)):
-        return [list(text)]  # one chat, or the ids of one text
-    return [document for item in text for document in _documents(item)]
-
-
-def _plain(numbers: Any) -> Any:
-    return numbers.tolist() if isinstance(numbers, Tensor | np.ndarray) else numbers
-
-
-def _unpadded(ids: list[Any], there: list[Any]) -> list[Any]:
-    return [_unpadded(i, k) if isinstance(i, list) else i for i, k in zip(ids, there, strict=True) if k]
 
 
 def _strings(lm: LanguageModel, ids: Int[Tensor, "rows context"]) -> list[list[str]]:

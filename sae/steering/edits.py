@@ -14,9 +14,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from numbers import Integral
 from typing import Any, TypeAlias
 
+from sae.base.arguments import plain
 from sae.base.errors import ConfigError
 from sae.base.settings import choose, shown
 
@@ -45,6 +45,11 @@ class Condition:
     """">" or "<"."""
     threshold: float
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "latent", _whole("edits.if", self.latent))
+        choose("edits.if", self.than, (">", "<"))
+        object.__setattr__(self, "threshold", _finite("edits.if", self.threshold))
+
     def __str__(self) -> str:
         return f"{self.latent}{self.than}{self.threshold:g}"
 
@@ -63,12 +68,14 @@ class Edit:
     where: str = "both"
     """answer (from the prompt's last token on, where the answer is predicted), prompt (before that), both."""
     when: Condition | None = None
-    """Where alone it acts."""
+    """Where alone it acts; a text such as "12>1" is taken, too."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "latent", _whole("edits.latent", self.latent))
         for name, allowed in (("how", HOWS), ("unit", UNITS), ("where", PLACES)):
             choose(f"edits.{name}", getattr(self, name), allowed)
+        if self.when is not None:
+            object.__setattr__(self, "when", _condition(self.when))
         if self.strength is not None:
             object.__setattr__(self, "strength", _finite("edits.strength", self.strength))
         if self.how == "ablate" and self.strength is not None:
@@ -144,21 +151,20 @@ def _typed(text: str) -> Edit:
         raise ConfigError(f"edits: {shown(text.strip())} is not LATENT[:HOW][=STRENGTH] [in WHERE] [if LATENT>VALUE]")
     latent, how, strength, where, when = match.groups()
     value, unit = _strength(strength) if strength else (None, "value")
-    return Edit(int(latent), how or "clamp", value, unit, where or "both", _condition(when) if when else None)
+    return Edit(int(latent), how or "clamp", value, unit, where or "both", when or None)  # type: ignore[arg-type]
 
 
 def _of_json(data: Mapping[str, Any]) -> Edit:
     said = {"when" if name == "if" else name: value for name, value in data.items()}
     for name in said:
         choose("edits", name, FIELDS)
-    if "latent" not in said:
+    if said.get("latent") is None:
         raise ConfigError(f"edits: {shown(dict(data))} has no latent")
     if isinstance(said.get("strength"), str):
         said["strength"], unit = _strength(said["strength"])
         said.setdefault("unit", unit)
-    when = said.pop("when", None)
-    given = {name: value for name, value in said.items() if value is not None}
-    return Edit(**given, when=when if isinstance(when, Condition) else _condition(when) if when else None)
+    said["when"] = said.get("when") or None
+    return Edit(**{name: value for name, value in said.items() if value is not None})
 
 
 def _strength(text: str) -> tuple[float, str]:
@@ -169,20 +175,23 @@ def _strength(text: str) -> tuple[float, str]:
 
 
 def _condition(value: Any) -> Condition:
+    if isinstance(value, Condition):
+        return value
     match = _CONDITION.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ConfigError(f"edits.if: {shown(value)} is not LATENT>VALUE or LATENT<VALUE, as in 12>1")
-    return Condition(int(match[1]), match[2], _finite("edits.if", float(match[3])))
+    return Condition(int(match[1]), match[2], float(match[3]))
 
 
 def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+    given = plain(value)
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
         raise ConfigError(f"{name}: {shown(value)} is not the id of a latent, which is a whole number from 0")
-    return int(value)
+    return given
 
 
 def _finite(name: str, value: Any) -> float:
-    given: Any = value.item() if hasattr(value, "item") else value  # of numpy
+    given = plain(value)
     if isinstance(given, bool) or not isinstance(given, int | float) or not abs(given) <= LARGEST:
         raise ConfigError(f"{name}: {shown(value)} is not a number up to {LARGEST:g}")
     return float(given)

@@ -1,10 +1,8 @@
 """What a model writes after a prompt, as it is or with latents edited, token by token."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from numbers import Integral
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sae.base.arguments import wrong
 from sae.base.errors import ConfigError
 from sae.base.settings import shown
 from sae.lm import generation
@@ -12,7 +10,8 @@ from sae.lm.generation import Step
 from sae.lm.models import LanguageModel
 from sae.steering.edits import Edit
 from sae.steering.hooks import Steering
-from sae.text.chats import answerable, as_chat
+from sae.text.chats import answerable
+from sae.text.given import as_document
 from sae.text.packing import added
 from sae.text.tokenizing import encode_texts, special_ids
 
@@ -40,37 +39,27 @@ def prompt_tokens(lm: LanguageModel, prompt: Any, bos: str = "row", chat: bool =
     stands what stood there in training, of the policy `bos`. ConfigError for messages that the model has no template
     for, or that spell one of its special tokens.
     """
-    given = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # arrays and tensors
-    if isinstance(given, list | tuple) and given and all(map(_is_id, given)):
-        outside = [token for token in given if not 0 <= token < len(lm.tokenizer)]
+    if chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    given, before = as_document("prompt", prompt), added(lm.tokenizer, bos)[0]
+    if isinstance(given, str):
+        (found,) = encode_texts(lm.tokenizer, [given])
+        if not len(found) and not before:
+            raise ConfigError(f"prompt: {shown(given[:60])} holds no tokens, so there is nothing to go on from")
+        return [*before, *found.tolist()]
+    messages = [one for one in given if isinstance(one, dict)]
+    if not messages:
+        ids = [one for one in given if isinstance(one, int)]
+        outside = [token for token in ids if not 0 <= token < len(lm.tokenizer)]
         if outside:
             raise ConfigError(
                 f"prompt: {outside[0]} is not the id of a token; allowed are 0 to {len(lm.tokenizer) - 1}"
             )
-        return [int(token) for token in given]
-    if not isinstance(prompt, str) and not _is_chat(prompt):
-        raise wrong("prompt", prompt, "one text, one chat (messages with role and content) or token ids")
-    before = added(lm.tokenizer, bos)[0]
-    if chat and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    messages = as_chat(prompt)
-    if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
-        if not getattr(lm.tokenizer, "chat_template", None):
-            raise ConfigError(f"prompt: the tokenizer of {lm.name} has no chat template; give plain text, without chat")
-        try:
-            ids = answerable(lm.tokenizer, messages, special_ids(lm.tokenizer))
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("text.column", "prompt", 1)) from error
-        return ids if ids[: len(before)] == before else [*before, *ids]
-    (found,) = encode_texts(lm.tokenizer, [prompt])
-    if not len(found) and not before:
-        raise ConfigError(f"prompt: {shown(prompt[:60])} holds no tokens, so there is nothing to go on from")
-    return [*before, *found.tolist()]
-
-
-def _is_id(token: Any) -> bool:
-    return isinstance(token, Integral) and not isinstance(token, bool)
-
-
-def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, list | tuple) and bool(prompt) and all(isinstance(one, Mapping) for one in prompt)
+        return ids
+    if not getattr(lm.tokenizer, "chat_template", None):
+        raise ConfigError(f"prompt: the tokenizer of {lm.name} has no chat template; give plain text, without chat")
+    try:
+        ids = answerable(lm.tokenizer, messages, special_ids(lm.tokenizer))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("text.column", "prompt", 1)) from error
+    return ids if ids[: len(before)] == before else [*before, *ids]

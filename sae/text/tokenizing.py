@@ -313,11 +313,15 @@ def encode_texts(
         elif document and isinstance(document[0], dict):
             yield chat_tokens(tokenizer, cast(Any, document), roles, special)
         else:
-            yield _known(np.array(document, np.int64), tokenizer)
+            yield _known(cast(Any, document), tokenizer)
 
 
-def _known(ids: Int[np.ndarray, "n"], tokenizer: "PreTrainedTokenizerBase") -> Int[np.ndarray, "_n"]:
+def _known(document: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> Int[np.ndarray, "_n"]:
     """Returns token ids without what stands around a text, which rows get by the settings."""
+    try:
+        ids = np.array(document, np.int64)
+    except OverflowError:
+        ids = np.array(document, object)
     wrong = ids[(ids < 0) | (ids >= len(tokenizer))]
     if len(wrong):
         raise ConfigError(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.base.arguments import described, whole, wrong
+from sae.base.arguments import described, number, whole, wrong
 from sae.base.errors import ConfigError
 
 
@@ -39,6 +39,16 @@ def test_a_whole_number_is_one_in_whichever_form(value):
 def test_what_is_none_is_refused(value):
     with pytest.raises(TypeError, match=r"^n: .* was given; it takes a whole number$"):
         whole("n", value)
+
+
+@pytest.mark.parametrize("value", [2.5, np.float32(2.5), torch.tensor(2.5), np.array(2.5)])
+def test_a_number_is_one_of_numpy_and_torch_too(value):
+    assert number("x", value) == 2.5
+    assert type(number("x", value)) is float
+    with pytest.raises(TypeError, match=r"^x: the text '2.5' was given; it takes a number$"):
+        number("x", str(value))
+    with pytest.raises(ConfigError, match=r"^x: it is larger than a number may be$"):
+        number("x", 10**400)
 
 
 def test_one_that_is_too_small_says_the_least():

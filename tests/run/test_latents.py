@@ -29,6 +29,7 @@ MASK = np.isin(np.arange(D_SAE), (3, 17))
         (MASK, [3, 17]),
         (torch.from_numpy(MASK), [3, 17]),
         (MASK.tolist(), [3, 17]),
+        (list(MASK), [3, 17]),  # numpy's True and False are no 1 and 0
         (range(3, 6), [3, 4, 5]),
         (range(5, 2, -1), [3, 4, 5]),
         (range(0, 9, 4), [0, 4, 8]),

@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from sae.base.errors import ConfigError
 from sae.steering.edits import Condition, Edit, as_edits, check_latents, parse_edits
@@ -36,6 +38,27 @@ def test_several_are_said_in_any_way():
     assert as_edits("") == as_edits([]) == ()
     (one,) = as_edits({"latent": 3, "strength": 1, "if": "12>1"})
     assert one.when == Condition(12, ">", 1.0)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.array, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_numbers(kind):
+    wanted = Edit(5, strength=2.0, when=Condition(12, "<", 1.0))
+    made = Edit(kind(5), strength=kind(2), when=Condition(kind(12), "<", kind(1)))
+    assert made == wanted == Edit(5, strength=2, when="12<1")
+    assert as_edits({"latent": kind(5), "strength": kind(2), "if": "12<1"}) == (wanted,)
+    assert type(made.latent) is type(made.when.latent) is int
+    with pytest.raises(ConfigError, match="^edits.latent: .* is not the id of a latent"):
+        Edit(kind([5, 6]) if kind in (np.array, torch.tensor) else np.bool_(True), strength=1)
+
+
+def test_a_condition_is_refused_where_it_is_made():
+    for wrong, line in (
+        ((12, ">=", 1), "'>=' is not one of >, <"),
+        ((True, ">", 1), "True is not the id"),
+        ((1, ">", "x"), "'x' is not a number"),
+    ):
+        with pytest.raises(ConfigError, match=f"^edits.if: {line}"):
+            Condition(*wrong)
 
 
 def test_a_latent_is_edited_twice_only_where_the_two_cannot_meet():

@@ -281,7 +281,7 @@ def test_the_stream_gives_the_pieces_of_the_result_and_users_do_not_mix():
 def test_what_is_not_one_prompt_or_one_number_is_one_line():
     lm, coder, _ = planted()
     kinds = {
-        r"^prompt: list was given; it takes one text, one chat .* or token ids$": {"prompt": ["abc", "def"]},
+        r"^prompt: list was given; it takes one, not 2: a text, a chat .* token ids$": {"prompt": ["abc", "def"]},
         r"^prompt: tuple was given": {"prompt": ("abc",)},
         r"^prompt: list was given; it takes one": {"prompt": []},
         r"^prompt: list .*one text": {"prompt": [[3, 4], [5]]},

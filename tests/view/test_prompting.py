@@ -285,7 +285,7 @@ def test_bad_input_is_one_line(lm):
         interp.prompt(gradients, lm, TEXT)
     with pytest.raises(ConfigError, match="text: it is empty"):
         interp.prompt(coder(), lm, "")
-    with pytest.raises(TypeError, match="it takes one text, or one chat"):
+    with pytest.raises(TypeError, match="it takes one, not 2: a text"):
         interp.prompt(coder(), lm, ["one", "two"])
     with pytest.raises(ConfigError, match="names no model"):
         interp.prompt(coder(Site("model.layers.1", width=D)), None, TEXT)

@@ -1,5 +1,6 @@
 """What a text shows: which latents fire at which of its tokens, and what each adds to the logits of the next token."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -111,7 +112,7 @@ class PromptRecord:
 
     def at(self, position: int) -> list[Firing]:
         """Returns the latents that fire at a token, the largest value first; of one that does not count, none."""
-        n = len(self.tokens)
+        n, position = len(self.tokens), whole("position", position, least=-sys.maxsize)
         if not -n <= position < n:
             raise IndexError(f"position: {position} is outside the text's {n} tokens")
         return self._by_position()[position % n]

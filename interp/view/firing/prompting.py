@@ -24,6 +24,7 @@ from sae.coder.arguments import CoderLike
 from sae.evaluation.activations import Activations, Reading, codes_of, reading
 from sae.lm.hooks import capture
 from sae.lm.models import ONE_AT_A_TIME, LanguageModel
+from sae.text.given import as_document
 
 if TYPE_CHECKING:
     from sae.lm.models import ModelLike
@@ -46,7 +47,6 @@ class PromptResult(PromptRecord):
 
 
 MOVED = 5  # tokens that a latent raises or lowers most, as shown
-TAKEN = "one text, or one chat (messages with role and content)"
 
 
 def prompt(
@@ -88,11 +88,10 @@ def prompt(
         raise ConfigError("text: it is empty; give some, such as 'The cat sat on the mat'")
     if chat:
         text = [{"role": "user", "content": text}]
+    text = as_document("text", text)
     explained = _explained(run)
     with ONE_AT_A_TIME:
         read = reading(lm, coder, text, second, as_trained=True)
-        if len(read.rows) != 1:
-            raise wrong("text", text, TAKEN)
         spec = read.coder.spec
         asked = None if latents is None else set(ids_among(range(spec.d_sae), latents, spec.d_sae))
         found, measured, why = _measured(read)
