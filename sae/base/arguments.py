@@ -30,7 +30,7 @@ def described(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Returns the numbers and texts of numpy, torch and pandas, within lists, tuples and ranges too, as Python's own."""
+    """Returns the numbers and texts of numpy, torch and pandas, within lists and ranges too, as Python's own."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return [plain(item) for item in value] if isinstance(value, list | tuple | range) else value
 

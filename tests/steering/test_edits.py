@@ -47,7 +47,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(kind):
     assert made == wanted == Edit(5, strength=2, when="12<1")
     assert as_edits({"latent": kind(5), "strength": kind(2), "if": "12<1"}) == (wanted,)
     assert type(made.latent) is type(made.when.latent) is int
-    with pytest.raises(ConfigError, match="^edits.latent: .* is not the id of a latent"):
+    with pytest.raises(ConfigError, match=r"^edits.latent: .* is not the id of a latent"):
         Edit(kind([5, 6]) if kind in (np.array, torch.tensor) else np.bool_(True), strength=1)
 
 
