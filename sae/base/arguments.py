@@ -37,12 +37,12 @@ def plain(value: Any) -> Any:
 
 def number(argument: str, value: Any) -> float:
     """Returns a number, of numpy or torch too, as Python's own; TypeError for anything else."""
-    given = plain(value)
+    given: Any = plain(value)
     if isinstance(given, bool) or not isinstance(given, Real):
         raise wrong(argument, value, "a number")
     if isinstance(given, int) and abs(given) > sys.float_info.max:
         raise ConfigError(f"{argument}: it is larger than a number may be")
-    return given  # type: ignore[return-value]
+    return given
 
 
 def whole(argument: str, value: Any, least: int = 1) -> int:
