@@ -231,7 +231,7 @@ def _rows(lm: LanguageModel, spec: CoderSpec, text: Any) -> Int[Tensor, "rows co
             elif document and isinstance(document[0], dict):
                 found.append([*([] if same(ids[: len(before)], before) else before), *ids.tolist()])
             else:
-                found.append([token for token in document if isinstance(token, int)])  # with the special tokens that are among them
+                found.append([token for token in document if isinstance(token, int)])  # special ones too
     except ConfigError as error:
         told = str(error).replace("text.column", "text", 1).replace("name a column of text", "give plain text", 1)
         raise ConfigError(told) from error
