@@ -2,7 +2,6 @@
 
 import operator
 import sys
-from numbers import Real
 from typing import Any
 
 from sae.base.errors import ConfigError
@@ -38,7 +37,7 @@ def plain(value: Any) -> Any:
 def number(argument: str, value: Any) -> float:
     """Returns a number, of numpy or torch too, as Python's own; TypeError for anything else."""
     given: Any = plain(value)
-    if isinstance(given, bool) or not isinstance(given, Real):
+    if isinstance(given, bool) or not isinstance(given, int | float):
         raise wrong(argument, value, "a number")
     if isinstance(given, int) and abs(given) > sys.float_info.max:
         raise ConfigError(f"{argument}: it is larger than a number may be")
