@@ -48,7 +48,7 @@ def _neuronpedia(options: argparse.Namespace, folder: str = "") -> int:
     from interp.exchange.neuronpedia_run import export_explained
     from interp.run.latents import spelled_out
     from interp.run.preparing import Given, prepare, resolve_config
-    from interp.view.serving.notes import Notes
+    from interp.view.notes import Notes
 
     config = replace(
         saved_config(run_dir), latents=spelled_out(latents_of(run_dir))

@@ -122,14 +122,13 @@ def _explain(config: "ExplainConfig", shard: tuple[int, int], options: Any) -> i
 def _tell(summary: dict[str, Any], run_dir: Path, latents: list[int] | None, as_json: Any) -> None:
     """Tells what the folder of a run amounts to, where that lies, and how to look at its best label."""
     from interp.run.telling import summary_lines
-    from interp.view.reporting.report import write_report
-    from sae.base.progress import Aside
+    from interp.view.reporting.report import keep_report
 
     report(as_json, {"run_dir": run_dir, **summary}, summary_lines(summary, run_dir, latents))
     log.info("results      %s", run_dir / "results.parquet")
     log.info("summary      %s", run_dir / "summary.json")
-    with Aside("writing report.html", f"all else is saved, and sae-view {run_dir} writes it again"):
-        log.info("report       %s", write_report([run_dir])[0])
+    if (page := keep_report(run_dir)) is not None:
+        log.info("report       %s", page)
     best = [row["latent"] for rows in summary["best"].values() for row in rows] or latents or []
     say_next(["sae-explain", "show", run_dir, *map(str, best[:1])])
 

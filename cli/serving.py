@@ -17,12 +17,12 @@ def serve(options: argparse.Namespace) -> int:
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"--port: {options.port} is not from 0 (any that is free) to 65535")
 
+    from interp.view.notes import Notes
     from interp.view.opening import open_run
     from interp.view.reporting.live import LivePage
     from interp.view.serving.app import app
     from interp.view.serving.guards import Access
     from interp.view.serving.limits import Limits
-    from interp.view.serving.notes import Notes
     from interp.view.serving.served import Served
     from interp.view.serving.server import address, checked_token, listening
     from interp.view.serving.server import serve as serve_app

@@ -159,7 +159,7 @@ def _labels(opened: "Opened", edits: "tuple[Edit, ...]") -> list[str]:
     if opened.run is None:
         return []
     found = opened.run.records({edit.latent for edit in edits})
-    return [f"{f'latent {one.latent}':12} {one.label!r}" for one in found if one.label and one.label.text]
+    return [f"{f'latent {one.latent}':12} {one.told}" for one in found if one.text]
 
 
 if __name__ == "__main__":

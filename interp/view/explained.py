@@ -20,6 +20,7 @@ from interp.run.telling import lines_of
 from interp.scorers import Scorer
 from interp.view import html
 from interp.view.examples import LatentExamples, examples_of
+from interp.view.notes import Notes
 from interp.view.record import Label, LatentRecord, Spread, score_of
 from interp.view.searching.search import KEPT, WORDS_ALONE, Found, Searcher
 from interp.view.terminal import lines, title
@@ -46,7 +47,7 @@ class Latent(LatentRecord):
     def __repr__(self) -> str:
         scores = [score for score in (self.label.scores if self.label else ()) if score.value is not None]
         told = ", ".join(f"{score.scorer} {score.value:.2f}" for score in scores)
-        return f"{title(self)}: {self.label or UNASKED}" + (f" ({told})" if told else "")
+        return f"{title(self)}: {self.told}" + (f" ({told})" if told else "")
 
     def __str__(self) -> str:
         return "\n".join(lines(self, "", colors=False))
@@ -150,6 +151,7 @@ class ExplainedRun:
     def records(self, latents: Collection[int]) -> Iterator[Latent]:
         """Yields the record of each latent, ascending; ConfigError for one that the coder has not."""
         asked, evidence, wanted = set(self.journals.latents), self.journals.evidence, sorted(set(latents))
+        edited = self.notes.labels()
         if evidence is None and set(wanted) - asked:
             listed = ", ".join(map(str, sorted(asked)[:10])) + (" ..." if len(asked) > 10 else "")
             raise ConfigError(f"latents: {min(set(wanted) - asked)} is not in {self.run_dir}; it holds {listed}")
@@ -158,8 +160,13 @@ class ExplainedRun:
             told = list(next(table)[1]) if latent in asked else []
             counts = {"fired": int(evidence.state["fired"][latent]), "tokens": evidence.tokens} if evidence else {}
             plain = tuple(score_of(one) for one in told if one.row["explainer"] is None and one.row["scorer"])
-            found = {"labels": tuple(self._labels(latent, told)), "scores": plain}
+            found = {"labels": tuple(self._labels(latent, told)), "scores": plain, "edited": edited.get(latent)}
             yield Latent(latent, self.d_sae, latent in asked, **counts, **found, **self._examples(latent))
+
+    @cached_property
+    def notes(self) -> Notes:
+        """Returns bookmarks and edited labels, which people keep beside it on its live page; always the latest ones."""
+        return Notes(self.run_dir, self.d_sae)
 
     @cached_property
     def searcher(self) -> Searcher:
@@ -168,18 +175,19 @@ class ExplainedRun:
         return Searcher(self, encoder, self.run_dir / KEPT)
 
     def search(self, query: str, by: str = "words", limit: int = 20) -> list[Found]:
-        """Returns the latents whose labels and tokens have all words of a query, or whose labels are near it in
-        meaning (`by="meaning"`), the best first (`interp.view.searching.search`).
+        """Returns the latents whose labels (edited ones too) and tokens have all words of a query, or whose labels are
+        near it in meaning (`by="meaning"`), the best first (`interp.view.searching.search`).
         """
-        return self.searcher.find(query, by, limit)
+        return self.searcher.find(query, by, limit, self.notes.labels())
 
     def texts(self, latents: Collection[int]) -> dict[int, str]:
-        """Returns what some latents are called: the texts of their labels, of those that have one."""
+        """Returns what some latents are called, of those that have a label: the edited one, else the best."""
         told: dict[int, list[Told]] = {}
         for one in self.journals.table(set(latents) & set(self.journals.latents)):
             told.setdefault(one.row["latent"], []).append(one)
-        labels = {n: LatentRecord(n, None, True, labels=tuple(self._labels(n, rows))).label for n, rows in told.items()}
-        return {latent: label.text for latent, label in labels.items() if label and label.text}
+        labels = {n: LatentRecord(n, None, True, labels=tuple(self._labels(n, rows))).text for n, rows in told.items()}
+        edited = {latent: text for latent, text in self.notes.labels().items() if latent in latents}
+        return {latent: text for latent, text in labels.items() if text} | edited
 
     def __len__(self) -> int:
         return len(self.journals.latents)
@@ -249,8 +257,6 @@ class ExplainedRun:
 
 def _told(record: Latent) -> tuple[str, str]:
     """A latent's label and its score, as cells of a table."""
-    label = record.label
-    if label is None:
-        return UNASKED, ""
-    score = next((score for score in label.scores if score.value is not None), None)
-    return repr(label), f"{score.scorer} {score.measure}" if score else ""
+    scores = record.label.scores if record.label else ()
+    score = next((score for score in scores if score.value is not None), None)
+    return record.told, f"{score.scorer} {score.measure}" if score else ""

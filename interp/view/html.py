@@ -11,7 +11,8 @@ from sae.pages.notebook import Html, table
 
 def page(record: LatentRecord) -> str:
     """Returns a latent: labels with their scores, what is known of it, and its windows."""
-    best = [_lines("b", [title(record)]), _lines("div", firing(record))]
+    edited = [] if record.edited is None else [f"edited: {record.edited}"]
+    best = [_lines("b", [title(record)]), _lines("div", [*edited, *firing(record)])]
     for label in record.labels:
         best.append(_lines("div", [repr(label)], "margin-top:.5em") + _items(map(repr, label.scores)))
     best.append(_items(map(repr, record.scores)))

@@ -13,6 +13,7 @@ from interp.run.preparing import Given, load_coder, resolve_config
 from interp.run.rundir import ENVIRONMENT, OWN_CODER, coder_digest, run_folder, saved_config
 from interp.view.examples import LatentExamples
 from interp.view.explained import ExplainedRun
+from interp.view.reporting.report import keep_report
 from sae.base.arguments import wrong
 from sae.base.errors import ConfigError, nearest
 from sae.base.paths import RUNS, near
@@ -48,7 +49,8 @@ def explain(
     progress: Display = True,
     **fields: Any,
 ) -> ExplainedRun:
-    """Says what latents mean and scores that, as sae-explain does, and returns the run with what it has found.
+    """Says what latents mean and scores that, as sae-explain does, and returns the run with what it has found; its
+    folder holds tables and a page to look at, report.html.
 
     The same call goes on where it stopped, and asks no model the same twice. It works in a notebook, whose event loop
     it leaves alone.
@@ -85,6 +87,8 @@ def explain(
     found = explain_run(config, given=given, retry_failed=retry_failed, repair=repair, progress=progress)
     if found is None:  # the first rank goes on, and writes to the folder
         return ExplainedRun(Path(config.run_dir))
+    if found.summary is not None:
+        keep_report(found.run_dir)
     way = "" if "goes on" in found.cut_off else "; the same call goes on with what is missing"
     failed = f"{found.failed}; retry_failed=True does them again" if found.failed else ""
     return ExplainedRun(found.run_dir, found.latents, f"{found.cut_off}{way}" if found.cut_off else failed)

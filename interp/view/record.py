@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from interp.records import Excerpt, Facts, Measure, Seen
 from interp.run.kept import asked_of, seen_of
-from interp.run.reasons import why
+from interp.run.reasons import UNASKED, why
 from interp.run.tables import Told
 from sae.base.visible import visible
 from sae.pages.notebook import table, text_lines
@@ -125,6 +125,19 @@ class LatentRecord:
     labels: tuple[Label, ...] = ()
     scores: tuple[LatentScore, ...] = ()
     """Of scorers that need no label."""
+    edited: str | None = None
+    """The label that a person gave it, which is shown first; scores are of the others."""
+
+    @property
+    def text(self) -> str | None:
+        """Returns what it is called: the edited label, else the text of the best one; None if there is neither."""
+        return self.edited if self.edited is not None or not self.label else self.label.text
+
+    @property
+    def told(self) -> str:
+        """Returns in one line what is said of it: the edited label, and the best one or why there is none."""
+        edited = [f"edited: {visible(self.edited)}"] if self.edited is not None else []
+        return " | ".join([*edited, repr(self.label) if self.label else UNASKED])
 
     @property
     def dead(self) -> bool:

@@ -20,6 +20,8 @@ def lines(record: LatentRecord, command: str, colors: bool) -> Iterator[str]:
         colors: whether marks are bold; else they are guillemets.
     """
     yield title(record)
+    if record.edited is not None:
+        yield f"edited: {visible(record.edited)}"
     yield from firing(record)
     if not record.asked:
         yield "nothing explains what never fires" if record.dead else f"not explained yet; to explain it: {command}"

@@ -11,7 +11,7 @@ from rigs.runs import error_of
 from cli.explain import main as sae_explain
 from cli.view import main
 from interp.exchange.neuronpedia_schema import check_tree
-from interp.view.serving.notes import Notes
+from interp.view.notes import Notes
 
 SMALL = ["--evidence.tokens", "30000", "--examples.test", "12", "--examples.shown", "10"]
 

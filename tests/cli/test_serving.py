@@ -13,7 +13,7 @@ import pytest
 from rigs.runs import error_of
 
 from cli.view import main
-from interp.view.serving.notes import Notes
+from interp.view.notes import Notes
 from interp.view.serving.server import listening
 
 

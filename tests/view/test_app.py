@@ -7,7 +7,7 @@ from rigs.served import Plain, served_at
 
 import sae
 from interp.view.firing.prompting import prompt
-from interp.view.serving.notes import Notes
+from interp.view.notes import Notes
 from sae.base.visible import visible
 from sae.pages.marks import runs
 from sae.steering.edits import as_edits

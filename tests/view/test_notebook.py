@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rigs.pages import blocks, latents_of_blocks
 from rigs.runs import files
 
 import interp
@@ -164,6 +165,7 @@ def test_the_call_gives_what_the_command_gives_also_where_a_loop_runs(explained_
     assert {"evidence", "windows", "explaining", "scoring"} <= {at.what for at in told}
     assert (found.run_dir, found.asked, found.unfinished) == (tmp_path / "run", list(range(12)), "")
     assert found.summary == read_json(tmp_path / "run" / "summary.json")
+    assert latents_of_blocks(blocks(tmp_path / "run" / "report.html")).keys() == set(range(12))
     again = interp.explain(tmp_path / "run", 3, progress=False)  # goes on with the settings of the folder
     assert again.asked == [3]
     assert len(again) == 12

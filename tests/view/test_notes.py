@@ -7,17 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from html import unescape
 
 import pytest
+from rigs.explained_runs import write_explained_run
+from rigs.pages import blocks
 
+import interp
 from interp.run.explanations_file import read_explanations
-from interp.view.serving.notes import LONGEST_CHARS, VERSION, Notes, Outdated
+from interp.view.notes import LONGEST_CHARS, VERSION, Notes, Outdated
+from interp.view.reporting.report import write_report
+from interp.view.terminal import lines
 from sae.base.errors import ConfigError, DataError
+from sae.base.visible import visible
 
 WRITER = """
 import sys
 from pathlib import Path
-from interp.view.serving.notes import Notes
+from interp.view.notes import Notes
 notes = Notes(Path(sys.argv[1]))
 for i in range(100_000):
     notes.change(i % 7, label=f"label {i} " + "x" * 300)
@@ -253,3 +260,28 @@ def test_notes_that_cannot_be_read_are_one_line(tmp_path):
     notes.path.chmod(0)
     with pytest.raises(DataError, match="cannot be read"):
         notes.to_json()
+
+
+def test_an_edited_label_is_shown_wherever_labels_are(tmp_path):
+    run_dir = write_explained_run(tmp_path / "run", 6)
+    run, latent = interp.results(run_dir), 4
+    before = run[latent]
+    own = before.label.text
+    assert run.texts([latent]) == {latent: own}
+    Notes(run_dir).change(latent, label="quaint\u202e\nmonths")
+    edited, shown = "quaint\u202e\nmonths", "quaint\\u{202e}\\nmonths"
+    now = run[latent]
+    assert (now.text, now.edited, now.label) == (edited, edited, before.label)
+    assert run.texts([latent, 0]).keys() == {0, latent}
+    assert run.texts([latent]) == {latent: edited}
+    assert run.table() == interp.results(run_dir).table()
+    assert [found.label for found in run.search("quaint")] == [shown]
+    told = [repr(now), str(now), now._repr_html_(), run._repr_html_(), "\n".join(lines(now, "", colors=True))]
+    for text in told:
+        assert f"edited: {shown}" in text
+        assert visible(own[:20]) in unescape(text)
+    (index,) = blocks(write_report([run_dir])[0])["main"]["runs"]
+    assert index["notes"] == {str(latent): {"label": shown}}
+    Notes(run_dir).change(latent, label=None)
+    assert run[latent] == before
+    assert "edited:" not in "".join([repr(run[latent]), str(run[latent]), run._repr_html_()])

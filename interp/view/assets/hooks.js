@@ -4,6 +4,6 @@ const hooks = {
   tabs: [],  // {id, name, make() -> node}: beside the list of latents; the address has view=ID
   latent: [],  // {name, make({run, latent}) -> node}: on a latent's page, after its labels
   beside: [],  // ({run, latent}) -> node or null: beside a latent's number and label
-  note: () => null,  // ({run, latent}) -> {label, bookmark} or null
+  note: ({run, latent}) => explained.runs[run].notes[latent] || null,  // {label, bookmark}; on a live page as it is now
   changed: [],  // functions that are called when a note has changed
 };

@@ -27,7 +27,7 @@ function latentBody(run, record) {
   const about = explained.runs[run], strongest = strengthOf(record), context = about.seen.context_length;
   return [
     el("section", {class: "labels"}, record.labels.map((label) => labelCard(run, record, label)), record.scores.length > 0 && el("div", {class: "card"}, el("p", {class: "faint"}, "Scores that need no label"), record.scores.map(scoreLine)),
-      !record.labels.length && !record.scores.length && el("p", {}, "Nothing was asked of it yet."), record.missing && el("p", {class: "warning"}, record.missing)),
+      !record.labels.length && !record.scores.length && el("p", {}, "Nothing was asked of it yet. ", editedBadge(run, record.latent)), record.missing && el("p", {class: "warning"}, record.missing)),
     hooks.latent.map(({name, make}) => el("section", {class: "panel", "aria-label": name}, el("h3", {}, name), make({run, latent: record.latent}))),
     el("div", {class: "columns"},
       el("div", {class: "texts"}, judgedSections(record, strongest, context), examplesOf(record, strongest, context), askedSection(run, record)),
@@ -35,11 +35,15 @@ function latentBody(run, record) {
   ];
 }
 
+function editedBadge(run, latent) {
+  const edited = hooks.note({run, latent});
+  return edited && edited.label && el("span", {class: "badge"}, "edited: " + edited.label);
+}
+
 function labelCard(run, record, label) {
-  const edited = hooks.note({run, latent: record.latent});
   return el("div", {class: "card"},
     el("p", {class: "label"}, label.text === null ? el("span", {class: "warn"}, brief(label.reason.startsWith(label.status) ? label.reason : label.status + (label.reason && ": " + label.reason))) : brief(label.text),
-      " ", el("span", {class: "faint"}, label.explainer + (label.by ? ` (${label.by})` : "")), edited && edited.label && el("span", {class: "badge"}, "edited: " + edited.label)),
+      " ", el("span", {class: "faint"}, label.explainer + (label.by ? ` (${label.by})` : "")), editedBadge(run, record.latent)),
     label.scores.map(scoreLine));
 }
 

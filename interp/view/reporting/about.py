@@ -34,6 +34,7 @@ def about(run: ExplainedRun) -> dict[str, Any]:
         "summary": [_summed(one, nulls) for one in summary["scores"]],
         "spent": summary["spent"],
         "edges": bin_edges(),
+        "notes": {latent: {"label": shown_text(text, LONGEST_LISTED)} for latent, text in run.notes.labels().items()},
     }
 
 

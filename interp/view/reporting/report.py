@@ -20,6 +20,7 @@ from interp.view.reporting.about import about, names_of
 from interp.view.reporting.blocks import latent_of_page, shown_text
 from interp.view.reporting.columns import Columns
 from interp.view.reporting.pairs import pairs_of
+from sae.base.progress import Aside
 from sae.pages.page import Asset, write_page
 
 REPORT = "report.html"
@@ -61,6 +62,13 @@ def write_report(runs: Sequence[Path | str], out: Path | None = None) -> list[Pa
         if target.stat().st_size <= LARGEST:
             return [target]
     return [target, *_write_parts(target, report)]
+
+
+def keep_report(run_dir: Path) -> Path | None:
+    """Writes the report of a run that has just been told; returns it, or None if it cannot be had, with a warning."""
+    with Aside("writing report.html", f"all else is saved, and sae-view {run_dir} writes it again"):
+        return write_report([run_dir])[0]
+    return None
 
 
 @dataclass(frozen=True)

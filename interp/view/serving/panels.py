@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,9 +10,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from interp.view.firing.prompting import prompt as fires_on
+from interp.view.notes import KEEP, Outdated
 from interp.view.serving.asked import checked_text, edits_of
 from interp.view.serving.guards import client_of
-from interp.view.serving.notes import KEEP, Outdated
 from interp.view.serving.refusing import Refused, told
 from interp.view.serving.served import Served, body_of
 from interp.view.serving.turns import Steps, Turns
@@ -76,11 +75,7 @@ class Panels:
         def steps() -> Steps:
             served = self.served
             served.ids(text, chat=chat)
-            found, edited = fires_on(served.coder, served.lm, text, served.run, chat=chat), served.notes.labels()
-            named = [
-                replace(one, label=visible(edited.get(one.latent, one.label or "")) or None) for one in found.latents
-            ]
-            yield replace(found, latents=tuple(named)).to_json()
+            yield fires_on(served.coder, served.lm, text, served.run, chat=chat).to_json()
 
         return JSONResponse(await self._one(request, steps()))
 

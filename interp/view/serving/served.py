@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from starlette.requests import Request
 
 from interp.view.explained import ExplainedRun
+from interp.view.notes import Notes
 from interp.view.serving.asked import Asked
 from interp.view.serving.limits import Limits
-from interp.view.serving.notes import Notes
 from interp.view.serving.refusing import Refused, one_line
 from interp.view.serving.turns import Steps
 from sae.base.errors import ConfigError
