@@ -43,7 +43,7 @@ function editedBadge(run, latent) {
 function labelCard(run, record, label) {
   return el("div", {class: "card"},
     el("p", {class: "label"}, label.text === null ? el("span", {class: "warn"}, brief(label.reason.startsWith(label.status) ? label.reason : label.status + (label.reason && ": " + label.reason))) : brief(label.text),
-      " ", el("span", {class: "faint"}, label.explainer + (label.by ? ` (${label.by})` : "")), editedBadge(run, record.latent)),
+      " ", el("span", {class: "faint"}, label.explainer + (label.by ? ` (${label.by})` : "")), " ", editedBadge(run, record.latent)),
     label.scores.map(scoreLine));
 }
 
