@@ -8,6 +8,7 @@ from pathlib import Path
 from sae.base.errors import ConfigError
 
 RUNS = "runs"  # where runs lie that are named by no folder
+CACHED = "models--"  # how a folder of a model begins in the cache of the hub
 
 
 def same_place(a: str | Path, b: str | Path) -> bool:
@@ -34,6 +35,18 @@ def told_elsewhere(path: str) -> str:
     if not Path(path).is_absolute() and not path.startswith("~"):
         return path
     return "/".join(part for part in Path(path).parts[-2:] if part not in (os.sep, "~"))
+
+
+def model_elsewhere(model: str) -> str:
+    """Returns what others may call a model: one of a folder of this machine by that folder's name, without where it
+    lies; one in the cache of the hub by its id there.
+    """
+    local = Path(model).expanduser()
+    if not (local.is_absolute() or model.startswith((".", "~")) or local.exists()):
+        return model
+    parts = local.resolve().parts
+    cached = [part.removeprefix(CACHED) for part in parts if part.startswith(CACHED)]
+    return cached[-1].replace("--", "/") if cached else local.resolve().name
 
 
 def near(typed: str | Path, folders: bool = False) -> str:

@@ -3,13 +3,16 @@
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from sae.base.errors import ConfigError, nearest
 from sae.base.files import atomic_write, safe_join
+from sae.base.paths import model_elsewhere, told_elsewhere
 from sae.coder.coder import SparseCoder
+from sae.coder.spec import CoderSpec
 from sae.coder.wording import Description, description, kind
 from sae.evaluation.tables import table
 from sae.formats import NATIVE, formats
@@ -67,7 +70,8 @@ def push(
 ) -> str:
     """Puts coders with a card into a repository on the hub, made if need be; returns the address of the commit.
 
-    `reports` are pages that go along, by their names there.
+    `reports` are pages that go along, by their names there. No file says where something lies on this machine: a model
+    of a folder is named as that folder, of other paths the last two parts are told.
 
     The token is that of the environment (HF_TOKEN) or of `hf auth login` by default; `revision` is a branch, made if
     need be. ConfigError without a token, if the hub refuses, or if the format cannot say what a coder is.
@@ -83,6 +87,7 @@ def push(
         raise ConfigError(f"format: {format!r} is not one of {', '.join(writers())}.{nearest(format, writers())}")
     if hasattr(formats()[format], "SNIPPET"):  # whose library looks below the root alone
         coders = {name or "sae": coder for name, coder in coders.items()}
+    coders = {name: coder.with_spec(_elsewhere(coder.spec)) for name, coder in coders.items()}
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temp:
         for name, coder in coders.items():
@@ -99,6 +104,22 @@ def push(
         except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
             raise ConfigError(f"repo: {repo} cannot be written to: {' '.join(str(error).split())[:300]}") from error
     return done.pr_url or done.commit_url
+
+
+def _elsewhere(spec: CoderSpec) -> CoderSpec:
+    """Returns a spec as others may see it."""
+    reads, writes = (
+        tuple(replace(site, model=model_elsewhere(site.model)) for site in sites) for sites in (spec.reads, spec.writes)
+    )
+    return spec.with_(reads=reads, writes=writes, training=_without_places(spec.training))
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, str):
+        return told_elsewhere(value)
+    if isinstance(value, list | tuple):
+        return [_without_places(item) for item in value]
+    return {key: _without_places(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _table(head: tuple[str, str], rows: Description) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sae.base.arguments import number, wrong
 from sae.base.errors import ConfigError
+from sae.base.paths import told_elsewhere
 from sae.base.sums import in_float64
 from sae.evaluation.doctor import rows_of_text
 from sae.evaluation.metrics import kl_of
@@ -123,7 +124,7 @@ def measured_largest(steering: Steering, latents: Sequence[int]) -> Largest:
         for latent in latents:
             mine = codes.values[codes.ids == latent].abs()
             found[latent] = max(found[latent], float(mine.max())) if len(mine) else found[latent]
-    name = "Python's documentation" if source == "quickstart" else source
+    name = "Python's documentation" if source == "quickstart" else told_elsewhere(source)
     told = f"on {rows.numel():,} tokens of {name}"
     log.info("largest activations were measured %s", told)
     return Largest(found, told)

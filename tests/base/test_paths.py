@@ -2,7 +2,7 @@
 
 import pytest
 
-from sae.base.paths import can_only_be_local, moved_along, near, same_place, told_elsewhere
+from sae.base.paths import can_only_be_local, model_elsewhere, moved_along, near, same_place, told_elsewhere
 
 
 @pytest.fixture
@@ -69,3 +69,21 @@ def test_what_moved_along_is_found_again(here):
 )
 def test_what_others_may_see_of_a_path(path, told):
     assert told_elsewhere(path) == told
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("owner/model", "owner/model"),
+        ("quickstart", "quickstart"),
+        ("/home/me/models/mine", "mine"),
+        ("~/models/mine/", "mine"),
+        ("./here/mine", "mine"),
+        ("here/mine", "mine"),
+        ("/home/me/.cache/hub/models--owner--its-name/snapshots/0123abc", "owner/its-name"),
+    ],
+)
+def test_a_model_is_called_as_others_know_it(model, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "mine").mkdir(parents=True)
+    assert model_elsewhere(model) == told

@@ -22,6 +22,7 @@ from sae.base.errors import ConfigError
 from sae.coder.coder import SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.spec import CoderSpec
+from sae.lm.site import Site
 from sae.pages.page import write_page
 from sae.selection.groupmax import GroupMax
 from sae.untrusted.hints import Hints
@@ -320,6 +321,26 @@ def test_push_puts_a_coder_and_its_card_where_load_finds_it(load, hub, tmp_path,
     for row in ("reads | model.layers.1 of tiny/llama", "selection | topk of 3", "advertised L0 | 3"):
         assert f"| {row} |" in readme
     assert 'coder = sae.load("me/coder")' in readme
+
+
+@pytest.mark.parametrize("format", ["native", "saelens", "sparsify"])
+def test_push_tells_nothing_of_where_things_lie_here(load, hub, tmp_path, monkeypatch, format):
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    made, folder = sae.load(native(tmp_path / "made")), tmp_path / "coder"
+    sites = (Site("model.layers.1", model=str(tmp_path / "mine")),)
+    text = {"source": str(tmp_path / "texts" / "a.txt"), "files": [str(tmp_path / "b.txt")], "column": "text"}
+    sae.save(made.with_spec(made.spec.with_(reads=sites, writes=sites, training={"text": text, "tokens": 5})), folder)
+    assert load("push", folder, "me/coder", "--to", format)[0] == 0
+    files = [path for path in (hub[0] / "models/me/coder").rglob("*") if path.is_file()]
+    assert not [path.name for path in files if str(tmp_path).encode() in path.read_bytes()]
+    assert [file.name for file in files if b"mine" in file.read_bytes()].count("README.md") == 1
+    card = (hub[0] / "models/me/coder/README.md").read_text()
+    assert " of mine |" in card
+    assert "base_model" not in card
+    if format == "native":
+        spec = sae.load("me/coder").spec
+        assert (spec.reads[0].model, spec.training["text"]["source"]) == ("mine", "texts/a.txt")
+    assert sae.load(folder).spec.reads[0].model == str(tmp_path / "mine")
 
 
 def test_push_puts_reports_beside_the_coder_and_nothing_else_of_the_run(load, hub, tmp_path, monkeypatch, caplog):

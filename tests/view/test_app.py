@@ -1,6 +1,7 @@
 """The server as a whole: the page, its panels, and that none of them says more than it should."""
 
 import json
+from pathlib import Path
 
 import pytest
 from rigs.served import Plain, served_at
@@ -55,7 +56,8 @@ def test_about_says_what_there_is_and_no_path(ask, served):
 
 def test_a_prompt_is_answered_by_what_interp_prompt_says(ask, served):
     answer = ask.post("/api/prompt", {"text": TEXT}).json
-    assert answer == json.loads(json.dumps(prompt(served.coder, served.lm, TEXT, served.run).to_json()))
+    found = prompt(served.coder, served.lm, TEXT, served.run).to_json()
+    assert answer == json.loads(json.dumps(found | {"model": "model"}))
     assert len(answer["tokens"]) > 4
 
 
@@ -97,6 +99,8 @@ def test_steering_is_streamed_and_ends_with_what_sae_steer_says(ask, served, kl)
     assert done["kl"] == list(expected.kl)
     assert done["mean_kl"] == expected.mean_kl
     assert done["edits"] == [str(one) for one in expected.strengths]
+    assert done["model"] == "model"
+    assert str(Path(served.lm.name).parent) not in json.dumps([pieces, last])
     if kl:
         assert expected.mean_kl == pytest.approx(kl, rel=0.1)
 

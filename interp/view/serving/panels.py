@@ -75,7 +75,8 @@ class Panels:
         def steps() -> Steps:
             served = self.served
             served.ids(text, chat=chat)
-            yield fires_on(served.coder, served.lm, text, served.run, chat=chat).to_json()
+            found = fires_on(served.coder, served.lm, text, served.run, chat=chat)
+            yield found.to_json() | {"model": visible(served.name)}
 
         return JSONResponse(await self._one(request, steps()))
 
@@ -139,7 +140,7 @@ class Panels:
                 elif isinstance(piece, Piece):
                     yield {"side": piece.side, "text": visible(piece.text)}
                 else:
-                    done = piece.to_json()
+                    done = piece.to_json() | {"model": visible(served.name)}
                     yield {"done": {**done, **{name: visible(done[name]) for name in ("prompt", "plain", "steered")}}}
 
         async def lines(first: Any, pieces: AsyncIterator[Any]) -> AsyncIterator[str]:

@@ -16,6 +16,7 @@ from interp.view.serving.limits import Limits
 from interp.view.serving.refusing import Refused, one_line
 from interp.view.serving.turns import Steps
 from sae.base.errors import ConfigError
+from sae.base.paths import model_elsewhere
 from sae.base.seeding import keyed_hash
 from sae.coder.coder import SparseCoder
 from sae.lm.generation import Step
@@ -56,9 +57,8 @@ class Served:
 
     @cached_property
     def name(self) -> str:
-        """Returns what the model is called: a name of the hub, or the last part of a path."""
-        local = Path(self.lm.name).expanduser()
-        return local.resolve().name if local.exists() else self.lm.name
+        """Returns what the model is called, without where it lies."""
+        return model_elsewhere(self.lm.name)
 
     @cached_property
     def places(self) -> tuple[str, ...]:
