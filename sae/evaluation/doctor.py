@@ -17,7 +17,7 @@ L0 back, and a second one if it does so again.
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ from sae.lm.models import LanguageModel, as_language_model
 from sae.lm.site import Site
 from sae.lm.sites import resolve_sites
 from sae.selection import Selection
-from sae.text.documents import TextConfig, documents
+from sae.text.documents import Document, TextConfig, documents
 from sae.text.packing import PADDING, Packer
 from sae.text.tokenizing import CHARS_PER_TOKEN, encode_texts, special_ids
 
@@ -160,19 +160,26 @@ def rows_of_text(
     lm: LanguageModel, spec: CoderSpec, tokens: int, text: str | None = None
 ) -> Int[Tensor, "rows context"]:
     """Returns about `tokens` tokens of text as rows with the coder's BOS policy, no document longer than a row."""
+    return rows_of_documents(lm, spec, tokens, documents(TextConfig(source=text or "quickstart")), str(text))
+
+
+def rows_of_documents(
+    lm: LanguageModel, spec: CoderSpec, tokens: int, given: Iterable[tuple[str, Document]], name: str
+) -> Int[Tensor, "rows context"]:
+    """As `rows_of_text`, of documents and the name of what they are of."""
     said = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
     most = min(said, lm.positions or said)
     context = min(spec.context_length or CONTEXT, CONTEXT, most)
     packer = Packer(context, "packed", spec.bos, lm.tokenizer)
     wanted, got = -(-tokens // context) * context, 0
-    for number, (_, document) in enumerate(documents(TextConfig(source=text or "quickstart"))):
+    for number, (_, document) in enumerate(given):
         (ids,) = encode_texts(lm.tokenizer, [document[: context * CHARS_PER_TOKEN]])
         got += packer.add(ids[:context], number)
         if got >= wanted:
             break
     packer.finish(pad=True)
     if not packer.n_ready:
-        raise ConfigError(f"text: {text} holds no text")
+        raise ConfigError(f"text: {name} holds no text")
     return packer.take(-(-tokens // context))["tokens"]
 
 

@@ -78,11 +78,14 @@ def check_writing(lm: LanguageModel, prompt: int, new_tokens: int, temperature: 
         raise ConfigError(f"lm: {lm.name} does not predict the next token, so it writes nothing")
     if not prompt:
         raise ConfigError("prompt: it holds no tokens, so there is nothing to go on from")
-    try:
-        lm.check_context(prompt + new_tokens, "prompt")
-    except ConfigError as error:
-        told = str(error).partition(": ")[2]
-        raise ConfigError(f"prompt: its {prompt} tokens and {new_tokens} new ones are too many: {told}") from error
+    most = lm.context or math.inf  # behind it a model may go on, but writes nothing of use
+    if prompt + min(new_tokens, 1) > most:
+        raise ConfigError(f"prompt: {prompt} tokens leave no room for new ones; {lm.name} takes {most} in all")
+    if prompt + new_tokens > most:
+        raise ConfigError(
+            f"new_tokens: {new_tokens} behind a prompt of {prompt} are more than {lm.name} takes ({most} in all); "
+            f"at most {most - prompt} are allowed"
+        )
 
 
 def written(

@@ -105,6 +105,11 @@ class LanguageModel:
         names = ("max_position_embeddings", "max_seq_len", "max_encoder_position_embeddings")
         return next(filter(None, (getattr(text, name, None) for name in names)), None)
 
+    @property
+    def context(self) -> int | None:
+        """Returns the longest row, of a text and what is written behind it, that it is of use for; None: any."""
+        return self.positions or self.trained_length
+
     def check_context(self, length: int, field: str = "text.context_length") -> None:
         """Raises ConfigError if the model cannot read rows of a length; warns where it was trained on shorter ones.
 

@@ -96,15 +96,15 @@ def streamed(
 ) -> Iterator[Piece | Steered | None]:
     """Yields the pieces of both continuations as they are written, and at last what `steer` returns.
 
-    The two go on by turns. For a target KL the plain one comes first, and None between the passes of the search. The
-    model is held for one pass at a time, and closing the iterator ends it.
+    The two go on by turns. For a target KL the plain one comes first. None comes between the passes of its search, and
+    of what measures largest activations. The model is held for one pass at a time, and closing the iterator ends it.
     """
     lm, asked = steering.lm, as_edits(edits)
     check_asked(asked, steering.spec.d_sae, kl)
     tokens = prompt_tokens(lm, prompt, steering.spec.bos, chat)
     whole("seed", seed, -(2**63))
     check_writing(lm, len(tokens), whole("new_tokens", new_tokens), temperature, top_p)
-    strengths, monotone = ready(steering, asked, known_largest(largest)), None
+    strengths, monotone = (yield from ready(steering, asked, known_largest(largest))), None
     how: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     plain, steered = list[Step](), list[Step]()
     first = _told("plain", written(lm, tokens, **how), plain)

@@ -9,20 +9,21 @@ by one factor (of `scale`, what it differs from 1 by), which is found by bisecti
 import logging
 import math
 from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.base.arguments import number, wrong
 from sae.base.errors import ConfigError
 from sae.base.paths import told_elsewhere
 from sae.base.sums import in_float64
-from sae.evaluation.doctor import rows_of_text
+from sae.evaluation.doctor import rows_of_documents
 from sae.evaluation.metrics import kl_of
 from sae.lm.hooks import capture
 from sae.lm.intervene import Matched, guesses
@@ -31,9 +32,11 @@ from sae.lm.models import LanguageModel
 from sae.lm.reading import During, Row
 from sae.steering.edits import Edit
 from sae.steering.hooks import Steering
+from sae.text.documents import TextConfig, documents
 
 log = logging.getLogger(__name__)
 TEXT_TOKENS = 16_384  # of the text on which a largest activation is measured
+LOOK_S = 0.02  # between looks whether a text is there
 START = 0.3  # of the activations' own norm: the first guess at what is to be added
 TOLERANCE = 0.1
 STEPS, NARROWED, REFINED = 16, 8, 12  # guesses of the search, and of what follows where it ends without
@@ -84,8 +87,11 @@ class Strength:
         return f"{told} ({'clamped; ' * (self.asked.how == 'clamp')}{of})"
 
 
-def ready(steering: Steering, edits: Sequence[Edit], largest: Largest | None = None) -> tuple[Strength, ...]:
+def ready(
+    steering: Steering, edits: Sequence[Edit], largest: Largest | None = None
+) -> Generator[None, None, tuple[Strength, ...]]:
     """Returns edits with their strengths as values; of one without a strength, which a target KL is to find, none.
+    Yields while it measures.
 
     What `largest` does not know is measured on text, which is said: that of the coder's training where it lies here,
     else Python's documentation. ConfigError for a latent that fires nowhere there.
@@ -93,7 +99,7 @@ def ready(steering: Steering, edits: Sequence[Edit], largest: Largest | None = N
     known = largest or Largest({})
     missing = {edit.latent for edit in edits if edit.unit == "largest"} - known.values.keys()
     if new := missing - steering.measured.keys():
-        found = measured_largest(steering, sorted(new))
+        found = yield from measured_largest(steering, sorted(new))
         steering.measured |= {latent: (found.values[latent], found.source) for latent in new}
     strengths = []
     for edit in edits:
@@ -106,28 +112,40 @@ def ready(steering: Steering, edits: Sequence[Edit], largest: Largest | None = N
     return tuple(strengths)
 
 
-@torch.no_grad()
-def measured_largest(steering: Steering, latents: Sequence[int]) -> Largest:
-    """Returns the largest activation by magnitude of some latents on text, at tokens that are not masked."""
-    lm, spec = steering.lm, steering.spec
-    said = str(spec.training.get("text", {}).get("source", ""))
+def measured_largest(steering: Steering, latents: Sequence[int]) -> Generator[None, None, Largest]:
+    """Returns the largest activation by magnitude of some latents on text, at tokens that are not masked; yields
+    between passes of the model, and while the text is looked for.
+    """
+    said = str(steering.spec.training.get("text", {}).get("source", ""))
     source = said if said and Path(said).expanduser().exists() else "quickstart"
-    found: dict[int, float] = dict.fromkeys(latents, 0.0)
-    rows = rows_of_text(lm, spec, TEXT_TOKENS, source)
-    for batch in rows.split(8):
-        seen = {name: x.to(steering.coder.device) for name, x in capture(lm, steering.seen, batch).items()}
-        limits = {name: limit for name, limit in spec.mask.norm_limits.items() if name in seen}
-        mask = replace(spec.mask, norm_limits=limits, next_token=False)
-        keep = (token_mask(batch, mask).to(steering.coder.device) & norm_mask(seen, mask)).flatten()
-        inputs = torch.cat([seen[site.name].float() for site in spec.reads], dim=-1).flatten(0, 1)
-        codes = steering.coder.encode(inputs[keep], latents=list(latents))
-        for latent in latents:
-            mine = codes.values[codes.ids == latent].abs()
-            found[latent] = max(found[latent], float(mine.max())) if len(mine) else found[latent]
     name = "Python's documentation" if source == "quickstart" else told_elsewhere(source)
+    text = documents(TextConfig(source=source))
+    pool = ThreadPoolExecutor(1)
+    first = pool.submit(next, text, None)  # a folder of many files may take seconds to list
+    pool.shutdown(wait=False)
+    while wait([first], LOOK_S).not_done:
+        yield
+    begun = [one for one in (first.result(),) if one]
+    rows = rows_of_documents(steering.lm, steering.spec, TEXT_TOKENS, chain(begun, text), name)
+    found = dict.fromkeys(latents, 0.0)
+    for row in rows.split(1):
+        yield
+        found = {latent: max(found[latent], most) for latent, most in _largest_in(steering, row, latents).items()}
     told = f"on {rows.numel():,} tokens of {name}"
     log.info("largest activations were measured %s", told)
     return Largest(found, told)
+
+
+@torch.no_grad()
+def _largest_in(steering: Steering, rows: Int[Tensor, "n context"], latents: Sequence[int]) -> dict[int, float]:
+    lm, spec = steering.lm, steering.spec
+    seen = {name: x.to(steering.coder.device) for name, x in capture(lm, steering.seen, rows).items()}
+    limits = {name: limit for name, limit in spec.mask.norm_limits.items() if name in seen}
+    mask = replace(spec.mask, norm_limits=limits, next_token=False)
+    keep = (token_mask(rows, mask).to(steering.coder.device) & norm_mask(seen, mask)).flatten()
+    inputs = torch.cat([seen[site.name].float() for site in spec.reads], dim=-1).flatten(0, 1)
+    codes = steering.coder.encode(inputs[keep], latents=list(latents))
+    return {latent: max(codes.values[codes.ids == latent].abs().tolist(), default=0.0) for latent in latents}
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from copy import deepcopy
 from functools import cache
 
@@ -161,7 +162,7 @@ def test_units_are_resolved_from_what_is_given_else_measured_and_said(monkeypatc
     assert "2 of its largest activation, 4 in the evidence" in str(named)
 
     rows = torch.arange(3, 243).reshape(8, 30)
-    monkeypatch.setattr("sae.steering.strengths.rows_of_text", lambda *_: rows)
+    monkeypatch.setattr("sae.steering.strengths.rows_of_documents", lambda *_: rows)
     measured = sae.steer(lm, coder, "abc", "1=2x", new_tokens=3)
     x = sae.activations(lm, coder, rows.tolist())
     largest = float(x.of(1)[:, 1:].abs().max())
@@ -170,15 +171,32 @@ def test_units_are_resolved_from_what_is_given_else_measured_and_said(monkeypatc
     assert "on 240 tokens of Python's documentation" in str(measured)
     once = Steering(lm, coder)
     first = list(streamed(once, "abc", "1=2x", new_tokens=3))[-1]
-    monkeypatch.setattr("sae.steering.strengths.rows_of_text", None)
+    monkeypatch.setattr("sae.steering.strengths.rows_of_documents", None)
     assert list(streamed(once, "abc", "1=2x", new_tokens=3))[-1] == first  # nobody reads the text again
     assert "its largest activation is not known" in str(list(streamed(once, "abc", "1=8", new_tokens=3))[-1])
-    monkeypatch.setattr("sae.steering.strengths.rows_of_text", lambda *_: rows)
+    monkeypatch.setattr("sae.steering.strengths.rows_of_documents", lambda *_: rows)
     coder = coder_of("relu")
     with torch.no_grad():
         coder.b_enc[7] = -1e6
     with pytest.raises(ConfigError, match=r"^edits: 7=2x: latent 7 fires nowhere \(on 240 tokens of .*; say a value$"):
         sae.steer(lm, coder, "abc", "7=2x")
+
+
+def test_measuring_is_done_in_steps_so_that_others_have_their_turn(monkeypatch):
+    lm, coder, _ = planted()
+    there = threading.Event()
+
+    def text(_):
+        there.wait(10)
+        yield from ((str(number), "abcdefgh" * 100) for number in range(5))
+
+    monkeypatch.setattr("sae.steering.strengths.documents", text)
+    steps = streamed(Steering(lm, coder), "abc", "1=2x", new_tokens=3)
+    assert [next(steps) for _ in range(3)] == [None] * 3, "while the text is looked for"
+    there.set()
+    told = list(steps)
+    assert told[-1].strengths[0].source.startswith("on 1,280 tokens of ")
+    assert told.count(None) >= 5, "between the passes, a row each"
 
 
 def test_bad_input_is_one_line_before_a_model_is_loaded():
@@ -196,16 +214,14 @@ def test_bad_input_is_one_line_before_a_model_is_loaded():
             sae.steer(nowhere, coder, "abc", **more)
     lm, coder, _ = planted()
     others = {
-        r"^prompt: its \d+ tokens and 40 new ones are too many: ": {"prompt": "a" * 300},
+        r"^prompt: 301 tokens leave no room for new ones; tiny takes 64 in all$": {"prompt": "a" * 300},
+        r"^new_tokens: 61 behind a prompt of 4 are .* \(64 in all\); at most 60 are allowed$": {"new_tokens": 61},
         r"^temperature: -1 is too small": {"temperature": -1},
         r"^top_p: 0 is not above 0 and at most 1$": {"top_p": 0},
     }
-    short = LanguageModel(lm.model, lm.tokenizer, "tiny", None, True, positions=64)
-    with pytest.raises(ConfigError, match=r"too many: 3\d+ is more than tiny has positions for; at most 64 "):
-        sae.steer(short, coder, "a" * 300, "1=1")
     for told, more in others.items():
         with pytest.raises(ConfigError, match=told):
-            sae.steer(short, coder, **{"prompt": "abc", "edits": "1=1", **more})
+            sae.steer(lm, coder, **{"prompt": "abc", "edits": "1=1", **more})
 
 
 def test_both_arms_are_drawn_with_the_same_noise_and_again_the_same():

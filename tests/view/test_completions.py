@@ -96,16 +96,22 @@ def test_logprobs_of_a_prompt_are_those_of_a_direct_pass(complete, served, edit)
         assert told.token_logprobs[1:-1] == pytest.approx(expected, abs=1e-5)
         assert [max(top.values()) for top in told.top_logprobs[1:]] == pytest.approx(logs.amax(-1).tolist(), abs=1e-5)
     else:
-        steps = list(generate(served.lm, ids, served.steering, served.ready(_edits(edit)), new_tokens=1, echo=True))
+        steps = list(generate(served.lm, ids, served.steering, _ready(served, edit), new_tokens=1, echo=True))
         assert told.token_logprobs == [step.logprob for step in steps]
         plain = complete(ids, echo=True, logprobs=1, max_tokens=1).choices[0].logprobs
         assert told.token_logprobs[2:] != plain.token_logprobs[2:]
 
 
-def _edits(text):
+def _ready(served, text):
     from sae.steering.edits import as_edits
 
-    return as_edits(text)
+    found = []
+
+    def steps():
+        found.append((yield from served.ready(as_edits(text))))
+
+    assert not list(steps()), "of values nothing is measured"
+    return found[0]
 
 
 def test_a_token_that_ends_the_answer_is_counted_among_the_logprobs(complete, served, monkeypatch):
@@ -242,7 +248,7 @@ class TestChat:
         ids = served.ids(self.TALK)
         assert "be brief" in served.lm.tokenizer.decode(ids)
         for edit in (None, EDIT):
-            edits = served.ready(_edits(edit)) if edit else ()
+            edits = _ready(served, edit) if edit else ()
             wrote = list(generate(served.lm, ids, served.steering, edits, new_tokens=6))
             answer = chat(extra_body={"steer": edit})
             assert answer.choices[0].message.content == "".join(step.text for step in wrote)

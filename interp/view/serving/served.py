@@ -1,7 +1,7 @@
 """What is served: a run with its coder and model, and what both say of a text. All of it runs in the model's thread."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -77,9 +77,7 @@ class Served:
     @cached_property
     def context(self) -> int:
         """Returns the most tokens of a text and its continuation."""
-        config = self.lm.model.config.get_text_config()
-        told = self.lm.positions or getattr(config, "max_position_embeddings", None) or self.limits.tokens
-        return min(told, self.limits.tokens)
+        return min(self.lm.context or self.limits.tokens, self.limits.tokens)
 
     @property
     def chats(self) -> bool:
@@ -125,12 +123,13 @@ class Served:
         records = self.run.records({edit.latent for edit in edits})
         return Largest({one.latent: one.facts.largest for one in records if one.facts}, "in the evidence of the run")
 
-    def ready(self, edits: tuple[Edit, ...]) -> list[Edit]:
-        """Returns edits with strengths as values; those of the same edits are found once."""
+    def ready(self, edits: tuple[Edit, ...]) -> Generator[None, None, list[Edit]]:
+        """Returns edits with strengths as values; those of the same edits are found once. Yields while it measures."""
         if edits not in self._ready:
+            found = yield from ready(self.steering, edits, self.largest(edits))
             while len(self._ready) >= READY:
                 del self._ready[next(iter(self._ready))]
-            self._ready[edits] = [one.at(1.0) for one in ready(self.steering, edits, self.largest(edits))]
+            self._ready[edits] = [one.at(1.0) for one in found]
         return self._ready[edits]
 
     def ids(self, prompt: Any, new_tokens: int = 1, chat: bool = False) -> list[int]:
@@ -149,7 +148,7 @@ class Served:
         rows = [self.ids(prompt, 1 if wanted.new_tokens is None else wanted.new_tokens) for prompt in wanted.prompts]
         if any(edit.strength is None and edit.how != "ablate" for edit in wanted.edits):
             raise Refused(400, "steer: an edit has no strength, as in 508=4", field="steer")
-        steering, edits = (self.steering, self.ready(wanted.edits)) if wanted.edits else (None, ())
+        steering, edits = (self.steering, (yield from self.ready(wanted.edits))) if wanted.edits else (None, [])
         before = added(self.lm.tokenizer, self.coder.spec.bos)[0]
         yield Began(sum(map(len, rows)))
         for number, ids in enumerate(rows):
