@@ -24,6 +24,7 @@ from sae.base.errors import ConfigError
 from sae.base.paths import told_elsewhere
 from sae.base.sums import in_float64
 from sae.evaluation.doctor import rows_of_documents
+from sae.evaluation.evaluation import text_of
 from sae.evaluation.metrics import kl_of
 from sae.lm.hooks import capture
 from sae.lm.intervene import Matched, guesses
@@ -116,10 +117,10 @@ def measured_largest(steering: Steering, latents: Sequence[int]) -> Generator[No
     """Returns the largest activation by magnitude of some latents on text, at tokens that are not masked; yields
     between passes of the model, and while the text is looked for.
     """
-    said = str(steering.spec.training.get("text", {}).get("source", ""))
-    source = said if said and Path(said).expanduser().exists() else "quickstart"
-    name = "Python's documentation" if source == "quickstart" else told_elsewhere(source)
-    text = documents(TextConfig(source=source))
+    said = text_of(steering.spec) if "text" in steering.spec.training else TextConfig()
+    config = said if Path(said.source).expanduser().exists() else TextConfig()
+    name = "Python's documentation" if config.source == "quickstart" else told_elsewhere(config.source)
+    text = documents(config)
     pool = ThreadPoolExecutor(1)
     first = pool.submit(next, text, None)  # a folder of many files may take seconds to list
     pool.shutdown(wait=False)
