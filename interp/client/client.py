@@ -8,7 +8,7 @@ from the environment when a call goes out and stand nowhere else; what servers s
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,9 +134,12 @@ class Client:
             self.ledger.missing(request.role, reply.failure)
         return reply
 
-    async def ask_all(self, requests: Sequence[Request]) -> list[Reply]:
+    async def ask_all(
+        self, requests: Sequence[Request], heard: Callable[[Request, Reply], None] = lambda request, reply: None
+    ) -> list[Reply]:
         """Returns the replies to a wave of requests, in their order; roles via batch get batches.
 
+        Each reply is told to `heard` as soon as it is there.
         Raises Stopped, once calls under way have been answered and stored, if it was asked to stop.
         """
         replies: list[Reply | None] = [None] * len(requests)
@@ -146,14 +149,18 @@ class Client:
             (waves.setdefault(request.role, []) if self._holder(request.role).in_waves else live).append(number)
         numbers = iter(live)
 
+        def take(number: int, reply: Reply) -> None:
+            replies[number] = reply
+            heard(requests[number], reply)
+
         async def work(numbers: Iterator[int]) -> None:
             for number in numbers:
-                replies[number] = await self.ask(requests[number])
+                take(number, await self.ask(requests[number]))
 
         async def follow(role: str, numbers: list[int]) -> None:
             answers = await self._ask_wave(role, [requests[number] for number in numbers])
             for number, reply in zip(numbers, answers, strict=True):
-                replies[number] = reply
+                take(number, reply)
 
         used = {self._holder(role) for role in {requests[number].role for number in live}}
         workers = [work(numbers) for _ in range(min(len(live), sum(holder.waiting for holder in used)))]

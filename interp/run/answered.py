@@ -1,6 +1,6 @@
 """What the answers of a stage come to on the way: how many are valid or cost nothing, and what the rest will cost."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from interp.client.config import EndpointConfig
@@ -36,17 +36,16 @@ class Answered:
         self.usd = 0.0
         """What the latents that are done have cost."""
 
-    def take(self, share: Share, requests: Iterable[Request], replies: Iterable[Reply]) -> None:
-        """Counts the replies to some requests, here and in their latents' share."""
-        for request, reply in zip(requests, replies, strict=True):
-            share.asked += 1
-            if not reply.cached:
-                share.new += 1
-                share.usd += self.ledger.cost(request.role, Usage(reply.tokens_in, reply.tokens_out)) or 0.0
-            if request.role not in self.aside:
-                self.asked += 1
-                self.cached += reply.cached
-                self.valid += reply.ok
+    def take(self, share: Share, request: Request, reply: Reply) -> None:
+        """Counts the reply to a request, here and in its latents' share."""
+        share.asked += 1
+        if not reply.cached:
+            share.new += 1
+            share.usd += self.ledger.cost(request.role, Usage(reply.tokens_in, reply.tokens_out)) or 0.0
+        if request.role not in self.aside:
+            self.asked += 1
+            self.cached += reply.cached
+            self.valid += reply.ok
 
     def end(self, latents: int, share: Share) -> None:
         """Counts so many latents as done."""

@@ -159,13 +159,14 @@ class Pipeline:
                 except Exception as error:  # the others end what they have begun
                     errors.append(error)
                 told.end(len(group), share)
-                progress.update(told.done, told.reused, **told.figures())
+                self.tell()
 
         errors: list[Exception] = []
         endpoints = {role: self.config.endpoint(role) for role in ROLES}
         self.answered = told = Answered(self.client.ledger, endpoints, len(latents))
         workers = 1 if batched else self.config.in_flight
         with self.watch.stage(label, len(latents), "latents", at_once=workers) as progress:
+            self.tell: Callable[[], None] = lambda: progress.update(told.done, told.reused, **told.figures())
             await asyncio.gather(*(worker() for _ in range(workers)))
         for error in sorted(errors, key=lambda error: isinstance(error, CutOff)):
             raise error
@@ -196,9 +197,11 @@ class Pipeline:
             answers |= zip(wanted, await self._ask(list(wanted), share), strict=True)
 
     async def _ask(self, requests: list[Request], share: Share) -> list[Reply]:
-        replies = await self.client.ask_all(requests)
-        self.answered.take(share, requests, replies)
-        return replies
+        def heard(request: Request, reply: Reply) -> None:
+            self.answered.take(share, request, reply)
+            self.tell()
+
+        return await self.client.ask_all(requests, heard)
 
     async def _do(self, work: list[Work], share: Share) -> None:
         """Answers flows side by side, all their requests at once, and writes down what they return."""

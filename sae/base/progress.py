@@ -261,6 +261,7 @@ class _Bar:
             if self.bar is None:
                 leave = not self.open
                 how = {"unit": f" {at.unit}", "leave": leave, "disable": False, "bar_format": self.FORMAT}
+                how["miniters"] = 0  # figures may change while the position does not
                 self.bar = self.kind(total=at.total, initial=at.n, desc=at.what, **how)
                 self.open.add(self)
             self.bar.total = at.total

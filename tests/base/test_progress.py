@@ -146,6 +146,14 @@ def test_a_class_of_bars_is_the_bar_also_where_nobody_watches(bars):
     assert bar.disable  # closed
 
 
+def test_a_bar_tells_figures_that_change_where_it_stands(bars):
+    with progress.Watch(display=Bar).stage("scoring", 8, "latents") as shown:
+        bars[0].mininterval = 0
+        shown.update(3, answers=7)
+        shown.update(3, answers=90)
+        assert "answers 90" in bars[0].fp.getvalue()
+
+
 def test_a_bar_within_another_does_not_stay(bars):
     watch = progress.Watch(display=Bar)
     with watch.stage("training", 8, "steps"), watch.stage("evaluating", 8, "passes"):

@@ -21,8 +21,8 @@ def counted(latents, *replies, before=0.0):
     told = Answered(ledger, {"judge": PRICED, "encoder": EndpointConfig(model=NAME, via="local")}, latents)
     for own in replies:
         share = Share(rows=1)
-        told.take(share, [QUESTION] * len(own), own)
         for reply in own:
+            told.take(share, QUESTION, reply)
             if not reply.cached:
                 ledger.settle("judge", Usage(0, 0), Usage(reply.tokens_in, reply.tokens_out))
         told.end(1, share)
@@ -45,7 +45,7 @@ def test_latents_under_way_do_not_make_the_rest_dear():
     told = counted(100, [NEW])
     for _ in range(50):  # paid for, of latents that are not done yet
         told.ledger.settle("judge", Usage(0, 0), Usage(1_000_000, 0))
-        told.take(Share(), [QUESTION], [NEW])
+        told.take(Share(), QUESTION, NEW)
     assert told.figures()["usd_expected"] == pytest.approx(100)
 
 
@@ -56,8 +56,8 @@ def test_a_latent_without_questions_is_work_unless_its_row_was_there():
 
 def test_no_price_no_cost_and_no_model_nothing():
     free = Answered(Ledger({"judge": EndpointConfig(model="m", base_urls=("https://a/v1",))}), {}, 3)
-    free.take(Share(), [QUESTION], [NEW])
+    free.take(Share(), QUESTION, NEW)
     assert free.figures() == {"answers": 1, "cached_share": 0.0, "valid_share": 1.0}
     told = counted(3)
-    told.take(Share(), [Embed("encoder", ("a",))], [Reply(vectors=((1.0,),))])
+    told.take(Share(), Embed("encoder", ("a",)), Reply(vectors=((1.0,),)))
     assert told.figures() == {}
