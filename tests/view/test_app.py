@@ -61,6 +61,18 @@ def test_a_prompt_is_answered_by_what_interp_prompt_says(ask, served):
     assert len(answer["tokens"]) > 4
 
 
+def test_a_text_may_fill_the_model(ask, served):
+    one = "a" if len(served.ids("ab")) - len(served.ids("a")) == 1 else " a"
+    text = one * (served.context - len(served.ids("")))
+    assert len(served.ids(text, 0)) == served.context
+    for path in ("/api/prompt", "/api/test"):
+        data = {"latent": 3} if "test" in path else {}
+        assert ask.post(path, {**data, "text": text}).status == 200
+        answer = ask.post(path, {**data, "text": text + one})
+        most = served.context
+        assert (answer.status, answer.json["error"]) == (400, f"text: {most + 1:,} tokens; at most {most:,} are taken")
+
+
 def test_one_latent_is_tested_on_a_text(ask, served):
     found = sae.activations(served.lm, served.coder, TEXT)
     latent = int(found.latents.ids[found.latents.values.argmax()])
@@ -108,7 +120,7 @@ def test_steering_is_streamed_and_ends_with_what_sae_steer_says(ask, served, kl)
 def test_steering_that_cannot_be_is_refused_before_a_stream_begins(ask):
     for change, said in (
         ({"edits": [{"latent": 99, "strength": 1}]}, "edits: latent: 99"),
-        ({"edits": [{"latent": 9, "how": "push", "strength": 1}]}, "edits: edits.how: 'push'"),
+        ({"edits": [{"latent": 9, "how": "push", "strength": 1}]}, "edits.how: 'push'"),
         ({"edits": [{"latent": 9}]}, "needs one, or kl"),
         ({"kl": -1}, "kl: it is no number from 0 to 100"),
         ({"new_tokens": 10**6}, "new_tokens: it is no whole number from 1 to 1024"),

@@ -138,7 +138,8 @@ def edits_of(value: Any, d_sae: int, limits: Limits, field: str = "steer") -> tu
         edits = as_edits(value)
         check_latents(edits, d_sae)
     except (ConfigError, TypeError) as error:
-        raise Refused(400, one_line(f"{field}: {error}"), field=field) from error
+        said = str(error)
+        raise Refused(400, one_line(said if said.startswith(field) else f"{field}: {said}"), field=field) from error
     except RecursionError as error:
         raise Refused(400, f"{field}: lists within lists", field=field) from error
     if len(edits) > limits.edits:

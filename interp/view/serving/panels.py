@@ -74,7 +74,7 @@ class Panels:
 
         def steps() -> Steps:
             served = self.served
-            served.ids(text, chat=chat)
+            served.ids(text, 0, chat)
             found = fires_on(served.coder, served.lm, text, served.run, chat=chat)
             yield found.to_json() | {"model": visible(served.name)}
 
@@ -87,7 +87,7 @@ class Panels:
 
         def steps() -> Steps:
             served = self.served
-            served.ids(text, chat=chat)
+            served.ids(text, 0, chat)
             said = [{"role": "user", "content": text}] if chat else text
             found = activations(served.lm, served.coder, said)
             values = (found.of(latent) * found.mask)[0].tolist()

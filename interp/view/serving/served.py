@@ -138,9 +138,9 @@ class Served:
         """
         ids = prompt_tokens(self.lm, prompt, self.coder.spec.bos, chat)
         if len(ids) + new_tokens > self.context:
-            raise Refused(
-                400, f"prompt: {len(ids)} tokens and {new_tokens} new ones; {self.context} are taken together"
-            )
+            said = f"prompt: {len(ids):,} tokens and {new_tokens:,} new ones; {self.context:,} are taken together"
+            alone = f"text: {len(ids):,} tokens; at most {self.context:,} are taken"
+            raise Refused(400, said if new_tokens else alone)
         return ids
 
     def written(self, wanted: Asked) -> Steps:
