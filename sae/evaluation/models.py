@@ -66,4 +66,4 @@ def _check_widths(coders: dict[str, SparseCoder], models: dict[str, LanguageMode
                 width = site.width or total
                 if found[site.name] != width:
                     of = f"{models[site.tag].name} it has {found[site.name]}"
-                    raise ConfigError(f"coder {name}: takes {site.name} to have width {width}; in {of}")
+                    raise ConfigError(f"coder{name and f' {name}'}: takes {site.name} to have width {width}; in {of}")
