@@ -186,7 +186,7 @@ def test_nulls_bound_what_training_is_worth(lm, rows):
 def test_refusals(lm, rows):
     with pytest.raises(ConfigError, match="its spec names no site"):
         evaluate(coder("zero", reads=(), writes=()), lm, rows)
-    with pytest.raises(ConfigError, match="^coder: takes lm_head to have width 16; in tiny it has"):
+    with pytest.raises(ConfigError, match=r"^coder: takes lm_head to have width 16; in tiny it has"):
         evaluate(coder("zero", Site("lm_head", model="tiny")), lm, rows)
     everything = MaskSpec(tuple(range(len(lm.tokenizer))), 0)
     with pytest.raises(ConfigError, match="its mask leaves none of the held-out tokens"):
