@@ -18,6 +18,12 @@ def test_only_what_differs_is_told():
     assert differences([a, b]) == [["k", "[8]", None], ["lr", "0.1", "0.2"]]
 
 
+def test_what_differs_is_told_without_where_it_lies():
+    runs = [{"text.source": f"/home/{who}/texts/a.txt", "sites": [f"/home/{who}/x/y", 1]} for who in ("me", "you")]
+    told = [["sites", *["['x/y', 1]"] * 2], ["text.source", *["texts/a.txt"] * 2]]
+    assert differences(runs) == told
+
+
 def test_figures_of_other_text_or_of_a_run_that_goes_on_are_doubted(tmp_path):
     runs = [
         read_run(recorded(tmp_path / name, {"a": (0.2, 8.0)}, finished=done), name)

@@ -44,7 +44,10 @@ def test_a_page_tells_nothing_of_where_its_run_lies(tmp_path):
     folder = recorded(tmp_path / "run", GRID)
     lines = ["run_dir: /home/me/runs/a", "text:", "  source: '/home/me/secret/books.jsonl'", "  more:", "  - ~/me/b/c"]
     (folder / "config.yaml").write_text("\n".join(lines))
+    environment = json.loads((folder / "env.json").read_text()) | {"model": {"name": "/home/me/models/mine"}}
+    (folder / "env.json").write_text(json.dumps(environment))
     main = blocks(write_report(folder))["main"]
+    assert "models/mine" in json.dumps(main["runs"][0]["environment"])
     assert "source: 'secret/books.jsonl'" in main["runs"][0]["config"]
     assert "- b/c" in main["runs"][0]["config"]
     assert "/me" not in json.dumps(main)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sae.base.paths import told_elsewhere
 from sae.base.visible import visible
 from sae.training.reporting.recorded import Run
 
@@ -46,8 +47,15 @@ def pairs(coders: Sequence[dict[str, Any]], runs: int) -> list[list[int | None]]
 def differences(settings: Sequence[dict[str, Any]]) -> list[list[str | None]]:
     """Returns [field, value of each run ...] of the settings that differ; None where a run has no such field."""
     names = sorted({name for one in settings for name in one} - {"run_dir"})
-    found = [[name, *(visible(str(one[name])) if name in one else None for one in settings)] for name in names]
-    return [row for row in found if len(set(row[1:])) > 1]
+    differing = [name for name in names if len({str(one[name]) if name in one else None for one in settings}) > 1]
+    return [[name, *(shared(one[name]) if name in one else None for one in settings)] for name in differing]
+
+
+def shared(value: Any) -> str:
+    """Returns a setting as a page tells it, which others may see: without where things lie on this machine."""
+    if isinstance(value, list):
+        value = [told_elsewhere(one) if isinstance(one, str) else one for one in value]
+    return visible(told_elsewhere(str(value)))
 
 
 def doubts(differing: Sequence[Sequence[str | None]], runs: Sequence[Run]) -> list[str]:

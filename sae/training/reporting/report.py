@@ -17,7 +17,7 @@ from sae.base.settings import flat
 from sae.base.visible import visible
 from sae.evaluation.tables import table
 from sae.pages.page import write_page
-from sae.training.reporting.comparing import TOLD, differences, doubts, pairs
+from sae.training.reporting.comparing import TOLD, differences, doubts, pairs, shared
 from sae.training.reporting.curves import curves, held_out_curves
 from sae.training.reporting.recorded import Run, explained_below, labels, read_run
 
@@ -85,7 +85,7 @@ def _run(run: Run, out: Path) -> dict[str, Any]:
         "label": run.label,
         "about": _about(run.config),
         "config": "\n".join(visible(PATH.sub(_shared, line)) for line in text.splitlines()),
-        "environment": [[name, visible(str(value))] for name, value in flat(run.environment).items()],
+        "environment": [[name, shared(value)] for name, value in flat(run.environment).items()],
         "explained": _explained(run, out),
         "said": run.said,
         "finished": run.finished,
