@@ -59,6 +59,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     for name, value in found["mmcs"].items():
         if value is not None:
             lines.append(f"MMCS {name.replace('_', ' ')}   {value['value']:.3f}, random directions {value['null']:.3f}")
+    lines += [found["doubt"]] if found["doubt"] else []
     for name, matching in found["matchings"].items():
         parts = {key: str(Measure(**value)) for key, value in matching["similarity"].items()}
         lines.append(

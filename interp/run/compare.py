@@ -40,7 +40,9 @@ from interp.scoring.metrics import mean_measure
 from sae.base.errors import ConfigError, nearest
 from sae.base.files import atomic_write
 from sae.base.seeding import generator
+from sae.base.visible import visible
 from sae.coder.coder import CHUNK_ENTRIES, SparseCoder
+from sae.coder.spec import CoderSpec
 
 MOST = 20_000  # explained latents of a coder
 
@@ -83,6 +85,8 @@ def compare(
 ) -> dict[str, Any]:
     """Returns how alike two explained runs are: `mmcs` both ways and, by what they are matched by, `matchings`.
 
+    `doubt` says, if so, why cosines of decoders may mean nothing.
+
     Latents without an explanation take part in the MMCS alone. Co-activation is counted on `tokens` tokens of the text
     of `a`, and left out where the runs read different language models. Raises ConfigError if a run has no explanation
     by `explainer` (default: llm, or the first one there) or more than 20,000, its coder is another by now, or the
@@ -108,6 +112,7 @@ def compare(
         "b": str(b),
         "encoder": encoder.model,
         "latents": [len(left.texts), len(right.texts)],
+        "doubt": apart(coders[0].spec, coders[1].spec),
         "mmcs": {
             "a_to_b": mmcs(*coders, left.alive, right.alive),
             "b_to_a": mmcs(coders[1], coders[0], right.alive, left.alive),
@@ -187,6 +192,22 @@ def decoder_cosines(
         return None
     left, right = (_directions(coder, latents) for coder, latents in ((a, of_a), (b, of_b)))
     return (left @ right.T).numpy()
+
+
+def apart(a: CoderSpec, b: CoderSpec) -> str:
+    """Returns in a sentence why cosines of two coders' decoders may mean nothing: they write different places."""
+    written = [[(site.name, site.model) for site in spec.writes] for spec in (a, b)]
+    if written[0] == written[1]:
+        return ""
+    models = len({model for places in written for _, model in places}) > 1
+    named = [
+        visible(", ".join(f"{name} of {model}" if models else name for name, model in places) or "a place not told")
+        for places in written
+    ]
+    return (
+        f"One coder writes {named[0]}, the other {named[1]}: the cosine of their decoders tells something only where "
+        "these have one basis, as places of one residual stream have."
+    )
 
 
 def mmcs(a: SparseCoder, b: SparseCoder, of_a: Int[ndarray, "a"], of_b: Int[ndarray, "b"]) -> dict[str, Any] | None:

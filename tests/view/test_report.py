@@ -21,6 +21,7 @@ from interp.view.reporting.blocks import CUT, latent_of_page, window_of_page
 from interp.view.reporting.columns import Columns
 from interp.view.reporting.report import Report, explained_below, write_report
 from sae.base.errors import ConfigError
+from sae.base.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,13 @@ def test_runs_of_two_coders_are_matched_by_what_they_write(run, explained_coder,
     pairs = blocks(write_report([run.run_dir, other], tmp_path / "two.html")[0])["main"]["pairs"]
     assert (pairs["by"], len(pairs["pairs"])) == ("decoder", len(run))
     assert all(abs(strength) <= 1 + 1e-6 for *_, strength in pairs["pairs"])
+    assert pairs["note"].endswith("by the cosine of their decoders.")
+    told = read_json(other / "cfg.json")
+    told["writes"][0]["hook"] = "model.layers.9.self_attn.o_proj"
+    write_json(other / "cfg.json", told)
+    doubted = blocks(write_report([run.run_dir, other], tmp_path / "two.html")[0])["main"]["pairs"]
+    assert doubted["pairs"] == pairs["pairs"]
+    assert "the other model.layers.9.self_attn.o_proj: the cosine of their decoders tells" in doubted["note"]
     shutil.rmtree(other / "explain", ignore_errors=True)
 
 

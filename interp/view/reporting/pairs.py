@@ -24,22 +24,24 @@ def pairs_of(a: ExplainedRun, b: ExplainedRun) -> dict[str, Any]:
         return {"by": "id", "note": "Both runs are of one coder: latents are joined by their ids."}
     told = _compared(a, b)
     if told is not None:
-        by, pairs = told
+        by, pairs, doubt = told
         note = (
             f"The runs are of different coders: latents are matched one to one by {by}, as sae-explain compare found."
         )
-        return {"by": by, "note": note, "pairs": pairs}
+        return {"by": by, "note": f"{note} {shown_text(doubt)}".strip(), "pairs": pairs}
     try:
-        pairs = _by_decoder(a, b)
+        pairs, doubt = _by_decoder(a, b)
     except (ConfigError, DataError, OSError) as error:
         note = f"The runs are of different coders, and latents are not matched: {shown_text(str(error))}"
         return {"by": "", "note": note}
     note = "The runs are of different coders: latents are matched one to one by the cosine of their decoders."
-    return {"by": "decoder", "note": note, "pairs": pairs}
+    return {"by": "decoder", "note": f"{note} {doubt}".strip(), "pairs": pairs}
 
 
-def _compared(a: ExplainedRun, b: ExplainedRun) -> tuple[str, list[list[Any]]] | None:
-    """The pairs that sae-explain compare has written down, of two decoders if it could."""
+def _compared(a: ExplainedRun, b: ExplainedRun) -> tuple[str, list[list[Any]], str] | None:
+    """What sae-explain compare has written down: by what it matched, of two decoders if it could, the pairs, and what
+    speaks against them.
+    """
     for mine, other, turned in ((a, b, False), (b, a, True)):
         for path in sorted(mine.run_dir.glob("compare-*.json")):
             found = read_json(path)
@@ -50,15 +52,18 @@ def _compared(a: ExplainedRun, b: ExplainedRun) -> tuple[str, list[list[Any]]] |
                     pairs = [
                         [pair["a"], pair["b"], rounded(pair["strength"])] for pair in found["matchings"][by]["pairs"]
                     ]
-                    return by, [[y, x, strength] for x, y, strength in pairs] if turned else pairs
+                    doubt = found.get("doubt", "") if by == "decoder" else ""
+                    return by, [[y, x, strength] for x, y, strength in pairs] if turned else pairs, doubt
     return None
 
 
-def _by_decoder(a: ExplainedRun, b: ExplainedRun) -> list[list[Any]]:
-    """The matching of explained latents by the cosines of their decoders; ConfigError if it cannot be had."""
+def _by_decoder(a: ExplainedRun, b: ExplainedRun) -> tuple[list[list[Any]], str]:
+    """The matching of explained latents by the cosines of their decoders, and what speaks against it; ConfigError if it
+    cannot be had.
+    """
     import numpy as np
 
-    from interp.run.compare import decoder_cosines, match
+    from interp.run.compare import apart, decoder_cosines, match
 
     for run in (a, b):
         if len(run) > MOST:
@@ -73,7 +78,7 @@ def _by_decoder(a: ExplainedRun, b: ExplainedRun) -> list[list[Any]]:
     found = match(table)
     told = zip(found.pairs.tolist(), found.strength.tolist(), strict=True)
     pairs = [[int(latents[0][i]), int(latents[1][j]), rounded(strength)] for (i, j), strength in told]
-    return sorted(pairs, key=lambda pair: -(pair[2] or 0.0))
+    return sorted(pairs, key=lambda pair: -(pair[2] or 0.0)), apart(coders[0].spec, coders[1].spec)
 
 
 def _digest(run_dir: Path) -> str:
