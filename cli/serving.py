@@ -1,4 +1,6 @@
-"""sae-view RUN --serve: the page of an explained run that asks its model, and OpenAI's protocol, on this machine."""
+"""sae-view RUN --serve: the page of an explained run that asks its model, and OpenAI's protocol, on this machine;
+sae-steer RUN --serve: that protocol alone, of any coder that steers.
+"""
 
 import argparse
 from importlib.util import find_spec
@@ -10,7 +12,14 @@ from .running import DONE, log
 NEEDED = ("starlette", "uvicorn")
 
 
-def serve(options: argparse.Namespace) -> int:
+def add_serving(parser: argparse.ArgumentParser) -> None:
+    """Adds what says where is served."""
+    server = parser.add_argument_group("of --serve")
+    server.add_argument("--port", type=int, default=8765, help="0: any that is free (default: 8765)")
+    server.add_argument("--host", default="127.0.0.1", help="an address that others reach needs $SAE_VIEW_TOKEN")
+
+
+def serve(options: argparse.Namespace, path: str, with_page: bool) -> int:
     """Serves until Ctrl-C; the address is the only thing on standard output, printed once all is loaded."""
     if not all(map(find_spec, NEEDED)):
         raise ConfigError(f"--serve: it needs {' and '.join(NEEDED)}: pip install 'sae-interp[view]'")
@@ -27,22 +36,30 @@ def serve(options: argparse.Namespace) -> int:
     from interp.view.serving.server import address, checked_token, listening
     from interp.view.serving.server import serve as serve_app
     from interp.view.serving.turns import Turns
+    from sae.steering.hooks import check_steers
 
-    path, limits, token = options.runs[0], Limits(), checked_token(options.host)
+    limits, token, page = Limits(), checked_token(options.host), None
     with listening(options.host, options.port) as sock:
         opened = open_run(path, options.model, options.device, options.trust_remote_code)
-        if opened.run is None:
+        if not with_page:
+            check_steers(opened.coder.spec)
+        elif opened.run is None:
             raise ConfigError(f"RUN: nothing is explained in {path}; run this first: sae-explain {path}")
-        Notes(opened.run.run_dir)  # a file of a newer version is told of before the model is loaded
-        served, page = Served(opened.run, opened.coder, opened.lm, limits), LivePage(opened.run)
+        else:  # files of a newer version are told of before the model is loaded
+            Notes(opened.run.run_dir)
+            page = LivePage(opened.run)
+            page.block("main")
+        served = Served(opened.run, opened.coder, opened.lm, limits)
+        if served.unsteerable and not with_page:
+            raise ConfigError(served.unsteerable)
         served.warm()
-        page.block("main")
         turns = Turns(limits)
         made = app(served, page, Access(options.host, limits, token), turns)
 
         def ready() -> None:
-            print(address(options.host, sock), flush=True)
-            log.info("OpenAI's protocol is spoken at v1/, by the name %s; Ctrl-C ends it", served.name)
+            print(address(options.host, sock) + "v1/" * (not with_page), flush=True)
+            edited = "" if served.unsteerable else f"; {served.name}+508=4 clamps latent 508 to 4"
+            log.info("OpenAI's protocol is spoken at v1/, by the name %s%s; Ctrl-C ends it", served.name, edited)
 
         serve_app(made, sock, turns, limits, ready)
     return DONE

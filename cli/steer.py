@@ -11,6 +11,7 @@ from .naming import as_typed
 from .parsing import Parser
 from .prompting import typed_text
 from .running import DONE, run
+from .serving import add_serving, serve
 from .telling import report
 
 if TYPE_CHECKING:
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 40
 ONE = ("latent", "how", "strength", "where")  # by which one edit is said
+SERVER = ("port", "host")
+SERVED = ("path", "serve", "model", "device", "trust_remote_code")
 EPILOG = """examples:
   sae-steer RUN --latent 508 --strength 4 "The weather today"    # clamped to 4 at every token
   sae-steer RUN --latent 508 --strength 2x "The weather today"   # to twice its largest activation
   sae-steer RUN --latent 508 --kl 0.5 "The weather today"        # by as much as changes the model by 0.5 nats
+  sae-steer RUN --serve                                          # OpenAI's protocol, with the field "steer"
   sae-steer RUN --edits '508=4, 17:add=2x, 9:ablate in answer, 3:scale=0.5 if 12>1' "The weather today"
 """
 
@@ -34,11 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     return run(command, argv)
 
 
-def parser() -> Parser:
-    """Returns what the command takes."""
+def parser(serving: bool = False) -> Parser:
+    """Returns what the command takes, with --serve no prompt."""
     parser = Parser("sae-steer", description=__doc__, epilog=EPILOG)
     parser.add_argument("path", metavar="RUN", help="an explained run, the folder of a run or coder, a released name")
-    parser.add_argument("prompt", metavar="PROMPT", help="what the model goes on from; - reads it from stdin")
+    if not serving:
+        parser.add_argument("prompt", metavar="PROMPT", help="what the model goes on from; - reads it from stdin")
     parser.add_argument("--latent", type=int, metavar="ID", help="the latent that is edited")
     parser.add_argument("--how", metavar="HOW", help="clamp (default), add, scale or ablate")
     parser.add_argument("--strength", metavar="S", help="a value, or so many times its largest activation: 2x")
@@ -60,14 +65,27 @@ def parser() -> Parser:
     parser.add_argument("--model", default="", metavar="NAME", help="the language model, if not the one of the run")
     parser.add_argument("--device", default="auto", help="where model and coder go: auto, cpu, cuda ...")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it ships")
+    parser.add_argument(
+        "--serve", action="store_true", help="let clients of OpenAI's protocol talk to the edited model"
+    )
+    add_serving(parser)
     parser.add_json()
     return parser
 
 
 def command(argv: list[str]) -> int:
     """Parses and acts."""
-    options = parser().parse_args(argv)
+    takes = parser(serving="--serve" in argv)
+    options = takes.parse_args(argv)
+    typed = [name for name, value in vars(options).items() if value != takes.get_default(name)]
     with as_typed(options, **_names(options)):
+        for name in typed:
+            if options.serve and name not in (*SERVED, *SERVER):
+                raise ConfigError(f"{name}: it does not go with --serve, where each request says what is asked")
+            if not options.serve and name in SERVER:
+                raise ConfigError(f"{name}: it goes with --serve")
+        if options.serve:
+            return serve(options, options.path, with_page=False)
         return _act(options)
 
 
@@ -86,10 +104,10 @@ def _act(options: argparse.Namespace) -> int:
     opened = open_run(options.path, options.model, options.device, options.trust_remote_code)
     check_steers(opened.coder.spec)
     check_asked(edits, opened.coder.spec.d_sae, options.kl)
-    steering = Steering(opened.lm, opened.coder)
     names = ("new_tokens", "kl", "temperature", "top_p", "seed", "chat")
     how: dict[str, Any] = {name: getattr(options, name) for name in names}
-    largest = opened.largest([edit.latent for edit in edits])
+    largest = opened.largest([edit.latent for edit in edits])  # what a run says wrong is told before a model is loaded
+    steering = Steering(opened.lm, opened.coder)
     found = _shown(streamed(steering, prompt, edits, largest=largest, **how), options.json)
     report(options.json, found.to_json(), [*found.figures, *_labels(opened, edits)])
     return DONE

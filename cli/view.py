@@ -9,6 +9,7 @@ from .exchange import check_export
 from .naming import as_typed
 from .parsing import Parser
 from .running import run
+from .serving import add_serving, serve
 
 REPORT, PROMPT, SERVE = "a report", "--prompt", "--serve"
 STATIC, NEURONPEDIA = "--export static", "--export neuronpedia"
@@ -55,9 +56,7 @@ def parser() -> Parser:
     export = parser.add_argument_group("of --export neuronpedia")
     export.add_argument("--model-id", default="", metavar="ID", help="its name of the model, such as gemma-2-2b")
     export.add_argument("--source-id", default="", metavar="ID", help="its name of the coder, such as 20-my-res-16k")
-    server = parser.add_argument_group("of --serve")
-    server.add_argument("--port", type=int, default=8765, help="0: any that is free (default: 8765)")
-    server.add_argument("--host", default="127.0.0.1", help="an address that others reach needs $SAE_VIEW_TOKEN")
+    add_serving(parser)
     parser.add_json()
     return parser
 
@@ -98,9 +97,7 @@ def _act(options: argparse.Namespace) -> int:
 
         return tell_prompt(options)
     if options.serve:
-        from .serving import serve
-
-        return serve(options)
+        return serve(options, options.runs[0], with_page=True)
     if options.export:
         from .exchange import export
 

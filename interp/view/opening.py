@@ -52,7 +52,8 @@ def open_run(path: Path | str, model: str = "", device: str = "auto", trust_remo
         device: where both go, as in `ModelConfig`.
         trust_remote_code: whether the model may run code that it ships.
 
-    Raises ConfigError in one line if there is no coder or several, it names no model, or it is not the explained one.
+    Raises ConfigError in one line if there is no coder or several, it names no model, or it is not the explained one;
+    DataError if what is explained is of a newer version.
     """
     there = Path(path).expanduser()
     if not there.is_dir() or not explained_folders(there):
@@ -71,6 +72,7 @@ def open_run(path: Path | str, model: str = "", device: str = "auto", trust_remo
             f"RUN: {config.coder.path} has other weights than the coder that {run.run_dir} is of; explain it again "
             "in another folder: sae-explain --run-dir"
         )
+    _ = run.journals  # rows of another version are told of before a model is loaded
     coder = load_coder(config)
     return Opened(coder, run, "", _load(coder, config.model, model, device, trust_remote_code))
 

@@ -11,7 +11,10 @@ from contextlib import contextmanager
 
 import pytest
 from rigs.runs import error_of
+from starlette.testclient import TestClient
 
+import sae
+from cli.steer import main as steer
 from cli.view import main
 from interp.view.notes import Notes
 from interp.view.serving.server import listening
@@ -89,9 +92,41 @@ def test_what_cannot_be_served_is_one_line(explained_coder, refused, tmp_path, m
     assert refused(explained_coder).endswith("pip install 'sae-interp[view]'")
 
 
-def test_a_run_of_a_newer_version_is_one_line(explained_coder, tmp_path, capsys):
+def test_a_run_of_a_newer_version_is_one_line_before_a_model_is_loaded(explained_coder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("interp.view.opening.load_language_model", lambda *_, **__: pytest.fail("the model was loaded"))
     shutil.copytree(explained_coder.parent, tmp_path / "made")
     run = tmp_path / "made" / "coder"
+    (journal,) = (run / "explain").glob("shards/*/journal-examples.jsonl")
+    kept = journal.read_text()
+    journal.write_text(kept.replace('"version":1', '"version":99', 1))
+    assert main([str(run), "--serve", "--port", "0"]) == 1
+    assert "newer than 1; upgrade sae-interp" in error_of(capsys.readouterr().err)
+    assert steer([str(run), "--latent", "1", "--strength", "2x", "a"]) == 1
+    assert "newer than 1; upgrade sae-interp" in error_of(capsys.readouterr().err)
+    journal.write_text(kept)
     (run / "explain" / "notes.jsonl").write_text('{"version": 99, "latent": 1}\n', encoding="utf-8")
     assert main([str(run), "--serve", "--port", "0"]) == 1
     assert "newer than 1; upgrade sae-interp" in error_of(capsys.readouterr().err)
+
+
+def test_steering_is_served_without_a_page_of_any_coder(explained_coder, tmp_path, capsys, monkeypatch):
+    shutil.copytree(explained_coder, tmp_path / "plain", ignore=shutil.ignore_patterns("explain"))
+    served = []
+    monkeypatch.setattr("interp.view.serving.server.serve", lambda app, *_: served.append(app))
+    assert steer([str(tmp_path / "plain"), "--serve", "--port", "0"]) == 0
+    client = TestClient(served[0], "http://127.0.0.1")
+    (one,) = client.get("/v1/models").json()["data"]
+    asked = {"model": one["id"], "prompt": "abcd", "max_tokens": 4, "temperature": 0, "steer": "3=20"}
+    told = client.post("/v1/completions", json=asked).json()
+    wanted = sae.steer(None, tmp_path / "plain", "abcd", "3=20", new_tokens=4)
+    assert (told["choices"][0]["text"], told["steer"]) == (wanted.steered, "3=20")
+    assert client.get("/").status_code == client.get("/api/about").status_code == 404
+    for more, told in (
+        (("abc", "--serve"), "abc: one word too many"),
+        (("--serve", "--kl", "1"), "--kl: it does not go with --serve"),
+        (("--serve", "--latent", "3"), "--latent: it does not go with --serve"),
+        (("abc", "--latent", "3", "--port", "1"), "--port: it goes with --serve"),
+        (("--latent", "3"), "PROMPT"),
+    ):
+        assert steer([str(tmp_path / "plain"), *more]) == 2
+        assert told in error_of(capsys.readouterr().err)

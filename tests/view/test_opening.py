@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from interp.view.opening import open_run
-from sae.base.errors import ConfigError
+from sae.base.errors import ConfigError, DataError
 from sae.loading import hub
 
 
@@ -70,6 +70,14 @@ def test_what_is_wrong_with_a_run_is_one_line(copy, tmp_path):
     hub.save(coder.with_spec(coder.spec.with_(reads=anonymous, writes=anonymous)), tmp_path / "modelless")
     with pytest.raises(ConfigError, match="--model: the coder does not say which language model it reads; name it"):
         open_run(tmp_path / "modelless")
+
+
+@pytest.mark.parametrize("name", ["journal-explain", "journal-score"])
+def test_rows_of_a_newer_version_are_told_of_before_a_model_is_loaded(copy, name):
+    (journal,) = (copy / "explain").glob(f"shards/*/{name}.jsonl")
+    journal.write_text(journal.read_text().replace('"version":1', '"version":9', 1))
+    with pytest.raises(DataError, match=rf"{name}.jsonl: version 9 is newer than 1; upgrade sae-interp$"):
+        open_run(copy)
 
 
 def test_labels_of_another_coder_are_not_told(copy):

@@ -6,5 +6,5 @@ guards       who may ask: hosts, origins, tokens, pace, bodies; an answer that l
 turns        one thread for the model, a step for each in turn
 panels       what the page asks: prompts, one latent on a text, search, steering, notes
 completions  OpenAI's protocol: asked (a request, checked), written (tokens, texts, log-probabilities)
-served       the run with its coder and model, and what they write
+served       a coder with its model and its run, if there is one, and what they write
 """

@@ -6,6 +6,8 @@ POST api/prompt  api/test  api/search  api/steer  api/notes
 GET  v1/models  v1/models/NAME                      OpenAI's protocol
 POST v1/completions  v1/chat/completions
 POST login                                          a browser's token, from the form at /
+
+Without a page there is OpenAI's protocol alone.
 """
 
 import html
@@ -51,9 +53,42 @@ class Page(Protocol):
         ...
 
 
-def app(served: Served, page: Page, access: Access, turns: Turns) -> App:
+def app(served: Served, page: Page | None, access: Access, turns: Turns) -> App:
     """Returns the whole server as an application of ASGI."""
-    panels, completions = Panels(served, turns), Completions(served, turns)
+    completions = Completions(served, turns)
+    routes: dict[tuple[str, str], Any] = {
+        ("GET", "/v1/models"): completions.models,
+        ("GET", "/v1/models/{name:path}"): completions.models,
+        ("POST", "/v1/completions"): completions.completions,
+        ("POST", "/v1/chat/completions"): completions.chat,
+    }
+    if page and served.run:
+        panels = Panels(served, served.run, turns)
+        routes |= _of_page(page, access, turns) | {
+            ("GET", "/api/about"): panels.about,
+            ("POST", "/api/prompt"): panels.prompt,
+            ("POST", "/api/test"): panels.test,
+            ("POST", "/api/search"): panels.search,
+            ("POST", "/api/steer"): panels.steer,
+            ("GET", "/api/notes"): panels.notes,
+            ("POST", "/api/notes"): panels.note,
+        }
+    router = Router(
+        [Route(path, do, methods=[method]) for (method, path), do in routes.items()], redirect_slashes=False
+    )
+
+    async def routed(scope: Message, receive: Receive, send: Send) -> None:
+        scope["app"] = router  # so that what is not found is an exception, as all that goes wrong
+        try:
+            await router(scope, receive, send)
+        except HTTPException as error:
+            raise Refused(error.status_code, of_status(error.status_code)) from error
+
+    return Answers(Bodies(routed, access), _said, served.places)
+
+
+def _of_page(page: Page, access: Access, turns: Turns) -> dict[tuple[str, str], Any]:
+    """Returns what answers where the page and its blocks are asked for."""
     text = "".join(page.html())
     found = POLICY.search(text)
     policy = html.unescape(found[1]) if found else "default-src 'none'"
@@ -83,34 +118,7 @@ def app(served: Served, page: Page, access: Access, turns: Turns) -> App:
         cookie = access.login(request.scope, typed)
         return RedirectResponse("/", 303, {"set-cookie": cookie})
 
-    routes = {
-        ("GET", "/"): index,
-        ("GET", "/block/{name:path}"): block,
-        ("POST", LOGIN): login,
-        ("GET", "/api/about"): panels.about,
-        ("POST", "/api/prompt"): panels.prompt,
-        ("POST", "/api/test"): panels.test,
-        ("POST", "/api/search"): panels.search,
-        ("POST", "/api/steer"): panels.steer,
-        ("GET", "/api/notes"): panels.notes,
-        ("POST", "/api/notes"): panels.note,
-        ("GET", "/v1/models"): completions.models,
-        ("GET", "/v1/models/{name:path}"): completions.models,
-        ("POST", "/v1/completions"): completions.completions,
-        ("POST", "/v1/chat/completions"): completions.chat,
-    }
-    router = Router(
-        [Route(path, do, methods=[method]) for (method, path), do in routes.items()], redirect_slashes=False
-    )
-
-    async def routed(scope: Message, receive: Receive, send: Send) -> None:
-        scope["app"] = router  # so that what is not found is an exception, as all that goes wrong
-        try:
-            await router(scope, receive, send)
-        except HTTPException as error:
-            raise Refused(error.status_code, of_status(error.status_code)) from error
-
-    return Answers(Bodies(routed, access), _said, served.places)
+    return {("GET", "/"): index, ("GET", "/block/{name:path}"): block, ("POST", LOGIN): login}
 
 
 def _said(scope: Message, refused: Refused) -> App:

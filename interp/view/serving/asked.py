@@ -2,7 +2,7 @@
 
 Fields that change nothing here (user, metadata, store ...) are left out of account, as other servers do; those that
 would change the answer and are not served (tools, response_format, logit_bias, penalties) are refused. The edit of the
-model stands in the field "steer", in the grammar of `sae-steer --edit` or as JSON, or behind the model's name:
+model stands in the field "steer", in the grammar of `sae-steer --edits` or as JSON, or behind the model's name:
 "NAME+508=4x".
 """
 

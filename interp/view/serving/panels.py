@@ -9,8 +9,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from interp.view.explained import ExplainedRun
 from interp.view.firing.prompting import prompt as fires_on
-from interp.view.notes import KEEP, Outdated
+from interp.view.notes import KEEP, Notes, Outdated
 from interp.view.serving.asked import checked_text, edits_of
 from interp.view.serving.guards import client_of
 from interp.view.serving.refusing import Refused, told
@@ -37,22 +38,23 @@ NEW_TOKENS = 40
 class Panels:
     """The endpoints of the page."""
 
-    def __init__(self, served: Served, turns: Turns) -> None:
-        self.served, self.turns = served, turns
+    def __init__(self, served: Served, run: ExplainedRun, turns: Turns) -> None:
+        self.served, self.run, self.turns = served, run, turns
+        self.kept = Notes(run.run_dir, served.d_sae)
         spec, limits = served.coder.spec, served.limits
         why = {"steer": served.unsteerable} if served.unsteerable else {}
         can = dict.fromkeys(("prompt", "test", "search", "meaning", "steer", "notes"), True)
         self._about = {
             "model": visible(served.name),
-            "coder": visible(served.run.run_dir.resolve().parent.name),
-            "run": visible(served.run.run_dir.name),
+            "coder": visible(run.run_dir.resolve().parent.name),
+            "run": visible(run.run_dir.name),
             "d_sae": served.d_sae,
             "site": visible(", ".join(site.name for site in spec.reads)),
             "chat": served.chats,
             "can": {**can, **{name: False for name in why}},
             "why": why,
-            "encoder": visible(served.run.searcher.encoder),
-            "latents": len(served.run),
+            "encoder": visible(run.searcher.encoder),
+            "latents": len(run),
             "limits": {
                 "text": limits.text,
                 "tokens": served.context,
@@ -75,7 +77,7 @@ class Panels:
         def steps() -> Steps:
             served = self.served
             served.ids(text, 0, chat)
-            found = fires_on(served.coder, served.lm, text, served.run, chat=chat)
+            found = fires_on(served.coder, served.lm, text, self.run, chat=chat)
             yield found.to_json() | {"model": visible(served.name)}
 
         return JSONResponse(await self._one(request, steps()))
@@ -110,8 +112,7 @@ class Panels:
             raise Refused(400, "limit: it is no whole number from 1 to 1000")
 
         def steps() -> Steps:
-            served = self.served
-            found = served.run.searcher.find(query, by=by, limit=limit, edited=served.notes.labels())
+            found = self.run.searcher.find(query, by=by, limit=limit, edited=self.kept.labels())
             yield {"found": [{"run": 0, **one.to_json()} for one in found], "by": by}
 
         return JSONResponse(await self._one(request, steps()))
@@ -157,11 +158,11 @@ class Panels:
 
     async def notes(self, request: Request) -> Response:
         """Answers GET api/notes."""
-        return JSONResponse({"notes": self.served.notes.to_json()})
+        return JSONResponse({"notes": self.kept.to_json()})
 
     async def note(self, request: Request) -> Response:
         """Answers POST api/notes: keeps a bookmark or an edited label."""
-        data, notes = await self._asked(request, "notes"), self.served.notes
+        data, notes = await self._asked(request, "notes"), self.kept
         latent = self._latent(data)
         changes = {name: data.get(name, KEEP) for name in ("bookmark", "label", "was")}
         try:

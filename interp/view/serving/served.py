@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from starlette.requests import Request
 
 from interp.view.explained import ExplainedRun
-from interp.view.notes import Notes
 from interp.view.serving.asked import Asked
 from interp.view.serving.limits import Limits
 from interp.view.serving.refusing import Refused, one_line
@@ -47,9 +46,10 @@ class Wrote(NamedTuple):
 
 @dataclass
 class Served:
-    """A run, loaded."""
+    """A coder with its model, loaded, and the run that is explained of it."""
 
-    run: ExplainedRun
+    run: ExplainedRun | None
+    """None where nothing is explained: there is no page then."""
     coder: SparseCoder
     lm: LanguageModel
     limits: Limits = field(default_factory=Limits)
@@ -64,7 +64,8 @@ class Served:
     def places(self) -> tuple[str, ...]:
         """Returns the folders of this machine that no answer tells."""
         own = [getattr(of, "name_or_path", "") for of in (self.lm.model, self.lm.tokenizer)]
-        paths = [self.run.run_dir, Path.cwd(), Path.home(), *(Path(name) for name in (self.lm.name, *own) if name)]
+        paths = [Path.cwd(), Path.home(), *(Path(name) for name in (self.lm.name, *own) if name)]
+        paths += [self.run.run_dir] if self.run else []
         local = [path for path in paths if path.expanduser().is_dir()]
         names = {str(path) for path in local} | {str(path.expanduser().resolve()) for path in local}
         return tuple(name for name in names if len(name) > 1)
@@ -83,11 +84,6 @@ class Served:
     def chats(self) -> bool:
         """Returns whether the model has a template for chats."""
         return bool(getattr(self.lm.tokenizer, "chat_template", None))
-
-    @cached_property
-    def notes(self) -> Notes:
-        """Returns the notes beside the run."""
-        return Notes(self.run.run_dir, self.d_sae)
 
     @cached_property
     def steering(self) -> Steering:
@@ -110,7 +106,8 @@ class Served:
     def warm(self) -> None:
         """Does once what would make the first question slow."""
         _ = self.unsteerable
-        self.run.searcher.find("a")
+        if self.run:
+            self.run.searcher.find("a")
         for _ in generate(self.lm, self.ids("a"), new_tokens=1) if self.lm.is_causal else ():
             pass
 
@@ -120,7 +117,7 @@ class Served:
 
     def largest(self, edits: Sequence[Edit]) -> Largest:
         """Returns the largest activations of edited latents, of those of which the run's evidence tells it."""
-        records = self.run.records({edit.latent for edit in edits})
+        records = self.run.records({edit.latent for edit in edits}) if self.run else ()
         return Largest({one.latent: one.facts.largest for one in records if one.facts}, "in the evidence of the run")
 
     def ready(self, edits: tuple[Edit, ...]) -> Generator[None, None, list[Edit]]:
