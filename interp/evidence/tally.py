@@ -220,6 +220,11 @@ class Evidence:
         numbers = self.state[f"{kind}.{split}"][latent].view(np.uint64)
         return (numbers[numbers != EMPTY] & LOW).astype(np.int64)
 
+    def largest(self, latent: int) -> float:
+        """Returns the latent's largest value by magnitude; 0 of one that fired nowhere."""
+        first = min(self.state[f"top.{split}"][latent].view(np.uint64).min(initial=EMPTY) for split in SPLITS)
+        return 0.0 if first == EMPTY else float((~(first >> np.uint64(32)) & LOW).astype(np.uint32).view(np.float32))
+
     def alive(self) -> Integer[ndarray, "latents"]:
         """Returns the latents that fired at all."""
         return np.flatnonzero(self.state["fired"])

@@ -163,6 +163,15 @@ class ExplainedRun:
             found = {"labels": tuple(self._labels(latent, told)), "scores": plain, "edited": edited.get(latent)}
             yield Latent(latent, self.d_sae, latent in asked, **counts, **found, **self._examples(latent))
 
+    def largest(self, latents: Collection[int]) -> dict[int, float]:
+        """Returns the largest activations by magnitude of latents, explained or not, on the text that the run looked
+        at; of one that it knows nothing of, none.
+        """
+        evidence, asked = self.journals.evidence, set(self.journals.latents)
+        if evidence is not None:
+            return {latent: evidence.largest(latent) for latent in latents if latent < evidence.d_sae}
+        return {one.latent: one.facts.largest for one in self.records(asked.intersection(latents)) if one.facts}
+
     @cached_property
     def notes(self) -> Notes:
         """Returns bookmarks and edited labels, which people keep beside it on its live page; always the latest ones."""

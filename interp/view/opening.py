@@ -37,8 +37,7 @@ class Opened:
 
     def largest(self, latents: Iterable[int]) -> Largest:
         """Returns the largest activations of latents, as far as the run keeps them, for strengths in units of them."""
-        records = self.run.records(set(latents)) if self.run else ()
-        known = {one.latent: one.facts.largest for one in records if one.facts}
+        known = self.run.largest(set(latents)) if self.run else {}
         return Largest(known, f"in the evidence of {self.run.run_dir}" if self.run else "")
 
 

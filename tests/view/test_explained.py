@@ -1,6 +1,7 @@
 """What a run keeps for people, read back from its folder: what was judged and asked, what fires together, the null."""
 
 import json
+import shutil
 import unicodedata
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from rigs.explained_runs import HOSTILE, STATUSES, write_explained_run
 
 import interp
+from interp.evidence.tally import bin_edges
 from interp.run.rundir import scores_in, shown_in
 from interp.scoring.misses import SEEN
 from interp.view.terminal import lines
@@ -52,6 +54,22 @@ def test_activations_read_back_as_the_same_float32(explained_coder):
                 assert sum(map(bool, one.window.activations)) == len(at)
         assert record.facts.together is not None
         assert {one.latent for one in record.facts.together}.isdisjoint({record.latent})
+
+
+def test_the_largest_activation_is_known_of_every_latent_that_fired(explained_coder, tmp_path):
+    run = interp.results(explained_coder)
+    found, evidence = run.largest(range(99)), run.journals.evidence
+    assert found.keys() == set(range(run.d_sae))
+    explained = {one.latent: one.facts.largest for one in run if one.facts}
+    assert {latent: found[latent] for latent in explained} == explained
+    edges = [*bin_edges(), np.inf]
+    for latent, largest in found.items():
+        bins = np.flatnonzero(evidence.state["histogram"][latent])
+        assert edges[bins[-1]] <= largest < edges[bins[-1] + 1] if len(bins) else largest == 0
+    assert len([latent for latent, largest in found.items() if largest and latent not in explained]) > 10
+    shutil.copytree(explained_coder / "explain", tmp_path / "explain")
+    shutil.rmtree(tmp_path / "explain" / "evidence")
+    assert interp.results(tmp_path / "explain").largest(range(99)) == explained
 
 
 def test_the_null_behind_the_scores_is_told(made):

@@ -117,8 +117,8 @@ class Served:
 
     def largest(self, edits: Sequence[Edit]) -> Largest:
         """Returns the largest activations of edited latents, of those of which the run's evidence tells it."""
-        records = self.run.records({edit.latent for edit in edits}) if self.run else ()
-        return Largest({one.latent: one.facts.largest for one in records if one.facts}, "in the evidence of the run")
+        known = self.run.largest({edit.latent for edit in edits}) if self.run else {}
+        return Largest(known, "in the evidence of the run")
 
     def ready(self, edits: tuple[Edit, ...]) -> Generator[None, None, list[Edit]]:
         """Returns edits with strengths as values; those of the same edits are found once. Yields while it measures."""
