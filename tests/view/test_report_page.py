@@ -8,6 +8,7 @@ from rigs.browser import WIDTHS, faults, needs_browser, opened
 from rigs.explained_runs import HOSTILE, write_explained_run
 from rigs.pages import blocks, latents_of_blocks
 
+from interp.view.notes import Notes
 from interp.view.reporting import report
 from interp.view.reporting.report import write_report
 
@@ -221,7 +222,19 @@ def test_two_runs_stand_side_by_side(folder, tmp_path):
     for one in (a, b):
         told = json.loads((one / "env.json").read_text())
         (one / "env.json").write_text(json.dumps({**told, "coder": "0123456789abcdef"}))
-    with opened(write_report([a, b], tmp_path / "two.html")[0]) as (page, seen):
+    Notes(b).change(5, label="months")
+    made = write_report([a, b], tmp_path / "two.html")[0]
+    with opened(made, WIDTHS["phone"]) as (page, seen):
+        page.wait_for_selector(".compared")
+        summary = page.get_by_role("region", name="Scores of both runs").locator("tr")
+        cells = [[cell.bounding_box()["x"] for cell in row.locator("th, td").all()] for row in summary.all()]
+        assert all(row == cells[0] for row in cells)  # every figure stands below the name of its run
+        row = page.locator(".table tbody tr", has_text="months").inner_text()
+        assert "edited" in row
+        for name in ("embedding[tfidf], one", "embedding[tfidf], other", "difference", "status, other"):
+            assert name in row
+        assert overflow(page) <= 0
+    with opened(made) as (page, seen):
         page.wait_for_selector(".compared")
         assert "joined by their ids" in page.locator("main").inner_text()
         look(page, "latent=5")

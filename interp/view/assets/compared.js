@@ -32,20 +32,20 @@ function comparedList() {
 function comparedTable(rows, onchange) {
   const {runs} = explained, {by} = explained.main.pairs, explainers = runs.map((run) => explainerNow(run)), places = runs.map((run, i) => rows.map((row) => run.rows.get(row[i])));
   const columns = by === "id" ? [{name: "latent", title: "Latent", numeric: true, values: rows.map(([a, b]) => a ?? b), show: (latent) => String(latent)}]
-    : [...runs.map((run, i) => ({name: "latent" + i, title: "Latent of " + run.name, numeric: true, values: rows.map((row) => row[i]), show: (latent) => latent === null ? (i ? "" : "none") : String(latent)})),
-      {name: "alike", title: by === "decoder" ? "Cosine" : by, numeric: true, filter: "range", values: rows.map((row) => row[2]), show: (value) => value === null ? "" : short(value, 2)}];
+    : [...runs.map((run, i) => ({name: "latent" + i, title: "Latent of " + run.name, numeric: true, values: rows.map((row) => row[i]), show: (latent) => i ? named(run.name, latent === null ? "none" : String(latent)) : latent === null ? "none" : String(latent)})),
+      {name: "alike", title: by === "decoder" ? "Cosine" : by, numeric: true, filter: "range", values: rows.map((row) => row[2]), show: (value) => value === null ? "" : named(by === "decoder" ? "cosine" : by, short(value, 2))}];
   const of = (i, j, from) => places[i][j] === undefined || !from ? null : from[places[i][j]];
-  runs.forEach((run, i) => columns.push({name: "label" + i, title: run.name, wide: true, values: rows.map((row, j) => row[i] === null ? "" : labelOf(i, row[i], explainers[i]) || textAt(run, of(i, j, explainers[i] && explainers[i].reason)) || ""), show: (text, j) => el("span", {class: "clamped", title: text}, i && text && text === columns.find(({name}) => name === "label0").values[j] ? el("span", {class: "faint"}, "the same") : text)}));
+  runs.forEach((run, i) => columns.push({name: "label" + i, title: run.name, wide: true, values: rows.map((row, j) => row[i] === null ? "" : labelOf(i, row[i], explainers[i]) || textAt(run, of(i, j, explainers[i] && explainers[i].reason)) || ""), show: (text, j) => el("span", {class: "clamped", title: text}, i && text && text === columns.find(({name}) => name === "label0").values[j] ? el("span", {class: "faint"}, "the same") : text, editedMark(i, rows[j][i]))}));
   const scorers = runs.map((run, i) => [...(explainers[i] ? explainers[i].scorers : []), ...run.scorers]);
   for (const first of scorers[0]) {
     const second = scorers[1].find(({name, headline}) => name === first.name && headline === first.headline);
     if (!second) continue;
     const pair = [first, second].map(({value}, i) => rows.map((_, j) => of(i, j, value)));
-    pair.forEach((values, i) => columns.push({name: first.name + i, title: `${first.name}, ${runs[i].name}`, numeric: true, filter: "range", values, show: (value) => value === null ? "" : short(value)}));
+    pair.forEach((values, i) => columns.push({name: first.name + i, title: `${first.name}, ${runs[i].name}`, numeric: true, filter: "range", values, show: (value) => value === null ? "" : named(`${first.name}, ${runs[i].name}`, short(value))}));
     columns.push({name: first.name + "-d", title: "difference", hint: `${runs[1].name} less ${runs[0].name}`, numeric: true, filter: "range", values: rows.map((_, j) => pair[0][j] === null || pair[1][j] === null ? null : Number((pair[1][j] - pair[0][j]).toFixed(6))),
-      show: signed});
+      show: (value) => value === null ? "" : named("difference", signed(value))});
   }
-  runs.forEach((run, i) => columns.push({name: "status" + i, title: "Status, " + run.name, filter: "choice", values: rows.map((row, j) => row[i] === null ? "" : statusAt(run, of(i, j, explainers[i] ? explainers[i].status : run.status)))}));
+  runs.forEach((run, i) => columns.push({name: "status" + i, title: "Status, " + run.name, filter: "choice", values: rows.map((row, j) => row[i] === null ? "" : statusAt(run, of(i, j, explainers[i] ? explainers[i].status : run.status))), show: (text) => text && named("status, " + run.name, text)}));
   return table({label: "Latents of both runs", rows: rows.length, columns, noun: "latents", key: "both", sort: by === "id" ? "" : "-alike", href: (j) => (rows[j][0] === null ? pageOf(1, rows[j][1], place()) : pageOf(0, rows[j][0], place())) || "#", onchange});
 }
 

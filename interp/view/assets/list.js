@@ -44,7 +44,13 @@ function columnsOf(run, explainer) {
 
 function labelCell(run, explainer, i) {
   const latent = run.latents[i], edited = hooks.note({run: run.number, latent}), text = edited && edited.label || textAt(run, explainer.text[i]), why = textAt(run, explainer.reason[i]);
-  return el("span", {class: "clamped", title: (text || why || "").slice(0, 400) || null}, edited && edited.bookmark && el("span", {title: "bookmarked"}, "\u2605 "), text || el("i", {class: "faint"}, why || statusAt(run, explainer.status[i])), edited && edited.label && el("span", {class: "badge"}, "edited"));
+  return el("span", {class: "clamped", title: (text || why || "").slice(0, 400) || null}, edited && edited.bookmark && el("span", {title: "bookmarked"}, "\u2605 "), text || el("i", {class: "faint"}, why || statusAt(run, explainer.status[i])), editedMark(run.number, latent));
+}
+
+/** What says that the label shown is an edited one. */
+function editedMark(run, latent) {
+  const edited = latent !== null && hooks.note({run, latent});
+  return edited && edited.label ? [" ", el("span", {class: "badge"}, "edited")] : null;
 }
 
 function densityCell(share) {
