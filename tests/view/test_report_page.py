@@ -222,7 +222,7 @@ def test_two_runs_stand_side_by_side(folder, tmp_path):
     for one in (a, b):
         told = json.loads((one / "env.json").read_text())
         (one / "env.json").write_text(json.dumps({**told, "coder": "0123456789abcdef"}))
-    Notes(b).change(5, label="months")
+    Notes(b).change(7, label="months")
     made = write_report([a, b], tmp_path / "two.html")[0]
     with opened(made, WIDTHS["phone"]) as (page, seen):
         page.wait_for_selector(".compared")
