@@ -50,8 +50,17 @@ def opened(address: Path | str, width: int = WIDTHS["desk"], **options: Any) -> 
             browser.close()
 
 
+ASTRAY = """() => [...document.querySelectorAll("table")].flatMap((table) => {
+  const head = table.tHead && table.tHead.rows[0], row = table.tBodies[0] && table.tBodies[0].rows[0];
+  if (!head || !row || !table.offsetParent || getComputedStyle(row).display !== "table-row") return [];
+  const left = (cell) => cell.getBoundingClientRect().left;
+  const astray = (cell, i) => row.cells[i] && Math.abs(left(cell) - left(row.cells[i])) > 2;
+  return [...head.cells].filter(astray).map((cell) => cell.innerText);
+})"""
+
+
 def faults(page: Any) -> list[str]:
-    """Returns what axe-core finds serious or critical on a page, each with where it is."""
+    """Returns what axe-core finds serious or critical on a page, each with where it is, and headings of other columns."""
     from axe_playwright_python.sync_playwright import Axe
 
     found = Axe().run(page).response["violations"]
@@ -59,4 +68,4 @@ def faults(page: Any) -> list[str]:
         f"{one['id']}: {one['help']}: {[node['target'] for node in one['nodes']][:3]}"
         for one in found
         if one["impact"] in ("serious", "critical")
-    ]
+    ] + [f"table: {name} stands above another column" for name in page.evaluate(ASTRAY)]
