@@ -60,7 +60,7 @@ ASTRAY = """() => [...document.querySelectorAll("table")].flatMap((table) => {
 
 
 def faults(page: Any) -> list[str]:
-    """Returns what axe-core finds serious or critical on a page, each with where it is, and headings that are astray."""
+    """Returns what axe-core finds serious or critical on a page, each with where it is, and headings astray."""
     from axe_playwright_python.sync_playwright import Axe
 
     found = Axe().run(page).response["violations"]
