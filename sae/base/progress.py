@@ -4,13 +4,14 @@ And how whoever asked for long work watches it.
 """
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import get_ident
-from typing import ClassVar
+from typing import ClassVar, TextIO
 from weakref import WeakSet
 
 from tqdm import tqdm
@@ -316,4 +317,13 @@ def watched() -> bool:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if shell is not None and "IPKernelApp" in shell.config:
         return True
-    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()  # it may be a file, or closed
+    stream = sys.stderr
+    return stream is not None and not stream.closed and stream.isatty() and _has_room(stream)  # it may be a file
+
+
+def _has_room(terminal: TextIO) -> bool:
+    """Whether a terminal has columns: one that no screen belongs to (docker run -t in CI) has 0, and shows no bar."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns > 0
+    except (OSError, ValueError):  # it does not say
+        return True

@@ -2,7 +2,10 @@
 
 import io
 import logging
+import os
+import pty
 import sys
+import termios
 import threading
 import time
 import types
@@ -188,6 +191,15 @@ def test_a_kernel_shows_bars_and_a_shell_without_terminal_does_not(monkeypatch):
     for module, shown in ((running(IPKernelApp={}), True), (running(), False)):
         monkeypatch.setitem(sys.modules, "IPython", module)
         assert progress.watched() == shown
+
+
+def test_a_terminal_without_columns_gets_lines(monkeypatch):
+    master, slave = pty.openpty()
+    with os.fdopen(master, "rb"), os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert not progress.watched()
+        termios.tcsetwinsize(slave, (24, 80))
+        assert progress.watched()
 
 
 def test_a_watch_stops_when_asked_and_not_before():
