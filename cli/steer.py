@@ -106,10 +106,13 @@ def _act(options: argparse.Namespace) -> int:
     check_asked(edits, opened.coder.spec.d_sae, options.kl)
     names = ("new_tokens", "kl", "temperature", "top_p", "seed", "chat")
     how: dict[str, Any] = {name: getattr(options, name) for name in names}
-    largest = opened.largest([edit.latent for edit in edits])  # what a run says wrong is told before a model is loaded
+    largest, labels = (
+        opened.largest([edit.latent for edit in edits]),
+        _labels(opened, edits),
+    )  # before a model is loaded
     steering = Steering(opened.lm, opened.coder)
     found = _shown(streamed(steering, prompt, edits, largest=largest, **how), options.json)
-    report(options.json, found.to_json(), [*found.figures, *_labels(opened, edits)])
+    report(options.json, found.to_json(), [*found.figures, *labels])
     return DONE
 
 
@@ -134,7 +137,8 @@ def _edits(options: argparse.Namespace) -> "tuple[Edit, ...]":
 
 def _names(options: argparse.Namespace) -> dict[str, str]:
     """Returns what was typed, by what errors call it."""
-    one = {} if options.edits is not None else {f"edits.{name}": f"--{name}" for name in ONE}
+    names = (*ONE, "unit", "if")
+    one = {f"edits.{name}": f"--{name}" if options.edits is None else "--edits" for name in names}
     return {"prompt": "PROMPT", "path": "RUN", **one}
 
 

@@ -121,8 +121,11 @@ def test_steering_is_served_without_a_page_of_any_coder(explained_coder, tmp_pat
     wanted = sae.steer(None, tmp_path / "plain", "abcd", "3=20", new_tokens=4)
     assert (told["choices"][0]["text"], told["steer"]) == (wanted.steered, "3=20")
     assert client.get("/").status_code == client.get("/api/about").status_code == 404
+    assert client.get("/").json()["error"]["message"] == "not found"
     for more, told in (
         (("abc", "--serve"), "abc: one word too many"),
+        (("--edits", "3:clip=1", "abc"), "--edits: 'clip' is not one of clamp"),
+        (("--edits", "3=1 if 4", "abc"), "--edits: '4' is not LATENT>VALUE"),
         (("--serve", "--kl", "1"), "--kl: it does not go with --serve"),
         (("--serve", "--latent", "3"), "--latent: it does not go with --serve"),
         (("abc", "--latent", "3", "--port", "1"), "--port: it goes with --serve"),

@@ -84,7 +84,7 @@ def app(served: Served, page: Page | None, access: Access, turns: Turns) -> App:
         except HTTPException as error:
             raise Refused(error.status_code, of_status(error.status_code)) from error
 
-    return Answers(Bodies(routed, access), _said, served.places)
+    return Answers(Bodies(routed, access), _said if page else _said_of_protocol, served.places)
 
 
 def _of_page(page: Page, access: Access, turns: Turns) -> dict[tuple[str, str], Any]:
@@ -124,10 +124,14 @@ def _of_page(page: Page, access: Access, turns: Turns) -> dict[tuple[str, str], 
 def _said(scope: Message, refused: Refused) -> App:
     """Returns how an error is told: to a program of the protocol, to a browser that may log in, and to the page."""
     if scope["path"].startswith("/v1/"):
-        status, headers, body = as_json(refused, as_error(refused))
-        return Response(body, status, headers)
+        return _said_of_protocol(scope, refused)
     if refused.status == 401 and scope["path"] in ("/", LOGIN):
         said = f"<p role='alert'>{html.escape(str(refused))}</p>" if scope["path"] == LOGIN else ""
         return HTMLResponse(FORM.format(said=said), 401, {"content-security-policy": FORM_POLICY})
     status, headers, body = as_json(refused, str(refused))
+    return Response(body, status, headers)
+
+
+def _said_of_protocol(_: Message, refused: Refused) -> App:
+    status, headers, body = as_json(refused, as_error(refused))
     return Response(body, status, headers)
