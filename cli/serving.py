@@ -58,7 +58,8 @@ def serve(options: argparse.Namespace, path: str, with_page: bool) -> int:
 
         def ready() -> None:
             print(address(options.host, sock) + "v1/" * (not with_page), flush=True)
-            edited = "" if served.unsteerable else f"; {served.name}+508=4 clamps latent 508 to 4"
+            latent = min(508, served.d_sae - 1)
+            edited = "" if served.unsteerable else f"; {served.name}+{latent}=4 clamps latent {latent} to 4"
             log.info("OpenAI's protocol is spoken at v1/, by the name %s%s; Ctrl-C ends it", served.name, edited)
 
         serve_app(made, sock, turns, limits, ready)

@@ -12,6 +12,7 @@ from pathlib import Path
 from sae.base.errors import ConfigError
 from sae.base.visible import visible
 from sae.coder.spec import CoderSpec
+from sae.coder.wording import kind as kind_of
 from sae.lm.residual import ResidualStream
 from sae.lm.site import Site
 from sae.selection import Selection
@@ -78,9 +79,8 @@ def _source(spec: CoderSpec, stream: ResidualStream) -> str:
     number = re.search(r"\.(\d+)(\.|$)", site.hook)
     layer = str(found[0]) if found else number[1] if number else "0"
     hook = found[1].rpartition(".")[2].removeprefix("hook_") if found else ""
-    kind = PLACES.get(hook, "res")
-    if not spec.is_autoencoder:
-        kind = "transcoder" if len(spec.reads) == len(spec.writes) == 1 else "crosscoder"
+    said = kind_of(spec)
+    kind = {"sparse autoencoder": PLACES.get(hook, "res"), "cross-layer transcoder": "clt"}.get(said, said)
     selection = re.sub(r"[^a-z0-9]+", "", Selection.get_choice_name(type(spec.selection)))
     return f"{layer}-{kind}-{selection}-{_width(spec.d_sae)}"
 

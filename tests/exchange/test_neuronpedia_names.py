@@ -27,6 +27,13 @@ def spec(read: Site, written: Site | None = None, width: int = 16_384, rule=None
     return CoderSpec(d_in=8, d_out=8, d_sae=width, selection=rule or TopK(k=4), **sites)
 
 
+def several(**how) -> CoderSpec:
+    sites = tuple(Site(f"model.layers.{layer}", width=8) for layer in (5, 6))
+    made = CoderSpec(d_in=16, d_out=16, d_sae=16_384, selection=TopK(k=4), reads=sites, writes=sites, **how)
+    assert made.is_autoencoder
+    return made
+
+
 def test_a_coder_is_named_by_place_rule_and_width():
     z, mlp = Site("model.layers.6.self_attn.o_proj", "input"), Site("model.layers.6.mlp")
     for given, wanted in (
@@ -35,6 +42,8 @@ def test_a_coder_is_named_by_place_rule_and_width():
         (spec(z, rule=UnrectifiedTopK(k=4), width=2_000_000), "6-att-unrectifiedtopk-2m"),
         (spec(Site("model.layers.5"), mlp), "6-transcoder-topk-16k"),
         (spec(Site("transformer.h.11")), "11-res-topk-16k"),
+        (several(), "5-crosscoder-topk-16k"),
+        (several(cross_layer=True, pre_bias="none"), "5-clt-topk-16k"),
     ):
         assert names_of(given, "google/Gemma-2 2B", STREAM).source_id == wanted
     found = names_of(spec(mlp), "google/Gemma-2 2B", STREAM)
