@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from sae.base.errors import ConfigError
-from sae.base.paths import check_file, near
+from sae.base.paths import check_file, explained_below, near
 from sae.base.units import data_size
 
 from .running import DONE, log
@@ -49,7 +49,7 @@ def kind_of(folder: Path) -> str:
         return EXPLAINED
     if (folder / "metrics.jsonl").is_file():
         return TRAINED
-    if any(folder.glob("explain*/**/shards")):  # of a released coder, or one of several of a run
+    if explained_below(folder):  # of a released coder, or one of several of a run
         return EXPLAINED
     inside = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
     around = [up for up in folder.absolute().parents if (up / "metrics.jsonl").is_file() or (up / "shards").is_dir()]
@@ -86,7 +86,6 @@ def reports_beside(typed: str) -> dict[str, Path]:
 
 
 def _trained(folders: list[Path], out: Path | None) -> list[Path]:
-    from sae.training.reporting.recorded import explained_below
     from sae.training.reporting.report import write_comparison, write_report
 
     if len(folders) > 1 and out is not None:

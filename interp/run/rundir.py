@@ -22,7 +22,7 @@ from interp.run.journal import Journal
 from interp.run.preparing import NOTHING, Given, load_coder
 from sae.base.errors import ConfigError
 from sae.base.files import atomic_write, read_json, write_json
-from sae.base.paths import check_writable, from_anywhere, moved_along, near, same_place
+from sae.base.paths import check_writable, explained_below, from_anywhere, moved_along, near, same_place
 from sae.base.settings import decode, flat, read_yaml, set_dotted, to_yaml
 from sae.base.store import fingerprint_key
 from sae.coder.coder import SparseCoder
@@ -111,7 +111,7 @@ def explained_folders(typed: Path) -> list[Path]:
     for folder in (typed, typed / "explain", *beside):
         if (folder / "shards").is_dir():
             return [folder]
-    return sorted(p.parent for p in typed.glob("explain*/**/shards"))
+    return explained_below(typed)
 
 
 def run_folder(path: Path) -> Path:

@@ -109,3 +109,9 @@ def check_writable(folder: Path, field: str) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"{field}: cannot write to {folder}: {error.strerror}; choose another folder") from error
+
+
+def explained_below(folder: Path) -> list[Path]:
+    """Returns the folders of the explained runs in that of a coder, or of a run with those of its coders, sorted."""
+    patterns = ("explain*/**/shards", "coders/**/explain*/**/shards")
+    return sorted(path.parent for pattern in patterns for path in folder.glob(pattern) if path.is_dir())

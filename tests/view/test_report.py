@@ -12,9 +12,10 @@ from rigs.hostile_records import hostile
 from rigs.interp_runs import coder_folder
 from rigs.pages import blocks, latents_of_blocks
 
+from cli.reports import TRAINED, kind_of
 from interp.records import Window
 from interp.run.preparing import read_from
-from interp.run.rundir import saved_config
+from interp.run.rundir import explained_folders, saved_config
 from interp.view.explained import ExplainedRun
 from interp.view.reporting import report
 from interp.view.reporting.blocks import CUT, latent_of_page, window_of_page
@@ -253,6 +254,15 @@ def test_which_runs_lie_in_a_folder(explained_coder, tmp_path):
         == [explained_coder / "explain"]
     )
     assert explained_below(tmp_path) == []
+    trained = tmp_path / "trained"
+    for name in ("layers.1", "layers.2/k=4"):
+        shutil.copytree(explained_coder / "explain", trained / "coders" / name / "explain")
+    found = [trained / "coders" / name / "explain" for name in ("layers.1", "layers.2/k=4")]
+    assert explained_below(trained) == explained_folders(trained) == found
+    (trained / "metrics.jsonl").touch()
+    assert kind_of(trained) == TRAINED
+    page = blocks(write_report([trained])[0])["main"]
+    assert [one["name"] for one in page["runs"]] == ["layers.1", "layers.2/k=4"]
     with pytest.raises(ConfigError, match="no explained run"):
         write_report([tmp_path])
 

@@ -20,6 +20,7 @@ from interp.view.reporting.about import about, names_of
 from interp.view.reporting.blocks import latent_of_page, shown_text
 from interp.view.reporting.columns import Columns
 from interp.view.reporting.pairs import pairs_of
+from sae.base import paths
 from sae.base.progress import Aside
 from sae.pages.page import Asset, write_page
 
@@ -39,7 +40,7 @@ def explained_below(path: Path) -> list[Path]:
     folder = path.expanduser()
     if (folder / "shards").is_dir():
         return [folder]
-    return sorted(found.parent for found in folder.glob("explain*/**/shards") if found.is_dir())
+    return paths.explained_below(folder)
 
 
 def write_report(runs: Sequence[Path | str], out: Path | None = None) -> list[Path]:

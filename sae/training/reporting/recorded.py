@@ -109,11 +109,6 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return [f"{part[-1]} ({number})" for number, part in enumerate(parts, 1)]
 
 
-def explained_below(folder: Path) -> list[Path]:
-    """Returns the folders of the explained runs that lie in the folder of a run."""
-    return sorted(path.parent for path in folder.glob("explain*/**/shards") if path.is_dir())
-
-
 def _steps(found: Any) -> int:
     return found.get("training", {}).get("steps", 0) if isinstance(found, dict) else 0
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sae.base.paths import told_elsewhere
+from sae.base.paths import explained_below, told_elsewhere
 from sae.base.settings import flat
 from sae.base.visible import visible
 from sae.evaluation.tables import table
 from sae.pages.page import write_page
 from sae.training.reporting.comparing import TOLD, differences, doubts, pairs, shared
 from sae.training.reporting.curves import curves, held_out_curves
-from sae.training.reporting.recorded import Run, explained_below, labels, read_run
+from sae.training.reporting.recorded import Run, labels, read_run
 
 REPORT, TOGETHER = "report.html", "explained.html"  # of one run; of several explained ones below a folder
 POINTS, FEWEST, MOST = 24_000, 200, 2_000  # of one figure: of all coders together, and of one
