@@ -10,6 +10,7 @@ from rigs.fakes import tiny_lm, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import interp
+import sae
 from interp.evidence.effects import DirectEffects, Entries
 from interp.view.explained import ExplainedRun
 from interp.view.firing.table import lines
@@ -179,6 +180,21 @@ def test_labels_are_those_of_an_explained_run(explained_coder):
     assert interp.prompt(folder, None, "abc", run=run).latents == interp.prompt(folder, None, "abc", run).latents
     with pytest.raises(TypeError, match="run: 7 was given; it takes an explained run or its folder"):
         interp.prompt(folder, None, "abc", run=7)
+
+
+def test_labels_of_another_coder_are_refused_or_doubted(explained_coder, caplog):
+    own, run = sae.load(explained_coder), interp.results(explained_coder)
+    interp.prompt(own, None, "abc", run)
+    assert not caplog.records
+    other = sae.load(explained_coder)
+    other.W_dec.data += 1
+    for _ in range(2):
+        interp.prompt(other, None, "abc", run)
+    assert [record.message.partition(" is of ")[2] for record in caplog.records] == [
+        "a coder with other weights; its labels may not fit these latents"
+    ]
+    with pytest.raises(ConfigError, match=rf"^run: .* is of a coder of 48 latents; this one has {D_SAE}$"):
+        interp.prompt(coder(), tiny_lm(), "abc", run)
 
 
 def test_a_chat_goes_through_the_template(lm):

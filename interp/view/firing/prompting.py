@@ -1,10 +1,12 @@
 """A text through a model and a coder: which latents fire where, what they are called, and their direct effects."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,14 +15,15 @@ from interp.evidence.effects import DirectEffects, Entries, Measured
 from interp.evidence.paths import NoPath
 from interp.evidence.promotes import token_text
 from interp.run.latents import ids_among
-from interp.run.rundir import run_folder
+from interp.run.rundir import coder_digest, digest_in, run_folder
 from interp.view.explained import ExplainedRun
 from interp.view.firing.prompted import ORDERS, Logits, PromptLatent, PromptRecord
 from interp.view.firing.table import as_table, lines
 from sae.base.arguments import whole, wrong
 from sae.base.errors import ConfigError
 from sae.base.visible import visible
-from sae.coder.arguments import CoderLike
+from sae.coder.arguments import CoderLike, as_coder
+from sae.coder.coder import SparseCoder
 from sae.evaluation.activations import Activations, Reading, codes_of, reading
 from sae.lm.hooks import capture
 from sae.lm.models import ONE_AT_A_TIME, LanguageModel
@@ -45,6 +48,10 @@ class PromptResult(PromptRecord):
     def _repr_html_(self) -> str:
         return as_table(self, self.top())
 
+
+log = logging.getLogger(__name__)
+_compared: WeakKeyDictionary[SparseCoder, set[Path]] = WeakKeyDictionary()
+"""By coder, the runs whose weights were compared with its own: to look at all of them takes seconds."""
 
 MOVED = 5  # tokens that a latent raises or lowers most, as shown
 
@@ -89,7 +96,8 @@ def prompt(
     if chat:
         text = [{"role": "user", "content": text}]
     text = as_document("text", text)
-    explained = _explained(run)
+    coder = as_coder(coder)
+    explained = _explained(run, coder)
     with ONE_AT_A_TIME:
         read = reading(lm, coder, text, second, as_trained=True)
         spec = read.coder.spec
@@ -125,13 +133,24 @@ def prompt(
     )
 
 
-def _explained(run: Any) -> ExplainedRun | None:
-    """Returns the explained run that is meant, by its folder or itself."""
-    if run is None or isinstance(run, ExplainedRun):
-        return run
+def _explained(run: Any, coder: SparseCoder) -> ExplainedRun | None:
+    """Returns the explained run that is meant, by its folder or itself; of another coder's latents it is refused, and of
+    one with other weights that is said once.
+    """
+    if run is None:
+        return None
     if isinstance(run, str | Path):
-        return ExplainedRun(run_folder(Path(run)))
-    raise wrong("run", run, "an explained run or its folder")
+        run = ExplainedRun(run_folder(Path(run)))
+    if not isinstance(run, ExplainedRun):
+        raise wrong("run", run, "an explained run or its folder")
+    d_sae, seen = coder.spec.d_sae, _compared.setdefault(coder, set())
+    if (run.d_sae or d_sae) != d_sae:
+        raise ConfigError(f"run: {run.run_dir} is of a coder of {run.d_sae:,} latents; this one has {d_sae:,}")
+    if run.run_dir not in seen:
+        seen.add(run.run_dir)
+        if digest_in(run.run_dir) not in ("", coder_digest(coder)):
+            log.warning("run: %s is of a coder with other weights; its labels may not fit these latents", run.run_dir)
+    return run
 
 
 def _measured(read: Reading) -> tuple[Activations, Measured | None, str]:
