@@ -134,8 +134,8 @@ def prompt(
 
 
 def _explained(run: Any, coder: SparseCoder) -> ExplainedRun | None:
-    """Returns the explained run that is meant, by its folder or itself; of another coder's latents it is refused, and of
-    one with other weights that is said once.
+    """Returns the explained run that is meant, by its folder or itself; ConfigError for one of a coder of another width.
+    That weights differ is said once.
     """
     if run is None:
         return None
