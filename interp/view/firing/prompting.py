@@ -134,7 +134,7 @@ def prompt(
 
 
 def _explained(run: Any, coder: SparseCoder) -> ExplainedRun | None:
-    """Returns the explained run that is meant, by its folder or itself; ConfigError for one of a coder of another width.
+    """Returns the explained run that is meant, by its folder or itself; ConfigError for one of other latents.
     That weights differ is said once.
     """
     if run is None:
