@@ -162,6 +162,7 @@ def test_units_are_resolved_from_what_is_given_else_measured_and_said(monkeypatc
     assert "2 of its largest activation, 4 in the evidence" in str(named)
 
     rows = torch.arange(3, 243).reshape(8, 30)
+    monkeypatch.setattr("sae.steering.strengths.documents", lambda _: iter(()))
     monkeypatch.setattr("sae.steering.strengths.rows_of_documents", lambda *_: rows)
     measured = sae.steer(lm, coder, "abc", "1=2x", new_tokens=3)
     x = sae.activations(lm, coder, rows.tolist())
@@ -197,6 +198,17 @@ def test_measuring_is_done_in_steps_so_that_others_have_their_turn(monkeypatch):
     told = list(steps)
     assert told[-1].strengths[0].source.startswith("on 1,280 tokens of ")
     assert told.count(None) >= 5, "between the passes, a row each"
+
+
+def test_a_largest_activation_is_measured_on_the_text_of_training_read_as_there(tmp_path):
+    lm, coder, _ = planted()
+    texts = ["abcdefgh" * 4, "hgfedcba" * 4]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"said": text}) + "\n" for text in texts))
+    said = {"text": {"source": str(tmp_path / "t.jsonl"), "column": "said"}}
+    coder = coder.with_spec(coder.spec.with_(training=said, mask=MaskSpec((0, 1, 2), 1)))
+    (strength,) = sae.steer(lm, coder, "abc", "1=2x", new_tokens=2).strengths
+    assert strength.source.endswith("/t.jsonl")
+    assert strength.largest > 0
 
 
 def test_bad_input_is_one_line_before_a_model_is_loaded():
