@@ -106,10 +106,8 @@ def _act(options: argparse.Namespace) -> int:
     check_asked(edits, opened.coder.spec.d_sae, options.kl)
     names = ("new_tokens", "kl", "temperature", "top_p", "seed", "chat")
     how: dict[str, Any] = {name: getattr(options, name) for name in names}
-    largest = opened.largest(
-        [edit.latent for edit in edits]
-    )  # what is wrong with a run is told before a model is loaded
-    labels = _labels(opened, edits)
+    # What is wrong with a run is told before a model is loaded.
+    largest, labels = opened.largest([edit.latent for edit in edits]), _labels(opened, edits)
     steering = Steering(opened.lm, opened.coder)
     found = _shown(streamed(steering, prompt, edits, largest=largest, **how), options.json)
     report(options.json, found.to_json(), [*found.figures, *labels])
