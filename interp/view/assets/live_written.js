@@ -40,7 +40,7 @@ function measured(done, texts, facts) {
     el("p", {}, `Perplexity under the plain model: ${figure(perplexity.plain)} plain, ${figure(perplexity.steered)} steered.`),
     el("ul", {}, done.strengths.map((one) => el("li", {}, latentLink(0, one.latent, "Latent " + one.latent), " ", inWords(one)))),
     !done.strengths.length && el("p", {}, "No edit was given: both are what the plain model writes."),
-    el("p", {class: "faint"}, `Changed at ${number(done.read.changed)} of ${number(done.read.tokens)} tokens` + (done.read.masked ? `; ${number(done.read.masked)} are left alone, as in training.` : ".")),
+    el("p", {class: "faint"}, `Changed at ${number(done.read.changed)} of ${number(done.read.tokens)} tokens` + (done.read.masked ? `, ${number(done.read.masked)} masked as in training and left alone.` : ".")),
   ].filter(Boolean));
 }
 
