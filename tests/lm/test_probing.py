@@ -128,7 +128,7 @@ def test_rows_longer_than_the_table_are_refused_before_any_text_is_read(tmp_path
     assert not list((tmp_path / "cache").glob("tokens/*"))
 
 
-def test_rows_longer_than_training_saw_are_tried_and_warned_of(tmp_path, caplog):
+def test_rows_longer_than_training_saw_are_tried_and_warned_of_and_none_are_written(tmp_path, caplog):
     lm = load_language_model(str(tiny_model_folder(tmp_path / "m")))
     caplog.clear()
     with caplog.at_level(logging.WARNING):
@@ -138,10 +138,9 @@ def test_rows_longer_than_training_saw_are_tried_and_warned_of(tmp_path, caplog)
     (line,) = caplog.messages
     assert line.startswith("text.context_length: 65 is more than")
     assert line.endswith("was trained on (64)")
-    caplog.clear()
-    next(generate(lm, [5] * 63, new_tokens=2))
-    (line,) = caplog.messages
-    assert line.startswith("prompt: 65 is more than"), "of a prompt, no setting of a run is named"
+    next(generate(lm, [5] * 63, new_tokens=1))
+    with pytest.raises(ConfigError, match=r"new_tokens: 2 behind a prompt of 63 are more than .* \(64 in all\)"):
+        next(generate(lm, [5] * 63, new_tokens=2))
     config = MptConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=2, max_seq_len=40)
     mpt = LanguageModel(AutoModelForCausalLM.from_config(config).eval(), tiny_tokenizer(), "mpt", None, True)
     mpt.check_context(40)

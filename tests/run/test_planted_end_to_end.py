@@ -122,9 +122,12 @@ class ScriptedClient:
         """Returns those of a server that tells probabilities and keeps to schemas."""
         return Abilities(choices=True, structured="json_schema")
 
-    async def ask_all(self, requests):
+    async def ask_all(self, requests, heard):
         """Returns the judge's answers."""
-        return [judge(request) for request in requests]
+        replies = [judge(request) for request in requests]
+        for request, reply in zip(requests, replies, strict=True):
+            heard(request, reply)
+        return replies
 
 
 @pytest.fixture(scope="module")
