@@ -81,7 +81,9 @@ def test_a_port_that_something_else_listens_on_is_told():
             meet(Launch("srun", 0, 2, 0, "127.0.0.1", port), 0, 2, 60.0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGSTOP], ids=lambda number: number.name
+)
 def test_rank_0_that_is_lost_when_its_store_is_about_to_be_opened_is_told(number, monkeypatch):
     """Of a dead process torch would ask for ranks.timeout_s, of a frozen one for ever."""
     port = free_port()
