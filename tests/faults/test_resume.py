@@ -67,9 +67,8 @@ class Runs:
         assert self.run(name, resume=True) == [0] * self.n_ranks, self.output
 
 
-@pytest.mark.parametrize(
-    "source", ["live", *(pytest.param(s, marks=pytest.mark.slow) for s in ("disk", "write_through"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["live", "disk", "write_through"])
 def test_killed_twice_and_resumed_equals_uninterrupted(tmp_path, tiny_model, text, source):
     runs = Runs(tmp_path, tiny_model, text, {"activations.source": source})
     assert runs.run("whole") == [0], runs.output

@@ -49,14 +49,10 @@ def one_fails(failing: int, error: Exception) -> int:
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failing", "error"),
-    [
-        (0, ConfigError("no")),
-        pytest.param(1, ConfigError("no"), marks=pytest.mark.slow),
-        pytest.param(1, Stopped("here"), marks=pytest.mark.slow),
-        pytest.param(0, RuntimeError("no"), marks=pytest.mark.slow),
-    ],
+    [(0, ConfigError("no")), (1, ConfigError("no")), (1, Stopped("here")), (0, RuntimeError("no"))],
 )
 def test_a_rank_that_fails_before_a_meeting_within_a_block_keeps_nobody_waiting(tmp_path, failing, error):
     work = partial(one_fails, failing, error)

@@ -160,6 +160,7 @@ def test_what_failed_is_counted_and_done_again_on_request(coder, prepared, tmp_p
     assert not [key for key, row in scores(tmp_path / "run").items() if row["status"] == FAILED]
 
 
+@pytest.mark.slow
 def test_an_exhausted_quota_ends_the_run_at_once_and_loses_nothing(coder, prepared, tmp_path):
     with FakeLLM(scripted, **ABLE) as server:
         config = explain_config(coder, tmp_path / "run", with_llm(server.url, in_flight=2))
@@ -200,6 +201,7 @@ def test_a_budget_is_kept(coder, prepared, tmp_path):
         assert not ended.cut_off
 
 
+@pytest.mark.slow
 def test_shards_put_together_are_the_whole(coder, prepared, tmp_path):
     with FakeLLM(scripted, **ABLE) as server:
         changes = with_llm(server.url, null_latents=0)

@@ -180,7 +180,7 @@ def killed_while_writing(folder, seconds):
     return max([int(first), *(int(line) for line in rest[:-1])])
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_what_was_told_to_be_kept_outlives_kill_9(tmp_path, times):
     moments = random.Random(17)
     for number in range(times):
