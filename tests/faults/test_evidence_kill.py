@@ -94,9 +94,10 @@ MOMENTS = {
     "the first window": partial(at_block, 1, "windows"),
     "a window": partial(at_block, 6, "windows"),
 }
+QUICK = ("a block", "all finished, deleting parts", "a window")
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in MOMENTS])
 def test_killed_at_a_moment_it_goes_on(tmp_path, source, whole, moment):
     child = run(tmp_path, source, MOMENTS[moment])
     assert child.wait() == -9, child.output
