@@ -26,7 +26,6 @@ def serve(options: argparse.Namespace, path: str, with_page: bool) -> int:
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"--port: {options.port} is not from 0 (any that is free) to 65535")
 
-    from interp.view.notes import Notes
     from interp.view.opening import open_run
     from interp.view.reporting.live import LivePage
     from interp.view.serving.app import app
@@ -46,7 +45,6 @@ def serve(options: argparse.Namespace, path: str, with_page: bool) -> int:
         elif opened.run is None:
             raise ConfigError(f"RUN: nothing is explained in {path}; run this first: sae-explain {path}")
         else:  # files of a newer version are told of before the model is loaded
-            Notes(opened.run.run_dir)
             page = LivePage(opened.run)
             page.block("main")
         served = Served(opened.run, opened.coder, opened.lm, limits)

@@ -4,6 +4,7 @@ import os
 import tempfile
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from sae.base.errors import ConfigError
 
@@ -35,6 +36,15 @@ def told_elsewhere(path: str) -> str:
     if not Path(path).is_absolute() and not path.startswith("~"):
         return path
     return "/".join(part for part in Path(path).parts[-2:] if part not in (os.sep, "~"))
+
+
+def without_places(value: Any) -> Any:
+    """Returns a setting, or a tree of them, as others may see it: each text as `told_elsewhere` has it."""
+    if isinstance(value, str):
+        return told_elsewhere(value)
+    if isinstance(value, list | tuple):
+        return [without_places(item) for item in value]
+    return {key: without_places(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def model_elsewhere(model: str) -> str:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from sae.base.errors import ConfigError, nearest
 from sae.base.files import atomic_write, safe_join
-from sae.base.paths import model_elsewhere, told_elsewhere
+from sae.base.paths import model_elsewhere, without_places
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.coder.wording import Description, description, kind
@@ -111,15 +111,7 @@ def _elsewhere(spec: CoderSpec) -> CoderSpec:
     reads, writes = (
         tuple(replace(site, model=model_elsewhere(site.model)) for site in sites) for sites in (spec.reads, spec.writes)
     )
-    return spec.with_(reads=reads, writes=writes, training=_without_places(spec.training))
-
-
-def _without_places(value: Any) -> Any:
-    if isinstance(value, str):
-        return told_elsewhere(value)
-    if isinstance(value, list | tuple):
-        return [_without_places(item) for item in value]
-    return {key: _without_places(item) for key, item in value.items()} if isinstance(value, dict) else value
+    return spec.with_(reads=reads, writes=writes, training=without_places(spec.training))
 
 
 def _table(head: tuple[str, str], rows: Description) -> list[str]:

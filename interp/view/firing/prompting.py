@@ -32,6 +32,11 @@ from sae.text.given import as_document
 if TYPE_CHECKING:
     from sae.lm.models import ModelLike
 
+log = logging.getLogger(__name__)
+MOVED = 5  # tokens that a latent raises or lowers most, as shown
+_compared: WeakKeyDictionary[SparseCoder, set[Path]] = WeakKeyDictionary()
+"""By coder, the runs whose weights were compared with its own: to look at all of them takes seconds."""
+
 
 @dataclass(frozen=True, repr=False)
 class PromptResult(PromptRecord):
@@ -47,13 +52,6 @@ class PromptResult(PromptRecord):
 
     def _repr_html_(self) -> str:
         return as_table(self, self.top())
-
-
-log = logging.getLogger(__name__)
-_compared: WeakKeyDictionary[SparseCoder, set[Path]] = WeakKeyDictionary()
-"""By coder, the runs whose weights were compared with its own: to look at all of them takes seconds."""
-
-MOVED = 5  # tokens that a latent raises or lowers most, as shown
 
 
 def prompt(

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from interp.view.explained import ExplainedRun
 from interp.view.firing.prompting import prompt as fires_on
-from interp.view.notes import KEEP, Notes, Outdated
+from interp.view.notes import KEEP, Outdated
 from interp.view.serving.asked import checked_text, edits_of
 from interp.view.serving.guards import client_of
 from interp.view.serving.refusing import Refused, told
@@ -40,7 +40,6 @@ class Panels:
 
     def __init__(self, served: Served, run: ExplainedRun, turns: Turns) -> None:
         self.served, self.run, self.turns = served, run, turns
-        self.kept = Notes(run.run_dir, served.d_sae)
         spec, limits = served.coder.spec, served.limits
         why = {"steer": served.unsteerable} if served.unsteerable else {}
         can = dict.fromkeys(("prompt", "test", "search", "meaning", "steer", "notes"), True)
@@ -112,7 +111,7 @@ class Panels:
             raise Refused(400, "limit: it is no whole number from 1 to 1000")
 
         def steps() -> Steps:
-            found = self.run.searcher.find(query, by=by, limit=limit, edited=self.kept.labels())
+            found = self.run.search(query, by, limit)
             yield {"found": [{"run": 0, **one.to_json()} for one in found], "by": by}
 
         return JSONResponse(await self._one(request, steps()))
@@ -158,11 +157,11 @@ class Panels:
 
     async def notes(self, request: Request) -> Response:
         """Answers GET api/notes."""
-        return JSONResponse({"notes": self.kept.to_json()})
+        return JSONResponse({"notes": self.run.notes.to_json()})
 
     async def note(self, request: Request) -> Response:
         """Answers POST api/notes: keeps a bookmark or an edited label."""
-        data, notes = await self._asked(request, "notes"), self.kept
+        data, notes = await self._asked(request, "notes"), self.run.notes
         latent = self._latent(data)
         changes = {name: data.get(name, KEEP) for name in ("bookmark", "label", "was")}
         try:

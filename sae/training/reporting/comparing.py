@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sae.base.paths import told_elsewhere
+from sae.base.paths import without_places
 from sae.base.visible import visible
 from sae.training.reporting.recorded import Run
 
@@ -53,9 +53,7 @@ def differences(settings: Sequence[dict[str, Any]]) -> list[list[str | None]]:
 
 def shared(value: Any) -> str:
     """Returns a setting as a page tells it, which others may see: without where things lie on this machine."""
-    if isinstance(value, list):
-        value = [told_elsewhere(one) if isinstance(one, str) else one for one in value]
-    return visible(told_elsewhere(str(value)))
+    return visible(str(without_places(value)))
 
 
 def doubts(differing: Sequence[Sequence[str | None]], runs: Sequence[Run]) -> list[str]:
