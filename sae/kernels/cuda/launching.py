@@ -1,0 +1,55 @@
+"""What all kernels of this path share: how they are started, how rows are cut, and sums of rows of a matrix.
+
+What a card asks for and Triton's interpreter does not show: offsets are taken in int64 (an int that fits is passed as
+int32, and a product of two of those wraps); a program never reads again what it has written (its threads may hold other
+elements then, and nothing makes them wait); a tile of a row fits into registers, by `warps_of` and `entries_of`.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WIDEST = 8192
+"""Columns that one program holds at most; wider rows are taken in several."""
+CHUNK = 1024
+"""Columns of a program that needs no whole row."""
+
+
+def launch(kernel: Any, programs: int, first: Tensor, *given: Any, **options: Any) -> None:
+    """Starts so many programs of a kernel on the device of its first argument."""
+    if programs:
+        with torch.cuda.device_of(first):
+            kernel[(programs,)](first, *given, **options)
+
+
+def block_of(columns: int, most: int = WIDEST) -> int:
+    """Returns the power of two, 16 to `most`, that holds so many columns, or is `most`."""
+    return min(most, max(16, triton.next_power_of_2(columns)))
+
+
+def warps_of(block: int) -> int:
+    """Returns how many warps share a row of a block: 8 to 16 columns a thread."""
+    return min(16, max(1, block // 256 if block <= 1024 else block // 512))
+
+
+def entries_of(block: int) -> int:
+    """Returns how many rows of a block are in flight together: about 64 numbers a thread."""
+    return min(16, max(1, 2048 * warps_of(block) // block))
+
+
+@triton.jit
+def weighted_rows(coefficients, index, rows, start, stop, column, d, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns the sum over entries start:stop of coefficients_e rows_{index(e)}, in their order, at these columns."""
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(start, stop, ENTRIES):
+        entry = first + tl.arange(0, ENTRIES)
+        inside = entry < stop
+        row = tl.load(index + entry, mask=inside, other=0).to(tl.int64)
+        coefficient = tl.load(coefficients + entry, mask=inside, other=0.0).to(tl.float32)
+        held = inside[:, None] & (column < d)[None, :]
+        part = tl.load(rows + row[:, None] * d + column[None, :], mask=held, other=0.0).to(tl.float32)
+        total += tl.sum(coefficient[:, None] * part, axis=0)
+    return total

@@ -1,0 +1,143 @@
+"""Products of codes and rows of the decoder: one program a token, several rows in flight, sums in float32."""
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.kernels.cuda.launching import CHUNK, WIDEST, block_of, entries_of, launch, warps_of, weighted_rows
+
+
+def decode(
+    values: Float[Tensor, "nnz"],
+    weight: Float[Tensor, "m d"],
+    offsets: Int[Tensor, "n_plus_1"],
+    ids: Int[Tensor, "nnz"],
+) -> Float[Tensor, "n d"]:
+    """Returns the codes times the decoder, in float32."""
+    out = torch.empty(len(offsets) - 1, weight.shape[1], dtype=torch.float32, device=weight.device)
+    _decoded(out, values, weight, offsets, ids, None, None)
+    return out
+
+
+def errors(
+    values: Float[Tensor, "nnz"],
+    weight: Float[Tensor, "m d"],
+    offsets: Int[Tensor, "n_plus_1"],
+    ids: Int[Tensor, "nnz"],
+    rest: Tensor,
+    target: Float[Tensor, "n d"],
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "nnz"]]:
+    """Returns (target - rest - the codes times the decoder, its products with the rows of the decoder), in float32.
+
+    `rest` is one row or as many as there are tokens. A token's rows are read twice in one visit, the second time while
+    the card's cache may have them; in two visits where they are wider than a program holds.
+    """
+    n, d = target.shape
+    error = torch.empty(n, d, dtype=torch.float32, device=weight.device)
+    if d > WIDEST:
+        _decoded(error, values, weight, offsets, ids, rest, target)
+        return error, products(offsets, ids, error, weight)
+    found = torch.empty(len(ids), dtype=torch.float32, device=weight.device)
+    block, apart = block_of(d), d if rest.dim() == 2 else 0
+    launch(
+        _errors, n, values, weight, offsets, ids, rest, apart, target, error, found, d, entries_of(block), block,
+        num_warps=warps_of(block),
+    )  # fmt: skip
+    return error, found
+
+
+def products(
+    offsets: Int[Tensor, "n_plus_1"],
+    ids: Int[Tensor, "nnz"],
+    rows: Float[Tensor, "n d"],
+    weight: Float[Tensor, "m d"],
+) -> Float[Tensor, "nnz"]:
+    """Returns the products of each token's row with the rows of its latents, in float32."""
+    n, d = rows.shape
+    found = torch.empty(len(ids), dtype=torch.float32, device=weight.device)
+    block = block_of(d)
+    launch(
+        _products, n, offsets, ids, rows, weight, found, d, d <= block, entries_of(block), block,
+        num_warps=warps_of(block),
+    )  # fmt: skip
+    return found
+
+
+def _decoded(
+    out: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    ids: Tensor,
+    rest: Tensor | None,
+    target: Tensor | None,
+) -> None:
+    """Writes what is decoded, or, where there is a target, what is left of it."""
+    n, d = out.shape
+    block, apart = block_of(d, CHUNK), d if rest is not None and rest.dim() == 2 else 0
+    chunks = triton.cdiv(d, block)
+    launch(
+        _decode, n * chunks, values, weight, offsets, ids, rest, apart, target, out, d, chunks, target is not None,
+        entries_of(block), block, num_warps=warps_of(block),
+    )  # fmt: skip
+
+
+@triton.jit
+def _decode(
+    values, weight, offsets, ids, rest, apart, target, out, d, chunks,
+    LEFT: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = (tl.program_id(0) // chunks).to(tl.int64)
+    column = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
+    inside = column < d
+    start, stop = tl.load(offsets + token), tl.load(offsets + token + 1)
+    found = weighted_rows(values, ids, weight, start, stop, column, d, ENTRIES, BLOCK)
+    if LEFT:
+        wanted = tl.load(target + token * d + column, mask=inside, other=0.0).to(tl.float32)
+        found = wanted - tl.load(rest + token * apart + column, mask=inside, other=0.0).to(tl.float32) - found
+    tl.store(out + token * d + column, found, mask=inside)
+
+
+@triton.jit
+def _errors(
+    values, weight, offsets, ids, rest, apart, target, error, products, d,
+    ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < d
+    start, stop = tl.load(offsets + token), tl.load(offsets + token + 1)
+    decoded = weighted_rows(values, ids, weight, start, stop, column, d, ENTRIES, BLOCK)
+    left = tl.load(target + token * d + column, mask=inside, other=0.0).to(tl.float32)
+    left = left - tl.load(rest + token * apart + column, mask=inside, other=0.0).to(tl.float32) - decoded
+    tl.store(error + token * d + column, left, mask=inside)
+    for first in range(start, stop, ENTRIES):
+        entry = first + tl.arange(0, ENTRIES)
+        row = tl.load(ids + entry, mask=entry < stop, other=0).to(tl.int64)
+        held = (entry < stop)[:, None] & inside[None, :]
+        part = tl.load(weight + row[:, None] * d + column[None, :], mask=held, other=0.0).to(tl.float32)
+        tl.store(products + entry, tl.sum(part * left[None, :], axis=1), mask=entry < stop)
+
+
+@triton.jit
+def _products(offsets, ids, rows, weight, products, d, WHOLE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    start, stop = tl.load(offsets + token), tl.load(offsets + token + 1)
+    own = tl.load(rows + token * d + column, mask=column < d, other=0.0).to(tl.float32)
+    for first in range(start, stop, ENTRIES):
+        entry = first + tl.arange(0, ENTRIES)
+        row = tl.load(ids + entry, mask=entry < stop, other=0).to(tl.int64)
+        held = (entry < stop)[:, None] & (column < d)[None, :]
+        part = tl.load(weight + row[:, None] * d + column[None, :], mask=held, other=0.0).to(tl.float32)
+        total = tl.sum(part * own[None, :], axis=1)
+        if not WHOLE:
+            for begin in range(BLOCK, d, BLOCK):
+                far = begin + column
+                more = tl.load(rows + token * d + far, mask=far < d, other=0.0).to(tl.float32)
+                held = (entry < stop)[:, None] & (far < d)[None, :]
+                part = tl.load(weight + row[:, None] * d + far[None, :], mask=held, other=0.0).to(tl.float32)
+                total += tl.sum(part * more[None, :], axis=1)
+        tl.store(products + entry, total, mask=entry < stop)
