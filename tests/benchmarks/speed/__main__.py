@@ -45,9 +45,9 @@ def units(shape: Shape) -> list[Contestant]:
 
 
 def compare(contestants: list[Contestant], threads: int, steps: int, parts: bool = False) -> dict:
-    """Returns the times of all contestants, one a round each, and how the first steps agree with those of the first.
+    """Returns what is measured of all contestants, each making one step a round.
 
-    All have one shape, or one width: whoever's first step differs ends the run.
+    SystemExit if steps that should compute the same do not.
     """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         files: dict[Shape, Path] = {}
@@ -81,7 +81,10 @@ def compare(contestants: list[Contestant], threads: int, steps: int, parts: bool
 
 
 def checked(running: list[Running], losses: list[float], folder: Path, files: dict[Shape, Path]) -> dict[str, dict]:
-    """Returns, by label, how the first steps of the same mathematics agree with ours; SystemExit where one does not."""
+    """Returns, by label, how the first steps of the same mathematics agree with our first; SystemExit if they do not.
+
+    Where there are several shapes there is nothing to compare.
+    """
     alike = [(one, loss) for one, loss in zip(running, losses, strict=True) if one.contestant.is_plain]
     found: dict[str, dict] = {}
     if len({one.contestant.shape for one, _ in alike}) != 1:

@@ -11,9 +11,11 @@ LIMIT = 1e-5
 """Of |difference| / |gradient|, for every tensor, and of the loss: sums of thousands of float32 products in another
 order differ by 1e-6."""
 NEAR_TIES = 4
-"""Tokens whose k-th and next pre-activation are equal up to rounding may be decided either way: as many latents
-beside two for each of them may differ beyond the limit."""
-EPSILON = 1e-30
+"""Latents that may differ by more: where a token's k-th and next pre-activation are equal up to rounding, either is
+chosen, and both latents are left out of the comparison."""
+TIED = 1e-3
+"""Of the norm of an average latent's gradient, beyond which one counts as such."""
+NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 @dataclass(frozen=True)
@@ -41,30 +43,34 @@ class Agreement:
         return {**asdict(self), "holds": self.holds}
 
 
-def along_removed(gradient: Tensor, W: Tensor) -> Tensor:
+def agreement(ours: Path, theirs: Path, data: Path, losses: tuple[float, float]) -> Agreement:
+    """Compares two files of gradients, one tensor at a time: there is little memory beside large coders."""
+    with safe_open(ours, "pt") as a, safe_open(theirs, "pt") as b, safe_open(data, "pt") as given:
+
+        def pair(name: str) -> tuple[Tensor, Tensor]:
+            x, y = a.get_tensor(name), b.get_tensor(name)
+            return (x, y) if name != "W_dec" else tuple(across(each, given.get_tensor("W")) for each in (x, y))
+
+        squares, products = 0.0, 0.0
+        for x, y in map(pair, NAMES):
+            squares += float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+            products += float((x * y).sum(dtype=torch.float64))
+        factor = products / squares
+        tied, rows = torch.zeros(()), {}
+        for name in NAMES:
+            x, y = pair(name)
+            rows[name] = [each.reshape(len(x), -1).norm(dim=1) for each in (y - factor * x, factor * x)]
+            if x.ndim == 2:
+                off, size = rows[name]
+                tied = tied.logical_or(off > TIED * size.square().mean().sqrt())
+    gradients = {}
+    for name, (off, size) in rows.items():
+        kept = ~tied if name != "b_dec" else slice(None)
+        gradients[name] = float(off[kept].norm() / size[kept].norm())
+    mine, other = losses
+    return Agreement(abs(other - mine) / abs(mine), gradients, factor, int(tied.sum()))
+
+
+def across(gradient: Tensor, W: Tensor) -> Tensor:
     """Returns a decoder's gradient without its parts along the decoder, as most libraries hand it to the optimizer."""
     return gradient - (gradient * W).sum(1, keepdim=True) / W.square().sum(1, keepdim=True) * W
-
-
-def agreement(ours: Path, theirs: Path, data: Path, losses: tuple[float, float]) -> Agreement:
-    """Compares two files of gradients."""
-    with safe_open(ours, "pt") as a, safe_open(theirs, "pt") as b, safe_open(data, "pt") as given:
-        W = given.get_tensor("W")
-        pairs = {}
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            pairs[name] = [file.get_tensor(name) for file in (a, b)]
-        pairs["W_dec"] = [along_removed(gradient, W) for gradient in pairs["W_dec"]]
-    square = sum(float(x.double().square().sum()) for x, _ in pairs.values())
-    factor = sum(float((x * y).sum(dtype=torch.float64)) for x, y in pairs.values()) / square
-    off = torch.zeros(len(W), dtype=torch.bool)
-    for name in ("W_enc", "W_dec"):
-        x, y = pairs[name]
-        rows = (y - factor * x).norm(dim=1)
-        off |= rows > 100 * LIMIT * factor * x.norm() / len(W) ** 0.5
-    gradients = {}
-    for name, (x, y) in pairs.items():
-        kept = torch.ones(len(x), dtype=torch.bool) if name == "b_dec" else ~off
-        scale = factor * x[kept].norm()
-        gradients[name] = float((y[kept] - factor * x[kept]).norm() / (scale + EPSILON))
-    mine, other = losses
-    return Agreement(abs(other - mine) / abs(mine), gradients, factor, int(off.sum()))

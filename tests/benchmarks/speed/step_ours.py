@@ -44,7 +44,6 @@ class Ours(worker.Stepper):
     """One coder, whose rule keeps about k latents a token from the first step on."""
 
     def __init__(self, options: dict, given: dict[str, Tensor]) -> None:
-        keep_freed_memory()  # as sae-train does
         if options["kernels"]:
             kernels.use(options["kernels"])
         self.family, W, first = options["family"], given["W"], given["x"][: options["tokens"]]
@@ -99,4 +98,5 @@ class Ours(worker.Stepper):
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as sae-train does
     worker.serve(Ours)
