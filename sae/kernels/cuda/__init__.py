@@ -5,10 +5,30 @@ bfloat16 or float16; sums are taken in float32, in an order that only the sizes 
 same bits in every run. No function waits for the device.
 """
 
+import torch
+from torch import Tensor
+
 from sae.kernels.cuda.crossing import above
 from sae.kernels.cuda.gradients import ByLatent, by_latent, weight_gradient
 from sae.kernels.cuda.largest import top_ids
 from sae.kernels.cuda.sparse import decode, errors, products
 from sae.kernels.cuda.updating import adam
 
-__all__ = ["ByLatent", "above", "adam", "by_latent", "decode", "errors", "products", "top_ids", "weight_gradient"]
+__all__ = [
+    "ByLatent",
+    "above",
+    "adam",
+    "by_latent",
+    "decode",
+    "errors",
+    "products",
+    "takes",
+    "top_ids",
+    "weight_gradient",
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def takes(like: Tensor) -> bool:
+    """Returns whether this path is for weights like this one: on a card that CUDA knows of, float32 or shorter."""
+    return like.device.type == "cuda" and like.dtype in DTYPES

@@ -14,10 +14,10 @@ BLOCK = 1024
 def above(
     scores: Float[Tensor, "n m"], cuts: Float[Tensor, "m_or_1"], capacity: int
 ) -> tuple[Int[Tensor, "n"], Int[Tensor, "capacity"], Int[Tensor, ""]]:
-    """Returns (entries of each row, their places, how many there are) of what is above its cut, or NaN.
+    """Returns (found entries of each row, their places, how many there are) of what is above its cut, or NaN.
 
-    Places are token * m + latent, ascending, and -1 where there are fewer than `capacity`; of more the first are
-    returned. Rows of scores may lie apart. Blocks in which nothing is above are read once, others twice.
+    Places are token * m + latent, ascending, and -1 where there are fewer than `capacity`; of more the first are found.
+    Rows of scores may lie apart. Blocks in which nothing is above are read once, others twice.
     """
     n, m = scores.shape
     blocks = triton.cdiv(m, BLOCK)
@@ -29,8 +29,8 @@ def above(
     launch(
         _written, n * blocks, scores, scores.stride(0), m, cuts, step, hits, ends, places, capacity, BLOCK, num_warps=4
     )
-    counts = hits.sum(1)
-    return counts, places, counts.sum()
+    found = torch.cat([ends.new_zeros(1), ends.view(n, blocks)[:, -1]]).clamp_max_(capacity).diff()
+    return found, places, hits.sum()
 
 
 @triton.jit

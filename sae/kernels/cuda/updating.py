@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from jaxtyping import Bool, Float
@@ -37,18 +38,28 @@ def adam(
     block = block_of(d, WIDEST if whole else CHUNK)
     chunks = triton.cdiv(d, block)
     logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
+    corrected = torch.empty(2, dtype=torch.float32, device=weight.device)
+    launch(_corrected, 1, corrected, step, rate, *logs, num_warps=1)
     launch(
-        _adam, m * chunks, weight, gradient, mean, square, along, half, scale, step, applies, rate, d, chunks,
-        beta1, beta2, *logs, eps, along is not None, whole, half is not None, block, num_warps=warps_of(block),
+        _adam, m * chunks, weight, gradient, mean, square, along, half, scale, applies, corrected, d, chunks,
+        beta1, beta2, eps, along is not None, whole, half is not None, block, num_warps=warps_of(block),
     )  # fmt: skip
     if unit and not whole:
         launch(_normalized, m, weight, half, applies, d, half is not None, block, num_warps=warps_of(block))
 
 
 @triton.jit
+def _corrected(corrected, step, rate, LOG1: tl.constexpr, LOG2: tl.constexpr):
+    """Writes the size of a step, and by what roots are divided, for means that began at 0."""
+    number = tl.load(step).to(tl.float64)  # in float32, 1 - beta2 would keep four digits
+    tl.store(corrected, (rate / (1 - tl.exp(number * LOG1))).to(tl.float32))
+    tl.store(corrected + 1, tl.sqrt(1 - tl.exp(number * LOG2)).to(tl.float32))
+
+
+@triton.jit
 def _adam(
-    weight, gradient, mean, square, along, half, scale, step, applies, rate, d, chunks,
-    BETA1: tl.constexpr, BETA2: tl.constexpr, LOG1: tl.constexpr, LOG2: tl.constexpr, EPS: tl.constexpr,
+    weight, gradient, mean, square, along, half, scale, applies, corrected, d, chunks,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
     ALONG: tl.constexpr, UNIT: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(applies).to(tl.int32) != 0:
@@ -64,10 +75,8 @@ def _adam(
         second = tl.load(square + at, mask=inside, other=0.0) * BETA2 + g * g * (1 - BETA2)
         tl.store(mean + at, first, mask=inside)
         tl.store(square + at, second, mask=inside)
-        number = tl.load(step).to(tl.float64)  # in float32, 1 - beta2 would keep four digits
-        size = (rate / (1 - tl.exp(number * LOG1))).to(tl.float32)
-        spread = tl.sqrt(1 - tl.exp(number * LOG2)).to(tl.float32)
-        w -= size * tl.div_rn(first, tl.div_rn(tl.sqrt_rn(second), spread) + EPS)
+        root = tl.div_rn(tl.sqrt_rn(second), tl.load(corrected + 1))
+        w -= tl.load(corrected) * tl.div_rn(first, root + EPS)
         if UNIT:
             w = tl.div_rn(w, tl.maximum(tl.sqrt_rn(tl.sum(w * w, axis=0)), 1e-30))
         tl.store(weight + at, w, mask=inside)
