@@ -12,14 +12,14 @@ if not INTERPRETED:
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
 from sae.kernels import cuda
-from sae.kernels.cuda import gradients, largest
+from sae.kernels.cuda import dealing, largest
 
 
 @pytest.fixture
 def path(monkeypatch):
     """The path with sizes at which a few numbers are several groups of groups, and several pieces."""
     monkeypatch.setattr(largest, "HELD", 64)
-    monkeypatch.setattr(gradients, "PIECE", 2)
+    monkeypatch.setattr(dealing, "PIECE", 2)
     return cuda
 
 

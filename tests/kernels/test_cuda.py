@@ -34,7 +34,7 @@ def test_compiled_for_a_card_registers_suffice(architecture, tmp_path, monkeypat
     found = compiled_kernels(architecture)
     assert {name for name, _ in found} == {
         *("_maxima", "_chosen", "_counted", "_written", "_decode", "_errors", "_products"),
-        *("_summed", "_joined", "_corrected", "_adam", "_normalized"),
+        *("_beside", "_summed", "_corrected", "_adam", "_normalized"),
     }
     for name, kept in found:
         assert kept.spilled == 0, (name, kept)

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sae.kernels.cuda import crossing, gradients, largest, sparse, updating
+from sae.kernels.cuda import crossing, dealing, gradients, largest, sparse, updating
 
 NAMES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -46,7 +46,7 @@ def compiled_kernels(architecture: int) -> list[tuple[str, Needs]]:
             found[key] = kernel.fn.__name__, needs_of(done)
 
     with FakeTensorMode(), ExitStack() as patches:
-        for module in (crossing, gradients, largest, sparse, updating):
+        for module in (crossing, dealing, gradients, largest, sparse, updating):
             patches.enter_context(patch.object(module, "launch", launch))
         start_all()
     return list(found.values())
@@ -59,7 +59,7 @@ def start_all() -> None:
         largest.top_ids(empty(64, 131_072, dtype=dtype), 64)
     largest.top_ids(empty(64, 2_000_000), 300)
     crossing.above(empty(64, 131_072), empty(131_072), 5000)
-    offsets, ids, values = empty(11, dtype=torch.long), empty(640, dtype=torch.long), empty(640)
+    offsets, ids, values = empty(11, dtype=torch.long), empty(6400, dtype=torch.long), empty(6400)
     options = {"rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "step": empty(()), "scale": empty(())}
     applies = empty((), dtype=torch.bool)
     for m, d in SHAPES:

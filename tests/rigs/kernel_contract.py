@@ -28,11 +28,11 @@ def drawn(*shape: int, device: str, seed: int = 0, dtype: torch.dtype = torch.fl
 
 
 def codes(n: int, m: int, device: str, share: float, seed: int = 0) -> SimpleNamespace:
-    """Returns codes with an empty row in three, latents that never fire and one that fires at every other token."""
+    """Returns codes of empty rows and a full one, of latents that never fire and one that fires where any does."""
     mask = torch.rand(n, m, generator=torch.Generator(device).manual_seed(seed), device=device) < share
-    mask[:, m // 2 :: 3] = False
     mask[:, m // 3] = True
-    mask[1::3] = False
+    mask[1::3], mask[:1] = False, True
+    mask[:, m // 2 :: 3] = False
     offsets = torch.cat([torch.zeros(1, dtype=torch.long, device=device), mask.sum(1).cumsum(0)])
     tokens, ids = mask.nonzero().T.contiguous()
     values = drawn(len(ids), device=device, seed=seed + 1)
@@ -141,6 +141,22 @@ def test_rows_wider_than_one_program_holds(path, device):
     near(products, products_of(kept, error, weight))
     weights = stepped(path, device, d=d, m=m, unit=True)
     near(torch.linalg.vector_norm(weights, dim=1), torch.ones(m))
+
+
+def test_rows_that_are_one_or_lie_apart(path, device):
+    kept, d = codes(6, 9, device, 0.4), 5
+    weight, x = drawn(9, d, device=device), drawn(d, 6, device=device).T
+    decoded = rows_of(kept, kept.values, weight, "by token")
+    for rest in (drawn(d, device=device).expand(6, d), drawn(d, 6, device=device).T):
+        error, _ = path.errors(kept.values, weight, kept.offsets, kept.ids, rest, x)
+        near(error, x.double() - rest - decoded)
+    near(path.products(kept.offsets, kept.ids, x, weight), products_of(kept, x, weight))
+    out = torch.empty(9, d, device=device)
+    path.weight_gradient(path.by_latent(kept.offsets, kept.ids, 9), kept.values, x, out)
+    near(out, rows_of(kept, kept.values, x, "by latent"))
+    scores, cut = drawn(3, 9, device=device), torch.full((1,), 0.5, device=device)
+    alike = zip(path.above(scores, cut, 9), path.above(scores, cut.expand(9), 9), strict=True)
+    assert all(torch.equal(one, other) for one, other in alike)
 
 
 def test_no_tokens_and_no_entries(path, device):

@@ -29,6 +29,6 @@ __all__ = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def takes(like: Tensor) -> bool:
-    """Returns whether this path is for weights like this one: on a card that CUDA knows of, float32 or shorter."""
-    return like.device.type == "cuda" and like.dtype in DTYPES
+def takes(*tensors: Tensor | None) -> bool:
+    """Returns whether this path is for all of these: on a card that CUDA knows of, float32 or shorter."""
+    return all(t is None or (t.device.type == "cuda" and t.dtype in DTYPES) for t in tensors)

@@ -23,7 +23,7 @@ def above(
     blocks = triton.cdiv(m, BLOCK)
     hits = torch.empty(n, blocks, dtype=torch.int32, device=scores.device)
     places = torch.full((capacity,), -1, dtype=torch.long, device=scores.device)
-    step = int(len(cuts) > 1)
+    step = cuts.stride(0) if len(cuts) > 1 else 0
     launch(_counted, n * blocks, scores, scores.stride(0), m, cuts, step, hits, BLOCK, num_warps=4)
     ends = hits.view(-1).cumsum(0)
     launch(

@@ -1,4 +1,4 @@
-"""What all kernels of this path share: how they are started, how rows are cut, and sums of rows of a matrix.
+"""How kernels are started, and how rows are cut for them.
 
 What a card asks for and Triton's interpreter does not show: offsets are taken in int64 (an int that fits is passed as
 int32, and a product of two of those wraps); a program never reads again what it has written (its threads may hold other
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 WIDEST = 8192
@@ -25,6 +24,16 @@ def launch(kernel: Any, programs: int, first: Tensor, *given: Any, **options: An
             kernel[(programs,)](first, *given, **options)
 
 
+def rows_apart(rows: Tensor) -> tuple[Tensor, int]:
+    """Returns rows, or one for all, whose entries are contiguous, and how far one lies from the next: 0 of one for all.
+
+    Rows may be an expanded one, which is not copied.
+    """
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0) if rows.dim() == 2 else 0
+
+
 def block_of(columns: int, most: int = WIDEST) -> int:
     """Returns the power of two, 16 to `most`, that holds so many columns, or is `most`."""
     return min(most, max(16, triton.next_power_of_2(columns)))
@@ -38,18 +47,3 @@ def warps_of(block: int) -> int:
 def entries_of(block: int) -> int:
     """Returns how many rows of a block are in flight together: about 64 numbers a thread."""
     return min(16, max(1, 2048 * warps_of(block) // block))
-
-
-@triton.jit
-def weighted_rows(coefficients, index, rows, start, stop, column, d, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
-    """Returns the sum over entries start:stop of coefficients_e rows_{index(e)}, in their order, at these columns."""
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for first in range(start, stop, ENTRIES):
-        entry = first + tl.arange(0, ENTRIES)
-        inside = entry < stop
-        row = tl.load(index + entry, mask=inside, other=0).to(tl.int64)
-        coefficient = tl.load(coefficients + entry, mask=inside, other=0.0).to(tl.float32)
-        held = inside[:, None] & (column < d)[None, :]
-        part = tl.load(rows + row[:, None] * d + column[None, :], mask=held, other=0.0).to(tl.float32)
-        total += tl.sum(coefficient[:, None] * part, axis=0)
-    return total

@@ -1,4 +1,4 @@
-"""Products of codes and rows of the decoder: one program a token, several rows in flight, sums in float32."""
+"""Products of codes and rows of the decoder: one program a token, several rows in flight; long tokens in pieces."""
 
 import torch
 import triton
@@ -6,7 +6,9 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.kernels.cuda.launching import CHUNK, WIDEST, block_of, entries_of, launch, warps_of, weighted_rows
+from sae.kernels.cuda import dealing
+from sae.kernels.cuda.dealing import Dealt, deal, further_piece, summed_beside, whole_row
+from sae.kernels.cuda.launching import CHUNK, WIDEST, block_of, entries_of, launch, rows_apart, warps_of
 
 
 def decode(
@@ -31,20 +33,24 @@ def errors(
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "nnz"]]:
     """Returns (target - rest - the codes times the decoder, its products with the rows of the decoder), in float32.
 
-    `rest` is one row or as many as there are tokens. A token's rows are read twice in one visit, the second time while
-    the card's cache may have them; in two visits where they are wider than a program holds.
+    `rest` is one row or as many as there are tokens, expanded ones included. A token's rows are read twice in one
+    visit, the second time while the card's cache may have them; in two visits where they are wider than a program
+    holds.
     """
     n, d = target.shape
     error = torch.empty(n, d, dtype=torch.float32, device=weight.device)
     if d > WIDEST:
         _decoded(error, values, weight, offsets, ids, rest, target)
         return error, products(offsets, ids, error, weight)
+    dealt, values = deal(offsets.diff(), len(ids)), values.contiguous()
+    beside = summed_beside(dealt, offsets, values, ids, weight)
     found = torch.empty(len(ids), dtype=torch.float32, device=weight.device)
-    block, apart = block_of(d), d if rest.dim() == 2 else 0
+    block, (rest, apart) = block_of(d), rows_apart(rest)
     launch(
-        _errors, n, values, weight, offsets, ids, rest, apart, target, error, found, d, entries_of(block), block,
-        num_warps=warps_of(block),
+        _errors, n, values, weight, offsets, ids, rest, apart, target.contiguous(), dealt.ends, beside, error, found, d,
+        n, dealing.PIECE, entries_of(block), block, num_warps=warps_of(block),
     )  # fmt: skip
+    _multiply(found, len(dealt.owners), dealt, offsets, ids, error, weight)
     return error, found
 
 
@@ -55,14 +61,21 @@ def products(
     weight: Float[Tensor, "m d"],
 ) -> Float[Tensor, "nnz"]:
     """Returns the products of each token's row with the rows of its latents, in float32."""
+    found, dealt = torch.empty(len(ids), dtype=torch.float32, device=weight.device), deal(offsets.diff(), len(ids))
+    _multiply(found, len(dealt.owners) + len(rows), dealt, offsets, ids, rows.contiguous(), weight)
+    return found
+
+
+def _multiply(
+    found: Tensor, programs: int, dealt: Dealt, offsets: Tensor, ids: Tensor, rows: Tensor, weight: Tensor
+) -> None:
+    """Writes the products of further pieces, which are the first programs, and of rows' first pieces."""
     n, d = rows.shape
-    found = torch.empty(len(ids), dtype=torch.float32, device=weight.device)
     block = block_of(d)
     launch(
-        _products, n, offsets, ids, rows, weight, found, d, d <= block, entries_of(block), block,
-        num_warps=warps_of(block),
+        _products, programs, offsets, ids, rows, weight, dealt.ends, dealt.owners, found, d, n, len(dealt.owners),
+        d <= block, dealing.PIECE, entries_of(block), block, num_warps=warps_of(block),
     )  # fmt: skip
-    return found
 
 
 def _decoded(
@@ -76,24 +89,28 @@ def _decoded(
 ) -> None:
     """Writes what is decoded, or, where there is a target, what is left of it."""
     n, d = out.shape
-    block, apart = block_of(d, CHUNK), d if rest is not None and rest.dim() == 2 else 0
+    block, apart = block_of(d, CHUNK), 0
+    if rest is not None and target is not None:
+        (rest, apart), target = rows_apart(rest), target.contiguous()
+    dealt, values = deal(offsets.diff(), len(ids)), values.contiguous()
+    beside = summed_beside(dealt, offsets, values, ids, weight)
     chunks = triton.cdiv(d, block)
     launch(
-        _decode, n * chunks, values, weight, offsets, ids, rest, apart, target, out, d, chunks, target is not None,
-        entries_of(block), block, num_warps=warps_of(block),
+        _decode, n * chunks, values, weight, offsets, ids, rest, apart, target, dealt.ends, beside, out, d, chunks, n,
+        target is not None, dealing.PIECE, entries_of(block), block, num_warps=warps_of(block),
     )  # fmt: skip
 
 
 @triton.jit
 def _decode(
-    values, weight, offsets, ids, rest, apart, target, out, d, chunks,
-    LEFT: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
+    values, weight, offsets, ids, rest, apart, target, ends, beside, out, d, chunks, n,
+    LEFT: tl.constexpr, PIECE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(0) // chunks).to(tl.int64)
     column = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
     inside = column < d
     start, stop = tl.load(offsets + token), tl.load(offsets + token + 1)
-    found = weighted_rows(values, ids, weight, start, stop, column, d, ENTRIES, BLOCK)
+    found = whole_row(values, ids, weight, start, stop, beside, ends, n, token, column, d, PIECE, ENTRIES, BLOCK)
     if LEFT:
         wanted = tl.load(target + token * d + column, mask=inside, other=0.0).to(tl.float32)
         found = wanted - tl.load(rest + token * apart + column, mask=inside, other=0.0).to(tl.float32) - found
@@ -102,17 +119,18 @@ def _decode(
 
 @triton.jit
 def _errors(
-    values, weight, offsets, ids, rest, apart, target, error, products, d,
-    ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
+    values, weight, offsets, ids, rest, apart, target, ends, beside, error, products, d, n,
+    PIECE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < d
     start, stop = tl.load(offsets + token), tl.load(offsets + token + 1)
-    decoded = weighted_rows(values, ids, weight, start, stop, column, d, ENTRIES, BLOCK)
+    decoded = whole_row(values, ids, weight, start, stop, beside, ends, n, token, column, d, PIECE, ENTRIES, BLOCK)
     left = tl.load(target + token * d + column, mask=inside, other=0.0).to(tl.float32)
     left = left - tl.load(rest + token * apart + column, mask=inside, other=0.0).to(tl.float32) - decoded
     tl.store(error + token * d + column, left, mask=inside)
+    stop = tl.minimum(stop, start + PIECE)
     for first in range(start, stop, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
         row = tl.load(ids + entry, mask=entry < stop, other=0).to(tl.int64)
@@ -122,22 +140,32 @@ def _errors(
 
 
 @triton.jit
-def _products(offsets, ids, rows, weight, products, d, WHOLE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    start, stop = tl.load(offsets + token), tl.load(offsets + token + 1)
-    own = tl.load(rows + token * d + column, mask=column < d, other=0.0).to(tl.float32)
-    for first in range(start, stop, ENTRIES):
-        entry = first + tl.arange(0, ENTRIES)
-        row = tl.load(ids + entry, mask=entry < stop, other=0).to(tl.int64)
-        held = (entry < stop)[:, None] & (column < d)[None, :]
-        part = tl.load(weight + row[:, None] * d + column[None, :], mask=held, other=0.0).to(tl.float32)
-        total = tl.sum(part * own[None, :], axis=1)
-        if not WHOLE:
-            for begin in range(BLOCK, d, BLOCK):
-                far = begin + column
-                more = tl.load(rows + token * d + far, mask=far < d, other=0.0).to(tl.float32)
-                held = (entry < stop)[:, None] & (far < d)[None, :]
-                part = tl.load(weight + row[:, None] * d + far[None, :], mask=held, other=0.0).to(tl.float32)
-                total += tl.sum(part * more[None, :], axis=1)
-        tl.store(products + entry, total, mask=entry < stop)
+def _products(
+    offsets, ids, rows, weight, ends, owners, products, d, n, most,
+    WHOLE: tl.constexpr, PIECE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0).to(tl.int64)
+    token = number - most
+    if number < most:
+        token = tl.load(owners + number)
+    if token < n:
+        start = tl.load(offsets + token)
+        stop = tl.minimum(tl.load(offsets + token + 1), start + PIECE)
+        if number < most:
+            start, stop = further_piece(offsets, ends, token, token, number, PIECE)
+        column = tl.arange(0, BLOCK)
+        own = tl.load(rows + token * d + column, mask=column < d, other=0.0).to(tl.float32)
+        for first in range(start, stop, ENTRIES):
+            entry = first + tl.arange(0, ENTRIES)
+            row = tl.load(ids + entry, mask=entry < stop, other=0).to(tl.int64)
+            held = (entry < stop)[:, None] & (column < d)[None, :]
+            part = tl.load(weight + row[:, None] * d + column[None, :], mask=held, other=0.0).to(tl.float32)
+            total = tl.sum(part * own[None, :], axis=1)
+            if not WHOLE:
+                for begin in range(BLOCK, d, BLOCK):
+                    far = begin + column
+                    more = tl.load(rows + token * d + far, mask=far < d, other=0.0).to(tl.float32)
+                    held = (entry < stop)[:, None] & (far < d)[None, :]
+                    part = tl.load(weight + row[:, None] * d + far[None, :], mask=held, other=0.0).to(tl.float32)
+                    total += tl.sum(part * more[None, :], axis=1)
+            tl.store(products + entry, total, mask=entry < stop)

@@ -33,6 +33,8 @@ def adam(
     The gradient is multiplied by `scale`, and loses `along` times the weight, by row. With `unit` rows then get norm 1;
     `half` gets the new weight, rounded. Weights are [m, d], or [m] for biases.
     """
+    if not all(held.is_contiguous() for held in (weight, gradient, mean, square, half) if held is not None):
+        raise ValueError("adam: a tensor that is changed in place is not contiguous")
     m, d = weight.shape if weight.dim() == 2 else (1, len(weight))
     whole = unit and d <= WIDEST
     block = block_of(d, WIDEST if whole else CHUNK)
