@@ -1,36 +1,53 @@
-"""What a coder trains on of a batch that all coders of a run share."""
+"""What coders train on of a batch that all coders of a run share."""
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.coder.coder import SparseCoder
 from sae.lm.masking import norm_mask
 from sae.lm.site import Site
-from sae.stream.batch import ActivationBatch
-from sae.training.end_to_end import splicer
+from sae.stream.batch import ActivationBatch, TextBatch
+from sae.training.end_to_end import CleanPasses, splicer
 from sae.training.planning import CoderPlan
 from sae.training.preparing import Setting
 from sae.training.trainer import Batch
 
 
-def share_of(batch: ActivationBatch, plan: CoderPlan, coder: SparseCoder, setting: Setting) -> Batch:
-    """Returns a coder's share of what was streamed: its sites side by side, without outliers."""
-    usual = norm_mask({name: batch.activations[name] for name in plan.sites}, coder.spec.mask)
-    device = coder.W_enc.device
+class Shares:
+    """One batch of a run, of which every coder gets its share; what several coders need of it is made once."""
 
-    def columns(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> Tensor:
-        parts = [tensors[site.name].to(device).float() for site in sites]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[usual.to(device)]
+    def __init__(self, batch: ActivationBatch, setting: Setting) -> None:
+        self.batch = batch
+        self.passes = None if batch.text is None else _passes(batch.text, setting)
 
-    x = columns(batch.activations, plan.reads)
-    target = x if coder.spec.is_autoencoder else columns(batch.activations, plan.writes)
-    if batch.text is not None:
-        context, micro = batch.text.tokens.shape[1], setting.micro_tokens
-        rows = max(1, micro // context) if micro else len(batch.text.tokens)
-        lm = setting.subject.measured_on["lm"]
-        return Batch(x, target, None, *splicer(lm, batch.text, usual, coder.spec.writes, rows))
-    gradients = columns(batch.gradients, plan.writes) if coder.spec.selection.gradient_loss else None
-    return Batch(x, target, gradients)
+    def of(self, plan: CoderPlan, coder: SparseCoder) -> Batch:
+        """Returns a coder's share of what was streamed: its sites side by side, without outliers."""
+        batch, device = self.batch, coder.W_enc.device
+        usual = norm_mask({name: batch.activations[name] for name in plan.sites}, coder.spec.mask).cpu()
+        rows = None if usual.all() else usual.nonzero()[:, 0]
+
+        def columns(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> Tensor:
+            parts = [_rows(tensors[site.name], rows).to(device).float() for site in sites]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+        x = columns(batch.activations, plan.reads)
+        target = x if coder.spec.is_autoencoder else columns(batch.activations, plan.writes)
+        if self.passes is not None:
+            return Batch(x, target, None, *splicer(self.passes, usual, plan.writes))
+        gradients = columns(batch.gradients, plan.writes) if coder.spec.selection.gradient_loss else None
+        return Batch(x, target, gradients)
+
+
+def _rows(x: Float[Tensor, "n d"], rows: Int[Tensor, "m"] | None) -> Float[Tensor, "m d"]:
+    """Returns some rows, or all, from where they lie: how many there are is not asked of the coder's device."""
+    return x if rows is None else x[rows.to(x.device)]
+
+
+def _passes(text: TextBatch, setting: Setting) -> CleanPasses:
+    context, micro = text.tokens.shape[1], setting.micro_tokens
+    rows = max(1, micro // context) if micro else len(text.tokens)
+    return CleanPasses(setting.subject.measured_on["lm"], text, rows, [plan.writes for plan in setting.plans])
 
 
 def bad_blocks(batch: ActivationBatch) -> list[int]:

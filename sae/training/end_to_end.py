@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,14 +12,61 @@ from sae.lm.hooks import model_inputs
 from sae.lm.intervene import replace_at
 from sae.lm.masking import next_token_mask
 from sae.lm.models import LanguageModel
+from sae.lm.replay import Made, Stretch, recorded, replayed
 from sae.lm.site import Site
 from sae.objectives import Spliced
 from sae.stream.batch import TextBatch
 from sae.text.packing import token_ids
 
+KEPT_LOGITS = 2**25  # of several micro-batches, kept for the other coders: 128 MiB in float32
+
+
+class Clean(NamedTuple):
+    """What the model as it is makes of some rows."""
+
+    logits: Float[Tensor, "counted vocabulary"]
+    """Of the tokens that count and have a next one, without gradient."""
+    made: dict[Stretch, Made]
+    """What modules have made below the sites that each coder writes."""
+
+
+class CleanPasses:
+    """The model as it is on the micro-batches of some rows: of each one pass, for all coders that write something."""
+
+    def __init__(self, lm: LanguageModel, text: TextBatch, rows_per_pass: int, writes: list[tuple[Site, ...]]) -> None:
+        self.lm, self.stretches = lm, {Stretch(sites) for sites in writes}
+        self.chunks = list(zip(text.tokens.split(rows_per_pass), text.keep.split(rows_per_pass), strict=True))
+        self.room = KEPT_LOGITS if len(writes) > 1 else 0
+        self.kept: dict[int, Clean] = {}
+
+    def counted(self, number: int) -> Bool[Tensor, "rows context_1"]:
+        """Returns of which tokens of a micro-batch there are logits."""
+        return next_token_mask(*self.chunks[number])
+
+    @torch.no_grad()
+    def at(self, number: int) -> Clean:
+        """Returns the pass of a micro-batch, kept where there are no others or there is room."""
+        if number in self.kept:
+            return self.kept[number]
+        with recorded(self.lm.model, self.stretches) as made:
+            logits = self.lm.model(**model_inputs(self.lm, self.chunks[number][0])).logits
+        clean = Clean(as_counted(logits, self.counted(number)), made)
+        if len(self.chunks) == 1 or clean.logits.numel() <= self.room:
+            self.room -= clean.logits.numel()
+            self.kept[number] = clean
+        return clean
+
+
+def as_counted(
+    logits: Float[Tensor, "rows context vocabulary"], counted: Bool[Tensor, "rows context_1"]
+) -> Float[Tensor, "counted vocabulary"]:
+    """Returns the logits of some tokens, at least in float32."""
+    found = logits[:, :-1][counted.to(logits.device)]
+    return found.to(torch.promote_types(found.dtype, torch.float32))
+
 
 def splicer(
-    lm: LanguageModel, text: TextBatch, usual: Bool[Tensor, "n"], writes: tuple[Site, ...], rows_per_pass: int
+    passes: CleanPasses, usual: Bool[Tensor, "n"], writes: tuple[Site, ...]
 ) -> tuple[tuple[int, ...], Callable[[int, Float[Tensor, "m d_out"]], Spliced]]:
     """Returns the tokens of each micro-batch of rows, and a function that runs the model on one of them.
 
@@ -26,30 +74,24 @@ def splicer(
     `usual`, and returns clean and patched logits of the counted tokens; the patched ones are differentiable in the
     outputs. All sites are replaced by what the coder made of the model's own activations.
     """
-    keep = text.keep.clone()
-    keep[text.keep] = usual.cpu()
-    chunks = list(zip(text.tokens.split(rows_per_pass), keep.split(rows_per_pass), strict=True))
+    lm, left = passes.lm, usual.cpu().split([int(keep.sum()) for _, keep in passes.chunks])
+    kept = [keep.masked_scatter(keep, own) for (_, keep), own in zip(passes.chunks, left, strict=True)]
 
     def run(number: int, outputs: Float[Tensor, "m d_out"]) -> Spliced:
-        tokens, kept = (part.to(lm.device) for part in chunks[number])
-        outputs = outputs.to(lm.device)
-        chosen = next_token_mask(tokens, kept)
-
-        def logits() -> Tensor:
-            found = lm.model(**model_inputs(lm, tokens)).logits[:, :-1][chosen]
-            return found.to(torch.promote_types(found.dtype, torch.float32))
-
-        with torch.no_grad():
-            clean = logits()
+        tokens, keep, every = passes.chunks[number][0], kept[number].to(lm.device), passes.counted(number)
+        chosen, outputs, clean = next_token_mask(tokens, kept[number]), outputs.to(lm.device), passes.at(number)
+        logits = clean.logits if torch.equal(chosen, every) else clean.logits[chosen[every].to(lm.device)]
         with ExitStack() as stack, torch.enable_grad():
+            stack.enter_context(replayed(lm.model, clean.made.get(Stretch(writes), {})))
             start = 0
             for site in writes:
                 columns = outputs[:, start : start + site.width]
-                stack.enter_context(replace_at(lm.model, site, _at(columns, kept), kept))
+                stack.enter_context(replace_at(lm.model, site, _at(columns, keep), keep))
                 start += site.width
-            return Spliced(clean, logits(), token_ids(tokens)[:, 1:][chosen].long())
+            patched = as_counted(lm.model(**model_inputs(lm, tokens)).logits, chosen)
+        return Spliced(logits, patched, token_ids(tokens)[:, 1:][chosen].long().to(lm.device))
 
-    return tuple(int(part.sum()) for _, part in chunks), run
+    return tuple(int(keep.sum()) for keep in kept), run
 
 
 def _at(rows: Float[Tensor, "m d"], keep: Bool[Tensor, "rows context"]) -> Callable[[Tensor], Tensor]:

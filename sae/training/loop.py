@@ -26,7 +26,7 @@ from sae.parallel.stopping import StopFlag
 from sae.stream.batch import ActivationBatch
 from sae.stream.drawn import Ended
 from sae.training import checkpoint
-from sae.training.batches import bad_blocks, share_of
+from sae.training.batches import Shares, bad_blocks
 from sae.training.callbacks import Callbacks, Moment
 from sae.training.preparing import Setting, new_trainers
 from sae.training.reporting.report import write_report
@@ -227,11 +227,12 @@ class Run:
 
     def _train_on(self, batch: ActivationBatch) -> list[dict[str, Any]]:
         """Trains every coder on one batch; returns the metrics of those that took the step."""
+        shares = Shares(batch, self.setting)
         lines, errors = [], []
         for plan in self.setting.plans:
             trainer = self.trainers[plan.name]
             try:
-                metrics = trainer.step(share_of(batch, plan, trainer.coder, self.setting), self.step)
+                metrics = trainer.step(shares.of(plan, trainer.coder), self.step)
             except NonFiniteError as error:
                 errors.append(f"coder {plan.name}: {error}")
             else:

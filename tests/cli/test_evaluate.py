@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import sae
 import sae.evaluation.evaluation
+import sae.evaluation.looking
 from cli.evaluate import main
 
 
@@ -131,13 +132,13 @@ def test_a_damaged_coder_is_named(run, capsys):
 
 
 def test_a_signal_stops_it(run, monkeypatch, capsys):
-    original = sae.evaluation.evaluation.capture
+    original = sae.evaluation.looking.capture
 
     def interrupted(*args):
         signal.raise_signal(signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(sae.evaluation.evaluation, "capture", interrupted)
+    monkeypatch.setattr(sae.evaluation.looking, "capture", interrupted)
     monkeypatch.setattr(sae.evaluation.evaluation, "rows_per_pass", lambda *_: 1)
     assert main([str(run), "--tokens", "256"]) == 75
     assert capsys.readouterr().err.splitlines()[-1] == "stopped during evaluation"

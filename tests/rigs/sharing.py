@@ -24,7 +24,7 @@ from sae.parallel.ranks import process_group, rank, world_size
 from sae.selection import trainable
 from sae.stream.batch import TextBatch
 from sae.training.config import CoderConfig
-from sae.training.end_to_end import splicer
+from sae.training.end_to_end import CleanPasses, splicer
 from sae.training.measuring import Recipe, measure
 from sae.training.optim import OptimConfig
 from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
@@ -156,7 +156,8 @@ def _share(case: Case, trainer: CoderTrainer, lm: LanguageModel | None, step: in
         before = int(text.keep[: mine.start].sum())
         x = seen[OF_MODEL.name][before : before + int(own.keep.sum())]
         usual = torch.ones(len(x), dtype=torch.bool)
-        return Batch(x, x, None, *splicer(lm, own, usual, (OF_MODEL,), 1 if several and case.micro else ROWS))
+        passes = CleanPasses(lm, own, 1 if several and case.micro else ROWS, [(OF_MODEL,)])
+        return Batch(x, x, None, *splicer(passes, usual, (OF_MODEL,)))
     x, y = (torch.cat([seen[site.name] for site in sites], 1)[mine] for sites in (case.reads, case.writes))
     draw = torch.Generator().manual_seed(10_000 + step)
     gradients = torch.randn(TOKENS, y.shape[1], generator=draw).to(dtype)[mine] / 10

@@ -27,7 +27,7 @@ from sae.selection.topk import TopK
 from sae.stream.batch import TextBatch
 from sae.stream.rows import RowStream
 from sae.stream.sources import Reading
-from sae.training.end_to_end import splicer
+from sae.training.end_to_end import CleanPasses, splicer
 
 SITE = Site("model.layers.1", model="tiny", width=16)
 MASK = MaskSpec((0, 1, 2), 1)
@@ -44,6 +44,10 @@ def text_of(lm, count=6, site=SITE):
     keep = (tokens > 2) & (torch.arange(tokens.shape[1]) > 0)
     x = capture(lm, [site], tokens)[site.name][keep]
     return TextBatch(tokens, keep), x
+
+
+def passes_of(lm, text, rows=99, site=SITE, coders=1):
+    return CleanPasses(lm, text, rows, [(site,)] * coders)
 
 
 def made(dtype=torch.float32):
@@ -70,7 +74,7 @@ def test_gradients_through_the_model_equal_finite_differences(term):
     site = Site("transformer.h.0", model="tiny", width=16)
     text, x = text_of(lm, site=site)
     coder = made(torch.float64)
-    _, spliced = splicer(lm, text, torch.ones(len(x), dtype=torch.bool), (site,), 99)
+    _, spliced = splicer(passes_of(lm, text, site=site), torch.ones(len(x), dtype=torch.bool), (site,))
     step = view(coder, x, spliced)
     term.loss(step).backward()
     support = step.run.latents
@@ -94,7 +98,7 @@ def test_gradients_through_the_model_equal_finite_differences(term):
 def test_the_terms_are_what_evaluation_measures(lm):
     text, x = text_of(lm)
     coder = made()
-    _, spliced = splicer(lm, text, torch.ones(len(x), dtype=torch.bool), (SITE,), 99)
+    _, spliced = splicer(passes_of(lm, text), torch.ones(len(x), dtype=torch.bool), (SITE,))
     step = view(coder, x, spliced)
     counted = len(step.through_model().next_tokens)
     from rigs.fakes import Rows
@@ -109,8 +113,8 @@ def test_micro_batches_of_rows_add_up_and_outliers_are_left_alone(lm):
     text, x = text_of(lm)
     coder = made()
     usual = x.norm(dim=1) < x.norm(dim=1).quantile(0.8)
-    whole_sizes, whole = splicer(lm, text, usual, (SITE,), 99)
-    sizes, parts = splicer(lm, text, usual, (SITE,), 2)
+    whole_sizes, whole = splicer(passes_of(lm, text), usual, (SITE,))
+    sizes, parts = splicer(passes_of(lm, text, 2), usual, (SITE,))
     assert sum(sizes) == sum(whole_sizes) == int(usual.sum())
     assert len(sizes) == 3
     out = coder(x[usual]).out
@@ -120,6 +124,36 @@ def test_micro_batches_of_rows_add_up_and_outliers_are_left_alone(lm):
     keep[text.keep] = usual
     limit = float(x.norm(dim=1).quantile(0.8))
     assert torch.equal(norm_mask({"a": x}, MaskSpec(norm_limits={"a": limit})), x.norm(dim=1) <= limit)
+
+
+def test_coders_of_a_batch_share_the_clean_pass_and_begin_where_they_write(lm):
+    text, x = text_of(lm)
+    everything = torch.ones(len(x), dtype=torch.bool)
+    usual = x.norm(dim=1) < x.norm(dim=1).quantile(0.8)
+    ran = []
+    for path in ("0", "1", "2"):
+        layer = lm.model.get_submodule(f"model.layers.{path}.mlp")
+        layer.register_forward_hook(lambda *_, path=path: ran.append(path))
+    cases = [(rows, made()(x[rows]).out) for rows in (everything, usual)]
+    alone = [splicer(passes_of(lm, text), rows, (SITE,))[1](0, out) for rows, out in cases]
+    passes = passes_of(lm, text, coders=2)
+    ran.clear()
+    for (rows, out), expected in zip(cases, alone, strict=True):
+        found = splicer(passes, rows, (SITE,))[1](0, out)
+        assert torch.equal(found.clean, expected.clean)
+        assert torch.equal(found.patched, expected.patched)
+        assert torch.equal(found.next_tokens, expected.next_tokens)
+        assert len(found.clean) == len(found.next_tokens)
+    assert "".join(ran) == "01222"  # one pass as it is, and two of what lies above
+
+
+def test_of_several_micro_batches_so_many_clean_passes_are_kept_as_there_is_room_for(lm, monkeypatch):
+    text, _ = text_of(lm)
+    passes = passes_of(lm, text, 2, coders=2)
+    passes.room = passes.at(0).logits.numel() + 1
+    first = [passes.at(number) for number in range(3)]
+    assert [passes.at(number) is clean for number, clean in enumerate(first)] == [True, True, False]
+    assert passes_of(lm, text, 2).room == 0, "nobody else asks"
 
 
 def test_batches_are_whole_rows_in_an_order_of_their_own(lm):
