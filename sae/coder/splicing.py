@@ -81,8 +81,7 @@ def splice(
                 remember(site, x)
             like = next(iter(seen.values()))
             parts = [seen.get(s.name, like.new_zeros(*like.shape[:-1], s.width)) for s in spec.reads]  # later layers
-            inputs = torch.cat([part.float() for part in parts], dim=-1)
-            out = coder(inputs, gradients).out[..., part]
+            out = _at_kept(coder, torch.cat([part.float() for part in parts], dim=-1), gradients, keep)[..., part]
             return out + (x.to(out.device).float() - out).detach() if error else out
 
         return new
@@ -93,3 +92,17 @@ def splice(
         for site, part in tagged_columns(spec.writes, tag):
             stack.enter_context(replace_at(model, site, made(site, part), keep))
         yield
+
+
+def _at_kept(
+    coder: SparseCoder,
+    x: Float[Tensor, "rows context d_in"],
+    gradients: Float[Tensor, "rows context d_out"] | None,
+    keep: Bool[Tensor, "rows context"] | None,
+) -> Float[Tensor, "rows context d_out"]:
+    """Returns what a coder makes of x at the kept positions, and anything elsewhere: it looks at no others."""
+    if keep is None:
+        return coder(x, gradients).out
+    beside = None if gradients is None else gradients[keep.to(gradients.device)]
+    out = coder(x[keep.to(x.device)], beside).out
+    return out.new_zeros(*x.shape[:-1], coder.spec.d_out).index_put((keep.to(out.device),), out)

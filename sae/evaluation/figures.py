@@ -45,8 +45,7 @@ class Figures:
         out, latents = coder(x, g)
         self.unfiltered.update(target, out, latents)
         if not usual.all():
-            x, target, g = x[usual], target[usual], None if g is None else g[usual]
-            out, latents = coder(x, g)
+            x, target, out, latents = x[usual], target[usual], out[usual], latents[usual]
         self.filtered.update(target, out, latents)
         if spec.skip:
             none = latents.with_values(torch.zeros_like(latents.values))

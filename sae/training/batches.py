@@ -1,13 +1,15 @@
 """What coders train on of a batch that all coders of a run share."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.coder.coder import SparseCoder
 from sae.lm.masking import norm_mask
 from sae.lm.site import Site
 from sae.stream.batch import ActivationBatch, TextBatch
+from sae.stream.carrying import Carrier
+from sae.stream.tensors import GRADIENTS
 from sae.training.end_to_end import CleanPasses, splicer
 from sae.training.planning import CoderPlan
 from sae.training.preparing import Setting
@@ -17,31 +19,47 @@ from sae.training.trainer import Batch
 class Shares:
     """One batch of a run, of which every coder gets its share; what several coders need of it is made once."""
 
-    def __init__(self, batch: ActivationBatch, setting: Setting) -> None:
-        self.batch = batch
+    def __init__(self, batch: ActivationBatch, setting: Setting, carrier: Carrier) -> None:
+        self.batch, self.carrier = batch, carrier
+        self.whole: dict[str, Tensor] = {}
+        self.usual: dict[str, Bool[Tensor, n]] = {}
         self.passes = None if batch.text is None else _passes(batch.text, setting)
 
     def of(self, plan: CoderPlan, coder: SparseCoder) -> Batch:
         """Returns a coder's share of what was streamed: its sites side by side, without outliers."""
-        batch, device = self.batch, coder.W_enc.device
-        usual = norm_mask({name: batch.activations[name] for name in plan.sites}, coder.spec.mask).cpu()
+        batch = self.batch
+        usual = self._usual(plan, coder)
         rows = None if usual.all() else usual.nonzero()[:, 0]
 
-        def columns(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> Tensor:
-            parts = [_rows(tensors[site.name], rows).to(device).float() for site in sites]
+        def columns(tensors: dict[str, Tensor], sites: tuple[Site, ...], what: str = "") -> Tensor:
+            parts = [self._rows(what + site.name, tensors[site.name], rows) for site in sites]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
         x = columns(batch.activations, plan.reads)
         target = x if coder.spec.is_autoencoder else columns(batch.activations, plan.writes)
         if self.passes is not None:
             return Batch(x, target, None, *splicer(self.passes, usual, plan.writes))
-        gradients = columns(batch.gradients, plan.writes) if coder.spec.selection.gradient_loss else None
+        gradients = columns(batch.gradients, plan.writes, GRADIENTS) if coder.spec.selection.gradient_loss else None
         return Batch(x, target, gradients)
 
+    def _usual(self, plan: CoderPlan, coder: SparseCoder) -> Bool[Tensor, "n"]:
+        """Returns, on the CPU, which tokens are no outliers at the sites of a coder; asked once for the same limits."""
+        key = f"{[*plan.sites]} {coder.spec.mask.norm_limits}"
+        if key not in self.usual:
+            own = {name: self.batch.activations[name] for name in plan.sites}
+            self.usual[key] = norm_mask(own, coder.spec.mask).cpu()
+        return self.usual[key]
 
-def _rows(x: Float[Tensor, "n d"], rows: Int[Tensor, "m"] | None) -> Float[Tensor, "m d"]:
-    """Returns some rows, or all, from where they lie: how many there are is not asked of the coder's device."""
-    return x if rows is None else x[rows.to(x.device)]
+    def _rows(self, name: str, x: Float[Tensor, "n d"], rows: Int[Tensor, "m"] | None) -> Float[Tensor, "m d"]:
+        """Returns some rows, or all, where coders are; they are picked where they lie.
+
+        How many there are is so not asked of a device, and what several coders take whole is brought there once.
+        """
+        if rows is not None:
+            return self.carrier(name, x[rows.to(x.device)]).float()
+        if name not in self.whole:
+            self.whole[name] = self.carrier(name, x).float()
+        return self.whole[name]
 
 
 def _passes(text: TextBatch, setting: Setting) -> CleanPasses:

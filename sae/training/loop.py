@@ -24,6 +24,7 @@ from sae.pages.notebook import text_lines
 from sae.parallel import agreement, collectives, ranks, replicas
 from sae.parallel.stopping import StopFlag
 from sae.stream.batch import ActivationBatch
+from sae.stream.carrying import Carrier
 from sae.stream.drawn import Ended
 from sae.training import checkpoint
 from sae.training.batches import Shares, bad_blocks
@@ -65,6 +66,7 @@ class Run:
         replicas.check_machines(setting.subject.device)
         self.trainers = new_trainers(setting, self.source, saved, watch)
         self.stream = setting.subject.open_stream(setting.config, self.source)
+        self.carrier = Carrier(setting.subject.device)
         self.bad_steps, self.saver = 0, Saver(self.folder, setting.config.checkpoints.keep, saved)
         self.ended: Ended | None = None
         self.logs = {name: self.folder / name for name in ("metrics.jsonl", "timings.jsonl")}
@@ -227,7 +229,7 @@ class Run:
 
     def _train_on(self, batch: ActivationBatch) -> list[dict[str, Any]]:
         """Trains every coder on one batch; returns the metrics of those that took the step."""
-        shares = Shares(batch, self.setting)
+        shares = Shares(batch, self.setting, self.carrier)
         lines, errors = [], []
         for plan in self.setting.plans:
             trainer = self.trainers[plan.name]
