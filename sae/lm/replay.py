@@ -35,13 +35,17 @@ class Stretch:
     sites: tuple[Site, ...]
     to_last: bool = False
 
+    def __post_init__(self) -> None:
+        places = tuple(Site(site.hook, site.side) for site in self.sites)  # whatever else is known of them
+        object.__setattr__(self, "sites", places)
+
 
 @contextmanager
 def recorded(model: nn.Module, stretches: Iterable[Stretch]) -> Iterator[dict[Stretch, Made]]:
     """While open, one pass may be made; afterwards, what modules have made in each stretch is there.
 
-    That is nothing of a stretch without which the model cannot go on, or of which later modules have changed something
-    in place. Only the last module of a list has its output kept: those before it have handed theirs on.
+    A stretch is left out if the model cannot go on without it, or if later modules change in place what they are given.
+    Only the last module of a list has its output kept: those before it have handed theirs on.
     """
     tracked = not torch.is_inference_mode_enabled()  # whether tensors say that they were changed
     with _recorded(model, [each for each in stretches if tracked and _can_replay(model, each)]) as found:
@@ -70,7 +74,7 @@ def _recorded(model: nn.Module, stretches: list[Stretch]) -> Iterator[dict[Stret
     once = {module for module, runs in runs_of(model).items() if runs == 1}
     beside = {module: list(each) for each in model.modules() if isinstance(each, nn.ModuleList) for module in each}
     left = {stretch: len(stretch.sites) if stretch.to_last else 1 for stretch in stretches}
-    found: dict[Stretch, Made] = {stretch: {} for stretch in stretches}
+    found: dict[Stretch, Made] = {}
     made: dict[nn.Module, tuple[Any, list[int]]] = {}
     kept: dict[Stretch, list[tuple[Tensor, int]]] = {}
 
@@ -109,7 +113,7 @@ def _recorded(model: nn.Module, stretches: list[Stretch]) -> Iterator[dict[Stret
                 handle.remove()
     for stretch, pairs in kept.items():
         if any(x._version != version for x, version in pairs):
-            found[stretch] = {}
+            del found[stretch]
 
 
 def _tensors(out: Any) -> list[Tensor]:
@@ -136,8 +140,8 @@ def _can_replay(model: nn.Module, stretch: Stretch) -> bool:
         with _recorded(model, [stretch]) as found:
             expected = logits()
         try:
-            with replayed(model, found[stretch]):
-                known[stretch] = torch.equal(logits(), expected)
+            with replayed(model, found.get(stretch, {})):
+                known[stretch] = stretch in found and torch.equal(logits(), expected)
         except Exception:  # anything that a model's own code may raise where something is missing
             known[stretch] = False
     return known[stretch]

@@ -1,9 +1,11 @@
 """What passes between text, model and coder: the tokens of one pass, and one batch of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from sae.lm.replay import Made, Stretch
 
 LANES = 64
 """How many there are unless a run says otherwise."""
@@ -43,3 +45,5 @@ class TextBatch:
     tokens: Int[Tensor, "rows context"]
     keep: Bool[Tensor, "rows context"]
     """Which positions are in the batch, in the order of its activations."""
+    made: dict[Stretch, Made] = field(default_factory=dict)
+    """What the model has made of them up to each site, and to the last (`sae/lm/replay.py`)."""

@@ -15,6 +15,7 @@ from sae.base.seeding import generator
 from sae.lm.hooks import capture
 from sae.lm.masking import token_mask
 from sae.lm.models import DTYPES
+from sae.lm.replay import Stretch, recorded
 from sae.parallel.ranks import ALONE, Share
 from sae.stream.batch import ActivationBatch, TextBatch
 from sae.stream.sources import Reading
@@ -44,9 +45,12 @@ class RowStream:
         self.batch += 1
         tokens = self.rows.tokens(chosen)
         keep = token_mask(tokens, self.reading.mask)
-        seen = capture(self.reading.lm, self.reading.sites, tokens)
+        sites = tuple(self.reading.sites)
+        stretches = {Stretch(sites, to_last=True), *(Stretch((site,)) for site in sites)}
+        with recorded(self.reading.lm.model, stretches) as made:
+            seen = capture(self.reading.lm, self.reading.sites, tokens)
         kept = {name: x[keep.to(x.device)].to(DTYPES[self.reading.dtype]) for name, x in seen.items()}
-        return ActivationBatch(kept, {}, chosen[keep.nonzero()[:, 0]], TextBatch(tokens, keep))
+        return ActivationBatch(kept, {}, chosen[keep.nonzero()[:, 0]], TextBatch(tokens, keep, made))
 
     def _row(self, place: int) -> Tensor:
         epoch, index = divmod(place, self.rows.n_rows)

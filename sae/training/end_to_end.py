@@ -34,7 +34,7 @@ class CleanPasses:
     """The model as it is on the micro-batches of some rows: of each one pass, for all coders that write something."""
 
     def __init__(self, lm: LanguageModel, text: TextBatch, rows_per_pass: int, writes: list[tuple[Site, ...]]) -> None:
-        self.lm, self.stretches = lm, {Stretch(sites) for sites in writes}
+        self.lm, self.begun, self.stretches = lm, text.made, {Stretch(sites) for sites in writes}
         self.chunks = list(zip(text.tokens.split(rows_per_pass), text.keep.split(rows_per_pass), strict=True))
         self.room = KEPT_LOGITS if len(writes) > 1 else 0
         self.kept: dict[int, Clean] = {}
@@ -48,13 +48,22 @@ class CleanPasses:
         """Returns the pass of a micro-batch, kept where there are no others or there is room."""
         if number in self.kept:
             return self.kept[number]
-        with recorded(self.lm.model, self.stretches) as made:
-            logits = self.lm.model(**model_inputs(self.lm, self.chunks[number][0])).logits
+        logits, made = self._run(self.chunks[number][0])
         clean = Clean(as_counted(logits, self.counted(number)), made)
         if len(self.chunks) == 1 or clean.logits.numel() <= self.room:
             self.room -= clean.logits.numel()
             self.kept[number] = clean
         return clean
+
+    def _run(self, tokens: Int[Tensor, "rows context"]) -> tuple[Tensor, dict[Stretch, Made]]:
+        """Returns all logits of a pass, which goes on from where activations were read if that was of the same rows."""
+        model, begun = self.lm.model, self.begun
+        far = next((stretch for stretch in begun if stretch.to_last), None)
+        if far and len(self.chunks) == 1 and self.stretches <= begun.keys():
+            with replayed(model, begun[far]):
+                return model(**model_inputs(self.lm, tokens)).logits, begun
+        with recorded(model, self.stretches) as made:
+            return model(**model_inputs(self.lm, tokens)).logits, made
 
 
 def as_counted(

@@ -15,7 +15,7 @@ import torch
 
 from sae.base.held import Held, Live, blocks, peak
 from sae.coder.coder import CHUNK_ENTRIES
-from sae.evaluation.evaluation import rows_per_pass
+from sae.evaluation.evaluation import PASS_LOGITS, rows_per_pass
 from sae.lm.hooks import LOGITS_AT_ONCE, capture, hooked, model_inputs
 from sae.lm.models import DTYPES, LanguageModel, resolve_device
 from sae.lm.site import Site
@@ -29,6 +29,7 @@ FLOAT, DOUBLE = 4, 8
 ENTRY = 57  # measured: bytes of a code in a step: its id, place and value, and what is kept of them for the gradient
 ROWS = 4  # of a step, as wide as what is read and written: raw, normalized, predicted, the error
 CANDIDATE = 64  # bytes of a candidate where a rule chooses in the whole batch: as sent, and as chosen among
+SEEN = 3  # of a token that is evaluated, as wide as the sites: activations, and what the model goes on from
 END_TO_END = 4  # logits of one token beside those of the graph: clean, and the softmaxes of both
 
 
@@ -211,4 +212,6 @@ def _evaluated(
     if models and models[0][0].is_causal:
         logits = blocks(n * vocabulary * weights_dtype(config).itemsize)
         found = [logits + _larger(each, seen, logits + blocks(LOGITS_AT_ONCE * FLOAT, 5)) for each in found]
+        wide = sum({name: site.width for plan in plans for name, site in plan.sites.items()}.values())
+        finished += blocks(min(PASS_LOGITS, config.eval.tokens * SEEN * wide) * FLOAT)
     return finished + _larger(seen, *found)

@@ -147,6 +147,19 @@ def test_coders_of_a_batch_share_the_clean_pass_and_begin_where_they_write(lm):
     assert "".join(ran) == "01222"  # one pass as it is, and two of what lies above
 
 
+def test_the_clean_pass_goes_on_from_where_activations_were_read(lm):
+    text = next(RowStream(Reading(lm, [SITE], MASK), sampled_rows(lm, count=20), 4 * 12, 0)).text
+    expected = passes_of(lm, TextBatch(text.tokens, text.keep)).at(0).logits
+    ran = []
+    for path in ("0", "1", "2"):
+        layer = lm.model.get_submodule(f"model.layers.{path}.mlp")
+        layer.register_forward_hook(lambda *_, path=path: ran.append(path))
+    assert torch.equal(passes_of(lm, text).at(0).logits, expected)
+    assert ran == ["2"]
+    passes_of(lm, text, 2).at(0)
+    assert ran == ["2", "0", "1", "2"], "those of all rows are of no use to a part of them"
+
+
 def test_of_several_micro_batches_so_many_clean_passes_are_kept_as_there_is_room_for(lm, monkeypatch):
     text, _ = text_of(lm)
     passes = passes_of(lm, text, 2, coders=2)
