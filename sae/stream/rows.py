@@ -49,7 +49,8 @@ class RowStream:
         stretches = {Stretch(sites, to_last=True), *(Stretch((site,)) for site in sites)}
         with recorded(self.reading.lm.model, stretches) as made:
             seen = capture(self.reading.lm, self.reading.sites, tokens)
-        kept = {name: x[keep.to(x.device)].to(DTYPES[self.reading.dtype]) for name, x in seen.items()}
+        places = keep.flatten().nonzero()[:, 0].to(self.reading.lm.device)  # found on the host: no wait for a device
+        kept = {name: x.flatten(0, 1)[places].to(DTYPES[self.reading.dtype]) for name, x in seen.items()}
         return ActivationBatch(kept, {}, chosen[keep.nonzero()[:, 0]], TextBatch(tokens, keep, made))
 
     def _row(self, place: int) -> Tensor:

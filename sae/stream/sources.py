@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from sae.base.files import cache_dir
@@ -88,7 +88,7 @@ class LiveSource:
         """Returns one block."""
         tokens = self.blocks.tokens(block)
         reading = self.reading
-        keep = token_mask(tokens, reading.mask).to(reading.lm.device)
+        kept = token_mask(tokens, reading.mask).flatten().nonzero()[:, 0].to(reading.lm.device)  # no wait for a device
         activations: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
         for tag, lm in reading.models.items():
@@ -96,15 +96,15 @@ class LiveSource:
             if reading.loss:
                 seed = self.blocks.seed + block
                 seen, found = capture_with_gradients(lm, sites, tokens, reading.mask, reading.loss, seed)
-                gradients |= {name: x.to(keep.device) for name, x in found.items()}
+                gradients |= {name: x.to(kept.device) for name, x in found.items()}
             else:
                 seen = capture(lm, sites, tokens)
-            activations |= {name: x.to(keep.device) for name, x in seen.items()}
-        return Block(self._kept(activations, keep), self._kept(gradients, keep))
+            activations |= {name: x.to(kept.device) for name, x in seen.items()}
+        return Block(self._rows(activations, kept), self._rows(gradients, kept))
 
-    def _kept(self, tensors: dict[str, Tensor], keep: Bool[Tensor, "rows context"]) -> dict[str, Tensor]:
+    def _rows(self, tensors: dict[str, Tensor], kept: Int[Tensor, "n"]) -> dict[str, Tensor]:
         names = [site.name for site in self.reading.sites if site.name in tensors]
-        return {name: tensors[name][keep].to(DTYPES[self.reading.dtype]) for name in names}
+        return {name: tensors[name].flatten(0, 1)[kept].to(DTYPES[self.reading.dtype]) for name in names}
 
 
 class CachedSource:

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.lm.hooks import model_inputs
