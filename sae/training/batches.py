@@ -22,7 +22,7 @@ class Shares:
     def __init__(self, batch: ActivationBatch, setting: Setting, carrier: Carrier) -> None:
         self.batch, self.carrier = batch, carrier
         self.whole: dict[str, Tensor] = {}
-        self.usual: dict[str, Bool[Tensor, n]] = {}
+        self.usual: dict[str, Tensor] = {}
         self.passes = None if batch.text is None else _passes(batch.text, setting)
 
     def of(self, plan: CoderPlan, coder: SparseCoder) -> Batch:
