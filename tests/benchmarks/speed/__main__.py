@@ -163,7 +163,7 @@ def of_shape(name: str, given: argparse.Namespace, kernels: list[str | None]) ->
     """Returns one comparison of all; of large coders, one for each that ours is compared with."""
     shape = SHAPES[name]
     first, *rest = [ours(shape, kind) for kind in kernels]
-    rest += [ours(shape, kernels[0], family) for family in given.families]
+    rest += [ours(shape, kind, family) for kind in kernels for family in given.families]
     for peer in given.peers:
         driver, folder, options = PEERS[peer]
         python = given.pythons.get(driver, f"env/{folder}/bin/python")

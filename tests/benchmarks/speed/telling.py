@@ -48,7 +48,7 @@ def lines_of(run: dict) -> list[str]:
         lines.append(f"| {label} | {library} | {' | '.join(ratios)} | {above} |")
     for label, one in found.items():
         if "parts" in one:
-            lines += ["", f"Operations of {label}, as shares of the unit:", "", *parts(one["parts"], seconds[0])]
+            lines += ["", f"Operations of {label}, wall time / unit:", "", *parts(one["parts"], seconds[1])]
     return lines
 
 
