@@ -55,6 +55,7 @@ def compare(contestants: list[Contestant], threads: int, steps: int, parts: bool
             files[shape] = Path(folder) / f"{len(files)}.safetensors"
             write_tensors(shape, files[shape])
         running = [stack.enter_context(Running(one, files[one.shape], threads)) for one in contestants]
+        about = [one.about for one in running]  # they have started side by side
         firsts = [one.ask("step")["loss"] for one in running]
         agreements = checked(running, firsts, Path(folder), files)
         for path in files.values():
@@ -66,7 +67,7 @@ def compare(contestants: list[Contestant], threads: int, steps: int, parts: bool
         found = {
             one.contestant.label: {
                 "shape": vars(one.contestant.shape),
-                "about": one.about,
+                "about": about[i],
                 "wall": [times[i]["wall"] for times in rounds],
                 "cpu": [times[i]["cpu"] for times in rounds],
                 "memory": one.ask("memory"),
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--threads", type=listed, default=["1"], help="default 1")
     parser.add_argument("--steps", type=int, default=9, help="rounds that are timed")
     parser.add_argument("--peers", type=listed, default=[], help=f"of {', '.join(PEERS)}")
-    parser.add_argument("--python", action="append", default=[], metavar="PEER=EXECUTABLE")
+    parser.add_argument("--python", action="append", default=[], metavar="LIBRARY=EXECUTABLE")
     parser.add_argument("--kernels", type=listed, default=[], help="of ours: torch, native; default its own choice")
     parser.add_argument("--families", type=listed, default=[], help=f"of ours beside topk: {', '.join(FAMILIES)}")
     parser.add_argument("--parts", action="store_true", help="the operations of our step")
@@ -166,8 +167,10 @@ def of_shape(name: str, given: argparse.Namespace, kernels: list[str | None]) ->
     rest += [ours(shape, kind, family) for kind in kernels for family in given.families]
     for peer in given.peers:
         driver, folder, options = PEERS[peer]
-        python = given.pythons.get(driver, f"env/{folder}/bin/python")
-        rest.append(Contestant(peer, driver, shape, os.path.abspath(python), options))
+        python = os.path.abspath(given.pythons.get(driver, f"env/{folder}/bin/python"))
+        if not Path(python).exists():
+            raise SystemExit(f"{peer}: there is no {python}; README.md here says how to make it, --python where it is")
+        rest.append(Contestant(peer, driver, shape, python, options))
     title = f"{name}: {shape}"
     if shape.state_bytes > LARGE and rest:
         return [(title, UNIT, [*units(shape), first, one]) for one in rest]

@@ -1,11 +1,13 @@
 """Who takes part in a comparison: processes that each hold one coder, and the tensors that they share."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,28 +98,35 @@ class Running:
         self.replies = os.fdopen(reading)
         rate = 2e-4 / (shape.latents / 2**14) ** 0.5
         sizes = {"k": shape.k, "tokens": shape.tokens, "lr": rate, "dead_after": DEAD_AFTER}
-        self.about = self._say({"data": str(data), "threads": threads, **sizes, **contestant.options})
+        self._say({"data": str(data), "threads": threads, **sizes, **contestant.options})
 
-    def _say(self, request: object) -> dict[str, Any]:
-        try:
+    def _say(self, request: object) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which is told by the reply that does not come
             print(json.dumps(request), file=self.process.stdin, flush=True)
-            reply = self.replies.readline()
-        except BrokenPipeError:
-            reply = ""
+
+    def _reply(self) -> dict[str, Any]:
+        reply = self.replies.readline()
         if not reply:
             self.log.seek(0)
             raise SystemExit(f"{self.contestant.label} has ended:\n{self.log.read()[-3000:]}")
         return json.loads(reply)
 
+    @cached_property
+    def about(self) -> dict[str, str]:
+        """Returns what the process says of itself once its coder is there; to be read before anything is asked."""
+        return self._reply()
+
     def ask(self, name: str, *arguments: object) -> dict[str, Any]:
         """Returns what the session in the process replies to a request."""
-        return self._say([name, arguments])
+        self._say([name, arguments])
+        return self._reply()
 
     def __enter__(self) -> "Running":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.replies.close()
         if any(error):
             self.process.kill()
