@@ -66,7 +66,7 @@ def above(
         raise ValueError(f"above: {len(cuts)} cuts of {m} columns")
     counts, places, count = (torch.empty(shape, dtype=torch.long) for shape in ((n,), (capacity,), ()))
     each = int(len(cuts) > 1)
-    _call("above", *_rows("scores", scores), n, m, _plain("cuts", cuts), each, capacity, counts, places, count)
+    _call("above", *_rows("scores", scores), n, m, _read("cuts", cuts), each, capacity, counts, places, count)
     return counts, places, count
 
 
@@ -78,7 +78,7 @@ def decode(
 ) -> Float[Tensor, "n d"]:
     """Returns the codes times the decoder."""
     out = torch.empty(offsets.numel() - 1, weight.shape[1])
-    _call("decode", *_codes(offsets, ids, weight), _plain("values", values, ids.shape), _plain("weight", weight), out)
+    _call("decode", *_codes(offsets, ids, weight), _read("values", values, ids.shape), _plain("weight", weight), out)
     return out
 
 
@@ -88,7 +88,7 @@ def products(
     """Returns <rows_t, weight_j> for every entry (t, j)."""
     out = torch.empty(len(ids))
     wanted = (offsets.numel() - 1, weight.shape[1])
-    _call("products", *_codes(offsets, ids, weight), _plain("rows", rows, wanted), _plain("weight", weight), out)
+    _call("products", *_codes(offsets, ids, weight), _read("rows", rows, wanted), _plain("weight", weight), out)
     return out
 
 
@@ -103,15 +103,15 @@ def errors(
     """Returns (target - rest - codes times decoder, the products of that with the decoder at the support)."""
     n, d = offsets.numel() - 1, weight.shape[1]
     error, out = torch.empty(n, d), torch.empty(len(ids))
-    each = rest.dim() > 1
+    rest = rest.expand(n, d)
+    rest = rest if rest.stride(1) == 1 else rest.contiguous()
     _call(
         "errors",
         *_codes(offsets, ids, weight),
-        _plain("values", values, ids.shape),
+        _read("values", values, ids.shape),
         _plain("weight", weight),
-        _plain("rest", rest, (n, d) if each else (d,)),
-        d if each else 0,
-        _plain("target", target, (n, d)),
+        *_rows("rest", rest),
+        _read("target", target, (n, d)),
         error,
         out,
     )
@@ -141,8 +141,8 @@ def weight_gradient(
         _plain("starts", by.starts, None, torch.long),
         _plain("order", by.order, None, torch.int32),
         _plain("tokens", by.tokens, (nnz,), torch.int32),
-        _plain("coefficients", coefficients, (nnz,)),
-        _plain("rows", rows),
+        _read("coefficients", coefficients, (nnz,)),
+        _read("rows", rows),
         _plain("out", out, (m, d)),
         squares,
     )
@@ -215,6 +215,11 @@ def _plain(
         wanted = "" if shape is None else f" {list(shape)}"
         raise ValueError(f"{name}: {list(tensor.shape)} {told} is not a contiguous {dtype}{wanted} on the CPU")
     return tensor
+
+
+def _read(name: str, tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Returns a tensor that is only read, which may be one whose rows lie apart."""
+    return _plain(name, tensor.contiguous(), shape)
 
 
 def _rows(name: str, tensor: Tensor) -> tuple[Tensor, int]:

@@ -39,7 +39,8 @@ def _loaded() -> ctypes.CDLL:
     if os.name == "nt":
         raise Unavailable("they are not built on Windows")
     command, target = _targeted(_compiler())
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(command).encode(), target])).hexdigest()[:24]
+    sources = [path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]pp"))]
+    key = hashlib.sha256(b"\0".join([*sources, " ".join(command).encode(), target])).hexdigest()[:24]
     folder = cache_dir() / "native" / key
     made_once(folder, lambda draft: _run([*command, "-o", str(draft / LIBRARY), str(SOURCE), "-ldl"]), UNWATCHED)
     return ctypes.CDLL(str(folder / LIBRARY))
