@@ -2,7 +2,7 @@
 
 The places are those of a plan (`interp.evidence.places`). A row is visited at most once, whatever lies in it. Results
 are written in shards, ordered by latent, so reading one latent is a slice of each; a shard is also what a restart need
-not do again.
+not do again. Blocks of the first pass that are visited almost whole are read as then: their codes may be kept.
 """
 
 import hashlib
@@ -23,9 +23,11 @@ from sae.base.store import Shards, ShardWriter, fingerprint_key, remove_damaged
 from sae.parallel import agreement, ranks
 
 KIND = "windows"
+VERSION = 2  # raise it whenever a shard would hold other rows
 REACH = 31  # tokens looked at on either side: a window of 32 may lie anywhere around its place
 SPAN = 2 * REACH + 1
 SHARD_BLOCKS = 16
+WHOLE = 0.9  # of the rows of a block of the first pass are visited: then all are read, as at most a tenth is in vain
 
 
 class Spots(NamedTuple):
@@ -46,12 +48,11 @@ def visit_places(codes: Codes, corpus: Corpus, plan: Plan, folder: Path, watch: 
     Each plan has a folder of its own in there, so that other latents can be looked at later. Raises Stopped, with all
     finished shards kept, when asked to stop.
     """
-    made_from = {"plan": _digest(plan), "rows": corpus.key}
+    made_from = {"version": VERSION, "plan": _digest(plan), "rows": corpus.key}
     folder = folder / KIND / fingerprint_key(made_from)
     context, first = corpus.context_length, ranks.rank() == 0
     rows = np.unique(np.concatenate([plan.position, plan.pool]) // context)
-    rows = rows[np.argsort(-corpus.length[rows], kind="stable")]
-    groups, visitor = row_blocks(corpus, rows), _Visitor(codes, context, plan)
+    groups, visitor = _blocks_to_visit(corpus, rows), _Visitor(codes, context, plan)
     batches = [groups[i : i + SHARD_BLOCKS] for i in range(0, len(groups), SHARD_BLOCKS)]
     with held_with_ranks(folder, watch):
         with agreement.together():
@@ -74,6 +75,17 @@ def visit_places(codes: Codes, corpus: Corpus, plan: Plan, folder: Path, watch: 
             if first:
                 writer.finish({})
     return Visits(plan, folder, made_from)
+
+
+def _blocks_to_visit(corpus: Corpus, rows: Int[ndarray, "rows"]) -> list[Int[ndarray, "_some"]]:
+    """Returns blocks that hold these rows, each once: those of the first pass, where they are visited almost whole."""
+    wanted = np.zeros(corpus.n_rows, bool)
+    wanted[rows] = True
+    whole = [block for block in row_blocks(corpus, corpus.kept) if wanted[block].mean() >= WHOLE]
+    for block in whole:
+        wanted[block] = False
+    rest = rows[wanted[rows]]
+    return [*whole, *row_blocks(corpus, rest[np.argsort(-corpus.length[rest], kind="stable")])]
 
 
 class Visits:

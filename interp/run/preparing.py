@@ -19,6 +19,7 @@ from interp.evidence.corpus import Corpus, corpus_of_text
 from interp.evidence.delphi_cache import CachedCodes, DelphiCache, corpus_of_cache
 from interp.evidence.examples import ExampleMaker
 from interp.evidence.first_pass import CODES, Keep, gather_evidence
+from interp.evidence.kept_codes import KeptCodes
 from interp.evidence.places import plan_places
 from interp.evidence.promotes import Tokens, decoder_neighbors, promoted_tokens
 from interp.evidence.second_pass import visit_places
@@ -206,8 +207,9 @@ def looked_at(config: ExplainConfig, reading: "Reading", watch: Watch = UNWATCHE
         what_was_met(rows.meta),
         by,
     )
-    evidence = gather_evidence(codes, rows, folder, keep, watch)
-    known = StoredCodes(folder / CODES, rows, codes.d_sae) if keep.store else codes
+    seen = KeptCodes(codes)
+    evidence = gather_evidence(codes if keep.store else seen, rows, folder, keep, watch)
+    known = StoredCodes(folder / CODES, rows, codes.d_sae) if keep.store else seen.again()
     if ranks.rank() == 0:
         found = {"latents": evidence.d_sae, "alive": len(evidence.alive()), "tokens_counted": evidence.tokens}
         write_json(folder / TEXT, {"tokens": rows.n_tokens, **rows.meta, **found})

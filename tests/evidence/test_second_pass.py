@@ -16,6 +16,7 @@ from rigs.interp_evidence import (
     NEGATIVE,
     SIZES,
     Found,
+    PlantedCodes,
     dense,
     planted,
     read_corpus,
@@ -23,12 +24,14 @@ from rigs.interp_evidence import (
 )
 
 import interp.evidence.codes
+import interp.evidence.kept_codes
 import interp.evidence.second_pass
-from interp.evidence.codes import LiveCodes
+from interp.evidence.codes import LiveCodes, row_blocks
 from interp.evidence.corpus import corpus_of_text
 from interp.evidence.first_pass import Keep, gather_evidence
+from interp.evidence.kept_codes import KeptCodes
 from interp.evidence.places import CANDIDATES, KINDS, PEAKS, POOL, plan_places
-from interp.evidence.second_pass import REACH, SPAN, visit_places
+from interp.evidence.second_pass import REACH, SPAN, WHOLE, visit_places
 from interp.evidence.subject import Subject
 from interp.records import SPLITS
 from sae.base.errors import DataError, Stopped
@@ -162,22 +165,31 @@ def test_the_pool_is_drawn_from_all_tokens_of_each_part(found):
         assert abs(drawn - expected) < 5 * spread / np.sqrt(mine.sum())
 
 
-def test_no_row_is_read_twice_and_none_without_a_place(found, tmp_path, monkeypatch):
-    seen = []
+class Noting(PlantedCodes):
+    """Notes the rows that are read, block by block."""
 
-    def noting(tokens):
-        seen.extend(tuple(row) for row in tokens.tolist())
-        return planted(tokens)
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.blocks = []
 
-    monkeypatch.setattr("rigs.interp_evidence.planted", noting)
+    def read(self, rows):
+        self.blocks.append(rows)
+        return super().read(rows)
+
+
+def test_no_row_is_read_twice_and_almost_none_without_a_place(found, tmp_path):
+    codes = Noting(found.rows)
     few = plan_places(found.evidence, found.rows, np.array([9, 41]), [[10], [42]], 0)
-    visit_places(found.codes, found.rows, few, tmp_path)
+    visit_places(codes, found.rows, few, tmp_path)
     wanted = np.unique(np.concatenate([few.position, few.pool]) // CONTEXT_LENGTH)
-    trimmed = sorted(tuple(i for i in row if i >= 0) for row in seen)
-    assert trimmed == sorted(tuple(i for i in r if i >= 0) for r in found.rows.tokens(wanted).tolist())
-    seen.clear()
-    visit_places(found.codes, found.rows, few, tmp_path)
-    assert not seen
+    read = np.concatenate(codes.blocks)
+    assert len(read) == len(set(read.tolist()))
+    assert np.isin(wanted, read).all()
+    whole = [block for block in codes.blocks if not np.isin(block, wanted).all()]
+    assert all(np.isin(block, wanted).mean() >= WHOLE for block in whole)
+    codes.blocks.clear()
+    visit_places(codes, found.rows, few, tmp_path)
+    assert not codes.blocks
 
 
 def test_stopped_and_continued_it_finds_the_same(found, tmp_path, monkeypatch):
@@ -302,3 +314,20 @@ def test_left_context_counts(found):
         assert FIRST_WORD + 1 in before
         far += before[::-1].index(FIRST_WORD + 1) > REACH
     assert far  # in some it stands out of reach of a window
+
+
+def test_what_the_first_pass_kept_is_not_computed_again_and_gives_the_same_bytes(found, tmp_path, monkeypatch):
+    reads, files = [], []
+    monkeypatch.setattr(interp.evidence.codes, "BLOCK_TOKENS", 2048)
+    for room in (0, 100_000, 2**28):
+        monkeypatch.setattr(interp.evidence.kept_codes, "KEPT_BYTES", room)
+        codes, folder = Noting(found.rows), tmp_path / str(room)
+        seen = KeptCodes(codes)
+        for block in row_blocks(found.rows, found.rows.kept):
+            seen.read(block)
+        codes.blocks.clear()
+        visit_places(seen.again(), found.rows, found.plan, folder)
+        reads.append(len(codes.blocks))
+        files.append([path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))])
+    assert files[0] == files[1] == files[2] != []
+    assert reads[0] > reads[1] > reads[2]
