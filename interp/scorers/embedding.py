@@ -11,6 +11,8 @@ split.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import mul
 from typing import ClassVar
 
 from interp.client.requests import Embed, Reply, Request
@@ -56,14 +58,14 @@ class Embedding(Scorer):
         first, batches = replies[0], replies[1:]
         if not first.ok:
             return [Judgement(None, first.failure)] * len(trial.tasks)
-        query = first.vectors[0]
+        near = partial(_cosine, first.vectors[0], _squares(first.vectors[0]))
         if trial.abilities.fits_texts:
-            return [_cosine(query, vector) for vector in first.vectors[1:]]
+            return [near(vector) for vector in first.vectors[1:]]
         sizes = [min(BATCH, len(trial.tasks) - start) for start in range(0, len(trial.tasks), BATCH)]
         found: list[Judgement] = []
         for size, reply in zip(sizes, batches, strict=True):
             missing = [Judgement(None, reply.failure)] * size
-            found += [_cosine(query, vector) for vector in reply.vectors] if reply.ok else missing
+            found += [near(vector) for vector in reply.vectors] if reply.ok else missing
         return found
 
     def score(
@@ -73,8 +75,12 @@ class Embedding(Scorer):
         return classification(tasks, judgements, facts, threshold)
 
 
-def _cosine(a: Vector, b: Vector) -> Judgement:
-    """The cosine; 0 where a vector is 0, as that of a text without words is."""
-    norms = math.sqrt(math.fsum(x * x for x in a) * math.fsum(x * x for x in b))
-    value = math.fsum(x * y for x, y in zip(a, b, strict=True)) / norms if norms else 0.0
+def _cosine(a: Vector, squares: float, b: Vector) -> Judgement:
+    """The cosine of two vectors, of the first of which the squares are summed; 0 where one is 0, as without words."""
+    norms = math.sqrt(squares * _squares(b))
+    value = math.fsum(map(mul, a, b)) / norms if norms else 0.0
     return Judgement(value) if math.isfinite(value) else Judgement(None, "parse")
+
+
+def _squares(a: Vector) -> float:
+    return math.fsum(map(mul, a, a))

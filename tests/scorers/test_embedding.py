@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rigs.planted import FACTS, TOPICS, examples, right, run, window
 
-from interp.client.local.tfidf import DIGITS, features, tfidf
+from interp.client.local.tfidf import DIGITS, features, tfidf, vectorizer, weights
 from interp.client.requests import Abilities, Embed, Reply
 from interp.prompts.reading import passage_for_encoder, query_for_encoder, query_for_words
 from interp.records import Examples, Explanation, Item
@@ -104,6 +104,11 @@ def test_tfidf_is_that_of_the_formula():
     assert tfidf(["", " "]) == ((0.0,), (0.0,))
     assert tfidf([]) == ()
     assert tfidf(texts) == tfidf(texts)
+
+
+def test_weights_are_those_of_the_vectorizer_to_the_bit():
+    texts = ["dogs and a cat", "", "a cat, a dog, the cats", "\u82f9\u679c (x)", "zebras and a dog", "."]
+    assert np.array_equal(weights(texts), vectorizer().fit_transform(texts).toarray())
 
 
 def test_parts_of_words_and_signs_are_found():

@@ -7,13 +7,22 @@ words too ("ing"), and texts are cut within words. Of scripts that set no blanks
 characters (`sae.text.scripts`).
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
 
 from sae.text.scripts import SIGN, UNSPACED, folded, parts
 
+if TYPE_CHECKING:
+    from numpy import ndarray
+
 RUN = 3
 DIGITS = 6
+KEPT_TEXTS = 1024  # the windows of a latent are compared with its own and with another's description
 
 
 def tfidf(texts: Sequence[str]) -> tuple[tuple[float, ...], ...]:
@@ -23,11 +32,41 @@ def tfidf(texts: Sequence[str]) -> tuple[tuple[float, ...], ...]:
     """
     import numpy as np
 
-    if not any(map(features, texts)):
+    if not any(_counted(text)[0] for text in texts):
         return ((0.0,),) * len(texts)
-    found = vectorizer().fit_transform(texts).toarray()
-    turned = np.linalg.qr(found.T)[1].T
+    turned = np.linalg.qr(weights(texts).T, mode="r").T
     return tuple(map(tuple, turned.round(DIGITS).tolist()))
+
+
+def weights(texts: Sequence[str]) -> "Float[ndarray, 'texts features']":
+    """Returns the rows that `vectorizer` would make, bit for bit: of a few short texts, without what it takes to begin.
+
+    Features stand in their alphabetical order; norms are summed in the order in which the texts first have them.
+    """
+    import numpy as np
+
+    counted = [_counted(text) for text in texts]
+    names, counts = (list(chain.from_iterable(columns)) for columns in zip(*counted, strict=True))
+    met = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    row = np.repeat(np.arange(len(texts)), [len(own) for own, _ in counted])
+    feature = np.fromiter(map(met.__getitem__, names), int, len(names))
+    order = np.lexsort((feature, row))
+    feature, n = feature[order], np.array(counts)[order]
+    found = np.log(n.astype(float)) + 1.0
+    found *= (np.log((len(texts) + 1) / (np.bincount(feature) + 1.0)) + 1.0)[feature]
+    found /= np.sqrt(np.bincount(row, found * found))[row]
+    column = np.empty(len(met), int)
+    column[[met[name] for name in sorted(met)]] = np.arange(len(met))
+    x = np.zeros((len(texts), len(met)))
+    x[row, column[feature]] = found
+    return x
+
+
+@lru_cache(KEPT_TEXTS)
+def _counted(text: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Returns the features of a text, each once, and how often each occurs."""
+    counts = Counter(features(text))
+    return tuple(counts), tuple(counts.values())
 
 
 def vectorizer() -> Any:
