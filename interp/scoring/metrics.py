@@ -18,7 +18,8 @@ Methods Med. Res. 21:347). All else has the percentile interval of a bootstrap t
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from sae.base.seeding import generator
 Z = 1.959963984540054  # of the normal distribution, 95 % lie within
 DRAWS = 1000
 BLOCK = 1_000_000  # numbers held at once while sections are drawn
+KEPT_COUNTS = 64  # numbers of sections of which the draws are kept, at most 2 MB each
 NONE = Measure(None)
 
 
@@ -173,16 +175,26 @@ def bootstrapped(statistic: Callable[[Float[ndarray, "b n"]], Float[ndarray, "b"
     n = int(places.max()) + 1
     if n < 2:
         return Measure(value)
-    source, block = generator(0, "bootstrap", n), max(1, BLOCK // n)
-    draws = np.empty(DRAWS)
-    for start in range(0, DRAWS, block):
-        rows = min(block, DRAWS - start)
-        drawn = torch.randint(n, (rows, n), generator=source).numpy() + n * np.arange(rows)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(float)
-        draws[start : start + rows] = statistic(counts[:, places])
+    blocks = (_all_counts(n),) if n * DRAWS <= BLOCK else _counts(n)
+    draws = np.concatenate([statistic(counts[:, places].astype(float)) for counts in blocks])
     draws = draws[~np.isnan(draws)]
     low, high = np.percentile(draws, (2.5, 97.5)) if len(draws) else (value, value)
     return Measure(value, min(value, float(low)), max(value, float(high)))
+
+
+def _counts(n: int) -> Iterator[Int[ndarray, "b n"]]:
+    """Yields how often each of n sections is drawn, some draws at a time; it depends on n alone."""
+    source, block = generator(0, "bootstrap", n), max(1, BLOCK // n)
+    for start in range(0, DRAWS, block):
+        rows = min(block, DRAWS - start)
+        drawn = torch.randint(n, (rows, n), generator=source).numpy() + n * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+
+
+@lru_cache(KEPT_COUNTS)
+def _all_counts(n: int) -> Int[ndarray, "b n"]:
+    """Returns all draws of few sections: most latents have about as many as others."""
+    return next(_counts(n)).astype(np.int16)
 
 
 def best_threshold(values: Sequence[float], truths: Sequence[float]) -> float | None:
