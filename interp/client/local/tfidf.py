@@ -34,7 +34,7 @@ def tfidf(texts: Sequence[str]) -> tuple[tuple[float, ...], ...]:
 
     if not any(_counted(text)[0] for text in texts):
         return ((0.0,),) * len(texts)
-    turned = np.linalg.qr(weights(texts).T, mode="r").T
+    turned = np.asarray(np.linalg.qr(weights(texts).T, mode="r")).T
     return tuple(map(tuple, turned.round(DIGITS).tolist()))
 
 
@@ -50,7 +50,7 @@ def weights(texts: Sequence[str]) -> "Float[ndarray, 'texts features']":
     met = {name: place for place, name in enumerate(dict.fromkeys(names))}
     row = np.repeat(np.arange(len(texts)), [len(own) for own, _ in counted])
     feature = np.fromiter(map(met.__getitem__, names), int, len(names))
-    order = np.lexsort((feature, row))
+    order = np.argsort(row * len(met) + feature)
     feature, n = feature[order], np.array(counts)[order]
     found = np.log(n.astype(float)) + 1.0
     found *= (np.log((len(texts) + 1) / (np.bincount(feature) + 1.0)) + 1.0)[feature]
