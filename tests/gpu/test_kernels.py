@@ -42,7 +42,7 @@ def test_scores_of_more_than_2_to_the_31_entries(path, device):
     assert torch.equal(found[[0, -1]], firsts(scores[[0, -1]], 64))
     counts, places, count = path.above(scores, torch.full((1,), 4.0, device=device), 2_000_000)
     assert torch.equal(counts, (scores > 4).sum(1))
-    last = places[: int(count)][-int(counts[-1]) :]
+    last = places[int(count - counts[-1]) : int(count)]
     assert torch.equal(last - (n - 1) * m, (scores[-1] > 4).nonzero()[:, 0])
 
 

@@ -20,7 +20,7 @@ NAMES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16",
     torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
 }  # fmt: skip
-SHAPES = ((131_072, 4096), (24_576, 768), (400, 20_000), (30, 7))
+SHAPES = ((131_072, 4096), (400, 20_000), (30, 7))
 """(latents, columns)."""
 
 

@@ -85,14 +85,6 @@ def whole_row(
 
 
 @triton.jit
-def further_piece(starts, ends, row, place, number, PIECE: tl.constexpr):
-    """Returns where piece `number`, one of this row's, begins and ends."""
-    before = tl.load(ends + place - 1, mask=place > 0, other=0)
-    start = tl.load(starts + row) + (1 + number - before) * PIECE
-    return start, tl.minimum(tl.load(starts + row + 1), start + PIECE)
-
-
-@triton.jit
 def _beside(
     coefficients, index, rows, starts, ends, owners, ranked, found, d, chunks, hot,
     RANKED: tl.constexpr, PIECE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
@@ -101,9 +93,9 @@ def _beside(
     column = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
     place = tl.load(owners + number)
     if place < hot:
-        row = place
-        if RANKED:
-            row = tl.load(ranked + place).to(tl.int64)
-        start, stop = further_piece(starts, ends, row, place, number, PIECE)
+        row = tl.load(ranked + place).to(tl.int64) if RANKED else place
+        before = tl.load(ends + place - 1, mask=place > 0, other=0)
+        start = tl.load(starts + row) + (1 + number - before) * PIECE
+        stop = tl.minimum(tl.load(starts + row + 1), start + PIECE)
         total = weighted_rows(coefficients, index, rows, start, stop, column, d, ENTRIES, BLOCK)
         tl.store(found + number * d + column, total, mask=column < d)

@@ -43,6 +43,8 @@ def weight_gradient(
     by: ByLatent, coefficients: Float[Tensor, "nnz"], rows: Float[Tensor, "n d"], out: Float[Tensor, "m d"]
 ) -> Float[Tensor, ""]:
     """Writes sums of coefficients times rows by latent to `out` and returns the sum of its squares, in float64."""
+    if not out.is_contiguous():
+        raise ValueError("weight_gradient: rows of what is written do not lie side by side")
     m, d = out.shape
     block = block_of(d, CHUNK)
     chunks = triton.cdiv(d, block)

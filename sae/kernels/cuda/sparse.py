@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels.cuda import dealing
-from sae.kernels.cuda.dealing import Dealt, deal, further_piece, summed_beside, whole_row
+from sae.kernels.cuda.dealing import Dealt, deal, summed_beside, whole_row
 from sae.kernels.cuda.launching import CHUNK, WIDEST, block_of, entries_of, launch, rows_apart, warps_of
 
 
@@ -37,7 +37,7 @@ def errors(
     visit, the second time while the card's cache may have them; in two visits where they are wider than a program
     holds.
     """
-    n, d = target.shape
+    (n, d), weight = target.shape, weight.contiguous()
     error = torch.empty(n, d, dtype=torch.float32, device=weight.device)
     if d > WIDEST:
         _decoded(error, values, weight, offsets, ids, rest, target)
@@ -70,7 +70,7 @@ def _multiply(
     found: Tensor, programs: int, dealt: Dealt, offsets: Tensor, ids: Tensor, rows: Tensor, weight: Tensor
 ) -> None:
     """Writes the products of further pieces, which are the first programs, and of rows' first pieces."""
-    n, d = rows.shape
+    (n, d), weight = rows.shape, weight.contiguous()
     block = block_of(d)
     launch(
         _products, programs, offsets, ids, rows, weight, dealt.ends, dealt.owners, found, d, n, len(dealt.owners),
@@ -88,7 +88,7 @@ def _decoded(
     target: Tensor | None,
 ) -> None:
     """Writes what is decoded, or, where there is a target, what is left of it."""
-    n, d = out.shape
+    (n, d), weight = out.shape, weight.contiguous()
     block, apart = block_of(d, CHUNK), 0
     if rest is not None and target is not None:
         (rest, apart), target = rows_apart(rest), target.contiguous()
@@ -145,14 +145,12 @@ def _products(
     WHOLE: tl.constexpr, PIECE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64)
-    token = number - most
-    if number < most:
-        token = tl.load(owners + number)
+    further = number < most  # no `if` that sets a number: Triton 3.5 fails at those
+    token = tl.where(further, tl.load(owners + number, mask=further, other=0), number - most)
     if token < n:
-        start = tl.load(offsets + token)
+        before = tl.load(ends + token - 1, mask=further & (token > 0), other=0)
+        start = tl.load(offsets + token) + tl.where(further, 1 + number - before, 0) * PIECE
         stop = tl.minimum(tl.load(offsets + token + 1), start + PIECE)
-        if number < most:
-            start, stop = further_piece(offsets, ends, token, token, number, PIECE)
         column = tl.arange(0, BLOCK)
         own = tl.load(rows + token * d + column, mask=column < d, other=0.0).to(tl.float32)
         for first in range(start, stop, ENTRIES):
