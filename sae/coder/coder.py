@@ -15,10 +15,11 @@ from sae.coder.folds import Folding
 from sae.coder.normalization import Undo, undo
 from sae.coder.published import Published
 from sae.coder.wording import description, kind, known_figures, summary
-from sae.kernels.codes import Entries, SparseLatents, Support, flat, offsets_of, rows_of
+from sae.kernels.codes import PAD, Entries, SparseLatents, Support, counted, flat, offsets_of, rows_of
+from sae.lm.site import column_weights
 from sae.pages.notebook import table
 
-CHUNK_ENTRIES = 2**26  # largest [tokens, d_sae] product held at once outside training: 256 MiB in float32
+CHUNK_ENTRIES = 2**24  # of [tokens, d_sae] that are held at once outside training: 64 MiB in float32
 
 
 class CoderOutput(NamedTuple):
@@ -30,15 +31,25 @@ class CoderOutput(NamedTuple):
 
 
 class Look(NamedTuple):
-    """n tokens as selection sees them."""
+    """n tokens as the encoder sees them."""
 
     x: Float[Tensor, "n d_in"]
     y: Float[Tensor, "n d_in"]
     """N(x) - p, the encoder's input."""
     how: Undo
     """What undoes the normalization of an output."""
-    scores: Float[Tensor, "n d_sae"]
-    """All pre-activations, without gradient; lives for the step only."""
+
+
+class Choice(NamedTuple):
+    """Entries of some tokens that were chosen, as compressed rows, with their pre-activations."""
+
+    offsets: Int[Tensor, "n_plus_1"]
+    ids: Int[Tensor, "nnz"]
+    """Ascending in a row. Entries that only fill a buffer stand at the end of a row, with pre-activation PAD."""
+    known: Float[Tensor, "nnz"] | None = None
+    """Pre-activations at the support; None where they are to be computed."""
+    exact: bool = True
+    """Whether these have the precision of the weights; else they are computed again."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,6 @@ class Pass:
 
     y: Float[Tensor, "n d_in"]
     """N(x) - p, the encoder's input."""
-    scores: Float[Tensor, "n d_sae"]
-    """All pre-activations, without gradient."""
     kept: Float[Tensor, "nnz"]
     """The pre-activations at the support."""
     latents: SparseLatents
@@ -56,6 +65,10 @@ class Pass:
     """What the latents do not make of the prediction: the bias and the skip path."""
     prediction: Float[Tensor, "n d_out"]
     """The output before N^-1."""
+    square: Float[Tensor, ""]
+    """Sum of squares of the weighted error, differentiable."""
+    error: Float[Tensor, "n d_out"]
+    """Target less prediction, without gradient."""
     how: Undo
     """What undoes the normalization of the prediction."""
 
@@ -153,58 +166,83 @@ class SparseCoder(Published, Folding):
         parts = zip(x.chunk(layers, dim=-1), self.W_skip.chunk(layers), strict=True)
         return torch.cat([part @ weight.T for part, weight in parts], dim=-1)
 
-    def look(self, x: Float[Tensor, "n d_in"], product_dtype: torch.dtype | None = None) -> Look:
-        """Returns rows x as selection sees them, differentiable in y.
-
-        `product_dtype` (bfloat16) is the precision of the dense encoder product; `run` then computes the kept values
-        again in the parameters' precision, so it can change which latents are kept only.
-        """
+    def look(self, x: Float[Tensor, "n d_in"]) -> Look:
+        """Returns rows x as the encoder sees them, differentiable in what stands before it."""
         x = x.to(self.W_enc)
-        y, how = self.centered(x)
-        return Look(x, y, how, self.preactivations(y, product_dtype))
+        return Look(x, *self.centered(x))
 
-    def run(self, look: Look, support: Support | None = None, exact: bool = True) -> Pass:
-        """Returns one pass over what was looked at, differentiable in the parameters at the support.
+    def scores(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        """Returns all pre-activations of rows x, without gradient; n * d_sae values, so for small n only."""
+        return self.preactivations(self.look(x).y)
 
-        Without a support, the per-token rule chooses. `exact` says that the scores have the parameters' precision, so
-        that kept ones need not be computed again.
-        """
-        offsets, ids = self.support(self.compared(look)) if support is None else support
-        kept = self.preactivations_at(look.y, offsets, ids, look.scores if exact else None)
-        values = self.spec.selection.activate(kept, ids, self.per_latent())
-        latents = SparseLatents(offsets, ids, values, self.spec.d_sae, (len(look.x),))
-        rest = self.b_dec.expand(len(look.x), -1)
+    def run(self, look: Look, choice: Choice, target: Float[Tensor, "n d_out"]) -> Pass:
+        """Returns one pass with what was chosen, against a target, differentiable in the parameters at the support."""
+        kept, latents = self.coded(look, choice)
+        rest, n = self.b_dec, len(look.x)
         if self.spec.skip:
             rest = rest + self.skipped(look.x) / look.how[1]  # N^-1 gives it back its size
-        prediction = self.decoded(values, offsets, ids) + rest
-        return Pass(look.y, look.scores, kept, latents, rest, prediction, look.how)
+        made, square, error = self.fit(latents, rest, target)
+        return Pass(look.y, kept, latents, rest.expand(n, -1), made, square, error, look.how)
+
+    def coded(self, look: Look, choice: Choice) -> tuple[Float[Tensor, "nnz"], SparseLatents]:
+        """Returns the pre-activations and the codes at what was chosen, differentiable."""
+        kept = self.preactivations_at(look.y, choice)
+        values = self.spec.selection.activate(kept, choice.ids, self.per_latent())
+        return kept, SparseLatents(choice.offsets, choice.ids, values, self.spec.d_sae, (len(look.x),))
+
+    def fit(
+        self,
+        latents: SparseLatents,
+        rest: Float[Tensor, "*n d_out"],
+        target: Float[Tensor, "n d_out"],
+        frozen: bool = False,
+    ) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, ""], Float[Tensor, "n d_out"]]:
+        """Returns (rest + codes times decoder, the sum of squares of the weighted error, target less the first).
+
+        The first two are differentiable, in the codes and the rest alone where `frozen`; the error is not.
+        """
+        if self.spec.n_blocks == 1 and all(site.weight == 1 for site in self.spec.writes):
+            weight, sink = (self.W_dec.detach(), None) if frozen else (self.W_dec, self.sink)
+            return kernels.fit(latents.values, weight, rest, target, latents.offsets, latents.ids, sink)
+        made = self.decoded(latents.values, latents.offsets, latents.ids, frozen) + rest
+        error = target - made
+        return made, self.weighted(error).square().sum(), error.detach()
+
+    def weighted(self, error: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_out"]:
+        """Returns errors with each written site's columns times the root of the site's weight."""
+        sites = self.spec.writes
+        if all(site.weight == 1 for site in sites):
+            return error
+        return error * column_weights(sites).sqrt().to(error)
 
     @torch.no_grad()
     def preactivations(
-        self, y: Float[Tensor, "n d_in"], product_dtype: torch.dtype | None = None
-    ) -> Float[Tensor, "n d_sae"]:
-        """Returns what the encoder makes of its input, without gradient, the product taken in `product_dtype`."""
-        dtype = product_dtype or self.W_enc.dtype
-        tensors = {name: tensor.to(dtype) for name, tensor in self.encoder_tensors().items()}
-        return self.spec.encoding.preactivations(y.to(dtype), tensors, self.spec.n_blocks).to(y.dtype)
-
-    def preactivations_at(
         self,
         y: Float[Tensor, "n d_in"],
-        offsets: Int[Tensor, "n_plus_1"],
-        ids: Int[Tensor, "nnz"],
-        scores: Float[Tensor, "n d_sae"] | None = None,
-    ) -> Float[Tensor, "nnz"]:
-        """Returns pre-activations at a support, differentiable; `scores` are all of them, where they are known."""
+        tensors: dict[str, Tensor] | None = None,
+        out: Float[Tensor, "n d_sae"] | None = None,
+    ) -> Float[Tensor, "n d_sae"]:
+        """Returns what the encoder makes of its input, without gradient.
+
+        `tensors` are those of the encoder in another precision, which the result then has. Where it can be, it is
+        written into `out`.
+        """
+        tensors = tensors or self.encoder_tensors()
+        return self.spec.encoding.preactivations(y.to(tensors["W_enc"].dtype), tensors, self.spec.n_blocks, out)
+
+    def preactivations_at(self, y: Float[Tensor, "n d_in"], choice: Choice) -> Float[Tensor, "nnz"]:
+        """Returns pre-activations at what was chosen, differentiable."""
+        offsets, ids, known, exact = choice
         layers, n = self.spec.n_blocks, len(y)
-        if scores is not None:
-            scores = scores.reshape(-1).index_select(0, flat(offsets, ids, scores.shape[1]))
         if layers > 1:  # a row for each (token, layer): ids ascend, so the order of the entries stays
             size = self.spec.d_sae // layers
-            rows = rows_of(offsets) * layers + torch.div(ids, size, rounding_mode="floor")
-            counts = torch.bincount(rows, minlength=n * layers)
-            y, offsets = y.reshape(n * layers, -1), offsets_of(counts)
-        return self.spec.encoding.preactivations_at(y, self.encoder_tensors(), offsets, ids, scores)
+            rows = rows_of(offsets, len(ids)) * layers + torch.div(ids, size, rounding_mode="floor")
+            y, offsets = y.reshape(n * layers, -1), offsets_of(counted(rows, n * layers))
+        given = known if exact else None
+        kept = self.spec.encoding.preactivations_at(y, self.encoder_tensors(), offsets, ids, given, self.sink)
+        if known is None or (exact and self.spec.encoding.affine):
+            return kept
+        return torch.where(known == PAD, known, kept)
 
     def decoded(
         self,
@@ -215,14 +253,15 @@ class SparseCoder(Published, Folding):
     ) -> Float[Tensor, "n d_out"]:
         """Returns codes times decoder, without bias, differentiable in both; in the codes alone where `frozen`."""
         if self.spec.n_blocks == 1:
-            return kernels.decode(values, self.W_dec.detach() if frozen else self.W_dec, offsets, ids)
-        tokens, n = rows_of(offsets), offsets.numel() - 1
+            weight = self.W_dec.detach() if frozen else self.W_dec
+            return kernels.decode(values, weight, offsets, ids, self.sink)
+        tokens, n = rows_of(offsets, len(ids)), offsets.numel() - 1
         out = self.W_dec.new_zeros(n, self.spec.d_out)
         for block, weight in zip(self.blocks, self.decoders(frozen), strict=True):
             mine = (ids >= block.latents.start) & (ids < block.latents.stop)
             counts = torch.bincount(tokens[mine], minlength=n)
             starts = offsets_of(counts)
-            part = kernels.decode(values[mine], weight, starts, ids[mine] - block.latents.start)
+            part = kernels.decode(values[mine], weight, starts, ids[mine] - block.latents.start, self.sink)
             out = out + torch.nn.functional.pad(part, (block.columns.start, 0))
         return out
 
@@ -235,19 +274,20 @@ class SparseCoder(Published, Folding):
     @torch.no_grad()
     def compared(
         self,
-        look: Look,
+        scores: Float[Tensor, "n d_sae"],
+        how: Undo = (0.0, 1.0),
         gradients: Float[Tensor, "n d_in"] | None = None,
         states: list[dict[str, Tensor]] | None = None,
     ) -> Float[Tensor, "n d_sae"]:
         """Returns what selection compares: pre-activations, times decoder norms or augmented where the spec says so.
 
-        `gradients` are those of the loss at the sites written, in the model's own units; `states` what the rule
-        remembers of every block.
+        `gradients` are those of the loss at the sites written, in the model's own units, which `how` leads to; `states`
+        what the rule remembers of every block.
         """
-        scores = look.scores * self.decoder_norms() if self.spec.select_by_decoder_norm else look.scores
+        scores = scores * self.decoder_norms() if self.spec.select_by_decoder_norm else scores
         if gradients is None or self.spec.selection.gradient_loss is None:
             return scores
-        effects = self.effects(gradients * look.how[1])  # the chain rule, with the normalization taken as constant
+        effects = self.effects(gradients * how[1])  # the chain rule, with the normalization taken as constant
         groups = self.rule_groups()
         found = self.spec.calibration or (0.0,) * len(groups)
         states = states or [{"calibration": torch.tensor(calibration)} for calibration in found]
@@ -264,7 +304,7 @@ class SparseCoder(Published, Folding):
         found = [ask(rule, scores[:, group], self.given(i, group), i) for i, group in enumerate(groups)]
         if len(found) == 1:
             return found[0]
-        parts = [(rows_of(offsets), ids + group.start) for group, (offsets, ids) in zip(groups, found, strict=True)]
+        parts = [(rows_of(o, len(ids)), ids + group.start) for group, (o, ids) in zip(groups, found, strict=True)]
         tokens, ids = (torch.cat(members) for members in zip(*parts, strict=True))
         return Entries(tokens, ids, ids).to_support(len(scores))
 
@@ -284,7 +324,13 @@ class SparseCoder(Published, Folding):
             (offsets, ids), values = self.spec.encoding.pursue(self.centered(x)[0], self.W_dec, self.spec.selection)
             return SparseLatents(offsets, ids, values, self.spec.d_sae, (len(x),))
         look = self.look(x)
-        return self.run(look, self.support(self.compared(look, gradients))).latents
+        scores = self.preactivations(look.y)
+        return self.coded(look, self.chosen(scores, *self.support(self.compared(scores, look.how, gradients))))[1]
+
+    def chosen(self, scores: Float[Tensor, "n d_sae"], offsets: Tensor, ids: Tensor, exact: bool = True) -> Choice:
+        """Returns a support with its pre-activations, given all of them."""
+        known = scores.reshape(-1).index_select(0, flat(offsets, ids, scores.shape[1]))
+        return Choice(offsets, ids, known, exact)
 
     def _rows(self, x: Float[Tensor, "*shape d_in"], dtype: torch.dtype | None = None) -> Float[Tensor, "n d_in"]:
         if x.shape[-1] != self.spec.d_in:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sae.base.errors import ConfigError
 from sae.coder.normalization import Undo
 from sae.coder.spec import CoderSpec
+from sae.kernels.sink import Sink
 
 if TYPE_CHECKING:
     from typing import Self
@@ -95,6 +96,8 @@ class CoderTensors(nn.Module):
                 tensor.data = tensor.data.to(torch.float32 if name in own else dtype).contiguous()
         return self
 
+    sink: Sink | None = None
+    """Where a training step collects the gradients of the matrices; else autograd returns them."""
     W_enc: nn.Parameter
     b_enc: nn.Parameter
     W_dec: nn.Parameter
@@ -114,14 +117,16 @@ class CoderTensors(nn.Module):
             row += rows
         return blocks
 
-    def decoders(self, frozen: bool = False, gradient: bool = False) -> list[Float[Tensor, "m width"]]:
+    def decoders(self, frozen: bool = False) -> list[Float[Tensor, "m width"]]:
         """Returns, for each block, the decoder with one row a latent over all the columns that it writes.
 
-        These are views: without gradient where `frozen`, or of W_dec's gradient.
+        These are views, without gradient where `frozen`.
         """
+        return self.decoders_of(self.W_dec.detach() if frozen else self.W_dec)
+
+    def decoders_of(self, weight: Float[Tensor, "rows width"]) -> list[Float[Tensor, "m width"]]:
+        """Returns the same views of a tensor that is like W_dec."""
         sizes = [block.rows.stop - block.rows.start for block in self.blocks]
-        weight: Tensor = self.W_dec.detach() if frozen else self.W_dec
-        weight = self.W_dec.grad if gradient and self.W_dec.grad is not None else weight
         return [part.view(self.spec.d_sae // len(sizes), -1) for part in weight.split(sizes)]
 
     def decoder_norms(self) -> Float[Tensor, "d_sae"]:

@@ -16,6 +16,8 @@ from sae import kernels
 from sae.base.plugins import Plugin, discover
 from sae.kernels.codes import Support
 
+PIECE = 2048  # latents of one product on a CPU: measured, up to a fifth faster than all at once for few tokens
+
 
 @dataclass(frozen=True)
 class Encoder(Plugin):
@@ -37,10 +39,18 @@ class Encoder(Plugin):
         raise NotImplementedError
 
     def preactivations(
-        self, y: Float[Tensor, "n d_in"], tensors: Mapping[str, Tensor], blocks: int = 1
+        self,
+        y: Float[Tensor, "n d_in"],
+        tensors: Mapping[str, Tensor],
+        blocks: int = 1,
+        out: Float[Tensor, "n m"] | None = None,
     ) -> Float[Tensor, "n m"]:
-        """Returns those of m latents, given their rows of the tensors; of `blocks`, each sees columns of its own."""
-        return self.combined(*(affine(y, tensors[w], tensors[b], blocks) for w, b in self.maps.items()))
+        """Returns those of m latents, given their rows of the tensors; of `blocks`, each sees columns of its own.
+
+        Of one affine map they are written into `out`, if there is one.
+        """
+        out = out if self.affine else None
+        return self.combined(*(affine(y, tensors[w], tensors[b], blocks, out) for w, b in self.maps.items()))
 
     def preactivations_at(
         self,
@@ -49,11 +59,12 @@ class Encoder(Plugin):
         offsets: Int[Tensor, "n_plus_1"],
         ids: Int[Tensor, "nnz"],
         known: Float[Tensor, "nnz"] | None = None,
+        sink: kernels.Sink | None = None,
     ) -> Float[Tensor, "nnz"]:
         """Returns those at a support, differentiable; `known` are these numbers if they were computed already."""
         known = known if self.affine else None
-        pairs = self.maps.items()
-        return self.combined(*(kernels.encode_at(y, tensors[w], tensors[b], offsets, ids, known) for w, b in pairs))
+        pairs = [(tensors[w], tensors[b]) for w, b in self.maps.items()]
+        return self.combined(*(kernels.encode_at(y, w, b, offsets, ids, known, sink) for w, b in pairs))
 
     def pursue(
         self, y: Float[Tensor, "n d"], decoder: Float[Tensor, "m d"], rule: Any
@@ -63,14 +74,23 @@ class Encoder(Plugin):
 
 
 def affine(
-    y: Float[Tensor, "n d_in"], weight: Float[Tensor, "m width"], bias: Float[Tensor, "m"], blocks: int = 1
+    y: Float[Tensor, "n d_in"],
+    weight: Float[Tensor, "m width"],
+    bias: Float[Tensor, "m"],
+    blocks: int = 1,
+    out: Float[Tensor, "n m"] | None = None,
 ) -> Float[Tensor, "n m"]:
-    """Returns y W^T + b; of several equal blocks of rows, each is multiplied with its own columns of y alone."""
-    if blocks == 1:
+    """Returns y W^T + b, in `out` if there is one; of several equal blocks of rows, each sees its own columns of y."""
+    seen, parts = y.view(len(y), blocks, -1), weight.view(blocks, -1, weight.shape[1])
+    if out is None and blocks == 1:
         return torch.nn.functional.linear(y, weight, bias)
-    seen = y.view(len(y), blocks, -1).transpose(0, 1)
-    product = torch.bmm(seen, weight.view(blocks, -1, weight.shape[1]).transpose(1, 2))
-    return product.transpose(0, 1).reshape(len(y), -1) + bias
+    out = y.new_empty(len(y), len(weight)) if out is None else out
+    size = parts.shape[1]
+    piece = PIECE if y.device.type == "cpu" else size
+    for block, start in ((b, s) for b in range(blocks) for s in range(0, size, piece)):
+        rows = slice(block * size + start, block * size + min(start + piece, size))
+        torch.addmm(bias[rows], seen[:, block], weight[rows].T, out=out[:, rows])
+    return out
 
 
 discover(__name__, __path__)

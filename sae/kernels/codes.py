@@ -7,10 +7,24 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from sae.kernels.rows import flat, offsets_of, rows_of
+from sae.kernels.rows import counted, flat, offsets_of, rows_of
 from sae.kernels.tensorlike import Tensorlike
 
-__all__ = ["Entries", "SparseLatents", "Support", "by_rows", "flat", "offsets_of", "rows_of", "where"]
+__all__ = [
+    "PAD",
+    "ByLatent",
+    "Entries",
+    "SparseLatents",
+    "Support",
+    "by_rows",
+    "counted",
+    "flat",
+    "offsets_of",
+    "rows_of",
+    "where",
+]
+
+PAD = -1e30  # pre-activation of an entry that only fills a buffer: it fires nowhere, and its gradient is 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,7 +48,7 @@ class SparseLatents(Tensorlike):
     @property
     def tokens(self) -> Int[Tensor, "nnz"]:
         """Returns the token of every entry."""
-        return rows_of(self.offsets)
+        return rows_of(self.offsets, len(self.ids))
 
     @staticmethod
     def from_dense(dense: Float[Tensor, "*shape d_sae"]) -> "SparseLatents":
@@ -88,12 +102,25 @@ class Entries(NamedTuple):
         """Returns several lists of entries as one."""
         return Entries(*(torch.cat(members) for members in zip(*parts, strict=True)))
 
-    def to_support(self, n_tokens: int) -> tuple[Int[Tensor, "n_plus_1"], Int[Tensor, "m"]]:
-        """Returns (row offsets, latent ids ascending within a row)."""
+    def to_rows(self, n_tokens: int) -> tuple[Int[Tensor, "n_plus_1"], Int[Tensor, "m"], Float[Tensor, "m"]]:
+        """Returns (row offsets, latent ids ascending within a row, values)."""
         order = torch.argsort(self.ids, stable=True)
         order = order[torch.argsort(self.tokens[order], stable=True)]
-        counts = torch.bincount(self.tokens, minlength=n_tokens)
-        return offsets_of(counts), self.ids[order]
+        return offsets_of(counted(self.tokens, n_tokens)), self.ids[order], self.values[order]
+
+    def to_support(self, n_tokens: int) -> tuple[Int[Tensor, "n_plus_1"], Int[Tensor, "m"]]:
+        """Returns (row offsets, latent ids ascending within a row)."""
+        return self.to_rows(n_tokens)[:2]
+
+
+class ByLatent(NamedTuple):
+    """The entries of some codes, sorted by latent: latent j owns starts[j]:starts[j+1] of `order` and `tokens`."""
+
+    starts: Int[Tensor, "m_plus_1"]
+    order: Int[Tensor, "nnz"]
+    """Numbers of entries, those of a latent in their order."""
+    tokens: Int[Tensor, "nnz"]
+    """Their rows."""
 
 
 Support = tuple[Int[Tensor, "n_plus_1"], Int[Tensor, "nnz"]]

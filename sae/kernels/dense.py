@@ -1,41 +1,50 @@
-"""By way of dense products: for codes so dense that skipping zeros costs more than multiplying them."""
+"""By way of dense products: for codes so dense that skipping zeros costs more than multiplying them, on every device.
 
-import torch
+Callers cut the tokens into tiles, so that no matrix of all tokens and latents is ever there.
+"""
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.kernels.codes import flat
+from sae.kernels.rows import flat
 
 
-class _EncodeAt(torch.autograd.Function):
-    """The product at the support, without computing it where it is known."""
-
-    @staticmethod
-    def forward(ctx, y, weight, bias, places, known):
-        ctx.save_for_backward(y, weight, places)
-        if known is not None:
-            return known.clone()
-        return torch.nn.functional.linear(y, weight, bias).view(-1).index_select(0, places)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        y, weight, places = ctx.saved_tensors
-        full = _full(grads[0], places, len(y), len(weight))
-        grad_y = full @ weight if ctx.needs_input_grad[0] else None
-        grad_weight = full.T @ y if ctx.needs_input_grad[1] else None
-        return grad_y, grad_weight, full.sum(0), None, None
-
-
-def encode_at(y, weight, bias, offsets, ids, known=None):
-    """Returns y W^T + b at the support, as `sae.kernels.encode_at` says."""
-    return _EncodeAt.apply(y, weight, bias, flat(offsets, ids, len(weight)), known)
-
-
-def decode(values, weight, offsets, ids):
+def decode(
+    values: Float[Tensor, "nnz"],
+    weight: Float[Tensor, "m d"],
+    offsets: Int[Tensor, "n_plus_1"],
+    ids: Int[Tensor, "nnz"],
+) -> Float[Tensor, "n d"]:
     """Returns the codes times the decoder."""
-    places = flat(offsets, ids, len(weight))
-    return _full(values.to(weight.dtype), places, offsets.numel() - 1, len(weight)) @ weight
+    return matrix(values.to(weight.dtype), offsets, ids, len(weight)) @ weight
 
 
-def _full(values: Float[Tensor, "nnz"], places: Int[Tensor, "nnz"], n: int, m: int) -> Float[Tensor, "n m"]:
-    return values.new_zeros(n * m).scatter_(0, places, values).view(n, m)
+def products(
+    offsets: Int[Tensor, "n_plus_1"], ids: Int[Tensor, "nnz"], rows: Float[Tensor, "n d"], weight: Float[Tensor, "m d"]
+) -> Float[Tensor, "nnz"]:
+    """Returns <rows_t, weight_j> for every entry (t, j)."""
+    every = (rows @ weight.T).view(-1)
+    return every if every.numel() == ids.numel() else every.index_select(0, flat(offsets, ids, len(weight)))
+
+
+def errors(
+    values: Float[Tensor, "nnz"],
+    weight: Float[Tensor, "m d"],
+    offsets: Int[Tensor, "n_plus_1"],
+    ids: Int[Tensor, "nnz"],
+    rest: Float[Tensor, "*n d"],
+    target: Float[Tensor, "n d"],
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "nnz"]]:
+    """Returns (target - rest - codes times decoder, the products of that with the decoder at the support)."""
+    error = (target - rest).sub_(decode(values, weight, offsets, ids))
+    return error, products(offsets, ids, error, weight)
+
+
+def matrix(
+    values: Float[Tensor, "nnz"], offsets: Int[Tensor, "n_plus_1"], ids: Int[Tensor, "nnz"], m: int
+) -> Float[Tensor, "n m"]:
+    """Returns codes as a matrix."""
+    n = offsets.numel() - 1
+    if values.numel() == n * m:
+        return values.view(n, m)
+    return values.new_zeros(n * m).scatter_add_(0, flat(offsets, ids, m), values).view(n, m)

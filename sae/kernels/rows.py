@@ -10,9 +10,15 @@ def offsets_of(counts: Int[Tensor, "n"]) -> Int[Tensor, "n_plus_1"]:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def rows_of(offsets: Int[Tensor, "n_plus_1"]) -> Int[Tensor, "nnz"]:
-    """Returns the row of every entry."""
-    return torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff())
+def counted(places: Int[Tensor, "nnz"], m: int) -> Int[Tensor, "m"]:
+    """Returns how often each of m numbers occurs: `bincount`, for which the device is not waited for."""
+    return torch.zeros(m, dtype=torch.long, device=places.device).scatter_add_(0, places, torch.ones_like(places))
+
+
+def rows_of(offsets: Int[Tensor, "n_plus_1"], nnz: int | None = None) -> Int[Tensor, "nnz"]:
+    """Returns the row of every entry; where their number is given, the device is not waited for."""
+    rows = torch.arange(offsets.numel() - 1, device=offsets.device)
+    return torch.repeat_interleave(rows, offsets.diff(), output_size=nnz)
 
 
 def flat(offsets: Int[Tensor, "n_plus_1"], columns: Int[Tensor, "nnz"], m: int) -> Int[Tensor, "nnz"]:
@@ -21,7 +27,7 @@ def flat(offsets: Int[Tensor, "n_plus_1"], columns: Int[Tensor, "nnz"], m: int) 
     Reading and writing there, with `index_select`, is faster on a CPU than by row and column, and so is its gradient.
     """
     begins = torch.arange(0, m * (offsets.numel() - 1), m, device=offsets.device)
-    return torch.repeat_interleave(begins, offsets.diff()).add_(columns)
+    return torch.repeat_interleave(begins, offsets.diff(), output_size=columns.numel()).add_(columns)
 
 
 def entries_of(

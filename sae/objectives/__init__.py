@@ -6,7 +6,7 @@ measured earlier), so that micro-batches and ranks add up to the same loss and g
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,9 +14,20 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.base.plugins import Plugin, discover
-from sae.coder.coder import Pass, SparseCoder
-from sae.lm.site import column_weights
+from sae.coder.coder import Choice, Pass, SparseCoder
 from sae.selection import Selection
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is known of the latents when a step begins."""
+
+    dead: Bool[Tensor, "d_sae"]
+    """Latents that have not fired for `dead_after_tokens` tokens."""
+    density: Float[Tensor, "d_sae"]
+    """Running share of the tokens at which each latent fires."""
+    may_be_dead: int
+    """No more latents than this are dead: the host knows it without waiting for the device."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +42,12 @@ class Step:
     """Tokens of the whole batch, over all micro-batches and ranks."""
     variance: float
     """E|target - mean|^2, weighted by site, measured once before training."""
-    residual_variance: float
+    residual_variance: Float[Tensor, ""]
     """The same of the residual at the previous step."""
-    dead: Bool[Tensor, "d_sae"]
-    """Latents that have not fired for `dead_after_tokens` tokens, as known at the start of the step."""
-    density: Float[Tensor, "d_sae"]
-    """Running share of the tokens at which each latent fires, as known at the start of the step."""
+    begun: Any = None
+    """What the term's own `begin` returned."""
+    beside: Choice | None = None
+    """What the term's own `choose` has found in this micro-batch."""
     spliced: "Callable[[Float[Tensor, 'n d_out']], Spliced] | None" = None
     """Runs the language model with predictions (normalized space) in place of the activations; for end-to-end terms."""
     ran: "list[Spliced]" = field(default_factory=list)
@@ -49,9 +60,9 @@ class Step:
             self.ran.append(self.spliced(self.run.prediction))
         return self.ran[0]
 
-    def error(self, prediction: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_out"]:
-        """Returns target - prediction, each site's columns times the root of its weight."""
-        return weighted(self.coder, self.target - prediction)
+    def share(self, square: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Returns a sum of squared errors as the micro-batch's share of the fraction of variance unexplained."""
+        return square / (self.n_tokens * self.variance)
 
 
 @dataclass(frozen=True)
@@ -63,14 +74,6 @@ class Spliced:
     patched: Float[Tensor, "counted vocabulary"]
     """Logits with the coder spliced in."""
     next_tokens: Tensor
-
-
-def weighted(coder: SparseCoder, error: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_out"]:
-    """Returns errors with each written site's columns times the root of the site's weight."""
-    sites = coder.spec.writes
-    if all(site.weight == 1 for site in sites):
-        return error
-    return error * column_weights(sites).sqrt().to(error)
 
 
 @dataclass(frozen=True)
@@ -85,17 +88,28 @@ class Objective(Plugin):
     def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
         """Raises ConfigError if a constant does not fit a coder of `d_sae` latents in so many blocks."""
 
-    def factor(self, progress: float, multiplier: float) -> float:
+    def factor(self, progress: float, multiplier: Float[Tensor, ""]) -> Float[Tensor, ""] | float:
         """Returns the weight when a share of the steps is done; `multiplier` is what `adapted` has come to."""
         return self.weight
 
-    def adapted(self, multiplier: float, l0: float) -> float:
-        """Returns the multiplier of the next step, given the L0 of this one; it starts at 1."""
+    def adapted(self, multiplier: Float[Tensor, ""], l0: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Returns the multiplier of the next step, given the L0 of this one; it starts at 1. Both are float64."""
         return multiplier
 
     def report(self, density: Float[Tensor, "d_sae"], dead: Bool[Tensor, "d_sae"]) -> dict[str, float]:
         """Returns what else is worth logging, given how often each latent fires and which are dead."""
         return {}
+
+    def begin(self, start: Start) -> Any:
+        """Returns what the term needs to know of all latents in a step; `choose` and `loss` are given it."""
+        return None
+
+    def choose(self, coder: SparseCoder, scores: Float[Tensor, "n d_sae"], begun: Any) -> Choice | None:
+        """Returns entries that the term looks at beside those that the rule chose, of some tokens; None: none.
+
+        `scores` are all pre-activations, without gradient, of which nothing else is kept.
+        """
+        return None
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the term for this micro-batch, before its weight."""
@@ -122,14 +136,14 @@ class Sparsity(Objective):
         if not 0 <= self.warmup_share <= 1:
             raise ConfigError(f"objectives.{name}.warmup_share: {self.warmup_share} is not between 0 and 1")
 
-    def factor(self, progress: float, multiplier: float) -> float:
+    def factor(self, progress: float, multiplier: Float[Tensor, ""]) -> Float[Tensor, ""] | float:
         """Returns the weight, risen and steered."""
         rise = min(1.0, progress / self.warmup_share) if self.warmup_share else 1.0
         return self.weight * rise * multiplier
 
-    def excess(self, l0: float) -> float:
+    def excess(self, l0: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Returns L0 / target - 1, held between -1 and 1; a dense start would else count for too much."""
-        return max(-1.0, min(1.0, l0 / self.target_l0 - 1))
+        return (l0 / self.target_l0 - 1).clamp(-1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -150,11 +164,9 @@ class Shrinking(Sparsity):
             name = Objective.get_choice_name(type(self))
             raise ConfigError(f"objectives.{name}.adapt_rate: {self.adapt_rate} must be positive")
 
-    def adapted(self, multiplier: float, l0: float) -> float:
+    def adapted(self, multiplier: Float[Tensor, ""], l0: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Returns a larger multiplier if L0 is above the target, a smaller one if below."""
-        if not self.target_l0:
-            return multiplier
-        return multiplier * torch.tensor(self.adapt_rate * self.excess(l0), dtype=torch.float64).exp().item()
+        return multiplier * (self.adapt_rate * self.excess(l0)).exp() if self.target_l0 else multiplier
 
 
 def zero(step: Step) -> Float[Tensor, ""]:

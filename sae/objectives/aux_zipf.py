@@ -6,7 +6,7 @@
 f_i is the running density of latent i and p_i the density that the Zipf curve fitted to all of them gives its rank. So
 a dead latent counts in full, one that is dying (f_i < tau p_i) in part. The paper says that its loss generalizes AuxK
 to under-used features and gives no formula in the text at hand; this is a reading of it. With w_i = 1 for dead latents
-and 0 for all others it is AuxK bit for bit: both are `auxk.explained_by`.
+and 0 for all others it is AuxK bit for bit: only the members differ.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sae.base import zipf
 from sae.base.errors import ConfigError
-from sae.objectives import Objective, Step
-from sae.objectives.auxk import AuxK, explained_by
+from sae.objectives import Objective, Start
+from sae.objectives.auxk import AuxK, Members, members
 from sae.selection import Selection
 
 
@@ -41,9 +41,9 @@ class AuxZipf(AuxK):
         lacking = shortfall(density, dead, self.tau) > 0
         return {"dying_share": float((lacking & ~dead.to(lacking.device)).float().mean())}
 
-    def loss(self, step: Step) -> Float[Tensor, ""]:
-        """Returns the normalized error of the under-used latents' explanation of the residual."""
-        return explained_by(step, shortfall(step.density, step.dead, self.tau).to(step.target), self.k)
+    def begin(self, start: Start) -> Members | None:
+        """Returns the under-used latents, which may be all."""
+        return members(shortfall(start.density, start.dead, self.tau).to(torch.float32), len(start.dead))
 
 
 def shortfall(density: Float[Tensor, "d_sae"], dead: Bool[Tensor, "d_sae"], tau: float = 0.5) -> Float[Tensor, "d_sae"]:

@@ -8,20 +8,19 @@ makes micro-batches and ranks exact). No bias enters e^. The gradient reaches en
 and the term is exactly 0 while no latent is dead.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.base.errors import ConfigError
-from sae.kernels.codes import offsets_of
-from sae.kernels.largest import top_ids
-from sae.objectives import Objective, Step, weighted, zero
+from sae.coder.coder import Choice, SparseCoder
+from sae.kernels import kernel
+from sae.kernels.codes import PAD, SparseLatents, by_rows
+from sae.objectives import Objective, Start, Step, zero
 from sae.selection import Selection
-
-ENTRIES_AT_ONCE = 2**24  # 64 MiB in float32: more pieces would have the host wait more often
 
 
 @Objective.register_subclass("auxk")
@@ -39,38 +38,50 @@ class AuxK(Objective):
             name = Objective.get_choice_name(type(self))
             raise ConfigError(f"objectives.{name}.k: {self.k} is not between 0 and d_sae = {d_sae}")
 
+    def begin(self, start: Start) -> "Members | None":
+        """Returns the dead latents; None where the host knows that there are none."""
+        return members(start.dead.to(torch.float32), start.may_be_dead)
+
+    def choose(self, coder: SparseCoder, scores: Float[Tensor, "n d_sae"], begun: "Members | None") -> Choice | None:
+        """Returns the largest of the members' entries for every token; those that are not positive only fill up."""
+        if begun is None:
+            return None
+        own = scores[:, begun.ids].masked_fill_(begun.shares == 0, -torch.inf)
+        k = min(self.k or nearest_power_of_two(coder.spec.d_out / 2), len(begun.ids))
+        columns = kernel("top_ids", own)(own, k)
+        values = own.gather(1, columns).flatten()
+        return Choice(*by_rows(begun.ids[columns]), torch.where(values > 0, values, PAD))
+
     def loss(self, step: Step) -> Float[Tensor, ""]:
-        """Returns the normalized error of the dead latents' explanation of the residual."""
-        return explained_by(step, step.dead.to(step.target), self.k)
+        """Returns the normalized error of the members' explanation of the residual."""
+        if step.begun is None or step.beside is None:
+            return zero(step)
+        coder, (offsets, ids, *_), found = step.coder, step.beside, step.begun
+        kept = coder.preactivations_at(step.run.y.detach(), step.beside)
+        values = torch.relu(kept) * found.of_all.to(kept).index_select(0, ids)
+        codes = SparseLatents(offsets, ids, values, coder.spec.d_sae)
+        square = coder.fit(codes, step.run.error.new_zeros(coder.spec.d_out), step.run.error)[1]
+        unlike = step.n_tokens * step.residual_variance.to(square.dtype)
+        return torch.where((found.shares > 0).any(), square / unlike, 0.0)
 
 
-def explained_by(step: Step, shares: Float[Tensor, "d_sae"], k: int) -> Float[Tensor, ""]:
-    """Returns AuxK's loss for the latents whose share is positive, each latent's activation times its share."""
-    chosen = (shares > 0).nonzero()[:, 0]
-    if len(chosen) == 0 or len(step.target) == 0:
-        return zero(step)
-    k = min(k or nearest_power_of_two(step.target.shape[1] / 2), len(chosen))
-    columns, positive = (torch.cat(found) for found in zip(*_largest(step.run.scores, chosen, k), strict=True))
-    counts = positive.sum(1)
-    offsets = offsets_of(counts)
-    ids = chosen[columns[positive]]
-    kept = step.coder.preactivations_at(step.run.y.detach(), offsets, ids)
-    explained = step.coder.decoded(torch.relu(kept) * shares[ids], offsets, ids)
-    residual = step.error(step.run.prediction).detach()
-    return (residual - weighted(step.coder, explained)).square().sum() / (step.n_tokens * step.residual_variance)
+class Members(NamedTuple):
+    """The latents that are to explain what is left over, and how much each counts."""
+
+    ids: Int[Tensor, "c"]
+    """Ascending; there may be more places than latents."""
+    shares: Float[Tensor, "c"]
+    """0 at a place that holds none."""
+    of_all: Float[Tensor, "d_sae"]
 
 
-def _largest(
-    scores: Float[Tensor, "n d_sae"], chosen: Int[Tensor, "c"], k: int
-) -> Iterator[tuple[Int[Tensor, "m k"], Bool[Tensor, "m k"]]]:
-    """Yields, for some tokens at a time, the k largest of the chosen latents, as places among them, and which are > 0.
-
-    All latents may be dead, and all their scores a second copy of what is the largest tensor of a step.
-    """
-    for part in scores.split(max(1, ENTRIES_AT_ONCE // len(chosen))):
-        own = part[:, chosen]
-        columns = top_ids(own, k)
-        yield columns, own.gather(1, columns) > 0
+def members(shares: Float[Tensor, "d_sae"], at_most: int) -> Members | None:
+    """Returns the latents whose share is positive, of which there are no more than `at_most`."""
+    if not at_most:
+        return None
+    ids = torch.nonzero_static(shares > 0, size=at_most, fill_value=len(shares) - 1)[:, 0]
+    first = torch.arange(at_most, device=ids.device) < (shares > 0).sum()
+    return Members(ids, torch.where(first, shares[ids], 0.0), shares)
 
 
 def nearest_power_of_two(value: float) -> int:

@@ -27,6 +27,5 @@ class Gate(Objective):
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the gates' FVU of the micro-batch, weighted by its share of the batch."""
-        latents, coder = step.run.latents, step.coder
-        made = coder.decoded(torch.relu(step.run.kept), latents.offsets, latents.ids, frozen=True)
-        return step.error(made + step.run.rest.detach()).square().sum() / (step.n_tokens * step.variance)
+        gates = step.run.latents.with_values(torch.relu(step.run.kept))
+        return step.share(step.coder.fit(gates, step.run.rest.detach(), step.target, frozen=True)[1])

@@ -27,7 +27,7 @@ class L0(Sparsity):
     target_l0: float = 32.0
     """L0 that the thresholds are steered to; 0 penalizes L0 itself."""
 
-    def adapted(self, multiplier: float, l0: float) -> float:
+    def adapted(self, multiplier: Float[Tensor, ""], l0: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Returns the slope of the square in L0, by which L0's own gradient is multiplied."""
         return 2 * self.excess(l0) / self.target_l0 if self.target_l0 else multiplier
 

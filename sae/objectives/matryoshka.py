@@ -40,12 +40,15 @@ class Matryoshka(Objective):
         """Returns the mean over the prefixes, that of no latents included."""
         latents, coder = step.run.latents, step.coder
         size = coder.spec.d_sae // coder.spec.n_blocks  # a cross-layer coder has prefixes in every block
-        made, total, start = step.run.rest, step.error(step.run.rest).square().sum(), 0
+        made, total, start = step.run.rest, self._square(step, step.run.rest), 0
         for share in self.prefixes:
             stop = round(share * size)
             mine = (latents.ids % size >= start) & (latents.ids % size < stop)
             counts = torch.bincount(latents.tokens[mine], minlength=latents.n_tokens)
             offsets = offsets_of(counts)
             made = made + coder.decoded(latents.values[mine], offsets, latents.ids[mine])
-            total, start = total + step.error(made).square().sum(), stop
-        return total / (len(self.prefixes) + 1) / (step.n_tokens * step.variance)
+            total, start = total + self._square(step, made), stop
+        return step.share(total / (len(self.prefixes) + 1))
+
+    def _square(self, step: Step, made: Float[Tensor, "n d_out"]) -> Float[Tensor, ""]:
+        return step.coder.weighted(step.target - made).square().sum()

@@ -7,14 +7,16 @@ cross-layer coder 4k of every block, or of all blocks together where they share 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae.base.errors import ConfigError
-from sae.kernels.codes import Support, by_rows
-from sae.kernels.largest import top_ids
+from sae.coder.coder import Choice, SparseCoder
+from sae.kernels import kernel
+from sae.kernels.codes import SparseLatents, Support, by_rows
 from sae.objectives import Objective, Step
 from sae.selection import Selection
 
@@ -38,18 +40,21 @@ class MultiTopK(Objective):
         if not 0 <= self.k <= d_sae:
             raise ConfigError(f"objectives.multi_topk.k: {self.k} is not between 0 and d_sae = {d_sae}")
 
-    def loss(self, step: Step) -> Float[Tensor, ""]:
-        """Returns the FVU with the larger k, weighted by the micro-batch's share of the batch."""
-        coder, run = step.coder, step.run
-        if not len(step.target):
-            return step.target.sum()
+    def choose(self, coder: SparseCoder, scores: Float[Tensor, "n d_sae"], begun: Any) -> Choice | None:
+        """Returns the largest entries of every token."""
         wanted = self.k or 4 * (coder.spec.rule.implied_l0 or 0)
 
-        def largest(_rule: Selection, scores: Tensor, *_: object) -> Support:
-            return by_rows(top_ids(scores, min(wanted, scores.shape[1])))
+        def largest(_rule: Selection, compared: Tensor, *_: object) -> Support:
+            return by_rows(kernel("top_ids", compared)(compared, min(wanted, compared.shape[1])))
 
-        scores = run.scores * coder.decoder_norms().detach() if coder.spec.select_by_decoder_norm else run.scores
-        offsets, ids = coder.support(scores, largest)
-        values = torch.relu(coder.preactivations_at(run.y, offsets, ids))
-        prediction = coder.decoded(values, offsets, ids) + run.rest
-        return step.error(prediction).square().sum() / (step.n_tokens * step.variance)
+        compared = scores * coder.decoder_norms().detach() if coder.spec.select_by_decoder_norm else scores
+        return coder.chosen(scores, *coder.support(compared, largest))
+
+    def loss(self, step: Step) -> Float[Tensor, ""]:
+        """Returns the FVU with the larger k, weighted by the micro-batch's share of the batch."""
+        if step.beside is None:
+            return step.target.sum()  # no token is left
+        offsets, ids, *_ = step.beside
+        values = torch.relu(step.coder.preactivations_at(step.run.y, step.beside))
+        codes = SparseLatents(offsets, ids, values, step.coder.spec.d_sae)
+        return step.share(step.coder.fit(codes, step.run.rest, step.target)[1])

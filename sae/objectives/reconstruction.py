@@ -20,4 +20,4 @@ class Reconstruction(Objective):
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the FVU of the micro-batch, weighted by its share of the batch."""
-        return step.error(step.run.prediction).square().sum() / (step.n_tokens * step.variance)
+        return step.share(step.run.square)

@@ -43,6 +43,10 @@ class Moment:
     """Tokens of the whole batch, over all micro-batches and ranks."""
     state: dict[str, Tensor] = field(default_factory=dict)
     """What the rule remembers; it may put new tensors under the same names."""
+    careful: bool = False
+    """Whether the step is repeated because a fixed buffer was too small: now nothing may be left out."""
+    failed: Tensor | None = None
+    """Set by a rule that has left something out: a truth value on its device. The step is then not applied."""
 
 
 class Factors(NamedTuple):
@@ -212,6 +216,13 @@ class Selection(Plugin):
     def choose(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor], moment: Moment) -> Support:
         """Returns the support in training, for a per-token rule."""
         return self.infer(scores, tensors)
+
+    def cuts(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "m_or_1"] | None:
+        """Returns what a score must exceed to be kept in training, for each latent or one for all.
+
+        None: `choose` says what is kept. With cuts, the host need not know how many entries there are.
+        """
+        return None
 
     def augment(
         self, scores: Float[Tensor, "n m"], effect: Float[Tensor, "n m"], state: dict[str, Tensor]

@@ -46,6 +46,10 @@ class Gated(Selection):
         """Returns the entries whose gate is open."""
         return where(scores > 0)
 
+    def cuts(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "m_or_1"] | None:
+        """Returns 0."""
+        return torch.zeros(1)
+
     def activate(
         self, kept: Float[Tensor, "nnz"], ids: Int[Tensor, "nnz"], tensors: Mapping[str, Tensor]
     ) -> Float[Tensor, "nnz"]:

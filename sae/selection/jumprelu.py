@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.kernels.codes import Support, where
-from sae.selection import Moment, Selection
+from sae.selection import Selection
 
 
 @Selection.register_subclass("jumprelu")
@@ -56,9 +56,9 @@ class JumpReLU(Selection):
         """Returns the entries above their threshold."""
         return where(scores > tensors["threshold"].clamp_min(0))
 
-    def choose(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor], moment: Moment) -> Support:
-        """Returns the entries above their threshold, or so near below it that they carry gradient to it."""
-        return where(scores > tensors["threshold"].clamp_min(0) - self.bandwidth / 2)
+    def cuts(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "m_or_1"] | None:
+        """Returns what lies so near below the thresholds that it carries gradient to them."""
+        return tensors["threshold"].clamp_min(0) - self.bandwidth / 2
 
     def activate(
         self, kept: Float[Tensor, "nnz"], ids: Int[Tensor, "nnz"], tensors: Mapping[str, Tensor]

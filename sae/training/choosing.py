@@ -1,61 +1,190 @@
 """How a coder's selection rule chooses in training: per token or over the whole batch, whatever its parts and ranks.
 
-A batch-wide rule first sees every micro-batch without gradient and leaves its candidates; those of all ranks together
-give one choice, which the second pass, with gradients, takes over. So micro-batches and ranks change nothing.
+Pre-activations are computed for a tile of tokens at a time, into one buffer: of each tile the chosen entries are kept,
+with those that loss terms look at beside them, and nothing else. A batch-wide rule takes candidates of every tile;
+those of all ranks together give one choice. So micro-batches and ranks change nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.coder.coder import Look, SparseCoder
-from sae.kernels.codes import Entries, Support
+from sae.coder.coder import Choice, Look, SparseCoder
+from sae.coder.normalization import Undo
+from sae.kernels import kernel
+from sae.kernels.codes import PAD, Entries, offsets_of
+from sae.kernels.dispatch import DENSE_SHARE
+from sae.objectives import Objective
 from sae.parallel import collectives, ranks
 from sae.selection import Moment, Selection
+
+TILE_ENTRIES = {"cpu": (2**22, 2**25), "cuda": (2**28, 2**28)}  # what a tile has at least, and at the most
+TILE_TOKENS = 256  # as few make a product slower on a CPU
+SPARE = 1.5  # room for entries beyond those that were kept before
+
+
+def tile_tokens(d_sae: int, device: torch.device) -> int:
+    """Returns how many tokens' pre-activations are held at once."""
+    least, most = TILE_ENTRIES.get(device.type, TILE_ENTRIES["cpu"])
+    return max(1, least // d_sae, min(TILE_TOKENS, most // d_sae))
+
+
+class Chosen(NamedTuple):
+    """What was chosen of a micro-batch."""
+
+    by_rule: Choice
+    beside: dict[str, Choice]
+    """What each loss term looks at beside it."""
 
 
 class Chooser:
     """The rule at work: one state for each group of latents that it chooses among."""
 
-    def __init__(self, coder: SparseCoder) -> None:
-        self.coder, self.rule = coder, coder.spec.rule
+    def __init__(self, coder: SparseCoder, objectives: Mapping[str, Objective], dtype: torch.dtype | None) -> None:
+        """Takes the precision of the dense product; None: that of the weights."""
+        self.coder, self.rule, self.objectives = coder, coder.spec.rule, objectives
+        self.exact = dtype in (None, coder.W_enc.dtype)
+        self.rounded = {} if self.exact else {n: p.detach().to(dtype) for n, p in coder.encoder_tensors().items()}
+        """The encoder's tensors in the precision of the product, where it is another; updates keep them."""
         self.groups = coder.rule_groups()
-        self.states = [self.rule.start(group.stop - group.start) for group in self.groups]
+        device = coder.W_enc.device
+        self.states = [
+            {name: value.to(device) for name, value in self.rule.start(group.stop - group.start).items()}
+            for group in self.groups
+        ]
         self.moments: list[Moment] = []
-        self.before = 0
+        self.before, self.per_token = 0, 0.0
+        self.begun: dict[str, Any] = {}
+        self.short: list[Bool[Tensor, ""]] = []
+        self._counts: list[Int[Tensor, ""]] = []
+        self._buffer: Tensor | None = None
 
-    def begin(self, progress: float, n_tokens: int, before: int = 0) -> None:
+    def begin(
+        self, progress: float, n_tokens: int, before: int, begun: dict[str, Any], per_token: float, careful: bool
+    ) -> None:
         """Begins a step of `n_tokens` tokens over all ranks, of which nothing is kept before `finish`.
 
-        `before` of them are those of the ranks before this one.
+        `before` of them are those of the ranks before this one; `begun` is what the loss terms know of the step;
+        `per_token` how many entries a token is expected to keep; `careful` that there is to be room for all.
         """
-        self.before = before
-        self.moments = [Moment(progress, n_tokens, dict(state)) for state in self.states]
+        self.before, self.begun, self.short, self._counts = before, begun, [], []
+        self.per_token = self.coder.spec.d_sae if careful else per_token
+        self.moments = [Moment(progress, n_tokens, dict(state), careful) for state in self.states]
         for moment in self.moments:
             self.rule.begin(moment)
 
-    def whole_batch(self, parts: list[Tensor], look: Callable[[Tensor], Look]) -> list[Support]:
-        """Returns the support of every micro-batch of this rank, by a batch-wide rule."""
-        starts = [0, *torch.tensor([len(part) for part in parts]).cumsum(0).tolist()]
+    @property
+    def dense(self) -> bool:
+        """Returns whether so many entries are kept that all are held, those that are not as 0."""
+        m = self.coder.spec.d_sae
+        n = tile_tokens(m, self.coder.W_enc.device)
+        return self.cuts() is not None and self._room(n) > DENSE_SHARE * n * m
+
+    def failed(self) -> Bool[Tensor, ""] | None:
+        """Returns whether something was left out for want of room, on the coder's device; None: nothing can be."""
+        found = [*self.short, *(moment.failed for moment in self.moments if moment.failed is not None)]
+        return torch.stack(found).any() if found else None
+
+    def entries(self) -> Int[Tensor, ""]:
+        """Returns how many entries of this rank's tokens lie above their cuts."""
+        return torch.stack(self._counts).sum() if self._counts else torch.zeros((), device=self.coder.W_enc.device)
+
+    def choose(self, look: Look, gradients: Float[Tensor, "n d_out"] | None) -> Chosen:
+        """Returns what is chosen of a micro-batch, by a per-token rule."""
+        cuts, states = self.cuts(), [moment.state for moment in self.moments]
+        chosen, beside = [], _Beside()
+        for rows, scores in self._tiles(look):
+            g = None if gradients is None else gradients[rows]
+            compared = self.coder.compared(scores, _of_rows(look.how, rows), g, states)
+            if cuts is None:
+                chosen.append(self.coder.chosen(scores, *self.coder.support(compared, self._ask), self.exact))
+            else:
+                chosen.append(self._above(scores, compared, cuts))
+            beside.look(self, scores)
+        return Chosen(joined(chosen, look.y), beside.joined(look.y))
+
+    def whole_batch(self, looks: list[Look]) -> list[Chosen]:
+        """Returns what is chosen of every micro-batch of this rank, by a batch-wide rule."""
+        starts = [0, *torch.tensor([len(look.x) for look in looks]).cumsum(0).tolist()]
         before, like = self.before, self.coder.W_enc
         none = Entries(*(torch.zeros(0, dtype=t, device=like.device) for t in (torch.long, torch.long, like.dtype)))
         held: list[list[Entries]] = [[none] for _ in self.groups]
-        for part, start in zip(parts, starts, strict=False):
-            scores = self.coder.compared(look(part))
-            for entries, group, moment in zip(held, self.groups, self.moments, strict=True):
-                entries.append(self.rule.candidates(scores[:, group], before + start, moment))
-                entries[:] = [self.rule.reduce(Entries.cat(entries), moment)] if start else entries[1:]
+        besides = []
+        for look, start in zip(looks, starts, strict=False):
+            besides.append(_Beside())
+            for rows, scores in self._tiles(look):
+                compared, first = self.coder.compared(scores), start + rows.start
+                for entries, group, moment in zip(held, self.groups, self.moments, strict=True):
+                    entries.append(self.rule.candidates(compared[:, group], before + first, moment))
+                    entries[:] = [self.rule.reduce(Entries.cat(entries), moment)] if first else entries[1:]
+                besides[-1].look(self, scores)
         kept = []
         found = self._of_all_ranks([entries for (entries,) in held], starts[-1])
         for entries, group, moment in zip(found, self.groups, self.moments, strict=True):
             chosen = self.rule.keep(entries, moment)
-            chosen = chosen.take((chosen.tokens >= before) & (chosen.tokens < before + starts[-1]))
+            if ranks.in_group():
+                chosen = chosen.take((chosen.tokens >= before) & (chosen.tokens < before + starts[-1]))
             kept.append(Entries(chosen.tokens - before, chosen.ids + group.start, chosen.values))
-        offsets, ids = Entries.cat(kept).to_support(starts[-1])
-        return [(offsets[a : b + 1] - offsets[a], ids[offsets[a] : offsets[b]]) for a, b in pairwise(starts)]
+        choice = self._by_rows(Entries.cat(kept), starts[-1])
+        return [
+            Chosen(_part(choice, a, b), beside.joined(look.y))
+            for (a, b), beside, look in zip(pairwise(starts), besides, looks, strict=True)
+        ]
+
+    def cuts(self) -> Float[Tensor, "d_sae"] | None:
+        """Returns what a score must exceed to be kept, of every latent, if the rule has such cuts."""
+        found = [self.rule.cuts(self.coder.given(i, group)) for i, group in enumerate(self.groups)]
+        if any(cut is None for cut in found):
+            return None
+        device = self.coder.W_enc.device
+        sizes = [group.stop - group.start for group in self.groups]
+        return torch.cat([cut.detach().to(device).expand(m) for cut, m in zip(found, sizes, strict=True)])  # type: ignore[union-attr]
+
+    def _tiles(self, look: Look) -> Iterator[tuple[slice, Float[Tensor, "_n d_sae"]]]:
+        """Yields some tokens' rows with their pre-activations, which the next ones overwrite."""
+        size, m = tile_tokens(self.coder.spec.d_sae, look.y.device), self.coder.spec.d_sae
+        y = look.y.detach()
+        with torch.no_grad():
+            for start in range(0, len(y), size):
+                rows = slice(start, min(start + size, len(y)))
+                n = rows.stop - rows.start
+                if self._buffer is None or len(self._buffer) < n:
+                    dtype = y.dtype if self.exact else self.rounded["W_enc"].dtype
+                    self._buffer = torch.empty(n, m, dtype=dtype, device=y.device)
+                yield rows, self.coder.preactivations(y[rows], self.rounded or None, self._buffer[:n])
+
+    def _above(self, scores: Tensor, compared: Tensor, cuts: Tensor) -> Choice:
+        """Returns the entries above their cuts, in a buffer of fixed size, so that the host need not know how many."""
+        n, m = scores.shape
+        capacity = self._room(n)
+        if capacity > DENSE_SHARE * n * m:
+            below = compared <= cuts
+            self._counts.append(n * m - torch.count_nonzero(below))
+            known = torch.where(below, PAD, scores).flatten()
+            offsets = torch.arange(0, n * m + 1, m, device=scores.device)
+            return Choice(offsets, torch.arange(m, device=scores.device).repeat(n), known, self.exact)
+        counts, places, count = kernel("above", compared)(compared, cuts, capacity)
+        self.short.append(count > capacity)
+        self._counts.append(count)
+        pads = places < 0
+        offsets = offsets_of(counts)
+        offsets[-1:] = capacity  # what fills up belongs to the last row
+        known = torch.where(pads, PAD, scores.reshape(-1).index_select(0, places.clamp_min(0)))
+        return Choice(offsets, torch.where(pads, m - 1, places % m), known, self.exact)
+
+    def _room(self, n: int) -> int:
+        """Returns the size of a buffer for the entries of n tokens."""
+        return int(SPARE * self.per_token * n) + self.coder.spec.d_sae // 16 + 64
+
+    def _by_rows(self, entries: Entries, n: int) -> Choice:
+        """Returns entries as compressed rows, with their pre-activations where these are what was compared."""
+        offsets, ids, values = entries.to_rows(n)
+        compared_as_they_are = not self.coder.spec.select_by_decoder_norm
+        return Choice(offsets, ids, values if compared_as_they_are else None, self.exact)
 
     def _of_all_ranks(self, held: list[Entries], n_tokens: int) -> list[Entries]:
         """Returns the candidates of every group of latents of all ranks; this one has `n_tokens` tokens.
@@ -80,19 +209,17 @@ class Chooser:
             found.append(Entries(tokens, ids - group.start, values).take(mine))
         return found
 
-    def per_token(self, look: Look, gradients: Float[Tensor, "n d_out"] | None) -> Support:
-        """Returns the support of one micro-batch, by a per-token rule."""
-        scores = self.coder.compared(look, gradients, [moment.state for moment in self.moments])
-        return self.coder.support(scores, self._ask)
-
-    def _ask(self, rule: Selection, scores: Tensor, tensors: dict[str, Tensor], group: int) -> Support:
+    def _ask(self, rule: Selection, scores: Tensor, tensors: dict[str, Tensor], group: int) -> tuple[Tensor, Tensor]:
         return rule.choose(scores, tensors, self.moments[group])
 
-    def finish(self) -> None:
-        """Keeps what the step has taught the rule."""
+    def finish(self, applies: Bool[Tensor, ""]) -> None:
+        """Keeps what the step has taught the rule, if it was applied."""
         for moment in self.moments:
             self.rule.finish(moment)
-        self.states = [moment.state for moment in self.moments]
+        self.states = [
+            {name: torch.where(applies, new, old[name]) if name in old else new for name, new in moment.state.items()}
+            for moment, old in zip(self.moments, self.states, strict=True)
+        ]
 
     def calibrated(self) -> tuple[tuple[float, ...], Float[Tensor, "d_sae"] | None]:
         """Returns what the per-token rule needs: numbers for the spec, and thresholds of latents for the buffer."""
@@ -104,9 +231,9 @@ class Chooser:
             return (), torch.cat(known)
         return tuple(float(value) for value in known), None
 
-    def report(self) -> dict[str, float]:
-        """Returns what is worth logging, the mean over the groups that know it."""
-        reports = [self.rule.report(state) for state in self.states]
+    def report(self, states: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Returns what is worth logging of what was remembered, the mean over the groups that know it."""
+        reports = [self.rule.report(state) for state in states]
         found = {name: [report[name] for report in reports if name in report] for report in reports for name in report}
         return {name: sum(values) / len(values) for name, values in found.items()}
 
@@ -116,6 +243,53 @@ class Chooser:
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Takes in what `state` returned."""
+        device = self.coder.W_enc.device
         for number, state in enumerate(self.states):
             own = f"{number}."
-            state.update({name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)})
+            found = {name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)}
+            state.update({name: value.to(device) for name, value in found.items()})
+
+
+class _Beside(dict[str, list[Choice]]):
+    """What loss terms have chosen of the tiles so far."""
+
+    def look(self, chooser: Chooser, scores: Tensor) -> None:
+        for name, term in chooser.objectives.items():
+            choice = term.choose(chooser.coder, scores, chooser.begun[name])
+            if choice is not None:
+                self.setdefault(name, []).append(choice._replace(exact=chooser.exact))
+
+    def joined(self, like: Tensor) -> dict[str, Choice]:
+        return {name: joined(choices, like) for name, choices in self.items()}
+
+
+def joined(choices: list[Choice], like: Tensor) -> Choice:
+    """Returns what was chosen of tokens one after the other as one; known numbers as precise as `like`."""
+    if not choices:
+        none = torch.zeros(0, dtype=torch.long, device=like.device)
+        return Choice(none.new_zeros(1), none, like.new_zeros(0))
+    first = choices[0]
+    if len(choices) == 1:
+        return first._replace(known=None if first.known is None else first.known.to(like.dtype))
+    starts = [0, *torch.tensor([len(choice.ids) for choice in choices]).cumsum(0).tolist()]
+    offsets = [first.offsets[:1], *(c.offsets[1:] + start for c, start in zip(choices, starts, strict=False))]
+    known = [choice.known for choice in choices if choice.known is not None]
+    return Choice(
+        torch.cat(offsets),
+        torch.cat([choice.ids for choice in choices]),
+        torch.cat(known).to(like.dtype) if known else None,
+        first.exact,
+    )
+
+
+def _part(choice: Choice, a: int, b: int) -> Choice:
+    """Returns what was chosen of the tokens from a to b; all of them without looking where they begin."""
+    if (a, b) == (0, choice.offsets.numel() - 1):
+        return choice
+    start, stop = choice.offsets[a], choice.offsets[b]
+    known = None if choice.known is None else choice.known[start:stop]
+    return Choice(choice.offsets[a : b + 1] - start, choice.ids[start:stop], known, choice.exact)
+
+
+def _of_rows(how: Undo, rows: slice) -> Undo:
+    return tuple(part[rows] if isinstance(part, Tensor) and part.dim() else part for part in how)  # type: ignore[return-value]

@@ -19,7 +19,6 @@ from sae.evaluation.evaluation import PASS_LOGITS, rows_per_pass
 from sae.lm.hooks import LOGITS_AT_ONCE, capture, hooked, model_inputs
 from sae.lm.models import DTYPES, LanguageModel, resolve_device
 from sae.lm.site import Site
-from sae.objectives.auxk import ENTRIES_AT_ONCE
 from sae.parallel.collectives import BUCKET_BYTES
 from sae.parallel.ranks import Share
 from sae.training.config import TrainConfig
@@ -184,7 +183,7 @@ def _step(plan: CoderPlan, n: int, micro: int, config: TrainConfig) -> Held:
         own = min(k * config.batch_tokens, n * d_sae)
         everywhere = own * min(2, config.batch_tokens // n)  # ranks gather hardly more than the budget
         chosen += blocks(everywhere * CANDIDATE / 8, 8)
-    revived = blocks(scores) + blocks(min(scores, ENTRIES_AT_ONCE * FLOAT))
+    revived = blocks(scores) + blocks(scores)
     return rows + _larger(chosen, revived, blocks(scores) + _matrices(plan) + blocks(plan.parameters * FLOAT / 2))
 
 

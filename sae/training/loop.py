@@ -29,10 +29,11 @@ from sae.stream.drawn import Ended
 from sae.training import checkpoint
 from sae.training.batches import Shares, bad_blocks
 from sae.training.callbacks import Callbacks, Moment
+from sae.training.figures import Figures, NonFiniteError
 from sae.training.preparing import Setting, new_trainers
 from sae.training.reporting.report import write_report
 from sae.training.saving import Saver
-from sae.training.trainer import CoderTrainer, NonFiniteError
+from sae.training.trainer import CoderTrainer
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,17 @@ class TrainResult:
         return text_lines([str(self.run_dir)]) + Evaluation(self.metrics)._repr_html_()
 
 
+@dataclass(frozen=True)
+class _Given:
+    """A step that is on its way."""
+
+    batch: ActivationBatch
+    step: int
+    """Counted from 1."""
+    figures: dict[str, Figures]
+    """By coder."""
+
+
 class Run:
     """The trainers of a run and the stream that they share, at some step."""
 
@@ -67,7 +79,8 @@ class Run:
         self.trainers = new_trainers(setting, self.source, saved, watch)
         self.stream = setting.subject.open_stream(setting.config, self.source)
         self.carrier = Carrier(setting.subject.device)
-        self.bad_steps, self.saver = 0, Saver(self.folder, setting.config.checkpoints.keep, saved)
+        self.bad_steps, self.on_its_way = 0, list[_Given]()
+        self.saver = Saver(self.folder, setting.config.checkpoints.keep, saved)
         self.ended: Ended | None = None
         self.logs = {name: self.folder / name for name in ("metrics.jsonl", "timings.jsonl")}
         self.step = self._restore(saved)
@@ -114,6 +127,7 @@ class Run:
 
     def _save(self, log_bytes: dict[str, int], last: bool = False) -> None:
         """Begins to write a checkpoint of the step and of so much of the logs; the last one is whole afterwards."""
+        self._settle()
         self._compare()
         position = self.stream.state()
         collectives.total_(*position.values())
@@ -174,12 +188,14 @@ class Run:
             except Ended as ended:
                 self.ended = ended
                 return log_bytes
-            lines = self._train_on(batch)
+            self._train_on(batch)
             self.step += 1
             step = self.step
+            logs = step % config.log.every_steps == 0 or step == steps
+            lines = self._settle() if logs or step == first + 1 or self.told.hooks["on_step"] else []
             if step == first + 1:  # rather than at the first checkpoint, which may be far
                 self._compare()
-            if lines and (step % config.log.every_steps == 0 or step == steps):
+            if lines and logs:
                 self._write("metrics.jsonl", *lines)
                 seconds = time.monotonic() - began
                 rate = (step - first) * config.batch_tokens / seconds
@@ -227,30 +243,55 @@ class Run:
         }
         replicas.check_alike(held, f"after step {self.step}")
 
-    def _train_on(self, batch: ActivationBatch) -> list[dict[str, Any]]:
-        """Trains every coder on one batch; returns the metrics of those that took the step."""
+    def _train_on(self, batch: ActivationBatch) -> None:
+        """Gives one batch to every coder, and hears of the batch before: the host waits for no step it has just given.
+
+        All that is written or told of a step is behind `_settle`.
+        """
         shares = Shares(batch, self.setting, self.carrier)
-        lines, errors = [], []
-        for plan in self.setting.plans:
-            trainer = self.trainers[plan.name]
-            try:
-                metrics = trainer.step(shares.of(plan, trainer.coder), self.step)
-            except NonFiniteError as error:
-                errors.append(f"coder {plan.name}: {error}")
-            else:
-                lines.append({"step": self.step + 1, "coder": plan.name, **metrics, **_active(trainer)})
-        if errors:
-            self._skip("; ".join(errors), batch)
+        figures = {
+            plan.name: self.trainers[plan.name].step(shares.of(plan, self.trainers[plan.name].coder), self.step)
+            for plan in self.setting.plans
+        }
+        self.on_its_way.append(_Given(batch, self.step + 1, figures))
+        if len(self.on_its_way) > 1:
+            self._hear()
+
+    def _settle(self) -> list[dict[str, Any]]:
+        """Hears of all steps; returns the metrics of the coders that took the last one, if it was still on its way."""
+        for trainer in self.trainers.values():
+            trainer.settle()
+        lines: list[dict[str, Any]] = []
+        while self.on_its_way:
+            given = self.on_its_way[0]
+            applied = self._hear()
+            lines = [
+                {"step": given.step, "coder": name, **given.figures[name], **_active(self.trainers[name])}
+                for name in applied
+            ]
         return lines
 
-    def _skip(self, errors: str, batch: ActivationBatch) -> None:
+    def _hear(self) -> list[str]:
+        """Returns the coders that took the oldest step on its way; of the others, keeps its batch for inspection."""
+        given = self.on_its_way.pop(0)
+        errors = {}
+        for name, figures in given.figures.items():
+            try:
+                figures.check()
+            except NonFiniteError as error:
+                errors[name] = f"coder {name}: {error}"
+        if errors:
+            self._skip("; ".join(errors.values()), given.batch, given.step)
+        return [name for name in given.figures if name not in errors]
+
+    def _skip(self, errors: str, batch: ActivationBatch, step: int) -> None:
         """Keeps the batch for inspection; goes on while `max_bad_steps` allows."""
         self.bad_steps += 1
-        dump = self.folder / f"bad-batch-step-{self.step + 1}-rank-{ranks.rank()}.safetensors"
+        dump = self.folder / f"bad-batch-step-{step}-rank-{ranks.rank()}.safetensors"
         save_tensors(dump, {**batch.activations, "blocks": batch.blocks})
         blocks = bad_blocks(batch)
         of = f" ({self.source.told(blocks)})" if blocks else ""
-        where = f"step {self.step + 1}, {errors}; the step was not applied, its batch{of} is in {dump}"
+        where = f"step {step}, {errors}; the step was not applied, its batch{of} is in {dump}"
         if self.bad_steps > self.config.max_bad_steps:
             raise NonFiniteError(f"{where} (max_bad_steps: {self.config.max_bad_steps})")
         log.warning("%s; skipped (%d of %d allowed)", where, self.bad_steps, self.config.max_bad_steps)

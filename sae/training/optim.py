@@ -1,12 +1,17 @@
 """Optimization of one coder: Adam, its schedule, the decoder's norm constraint and the weight average."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from sae.base.errors import ConfigError
 from sae.coder.coder import SparseCoder
+from sae.kernels import Sink, kernel
+from sae.parallel import ranks
 
 LR_AT_WIDTH = (2e-4, 2**14)  # the law two libraries use for Adam: lr = 2e-4 / sqrt(d_sae / 2^14)
 
@@ -58,27 +63,124 @@ class OptimConfig:
         return self.peak(d_sae) * rise * fall
 
 
-def adam(coder: SparseCoder, config: OptimConfig) -> torch.optim.Adam:
-    """Returns fused Adam over the coder's parameters, with its state already there so that saving is symmetric."""
-    optimizer = torch.optim.Adam(
-        coder.parameters(), lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
-    for parameter in coder.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
+class Updater:
+    """The gradients of a coder, written once a step, and Adam with what goes with it: one pass over the weights.
+
+    Where the decoder has norm 1, its gradient loses the part along each row, which would only change the norm, before
+    the step, and rows are scaled back behind it. Gradients are clipped to `clip_norm` all together.
+    """
+
+    def __init__(self, coder: SparseCoder, config: OptimConfig, rounded: dict[str, Tensor]) -> None:
+        """Takes the encoder's tensors in the precision of its product, if that is another, to keep them up to date."""
+        self.coder, self.config, self.rounded = coder, config, rounded
+        self.parameters = dict(coder.named_parameters())
+        self.gradients = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
+        self.state = {
+            name: {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            for name, parameter in self.parameters.items()
         }
-    return optimizer
+        self.unit = coder.spec.decoder_norm == "unit"
+        self.along = [torch.zeros(len(part), device=part.device) for part in coder.decoders(frozen=True)]
+        self._squares: dict[str, Tensor] = {}
 
+    @contextmanager
+    def collecting(self) -> Iterator[Sink]:
+        """While open, backward passes leave the gradients of the matrices with the sink, of all else in `.grad`."""
+        encoders = [(self.parameters[name], self.gradients[name]) for name in self.coder.spec.encoding.maps]
+        decoders = zip(self.coder.decoders(frozen=True), self.coder.decoders_of(self.gradients["W_dec"]), strict=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self.coder.sink = Sink([*encoders, *decoders])
+        try:
+            yield self.coder.sink
+        finally:
+            self.coder.sink = None
 
-@torch.no_grad()
-def project_decoder_gradient(coder: SparseCoder) -> None:
-    """Removes from each latent's decoder gradient the part along the decoder, which would only change its norm."""
-    if coder.W_dec.grad is not None:
-        for weight, grad in zip(coder.decoders(), coder.decoders(gradient=True), strict=True):
-            square = torch.linalg.vector_norm(weight, dim=1, keepdim=True).square().clamp_min(1e-30)
-            grad.addcmul_((grad * weight).sum(1, keepdim=True) / square, weight, value=-1.0)
+    @torch.no_grad()
+    def finish(self, sink: Sink) -> list[Tensor]:
+        """Writes all gradients of a step; returns what is summed over ranks."""
+        squares = sink.finish()
+        coder, given = self.coder, {name: p.grad for name, p in self.parameters.items()}
+        for weight, bias in coder.spec.encoding.maps.items():
+            found = sink.of(self.parameters[weight])
+            self._write(bias, found.bias, given[bias])
+            if coder.spec.pre_bias != "none":  # y = N(x) - p: a bias before the encoder has minus the gradient of y
+                blocks = [part.chunk(coder.spec.n_blocks) for part in (found.through, found.weight)]
+                before = "b_dec" if coder.spec.pre_bias == "decoder" else "b_pre"
+                moved, others = -torch.cat([sums @ rows for sums, rows in zip(*blocks, strict=True)]), given[before]
+                given[before] = moved if others is None else others + moved
+        matrices = {*coder.spec.encoding.maps, "W_dec"}
+        for name in self.parameters.keys() - matrices - {*coder.spec.encoding.maps.values()}:
+            self._write(name, None, given[name])
+        parts = [sink.of(part) for part in coder.decoders(frozen=True)]
+        self.along = [part.along for part in parts]
+        self._squares = {name: squares[self.parameters[name].data_ptr()] for name in coder.spec.encoding.maps}
+        self._squares["W_dec"] = torch.stack([squares[part.weight.data_ptr()] for part in parts]).sum()
+        for name in matrices:
+            of_itself = given[name]
+            if of_itself is not None:  # a loss term has looked at the weights themselves
+                self.gradients[name].add_(of_itself)
+                del self._squares[name]
+        of_itself = given["W_dec"]
+        if of_itself is not None:
+            found = zip(coder.decoders_of(of_itself), coder.decoders(frozen=True), self.along, strict=True)
+            self.along = [along + (more * weight).sum(1) for more, weight, along in found]
+        for name, parameter in self.parameters.items():
+            parameter.grad = self.gradients[name]
+        return self.exchanged()
+
+    def _write(self, name: str, found: Tensor | None, given: Tensor | None) -> None:
+        parts = [part for part in (found, given) if part is not None]
+        self.gradients[name].copy_(sum(parts[1:], parts[0])) if parts else self.gradients[name].zero_()
+
+    def exchanged(self) -> list[Tensor]:
+        """Returns what is summed over ranks, in place, between `finish` and `norms`."""
+        return [*self.gradients.values(), *(self.along if self.unit else [])]
+
+    def norms(self) -> dict[str, Tensor]:
+        """Returns the norm of each gradient, summed over ranks, before anything is taken out."""
+        own = {} if ranks.in_group() else self._squares
+        return {
+            name: own[name].sqrt() if name in own else torch.linalg.vector_norm(gradient)
+            for name, gradient in self.gradients.items()
+        }
+
+    @staticmethod
+    def total(norms: dict[str, Tensor]) -> Tensor:
+        """Returns the norm of all gradients together, in float64."""
+        return torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms.values()]))
+
+    @torch.no_grad()
+    def update(self, norms: dict[str, Tensor], rate: float, applies: Bool[Tensor, ""]) -> None:
+        """Takes the step, unless it does not apply: then nothing changes."""
+        clip, total = self.config.clip_norm, self.total(norms)
+        scale = torch.where(total > clip, clip / total, 1.0).float() if clip else torch.ones((), device=total.device)
+        for name, parameter in self.parameters.items():
+            state = self.state[name]
+            state["step"] = state["step"] + applies
+            tensors = (parameter.detach(), self.gradients[name], state["exp_avg"], state["exp_avg_sq"])
+            rows, along = [tensors], [None]
+            if name == "W_dec":
+                rows = list(zip(*map(self.coder.decoders_of, tensors), strict=True))
+                along = self.along if self.unit else [None] * len(rows)
+            for own, part in zip(rows, along, strict=True):
+                kernel("adam", own[0])(
+                    *own,
+                    rate=rate,
+                    beta1=self.config.beta1,
+                    beta2=self.config.beta2,
+                    eps=self.config.eps,
+                    step=state["step"],
+                    scale=scale,
+                    applies=applies,
+                    along=part,
+                    unit=self.unit and name == "W_dec",
+                    half=self.rounded.get(name),
+                )
 
 
 @torch.no_grad()
@@ -93,16 +195,17 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.steps = 0
+        self.steps = torch.zeros((), dtype=torch.int64, device=next(module.parameters()).device)
         self.sums = {name: torch.zeros_like(parameter) for name, parameter in module.named_parameters()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Takes in the weights after a step."""
-        self.steps += 1
+    def update(self, module: nn.Module, applies: Bool[Tensor, ""]) -> None:
+        """Takes in the weights after a step, if it was applied."""
+        self.steps = self.steps + applies
+        share = torch.where(applies, 1 - self.decay, 0.0)
         for name, parameter in module.named_parameters():
-            self.sums[name].lerp_(parameter, 1 - self.decay)
+            self.sums[name].lerp_(parameter, share.to(parameter.dtype))
 
     def weights(self) -> dict[str, Tensor]:
         """Returns the bias-corrected average; valid after the first update."""
-        return {name: value / (1 - self.decay**self.steps) for name, value in self.sums.items()}
+        return {name: value / (1 - self.decay ** int(self.steps)) for name, value in self.sums.items()}

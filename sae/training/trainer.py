@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,26 +14,23 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.base.sums import in_float64, summed_on
-from sae.coder.coder import Pass, SparseCoder
+from sae.coder.coder import Look, SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.normalization import undo
-from sae.kernels.codes import Support
+from sae.kernels import Sink
 from sae.loading import hub
-from sae.objectives import Objective, Spliced, Step
+from sae.objectives import Objective, Spliced, Start, Step
 from sae.parallel import collectives, ranks
 from sae.selection import Selection
-from sae.training.choosing import Chooser
+from sae.training.choosing import Chooser, Chosen, tile_tokens
 from sae.training.config import CoderConfig
+from sae.training.figures import Figures, Heard
 from sae.training.measuring import Statistics
-from sae.training.optim import Average, OptimConfig, adam, normalize_decoder, project_decoder_gradient
+from sae.training.optim import Average, OptimConfig, Updater, normalize_decoder
 
 SHAPES = ("d_in", "d_out", "d_sae", "encoder", "cross_layer", "skip")
 STARTED_ALIKE = (*SHAPES, "pre_bias", "decoder_norm", "budget", "select_by_decoder_norm")
 LEAST_RESIDUAL = 1e-6  # of the variance: a batch of one token has none, and AuxK divides by it
-
-
-class NonFiniteError(RuntimeError):
-    """A loss, gradient or activation is NaN or infinite; the step was not applied."""
 
 
 @dataclass(frozen=True)
@@ -117,209 +114,263 @@ class _Sums:
     error: Float[Tensor, "d_out"]
     square: Float[Tensor, ""]
     fired: Int[Tensor, "d_sae"]
+    failed: Float[Tensor, ""]
+    """Above 0 if a rank had no room for all entries, or was given gradients that are not finite (then NaN)."""
 
     @classmethod
     def zero(cls, names: Iterable[str], coder: SparseCoder) -> "_Sums":
         like = coder.W_enc
         zeros = partial(torch.zeros, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
         terms = {name: zeros(()) for name in names}
-        return cls(terms, zeros(coder.spec.d_out), zeros(()), zeros(coder.spec.d_sae, dtype=torch.int64))
+        return cls(terms, zeros(coder.spec.d_out), zeros(()), zeros(coder.spec.d_sae, dtype=torch.int64), zeros(()))
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.terms.values(), self.error, self.square, self.fired, self.failed]
 
     def spread(self, n_tokens: int) -> Float[Tensor, ""]:
         """Returns the variance of the error, in float64."""
         return in_float64(self.square) / n_tokens - (in_float64(self.error) / n_tokens).square().sum()
 
 
-class _Figures(NamedTuple):
-    """What the host knows of a step, read of the device all at once."""
+@dataclass(frozen=True)
+class _Planned:
+    """A step as it is given to the device, and again if it must be repeated."""
 
-    terms: dict[str, float]
-    grad_norm: float
-    square: float
-    spread: float
-    l0: float
+    batch: Batch
+    index: int
+    before: int
+    """Tokens of the ranks before this one."""
+    n_tokens: int
+    """Of all ranks."""
+    per_token: float
+    """Entries that a token is expected to keep."""
+    may_be_dead: int
+    """Latents that are dead, at the most."""
 
 
 class CoderTrainer:
-    """Trains one coder. `step` consumes the (masked, raw) activations of one batch and returns its metrics."""
+    """Trains one coder. `step` consumes the (masked, raw) activations of one batch and returns its figures.
+
+    The host never waits for the step that it has just given: whether one was applied it hears when the next is on its
+    way. One with a NaN changes nothing; one that had no room for all entries of its codes changes nothing either, nor
+    do those behind it, until they are repeated with room for all.
+    """
 
     def __init__(
         self, coder: SparseCoder, objectives: dict[str, Objective], optim: OptimConfig, schedule: Schedule
     ) -> None:
         self.coder, self.optim, self.schedule = coder, optim, schedule
         self.objectives = {name: term for name, term in objectives.items() if term.weight}
-        self.chooser = Chooser(coder)
-        self.optimizer = adam(coder, optim)
+        self.chooser = Chooser(coder, self.objectives, schedule.product_dtype)
+        self.updater = Updater(coder, optim, self.chooser.rounded)
         self.average = Average(coder, optim.ema) if optim.ema else None
-        device = coder.W_enc.device
+        device, float64 = coder.W_enc.device, {"dtype": torch.float64, "device": summed_on(coder.W_enc.device)}
         self.tokens_since_fired = torch.zeros(coder.spec.d_sae, dtype=torch.int64, device=device)
-        self.density = torch.zeros(coder.spec.d_sae, dtype=torch.float64, device=summed_on(device))
-        self.tokens_seen = 0
-        self.residual_variance = coder.spec.variance or 1.0
-        self.active_steps: dict[str, int] = dict.fromkeys(self.objectives, 0)
-        self.multipliers: dict[str, float] = dict.fromkeys(self.objectives, 1.0)
-        for parameter in coder.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # a rank may see no token and still takes part in the sums
+        self.density = torch.zeros(coder.spec.d_sae, **float64)
+        self.tokens_seen = torch.zeros((), **float64)
+        self.residual_variance = torch.full((), coder.spec.variance or 1.0, **float64)
+        self._active = torch.zeros(len(self.objectives), dtype=torch.int64, device=device)
+        self.multipliers = {name: torch.ones((), **float64) for name in self.objectives}
+        self._stuck = torch.zeros((), dtype=torch.bool, device=device)
+        self._on_its_way: list[tuple[_Planned, Figures]] = []
+        per_token = coder.spec.selection.implied_l0 or coder.spec.selection.fires_at_first * coder.spec.d_sae
+        self.count, self.tokens_before = 0, 0  # of the steps given so far, and of the last of them
+        self.heard = {number: Heard(float(per_token)) for number in (-2, -1)}
 
     @property
     def dead(self) -> Bool[Tensor, "d_sae"]:
         """Returns which latents have not fired for `dead_after_tokens` tokens."""
         return self.tokens_since_fired >= self.schedule.dead_after_tokens
 
-    def step(self, batch: Batch | Tensor, index: int) -> dict[str, float]:
-        """Applies step `index` on this rank's tokens and returns its metrics, equal on every rank.
+    @property
+    def active_steps(self) -> dict[str, int]:
+        """Returns at how many steps each loss term was not 0; it waits for the device."""
+        return dict(zip(self.objectives, self._active.tolist(), strict=True))
 
-        Of an autoencoder the activations [n, d] alone will do.
+    def step(self, batch: Batch | Tensor, index: int) -> Figures:
+        """Begins step `index` on this rank's tokens and returns its figures, equal on every rank; to read them waits.
 
-        Raises NonFiniteError, with nothing changed, if an activation, a loss term or a gradient is not finite.
+        Of an autoencoder the activations [n, d] alone will do. If an activation, a loss term or a gradient is not
+        finite, nothing changes, and NonFiniteError says so when the figures are read or checked.
         """
         batch = batch if isinstance(batch, Batch) else Batch(batch, batch)
         before, n_tokens = self._counted(batch)
-        progress = index / self.schedule.steps
+        then = self.heard[max(number for number in self.heard if number <= self.count - 2)]
+        may_be_dead = then.may_be_dead(self.schedule.dead_after_tokens, self.tokens_before, self.coder.spec.d_sae)
+        planned = _Planned(batch, index, before, n_tokens, then.per_token, may_be_dead)
+        figures = self._given(planned)
+        self._on_its_way.append((planned, figures))
+        self.count, self.tokens_before = self.count + 1, n_tokens
+        if len(self._on_its_way) > 1:
+            self._listen()
+        return figures
+
+    def settle(self) -> None:
+        """Waits for the last step, so that what is saved or measured now is known to be whole."""
+        while self._on_its_way:
+            self._listen()
+
+    def _listen(self) -> None:
+        """Hears of the oldest step on its way; if it had no room, repeats it with room for all, and those behind it."""
+        planned, figures = self._on_its_way[0]
+        if figures.had_no_room():
+            self._stuck = torch.zeros_like(self._stuck)
+            figures.replace(self._given(planned, careful=True))
+            for behind, theirs in self._on_its_way[1:]:
+                theirs.replace(self._given(behind))
+        del self._on_its_way[0]
+        number = self.count - len(self._on_its_way) - 1
+        self.heard = {number - 1: self.heard[number - 1], number: figures.heard(self.heard[number - 1])}
+
+    def _given(self, planned: _Planned, careful: bool = False) -> Figures:
+        """Gives a step to the device and returns its figures to come; where `careful`, there is room for all."""
+        n_tokens, progress = planned.n_tokens, planned.index / self.schedule.steps
+        start = Start(self.dead, self.density, planned.may_be_dead)
+        begun = {name: term.begin(start) for name, term in self.objectives.items()}
         factors = {name: term.factor(progress, self.multipliers[name]) for name, term in self.objectives.items()}
-        self.optimizer.zero_grad(set_to_none=False)
-        self.chooser.begin(progress, n_tokens, before)
-        sums = self._backward(batch, n_tokens, factors)
-        collectives.total_(*self.summed(sums))
-        found = self._checked(sums, max(1, n_tokens))  # the norm filter may leave nothing
-        rate = self._update(found.grad_norm, index)
-        self._learn(sums.fired, found, n_tokens)
-        reports = dict(
-            item for term in self.objectives.values() for item in term.report(self.density, self.dead).items()
-        )
-        return {
-            "loss": sum(found.terms[name] * factors[name] for name in self.objectives),
-            **{f"loss.{name}": loss for name, loss in found.terms.items()},
-            **{f"weight.{name}": w for name, w in factors.items() if w != self.objectives[name].weight},
-            "fvu": found.square / (max(1, n_tokens) * (self.coder.spec.variance or 1.0)),
-            "l0": found.l0,
-            "dead_share": float(self.dead.float().mean()),
-            **reports,
-            **self.chooser.report(),
-            "lr": rate,
-            "grad_norm": found.grad_norm,
-            "tokens": n_tokens,
-        }
+        self.chooser.begin(progress, n_tokens, planned.before, begun, planned.per_token, careful)
+        sums, sink = self._backward(planned.batch, n_tokens, factors, begun)
+        collectives.total_(*self.updater.finish(sink), *sums.tensors())
+        norms = self.updater.norms()
+        watched = (*norms.values(), *sums.terms.values(), sums.square)
+        finite = torch.stack([in_float64(x) for x in watched]).isfinite().all().to(self._stuck.device)
+        applies = finite & (sums.failed == 0) & ~self._stuck
+        self._stuck = self._stuck | (sums.failed > 0)
+        rate = self.optim.rate(self.coder.spec.d_sae, planned.index, self.schedule.steps)
+        self.updater.update(norms, rate, applies)
+        if self.average:
+            self.average.update(self.coder, applies)
+        self._learn(sums, n_tokens, applies)
+        return self._figures(planned, sums, norms, factors, rate, applies)
 
-    def summed(self, sums: "_Sums | None" = None) -> list[Tensor]:
-        """Returns what is summed over ranks in a step: gradients, and what adds up beside them (or zeros)."""
-        sums = sums or _Sums.zero(self.objectives, self.coder)
-        gradients = [p.grad for p in self.coder.parameters() if p.grad is not None]
-        return [*gradients, *sums.terms.values(), sums.error, sums.square, sums.fired]
+    def summed(self) -> list[Tensor]:
+        """Returns what is summed over ranks in a step, as zeros: gradients, and what adds up beside them."""
+        return [*self.updater.exchanged(), *_Sums.zero(self.objectives, self.coder).tensors()]
 
-    def _backward(self, batch: Batch, n_tokens: int, factors: dict[str, float]) -> "_Sums":
-        """Adds the gradients of every micro-batch up, and what is reported of it."""
-        spec, dead = self.coder.spec, self.dead
-        sums = _Sums.zero(self.objectives, self.coder)
-        for number, (run, target) in enumerate(self._passes(batch)):
-            spliced = None
-            if batch.spliced is not None:
-                spliced = lambda made, i=number, how=run.how: batch.spliced(i, undo(made, how))  # type: ignore[misc]  # noqa: E731
-            view = Step(
-                self.coder,
-                run,
-                target,
-                n_tokens,
-                spec.variance or 1.0,
-                self.residual_variance,
-                dead,
-                self.density,
-                spliced,
-            )
-            losses = {name: objective.loss(view) for name, objective in self.objectives.items()}
-            loss = torch.stack([losses[name] * factors[name] for name in self.objectives]).sum()
-            if loss.requires_grad:  # a term that does not apply at this step is a constant
-                loss.backward()
-            with torch.no_grad():
-                error = view.error(run.prediction)
-                sums.error += error.sum(0)
-                sums.square += error.square().sum()
-                sums.fired += run.latents.fired()
-                for name, loss in losses.items():
-                    sums.terms[name] += loss.detach()
-        return sums
+    def _backward(
+        self, batch: Batch, n_tokens: int, factors: dict[str, Tensor | float], begun: dict[str, Any]
+    ) -> tuple["_Sums", Sink]:
+        """Leaves the gradients of every micro-batch with a sink, and adds up what is reported of it."""
+        coder, variance = self.coder, self.coder.spec.variance or 1.0
+        sums = _Sums.zero(self.objectives, coder)
+        with self.updater.collecting() as sink:
+            for number, (look, target, chosen) in enumerate(self._passes(batch)):
+                run = coder.run(look, chosen.by_rule, target)
+                spliced = None
+                if batch.spliced is not None:
+                    spliced = lambda made, i=number, how=run.how: batch.spliced(i, undo(made, how))  # type: ignore[misc]  # noqa: E731
+                view = Step(coder, run, target, n_tokens, variance, self.residual_variance, spliced=spliced)
+                losses = {
+                    name: term.loss(replace(view, begun=begun[name], beside=chosen.beside.get(name)))
+                    for name, term in self.objectives.items()
+                }
+                loss = torch.stack([losses[name] * factors[name] for name in self.objectives]).sum()
+                if loss.requires_grad:  # a term that does not apply at this step is a constant
+                    loss.backward()
+                with torch.no_grad():
+                    sums.error += coder.weighted(run.error).sum(0)
+                    sums.square += run.square.detach()
+                    sums.fired += run.latents.fired()
+                    for name, loss in losses.items():
+                        sums.terms[name] += loss.detach()
+        failed = self.chooser.failed()
+        if failed is not None:
+            sums.failed += failed
+        if batch.gradients is not None:  # they choose, and leave no trace in a loss
+            sums.failed += 0 * batch.gradients.abs().amax() if len(batch.gradients) else 0
+        return sums, sink
 
-    def _learn(self, fired: Tensor, found: _Figures, n_tokens: int) -> None:
-        """Takes what a step has shown into the state that later steps, and a resume, start from."""
-        for name, loss in found.terms.items():
-            self.active_steps[name] += int(loss != 0)
+    def _learn(self, sums: _Sums, n_tokens: int, applies: Bool[Tensor, ""]) -> None:
+        """Takes what a step has shown into the state that later steps, and a resume, start from, if it was applied."""
+        shown = torch.stack([loss != 0 for loss in sums.terms.values()])
+        self._active = self._active + (shown & applies)
         if not n_tokens:
             return
-        self.chooser.finish()
-        self._count(fired, n_tokens)
-        self.residual_variance = max(found.spread, LEAST_RESIDUAL * (self.coder.spec.variance or 1.0))
+        self.chooser.finish(applies)
+        there = applies.to(self.density.device)
+        since = torch.where(sums.fired > 0, 0, self.tokens_since_fired + n_tokens)
+        self.tokens_since_fired = torch.where(applies, since, self.tokens_since_fired)
+        decay = self.tokens_seen / (self.tokens_seen + n_tokens)  # at first, all tokens alike
+        decay = decay.clamp_max(math.exp(-n_tokens / self.schedule.dead_after_tokens))
+        density = torch.lerp(in_float64(sums.fired) / n_tokens, self.density, decay)
+        self.density = torch.where(there, density, self.density)
+        self.tokens_seen = self.tokens_seen + n_tokens * there
+        least = LEAST_RESIDUAL * (self.coder.spec.variance or 1.0)
+        self.residual_variance = torch.where(there, sums.spread(n_tokens).clamp_min(least), self.residual_variance)
+        l0 = in_float64(sums.fired.sum()) / n_tokens
         for name, term in self.objectives.items():
-            self.multipliers[name] = term.adapted(self.multipliers[name], found.l0)
+            now = self.multipliers[name]
+            self.multipliers[name] = torch.where(there, term.adapted(now, l0), now)
 
     def _counted(self, batch: Batch) -> tuple[int, int]:
-        """Returns the numbers of tokens of the ranks before this one, and of all; they raise if one has a bad token."""
-        parts = [part for part in (batch.x, batch.target, batch.gradients) if part is not None]
-        bad = torch.stack([~torch.isfinite(part).all(1) for part in parts]).any(0).sum()
-        every = collectives.of_every_rank(torch.stack([torch.full_like(bad, len(batch.x)), bad]))
-        counts, n_bad = [own for own, _ in every], sum(bad for _, bad in every)
-        if n_bad:
-            raise NonFiniteError(f"NaN or Inf in what was streamed, at {n_bad} of {sum(counts)} tokens")
+        """Returns the numbers of tokens of the ranks before this one, and of all."""
+        counts = [own for (own,) in collectives.of_every_rank(torch.tensor([len(batch.x)], device=batch.x.device))]
         return sum(counts[: ranks.rank()]), sum(counts)
 
-    def _passes(self, batch: Batch) -> Iterator[tuple[Pass, Float[Tensor, "m d_out"]]]:
-        """Yields one differentiable pass, with its target, for every micro-batch."""
-        coder, dtype = self.coder, self.schedule.product_dtype
-        exact = dtype in (None, coder.W_enc.dtype)
+    def _passes(self, batch: Batch) -> Iterator[tuple[Look, Float[Tensor, "m d_out"], Chosen]]:
+        """Yields what is seen, aimed at and chosen, of every micro-batch."""
+        coder = self.coder
         size = self.schedule.micro_batch_tokens or max(1, len(batch.x))
+        if self.chooser.dense:  # what is held of a token is as much as its pre-activations
+            size = min(size, tile_tokens(coder.spec.d_sae, coder.W_enc.device))
         sizes = list(batch.sizes or [len(part) for part in batch.x.split(size)] if len(batch.x) else [])
-        parts = list(batch.x.split(sizes))
-        beside = [None] * len(parts) if batch.gradients is None else batch.gradients.split(sizes)
-        first = coder.look(parts[0], dtype) if len(parts) == 1 else None
-        supports: list[Support] | None = None
+        beside = [None] * len(sizes) if batch.gradients is None else batch.gradients.split(sizes)
         if self.chooser.rule.batch_wide:
-            supports = self.chooser.whole_batch(parts, lambda part: first or coder.look(part, dtype))
-        for i, (part, target) in enumerate(zip(parts, batch.target.split(sizes), strict=True)):
-            look = first or coder.look(part, dtype)
-            support = supports[i] if supports else self.chooser.per_token(look, beside[i])
-            yield coder.run(look, support, exact), coder.spec.normalize_target(target.to(look.x))
+            looks = [coder.look(part) for part in batch.x.split(sizes)] if sizes else []
+            found = zip(looks, self.chooser.whole_batch(looks), strict=True)
+        else:
+            looked = map(coder.look, batch.x.split(sizes) if sizes else [])
+            found = ((look, self.chooser.choose(look, g)) for look, g in zip(looked, beside, strict=True))
+        targets = batch.target.split(sizes) if sizes else []
+        for (look, chosen), target in zip(found, targets, strict=True):
+            yield look, coder.spec.normalize_target(target.to(look.x)), chosen
 
-    def _count(self, fired: Tensor, n_tokens: int) -> None:
-        """Takes in how often each latent has fired; densities run over about `dead_after_tokens` tokens."""
-        self.tokens_since_fired = torch.where(fired > 0, 0, self.tokens_since_fired + n_tokens)
-        decay = math.exp(-n_tokens / self.schedule.dead_after_tokens)
-        decay = min(decay, self.tokens_seen / (self.tokens_seen + n_tokens))  # at first, all tokens alike
-        self.density = torch.lerp(in_float64(fired) / n_tokens, self.density, decay)
-        self.tokens_seen += n_tokens
+    def _figures(
+        self,
+        planned: _Planned,
+        sums: _Sums,
+        norms: dict[str, Tensor],
+        factors: dict[str, Tensor | float],
+        rate: float,
+        applies: Bool[Tensor, ""],
+    ) -> Figures:
+        """Returns the figures of a step that the device has been given."""
+        weights = {name: term.weight for name, term in self.objectives.items()}
+        states, density, dead, n_tokens = self.chooser.states, self.density, self.dead, planned.n_tokens
+        variance, tokens = self.coder.spec.variance or 1.0, max(1, n_tokens)  # the norm filter may leave nothing
 
-    def _checked(self, sums: _Sums, n_tokens: int) -> _Figures:
-        """Returns the figures of a step; NonFiniteError names a loss term or a gradient that is not finite."""
-        gradients = {name: p.grad for name, p in self.coder.named_parameters() if p.grad is not None}
-        norms = {name: torch.linalg.vector_norm(gradient) for name, gradient in gradients.items()}
-        grad_norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-        scalars = (grad_norm, sums.square, sums.spread(n_tokens), sums.fired.sum())
-        found = torch.stack([in_float64(x) for x in (*sums.terms.values(), *norms.values(), *scalars)]).tolist()
-        terms, found = dict(zip(sums.terms, found, strict=False)), found[len(sums.terms) :]
-        for name, loss in terms.items():
-            if not math.isfinite(loss):
-                raise NonFiniteError(f"loss term {name} is {loss}")
-        for name, norm in zip(norms, found, strict=False):
-            if not math.isfinite(norm):
-                raise NonFiniteError(f"gradient of {name} is not finite")
-        norm, square, spread, fired = found[len(norms) :]
-        return _Figures(terms, norm, square, spread, fired / n_tokens)
+        def read(found: dict[str, float]) -> dict[str, float]:
+            reports = [term.report(density, dead) for term in self.objectives.values()]
+            factor = {name: found[f"weight.{name}"] for name in weights}
+            return {
+                "loss": sum(found[f"loss.{name}"] * factor[name] for name in weights),
+                **{f"loss.{name}": found[f"loss.{name}"] for name in weights},
+                **{f"weight.{name}": w for name, w in factor.items() if w != weights[name]},
+                "fvu": found["square"] / (tokens * variance),
+                "l0": found["fired"] / tokens,
+                "dead_share": found["dead_share"],
+                **{name: value for report in reports for name, value in report.items()},
+                **self.chooser.report(states),
+                "lr": rate,
+                "grad_norm": found["grad_norm"],
+                "tokens": n_tokens,
+            }
 
-    def _update(self, grad_norm: float, index: int) -> float:
-        unit = self.coder.spec.decoder_norm == "unit"
-        if unit:
-            project_decoder_gradient(self.coder)
-        if self.optim.clip_norm and grad_norm > self.optim.clip_norm:
-            for parameter in self.coder.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self.optim.clip_norm / grad_norm)
-        rate = self.optim.rate(self.coder.spec.d_sae, index, self.schedule.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        if unit:
-            normalize_decoder(self.coder)
-        if self.average:
-            self.average.update(self.coder)
-        return rate
+        values = {
+            **{f"loss.{name}": loss for name, loss in sums.terms.items()},
+            **{f"weight.{name}": factor for name, factor in factors.items()},
+            **{f"gradient.{name}": norm for name, norm in norms.items()},
+            "square": sums.square,
+            "fired": sums.fired.sum(),
+            "failed": sums.failed,
+            "applies": applies,
+            "entries": self.chooser.entries() if self.chooser.cuts() is not None else sums.fired.sum(),
+            "dead_share": dead.float().mean(),
+            "grad_norm": self.updater.total(norms),
+            "idle": self.tokens_since_fired.max(),
+            "nearly": (self.tokens_since_fired + 2 * n_tokens >= self.schedule.dead_after_tokens).sum(),
+        }
+        return Figures(values, read, planned.batch, n_tokens, self.settle)
 
     def trained(self) -> SparseCoder:
         """Returns the coder to evaluate and save: a calibrated copy, with averaged weights if there is an average.
@@ -344,26 +395,29 @@ class CoderTrainer:
         return named | {"tokens_since_fired": self.tokens_since_fired, "density": self.density}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
-        """Returns (tensors, plain values) from which `load_state` continues bit for bit."""
+        """Returns (tensors, plain values) from which `load_state` continues bit for bit; waits for the last step."""
+        self.settle()
         tensors = {"tokens_since_fired": self.tokens_since_fired, "density": self.density}
         tensors |= {f"selection.{name}": value for name, value in self.chooser.state().items()}
         for name, parameter in self.coder.named_parameters():
             tensors[f"weight.{name}"] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in self.updater.state[name].items():
                 tensors[f"adam.{key}.{name}"] = value
         if self.average:
             tensors |= {f"average.{name}": value for name, value in self.average.sums.items()}
         values = {
-            "residual_variance": self.residual_variance,
+            "residual_variance": float(self.residual_variance),
             "active_steps": self.active_steps,
-            "multipliers": self.multipliers,
-            "tokens_seen": self.tokens_seen,
-            "average_steps": self.average.steps if self.average else 0,
+            "multipliers": {name: float(value) for name, value in self.multipliers.items()},
+            "tokens_seen": int(self.tokens_seen),
+            "average_steps": int(self.average.steps) if self.average else 0,
+            "tokens_before": self.tokens_before,
+            "heard": [heard.to_json() for heard in self.heard.values()],
         }
         return tensors, values
 
     @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, Tensor], values: dict[str, object]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
         """Continues from what `state` returned."""
         self.tokens_since_fired = tensors["tokens_since_fired"].to(self.tokens_since_fired.device)
         self.density = tensors["density"].to(self.density.device)
@@ -371,13 +425,22 @@ class CoderTrainer:
         self.chooser.load_state({n.removeprefix(own): value for n, value in tensors.items() if n.startswith(own)})
         for name, parameter in self.coder.named_parameters():
             parameter.copy_(tensors[f"weight.{name}"])
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in self.updater.state[name].items():
                 value.copy_(tensors[f"adam.{key}.{name}"])
+        for name, rounded in self.chooser.rounded.items():
+            rounded.copy_(self.coder.get_parameter(name))
         if self.average:
             for name, value in self.average.sums.items():
                 value.copy_(tensors[f"average.{name}"])
-            self.average.steps = int(values["average_steps"])  # type: ignore[call-overload]
-        self.residual_variance = float(values["residual_variance"])  # type: ignore[arg-type]
-        for own, saved in ((self.active_steps, values["active_steps"]), (self.multipliers, values["multipliers"])):
-            own.update(saved)  # type: ignore[call-overload]  # in the order of the terms, which is that of the log
-        self.tokens_seen = int(values["tokens_seen"])  # type: ignore[call-overload]
+            self.average.steps.fill_(values["average_steps"])
+        self.residual_variance = torch.full_like(self.residual_variance, values["residual_variance"])
+        self._active = torch.tensor([values["active_steps"][n] for n in self.objectives], device=self._active.device)
+        for name, found in values["multipliers"].items():
+            self.multipliers[name] = torch.full_like(self.multipliers[name], found)
+        self.tokens_seen = torch.full_like(self.tokens_seen, values["tokens_seen"])
+        if "heard" in values:
+            self.tokens_before = values["tokens_before"]
+            heard = [Heard(**found) for found in values["heard"]]
+        else:  # written by a version that waited for every step
+            heard = [replace(self.heard[-1], idle=int(self.tokens_since_fired.max()))] * 2
+        self.count, self.heard = 0, dict(zip((-2, -1), heard, strict=True))

@@ -69,11 +69,11 @@ def test_mutual_choice_equals_a_brute_force_argsort_in_float64(ties, sizes):
     coder = made(MutualChoice(K), ties=ties)
     x = torch.randint(-2, 3, (N, D)).float() if ties else torch.randn(N, D)
     mask, _ = chosen(coder, x, sizes)
-    expected = brute_force(coder.look(x).scores, K * N)
+    expected = brute_force(coder.scores(x), K * N)
     assert torch.equal(mask, expected)
     assert int(mask.sum()) == K * N
     if ties:
-        scores = coder.look(x).scores
+        scores = coder.scores(x)
         cut = scores[expected].min()
         assert (scores == cut).sum() > (expected & (scores == cut)).sum() > 0, "the cut goes through equal scores"
 
@@ -98,7 +98,7 @@ def test_feature_choice_has_exact_column_sums_in_every_step(ties, sizes, s, q):
         assert int(budgets.sum()) == K * N
         assert 1 <= int(budgets.min()) <= int(budgets.max()) <= N
         assert torch.equal(mask.sum(0), budgets), step
-        scores = coder.look(x).scores
+        scores = coder.scores(x)
         for i in range(M):
             assert torch.equal(mask[:, i], brute_force(scores[:, i : i + 1], int(budgets[i]))[:, 0])
 
@@ -170,7 +170,7 @@ def test_thresholds_are_running_means_of_the_cuts(decay):
         return sum(w * v for w, v in zip(weights, reversed(values), strict=True)) / sum(weights)
 
     def smallest(coder, x):
-        scores = coder.look(x).scores
+        scores = coder.scores(x)
         return scores[brute_force(scores, K * N)].min()
 
     coder, chooser = made(MutualChoice(K, threshold_decay=decay)), None
@@ -184,7 +184,7 @@ def test_thresholds_are_running_means_of_the_cuts(decay):
     for x in batches[1:]:
         counts = chosen(coder, x, None, chooser)[0].sum(0)
         everywhere += int((counts == N).sum())
-        ordered = coder.look(x).scores.sort(dim=0, descending=True).values
+        ordered = coder.scores(x).sort(dim=0, descending=True).values
         last, following = (ordered.gather(0, i[None].clamp(0, N - 1))[0] for i in (counts - 1, counts))
         middle = torch.where(counts == N, last, (last + following) / 2)  # of all tokens: the smallest
         found.append(middle.clamp_min(0))
@@ -201,7 +201,7 @@ def test_a_steep_curve_fires_as_often_under_thresholds_as_in_training():
     for _ in range(12):
         mask, chooser = chosen(coder, x, None, chooser)
     coder.threshold.copy_(chooser.calibrated()[1])
-    scores = coder.look(x).scores
+    scores = coder.scores(x)
     trained, fired = (mask & (scores > 0)).float().mean(0), (coder.encode(x).to_dense() > 0).float().mean(0)
     assert trained.max() > 0.95
     torch.testing.assert_close(fired, trained, atol=0.03, rtol=0.05)
@@ -249,7 +249,7 @@ def test_phased_training_starts_as_mutual_choice_and_goes_over():
     coder = made(FeatureChoice(K, mutual_share=0.5))
     x = torch.randn(N, D)
     mask, chooser = chosen(coder, x, progress=0.49)
-    assert torch.equal(mask, brute_force(coder.look(x).scores, K * N))
+    assert torch.equal(mask, brute_force(coder.scores(x), K * N))
     assert chooser.calibrated()[1].unique().numel() == 1, "one threshold for all, as of Mutual Choice"
     mask, chooser = chosen(coder, x, None, chooser, progress=0.5)
     assert torch.equal(mask.sum(0), chooser.states[0]["budgets"])
@@ -320,7 +320,7 @@ def test_the_score_of_gradient_topk_is_its_formula(norm):
     effect = (g @ coder.W_dec.detach().T).abs()
     mean = {"batch": 1.9, "token": effect.mean(1, keepdim=True), "none": 1.0}[norm]
     coder.spec = coder.spec.with_(calibration=(1.9,))
-    scores = coder.look(x).scores
+    scores = coder.scores(x)
     expected = torch.where(scores > 0, scores + 0.7 * scores * effect / mean, scores)
     torch.testing.assert_close(coder.compared(coder.look(x), g), expected)
     ids = top_ids(expected, K)

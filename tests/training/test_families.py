@@ -97,7 +97,7 @@ def test_a_cross_layer_coder_equals_its_definition(rule):
     x = torch.randn(10, 12).double()
     y = x - coder.b_pre
     scores = torch.cat([y[:, 4 * i : 4 * i + 4] @ coder.W_enc[8 * i : 8 * i + 8].T for i in range(3)], 1) + coder.b_enc
-    torch.testing.assert_close(coder.look(x).scores, scores)
+    torch.testing.assert_close(coder.scores(x), scores)
     out, latents = coder(x)
     codes = latents.to_dense()
     if isinstance(rule, TopK):
@@ -182,7 +182,7 @@ def test_a_transcoder_starts_at_the_mean_output_without_a_norm_constraint():
 def test_without_a_bias_of_its_own_the_encoder_starts_centered():
     x, y = pairs_of()
     coder = transcoder(x, y, pre_bias="none").coder
-    assert coder.look(x).scores.mean(0).abs().max() < 1e-4
+    assert coder.scores(x).mean(0).abs().max() < 1e-4
 
 
 def test_dead_latents_of_a_transcoder_are_revived():

@@ -15,8 +15,9 @@ from sae.objectives.reconstruction import Reconstruction
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.topk import TopK
 from sae.training.config import CoderConfig
+from sae.training.figures import NonFiniteError
 from sae.training.optim import OptimConfig
-from sae.training.trainer import CoderTrainer, NonFiniteError, Schedule, new_coder
+from sae.training.trainer import CoderTrainer, Schedule, new_coder
 
 D, WIDTH, K, STEPS, BATCH = 12, 48, 4, 60, 128
 
@@ -166,7 +167,7 @@ def test_a_bad_activation_leaves_everything_as_it_was(value):
     broken = x[:BATCH].clone()
     broken[[3, 70], 5] = value
     with pytest.raises(NonFiniteError, match=f"NaN or Inf in what was streamed, at 2 of {BATCH} tokens"):
-        made.step(broken, 10)
+        made.step(broken, 10).check()
     tensors, values = made.state()
     assert_same(before[0], tensors)
     assert before[1] == values
@@ -177,7 +178,7 @@ def test_a_loss_or_gradient_that_overflows_is_named_and_not_applied():
     run(made, range(3), x)
     before = weights(made)
     with pytest.raises(NonFiniteError, match=r"loss term reconstruction is inf|gradient of .* is not finite"):
-        made.step(x[:BATCH] * 1e30, 3)
+        made.step(x[:BATCH] * 1e30, 3).check()
     assert_same(before, weights(made))
     assert run(made, range(3, 6), x)[-1]["fvu"] < 1  # and training goes on
 

@@ -1,0 +1,113 @@
+"""What a step's backward passes say of the large weights, collected, so that each gradient is written once.
+
+The gradient of W_enc and of W_dec is a sparse matrix times rows: codes' gradients times inputs, codes times errors. The
+passes of a step (micro-batches, loss terms) leave their parts here instead of a dense gradient each; at the end all
+parts of a weight are one product, sorted by latent once for both weights.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.kernels import dense
+from sae.kernels.codes import ByLatent
+from sae.kernels.dispatch import densely, kernel
+
+
+@dataclass
+class _Part:
+    """A sparse matrix whose transpose times rows is a part of the gradient."""
+
+    offsets: Int[Tensor, "n_plus_1"]
+    ids: Int[Tensor, "nnz"]
+    coefficients: Float[Tensor, "nnz"]
+    rows: Float[Tensor, "n d"]
+
+
+@dataclass
+class Gradient:
+    """The gradient of one weight [m, d] as it comes together, and what adds up beside it for each row."""
+
+    weight: Float[Tensor, "m d"]
+    out: Float[Tensor, "m d"]
+    """Where the gradient will be; of dense codes it is there at once."""
+    bias: Float[Tensor, "m"]
+    """Sum of the coefficients: of an encoder, the gradient of its bias."""
+    through: Float[Tensor, "m"]
+    """The same of the parts whose rows depend on a bias before the encoder."""
+    along: Float[Tensor, "m"]
+    """<gradient_j, weight_j>: of a decoder, what would change the norms of its rows."""
+    parts: list[_Part] = field(default_factory=list)
+    begun: bool = False
+    """Whether `out` holds a part already."""
+
+    def add(self, offsets: Tensor, ids: Tensor, coefficients: Tensor, rows: Tensor) -> None:
+        """Takes in a part: coefficients^T rows."""
+        if not densely(offsets, ids, self.out):
+            self.parts.append(_Part(offsets, ids, coefficients, rows))
+            return
+        full = dense.matrix(coefficients.to(rows.dtype), offsets, ids, len(self.out))
+        torch.addmm(self.out, full.T, rows, beta=int(self.begun), out=self.out)
+        self.begun = True
+
+    def finish(self, sorts: dict[tuple[int, ...], ByLatent]) -> Float[Tensor, ""]:
+        """Writes the gradient and returns its sum of squares; `sorts` are those of the other weights of this step."""
+        if not self.parts:
+            if not self.begun:
+                self.out.zero_()
+            return torch.linalg.vector_norm(self.out).double().square()
+        key = tuple(number for part in self.parts for number in (part.ids.data_ptr(), part.offsets.data_ptr()))
+        whole = self.parts[0] if len(self.parts) == 1 else _joined(self.parts)
+        if key not in sorts:
+            sorts[key] = kernel("by_latent", self.out)(whole.offsets, whole.ids, len(self.out))
+        out = torch.empty_like(self.out) if self.begun else self.out
+        squares = kernel("weight_gradient", out)(sorts[key], whole.coefficients, whole.rows, out)
+        if self.begun:
+            squares = torch.linalg.vector_norm(self.out.add_(out)).double().square()
+        return squares
+
+
+class Sink:
+    """The gradients of some weights, found by where the weights lie."""
+
+    def __init__(self, gradients: list[tuple[Float[Tensor, "_m _d"], Float[Tensor, "_m _d"]]]) -> None:
+        """Begins with pairs of a weight and the place of its gradient, one latent a row."""
+        self._held: dict[int, Gradient] = {}
+        for weight, out in gradients:
+            bias, through, along = out.new_zeros(3, len(out))
+            self._held[weight.data_ptr()] = Gradient(weight.detach(), out, bias, through, along)
+
+    def of(self, weight: Float[Tensor, "m d"]) -> Gradient:
+        """Returns the gradient of a weight."""
+        return self._held[weight.data_ptr()]
+
+    def encoder(self, weight: Tensor, offsets: Tensor, ids: Tensor, gradient: Tensor, y: Tensor, through: bool) -> None:
+        """Takes in the gradient of pre-activations at a support; `through` says that y depends on a bias."""
+        found = self.of(weight)
+        found.add(offsets, ids, gradient, y)
+        found.bias.index_add_(0, ids, gradient)
+        if through:
+            found.through.index_add_(0, ids, gradient)
+
+    def decoder(
+        self, weight: Tensor, offsets: Tensor, ids: Tensor, values: Tensor, gradient: Tensor, of_values: Tensor
+    ) -> None:
+        """Takes in the gradient of an output, and of the codes that made it."""
+        found = self.of(weight)
+        found.add(offsets, ids, values, gradient)
+        found.along.index_add_(0, ids, values * of_values)
+
+    def finish(self) -> dict[int, Float[Tensor, ""]]:
+        """Writes all gradients and returns their sums of squares by where the weights lie."""
+        sorts: dict[tuple[int, ...], ByLatent] = {}
+        return {place: found.finish(sorts) for place, found in self._held.items()}
+
+
+def _joined(parts: list[_Part]) -> _Part:
+    starts = [0, *torch.tensor([len(part.ids) for part in parts]).cumsum(0).tolist()]
+    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]
+    end = offsets[0].new_full((1,), starts[-1])
+    columns = zip(*((part.ids, part.coefficients, part.rows) for part in parts), strict=True)
+    return _Part(torch.cat([*offsets, end]), *map(torch.cat, columns))

@@ -1,0 +1,129 @@
+"""What a step has measured: numbers on the device, read when somebody asks, all at once."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae.base.sums import in_float64
+from sae.parallel import collectives
+
+if TYPE_CHECKING:
+    from sae.training.trainer import Batch
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, gradient or activation is NaN or infinite; the step was not applied."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What the host knows of a step when it gives the next but one to the device."""
+
+    per_token: float
+    """Entries kept of a token, those that carry a gradient to a threshold alone included."""
+    idle: float = 0
+    """Tokens since that latent has fired which has not for longest."""
+    nearly: float = 0
+    """Latents that will be dead in `margin` tokens if they do not fire."""
+    margin: float = 0
+
+    def may_be_dead(self, dead_after: int, since: int, latents: int) -> int:
+        """Returns how many latents there may be, at most, that have not fired for so many tokens, `since` later."""
+        if self.idle + since < dead_after:
+            return 0
+        return int(self.nearly) if since <= self.margin else latents
+
+    def to_json(self) -> dict[str, float]:
+        """Returns it as plain values."""
+        return asdict(self)
+
+
+class Figures(Mapping[str, float]):
+    """The figures of one step by name, those of all ranks together.
+
+    They are on their way from the device until they are read, which waits. Reading those of a step that was not applied
+    raises NonFiniteError, on all ranks, which must then all read.
+    """
+
+    def __init__(
+        self,
+        values: dict[str, Tensor | float],
+        read: Callable[[dict[str, float]], dict[str, float]],
+        batch: "Batch",
+        n_tokens: int,
+        settle: Callable[[], None],
+    ) -> None:
+        """Takes numbers of the device by name, what makes of them what is told, and what repeats a step."""
+        self._names, self._make, self._batch, self._n_tokens = list(values), read, batch, n_tokens
+        self._settle = settle
+        device = next(value.device for value in values.values() if isinstance(value, Tensor))
+        parts = [in_float64(torch.as_tensor(value, device=device)) for value in values.values()]
+        together = torch.stack(parts)
+        self._event = None
+        if together.device.type == "cuda":
+            self._host = torch.empty(len(parts), dtype=torch.float64, pin_memory=True)
+            self._host.copy_(together, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = together.cpu()
+        self._found: dict[str, float] | None = None
+
+    def replace(self, other: "Figures") -> None:
+        """Becomes the figures of the same step, repeated."""
+        self.__dict__.update(other.__dict__)
+
+    def arrived(self) -> dict[str, float]:
+        """Returns the numbers of the device by name, once they are here."""
+        if self._event is not None:
+            self._event.synchronize()
+        return dict(zip(self._names, self._host.numpy().tolist(), strict=True))
+
+    def had_no_room(self) -> bool:
+        """Returns whether the step was not applied because a buffer was too small for its codes."""
+        return self.arrived()["failed"] > 0
+
+    def heard(self, before: Heard) -> Heard:
+        """Returns what the next step but one is planned by: what was heard before, if this one was not applied."""
+        found = self.arrived()
+        if not found["applies"]:
+            return before
+        return Heard(found["entries"] / max(1, self._n_tokens), found["idle"], found["nearly"], 2 * self._n_tokens)
+
+    def check(self) -> None:
+        """Raises NonFiniteError if the step was not applied, naming what was not finite; on all ranks."""
+        if self.had_no_room():
+            self._settle()
+        found = self.arrived()
+        watched = {n: v for n, v in found.items() if n.startswith(("loss.", "gradient.")) or n in ("square", "failed")}
+        if all(map(math.isfinite, watched.values())):
+            return
+        parts = [part for part in (self._batch.x, self._batch.target, self._batch.gradients) if part is not None]
+        bad = int(collectives.total(torch.stack([~torch.isfinite(part).all(1) for part in parts]).any(0).sum()))
+        if bad:
+            raise NonFiniteError(f"NaN or Inf in what was streamed, at {bad} of {self._n_tokens} tokens")
+        name, value = next((n, v) for n, v in watched.items() if not math.isfinite(v))
+        kind, _, of = name.partition(".")
+        raise NonFiniteError(f"gradient of {of} is not finite" if kind == "gradient" else f"loss term {of} is {value}")
+
+    def _read(self) -> dict[str, float]:
+        if self._found is None:
+            self.check()
+            self._found = self._make(self.arrived())
+        return self._found
+
+    def __getitem__(self, name: str) -> float:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __repr__(self) -> str:
+        return repr(self._read())
