@@ -124,7 +124,7 @@ class CoderTensors(nn.Module):
         """
         return self.decoders_of(self.W_dec.detach() if frozen else self.W_dec)
 
-    def decoders_of(self, weight: Float[Tensor, "rows width"]) -> list[Float[Tensor, "m width"]]:
+    def decoders_of(self, weight: Float[Tensor, "rows width"]) -> list[Float[Tensor, "m _width"]]:
         """Returns the same views of a tensor that is like W_dec."""
         sizes = [block.rows.stop - block.rows.start for block in self.blocks]
         return [part.view(self.spec.d_sae // len(sizes), -1) for part in weight.split(sizes)]

@@ -81,11 +81,10 @@ def affine(
     out: Float[Tensor, "n m"] | None = None,
 ) -> Float[Tensor, "n m"]:
     """Returns y W^T + b, in `out` if there is one; of several equal blocks of rows, each sees its own columns of y."""
-    seen, parts = y.view(len(y), blocks, -1), weight.view(blocks, -1, weight.shape[1])
     if out is None and blocks == 1:
         return torch.nn.functional.linear(y, weight, bias)
+    seen, size = y.view(len(y), blocks, weight.shape[1]), len(weight) // blocks
     out = y.new_empty(len(y), len(weight)) if out is None else out
-    size = parts.shape[1]
     piece = PIECE if y.device.type == "cpu" else size
     for block, start in ((b, s) for b in range(blocks) for s in range(0, size, piece)):
         rows = slice(block * size + start, block * size + min(start + piece, size))

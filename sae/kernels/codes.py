@@ -102,7 +102,7 @@ class Entries(NamedTuple):
         """Returns several lists of entries as one."""
         return Entries(*(torch.cat(members) for members in zip(*parts, strict=True)))
 
-    def to_rows(self, n_tokens: int) -> tuple[Int[Tensor, "n_plus_1"], Int[Tensor, "m"], Float[Tensor, "m"]]:
+    def to_rows(self, n_tokens: int) -> tuple[Int[Tensor, "n_plus_1"], Int[Tensor, "m"], Shaped[Tensor, "m"]]:
         """Returns (row offsets, latent ids ascending within a row, values)."""
         order = torch.argsort(self.ids, stable=True)
         order = order[torch.argsort(self.tokens[order], stable=True)]

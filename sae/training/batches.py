@@ -13,7 +13,7 @@ from sae.stream.tensors import GRADIENTS
 from sae.training.end_to_end import CleanPasses, splicer
 from sae.training.planning import CoderPlan
 from sae.training.preparing import Setting
-from sae.training.trainer import Batch
+from sae.training.step import Batch
 
 
 class Shares:

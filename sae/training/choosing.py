@@ -44,9 +44,11 @@ class Chosen(NamedTuple):
 class Chooser:
     """The rule at work: one state for each group of latents that it chooses among."""
 
-    def __init__(self, coder: SparseCoder, objectives: Mapping[str, Objective], dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, coder: SparseCoder, objectives: Mapping[str, Objective] | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         """Takes the precision of the dense product; None: that of the weights."""
-        self.coder, self.rule, self.objectives = coder, coder.spec.rule, objectives
+        self.coder, self.rule, self.objectives = coder, coder.spec.rule, objectives or {}
         self.exact = dtype in (None, coder.W_enc.dtype)
         self.rounded = {} if self.exact else {n: p.detach().to(dtype) for n, p in coder.encoder_tensors().items()}
         """The encoder's tensors in the precision of the product, where it is another; updates keep them."""
@@ -64,16 +66,21 @@ class Chooser:
         self._buffer: Tensor | None = None
 
     def begin(
-        self, progress: float, n_tokens: int, before: int, begun: dict[str, Any], per_token: float, careful: bool
+        self,
+        progress: float,
+        n_tokens: int,
+        before: int = 0,
+        begun: dict[str, Any] | None = None,
+        per_token: float | None = None,
     ) -> None:
         """Begins a step of `n_tokens` tokens over all ranks, of which nothing is kept before `finish`.
 
         `before` of them are those of the ranks before this one; `begun` is what the loss terms know of the step;
-        `per_token` how many entries a token is expected to keep; `careful` that there is to be room for all.
+        `per_token` how many entries a token is expected to keep. Without, there is room for all.
         """
-        self.before, self.begun, self.short, self._counts = before, begun, [], []
-        self.per_token = self.coder.spec.d_sae if careful else per_token
-        self.moments = [Moment(progress, n_tokens, dict(state), careful) for state in self.states]
+        self.before, self.begun, self.short, self._counts = before, begun or {}, [], []
+        self.per_token = self.coder.spec.d_sae if per_token is None else per_token
+        self.moments = [Moment(progress, n_tokens, dict(state), per_token is None) for state in self.states]
         for moment in self.moments:
             self.rule.begin(moment)
 
@@ -212,10 +219,11 @@ class Chooser:
     def _ask(self, rule: Selection, scores: Tensor, tensors: dict[str, Tensor], group: int) -> tuple[Tensor, Tensor]:
         return rule.choose(scores, tensors, self.moments[group])
 
-    def finish(self, applies: Bool[Tensor, ""]) -> None:
-        """Keeps what the step has taught the rule, if it was applied."""
+    def finish(self, applies: Bool[Tensor, ""] | None = None) -> None:
+        """Keeps what the step has taught the rule, if it was applied, as it was where nothing is said."""
         for moment in self.moments:
             self.rule.finish(moment)
+        applies = torch.ones((), dtype=torch.bool, device=self.coder.W_enc.device) if applies is None else applies
         self.states = [
             {name: torch.where(applies, new, old[name]) if name in old else new for name, new in moment.state.items()}
             for moment, old in zip(self.moments, self.states, strict=True)
@@ -231,9 +239,9 @@ class Chooser:
             return (), torch.cat(known)
         return tuple(float(value) for value in known), None
 
-    def report(self, states: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Returns what is worth logging of what was remembered, the mean over the groups that know it."""
-        reports = [self.rule.report(state) for state in states]
+    def report(self, states: list[dict[str, Tensor]] | None = None) -> dict[str, float]:
+        """Returns what is worth logging of what is remembered, or was; the mean over the groups that know it."""
+        reports = [self.rule.report(state) for state in states or self.states]
         found = {name: [report[name] for report in reports if name in report] for report in reports for name in report}
         return {name: sum(values) / len(values) for name, values in found.items()}
 

@@ -29,10 +29,10 @@ from sae.stream.drawn import Ended
 from sae.training import checkpoint
 from sae.training.batches import Shares, bad_blocks
 from sae.training.callbacks import Callbacks, Moment
-from sae.training.figures import Figures, NonFiniteError
 from sae.training.preparing import Setting, new_trainers
 from sae.training.reporting.report import write_report
 from sae.training.saving import Saver
+from sae.training.step import Figures, NonFiniteError
 from sae.training.trainer import CoderTrainer
 
 log = logging.getLogger(__name__)

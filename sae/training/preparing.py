@@ -26,13 +26,14 @@ from sae.stream.tensors import Stored, given_activations
 from sae.text.documents import commit_of_data, first_look
 from sae.text.tokenizing import TokenizedText, special_ids, tokenize, what_was_met
 from sae.training import checkpoint
+from sae.training.beginning import new_coder
 from sae.training.config import TrainConfig
 from sae.training.estimate import check_disk, disk_needed
 from sae.training.measuring import Recipe, Statistics, measure, sample_activations
 from sae.training.planning import CoderPlan, check_ranks, plan_run, plan_tensors, with_model_named
 from sae.training.start import own_jobs
 from sae.training.subject import OfText, Subject, drawn_from, of_iterator, of_tensors
-from sae.training.trainer import CoderTrainer, Schedule, new_coder
+from sae.training.trainer import CoderTrainer, Schedule
 
 log = logging.getLogger(__name__)
 

@@ -1,35 +1,25 @@
 """One coder in training: losses, guards, the update, and the counters that a resume needs."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.base.errors import ConfigError
 from sae.base.sums import in_float64, summed_on
 from sae.coder.coder import Look, SparseCoder
-from sae.coder.initialization import initialize
 from sae.coder.normalization import undo
 from sae.kernels import Sink
-from sae.loading import hub
-from sae.objectives import Objective, Spliced, Start, Step
+from sae.objectives import Objective, Start, Step
 from sae.parallel import collectives, ranks
-from sae.selection import Selection
 from sae.training.choosing import Chooser, Chosen, tile_tokens
-from sae.training.config import CoderConfig
-from sae.training.figures import Figures, Heard
-from sae.training.measuring import Statistics
 from sae.training.optim import Average, OptimConfig, Updater, normalize_decoder
+from sae.training.step import Batch, Figures, Heard, Sums
 
-SHAPES = ("d_in", "d_out", "d_sae", "encoder", "cross_layer", "skip")
-STARTED_ALIKE = (*SHAPES, "pre_bias", "decoder_norm", "budget", "select_by_decoder_norm")
 LEAST_RESIDUAL = 1e-6  # of the variance: a batch of one token has none, and AuxK divides by it
 
 
@@ -45,91 +35,6 @@ class Schedule:
     """Rows of one forward and backward pass; 0 takes the batch whole."""
     product_dtype: torch.dtype | None = None
     """Precision of the dense encoder product; None: that of the weights."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The unmasked tokens of this rank's share of a batch."""
-
-    x: Float[Tensor, "n d_in"]
-    """Raw activations at the sites read, side by side."""
-    target: Float[Tensor, "n d_out"]
-    """Raw activations at the sites written; of an autoencoder, x."""
-    gradients: Float[Tensor, "n d_out"] | None = None
-    """Of the loss, at the sites written, for a rule that looks at them."""
-    sizes: tuple[int, ...] | None = None
-    """Tokens of each micro-batch, where these must be whole rows of text."""
-    spliced: Callable[[int, Float[Tensor, "m d_out"]], Spliced] | None = None
-    """Runs the language model on micro-batch i with these raw outputs in place, for end-to-end terms."""
-
-
-def new_coder(
-    config: CoderConfig, found: Statistics, device: torch.device | str = "cpu", **described: Any
-) -> SparseCoder:
-    """Returns an untrained coder for activations with the measured statistics.
-
-    `described` fills the fields of its spec that training does not need: context length, where it comes from.
-    """
-    spec = config.spec(
-        found.reads, found.writes, found.normalization, mask=found.mask, variance=found.variance, **described
-    )
-    coder = SparseCoder(spec, device)
-    if config.start_from:
-        return _started(coder, Path(config.start_from))
-    center, input_center = found.center.to(device), found.input_center.to(device)
-    initialize(coder, center, config.seed, input_center=input_center, spread=found.input_spread)
-    return coder
-
-
-def _started(coder: SparseCoder, folder: Path) -> SparseCoder:
-    """Returns the coder with the weights and the calibration of a trained one; scales were taken over when measuring.
-
-    ConfigError names what makes them different coders.
-    """
-    trained, spec = hub.load(folder, coder.W_enc.device), coder.spec
-    ours, theirs = (
-        {
-            **{name: getattr(s, name) for name in STARTED_ALIKE},
-            "normalization.kind": s.normalization.kind,
-            "selection.type": Selection.get_choice_name(type(s.selection)),
-            "sites": [site.name for site in s.reads],
-            "targets": [site.name for site in s.writes],
-        }
-        for s in (spec, trained.spec)
-    )
-    for name, value in ours.items():
-        if value != theirs[name]:
-            raise ConfigError(f"coder.start_from: {folder} has {name} {theirs[name]}, but this run {value}")
-    coder.spec = spec.with_(calibration=trained.spec.calibration)
-    coder.load_state_dict(trained.state_dict())
-    return coder
-
-
-@dataclass
-class _Sums:
-    """What adds up over the micro-batches of a step, and over ranks."""
-
-    terms: dict[str, Tensor]
-    """The loss terms, without their weights."""
-    error: Float[Tensor, "d_out"]
-    square: Float[Tensor, ""]
-    fired: Int[Tensor, "d_sae"]
-    failed: Float[Tensor, ""]
-    """Above 0 if a rank had no room for all entries, or was given gradients that are not finite (then NaN)."""
-
-    @classmethod
-    def zero(cls, names: Iterable[str], coder: SparseCoder) -> "_Sums":
-        like = coder.W_enc
-        zeros = partial(torch.zeros, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-        terms = {name: zeros(()) for name in names}
-        return cls(terms, zeros(coder.spec.d_out), zeros(()), zeros(coder.spec.d_sae, dtype=torch.int64), zeros(()))
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.terms.values(), self.error, self.square, self.fired, self.failed]
-
-    def spread(self, n_tokens: int) -> Float[Tensor, ""]:
-        """Returns the variance of the error, in float64."""
-        return in_float64(self.square) / n_tokens - (in_float64(self.error) / n_tokens).square().sum()
 
 
 @dataclass(frozen=True)
@@ -175,7 +80,8 @@ class CoderTrainer:
         self._on_its_way: list[tuple[_Planned, Figures]] = []
         per_token = coder.spec.selection.implied_l0 or coder.spec.selection.fires_at_first * coder.spec.d_sae
         self.count, self.tokens_before = 0, 0  # of the steps given so far, and of the last of them
-        self.heard = {number: Heard(float(per_token)) for number in (-2, -1)}
+        self.heard: dict[int, Heard] = {}
+        self.heard[-2] = self.heard[-1] = Heard(float(per_token))
 
     @property
     def dead(self) -> Bool[Tensor, "d_sae"]:
@@ -215,12 +121,13 @@ class CoderTrainer:
         planned, figures = self._on_its_way[0]
         if figures.had_no_room():
             self._stuck = torch.zeros_like(self._stuck)
-            figures.replace(self._given(planned, careful=True))
+            figures.become(self._given(planned, careful=True))
             for behind, theirs in self._on_its_way[1:]:
-                theirs.replace(self._given(behind))
+                theirs.become(self._given(behind))
         del self._on_its_way[0]
         number = self.count - len(self._on_its_way) - 1
-        self.heard = {number - 1: self.heard[number - 1], number: figures.heard(self.heard[number - 1])}
+        self.heard[number] = figures.heard(self.heard[number - 1])
+        self.heard.pop(number - 2, None)
 
     def _given(self, planned: _Planned, careful: bool = False) -> Figures:
         """Gives a step to the device and returns its figures to come; where `careful`, there is room for all."""
@@ -228,7 +135,7 @@ class CoderTrainer:
         start = Start(self.dead, self.density, planned.may_be_dead)
         begun = {name: term.begin(start) for name, term in self.objectives.items()}
         factors = {name: term.factor(progress, self.multipliers[name]) for name, term in self.objectives.items()}
-        self.chooser.begin(progress, n_tokens, planned.before, begun, planned.per_token, careful)
+        self.chooser.begin(progress, n_tokens, planned.before, begun, None if careful else planned.per_token)
         sums, sink = self._backward(planned.batch, n_tokens, factors, begun)
         collectives.total_(*self.updater.finish(sink), *sums.tensors())
         norms = self.updater.norms()
@@ -245,14 +152,14 @@ class CoderTrainer:
 
     def summed(self) -> list[Tensor]:
         """Returns what is summed over ranks in a step, as zeros: gradients, and what adds up beside them."""
-        return [*self.updater.exchanged(), *_Sums.zero(self.objectives, self.coder).tensors()]
+        return [*self.updater.exchanged(), *Sums.zero(self.objectives, self.coder).tensors()]
 
     def _backward(
         self, batch: Batch, n_tokens: int, factors: dict[str, Tensor | float], begun: dict[str, Any]
-    ) -> tuple["_Sums", Sink]:
+    ) -> tuple["Sums", Sink]:
         """Leaves the gradients of every micro-batch with a sink, and adds up what is reported of it."""
         coder, variance = self.coder, self.coder.spec.variance or 1.0
-        sums = _Sums.zero(self.objectives, coder)
+        sums = Sums.zero(self.objectives, coder)
         with self.updater.collecting() as sink:
             for number, (look, target, chosen) in enumerate(self._passes(batch)):
                 run = coder.run(look, chosen.by_rule, target)
@@ -280,7 +187,7 @@ class CoderTrainer:
             sums.failed += 0 * batch.gradients.abs().amax() if len(batch.gradients) else 0
         return sums, sink
 
-    def _learn(self, sums: _Sums, n_tokens: int, applies: Bool[Tensor, ""]) -> None:
+    def _learn(self, sums: Sums, n_tokens: int, applies: Bool[Tensor, ""]) -> None:
         """Takes what a step has shown into the state that later steps, and a resume, start from, if it was applied."""
         shown = torch.stack([loss != 0 for loss in sums.terms.values()])
         self._active = self._active + (shown & applies)
@@ -328,7 +235,7 @@ class CoderTrainer:
     def _figures(
         self,
         planned: _Planned,
-        sums: _Sums,
+        sums: Sums,
         norms: dict[str, Tensor],
         factors: dict[str, Tensor | float],
         rate: float,
@@ -443,4 +350,5 @@ class CoderTrainer:
             heard = [Heard(**found) for found in values["heard"]]
         else:  # written by a version that waited for every step
             heard = [replace(self.heard[-1], idle=int(self.tokens_since_fired.max()))] * 2
-        self.count, self.heard = 0, dict(zip((-2, -1), heard, strict=True))
+        self.heard.clear()
+        self.count, (self.heard[-2], self.heard[-1]) = 0, heard

@@ -30,10 +30,12 @@ from sae.stream.lanes import Stream
 from sae.stream.sources import Blocks, LiveSource, Reading
 from sae.text.documents import TextConfig
 from sae.text.tokenizing import special_ids, tokenize
+from sae.training.beginning import new_coder
 from sae.training.config import CoderConfig
 from sae.training.measuring import Recipe, measure, sample_activations
 from sae.training.optim import OptimConfig
-from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
+from sae.training.step import Batch
+from sae.training.trainer import CoderTrainer, Schedule
 
 MATRYOSHKA = {"reconstruction": {"type": "reconstruction", "weight": 0}, "matryoshka": {"type": "matryoshka"}}
 

@@ -37,10 +37,12 @@ from sae.selection.mutual_choice import MutualChoice
 from sae.selection.relu import ReLU
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
+from sae.training.beginning import new_coder
 from sae.training.config import CoderConfig
 from sae.training.measuring import Recipe, measure
 from sae.training.optim import OptimConfig
-from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
+from sae.training.step import Batch
+from sae.training.trainer import CoderTrainer, Schedule
 
 BATCH, K, LATENTS = 512, 4, 192
 PLAIN = {"reconstruction": Reconstruction()}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sae.base.errors import ConfigError
-from sae.coder.coder import SparseCoder
+from sae.coder.coder import Choice, SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.normalization import Normalization, undo
 from sae.coder.spec import CoderSpec
@@ -196,7 +196,10 @@ def test_all_gradients_equal_dense_autograd():
 
 def test_low_precision_product_changes_the_choice_only():
     c, x = coder(d=32, m=128, k=8), torch.randn(64, 32)
-    low = c.run(c.look(x, torch.bfloat16), exact=False)
+    rounded = {name: tensor.bfloat16() for name, tensor in c.encoder_tensors().items()}
+    scores = c.preactivations(c.look(x).y, rounded)
+    assert scores.dtype == torch.bfloat16
+    low = c.run(c.look(x), c.chosen(scores, *c.support(scores), exact=False), x)
     exact = (low.y @ c.W_enc.T + c.b_enc)[low.latents.tokens, low.latents.ids].relu()
     torch.testing.assert_close(low.latents.values, exact)
     same = (low.latents.to_dense() != 0) == (c.encode(x).to_dense() != 0)
@@ -236,5 +239,5 @@ def test_what_is_trained_is_what_is_put_out(kind):
     """The prediction that the loss sees, with the normalization undone, is the output: the skip path included."""
     made = coder(skip=True, normalization=Normalization(kind, 0.37))
     x = torch.randn(5, 6) * 3 + 1
-    run = made.run(made.look(x))
+    run = made.run(made.look(x), Choice(*made.support(made.scores(x))), x)
     torch.testing.assert_close(undo(run.prediction, run.how), made(x).out)

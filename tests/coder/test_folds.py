@@ -102,7 +102,7 @@ def batch(coder, seed=1):
 def calibrated(coder, seed=2):
     """The coder with numbers that its rule may have found in training."""
     x, _ = batch(coder, seed)
-    compared = coder.compared(coder.look(x))
+    compared = coder.compared(coder.scores(x))
     cuts = tuple(float(compared[:, group].quantile(0.8)) for group in coder.rule_groups())
     if isinstance(coder.spec.selection, GradientTopK):
         cuts = tuple(0.5 + 0.1 * number for number in range(len(cuts)))

@@ -138,7 +138,7 @@ def test_ties_fall_as_in_the_full_codes(rule, layers, seed, asked, held):
 
 def test_there_are_ties_to_be_broken():
     coder = made("topk", whole=True)
-    scores = coder.look(batch(coder, whole=True)[0]).scores.sort(dim=1, descending=True).values
+    scores = coder.scores(batch(coder, whole=True)[0]).sort(dim=1, descending=True).values
     assert (scores[:, 2] == scores[:, 3]).float().mean() > 0.2
 
 

@@ -13,7 +13,8 @@ from sae.lm.site import Site
 from sae.objectives import Objective
 from sae.selection import trainable
 from sae.training.optim import OptimConfig
-from sae.training.trainer import Batch, CoderTrainer, Schedule
+from sae.training.step import Batch
+from sae.training.trainer import CoderTrainer, Schedule
 
 RULES = {name: kind for name, kind in trainable().items() if name == kind.get_choice_name(kind)}  # no second names
 ONE, OTHER = (Site("a", width=12),), (Site("b", width=8),)

@@ -10,9 +10,11 @@ from sae.base import plugins
 from sae.objectives import Objective, Spliced
 from sae.selection import trainable
 from sae.selection.topk import TopK
+from sae.training.beginning import new_coder
 from sae.training.config import CoderConfig
 from sae.training.optim import OptimConfig
-from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
+from sae.training.step import Batch
+from sae.training.trainer import CoderTrainer, Schedule
 
 D, M, N, STEPS = 8, 24, 48, 10
 RULES = {name: kind for name, kind in trainable().items() if name == kind.get_choice_name(kind)}  # no second names

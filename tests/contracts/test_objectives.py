@@ -11,11 +11,12 @@ from sae.coder.coder import SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.normalization import undo
 from sae.coder.spec import CoderSpec
+from sae.kernels.codes import where
 from sae.lm.site import Site
-from sae.objectives import Objective, Spliced, Step
+from sae.objectives import Objective, Spliced, Start, Step
 from sae.objectives.aux_zipf import AuxZipf, shortfall
-from sae.objectives.auxk import AuxK, explained_by
-from sae.selection import Moment, Selection
+from sae.objectives.auxk import AuxK, members
+from sae.selection import Selection
 from sae.selection.signed_topk import SignedTopK
 from sae.selection.topk import TopK
 
@@ -53,31 +54,39 @@ def readout(x, how):
     return lambda made: Spliced(x @ weight, undo(made, how) @ weight, following)
 
 
-def view(coder, x, dead, n_tokens=N, run=None):
-    run = run or coder.run(coder.look(x))
-    density = torch.linspace(0.5, 0, M).double()
-    return Step(coder, run, x, n_tokens, 2.5, 0.7, dead, density, readout(x, run.how))
+def view(term, coder, x, dead, n_tokens=N, run=None, density=None):
+    """What a term sees of a step in which these latents are dead."""
+    run = run or chosen_run(coder, x)
+    begun = term.begin(Start(dead, torch.linspace(0.5, 0, M).double() if density is None else density, int(dead.sum())))
+    beside = term.choose(coder, coder.preactivations(run.y.detach()), begun) if len(x) else None
+    return Step(coder, run, x, n_tokens, 2.5, torch.tensor(0.7).double(), begun, beside, readout(x, run.how))
+
+
+def chosen_run(coder, x, support=None):
+    """A pass with what the rule chooses, or with a given support."""
+    scores = coder.scores(x)
+    return coder.run(coder.look(x), coder.chosen(scores, *(support or coder.support(coder.compared(scores)))), x)
 
 
 def test_gradient_equals_finite_differences(name):
     """What a term holds constant (a residual, an encoder input, the decoder) is frozen for the differences."""
     coder, x, dead = setting(name)
     term = TERMS[name]()
-    step = view(coder, x, dead)
+    step = view(term, coder, x, dead)
     term.loss(step).backward()
     support = (step.run.latents.offsets, step.run.latents.ids)
-    held = {name: getattr(step.run, name).detach().clone() for name in ("y", "prediction", "rest")}
+    held = {name: getattr(step.run, name).detach().clone() for name in ("y", "prediction", "rest", "error")}
     held_decoder = coder.W_dec.detach().clone()
 
     def value():
-        run = coder.run(coder.look(x), support)
+        run = chosen_run(coder, x, support)
         if name in ("auxk", "aux_zipf"):
-            run = replace(run, y=held["y"], scores=coder.preactivations(held["y"]), prediction=held["prediction"])
+            run = replace(run, y=held["y"], prediction=held["prediction"], error=held["error"])
         if name != "gate":
-            return term.loss(view(coder, x, dead, run=run)).item()
+            return term.loss(view(term, coder, x, dead, run=run)).item()
         moved = coder.W_dec.detach().clone()
         coder.W_dec.data.copy_(held_decoder)
-        found = term.loss(view(coder, x, dead, run=replace(run, rest=held["rest"]))).item()
+        found = term.loss(view(term, coder, x, dead, run=replace(run, rest=held["rest"]))).item()
         coder.W_dec.data.copy_(moved)
         return found
 
@@ -101,8 +110,8 @@ def test_some_parameter_learns(name):
     coder, x, dead = setting(name)
     coder.spec.selection.activate  # noqa: B018
     if name == "l0":
-        coder.threshold.data.fill_(float(coder.look(x).scores.quantile(0.7)))
-    TERMS[name]().loss(view(coder, x, dead)).backward()
+        coder.threshold.data.fill_(float(coder.scores(x).quantile(0.7)))
+    TERMS[name]().loss(view(TERMS[name](), coder, x, dead)).backward()
     assert sum(p.grad.abs().sum() for p in coder.parameters() if p.grad is not None) > 0
 
 
@@ -110,9 +119,9 @@ def test_micro_batches_add_up(name):
     coder, x, dead = setting(name)
     term = TERMS[name]()
     draws = readout(x, (0.0, 1.0))(x)
-    whole, parts = view(coder, x, dead), 0.0
+    whole, parts = view(term, coder, x, dead), 0.0
     for rows in torch.arange(N).split(4):
-        step = view(coder, x[rows], dead)
+        step = view(term, coder, x[rows], dead)
         own = lambda made, rows=rows: Spliced(  # noqa: E731
             draws.clean[rows], readout(x[rows], (0.0, 1.0))(made).patched, draws.next_tokens[rows]
         )
@@ -123,9 +132,9 @@ def test_micro_batches_add_up(name):
 def test_no_tokens_and_constant_input_are_finite(name):
     coder, x, dead = setting(name)
     term = TERMS[name]()
-    assert torch.isfinite(term.loss(view(coder, x[:0], dead, 1)))
-    assert torch.isfinite(term.loss(view(coder, torch.zeros_like(x), dead)))
-    assert torch.isfinite(term.loss(view(coder, x, torch.ones_like(dead))))
+    assert torch.isfinite(term.loss(view(term, coder, x[:0], dead, 1)))
+    assert torch.isfinite(term.loss(view(term, coder, torch.zeros_like(x), dead)))
+    assert torch.isfinite(term.loss(view(term, coder, x, torch.ones_like(dead))))
 
 
 def test_defaults_fit_the_rule_they_are_made_for(name):
@@ -136,22 +145,29 @@ def test_defaults_fit_the_rule_they_are_made_for(name):
 def test_auxk_touches_dead_latents_only_and_is_zero_without_any():
     coder, x, dead = setting()
     auxk = AuxK(k=2)
-    auxk.loss(view(coder, x, dead)).backward()
+    auxk.loss(view(auxk, coder, x, dead)).backward()
     for name in ("W_enc", "b_enc", "W_dec"):
         grad = getattr(coder, name).grad
         assert (grad[~dead] == 0).all()
         assert (grad[dead] != 0).any(), f"{name} learns too: the term is not decoder-only"
     assert coder.b_dec.grad is None or (coder.b_dec.grad == 0).all(), "no bias enters the explanation of the residual"
-    assert auxk.loss(view(coder, x, torch.zeros_like(dead))).item() == 0.0
+    nobody = torch.zeros_like(dead)
+    assert auxk.loss(view(auxk, coder, x, nobody)).item() == 0.0
+    begun = auxk.begin(Start(nobody, torch.zeros(M), 3))  # the host only knows that there are no more than three
+    step = replace(view(auxk, coder, x, nobody), begun=begun, beside=auxk.choose(coder, coder.scores(x), begun))
+    coder.zero_grad()
+    auxk.loss(step).backward()
+    assert auxk.loss(step).item() == 0.0
+    assert all((p.grad == 0).all() for p in coder.parameters() if p.grad is not None)
 
 
 def test_auxk_equals_its_formula_densely():
     coder, x, dead = setting()
-    step = view(coder, x, dead)
-    scores = step.run.scores.clone()
+    step = view(AuxK(k=2), coder, x, dead)
+    scores = coder.scores(x)
     scores[:, ~dead] = -torch.inf
     kept = torch.zeros_like(scores).scatter_(1, scores.topk(2, dim=1).indices, 1.0)
-    explained = (step.run.scores * kept).relu() @ coder.W_dec
+    explained = (coder.scores(x) * kept).relu() @ coder.W_dec
     expected = (x - step.run.prediction - explained).square().sum() / (N * 0.7)
     torch.testing.assert_close(AuxK(k=2).loss(step), expected)
 
@@ -164,7 +180,7 @@ def test_aux_zipf_is_auxk_bit_for_bit_when_the_weight_is_the_dead_indicator():
     losses, grads = [], []
     for term in (AuxK(k=2), AuxZipf(k=2)):
         coder.zero_grad()
-        losses.append(term.loss(replace(view(coder, x, dead), density=density)))
+        losses.append(term.loss(view(term, coder, x, dead, density=density)))
         losses[-1].backward()
         grads.append({n: p.grad.clone() for n, p in coder.named_parameters() if p.grad is not None})
     assert torch.equal(*losses)
@@ -192,8 +208,9 @@ def test_aux_zipf_helps_the_dying_in_proportion():
     coder, x, dead = setting()
     shares = torch.zeros(M).double()
     shares[2], shares[7] = 1.0, 0.25
-    step = view(coder, x, dead)
-    explained_by(step, shares, 2).backward()
+    begun, term = members(shares.float(), M), AuxZipf(k=2)
+    step = replace(view(term, coder, x, dead), begun=begun, beside=term.choose(coder, coder.scores(x), begun))
+    term.loss(step).backward()
     used = coder.W_dec.grad.abs().sum(1).nonzero()[:, 0].tolist()
     assert set(used) <= {2, 7}
 
@@ -203,13 +220,9 @@ def test_jumprelu_thresholds_have_the_gradients_of_the_paper():
     coder, x, _ = setting("l0")
     rule = coder.spec.selection
     coder.threshold.data = torch.full((M,), 0.3)
-    look = coder.look(x)
-    chosen = coder.support(
-        look.scores, lambda rule, scores, tensors, group: rule.choose(scores, tensors, Moment(0.0, N))
-    )
-    run = coder.run(look, chosen)
-    step = view(coder, x, torch.zeros(M, dtype=torch.bool), run=run)
-    h, eps = look.scores, rule.bandwidth
+    h, eps = coder.scores(x), rule.bandwidth
+    run = chosen_run(coder, x, where(h > rule.cuts(coder.per_latent())))
+    step = view(TERMS["l0"](), coder, x, torch.zeros(M, dtype=torch.bool), run=run)
     theta = coder.threshold.detach().double().expand_as(h)
     near = ((h - theta).abs() < eps / 2).double()
     assert near.sum() > 0
@@ -227,21 +240,21 @@ def test_jumprelu_thresholds_have_the_gradients_of_the_paper():
 
 def test_penalties_follow_their_formulas():
     coder, x, dead = setting("gate")
-    run = coder.run(coder.look(x))
-    step = view(coder, x, dead, run=run)
-    gates, norms = run.scores.relu(), coder.W_dec.norm(dim=1)
+    run, scores = chosen_run(coder, x), coder.scores(x)
+    step = view(TERMS["l1"](), coder, x, dead, run=run)
+    gates, norms = scores.relu(), coder.W_dec.norm(dim=1)
     torch.testing.assert_close(TERMS["l1"]().loss(step), (gates * norms).sum() / (N * 2.5**0.5))
     active = run.latents.to_dense()
     torch.testing.assert_close(TERMS["tanh"](c=3.0).loss(step), torch.tanh(3 * active * norms / 2.5**0.5).sum() / N)
     made = gates @ coder.W_dec + coder.b_dec
     torch.testing.assert_close(TERMS["gate"]().loss(step), (x - made).square().sum() / (N * 2.5))
-    magnitudes = ((run.scores - coder.b_enc) * coder.r_mag.exp() + coder.b_mag).relu() * (run.scores > 0)
+    magnitudes = ((scores - coder.b_enc) * coder.r_mag.exp() + coder.b_mag).relu() * (scores > 0)
     torch.testing.assert_close(active, magnitudes, check_dtype=False)
 
 
 def test_matryoshka_is_the_mean_over_prefixes():
     coder, x, dead = setting()
-    step = view(coder, x, dead)
+    step = view(TERMS["matryoshka"](), coder, x, dead)
     codes, expected = step.run.latents.to_dense(), []
     for width in (0, 4, 7, M):
         made = codes[:, :width] @ coder.W_dec[:width] + coder.b_dec
@@ -254,19 +267,22 @@ def test_matryoshka_is_the_mean_over_prefixes():
 
 def test_multi_topk_decodes_more_latents_and_equals_reconstruction_at_k():
     coder, x, dead = setting()
-    step = view(coder, x, dead)
-    torch.testing.assert_close(TERMS["multi_topk"](k=K).loss(step), TERMS["reconstruction"]().loss(step))
-    wide = torch.zeros_like(step.run.scores).scatter_(1, step.run.scores.topk(4 * K).indices, 1.0)
-    made = (step.run.scores * wide).relu() @ coder.W_dec + coder.b_dec
-    torch.testing.assert_close(TERMS["multi_topk"]().loss(step), (x - made).square().sum() / (N * 2.5))
+    same, wider, scores = TERMS["multi_topk"](k=K), TERMS["multi_topk"](), coder.scores(x)
+    step = view(same, coder, x, dead)
+    torch.testing.assert_close(same.loss(step), TERMS["reconstruction"]().loss(step))
+    step = view(wider, coder, x, dead)
+    wide = torch.zeros_like(scores).scatter_(1, scores.topk(4 * K).indices, 1.0)
+    made = (scores * wide).relu() @ coder.W_dec + coder.b_dec
+    torch.testing.assert_close(wider.loss(step), (x - made).square().sum() / (N * 2.5))
 
 
 def test_sites_are_weighted():
     sites = (Site("a", width=2, weight=4.0), Site("b", width=3, weight=0.25))
     coder, x, dead = setting()
-    plain = TERMS["reconstruction"]().loss(view(coder, x, dead))
+    term = TERMS["reconstruction"]()
+    plain = term.loss(view(term, coder, x, dead))
     coder.spec = coder.spec.with_(reads=sites, writes=sites)
-    step = view(coder, x, dead)
+    step = view(term, coder, x, dead)
     parts = (x - step.run.prediction).square()
     expected = (4 * parts[:, :2].sum() + 0.25 * parts[:, 2:].sum()) / (N * 2.5)
     torch.testing.assert_close(TERMS["reconstruction"]().loss(step), expected)
@@ -275,21 +291,24 @@ def test_sites_are_weighted():
 
 def test_a_penalty_rises_and_is_adapted_to_its_target():
     term = TERMS["l1"](weight=2.0, target_l0=10.0, adapt_rate=0.1, warmup_share=0.5)
-    assert term.factor(0.25, 3.0) == pytest.approx(3.0)
-    assert term.factor(0.9, 3.0) == pytest.approx(6.0)
-    assert term.adapted(1.0, 10.0) == 1.0
-    assert term.adapted(1.0, 15.0) == pytest.approx(1.0512710963760241)
-    assert term.adapted(1.0, 1000.0) == term.adapted(1.0, 20.0) > 1 > term.adapted(1.0, 5.0)
-    assert TERMS["l1"]().adapted(1.0, 1e9) == 1.0, "without a target the weight stays"
+    one, three = (torch.tensor(number, dtype=torch.float64) for number in (1.0, 3.0))
+    assert term.factor(0.25, three) == pytest.approx(3.0)
+    assert term.factor(0.9, three) == pytest.approx(6.0)
+    assert term.adapted(one, 10 * one) == 1.0
+    assert term.adapted(one, 15 * one).item() == pytest.approx(1.0512710963760241)
+    assert term.adapted(one, 1000 * one) == term.adapted(one, 20 * one) > 1 > term.adapted(one, 5 * one)
+    assert TERMS["l1"]().adapted(one, 1e9 * one) == 1.0, "without a target the weight stays"
 
 
 def test_thresholds_are_steered_by_the_slope_of_a_square():
-    term = TERMS["l0"](target_l0=8.0)
+    term, one = TERMS["l0"](target_l0=8.0), torch.ones((), dtype=torch.float64)
     for l0 in (4.0, 8.0, 9.5, 15.0):
         slope = ((l0 + 1e-6) / 8 - 1) ** 2 - ((l0 - 1e-6) / 8 - 1) ** 2
-        assert term.adapted(7.0, l0) == pytest.approx(slope / 2e-6, abs=1e-8)
-    assert term.adapted(1.0, 1e9) == 0.25 == -term.adapted(1.0, 0.0), "a dense start counts as twice the target"
-    assert TERMS["l0"](target_l0=0.0).adapted(1.0, 1e9) == 1.0, "without a target L0 itself is penalized"
+        assert term.adapted(7 * one, l0 * one).item() == pytest.approx(slope / 2e-6, abs=1e-8)
+    assert term.adapted(one, 1e9 * one) == 0.25 == -term.adapted(one, 0 * one), (
+        "a dense start counts as twice the target"
+    )
+    assert TERMS["l0"](target_l0=0.0).adapted(one, 1e9 * one) == 1.0, "without a target L0 itself is penalized"
 
 
 BAD = [
@@ -324,7 +343,7 @@ def test_terms_made_for_another_rule_are_refused(name, rule):
 def test_l1_of_signed_codes_is_of_their_magnitudes():
     coder, x, dead = setting()
     coder.spec = coder.spec.with_(selection=SignedTopK(K))
-    step = view(coder, x, dead)
+    step = view(TERMS["l1"](), coder, x, dead)
     expected = (step.run.latents.to_dense().abs() * coder.W_dec.norm(dim=1)).sum() / (N * 2.5**0.5)
     torch.testing.assert_close(plugins.names(Objective)["l1"]().loss(step), expected)
 
@@ -339,11 +358,12 @@ def test_multi_topk_of_a_cross_layer_coder_asks_as_selection_does(budget, kept):
         for parameter in coder.parameters():
             parameter.normal_()
     x = torch.randn(N, 12)
-    nothing = torch.zeros(24)
-    step = Step(coder, coder.run(coder.look(x)), torch.randn(N, 12), N, 2.5, 0.7, nothing > 0, nothing.double())
-    multi, reconstruction = plugins.names(Objective)["multi_topk"](k=kept), plugins.names(Objective)["reconstruction"]()
-    torch.testing.assert_close(multi.loss(step), reconstruction.loss(step))
-    assert plugins.names(Objective)["multi_topk"]().loss(step) != reconstruction.loss(step)
+    scores, target = coder.scores(x), torch.randn(N, 12)
+    run = coder.run(coder.look(x), coder.chosen(scores, *coder.support(scores)), target)
+    step = Step(coder, run, target, N, 2.5, torch.tensor(0.7))
+    for term, same in ((TERMS["multi_topk"](k=kept), True), (TERMS["multi_topk"](), False)):
+        found = term.loss(replace(step, beside=term.choose(coder, scores, None)))
+        assert torch.allclose(found, TERMS["reconstruction"]().loss(step)) == same
 
 
 @pytest.mark.parametrize("rule", ["signed_topk", "gated"])

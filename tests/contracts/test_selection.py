@@ -8,14 +8,16 @@ import torch
 
 from sae.base import plugins
 from sae.base.errors import ConfigError
-from sae.coder.coder import SparseCoder
+from sae.coder.coder import Choice, SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.spec import CoderSpec
+from sae.kernels.codes import PAD
 from sae.objectives import Objective as OBJECTIVES
 from sae.selection import trainable
 from sae.training.choosing import Chooser
 from sae.training.optim import OptimConfig
-from sae.training.trainer import Batch, CoderTrainer, Schedule
+from sae.training.step import Batch
+from sae.training.trainer import CoderTrainer, Schedule
 
 RULES = {name: kind for name, kind in trainable().items() if name == kind.get_choice_name(kind)}  # no second names
 D, M, N, K = 16, 64, 24, 4
@@ -50,17 +52,25 @@ def support(coder, batch, sizes=None, steps=2):
         chooser.begin(step / 10, len(batch.x))
         parts = list(batch.x.split(sizes or len(batch.x)))
         if chooser.rule.batch_wide:
-            found = chooser.whole_batch(parts, coder.look)
+            found = chooser.whole_batch(list(map(coder.look, parts)))
         else:
             gradients = batch.gradients.split(sizes or len(batch.x))
-            found = [chooser.per_token(coder.look(x), g) for x, g in zip(parts, gradients, strict=True)]
+            found = [chooser.choose(coder.look(x), g) for x, g in zip(parts, gradients, strict=True)]
         chooser.finish()
-    masks = []
+    found, masks = [fired(chosen.by_rule) for chosen in found], []
     for offsets, ids in found:
         mask = torch.zeros(len(offsets) - 1, coder.spec.d_sae, dtype=torch.bool)
         mask[torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff()), ids] = True
         masks.append(mask)
     return found, torch.cat(masks), chooser
+
+
+def fired(choice):
+    """The support of what was chosen, without entries that only fill a buffer."""
+    there = choice.known != PAD
+    rows = torch.repeat_interleave(torch.arange(len(choice.offsets) - 1), choice.offsets.diff())
+    counts = torch.bincount(rows[there], minlength=len(choice.offsets) - 1)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), choice.ids[there]
 
 
 def trained(rule, steps=5):
@@ -76,7 +86,7 @@ def trained(rule, steps=5):
 def test_support_is_well_formed_in_training_and_at_inference(rule):
     coder = trained(rule)
     chosen, _, _ = support(coder, batch())
-    for offsets, ids in [*chosen, coder.support(coder.compared(coder.look(batch().x)))]:
+    for offsets, ids in [*chosen, coder.support(coder.compared(coder.scores(batch().x)))]:
         assert offsets[0] == 0
         assert offsets[-1] == len(ids)
         assert len(offsets) == N + 1
@@ -116,9 +126,9 @@ def test_what_is_remembered_survives_a_checkpoint_and_a_failed_step(rule):
     before = copy.deepcopy(chooser.state())
     chooser.begin(0.5, N)
     if rule.batch_wide:
-        chooser.whole_batch([batch(seed=9).x], coder.look)
+        chooser.whole_batch([coder.look(batch(seed=9).x)])
     else:
-        chooser.per_token(coder.look(batch(seed=9).x), batch(seed=9).gradients)
+        chooser.choose(coder.look(batch(seed=9).x), batch(seed=9).gradients)
     for name, value in chooser.state().items():
         assert torch.equal(value, before[name]), f"{name}: a step counts when it is finished"
     again = Chooser(coder)
@@ -141,7 +151,7 @@ def test_equal_scores_give_the_same_choice_every_time(rule):
 def test_gradients_of_all_parameters_are_finite_and_reach_what_is_trained(rule):
     coder = made(rule)
     chosen, _, _ = support(coder, batch(), steps=1)
-    run = coder.run(coder.look(batch().x), chosen[0])
+    run = coder.run(coder.look(batch().x), Choice(*chosen[0]), batch().x)
     (run.prediction.square().sum() + run.kept.square().sum()).backward()
     for name, parameter in coder.named_parameters():
         assert parameter.grad is not None, name
@@ -173,7 +183,7 @@ def test_constants_out_of_range_are_named(name, changes):
 
 def test_groupmax_keeps_the_largest_of_every_group():
     x = batch().x
-    scores = made(small("groupmax")).look(x).scores.detach()
+    scores = made(small("groupmax")).scores(x)
     expected = torch.nn.functional.one_hot(scores.view(N, K, M // K).argmax(2), M // K).view(N, M).bool()
     codes = made(small("groupmax")).encode(x).to_dense()
     torch.testing.assert_close(codes, scores.relu() * expected)
@@ -181,7 +191,7 @@ def test_groupmax_keeps_the_largest_of_every_group():
 
 def test_signed_topk_keeps_the_largest_magnitudes_with_their_sign():
     x = batch().x
-    scores = made(small("signed_topk")).look(x).scores.detach()
+    scores = made(small("signed_topk")).scores(x)
     expected = torch.zeros(N, M).scatter_(1, scores.abs().topk(K, dim=1).indices, 1.0)
     codes = made(small("signed_topk")).encode(x).to_dense()
     torch.testing.assert_close(codes, scores * expected)

@@ -22,10 +22,11 @@ from sae.lm.models import load_language_model
 from sae.objectives.auxk import AuxK
 from sae.objectives.reconstruction import Reconstruction
 from sae.stream.lanes import Stream
-from sae.training.figures import NonFiniteError
+from sae.training.beginning import new_coder
 from sae.training.optim import OptimConfig
 from sae.training.reporting.report import write_report
-from sae.training.trainer import CoderTrainer, Schedule, new_coder
+from sae.training.step import NonFiniteError
+from sae.training.trainer import CoderTrainer, Schedule
 
 # Row 8
 

@@ -384,10 +384,12 @@ def trainer_of(rule: str, sizes: dict[str, int], steps: int, dtype: Any, device:
     from sae.objectives.reconstruction import Reconstruction
     from sae.parallel import ranks
     from sae.selection import trainable
+    from sae.training.beginning import new_coder
     from sae.training.config import CoderConfig
     from sae.training.measuring import Recipe, measure
     from sae.training.optim import OptimConfig
-    from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
+    from sae.training.step import Batch
+    from sae.training.trainer import CoderTrainer, Schedule
 
     kind, d, tokens = trainable()[rule], sizes["d"], sizes["tokens"]
     options = {"k": sizes["k"]} if "k" in kind.__dataclass_fields__ else {}

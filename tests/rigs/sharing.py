@@ -23,11 +23,13 @@ from sae.objectives.reconstruction import Reconstruction
 from sae.parallel.ranks import process_group, rank, world_size
 from sae.selection import trainable
 from sae.stream.batch import TextBatch
+from sae.training.beginning import new_coder
 from sae.training.config import CoderConfig
 from sae.training.end_to_end import CleanPasses, splicer
 from sae.training.measuring import Recipe, measure
 from sae.training.optim import OptimConfig
-from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
+from sae.training.step import Batch
+from sae.training.trainer import CoderTrainer, Schedule
 
 D, WIDTH, K, TOKENS, ROWS, CONTEXT = 24, 192, 4, 96, 12, 8
 WIDTHS = {"a": D, "b": D} | {f"{side}{i}": D // 3 for side in "rw" for i in range(3)}

@@ -26,10 +26,12 @@ from sae.selection.gradient_topk import GradientTopK
 from sae.selection.mutual_choice import MutualChoice
 from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
+from sae.training.beginning import new_coder
 from sae.training.choosing import Chooser
 from sae.training.config import CoderConfig
 from sae.training.optim import OptimConfig
-from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
+from sae.training.step import Batch
+from sae.training.trainer import CoderTrainer, Schedule
 
 D, M, N, K = 12, 40, 64, 4
 
@@ -48,7 +50,8 @@ def chosen(coder, x, sizes=None, chooser=None, progress=0.0):
     chooser.begin(progress, len(x))
     parts = list(x.split(sizes or len(x)))
     masks = []
-    for offsets, ids in chooser.whole_batch(parts, coder.look):
+    for found in chooser.whole_batch(list(map(coder.look, parts))):
+        offsets, ids, *_ = found.by_rule
         mask = torch.zeros(len(offsets) - 1, coder.spec.d_sae, dtype=torch.bool)
         mask[torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff()), ids] = True
         masks.append(mask)
@@ -113,8 +116,9 @@ def test_equal_budgets_give_equal_columns_before_relu():
     coder.b_enc.data -= 1.0
     mask, chooser = chosen(coder, x, None, chooser)
     assert (mask.sum(0) == 5 * N // M).all()
-    offsets, ids = chooser.whole_batch([x], coder.look)[0] if chooser.begin(0.0, N) is None else None
-    latents = coder.run(coder.look(x), (offsets, ids)).latents
+    chooser.begin(0.0, N)
+    choice = chooser.whole_batch([coder.look(x)])[0].by_rule
+    latents, ids = coder.run(coder.look(x), choice, x).latents, choice.ids
     assert (latents.values == 0).any(), "entries that are not positive are stored, zero ..."
     assert int(latents.fired().sum()) == int((latents.values > 0).sum()) < len(ids), "... and not fired"
 
@@ -322,7 +326,7 @@ def test_the_score_of_gradient_topk_is_its_formula(norm):
     coder.spec = coder.spec.with_(calibration=(1.9,))
     scores = coder.scores(x)
     expected = torch.where(scores > 0, scores + 0.7 * scores * effect / mean, scores)
-    torch.testing.assert_close(coder.compared(coder.look(x), g), expected)
+    torch.testing.assert_close(coder.compared(coder.scores(x), gradients=g), expected)
     ids = top_ids(expected, K)
     latents = coder.encode(x, g)
     assert torch.equal(latents.ids.view(N, K), ids)
@@ -335,21 +339,24 @@ def test_gradients_are_those_of_normalized_outputs():
     plain = made(GradientTopK(K, beta=1.0, gradient_norm="none", inference="gradient"))
     scaled = made(GradientTopK(K, beta=1.0, gradient_norm="none", inference="gradient"))
     scaled.spec = scaled.spec.with_(normalization=Normalization("scalar", 0.1))
-    torch.testing.assert_close(scaled.compared(scaled.look(10 * x), g), plain.compared(plain.look(x), 10 * g))
+    augmented = scaled.compared(scaled.scores(10 * x), scaled.look(10 * x).how, g)
+    torch.testing.assert_close(augmented, plain.compared(plain.scores(x), gradients=10 * g))
 
 
 def test_the_mean_effect_of_the_step_before_is_used_and_kept_for_inference():
     coder = made(GradientTopK(K, beta=2.0))
     chooser, x, g = Chooser(coder), torch.randn(N, D), torch.randn(N, D)
     look = coder.look(x)
-    plain = coder.support(look.scores)[1]
+    plain = coder.support(coder.scores(x))[1]
     chooser.begin(0.0, N)
-    assert torch.equal(chooser.per_token(look, g)[1], plain), "before any step there is no mean, and no gradient term"
+    assert torch.equal(chooser.choose(look, g).by_rule.ids, plain), (
+        "before any step there is no mean, and no gradient term"
+    )
     chooser.finish()
     mean = float(coder.effects(g).double().mean())
     assert chooser.calibrated()[0] == pytest.approx((mean,))
     chooser.begin(0.1, N)
-    assert not torch.equal(chooser.per_token(look, g)[1], plain)
+    assert not torch.equal(chooser.choose(look, g).by_rule.ids, plain)
 
 
 def test_gradients_must_be_given_where_inference_looks_at_them_and_only_there():

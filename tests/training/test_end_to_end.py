@@ -10,7 +10,7 @@ from rigs.runs import assert_equal, error_of, lines
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sae
-from sae.coder.coder import SparseCoder
+from sae.coder.coder import Choice, SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.normalization import undo
 from sae.coder.spec import CoderSpec
@@ -57,9 +57,8 @@ def made(dtype=torch.float32):
 
 
 def view(coder, x, spliced):
-    run = coder.run(coder.look(x))
-    nothing = torch.zeros(40)
-    return Step(coder, run, x, len(x), 1.0, 1.0, nothing > 0, nothing, lambda y: spliced(0, undo(y, run.how)))
+    run = coder.run(coder.look(x), Choice(*coder.support(coder.scores(x))), x)
+    return Step(coder, run, x, len(x), 1.0, torch.ones(()), spliced=lambda y: spliced(0, undo(y, run.how)))
 
 
 @pytest.mark.parametrize("term", [KL(), CE()], ids=["kl", "ce"])
@@ -84,11 +83,9 @@ def test_gradients_through_the_model_equal_finite_differences(term):
             old, values = float(flat[i]), []
             for shift in (1e-6, -1e-6):
                 flat[i] = old + shift
-                run = coder.run(coder.look(x), (support.offsets, support.ids))
+                run = coder.run(coder.look(x), Choice(support.offsets, support.ids), x)
                 found = spliced(0, undo(run.prediction, run.how))
-                moved = Step(
-                    coder, run, x, len(x), 1.0, 1.0, torch.zeros(40) > 0, torch.zeros(40), lambda y, f=found: f
-                )
+                moved = Step(coder, run, x, len(x), 1.0, torch.ones(()), spliced=lambda y, f=found: f)
                 values.append(term.loss(moved).item())
             flat[i] = old
             assert (values[0] - values[1]) / 2e-6 == pytest.approx(float(grad[i]), rel=1e-4, abs=1e-7), (name, i)

@@ -28,12 +28,14 @@ from sae.selection.jumprelu import JumpReLU
 from sae.selection.matching_pursuit import MatchingPursuit
 from sae.selection.mutual_choice import MutualChoice
 from sae.selection.topk import TopK
+from sae.training.beginning import new_coder
 from sae.training.choosing import Chooser
 from sae.training.config import CoderConfig
 from sae.training.measuring import Recipe, measure
 from sae.training.optim import OptimConfig
 from sae.training.planning import site_pairs
-from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
+from sae.training.step import Batch
+from sae.training.trainer import CoderTrainer, Schedule
 
 D = 16
 MASK = MaskSpec((0, 1, 2), 1)
@@ -137,7 +139,8 @@ def test_batch_wide_budgets_per_block_or_shared(rule, budget):
     x = torch.randn(20, 12).double()
     chooser = Chooser(coder)
     chooser.begin(0.0, 20)
-    ((_, ids),) = chooser.whole_batch([x], coder.look)
+    (found,) = chooser.whole_batch([coder.look(x)])
+    ids = found.by_rule.ids
     blocks = torch.bincount(torch.div(ids, 8, rounding_mode="floor"), minlength=3)
     assert int(blocks.sum()) == 2 * 20 * 3
     assert (blocks == 40).all() == (budget == "block")

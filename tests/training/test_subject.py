@@ -17,8 +17,8 @@ from sae.base.errors import ConfigError, DataError
 from sae.base.files import load_tensors
 from sae.base.settings import to_yaml
 from sae.training.estimate import estimate
-from sae.training.figures import NonFiniteError
 from sae.training.run import train
+from sae.training.step import NonFiniteError
 
 SHORT = {"tokens": 256, "text.max_tokens": 2000}
 GRID = {"grid": {"coder.selection.k": [2, 4]}, "tokens": 12 * 128}

@@ -19,8 +19,9 @@ from sae.selection import trainable
 from sae.training.config import ActivationConfig, CoderConfig, TrainConfig
 from sae.training.optim import OptimConfig
 from sae.training.planning import CoderPlan
+from sae.training.step import Batch
 from sae.training.traffic import traffic
-from sae.training.trainer import Batch, CoderTrainer, Schedule
+from sae.training.trainer import CoderTrainer, Schedule
 
 LANES, TOKENS, STEPS = 8, 96, 3
 READS, WRITES = (tuple(Site(f"{side}{i}", width=12) for i in range(2)) for side in "rw")

@@ -14,10 +14,11 @@ from sae.objectives.l0 import L0
 from sae.objectives.reconstruction import Reconstruction
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.topk import TopK
+from sae.training.beginning import new_coder
 from sae.training.config import CoderConfig
-from sae.training.figures import NonFiniteError
 from sae.training.optim import OptimConfig
-from sae.training.trainer import CoderTrainer, Schedule, new_coder
+from sae.training.step import NonFiniteError
+from sae.training.trainer import CoderTrainer, Schedule
 
 D, WIDTH, K, STEPS, BATCH = 12, 48, 4, 60, 128
 
@@ -53,8 +54,8 @@ def assert_same(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-def jumprelu(start: float, target: float = 0.0):
-    selection, terms = JumpReLU(start), {"reconstruction": Reconstruction(), "l0": L0(target_l0=target)}
+def jumprelu(start: float, target: float = 0.0, weight: float = 1.0):
+    selection, terms = JumpReLU(start), {"reconstruction": Reconstruction(), "l0": L0(weight=weight, target_l0=target)}
     return {"selection": selection, "objectives": terms, "normalization": Normalization("scalar")}
 
 
@@ -68,7 +69,7 @@ def test_thresholds_start_in_the_spread_of_the_preactivations(scale, offset):
 @pytest.mark.parametrize("start", [pytest.param(0.3, marks=pytest.mark.slow), 4.0])
 def test_l0_comes_to_its_target_from_above_and_below(start):
     x = activations(400 * BATCH)
-    made = trainer(x, OptimConfig(lr=0.01), Schedule(400, 3 * BATCH), **jumprelu(start, target=5.0))
+    made = trainer(x, OptimConfig(lr=0.01), Schedule(400, 3 * BATCH), **jumprelu(start, target=5.0, weight=10.0))
     lines = run(made, range(400), x)
     assert abs(lines[0]["l0"] / 5 - 1) > 0.3
     assert sum(line["l0"] for line in lines[-50:]) / 50 == pytest.approx(5.0, rel=0.1)

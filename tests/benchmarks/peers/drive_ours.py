@@ -13,10 +13,11 @@ from sae.coder.normalization import Normalization
 from sae.lm.masking import MaskSpec
 from sae.lm.site import Site
 from sae.selection.topk import TopK
+from sae.training.beginning import new_coder
 from sae.training.config import CoderConfig
 from sae.training.measuring import Recipe, measure
 from sae.training.optim import OptimConfig
-from sae.training.trainer import CoderTrainer, Schedule, new_coder
+from sae.training.trainer import CoderTrainer, Schedule
 
 
 def train(args, x):

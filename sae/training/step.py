@@ -1,22 +1,67 @@
-"""What a step has measured: numbers on the device, read when somebody asks, all at once."""
+"""What a step is given, and what it measures: numbers on the device, read when somebody asks, all at once."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.base.sums import in_float64
+from sae.coder.coder import SparseCoder
+from sae.objectives import Spliced
 from sae.parallel import collectives
-
-if TYPE_CHECKING:
-    from sae.training.trainer import Batch
 
 
 class NonFiniteError(RuntimeError):
     """A loss, gradient or activation is NaN or infinite; the step was not applied."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The unmasked tokens of this rank's share of a batch."""
+
+    x: Float[Tensor, "n d_in"]
+    """Raw activations at the sites read, side by side."""
+    target: Float[Tensor, "n d_out"]
+    """Raw activations at the sites written; of an autoencoder, x."""
+    gradients: Float[Tensor, "n d_out"] | None = None
+    """Of the loss, at the sites written, for a rule that looks at them."""
+    sizes: tuple[int, ...] | None = None
+    """Tokens of each micro-batch, where these must be whole rows of text."""
+    spliced: Callable[[int, Float[Tensor, "m d_out"]], Spliced] | None = None
+    """Runs the language model on micro-batch i with these raw outputs in place, for end-to-end terms."""
+
+
+@dataclass
+class Sums:
+    """What adds up over the micro-batches of a step, and over ranks."""
+
+    terms: dict[str, Tensor]
+    """The loss terms, without their weights."""
+    error: Float[Tensor, "d_out"]
+    square: Float[Tensor, ""]
+    fired: Int[Tensor, "d_sae"]
+    failed: Float[Tensor, ""]
+    """Above 0 if a rank had no room for all entries, or was given gradients that are not finite (then NaN)."""
+
+    @classmethod
+    def zero(cls, names: Iterable[str], coder: SparseCoder) -> "Sums":
+        """Returns nothing yet, of these terms."""
+        like = coder.W_enc
+        zeros = partial(torch.zeros, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        terms = {name: zeros(()) for name in names}
+        return cls(terms, zeros(coder.spec.d_out), zeros(()), zeros(coder.spec.d_sae, dtype=torch.int64), zeros(()))
+
+    def tensors(self) -> list[Tensor]:
+        """Returns all of it, to be summed over ranks in place."""
+        return [*self.terms.values(), self.error, self.square, self.fired, self.failed]
+
+    def spread(self, n_tokens: int) -> Float[Tensor, ""]:
+        """Returns the variance of the error, in float64."""
+        return in_float64(self.square) / n_tokens - (in_float64(self.error) / n_tokens).square().sum()
 
 
 @dataclass(frozen=True)
@@ -29,7 +74,8 @@ class Heard:
     """Tokens since that latent has fired which has not for longest."""
     nearly: float = 0
     """Latents that will be dead in `margin` tokens if they do not fire."""
-    margin: float = 0
+    margin: float = -1
+    """Below 0: it is not known how many."""
 
     def may_be_dead(self, dead_after: int, since: int, latents: int) -> int:
         """Returns how many latents there may be, at most, that have not fired for so many tokens, `since` later."""
@@ -53,7 +99,7 @@ class Figures(Mapping[str, float]):
         self,
         values: dict[str, Tensor | float],
         read: Callable[[dict[str, float]], dict[str, float]],
-        batch: "Batch",
+        batch: Batch,
         n_tokens: int,
         settle: Callable[[], None],
     ) -> None:
@@ -73,7 +119,7 @@ class Figures(Mapping[str, float]):
             self._host = together.cpu()
         self._found: dict[str, float] | None = None
 
-    def replace(self, other: "Figures") -> None:
+    def become(self, other: "Figures") -> None:
         """Becomes the figures of the same step, repeated."""
         self.__dict__.update(other.__dict__)
 
