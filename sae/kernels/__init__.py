@@ -5,8 +5,16 @@
 (`dispatch.py`), whose functions `reference.py` defines. Row i of the codes owns entries offsets[i]:offsets[i+1].
 """
 
+from jaxtyping import Float, Int
+from torch import Tensor
+
 from sae.kernels.differentiable import decode, encode_at, fit
-from sae.kernels.dispatch import kernel, path, use
+from sae.kernels.dispatch import PATHS, best, kernel, path, use
 from sae.kernels.sink import Sink
 
-__all__ = ["Sink", "decode", "encode_at", "fit", "kernel", "path", "use"]
+__all__ = ["PATHS", "Sink", "best", "decode", "encode_at", "fit", "kernel", "path", "top_ids", "use"]
+
+
+def top_ids(scores: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
+    """Returns the ids of the k largest of every row, ascending; ties go to the lower id, NaN is larger than all."""
+    return kernel("top_ids", scores)(scores, k)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.coder.coder import Choice, SparseCoder
-from sae.kernels import kernel
+from sae.kernels import top_ids
 from sae.kernels.codes import PAD, SparseLatents, by_rows
 from sae.objectives import Objective, Start, Step, zero
 from sae.selection import Selection
@@ -48,7 +48,7 @@ class AuxK(Objective):
             return None
         own = scores[:, begun.ids].masked_fill_(begun.shares == 0, -torch.inf)
         k = min(self.k or nearest_power_of_two(coder.spec.d_out / 2), len(begun.ids))
-        columns = kernel("top_ids", own)(own, k)
+        columns = top_ids(own, k)
         values = own.gather(1, columns).flatten()
         return Choice(*by_rows(begun.ids[columns]), torch.where(values > 0, values, PAD))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.coder.coder import Choice, SparseCoder
-from sae.kernels import kernel
+from sae.kernels import top_ids
 from sae.kernels.codes import SparseLatents, Support, by_rows
 from sae.objectives import Objective, Step
 from sae.selection import Selection
@@ -45,7 +45,7 @@ class MultiTopK(Objective):
         wanted = self.k or 4 * (coder.spec.rule.implied_l0 or 0)
 
         def largest(_rule: Selection, compared: Tensor, *_: object) -> Support:
-            return by_rows(kernel("top_ids", compared)(compared, min(wanted, compared.shape[1])))
+            return by_rows(top_ids(compared, min(wanted, compared.shape[1])))
 
         compared = scores * coder.decoder_norms().detach() if coder.spec.select_by_decoder_norm else scores
         return coder.chosen(scores, *coder.support(compared, largest))

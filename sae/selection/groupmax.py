@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.base.errors import ConfigError
+from sae.kernels import top_ids
 from sae.kernels.codes import Support, by_rows
-from sae.kernels.largest import top_ids
 from sae.selection import Budget, Selection
 from sae.selection.topk import TopK
 

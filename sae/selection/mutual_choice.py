@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.base.errors import ConfigError
+from sae.kernels import top_ids
 from sae.kernels.codes import Entries, Support, by_rows, where
-from sae.kernels.largest import kth_largest, top_entries, top_ids, top_of
+from sae.kernels.largest import kth_largest, top_entries, top_of
 from sae.selection import Budget, Factors, Moment, Owned, Selection
 from sae.selection.jumprelu import JumpReLU
 

@@ -12,8 +12,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.kernels import top_ids
 from sae.kernels.codes import Support, by_rows
-from sae.kernels.largest import top_ids
 from sae.selection import Budget, Moment, Selection
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import draccus
 
+from sae import kernels
 from sae.base.errors import ConfigError
 from sae.base.plugins import names
 from sae.base.settings import at_least, choose, decode, merge, set_dotted
@@ -279,6 +280,9 @@ class TrainConfig:
     """Tokens of one forward and backward pass; 0 takes the batch whole. Changes memory, not results."""
     precision: str = "float32"
     """Precision of the dense encoder product: float32 or bfloat16. Everything else is float32."""
+    kernels: str = "auto"
+    """What computes the sparse products: native (C++, on a CPU), triton (on an NVIDIA card), torch or reference; auto,
+    the fastest that can be had here. Changes speed, and results by rounding."""
     max_bad_steps: int = 0
     """Steps with NaN or Inf that are skipped before the run stops."""
     dead_after_tokens: int | None = None
@@ -333,6 +337,7 @@ class TrainConfig:
         if self.dead_after_tokens is not None:
             at_least("dead_after_tokens", self.dead_after_tokens, 1)
         choose("precision", self.precision, ("float32", "bfloat16"))
+        choose("kernels", self.kernels, ("auto", *kernels.PATHS))
         for _, coder, optim in self.points():
             coder.validate()
             optim.validate()

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sae import kernels
 from sae.base.errors import ConfigError, Stopped
 from sae.base.files import append, save_tensors, write_json
 from sae.base.progress import Aside, Progress, Watch, during
@@ -140,6 +141,7 @@ class Run:
                 "specs": {name: trainer.coder.spec.to_json() for name, trainer in self.trainers.items()},
                 "reads": self.setting.subject.fingerprint,
                 "bad_steps": self.bad_steps,
+                "kernels": kernels.path(),
                 "log_bytes": log_bytes,
             }
             more = self.step < self.config.steps and not self.stop() and not self.told.ending

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import draccus
+import torch
 
+from sae import kernels
 from sae.base.errors import ConfigError
 from sae.base.files import atomic_write, read_json, write_json
 from sae.base.progress import Watch
@@ -79,7 +81,8 @@ def set_up(
     lm, second = models
     sites, widths, plans = plan_run(config, lm, second)
     about = {"model": lm.fingerprint(), "trust_remote_code": trust_remote_code}
-    config = _begun(config, pinned(config, lm), folder, resume, plans, widths, environment(lm.device, **about))
+    about = environment(lm.device, **about)
+    config = _begun(config, pinned(config, lm), folder, resume, plans, widths, lm.device, about)
     return Setting(config, folder, plans, of_text(config, models, sites, watch))
 
 
@@ -110,7 +113,7 @@ def set_up_tensors(config: TrainConfig, folder: Path, resume: bool, activations:
     names = [site.name for site in sites]
     subject = of_iterator(config, drawn, names, device) if drawn else of_tensors(config, stored, names, device)
     about = environment(device, **subject.fingerprint)
-    config = _begun(config, config, folder, resume, plans, widths, about)
+    config = _begun(config, config, folder, resume, plans, widths, device, about)
     subject.hold_out(folder, begun=resume and bool(checkpoint.complete(folder)))
     log.info("%s", subject)
     return Setting(config, folder, plans, subject)
@@ -123,9 +126,13 @@ def _begun(
     resume: bool,
     plans: list[CoderPlan],
     widths: dict[str, int],
+    device: torch.device,
     about: dict[str, Any],
 ) -> TrainConfig:
-    """Returns the config as it stands in the run's folder, where a new run writes it once there is room for it all."""
+    """Returns the config as it stands in the run's folder, where a new run writes it once there is room for it all.
+
+    With it goes the path of the kernels: rank 0 chooses, and a run that goes on keeps it if it can.
+    """
     for start in {plan.coder.start_from for plan in plans} - {""}:
         try:
             hub.find_place(start)
@@ -135,11 +142,26 @@ def _begun(
     def written() -> Any:
         check_disk(disk_needed(config, plans, widths)[0], folder)
         if not resume:  # from here on the run can be resumed, if only from its start
-            atomic_write(folder / "config.yaml", to_yaml(pinned))
-            write_json(folder / "env.json", about | {"job": own_jobs()})
+            path = kernels.best(device) if config.kernels == "auto" else config.kernels
+            atomic_write(folder / "config.yaml", to_yaml(replace(pinned, kernels=path)))
+            write_json(folder / "env.json", about | {"kernels": path, "job": own_jobs()})
         return draccus.encode(config if resume else checkpoint.saved_config(folder))
 
-    return decode(TrainConfig, agreement.agreed(written))
+    config = decode(TrainConfig, agreement.agreed(written))
+    with agreement.together():
+        _compute_by(config.kernels, device, resume)
+    return config
+
+
+def _compute_by(path: str, device: torch.device, resume: bool) -> None:
+    """Chooses the path of the kernels; of a run that goes on where it cannot be had, another, and says so."""
+    try:
+        kernels.use(kernels.best(device) if path == "auto" else path)
+    except ConfigError as error:
+        if not resume:
+            raise
+        kernels.use(kernels.best(device))
+        log.warning("%s; the run goes on with %s, and its figures differ by rounding", error, kernels.path())
 
 
 def pinned(config: TrainConfig, lm: LanguageModel) -> TrainConfig:

@@ -57,6 +57,7 @@ CHANGED = {
     "batch_tokens": 64,
     "micro_batch_tokens": 32,
     "precision": "bfloat16",
+    "kernels": "reference",
     "dead_after_tokens": 384,
     "eval.tokens": 128,
     "eval.every_steps": 10,

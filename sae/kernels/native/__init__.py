@@ -6,30 +6,20 @@ free for others meanwhile. `kernels.cpp` has the mathematics, `sae/kernels/refer
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae.kernels.codes import ByLatent
 from sae.kernels.native.building import Unavailable, library
 
 __all__ = [
-    "ByLatent", "above", "adam", "available", "by_latent", "decode", "errors", "products", "takes", "top_ids",
+    "above", "adam", "available", "by_latent", "decode", "errors", "products", "takes", "top_ids",
     "weight_gradient",
 ]  # fmt: skip
 LARGEST = 2**31 - 1  # entries, rows and columns are counted in 32 bits
-
-
-class ByLatent(NamedTuple):
-    """The entries of codes, latent by latent."""
-
-    starts: Int[Tensor, "m_plus_1"]
-    """Where each latent's begin in `order` and `tokens`."""
-    order: Int[Tensor, "nnz"]
-    """Numbers of entries, those of a latent in their order; int32."""
-    tokens: Int[Tensor, "nnz"]
-    """Their rows; int32."""
 
 
 def available() -> str | None:
