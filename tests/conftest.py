@@ -48,10 +48,12 @@ def pytest_collection_finish(session):
 
 
 @pytest.fixture(autouse=True)
-def _seeded(tmp_path, monkeypatch):
+def _seeded(tmp_path, monkeypatch, request):
     shapes.begin_test()
     torch.manual_seed(0)
     monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "native").symlink_to(request.config.cache.mkdir("native"))  # compiled once for all tests
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ from sae.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
-CHANGEABLE = ("log", "checkpoints", "eval", "ranks", "max_bad_steps")  # of a run that has begun
+CHANGEABLE = ("log", "checkpoints", "eval", "ranks", "max_bad_steps", "kernels")  # of a run that has begun
 PLACES = ("model.name", "second_model.name", "text.source", "activations.path", "coder.start_from", "run_dir")
 """Fields of what is one, however it is spelled."""
 PINNED = ("model.revision", "text.revision", "text.max_tokens")  # written to config.yaml as they were found
@@ -187,7 +187,8 @@ def resumed_config(config: TrainConfig, folder: Path) -> TrainConfig:
     changed = sorted(key for key in changed if key.split(".")[0] not in CHANGEABLE)
     if changed:
         raise ConfigError(f"--resume: {', '.join(changed)} cannot change in a run that has begun; start a new one")
-    return replace(saved, **{name: getattr(config, name) for name in CHANGEABLE})
+    kept = replace(saved, **{name: getattr(config, name) for name in CHANGEABLE})
+    return replace(kept, kernels=saved.kernels) if config.kernels == "auto" else kept
 
 
 def _is_pin(value: Any) -> bool:

@@ -149,19 +149,21 @@ def _begun(
 
     config = decode(TrainConfig, agreement.agreed(written))
     with agreement.together():
-        _compute_by(config.kernels, device, resume)
+        _compute_by(config.kernels, device, read_json(folder / "env.json").get("kernels") if resume else None)
     return config
 
 
-def _compute_by(path: str, device: torch.device, resume: bool) -> None:
-    """Chooses the path of the kernels; of a run that goes on where it cannot be had, another, and says so."""
+def _compute_by(path: str, device: torch.device, before: str | None) -> None:
+    """Chooses the path of the kernels; of a run that goes on by another than before, says so."""
     try:
         kernels.use(kernels.best(device) if path == "auto" else path)
     except ConfigError as error:
-        if not resume:
+        if before is None:
             raise
+        log.warning("%s", error)
         kernels.use(kernels.best(device))
-        log.warning("%s; the run goes on with %s, and its figures differ by rounding", error, kernels.path())
+    if before not in (None, kernels.path()):
+        log.warning("kernels: the run was begun with %s and goes on with %s; rounding differs", before, kernels.path())
 
 
 def pinned(config: TrainConfig, lm: LanguageModel) -> TrainConfig:

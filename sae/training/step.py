@@ -133,11 +133,11 @@ class Figures(Mapping[str, float]):
         """Returns whether the step was not applied because a buffer was too small for its codes."""
         return self.arrived()["failed"] > 0
 
-    def heard(self, before: Heard) -> Heard:
-        """Returns what the next step but one is planned by: what was heard before, if this one was not applied."""
+    def heard(self) -> Heard | None:
+        """Returns what the next step but one is planned by; None if this one was not applied."""
         found = self.arrived()
         if not found["applies"]:
-            return before
+            return None
         return Heard(found["entries"] / max(1, self._n_tokens), found["idle"], found["nearly"], 2 * self._n_tokens)
 
     def check(self) -> None:

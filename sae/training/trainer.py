@@ -126,8 +126,9 @@ class CoderTrainer:
                 theirs.become(self._given(behind))
         del self._on_its_way[0]
         number = self.count - len(self._on_its_way) - 1
-        self.heard[number] = figures.heard(self.heard[number - 1])
-        self.heard.pop(number - 2, None)
+        older, last = self.heard.values()
+        heard = figures.heard()
+        self.heard = {number - 1: last, number: heard} if heard else {number - 1: older, number: last}
 
     def _given(self, planned: _Planned, careful: bool = False) -> Figures:
         """Gives a step to the device and returns its figures to come; where `careful`, there is room for all."""

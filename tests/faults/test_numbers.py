@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -101,7 +102,14 @@ def infinite_loss(patch, subject: CoderTrainer) -> None:
 
 
 def infinite_gradient(patch, subject: CoderTrainer) -> None:
-    subject.coder.b_enc.register_hook(lambda grad: grad / 0)
+    finish = subject.updater.finish
+
+    def overflowing(sink):
+        found = finish(sink)
+        subject.updater.gradients["b_enc"].fill_(math.inf)
+        return found
+
+    patch.setattr(subject.updater, "finish", overflowing)
 
 
 @pytest.mark.parametrize(
@@ -116,23 +124,23 @@ def test_a_step_with_a_loss_or_gradient_that_is_not_finite_changes_nothing(monke
     with monkeypatch.context() as patch:
         harm(patch, subject)
         with pytest.raises(NonFiniteError, match=named):
-            subject.step(x, 1)
+            subject.step(x, 1).check()
     tensors, values = subject.state()
     assert json.dumps(values) == before[1]
     assert all(torch.equal(value, before[0][name]) for name, value in tensors.items())
 
 
 def test_a_coder_that_fails_does_not_hold_up_the_others(tmp_path, monkeypatch, tiny_train):
-    original = CoderTrainer.step
+    original, calls = Reconstruction.loss, Counter[int]()
 
-    def step(self, x, index):
-        if self.coder.spec.selection.k == 2 and index == 5:
-            raise NonFiniteError("loss term reconstruction is nan")
-        return original(self, x, index)
+    def loss(self, step):
+        k = step.coder.spec.selection.k
+        calls[k] += 1
+        return original(self, step) * (math.nan if (k, calls[k]) == (2, 6) else 1)
 
     changes = {"max_bad_steps": 1, "grid": {"coder.selection.k": [2, 4]}}
     with monkeypatch.context() as patch:
-        patch.setattr(CoderTrainer, "step", step)
+        patch.setattr(Reconstruction, "loss", loss)
         assert tiny_train(changes, folder=tmp_path / "run")[0] == 0
     assert tiny_train(changes, folder=tmp_path / "whole")[0] == 0
     found, wanted = ([line for line in lines(tmp_path / name) if "k=4" in line["coder"]] for name in ("run", "whole"))
