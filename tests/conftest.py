@@ -28,6 +28,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from sae.kernels import dispatch  # noqa: E402
+
 torch.set_num_threads(1)
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
@@ -52,6 +54,7 @@ def _seeded(tmp_path, monkeypatch, request):
     shapes.begin_test()
     torch.manual_seed(0)
     monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(dispatch, "_chosen", dispatch._chosen)  # a run in this process chooses for this test alone
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "native").symlink_to(request.config.cache.mkdir("native"))  # compiled once for all tests
 
