@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -355,7 +356,7 @@ def _concatenate(parts: list[SparseLatents], d_sae: int, shape: tuple[int, ...],
     if not parts:
         empty = torch.zeros(0, dtype=torch.long, device=like.device)
         return SparseLatents(empty.new_zeros(1), empty, like.new_zeros(0), d_sae, shape)
-    starts = [0, *torch.tensor([part.ids.numel() for part in parts]).cumsum(0).tolist()]
+    starts = [*accumulate((part.ids.numel() for part in parts), initial=0)]
     offsets = [parts[0].offsets[:1]] + [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
     ids, values = torch.cat([part.ids for part in parts]), torch.cat([part.values for part in parts])
     return SparseLatents(torch.cat(offsets), ids, values, d_sae, shape)

@@ -6,6 +6,7 @@ parts of a weight are one product, sorted by latent once for both weights.
 """
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
@@ -106,7 +107,7 @@ class Sink:
 
 
 def _joined(parts: list[_Part]) -> _Part:
-    starts = [0, *torch.tensor([len(part.ids) for part in parts]).cumsum(0).tolist()]
+    starts = [*accumulate((len(part.ids) for part in parts), initial=0)]
     offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]
     end = offsets[0].new_full((1,), starts[-1])
     columns = zip(*((part.ids, part.coefficients, part.rows) for part in parts), strict=True)

@@ -8,6 +8,7 @@ makes micro-batches and ranks exact). No bias enters e^. The gradient reaches en
 and the term is exactly 0 while no latent is dead.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,4 +87,4 @@ def members(shares: Float[Tensor, "d_sae"], at_most: int) -> Members | None:
 
 def nearest_power_of_two(value: float) -> int:
     """Returns the power of two nearest to `value` on the logarithmic scale, at least 1."""
-    return max(1, 2 ** round(torch.tensor(value).log2().item()))
+    return max(1, 2 ** round(math.log2(value)))

@@ -6,7 +6,7 @@ those of all ranks together give one choice. So micro-batches and ranks change n
 """
 
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -116,7 +116,7 @@ class Chooser:
 
     def whole_batch(self, looks: list[Look]) -> list[Chosen]:
         """Returns what is chosen of every micro-batch of this rank, by a batch-wide rule."""
-        starts = [0, *torch.tensor([len(look.x) for look in looks]).cumsum(0).tolist()]
+        starts = [*accumulate((len(look.x) for look in looks), initial=0)]
         before, like = self.before, self.coder.W_enc
         none = Entries(*(torch.zeros(0, dtype=t, device=like.device) for t in (torch.long, torch.long, like.dtype)))
         held: list[list[Entries]] = [[none] for _ in self.groups]
@@ -279,7 +279,7 @@ def joined(choices: list[Choice], like: Tensor) -> Choice:
     first = choices[0]
     if len(choices) == 1:
         return first._replace(known=None if first.known is None else first.known.to(like.dtype))
-    starts = [0, *torch.tensor([len(choice.ids) for choice in choices]).cumsum(0).tolist()]
+    starts = [*accumulate((len(choice.ids) for choice in choices), initial=0)]
     offsets = [first.offsets[:1], *(c.offsets[1:] + start for c, start in zip(choices, starts, strict=False))]
     known = [choice.known for choice in choices if choice.known is not None]
     return Choice(

@@ -116,7 +116,7 @@ class Figures(Mapping[str, float]):
             self._event = torch.cuda.Event()
             self._event.record()
         else:
-            self._host = together.cpu()
+            self._host = together if together.device.type == "cpu" else together.cpu()
         self._found: dict[str, float] | None = None
 
     def become(self, other: "Figures") -> None:

@@ -212,6 +212,8 @@ class CoderTrainer:
 
     def _counted(self, batch: Batch) -> tuple[int, int]:
         """Returns the numbers of tokens of the ranks before this one, and of all."""
+        if not ranks.in_group():
+            return 0, len(batch.x)
         counts = [own for (own,) in collectives.of_every_rank(torch.tensor([len(batch.x)], device=batch.x.device))]
         return sum(counts[: ranks.rank()]), sum(counts)
 

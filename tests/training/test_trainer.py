@@ -1,18 +1,27 @@
 """One coder in training: constraints after every step, exact micro-batches and state, guards that change nothing."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from rigs.fakes import measured
+from rigs.waiting import waits
 
+from sae import kernels
 from sae.coder.normalization import Normalization
 from sae.evaluation.metrics import fvu
+from sae.kernels import dispatch
 from sae.lm.masking import MaskSpec
 from sae.objectives.auxk import AuxK
+from sae.objectives.gate import Gate
 from sae.objectives.l0 import L0
+from sae.objectives.l1 import L1
 from sae.objectives.reconstruction import Reconstruction
+from sae.selection.gated import Gated
+from sae.selection.groupmax import GroupMax
 from sae.selection.jumprelu import JumpReLU
+from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
 from sae.training.beginning import new_coder
 from sae.training.config import CoderConfig
@@ -241,3 +250,72 @@ def test_the_support_only_gradient_equals_dense_autograd_through_a_whole_step():
             rows = weight.detach()
             expected = expected - (expected * rows).sum(1, keepdim=True) * rows
         torch.testing.assert_close(applied(made)[name], expected, atol=1e-6, rtol=1e-4)
+
+
+def gated(**terms):
+    objectives = {"reconstruction": Reconstruction(), "gate": Gate(), "l1": L1(), **terms}
+    return {"selection": Gated(), "objectives": objectives}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"selection": GroupMax(K)},
+        jumprelu(1.5, target=5.0),
+        gated(),
+        {"selection": ReLU(), "objectives": {"l1": L1()}},
+    ],
+    ids=["topk", "groupmax", "jumprelu", "gated", "relu"],
+)
+def test_no_step_waits_for_the_device(config, monkeypatch):
+    """Between logs; dead latents and the step before are heard of one step late, without a read."""
+    if dispatch.missing("native"):
+        pytest.skip(dispatch.missing("native"))
+    kernels.use("native")
+    made, x = trainer(**config), activations()
+    with torch.no_grad():
+        made.coder.b_enc[:5] = -9.0  # so that AuxK has something to do
+    for step in range(9):
+        part = x[step * BATCH : (step + 1) * BATCH]
+        if step < 6:
+            made.step(part, step)
+            continue
+        with waits(monkeypatch) as found:
+            made.step(part, step)
+        assert not found
+
+
+def test_a_step_without_room_for_its_codes_changes_nothing_until_it_is_repeated():
+    """Latents that hardly fire suddenly all do; the step, and that behind it, are as with room for all at once."""
+    x = activations()
+    tight, roomy = trainer(**jumprelu(2.5), d_sae=256), trainer(**jumprelu(2.5), d_sae=256)
+    roomy.chooser.begin = partial(lambda begin, *given: begin(*given[:-1], None), roomy.chooser.begin)
+    for made in (tight, roomy):
+        run(made, range(5), x)
+        with torch.no_grad():
+            made.coder.b_enc += 3.0
+    before = weights(tight)
+    assert not tight.chooser.dense
+    late = [tight.step(x[:BATCH], 5), tight.step(x[BATCH : 2 * BATCH], 6)]  # the first is heard of behind the second
+    assert not all(torch.equal(before[name], weight) for name, weight in weights(tight).items()), "both are repeated"
+    expected = [roomy.step(x[:BATCH], 5), roomy.step(x[BATCH : 2 * BATCH], 6)]
+    for one, other in zip(late, expected, strict=True):
+        assert dict(one) == pytest.approx(dict(other), rel=1e-4)
+        assert one["l0"] > 20
+    for name, weight in weights(roomy).items():
+        torch.testing.assert_close(weights(tight)[name], weight, atol=1e-4, rtol=1e-3)
+
+
+def test_a_buffer_that_is_too_small_is_seen_at_once_and_holds_up_what_comes_behind():
+    x = activations()
+    made = trainer(**jumprelu(2.5), d_sae=256)
+    run(made, range(5), x)
+    with torch.no_grad():
+        made.coder.b_enc += 3.0
+    before = weights(made)
+    figures = made.step(x[:BATCH], 5)
+    assert_same(before, weights(made))
+    assert figures.had_no_room()
+    assert figures["l0"] > 20, "who reads the figures of a step has it repeated first"
+    assert not torch.equal(before["W_dec"], made.coder.W_dec)
