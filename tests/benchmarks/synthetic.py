@@ -120,8 +120,8 @@ def in_batches(trainer: CoderTrainer, x: Tensor) -> dict[str, float]:
     for rows in x.split(BATCH):
         trainer.chooser.begin(1.0, len(rows))
         with torch.no_grad():
-            support = trainer.chooser.whole_batch([rows], trainer.coder.look)[0]
-            made = trainer.coder.run(trainer.coder.look(rows), support)
+            look = trainer.coder.look(rows)
+            made = trainer.coder.run(look, trainer.chooser.whole_batch([look])[0].by_rule, rows)
         outputs.append(made.prediction)
         l0.append(float(made.latents.l0().mean()))
     return {"batch_fvu": fvu(x, torch.cat(outputs)), "batch_l0": statistics.mean(l0)}

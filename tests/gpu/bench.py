@@ -391,6 +391,7 @@ def trainer_of(rule: str, shape: Shape, device: str, product: Any, dtype: Any = 
     """Returns a trainer and the batch that it is given, with products in a precision (None: that of the weights)."""
     import torch
 
+    from sae import kernels
     from sae.base.plugins import names
     from sae.coder.coder import SparseCoder
     from sae.coder.normalization import Normalization
@@ -401,7 +402,10 @@ def trainer_of(rule: str, shape: Shape, device: str, product: Any, dtype: Any = 
     from sae.selection import trainable
     from sae.training.config import CoderConfig
     from sae.training.optim import OptimConfig
-    from sae.training.trainer import Batch, CoderTrainer, Schedule
+    from sae.training.step import Batch
+    from sae.training.trainer import CoderTrainer, Schedule
+
+    kernels.use(kernels.best(torch.device(device)))
 
     kind = trainable()[rule]
     options = {"k": shape.k} if "k" in kind.__dataclass_fields__ else {}

@@ -21,10 +21,12 @@ from sae.selection.gradient_topk import GradientTopK
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.mutual_choice import MutualChoice
 from sae.selection.topk import TopK
+from sae.training.beginning import new_coder
 from sae.training.config import CoderConfig
 from sae.training.measuring import Recipe, measure
 from sae.training.optim import OptimConfig
-from sae.training.trainer import Batch, CoderTrainer, Schedule, new_coder
+from sae.training.step import Batch
+from sae.training.trainer import CoderTrainer, Schedule
 
 STEPS = 10_000
 AUXK = {"reconstruction": Reconstruction(), "auxk": AuxK()}
