@@ -55,8 +55,7 @@ def _seeded(tmp_path, monkeypatch, request):
     torch.manual_seed(0)
     monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(dispatch, "_chosen", dispatch._chosen)  # a run in this process chooses for this test alone
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "native").symlink_to(request.config.cache.mkdir("native"))  # compiled once for all tests
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(request.config.cache.mkdir("native")))  # compiled once for all tests
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,11 @@ def weight_gradient(
     by: ByLatent, coefficients: Float[Tensor, "nnz"], rows: Float[Tensor, "n d"], out: Float[Tensor, "m d"]
 ) -> Float[Tensor, ""]:
     """Writes, of each latent, the sum over its entries of coefficient times row; returns the sum of squares of all."""
-    out.copy_(_bag(by.tokens, rows, by.starts, coefficients.index_select(0, by.order)))
+    values, size = coefficients.index_select(0, by.order), 2 * ROWS if out.device.type == "cpu" else max(1, len(out))
+    bounds = [*by.starts[::size].tolist(), len(values)] if size < len(out) else [0, len(values)]
+    for number, start in enumerate(range(0, len(out), size)):  # all at once would be a second gradient for a moment
+        entries, starts = slice(bounds[number], bounds[number + 1]), by.starts[start : start + size + 1]
+        out[start : start + size] = _bag(by.tokens[entries], rows, starts - bounds[number], values[entries])
     return torch.linalg.vector_norm(out).double().square()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from sae.base.errors import ConfigError
 from sae.base.plugins import Plugin, discover
 from sae.coder.coder import Choice, Pass, SparseCoder
+from sae.coder.spec import CoderSpec
 from sae.selection import Selection
 
 
@@ -103,6 +104,10 @@ class Objective(Plugin):
     def begin(self, start: Start) -> Any:
         """Returns what the term needs to know of all latents in a step; `choose` and `loss` are given it."""
         return None
+
+    def entries(self, spec: CoderSpec) -> int:
+        """Returns how many entries of a token `choose` finds at the most, for the estimate of memory."""
+        return 0
 
     def choose(self, coder: SparseCoder, scores: Float[Tensor, "n d_sae"], begun: Any) -> Choice | None:
         """Returns entries that the term looks at beside those that the rule chose, of some tokens; None: none.

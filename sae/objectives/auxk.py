@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.coder.coder import Choice, SparseCoder
+from sae.coder.spec import CoderSpec
 from sae.kernels import top_ids
 from sae.kernels.codes import PAD, SparseLatents, by_rows
 from sae.objectives import Objective, Start, Step, zero
@@ -43,12 +44,16 @@ class AuxK(Objective):
         """Returns the dead latents; None where the host knows that there are none."""
         return members(start.dead.to(torch.float32), start.may_be_dead)
 
+    def entries(self, spec: CoderSpec) -> int:
+        """Returns the latents used per token, as if there were so many."""
+        return min(self.k or nearest_power_of_two(spec.d_out / 2), spec.d_sae)
+
     def choose(self, coder: SparseCoder, scores: Float[Tensor, "n d_sae"], begun: "Members | None") -> Choice | None:
         """Returns the largest of the members' entries for every token; those that are not positive only fill up."""
         if begun is None:
             return None
         own = scores[:, begun.ids].masked_fill_(begun.shares == 0, -torch.inf)
-        k = min(self.k or nearest_power_of_two(coder.spec.d_out / 2), len(begun.ids))
+        k = min(self.entries(coder.spec), len(begun.ids))
         columns = top_ids(own, k)
         values = own.gather(1, columns).flatten()
         return Choice(*by_rows(begun.ids[columns]), torch.where(values > 0, values, PAD))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.coder.coder import Choice, SparseCoder
+from sae.coder.spec import CoderSpec
 from sae.kernels import top_ids
 from sae.kernels.codes import SparseLatents, Support, by_rows
 from sae.objectives import Objective, Step
@@ -39,6 +40,11 @@ class MultiTopK(Objective):
             raise ConfigError(f"objectives.multi_topk: the largest pre-activations are not the codes of {found}")
         if not 0 <= self.k <= d_sae:
             raise ConfigError(f"objectives.multi_topk.k: {self.k} is not between 0 and d_sae = {d_sae}")
+
+    def entries(self, spec: CoderSpec) -> int:
+        """Returns the larger k; of every block, where each chooses for itself."""
+        groups = 1 if spec.budget == "shared" else spec.n_blocks
+        return groups * (self.k or 4 * (spec.rule.implied_l0 or 0))
 
     def choose(self, coder: SparseCoder, scores: Float[Tensor, "n d_sae"], begun: Any) -> Choice | None:
         """Returns the largest entries of every token."""

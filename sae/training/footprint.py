@@ -21,6 +21,7 @@ from sae.lm.models import DTYPES, LanguageModel, resolve_device
 from sae.lm.site import Site
 from sae.parallel.collectives import BUCKET_BYTES
 from sae.parallel.ranks import Share
+from sae.training.choosing import tile_tokens
 from sae.training.config import TrainConfig
 from sae.training.planning import CoderPlan
 
@@ -172,19 +173,22 @@ def _vocabulary(models: list[tuple[LanguageModel, list[Site]]]) -> int:
 
 
 def _step(plan: CoderPlan, n: int, micro: int, config: TrainConfig) -> Held:
-    """Returns what one coder's step holds beside the coder: scores and what stands beside them, codes, gradients."""
-    rule, d_sae, scores = plan.spec.rule, plan.d_sae, micro * plan.d_sae * FLOAT
-    k = max(getattr(rule, "k", 0), getattr(rule, "k_start", 0))
-    codes = micro * (k or rule.fires_at_first * d_sae)
-    rows = blocks(n * (plan.d_in + plan.d_out) * FLOAT) + blocks(micro * (plan.d_in + plan.d_out) * FLOAT, ROWS / 2)
+    """Returns what one coder's step holds beside the coder: a tile of scores and what stands beside it, codes, rows."""
+    rule, d_sae = plan.spec.rule, plan.d_sae
+    tile = min(micro, tile_tokens(d_sae, resolve_device(config.model.device)))
+    scores, k = tile * d_sae * FLOAT, max(getattr(rule, "k", 0), getattr(rule, "k_start", 0))
+    codes = micro * k if k else tile * d_sae  # of a rule without a k, all entries of a tile, until few are kept
+    rows = blocks(n * (plan.d_in + plan.d_out) * FLOAT, 2) + blocks(micro * (plan.d_in + plan.d_out) * FLOAT, ROWS / 2)
     chosen = blocks(scores) + blocks(scores * (rule.beside_scores % 1)) + blocks(scores, int(rule.beside_scores))
     chosen += blocks(codes * FLOAT, ENTRY / FLOAT)
     if rule.batch_wide:
         own = min(k * config.batch_tokens, n * d_sae)
         everywhere = own * min(2, config.batch_tokens // n)  # ranks gather hardly more than the budget
         chosen += blocks(everywhere * CANDIDATE / 8, 8)
-    revived = blocks(scores) + blocks(scores)
-    return rows + _larger(chosen, revived, blocks(scores) + _matrices(plan) + blocks(plan.parameters * FLOAT / 2))
+    beside = [term.entries(plan.spec) for term in plan.coder.objectives.values() if term.weight]
+    if any(beside):
+        chosen += blocks(scores) + blocks(micro * sum(beside) * FLOAT, ENTRY / FLOAT)
+    return rows + chosen
 
 
 def _measured(plan: CoderPlan, tokens: int) -> Held:

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 import sae
 from sae.base.errors import DataError
+from sae.coder.coder import Choice
 from sae.loading.hub import load_all
 
 
@@ -34,7 +35,7 @@ def test_the_skip_path_of_training_and_of_inference_is_that_of_the_layer(tmp_pat
     expected = np.concatenate([x[:, i * D_IN : (i + 1) * D_IN].numpy() @ w for i, w in enumerate(weights)], 1)
     np.testing.assert_allclose(coder.skipped(x).numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(coder.skipped(x[None]).numpy()[0], expected, atol=1e-5)
-    trained = coder.run(coder.look(x))
+    trained = coder.run(coder.look(x), Choice(*coder.support(coder.scores(x))), x.new_zeros(len(x), coder.d_out))
     with torch.no_grad():
         inferred = coder(x)
     torch.testing.assert_close(trained.prediction, inferred.out)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def _built(request):
     """Builds them once for all sessions of a checkout, beside what pytest keeps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAE_CACHE", str(request.config.cache.mkdir("native")))
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(request.config.cache.mkdir("native")))
         if reason := native.available():
             pytest.skip(reason)
 
@@ -314,9 +314,9 @@ def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_processes_that_build_at_once_all_have_them(tmp_path):
-    runs = [run_elsewhere(TELLS, SAE_CACHE=str(tmp_path)) for _ in range(3)]
+    runs = [run_elsewhere(TELLS, TORCH_EXTENSIONS_DIR=str(tmp_path)) for _ in range(3)]
     assert [run.communicate()[0].strip() for run in runs] == ["None"] * 3
-    assert [path.name for path in tmp_path.glob("native/*/*.so")] == ["kernels.so"]
+    assert [path.name for path in tmp_path.glob("sae-interp/*/*.so")] == ["kernels.so"]
 
 
 @pytest.mark.slow

@@ -41,7 +41,8 @@ def _loaded() -> ctypes.CDLL:
     command, target = _targeted(_compiler())
     sources = [path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]pp"))]
     key = hashlib.sha256(b"\0".join([*sources, " ".join(command).encode(), target])).hexdigest()[:24]
-    folder = cache_dir() / "native" / key
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")  # where torch's own compiled extensions lie, if anybody says so
+    folder = (Path(given).expanduser() / "sae-interp" if given else cache_dir() / "native") / key
     made_once(folder, lambda draft: _run([*command, "-o", str(draft / LIBRARY), str(SOURCE), "-ldl"]), UNWATCHED)
     return ctypes.CDLL(str(folder / LIBRARY))
 

@@ -151,10 +151,10 @@ def margins(coder: SparseCoder, x: torch.Tensor) -> torch.Tensor:
     rule = coder.spec.selection
     if isinstance(rule, MatchingPursuit):
         return _pursuit_margins(rule, coder.centered(x)[0].double(), coder.W_dec.double())
-    look, tensors = coder.look(x), coder.per_latent()
-    compared, near = coder.compared(look), look.scores.abs().min(1).values
+    scores, tensors = coder.scores(x), coder.per_latent()
+    compared, near = coder.compared(scores), scores.abs().min(1).values
     if isinstance(rule, Gated):
-        magnitudes = tensors["r_mag"].exp() * (look.scores - tensors["b_enc"]) + tensors["b_mag"]
+        magnitudes = tensors["r_mag"].exp() * (scores - tensors["b_enc"]) + tensors["b_mag"]
         return near.minimum(magnitudes.abs().min(1).values)
     if "threshold" in tensors or coder.spec.calibration:
         cut = tensors["threshold"] if "threshold" in tensors else torch.tensor(coder.spec.calibration[0])
