@@ -28,7 +28,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from sae.kernels import dispatch  # noqa: E402
+from sae.kernels import dispatch, segmented  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -54,7 +54,7 @@ def _seeded(tmp_path, monkeypatch, request):
     shapes.begin_test()
     torch.manual_seed(0)
     monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(dispatch, "_chosen", dispatch._chosen)  # a run in this process chooses for this test alone
+    monkeypatch.setattr(dispatch, "_chosen", ("torch", segmented))  # a run in this process chooses for this test alone
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(request.config.cache.mkdir("native")))  # compiled once for all tests
 
 

@@ -175,26 +175,26 @@ def bootstrapped(statistic: Callable[[Float[ndarray, "b n"]], Float[ndarray, "b"
     n = int(places.max()) + 1
     if n < 2:
         return Measure(value)
-    blocks = (_all_counts(n),) if n * DRAWS <= BLOCK else _counts(n)
+    blocks = (_all_counts(n, DRAWS),) if n * DRAWS <= BLOCK else _counts(n, DRAWS)
     draws = np.concatenate([statistic(counts[:, places].astype(float)) for counts in blocks])
     draws = draws[~np.isnan(draws)]
     low, high = np.percentile(draws, (2.5, 97.5)) if len(draws) else (value, value)
     return Measure(value, min(value, float(low)), max(value, float(high)))
 
 
-def _counts(n: int) -> Iterator[Int[ndarray, "b n"]]:
-    """Yields how often each of n sections is drawn, some draws at a time; it depends on n alone."""
+def _counts(n: int, draws: int) -> Iterator[Int[ndarray, "b n"]]:
+    """Yields how often each of n sections is drawn, some draws at a time; it depends on the numbers alone."""
     source, block = generator(0, "bootstrap", n), max(1, BLOCK // n)
-    for start in range(0, DRAWS, block):
-        rows = min(block, DRAWS - start)
+    for start in range(0, draws, block):
+        rows = min(block, draws - start)
         drawn = torch.randint(n, (rows, n), generator=source).numpy() + n * np.arange(rows)[:, None]
         yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
 
 
 @lru_cache(KEPT_COUNTS)
-def _all_counts(n: int) -> Int[ndarray, "b n"]:
+def _all_counts(n: int, draws: int) -> Int[ndarray, "b n"]:
     """Returns all draws of few sections: most latents have about as many as others."""
-    return next(_counts(n)).astype(np.int16)
+    return next(_counts(n, draws)).astype(np.int16)
 
 
 def best_threshold(values: Sequence[float], truths: Sequence[float]) -> float | None:

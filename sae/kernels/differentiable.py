@@ -124,7 +124,7 @@ def decode(
     sink: Sink | None = None,
 ) -> Float[Tensor, "n d_out"]:
     """Returns the codes times the decoder, differentiable in values and W."""
-    return _Decode.apply(values, weight, offsets, ids, sink)  # type: ignore[no-any-return]
+    return _Decode.apply(values.to(weight.dtype), weight, offsets, ids, sink)  # type: ignore[no-any-return]
 
 
 def fit(

@@ -51,7 +51,8 @@ def test_a_step_takes_as_many_collectives_as_the_page_says(moved, name):
     assert len(moved) == STEPS * TOLD[case.rule]
 
 
-def test_the_host_waits_three_times_in_a_step(moved, monkeypatch):
+def test_the_host_waits_once_in_a_step(moved, monkeypatch):
+    """For the numbers of tokens of all ranks; what is read of a trainer's state at the end is the same at any step."""
     places = []
     for name in READS:
         original = getattr(Tensor, name)
@@ -63,7 +64,9 @@ def test_the_host_waits_three_times_in_a_step(moved, monkeypatch):
 
         monkeypatch.setattr(Tensor, name, read)
     trained(cases()["rule topk"], STEPS, torch.float32)
-    assert len(places) == 3 * STEPS, places
+    few = len(places)
+    trained(cases()["rule topk"], 3 * STEPS, torch.float32)
+    assert len(places) - few == few + 2 * STEPS, places
 
 
 def test_sums_of_what_is_large_are_taken_where_it_lies(moved, monkeypatch):
