@@ -87,11 +87,9 @@ def _first_largest(values: Float[Tensor, "m"], count: int) -> Int[Tensor, "count
     if count <= 0:
         return torch.zeros(0, dtype=torch.long, device=values.device)
     least = kth_largest(values, count)
-    above = ~(values <= least)
-    equal = (values == least).nonzero()[:, 0]
-    kept = above.clone()
-    kept[equal[: count - int(above.sum())]] = True
-    return kept.nonzero()[:, 0]
+    above, equal = ~(values <= least), values == least
+    kept = above | (equal & (equal.cumsum(0) <= count - above.sum()))
+    return torch.nonzero_static(kept, size=count)[:, 0]
 
 
 def top_of_columns(scores: Float[Tensor, "n m"], budgets: Int[Tensor, "m"], first_token: int = 0) -> Entries:

@@ -19,11 +19,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.base.errors import ConfigError
-from sae.kernels import top_ids
+from sae.kernels import kernel, top_ids
 from sae.kernels.codes import Entries, Support, by_rows, where
 from sae.kernels.largest import kth_largest, top_entries, top_of
+from sae.parallel import ranks
 from sae.selection import Budget, Factors, Moment, Owned, Selection
 from sae.selection.jumprelu import JumpReLU
+
+BELOW = 0.1  # candidates reach so far below the cut of the step before, as a share of it,
+ROOM = 4  # and there is room for so many times as many as are kept
 
 
 @Selection.register_subclass("batch_topk")
@@ -62,7 +66,7 @@ class MutualChoice(Budget):
         return by_rows(top_ids(scores, self.k)) if threshold is None else where(scores > threshold)
 
     def start(self, m: int) -> dict[str, Tensor]:
-        """Returns an empty running mean of the cut."""
+        """Returns an empty running mean of the cut; after the first step there is beside it the `cut` of the last."""
         return running_mean()
 
     def budget(self, moment: Moment) -> int:
@@ -70,16 +74,35 @@ class MutualChoice(Budget):
         return self.k_at(moment.progress) * moment.n_tokens
 
     def candidates(self, scores: Float[Tensor, "n m"], first_token: int, moment: Moment) -> Entries:
-        """Returns the largest entries of some tokens."""
-        return top_entries(scores, self.budget(moment), first_token)
+        """Returns entries of some tokens among which the largest are.
+
+        They are those well below the cut of the step before, in a buffer of fixed size, so that the host need not know
+        how many they are; what fills it up is -inf. A buffer that is too small, or a cut that has fallen farther, fails
+        the step, which is repeated with the largest of all entries.
+        """
+        if not self._guesses(moment):
+            return top_entries(scores, self.budget(moment), first_token)
+        (n, m), cut = scores.shape, moment.state["cut"]
+        room = min(n * m, ROOM * self.k_at(moment.progress) * n + m // 16 + 64)
+        floor = (cut - BELOW * cut.abs()).to(scores.dtype).reshape(1)
+        _, places, count = kernel("above", scores)(scores, floor, room)
+        failed = count > room
+        moment.failed = failed if moment.failed is None else moment.failed | failed
+        pads, places = places < 0, places.clamp_min(0)
+        values = torch.where(pads, -torch.inf, scores.reshape(-1).index_select(0, places))
+        return Entries(torch.div(places, m, rounding_mode="floor") + first_token, places % m, values)
+
+    def _guesses(self, moment: Moment) -> bool:
+        """Returns whether candidates are found by the last step's cut; of several ranks, each looks at all entries."""
+        return "cut" in moment.state and not moment.careful and not ranks.in_group()
 
     def candidates_of(self, n: int, batch: int, m: int) -> tuple[int, int]:
         """Returns the tokens' share of the budget; at most, all of it, or all entries."""
         return self.k * n, min(self.k * batch, n * m)
 
     def reduce(self, entries: Entries, moment: Moment) -> Entries:
-        """Returns the largest of the entries."""
-        return top_of(entries, self.budget(moment))
+        """Returns the largest of the entries; all, where their number is fixed anyway."""
+        return entries if self._guesses(moment) else top_of(entries, self.budget(moment))
 
     def floors(self, entries: Entries, n_tokens: int, m: int, moment: Moment) -> Float[Tensor, "m"]:
         """Returns the value that k n entries reach.
@@ -96,8 +119,13 @@ class MutualChoice(Budget):
     def keep(self, entries: Entries, moment: Moment) -> Entries:
         """Returns the largest of the entries, and takes the smallest positive one into the running mean."""
         kept = top_of(entries, self.budget(moment))
-        if (kept.values > 0).any():
-            add_to_mean(moment.state, kept.values[kept.values > 0].min(), self.threshold_decay)
+        if not len(kept.values):
+            return kept
+        moment.state["cut"] = kept.values.min().double()
+        if moment.failed is not None:  # what fills up was kept: there were too few candidates
+            moment.failed = moment.failed | (moment.state["cut"] == -torch.inf)
+        smallest = torch.where(kept.values > 0, kept.values, torch.inf).min()
+        add_to_mean(moment.state, smallest, self.threshold_decay, only=smallest.isfinite())
         return kept
 
     def calibration(self, state: dict[str, Tensor]) -> Tensor | None:

@@ -435,7 +435,7 @@ def test_what_lies_below_the_floors_of_parts_of_a_batch_changes_nothing(rule, ti
                 draw = torch.Generator().manual_seed(step)
                 scores = torch.randn(N, M, generator=draw) * torch.rand(N, 1, generator=draw)
                 scores = (scores * 2).round() if ties else scores
-                moment = Moment(step / 4, N, dict(state))
+                moment = Moment(step / 4, N, dict(state), careful=True)
                 rule.begin(moment)
                 starts = [sum(sizes[:i]) for i in range(len(sizes))]
                 parts = [rule.candidates(scores[a : a + n], a, moment) for a, n in zip(starts, sizes, strict=True)]
@@ -453,3 +453,21 @@ def test_what_lies_below_the_floors_of_parts_of_a_batch_changes_nothing(rule, ti
                     torch.testing.assert_close(now[name], value, rtol=0, atol=0, equal_nan=True, msg=f"{sizes} {name}")
     alike = (16,) * 4
     assert ties or candidates[alike, True] < 0.8 * candidates[alike, False], candidates
+
+
+def test_candidates_below_the_last_cut_hold_what_is_kept_or_the_step_fails():
+    rule, state, failed = MutualChoice(K), MutualChoice(K).start(M), []
+    for step, scale in enumerate([1.0, 1.0, 1.02, 0.97, 1.0, 0.5, 30.0]):
+        scores = torch.randn(N, M, generator=torch.Generator().manual_seed(step)) * scale
+        scores = (scores * 8).round() / 8 if step % 2 else scores  # ties across the cut
+        moments, found = [Moment(0.5, N, dict(state), careful) for careful in (False, True)], []
+        for moment in moments:
+            tiles = zip((0, 30), scores.split([30, 34]), strict=True)
+            parts = [rule.candidates(tile, first, moment) for first, tile in tiles]
+            found.append(rule.keep(rule.reduce(Entries.cat(parts), moment), moment))
+        failed.append(moments[0].failed is not None and bool(moments[0].failed))
+        if not failed[-1]:
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            assert torch.equal(moments[0].state["mean.sum"], moments[1].state["mean.sum"])
+        state = moments[1].state
+    assert failed == [False] * 5 + [True, True], "a cut that leaps is looked for anew: too few, then too many"

@@ -21,6 +21,7 @@ from sae.objectives.reconstruction import Reconstruction
 from sae.selection.gated import Gated
 from sae.selection.groupmax import GroupMax
 from sae.selection.jumprelu import JumpReLU
+from sae.selection.mutual_choice import MutualChoice
 from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
 from sae.training.beginning import new_coder
@@ -262,11 +263,12 @@ def gated(**terms):
     [
         {},
         {"selection": GroupMax(K)},
+        {"selection": MutualChoice(K)},
         jumprelu(1.5, target=5.0),
         gated(),
         {"selection": ReLU(), "objectives": {"l1": L1()}},
     ],
-    ids=["topk", "groupmax", "jumprelu", "gated", "relu"],
+    ids=["topk", "groupmax", "mutual_choice", "jumprelu", "gated", "relu"],
 )
 def test_no_step_waits_for_the_device(config, monkeypatch):
     """Between logs; dead latents and the step before are heard of one step late, without a read."""
