@@ -91,22 +91,20 @@ class GradientTopK(TopK):
 
     def begin(self, moment: Moment) -> None:
         """Begins to sum up the step's effects."""
-        moment.state.update({f"effect.{name}": torch.zeros((), dtype=torch.float64) for name in ("sum", "count")})
+        moment.state.update({f"effect.{n}": torch.zeros_like(moment.state["effect.mean"]) for n in ("sum", "count")})
 
     def augment(
         self, scores: Float[Tensor, "n m"], effect: Float[Tensor, "n m"], state: dict[str, Tensor]
     ) -> Float[Tensor, "n m"]:
         """Returns s; in training, counts the effects."""
         if "effect.sum" in state:
-            state["effect.sum"] = state["effect.sum"] + in_float64(effect).sum().cpu()
+            state["effect.sum"] = state["effect.sum"] + in_float64(effect).sum()
             state["effect.count"] = state["effect.count"] + effect.numel()
         if self.gradient_norm == "token":
             effect = effect / effect.mean(1, keepdim=True).clamp_min(1e-30)
         elif self.gradient_norm == "batch":
-            mean = float(state["effect.mean" if "effect.mean" in state else "calibration"])
-            if mean == 0:
-                return scores
-            effect = effect / mean
+            mean = state["effect.mean" if "effect.mean" in state else "calibration"].to(effect)
+            effect = torch.where(mean == 0, 0.0, effect / mean)
         return torch.where(scores > 0, scores * (1 + self.beta * effect), scores)
 
     def finish(self, moment: Moment) -> None:

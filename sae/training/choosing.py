@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae.base.sums import summed_on
 from sae.coder.coder import Choice, Look, SparseCoder
 from sae.coder.normalization import Undo
 from sae.kernels import kernel
@@ -55,7 +56,7 @@ class Chooser:
         self.groups = coder.rule_groups()
         device = coder.W_enc.device
         self.states = [
-            {name: value.to(device) for name, value in self.rule.start(group.stop - group.start).items()}
+            {name: _held(value, device) for name, value in self.rule.start(group.stop - group.start).items()}
             for group in self.groups
         ]
         self.moments: list[Moment] = []
@@ -255,7 +256,7 @@ class Chooser:
         for number, state in enumerate(self.states):
             own = f"{number}."
             found = {name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)}
-            state.update({name: value.to(device) for name, value in found.items()})
+            state.update({name: _held(value, device) for name, value in found.items()})
 
 
 class _Beside(dict[str, list[Choice]]):
@@ -297,6 +298,11 @@ def _part(choice: Choice, a: int, b: int) -> Choice:
     start, stop = choice.offsets[a], choice.offsets[b]
     known = None if choice.known is None else choice.known[start:stop]
     return Choice(choice.offsets[a : b + 1] - start, choice.ids[start:stop], known, choice.exact)
+
+
+def _held(value: Tensor, device: torch.device) -> Tensor:
+    """Returns what a rule remembers where the coder is, or where its numbers can be."""
+    return value.to(summed_on(device) if value.dtype == torch.float64 else device)
 
 
 def _of_rows(how: Undo, rows: slice) -> Undo:
