@@ -203,8 +203,8 @@ class SparseCoder(Published, Folding):
         The first two are differentiable, in the codes and the rest alone where `frozen`; the error is not.
         """
         if self.spec.n_blocks == 1 and all(site.weight == 1 for site in self.spec.writes):
-            weight, sink = (self.W_dec.detach(), None) if frozen else (self.W_dec, self.sink)
-            return kernels.fit(latents.values, weight, rest, target, latents.offsets, latents.ids, sink)
+            weight, into = (self.W_dec.detach(), None) if frozen else (self.W_dec, self._into(0))
+            return kernels.fit(latents.values, weight, rest, target, latents.offsets, latents.ids, into)
         made = self.decoded(latents.values, latents.offsets, latents.ids, frozen) + rest
         error = target - made
         return made, self.weighted(error).square().sum(), error.detach()
@@ -255,16 +255,20 @@ class SparseCoder(Published, Folding):
         """Returns codes times decoder, without bias, differentiable in both; in the codes alone where `frozen`."""
         if self.spec.n_blocks == 1:
             weight = self.W_dec.detach() if frozen else self.W_dec
-            return kernels.decode(values, weight, offsets, ids, self.sink)
+            return kernels.decode(values, weight, offsets, ids, self._into(0))
         tokens, n = rows_of(offsets, len(ids)), offsets.numel() - 1
         out = self.W_dec.new_zeros(n, self.spec.d_out)
-        for block, weight in zip(self.blocks, self.decoders(frozen), strict=True):
+        for number, (block, weight) in enumerate(zip(self.blocks, self.decoders(frozen), strict=True)):
             mine = (ids >= block.latents.start) & (ids < block.latents.stop)
             counts = torch.bincount(tokens[mine], minlength=n)
             starts = offsets_of(counts)
-            part = kernels.decode(values[mine], weight, starts, ids[mine] - block.latents.start, self.sink)
+            part = kernels.decode(values[mine], weight, starts, ids[mine] - block.latents.start, self._into(number))
             out = out + torch.nn.functional.pad(part, (block.columns.start, 0))
         return out
+
+    def _into(self, block: int) -> kernels.Gradient | None:
+        """Returns where the gradient of a block's decoder is collected, if it is."""
+        return self.sink.of(f"W_dec.{block}") if self.sink else None
 
     @torch.no_grad()
     def effects(self, gradients: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_sae"]:

@@ -63,8 +63,11 @@ class Encoder(Plugin):
     ) -> Float[Tensor, "nnz"]:
         """Returns those at a support, differentiable; `known` are these numbers if they were computed already."""
         known = known if self.affine else None
-        pairs = [(tensors[w], tensors[b]) for w, b in self.maps.items()]
-        return self.combined(*(kernels.encode_at(y, w, b, offsets, ids, known, sink) for w, b in pairs))
+        parts = []
+        for weight, bias in self.maps.items():
+            into = sink.of(weight) if sink else None
+            parts.append(kernels.encode_at(y, tensors[weight], tensors[bias], offsets, ids, known, into))
+        return self.combined(*parts)
 
     def pursue(
         self, y: Float[Tensor, "n d"], decoder: Float[Tensor, "m d"], rule: Any

@@ -1,6 +1,6 @@
 """The sparse products with their gradients, which touch the support and nothing else.
 
-With a sink, the gradients of the weights (and of what is before the encoder) go there, and autograd gets none.
+Where they are collected (`sink.py`), those of the weights and of what is before the encoder go there alone.
 """
 
 from typing import Any
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from sae.kernels import dense
 from sae.kernels.dispatch import densely, kernel
-from sae.kernels.sink import Sink
+from sae.kernels.sink import Gradient
 
 
 class _EncodeAt(torch.autograd.Function):
     """Pre-activations at a support, without computing them where they are known."""
 
     @staticmethod
-    def forward(ctx: Any, y, weight, bias, offsets, ids, known, sink) -> Any:
+    def forward(ctx: Any, y, weight, bias, offsets, ids, known, into) -> Any:
         ctx.save_for_backward(y, weight, offsets, ids)
-        ctx.sink = sink
+        ctx.into = into
         if known is not None:
             return known.clone()
         return _products(offsets, ids, y, weight) + bias.index_select(0, ids)
@@ -29,9 +29,9 @@ class _EncodeAt(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,), (y, weight, offsets, ids) = grads, ctx.saved_tensors
         through, wanted, biased, *_ = ctx.needs_input_grad
-        if ctx.sink is not None:
+        if ctx.into is not None:
             if wanted:
-                ctx.sink.encoder(weight, offsets, ids, grad, y, through)
+                ctx.into.of_encoder(offsets, ids, grad, y, through)
             return None, None, None, None, None, None, None
         grad_y = _decode(grad, weight, offsets, ids) if through else None
         grad_weight = _transposed(offsets, ids, grad, y, weight) if wanted else None
@@ -43,18 +43,18 @@ class _Decode(torch.autograd.Function):
     """The product of sparse codes and the decoder; no [n, d_sae] matrix is formed."""
 
     @staticmethod
-    def forward(ctx: Any, values, weight, offsets, ids, sink):
+    def forward(ctx: Any, values, weight, offsets, ids, into):
         ctx.save_for_backward(values, weight, offsets, ids)
-        ctx.sink = sink
+        ctx.into = into
         return _decode(values, weight, offsets, ids)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         gradient, (values, weight, offsets, ids) = grads[0].contiguous(), ctx.saved_tensors
-        (of_values, wanted, *_), sink, grad_weight = ctx.needs_input_grad, ctx.sink, None
-        slopes = _products(offsets, ids, gradient, weight) if of_values or (wanted and sink) else None
-        if wanted and sink is not None:
-            sink.decoder(weight, offsets, ids, values, gradient, slopes)
+        (of_values, wanted, *_), into, grad_weight = ctx.needs_input_grad, ctx.into, None
+        slopes = _products(offsets, ids, gradient, weight) if of_values or (wanted and into) else None
+        if wanted and into is not None:
+            into.of_decoder(offsets, ids, values, gradient, slopes)
         elif wanted:
             grad_weight = _transposed(offsets, ids, values, gradient, weight)
         return slopes if of_values else None, grad_weight, None, None, None
@@ -68,12 +68,12 @@ class _Fit(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, values, weight, rest, target, offsets, ids, sink):
+    def forward(ctx: Any, values, weight, rest, target, offsets, ids, into):
         way = dense.errors if densely(offsets, ids, weight) else kernel("errors", weight)
         error, slopes = way(values, weight, offsets, ids, rest, target)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(values, weight, offsets, ids, error, slopes)
-        ctx.sink, ctx.one_rest = sink, rest.dim() == 1
+        ctx.into, ctx.one_rest = into, rest.dim() == 1
         made, square = target - error, error.square().sum()
         ctx.mark_non_differentiable(error)
         return made, square, error
@@ -92,8 +92,8 @@ class _Fit(torch.autograd.Function):
             gradient = (gradient + of_made).contiguous()
             slopes = _products(offsets, ids, gradient, weight)
         grad_weight = None
-        if wanted and ctx.sink is not None:
-            ctx.sink.decoder(weight, offsets, ids, values, gradient, slopes)
+        if wanted and ctx.into is not None:
+            ctx.into.of_decoder(offsets, ids, values, gradient, slopes)
         elif wanted:
             grad_weight = _transposed(offsets, ids, values, gradient, weight)
         rest = (gradient.sum(0) if ctx.one_rest else gradient) if of_rest else None
@@ -107,13 +107,13 @@ def encode_at(
     offsets: Int[Tensor, "n_plus_1"],
     ids: Int[Tensor, "nnz"],
     known: Float[Tensor, "nnz"] | None = None,
-    sink: Sink | None = None,
+    into: Gradient | None = None,
 ) -> Float[Tensor, "nnz"]:
     """Returns y W^T + b at the support, differentiable in y, W and b.
 
     `known` are these numbers where the caller has them already, from the product that selection looked at.
     """
-    return _EncodeAt.apply(y, weight, bias, offsets, ids, known, sink)  # type: ignore[no-any-return]
+    return _EncodeAt.apply(y, weight, bias, offsets, ids, known, into)  # type: ignore[no-any-return]
 
 
 def decode(
@@ -121,10 +121,10 @@ def decode(
     weight: Float[Tensor, "d_sae d_out"],
     offsets: Int[Tensor, "n_plus_1"],
     ids: Int[Tensor, "nnz"],
-    sink: Sink | None = None,
+    into: Gradient | None = None,
 ) -> Float[Tensor, "n d_out"]:
     """Returns the codes times the decoder, differentiable in values and W."""
-    return _Decode.apply(values.to(weight.dtype), weight, offsets, ids, sink)  # type: ignore[no-any-return]
+    return _Decode.apply(values.to(weight.dtype), weight, offsets, ids, into)  # type: ignore[no-any-return]
 
 
 def fit(
@@ -134,13 +134,13 @@ def fit(
     target: Float[Tensor, "n d_out"],
     offsets: Int[Tensor, "n_plus_1"],
     ids: Int[Tensor, "nnz"],
-    sink: Sink | None = None,
+    into: Gradient | None = None,
 ) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, ""], Float[Tensor, "n d_out"]]:
     """Returns (rest + codes times W, the sum of squares of the error, the error: target minus the first).
 
     The first two are differentiable in values, W and rest; the error is not.
     """
-    return _Fit.apply(values, weight, rest, target, offsets, ids, sink)  # type: ignore[no-any-return]
+    return _Fit.apply(values, weight, rest, target, offsets, ids, into)  # type: ignore[no-any-return]
 
 
 def _decode(values: Tensor, weight: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:

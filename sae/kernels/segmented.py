@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae.base.sums import in_float64
 from sae.kernels.codes import ByLatent
 from sae.kernels.largest import top_ids
 from sae.kernels.reference import by_latent
@@ -82,7 +83,7 @@ def weight_gradient(
     for number, start in enumerate(range(0, len(out), size)):  # all at once would be a second gradient for a moment
         entries, starts = slice(bounds[number], bounds[number + 1]), by.starts[start : start + size + 1]
         out[start : start + size] = _bag(by.tokens[entries], rows, starts - bounds[number], values[entries])
-    return torch.linalg.vector_norm(out).double().square()
+    return in_float64(torch.linalg.vector_norm(out)).square()
 
 
 def adam(

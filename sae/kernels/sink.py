@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.base.sums import in_float64
 from sae.kernels import dense
 from sae.kernels.codes import ByLatent
 from sae.kernels.dispatch import densely, kernel
@@ -53,57 +54,53 @@ class Gradient:
         torch.addmm(self.out, full.T, rows, beta=int(self.begun), out=self.out)
         self.begun = True
 
+    def of_encoder(self, offsets: Tensor, ids: Tensor, gradient: Tensor, y: Tensor, through: bool) -> None:
+        """Takes in the gradient of pre-activations at a support; `through` says that y depends on a bias."""
+        self.add(offsets, ids, gradient, y)
+        self.bias.index_add_(0, ids, gradient)
+        if through:
+            self.through.index_add_(0, ids, gradient)
+
+    def of_decoder(self, offsets: Tensor, ids: Tensor, values: Tensor, gradient: Tensor, slopes: Tensor) -> None:
+        """Takes in the gradient of an output, and `slopes`, that of the codes which made it."""
+        self.add(offsets, ids, values, gradient)
+        self.along.index_add_(0, ids, values * slopes)
+
     def finish(self, sorts: dict[tuple[int, ...], ByLatent]) -> Float[Tensor, ""]:
         """Writes the gradient and returns its sum of squares; `sorts` are those of the other weights of this step."""
         if not self.parts:
             if not self.begun:
                 self.out.zero_()
-            return torch.linalg.vector_norm(self.out).double().square()
-        key = tuple(number for part in self.parts for number in (part.ids.data_ptr(), part.offsets.data_ptr()))
+            return in_float64(torch.linalg.vector_norm(self.out)).square()
+        key = tuple(number for part in self.parts for number in (id(part.ids), id(part.offsets)))
         whole = self.parts[0] if len(self.parts) == 1 else _joined(self.parts)
         if key not in sorts:
             sorts[key] = kernel("by_latent", self.out)(whole.offsets, whole.ids, len(self.out))
         out = torch.empty_like(self.out) if self.begun else self.out
         squares = kernel("weight_gradient", out)(sorts[key], whole.coefficients, whole.rows, out)
         if self.begun:
-            squares = torch.linalg.vector_norm(self.out.add_(out)).double().square()
+            squares = in_float64(torch.linalg.vector_norm(self.out.add_(out))).square()
         return squares
 
 
 class Sink:
-    """The gradients of some weights, found by where the weights lie."""
+    """The gradients of some weights by name."""
 
-    def __init__(self, gradients: list[tuple[Float[Tensor, "_m _d"], Float[Tensor, "_m _d"]]]) -> None:
-        """Begins with pairs of a weight and the place of its gradient, one latent a row."""
-        self._held: dict[int, Gradient] = {}
-        for weight, out in gradients:
+    def __init__(self, weights: dict[str, tuple[Float[Tensor, "_m _d"], Float[Tensor, "_m _d"]]]) -> None:
+        """Begins with weights and the places of their gradients, one latent a row."""
+        self._held: dict[str, Gradient] = {}
+        for name, (weight, out) in weights.items():
             bias, through, along = out.new_zeros(3, len(out))
-            self._held[weight.data_ptr()] = Gradient(weight.detach(), out, bias, through, along)
+            self._held[name] = Gradient(weight.detach(), out, bias, through, along)
 
-    def of(self, weight: Float[Tensor, "m d"]) -> Gradient:
+    def of(self, name: str) -> Gradient:
         """Returns the gradient of a weight."""
-        return self._held[weight.data_ptr()]
+        return self._held[name]
 
-    def encoder(self, weight: Tensor, offsets: Tensor, ids: Tensor, gradient: Tensor, y: Tensor, through: bool) -> None:
-        """Takes in the gradient of pre-activations at a support; `through` says that y depends on a bias."""
-        found = self.of(weight)
-        found.add(offsets, ids, gradient, y)
-        found.bias.index_add_(0, ids, gradient)
-        if through:
-            found.through.index_add_(0, ids, gradient)
-
-    def decoder(
-        self, weight: Tensor, offsets: Tensor, ids: Tensor, values: Tensor, gradient: Tensor, of_values: Tensor
-    ) -> None:
-        """Takes in the gradient of an output, and of the codes that made it."""
-        found = self.of(weight)
-        found.add(offsets, ids, values, gradient)
-        found.along.index_add_(0, ids, values * of_values)
-
-    def finish(self) -> dict[int, Float[Tensor, ""]]:
-        """Writes all gradients and returns their sums of squares by where the weights lie."""
+    def finish(self) -> dict[str, Float[Tensor, ""]]:
+        """Writes all gradients and returns their sums of squares."""
         sorts: dict[tuple[int, ...], ByLatent] = {}
-        return {place: found.finish(sorts) for place, found in self._held.items()}
+        return {name: found.finish(sorts) for name, found in self._held.items()}
 
 
 def _joined(parts: list[_Part]) -> _Part:

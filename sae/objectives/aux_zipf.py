@@ -43,7 +43,8 @@ class AuxZipf(AuxK):
 
     def begin(self, start: Start) -> Members | None:
         """Returns the under-used latents, which may be all."""
-        return members(shortfall(start.density, start.dead, self.tau).to(torch.float32), len(start.dead))
+        shares = shortfall(start.density, start.dead, self.tau).to(torch.float32)
+        return members(shares.to(start.dead.device), len(start.dead))
 
 
 def shortfall(density: Float[Tensor, "d_sae"], dead: Bool[Tensor, "d_sae"], tau: float = 0.5) -> Float[Tensor, "d_sae"]:

@@ -29,6 +29,7 @@ from torch import Tensor
 from sae.base import zipf
 from sae.base.errors import ConfigError
 from sae.base.settings import choose
+from sae.base.sums import in_float64
 from sae.kernels.codes import Entries, Support, where
 from sae.kernels.largest import ranks, top_entries, top_of, top_of_columns
 from sae.selection import NEVER, Moment, Selection
@@ -84,13 +85,15 @@ class FeatureChoice(MutualChoice):
         """Deals out the budgets of the step."""
         state, total, m = moment.state, self.budget(moment), len(moment.state["density"])
         wanted, most = total * zipf.ranked(self.curve(state).shares(m), state["density"]), max(1, moment.n_tokens)
+        place = state["density"].device
         if m <= total:
-            state["budgets"] = zipf.budgets(wanted, total, most, least=1)
+            budgets = zipf.budgets(wanted, total, most, least=1)
         else:
-            wanted = zipf.fill(wanted, total, most, least=0) + state["carry"]
-            state["budgets"] = zipf.budgets(wanted, total, most, least=0)
+            wanted = zipf.fill(wanted, total, most, least=0) + state["carry"].cpu()
+            budgets = zipf.budgets(wanted, total, most, least=0)
             if not self._mutual(moment):
-                state["carry"] = (wanted - state["budgets"]).clamp(-1, 1)
+                state["carry"] = (wanted - budgets).clamp(-1, 1).to(place)
+        state["budgets"] = budgets.to(place)
 
     def curve(self, state: dict[str, Tensor]) -> zipf.Zipf:
         """Returns the curve that the budgets follow: fitted, or as given."""
@@ -140,14 +143,14 @@ class FeatureChoice(MutualChoice):
         rank = ranks(entries, m)
         kept = mutual if by_mutual else entries.take(rank < budgets[entries.ids])
         counted = mutual if self.density == "mutual" else kept
-        won = torch.bincount(counted.ids[counted.values > 0], minlength=m).cpu() / max(1, moment.n_tokens)
+        won = in_float64(torch.bincount(counted.ids[counted.values > 0], minlength=m)) / max(1, moment.n_tokens)
         decay = min(self.density_decay, 1 - 1 / (1 + int(state["steps"])))  # the first steps count alike
-        state["density"] = torch.lerp(won.double(), state["density"], decay)
+        state["density"] = torch.lerp(won, state["density"], decay)
         state["steps"] = state["steps"] + 1
         if by_mutual:
             positive = mutual.values[mutual.values > 0]
             if len(positive):
-                add_to_mean(state, positive.min().cpu().expand(m), self.threshold_decay)
+                add_to_mean(state, positive.min().expand(m), self.threshold_decay)
             return kept
         cut = [_value_at(entries, rank == budgets[entries.ids] - first, m) for first in (1, 0)]
         both = cut[0].isfinite() & cut[1].isfinite()
@@ -171,8 +174,9 @@ class FeatureChoice(MutualChoice):
 
 def _value_at(entries: Entries, where: Tensor, m: int) -> Float[Tensor, "m"]:
     """Returns each latent's value at its one entry where `where` is true, infinity if there is none."""
-    found = torch.full((m,), torch.inf, dtype=torch.float64)
-    found[entries.ids[where].cpu()] = entries.values[where].cpu().double()
+    values = in_float64(entries.values[where])
+    found = values.new_full((m,), torch.inf)
+    found[entries.ids[where].to(found.device)] = values
     return found
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.base.errors import ConfigError
+from sae.base.sums import in_float64
 from sae.kernels import kernel, top_ids
 from sae.kernels.codes import Entries, Support, by_rows, where
 from sae.kernels.largest import kth_largest, top_entries, top_of
@@ -84,7 +85,7 @@ class MutualChoice(Budget):
             return top_entries(scores, self.budget(moment), first_token)
         (n, m), cut = scores.shape, moment.state["cut"]
         room = min(n * m, ROOM * self.k_at(moment.progress) * n + m // 16 + 64)
-        floor = (cut - BELOW * cut.abs()).to(scores.dtype).reshape(1)
+        floor = (cut - BELOW * cut.abs()).to(scores.device, scores.dtype).reshape(1)
         _, places, count = kernel("above", scores)(scores, floor, room)
         failed = count > room
         moment.failed = failed if moment.failed is None else moment.failed | failed
@@ -121,9 +122,9 @@ class MutualChoice(Budget):
         kept = top_of(entries, self.budget(moment))
         if not len(kept.values):
             return kept
-        moment.state["cut"] = kept.values.min().double()
+        moment.state["cut"] = in_float64(kept.values.min())
         if moment.failed is not None:  # what fills up was kept: there were too few candidates
-            moment.failed = moment.failed | (moment.state["cut"] == -torch.inf)
+            moment.failed = moment.failed | (kept.values.min() == -torch.inf)
         smallest = torch.where(kept.values > 0, kept.values, torch.inf).min()
         add_to_mean(moment.state, smallest, self.threshold_decay, only=smallest.isfinite())
         return kept
@@ -147,11 +148,11 @@ def running_mean(m: int | None = None) -> dict[str, Tensor]:
 def add_to_mean(state: dict[str, Tensor], value: Tensor, decay: float, only: Tensor | None = None) -> None:
     """Takes a value into a running mean; of m of them, those in `only`."""
     found = {
-        "mean.sum": torch.lerp(value.to(state["mean.sum"]), state["mean.sum"], decay),
+        "mean.sum": torch.lerp(in_float64(value), state["mean.sum"], decay),
         "mean.weight": decay * state["mean.weight"] + (1 - decay),
     }
     for name, new in found.items():
-        state[name] = new if only is None else torch.where(only, new, state[name])
+        state[name] = new if only is None else torch.where(only.to(new.device), new, state[name])
 
 
 def mean_of(state: dict[str, Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from sae.objectives import Objective
 from sae.parallel import collectives, ranks
 from sae.selection import Moment, Selection
 
-TILE_ENTRIES = {"cpu": (2**22, 2**25), "cuda": (2**28, 2**28)}  # what a tile has at least, and at the most
+TILE_ENTRIES = {"cpu": (2**22, 2**25), "cuda": (2**27, 2**27)}  # what a tile has at least, and at the most
 TILE_TOKENS = 256  # as few make a product slower on a CPU
 SPARE = 1.5  # room for entries beyond those that were kept before
 
@@ -225,10 +225,11 @@ class Chooser:
         for moment in self.moments:
             self.rule.finish(moment)
         applies = torch.ones((), dtype=torch.bool, device=self.coder.W_enc.device) if applies is None else applies
-        self.states = [
-            {name: torch.where(applies, new, old[name]) if name in old else new for name, new in moment.state.items()}
-            for moment, old in zip(self.moments, self.states, strict=True)
-        ]
+        for moment, old in zip(self.moments, self.states, strict=True):
+            state = moment.state
+            kept = {n: torch.where(applies.to(new.device), new, old[n]) for n, new in state.items() if n in old}
+            moment.state = {**state, **kept}
+        self.states = [moment.state for moment in self.moments]
 
     def calibrated(self) -> tuple[tuple[float, ...], Float[Tensor, "d_sae"] | None]:
         """Returns what the per-token rule needs: numbers for the spec, and thresholds of latents for the buffer."""

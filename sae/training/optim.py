@@ -9,6 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from sae.base.errors import ConfigError
+from sae.base.sums import in_float64
 from sae.coder.coder import SparseCoder
 from sae.kernels import Sink, kernel
 from sae.parallel import ranks
@@ -90,11 +91,12 @@ class Updater:
     @contextmanager
     def collecting(self) -> Iterator[Sink]:
         """While open, backward passes leave the gradients of the matrices with the sink, of all else in `.grad`."""
-        encoders = [(self.parameters[name], self.gradients[name]) for name in self.coder.spec.encoding.maps]
+        weights = {name: (self.parameters[name], self.gradients[name]) for name in self.coder.spec.encoding.maps}
         decoders = zip(self.coder.decoders(frozen=True), self.coder.decoders_of(self.gradients["W_dec"]), strict=True)
+        weights |= {f"W_dec.{number}": pair for number, pair in enumerate(decoders)}
         for parameter in self.parameters.values():
             parameter.grad = None
-        self.coder.sink = Sink([*encoders, *decoders])
+        self.coder.sink = Sink(weights)
         try:
             yield self.coder.sink
         finally:
@@ -106,7 +108,7 @@ class Updater:
         squares = sink.finish()
         coder, given = self.coder, {name: p.grad for name, p in self.parameters.items()}
         for weight, bias in coder.spec.encoding.maps.items():
-            found = sink.of(self.parameters[weight])
+            found = sink.of(weight)
             self._write(bias, found.bias, given[bias])
             if coder.spec.pre_bias != "none":  # y = N(x) - p: a bias before the encoder has minus the gradient of y
                 blocks = [part.chunk(coder.spec.n_blocks) for part in (found.through, found.weight)]
@@ -116,10 +118,10 @@ class Updater:
         matrices = {*coder.spec.encoding.maps, "W_dec"}
         for name in self.parameters.keys() - matrices - {*coder.spec.encoding.maps.values()}:
             self._write(name, None, given[name])
-        parts = [sink.of(part) for part in coder.decoders(frozen=True)]
-        self.along = [part.along for part in parts]
-        self._squares = {name: squares[self.parameters[name].data_ptr()] for name in coder.spec.encoding.maps}
-        self._squares["W_dec"] = torch.stack([squares[part.weight.data_ptr()] for part in parts]).sum()
+        blocks = [f"W_dec.{number}" for number in range(coder.spec.n_blocks)]
+        self.along = [sink.of(block).along for block in blocks]
+        self._squares = {name: squares[name] for name in coder.spec.encoding.maps}
+        self._squares["W_dec"] = torch.stack([squares[block] for block in blocks]).sum()
         for name in matrices:
             of_itself = given[name]
             if of_itself is not None:  # a loss term has looked at the weights themselves
@@ -152,13 +154,14 @@ class Updater:
     @staticmethod
     def total(norms: dict[str, Tensor]) -> Tensor:
         """Returns the norm of all gradients together, in float64."""
-        return torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms.values()]))
+        return torch.linalg.vector_norm(torch.stack([in_float64(norm) for norm in norms.values()]))
 
     @torch.no_grad()
     def update(self, norms: dict[str, Tensor], rate: float, applies: Bool[Tensor, ""]) -> None:
         """Takes the step, unless it does not apply: then nothing changes."""
         clip, total = self.config.clip_norm, self.total(norms)
-        scale = torch.where(total > clip, clip / total, 1.0).float() if clip else torch.ones((), device=total.device)
+        scale = torch.where(total > clip, clip / total, 1.0) if clip else torch.ones_like(total)
+        scale = scale.float().to(applies.device)
         for name, parameter in self.parameters.items():
             state = self.state[name]
             state["step"] = state["step"] + applies

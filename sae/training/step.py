@@ -107,7 +107,7 @@ class Figures(Mapping[str, float]):
         self._names, self._make, self._batch, self._n_tokens = list(values), read, batch, n_tokens
         self._settle = settle
         device = next(value.device for value in values.values() if isinstance(value, Tensor))
-        parts = [in_float64(torch.as_tensor(value, device=device)) for value in values.values()]
+        parts = [in_float64(v if isinstance(v, Tensor) else torch.tensor(v, device=device)) for v in values.values()]
         together = torch.stack(parts)
         self._event = None
         if together.device.type == "cuda":

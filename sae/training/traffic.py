@@ -60,7 +60,7 @@ def traffic(config: TrainConfig, plans: list[CoderPlan], ranks: int) -> Traffic:
     for plan in plans:
         found, rows = _of_coder(plan, config, n)
         summed.append(found)
-        gathered = [gathered[0] + 16 + rows[0], gathered[1] + 16 + rows[1]]
+        gathered = [gathered[0] + 8 + rows[0], gathered[1] + 8 + rows[1]]
         count += len(found) + 1 + (2 if plan.spec.rule.batch_wide else 0)
     return Traffic(ranks, sum(map(sum, summed)), gathered[0], gathered[1], count)
 

@@ -172,7 +172,7 @@ class CoderTrainer:
                     name: term.loss(replace(view, begun=begun[name], beside=chosen.beside.get(name)))
                     for name, term in self.objectives.items()
                 }
-                loss = torch.stack([losses[name] * factors[name] for name in self.objectives]).sum()
+                loss = torch.stack([losses[name] * _beside(factors[name], losses[name]) for name in losses]).sum()
                 if loss.requires_grad:  # a term that does not apply at this step is a constant
                     loss.backward()
                 with torch.no_grad():
@@ -355,3 +355,7 @@ class CoderTrainer:
             heard = [replace(self.heard[-1], idle=int(self.tokens_since_fired.max()))] * 2
         self.heard.clear()
         self.count, (self.heard[-2], self.heard[-1]) = 0, heard
+
+
+def _beside(factor: Tensor | float, loss: Tensor) -> Tensor | float:
+    return factor.to(loss) if isinstance(factor, Tensor) else factor

@@ -49,7 +49,7 @@ def device(request, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_coder_is_trained_and_evaluated(tmp_path, monkeypatch, quick, tiny_model, tiny_text, device, family):
-    config = tiny_config(tiny_model, tiny_text, {**SMALL, **FAMILIES[family]})
+    config = tiny_config(tiny_model, tiny_text, {**SMALL, **FAMILIES[family], "kernels": "torch"})  # there is no other
     ((name, known),) = sae.train(config, run_dir=tmp_path / "here", progress=False).metrics.items()
     lm = load_language_model(str(tiny_model), device="cpu")
     monkeypatch.setattr("sae.training.preparing.load_language_model", lambda **_: lm)

@@ -145,31 +145,31 @@ def test_a_sink_collects_what_autograd_would_return(way, parts):
     target, expected, found = torch.randn(9, 5, dtype=torch.float64), [], []
     for collects in (False, True):
         out = [torch.full_like(leaf, torch.nan) for leaf in (w, d)]
-        sink = kernels.Sink([(w, out[0]), (d, out[1])]) if collects else None
+        sink = kernels.Sink({"w": (w, out[0]), "d": (d, out[1])}) if collects else None
+        into_w, into_d = (sink.of("w"), sink.of("d")) if sink else (None, None)
         for leaf in (w, b, d, before):
             leaf.grad = None
         for part in range(parts):
             offsets, ids = random_support(9, 12, 6, seed=part)
-            codes = kernels.encode_at(y.detach() - before, w, b, offsets, ids, None, sink).relu()
-            made, square, _ = kernels.fit(codes, d, torch.zeros(5), target, offsets, ids, sink)
-            (square + made.cos().sum() + kernels.decode(codes, d, offsets, ids, sink).sin().sum()).backward()
+            codes = kernels.encode_at(y.detach() - before, w, b, offsets, ids, None, into_w).relu()
+            made, square, _ = kernels.fit(codes, d, torch.zeros(5), target, offsets, ids, into_d)
+            (square + made.cos().sum() + kernels.decode(codes, d, offsets, ids, into_d).sin().sum()).backward()
         if sink is None:
             expected = [w.grad, d.grad, b.grad, before.grad, (d.grad * d).sum(1)]
         else:
             assert w.grad is None
             assert d.grad is None
             squares = sink.finish()
-            of_w, of_d = sink.of(w), sink.of(d)
-            found = [*out, of_w.bias, -(of_w.through @ w), of_d.along]
-            torch.testing.assert_close(squares[w.data_ptr()], out[0].square().sum())
+            found = [*out, into_w.bias, -(into_w.through @ w), into_d.along]
+            torch.testing.assert_close(squares["w"], out[0].square().sum())
     for mine, right in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, right)
 
 
 def test_a_sink_without_passes_has_gradients_of_zero():
     weight, out = torch.randn(3, 2), torch.full((3, 2), torch.nan)
-    sink = kernels.Sink([(weight, out)])
-    assert float(sink.finish()[weight.data_ptr()]) == 0
+    sink = kernels.Sink({"weight": (weight, out)})
+    assert float(sink.finish()["weight"]) == 0
     assert (out == 0).all()
 
 
