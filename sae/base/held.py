@@ -53,21 +53,43 @@ class Live(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live: dict[int, tuple[StorageWeakRef, Held]] = {}
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.bytes = 0  # of all in `live`, those included that have gone since it was looked through
         self.worst = Held()
+        self.most = 0  # of `worst`
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        before = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if _strided(one)}
-        self.live = {key: found for key, found in self.live.items() if not found[0].expired()}
+        before: set[int] | None = None
         for one in tree_leaves(made):
-            if _strided(one) and one.untyped_storage()._cdata not in before:
-                storage = one.untyped_storage()
-                self.live[storage._cdata] = StorageWeakRef(storage), blocks(storage.nbytes())
-        now = sum((size for _, size in self.live.values()), Held())
-        if now.total > self.worst.total:
-            self.worst = now
+            if not _strided(one):
+                continue
+            if before is None:
+                before = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if _strided(each)}
+            storage = one.untyped_storage()
+            if storage._cdata not in before:
+                self._add(storage)
+        if self.bytes > self.most:
+            self._look()
         return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        """Counts a storage; one that was counted at its address is either the same or gone."""
+        gone = self.live.pop(storage._cdata, None)
+        size = storage.nbytes()
+        self.live[storage._cdata] = StorageWeakRef(storage), size
+        self.bytes += size - (gone[1] if gone else 0)
+
+    def _look(self) -> None:
+        """Leaves out what has gone, and keeps what is held if nothing was worse."""
+        expired = torch.UntypedStorage._expired  # type: ignore[attr-defined]
+        self.live = {key: found for key, found in self.live.items() if not expired(found[0].cdata)}
+        sizes = [size for _, size in self.live.values()]
+        self.bytes = sum(sizes)
+        if self.bytes > self.most:
+            self.most = self.bytes
+            returned = sum(size for size in sizes if blocks(size).returned)
+            self.worst = Held(self.bytes - returned, returned)
 
 
 def _strided(one: Any) -> bool:
