@@ -1,6 +1,10 @@
 """The dry run against what a real run of the embedded model takes."""
 
+import gc
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rigs.peaks import peaks
@@ -64,3 +68,36 @@ def test_ranks_that_cannot_be_are_refused_in_one_line(argv, said, capsys):
     out, error = capsys.readouterr()
     assert not out
     assert error.splitlines()[-1].startswith(f"error: {said}")
+
+
+@pytest.mark.slow
+def test_a_dry_run_imports_nothing_that_it_does_not_use():
+    """But for what transformers takes in with any model: scipy, sympy and torch's compiler."""
+    unused = ("datasets", "pyarrow", "pandas", "sklearn", "matplotlib", "openai", "gguf", "tensorboard", "interp")
+    code = f"""
+import sys
+from cli.train import main
+assert main(["--dry-run"]) == 0
+print("LOADED", *[name for name in {unused!r} if name in sys.modules])
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout.splitlines()[-1] == "LOADED"
+
+
+@pytest.mark.slow
+def test_a_dry_run_that_ends_its_process_says_all_and_gives_its_code():
+    for more, code in (((), 0), (("--activations.sites", "nowhere"), 2)):
+        command = [sys.executable, "-m", "cli.train", "--dry-run", *more]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+        assert done.returncode == code, done.stderr
+        assert ("compute " in done.stdout, "error: " in done.stderr) == (code == 0, code == 2)
+
+
+def test_a_dry_run_in_a_process_of_others_leaves_its_collector_as_it_was(capsys, monkeypatch):
+    before = gc.get_threshold()
+    seen = []
+    monkeypatch.setattr("cli.train._act", lambda *_: seen.append(gc.get_threshold()) or 0)
+    assert main(["--dry-run"]) == 0
+    assert seen != [before]
+    assert gc.get_threshold() == before
