@@ -97,9 +97,9 @@ class Chooser:
         found = [*self.short, *(moment.failed for moment in self.moments if moment.failed is not None)]
         return torch.stack(found).any() if found else None
 
-    def entries(self) -> Int[Tensor, ""]:
-        """Returns how many entries of this rank's tokens lie above their cuts."""
-        return torch.stack(self._counts).sum() if self._counts else torch.zeros((), device=self.coder.W_enc.device)
+    def entries(self) -> Int[Tensor, ""] | None:
+        """Returns how many entries of this rank's tokens lie above their cuts, of a rule that has such cuts."""
+        return torch.stack(self._counts).sum() if self._counts else None
 
     def choose(self, look: Look, gradients: Float[Tensor, "n d_out"] | None) -> Chosen:
         """Returns what is chosen of a micro-batch, by a per-token rule."""
@@ -264,8 +264,8 @@ class _Beside(dict[str, list[Choice]]):
     """What loss terms have chosen of the tiles so far."""
 
     def look(self, chooser: Chooser, scores: Tensor) -> None:
-        for name, term in chooser.objectives.items():
-            choice = term.choose(chooser.coder, scores, chooser.begun[name])
+        for name, begun in chooser.begun.items():
+            choice = chooser.objectives[name].choose(chooser.coder, scores, begun)
             if choice is not None:
                 self.setdefault(name, []).append(choice._replace(exact=chooser.exact))
 

@@ -44,6 +44,8 @@ class Sums:
     error: Float[Tensor, "d_out"]
     square: Float[Tensor, ""]
     fired: Int[Tensor, "d_sae"]
+    entries: Int[Tensor, ""]
+    """That are kept, those included that do not fire."""
     failed: Float[Tensor, ""]
     """Above 0 if a rank had no room for all entries, or was given gradients that are not finite (then NaN)."""
 
@@ -53,11 +55,12 @@ class Sums:
         like = coder.W_enc
         zeros = partial(torch.zeros, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
         terms = {name: zeros(()) for name in names}
-        return cls(terms, zeros(coder.spec.d_out), zeros(()), zeros(coder.spec.d_sae, dtype=torch.int64), zeros(()))
+        fired = zeros(coder.spec.d_sae, dtype=torch.int64)
+        return cls(terms, zeros(coder.spec.d_out), zeros(()), fired, fired.new_zeros(()), zeros(()))
 
     def tensors(self) -> list[Tensor]:
         """Returns all of it, to be summed over ranks in place."""
-        return [*self.terms.values(), self.error, self.square, self.fired, self.failed]
+        return [*self.terms.values(), self.error, self.square, self.fired, self.entries, self.failed]
 
     def spread(self, n_tokens: int) -> Float[Tensor, ""]:
         """Returns the variance of the error, in float64."""

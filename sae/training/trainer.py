@@ -181,7 +181,8 @@ class CoderTrainer:
                     sums.fired += run.latents.fired()
                     for name, loss in losses.items():
                         sums.terms[name] += loss.detach()
-        failed = self.chooser.failed()
+        entries, failed = self.chooser.entries(), self.chooser.failed()
+        sums.entries += sums.fired.sum() if entries is None else entries
         if failed is not None:
             sums.failed += failed
         if batch.gradients is not None:  # they choose, and leave no trace in a loss
@@ -274,7 +275,7 @@ class CoderTrainer:
             "fired": sums.fired.sum(),
             "failed": sums.failed,
             "applies": applies,
-            "entries": self.chooser.entries() if self.chooser.cuts() is not None else sums.fired.sum(),
+            "entries": sums.entries,
             "dead_share": dead.float().mean(),
             "grad_norm": self.updater.total(norms),
             "idle": self.tokens_since_fired.max(),
@@ -287,6 +288,7 @@ class CoderTrainer:
 
         It shares nothing with the coder in training.
         """
+        self.settle()
         numbers, thresholds = self.chooser.calibrated()
         spec = deepcopy(self.coder.spec).with_(calibration=numbers)
         copy = SparseCoder(spec, self.coder.W_enc.device, self.coder.W_enc.dtype)
@@ -301,6 +303,7 @@ class CoderTrainer:
 
     def replicated(self) -> dict[str, Tensor]:
         """Returns what must be equal on every rank: weights, and the counters that decide which latents are dead."""
+        self.settle()
         named = {name: parameter.detach() for name, parameter in self.coder.named_parameters()}
         return named | {"tokens_since_fired": self.tokens_since_fired, "density": self.density}
 

@@ -99,4 +99,4 @@ def test_alone_nothing_moves():
 
 def test_what_a_ring_brings():
     said = traffic(CONFIG, [plans()["topk"]], 4)
-    assert said.received == (1.5 * said.summed + 3 * 16,) * 2
+    assert said.received == (1.5 * said.summed + 3 * 8,) * 2  # of each other rank its number of tokens
