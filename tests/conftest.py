@@ -12,6 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")  # of children
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as commands have it
+os.environ.setdefault(  # what is compiled, once for all tests
+    "TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "native")
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of every process: on tensors so small more only wait for one another
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
@@ -50,12 +53,11 @@ def pytest_collection_finish(session):
 
 
 @pytest.fixture(autouse=True)
-def _seeded(tmp_path, monkeypatch, request):
+def _seeded(tmp_path, monkeypatch):
     shapes.begin_test()
     torch.manual_seed(0)
     monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(dispatch, "_chosen", ("torch", segmented))  # a run in this process chooses for this test alone
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(request.config.cache.mkdir("native")))  # compiled once for all tests
 
 
 @pytest.fixture(scope="session")

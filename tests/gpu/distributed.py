@@ -154,8 +154,8 @@ def start(place: Place, work: str, n: int = 1, rank: int = 0, backend: str = "gl
 
 
 def spawn(place: Place, command: list[str], name: str, environment: dict[str, str]) -> subprocess.Popen:
-    log = (place.folder / f"{name}.log").open("wb")
-    child = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    with (place.folder / f"{name}.log").open("wb") as log:
+        child = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     child.name = name  # type: ignore[attr-defined]
     CHILDREN.append(child)
     return child

@@ -19,12 +19,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _built(request):
-    """Builds them once for all sessions of a checkout, beside what pytest keeps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(request.config.cache.mkdir("native")))
-        if reason := native.available():
-            pytest.skip(reason)
+def _built():
+    if reason := native.available():
+        pytest.skip(reason)
 
 
 class Float32:
