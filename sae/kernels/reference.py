@@ -4,11 +4,12 @@ Codes are compressed rows: row t owns entries offsets[t]:offsets[t+1] of ids and
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels.codes import ByLatent
 from sae.kernels.rows import counted, offsets_of, rows_of
+from sae.kernels.update import Update
 
 
 def top_ids(scores: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
@@ -83,31 +84,26 @@ def adam(
     gradient: Float[Tensor, "m *d"],
     mean: Float[Tensor, "m *d"],
     square: Float[Tensor, "m *d"],
+    update: Update,
     *,
-    rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: Float[Tensor, ""],
-    scale: Float[Tensor, ""],
-    applies: Bool[Tensor, ""],
     along: Float[Tensor, "m"] | None = None,
     unit: bool = False,
     half: Tensor | None = None,
 ) -> None:
-    """Takes a step of Adam (Kingma 2015, algorithm 1) in place, on the gradient times `scale`, if it `applies`.
+    """Takes a step of Adam (Kingma 2015, algorithm 1) in place, if it applies.
 
-    `step` counts from 1. `along` [m], the product of gradient and weight row by row, removes from the gradient what
-    only changes the norms of rows that have norm 1; `unit` then divides rows by their norms. `half` gets the new
-    weights. The gradient may be overwritten.
+    `along` [m], the product of gradient and weight row by row, removes from the gradient what only changes the norms of
+    rows that have norm 1; `unit` then divides rows by their norms. `half` gets the new weights. The gradient may be
+    overwritten.
     """
+    _, beta1, beta2, eps, step, scale, applies = update
+    corrected = [1 - beta ** step.to(square.dtype) for beta in (beta1, beta2)]
     g = gradient * scale
     if along is not None:
         g = g - (along * scale)[:, None] * weight
     m = torch.lerp(mean, g, 1 - beta1)
     v = beta2 * square + (1 - beta2) * g * g
-    root = (v.sqrt() / (1 - beta2 ** step.to(v.dtype)).sqrt()).add(eps)
-    w = weight - rate / (1 - beta1 ** step.to(v.dtype)) * m / root
+    w = weight - update.rate / corrected[0] * m / (v.sqrt() / corrected[1].sqrt()).add(eps)
     if unit:
         w = w / w.norm(dim=1, keepdim=True).clamp_min(1e-30)
     for old, new in ((weight, w), (mean, m), (square, v)):

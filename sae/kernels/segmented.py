@@ -9,7 +9,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.base.sums import in_float64
@@ -17,6 +17,7 @@ from sae.kernels.codes import ByLatent
 from sae.kernels.largest import top_ids
 from sae.kernels.reference import by_latent
 from sae.kernels.rows import counted, rows_of
+from sae.kernels.update import Update
 
 __all__ = ["above", "adam", "by_latent", "decode", "errors", "products", "top_ids", "weight_gradient"]
 SAMPLED_DTYPES = (torch.float32, torch.float64)
@@ -91,20 +92,14 @@ def adam(
     gradient: Float[Tensor, "m *d"],
     mean: Float[Tensor, "m *d"],
     square: Float[Tensor, "m *d"],
+    update: Update,
     *,
-    rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: Float[Tensor, ""],
-    scale: Float[Tensor, ""],
-    applies: Bool[Tensor, ""],
     along: Float[Tensor, "m"] | None = None,
     unit: bool = False,
     half: Tensor | None = None,
 ) -> None:
     """Takes one step of Adam in place, as the reference says: PyTorch's fused one, some rows at a time."""
-    skipped, inverse = (~applies).float(), 1 / scale
+    skipped, inverse = (~update.applies).float(), 1 / update.scale
     size = ROWS if weight.device.type == "cpu" and weight.dim() > 1 else max(1, len(weight))
     for start in range(0, len(weight), size):
         rows = slice(start, start + size)
@@ -117,12 +112,12 @@ def adam(
             [mean[rows]],
             [square[rows]],
             [],
-            [step],
-            lr=rate,
-            beta1=beta1,
-            beta2=beta2,
+            [update.step],
+            lr=update.rate,
+            beta1=update.beta1,
+            beta2=update.beta2,
             weight_decay=0.0,
-            eps=eps,
+            eps=update.eps,
             amsgrad=False,
             maximize=False,
             grad_scale=inverse,
@@ -130,7 +125,7 @@ def adam(
         )
         if unit:
             norms = torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min_(1e-30)
-            w.div_(torch.where(applies, norms, 1.0))
+            w.div_(torch.where(update.applies, norms, 1.0))
         if half is not None:
             half[rows].copy_(w)
 

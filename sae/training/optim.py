@@ -12,6 +12,7 @@ from sae.base.errors import ConfigError
 from sae.base.sums import in_float64
 from sae.coder.coder import SparseCoder
 from sae.kernels import Sink, kernel
+from sae.kernels.update import Update
 from sae.parallel import ranks
 
 LR_AT_WIDTH = (2e-4, 2**14)  # the law two libraries use for Adam: lr = 2e-4 / sqrt(d_sae / 2^14)
@@ -159,31 +160,22 @@ class Updater:
     @torch.no_grad()
     def update(self, norms: dict[str, Tensor], rate: float, applies: Bool[Tensor, ""]) -> None:
         """Takes the step, unless it does not apply: then nothing changes."""
-        clip, total = self.config.clip_norm, self.total(norms)
+        config, total = self.config, self.total(norms)
+        clip = config.clip_norm
         scale = torch.where(total > clip, clip / total, 1.0) if clip else torch.ones_like(total)
         scale = scale.float().to(applies.device)
         for name, parameter in self.parameters.items():
             state = self.state[name]
             state["step"] = state["step"] + applies
+            taken = Update(rate, config.beta1, config.beta2, config.eps, state["step"], scale, applies)
             tensors = (parameter.detach(), self.gradients[name], state["exp_avg"], state["exp_avg_sq"])
             rows, along = [tensors], [None]
             if name == "W_dec":
                 rows = list(zip(*map(self.coder.decoders_of, tensors), strict=True))
                 along = self.along if self.unit else [None] * len(rows)
             for own, part in zip(rows, along, strict=True):
-                kernel("adam", own[0])(
-                    *own,
-                    rate=rate,
-                    beta1=self.config.beta1,
-                    beta2=self.config.beta2,
-                    eps=self.config.eps,
-                    step=state["step"],
-                    scale=scale,
-                    applies=applies,
-                    along=part,
-                    unit=self.unit and name == "W_dec",
-                    half=self.rounded.get(name),
-                )
+                unit, half = self.unit and name == "W_dec", self.rounded.get(name)
+                kernel("adam", own[0])(*own, taken, along=part, unit=unit, half=half)
 
 
 @torch.no_grad()

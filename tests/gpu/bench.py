@@ -246,6 +246,7 @@ def parts(bench: Bench) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     from sae.kernels import cuda
+    from sae.kernels.update import Update
 
     shape, device = bench.large, bench.device
     n, m, d, k = shape.tokens, shape.d_sae, shape.d, shape.k
@@ -286,11 +287,11 @@ def parts(bench: Bench) -> None:
         del rows, w, out
     one("by_latent", lambda: cuda.by_latent(offsets, ids, m), 3 * 8 * n * k)
     state, number = [torch.zeros_like(weight) for _ in range(3)], torch.ones((), device=device)
-    options = {"rate": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "step": number, "scale": number}
+    update = Update(1e-4, 0.9, 0.999, 1e-8, number, number, number > 0)
     copy, along = torch.empty(m, d, dtype=torch.bfloat16, device=device), torch.zeros(m, device=device)
     one(
         "adam, with all",
-        lambda: cuda.adam(weight, *state, **options, applies=number > 0, along=along, unit=True, half=copy),
+        lambda: cuda.adam(weight, *state, update, along=along, unit=True, half=copy),
         7 * weight.nbytes + copy.nbytes,
     )
     del weight, x, state, copy

@@ -5,6 +5,8 @@ import torch
 from rigs.kernel_contract import *  # noqa: F403
 from rigs.kernel_contract import drawn, firsts
 
+from sae.kernels.update import Update
+
 CARD = torch.cuda.is_available()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CARD, reason="there is no card that CUDA knows of")]
 
@@ -65,9 +67,7 @@ def test_weights_of_more_than_2_to_the_31_entries(path, device):
     state = [torch.zeros(m, d, device=device) for _ in range(2)]
     one = torch.tensor(1.0, device=device)
     before = weight[ids].clone()
-    path.adam(
-        weight, gradient, *state, rate=0.1, beta1=0.9, beta2=0.999, eps=1e-8, step=one, scale=one, applies=one > 0
-    )
+    path.adam(weight, gradient, *state, Update(0.1, 0.9, 0.999, 1e-8, one, one, one > 0))
     torch.testing.assert_close(weight[ids], before - 0.1 * gradient[ids].sign(), rtol=1e-4, atol=1e-4)
     assert int(weight.count_nonzero()) <= 4 * d
 
@@ -104,8 +104,6 @@ def test_no_function_waits_for_the_card(path, device):
         path.weight_gradient(by, products, error, gradient)
         path.decode(values, weight, offsets, ids)
         path.products(offsets, ids, x, weight)
-        path.adam(
-            weight, gradient, *state, rate=1.0, beta1=0.9, beta2=0.999, eps=1e-8, step=one, scale=one, applies=one > 0
-        )
+        path.adam(weight, gradient, *state, Update(1.0, 0.9, 0.999, 1e-8, one, one, one > 0))
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -5,6 +5,7 @@ import torch
 
 from sae import kernels
 from sae.kernels import dense, dispatch, reference, segmented
+from sae.kernels.update import Update
 
 FORWARD = {"sparse": segmented, "dense": dense}
 
@@ -82,21 +83,9 @@ def test_updates_equal_their_definition_over_many_steps(applies, unit):
     for step in range(1, 6):
         gradient, applied = torch.randn(rows, 4), torch.tensor(applies or step % 2 == 0)
         for path, (weight, mean, square) in zip((segmented, reference), held, strict=True):
-            path.adam(
-                weight,
-                gradient.clone(),
-                mean,
-                square,
-                rate=1e-2,
-                beta1=0.9,
-                beta2=0.999,
-                eps=1e-8,
-                step=torch.tensor(float(step)),
-                scale=torch.tensor(0.3),
-                applies=applied,
-                along=(gradient * weight).sum(1) if unit else None,
-                unit=unit,
-            )
+            update = Update(1e-2, 0.9, 0.999, 1e-8, torch.tensor(float(step)), torch.tensor(0.3), applied)
+            along = (gradient * weight).sum(1) if unit else None
+            path.adam(weight, gradient.clone(), mean, square, update, along=along, unit=unit)
     for mine, right in zip(*held, strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-6)
 

@@ -14,6 +14,7 @@ from rigs.kernel_contract import *  # noqa: F403
 
 from sae.kernels import native
 from sae.kernels.native import building
+from sae.kernels.update import Update
 
 ROOT = Path(__file__).parents[2]
 
@@ -180,11 +181,9 @@ class Weights:
         self.mean, self.square = torch.zeros(shape), torch.zeros(shape)
 
     def step(self, number, gradient, applies=True, scale=0.7, **more):
-        native.adam(
-            *(self.weight, gradient.clone(), self.mean, self.square),
-            **dict(rate=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, step=torch.tensor(float(number))),
-            **dict(scale=torch.tensor(scale), applies=torch.tensor(applies), **more),
-        )
+        told = torch.tensor(float(number)), torch.tensor(scale), torch.tensor(applies)
+        update = Update(1e-2, 0.9, 0.999, 1e-8, *told)
+        native.adam(self.weight, gradient.clone(), self.mean, self.square, update, **more)
 
 
 @pytest.mark.parametrize("shape", [(50, 37), (64, 64), (101,)])

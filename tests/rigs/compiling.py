@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sae.kernels.cuda import crossing, dealing, gradients, largest, sparse, updating
+from sae.kernels.update import Update
 
 NAMES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -60,8 +61,7 @@ def start_all() -> None:
     largest.top_ids(empty(64, 2_000_000), 300)
     crossing.above(empty(64, 131_072), empty(131_072), 5000)
     offsets, ids, values = empty(11, dtype=torch.long), empty(6400, dtype=torch.long), empty(6400)
-    options = {"rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "step": empty(()), "scale": empty(())}
-    applies = empty((), dtype=torch.bool)
+    update = Update(1e-3, 0.9, 0.999, 1e-8, empty(()), empty(()), empty((), dtype=torch.bool))
     for m, d in SHAPES:
         by = gradients.by_latent(offsets, ids, m)
         for dtype in (torch.float32, half):
@@ -71,8 +71,8 @@ def start_all() -> None:
             sparse.products(offsets, ids, x, weight)
             gradients.weight_gradient(by, values, x, empty(m, d))
         state = [empty(m, d) for _ in range(4)]
-        updating.adam(*state, **options, applies=applies)
-        updating.adam(*state, **options, applies=applies, along=empty(m), unit=True, half=empty(m, d, dtype=half))
+        updating.adam(*state, update)
+        updating.adam(*state, update, along=empty(m), unit=True, half=empty(m, d, dtype=half))
 
 
 def signature_of(kernel: Any, given: tuple[Any, ...]) -> tuple[dict, dict, dict]:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae.kernels.update import Update
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -206,7 +208,7 @@ def test_gradients_of_weights_and_their_squares(path, device, large, dtype):
 
 # ---- the update
 
-OPTIONS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-6}
+CONSTANTS = BETA1, BETA2, EPS = 0.9, 0.999, 1e-6
 """With a smaller eps the update of what is nearly 0 would be that of its rounding."""
 
 
@@ -216,7 +218,7 @@ def stepped(path: Any, device: str, *, d: int, m: int, unit: bool, steps: int = 
     weight /= torch.linalg.vector_norm(weight, dim=1, keepdim=True)
     mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
     exact = weight.double().clone().requires_grad_()
-    optimizer = torch.optim.Adam([exact], lr=1e-2, betas=(OPTIONS["beta1"], OPTIONS["beta2"]), eps=OPTIONS["eps"])
+    optimizer = torch.optim.Adam([exact], lr=1e-2, betas=(BETA1, BETA2), eps=EPS)
     half = torch.zeros(m, d, dtype=torch.bfloat16, device=device) if unit else None
     for step in range(1, steps + 1):
         gradient = drawn(m, d, device=device, seed=step) * 1e-3
@@ -224,10 +226,8 @@ def stepped(path: Any, device: str, *, d: int, m: int, unit: bool, steps: int = 
         before = [tensor.clone() for tensor in (weight, mean, square)]
         along = (gradient * weight).sum(1) / weight.square().sum(1) if unit else None
         for applies in (False, True):
-            path.adam(
-                weight, gradient.clone(), mean, square, rate=1e-2, **OPTIONS, step=number, scale=scale,
-                applies=torch.tensor(applies, device=device), along=along, unit=unit, half=half,
-            )  # fmt: skip
+            update = Update(1e-2, *CONSTANTS, number, scale, torch.tensor(applies, device=device))
+            path.adam(weight, gradient.clone(), mean, square, update, along=along, unit=unit, half=half)
             if not applies:
                 assert all(map(torch.equal, (weight, mean, square), before))
                 assert half is None or step > 1 or not half.any()
@@ -257,15 +257,11 @@ def test_updates_are_those_of_adam_with_clipping_projection_and_norms(path, devi
 def test_an_update_of_biases_and_of_rows_of_zeros(path, device):
     tensors = [torch.zeros(1500, device=device) for _ in range(4)]
     tensors[1][3] = 1e-3
-    numbers = [torch.tensor(1.0, device=device) for _ in range(2)]
-    path.adam(
-        *tensors, rate=0.5, **OPTIONS, step=numbers[0], scale=numbers[1], applies=torch.tensor(True, device=device)
-    )
+    one = torch.tensor(1.0, device=device)
+    update = Update(0.5, *CONSTANTS, one, one, one > 0)
+    path.adam(*tensors, update)
     assert abs(float(tensors[0][3]) + 0.5) < 1e-3  # the first update is the rate, whatever the gradient
     assert int(tensors[0].count_nonzero()) == 1
     rows = [torch.zeros(3, 5, device=device) for _ in range(4)]
-    path.adam(
-        *rows, rate=0.5, **OPTIONS, step=numbers[0], scale=numbers[1], applies=torch.tensor(True, device=device),
-        unit=True,
-    )  # fmt: skip
+    path.adam(*rows, update, unit=True)
     assert float(rows[0].abs().sum()) == 0

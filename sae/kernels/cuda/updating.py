@@ -5,10 +5,11 @@ import math
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from sae.kernels.cuda.launching import CHUNK, WIDEST, block_of, launch, warps_of
+from sae.kernels.update import Update
 
 
 def adam(
@@ -16,32 +17,27 @@ def adam(
     gradient: Tensor,
     mean: Tensor,
     square: Tensor,
+    update: Update,
     *,
-    rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: Float[Tensor, ""],
-    scale: Float[Tensor, ""],
-    applies: Bool[Tensor, ""],
     along: Float[Tensor, "m"] | None = None,
     unit: bool = False,
     half: Tensor | None = None,
 ) -> None:
-    """Takes update number `step` in place, if `applies`; the host reads neither.
+    """Takes a step of Adam in place, if it applies; the host reads neither that nor its number.
 
-    The gradient is multiplied by `scale`, and loses `along` times the weight, by row. With `unit` rows then get norm 1;
-    `half` gets the new weight, rounded. Weights are [m, d], or [m] for biases.
+    The gradient loses `along` times the weight, by row. With `unit` rows then get norm 1; `half` gets the new weight,
+    rounded. Weights are [m, d], or [m] for biases.
     """
     if not all(held.is_contiguous() for held in (weight, gradient, mean, square, half) if held is not None):
         raise ValueError("adam: a tensor that is changed in place is not contiguous")
+    _, beta1, beta2, eps, step, scale, applies = update
     m, d = weight.shape if weight.dim() == 2 else (1, len(weight))
     whole = unit and d <= WIDEST
     block = block_of(d, WIDEST if whole else CHUNK)
     chunks = triton.cdiv(d, block)
     logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
     corrected = torch.empty(2, dtype=torch.float32, device=weight.device)
-    launch(_corrected, 1, corrected, step, rate, *logs, num_warps=1)
+    launch(_corrected, 1, corrected, step, update.rate, *logs, num_warps=1)
     launch(
         _adam, m * chunks, weight, gradient, mean, square, along, half, scale, applies, corrected, d, chunks,
         beta1, beta2, eps, along is not None, whole, half is not None, block, num_warps=warps_of(block),

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels.codes import ByLatent
 from sae.kernels.native.building import Unavailable, library
+from sae.kernels.update import Update
 
 __all__ = [
     "above", "adam", "available", "by_latent", "decode", "errors", "products", "takes", "top_ids",
@@ -144,22 +145,16 @@ def adam(
     gradient: Float[Tensor, "m *d"],
     mean: Float[Tensor, "m *d"],
     square: Float[Tensor, "m *d"],
+    update: Update,
     *,
-    rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: Float[Tensor, ""],
-    scale: Float[Tensor, ""],
-    applies: Bool[Tensor, ""],
     along: Float[Tensor, "m"] | None = None,
     unit: bool = False,
     half: Tensor | None = None,
 ) -> None:
-    """Takes one step of Adam (Kingma 2015, algorithm 1) in place, the gradient times `scale`; none unless `applies`.
+    """Takes one step of Adam (Kingma 2015, algorithm 1) in place, if it applies.
 
-    `step` counts from 1. `along` is the product of gradient and weight row by row over the row's square: it takes from
-    the gradient what only changes norms. `unit` then divides rows by their norms. `half` gets the new weight, rounded.
+    `along` is the product of gradient and weight row by row over the row's square: it takes from the gradient what only
+    changes norms. `unit` then divides rows by their norms. `half` gets the new weight, rounded.
     """
     shape = weight.shape
     m, d = shape if len(shape) == 2 else (1, weight.numel())
@@ -170,10 +165,10 @@ def adam(
         "adam",
         *(m, d),
         *(_plain(name, tensor, shape) for name, tensor in tensors.items()),
-        *map(ctypes.c_double, (rate, beta1, beta2, eps)),
-        _plain("step", step, ()),
-        _plain("scale", scale, ()),
-        _plain("applies", applies, (), torch.bool),
+        *map(ctypes.c_double, update[:4]),
+        _plain("step", update.step, ()),
+        _plain("scale", update.scale, ()),
+        _plain("applies", update.applies, (), torch.bool),
         None if along is None else _plain("along", along, (m,)),
         int(unit),
         None if half is None else _plain("half", half, shape, torch.bfloat16),
