@@ -52,8 +52,7 @@ def shortfall(density: Float[Tensor, "d_sae"], dead: Bool[Tensor, "d_sae"], tau:
 
     It lies where the densities do.
     """
-    dead = dead.to(density.device)
-    if not float(density.sum()):  # nothing is known yet
-        return dead.to(density)
-    expected = zipf.ranked(zipf.fit(density).shares(len(density)), density) * float(density.sum())
-    return torch.where(dead, 1.0, (1 - density / (tau * expected.to(density))).clamp(0, 1))
+    dead, total = dead.to(density.device), density.sum()
+    expected = total * zipf.ranked(zipf.fit(density).shares(len(density)), density)
+    lacking = (1 - density / (tau * expected)).clamp(0, 1)
+    return torch.where(dead, 1.0, torch.where(total > 0, lacking, 0.0))  # before the first step nothing is known

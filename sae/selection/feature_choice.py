@@ -85,15 +85,13 @@ class FeatureChoice(MutualChoice):
         """Deals out the budgets of the step."""
         state, total, m = moment.state, self.budget(moment), len(moment.state["density"])
         wanted, most = total * zipf.ranked(self.curve(state).shares(m), state["density"]), max(1, moment.n_tokens)
-        place = state["density"].device
         if m <= total:
-            budgets = zipf.budgets(wanted, total, most, least=1)
-        else:
-            wanted = zipf.fill(wanted, total, most, least=0) + state["carry"].cpu()
-            budgets = zipf.budgets(wanted, total, most, least=0)
-            if not self._mutual(moment):
-                state["carry"] = (wanted - budgets).clamp(-1, 1).to(place)
-        state["budgets"] = budgets.to(place)
+            state["budgets"] = zipf.budgets(wanted, total, most, least=1)
+            return
+        wanted = zipf.fill(wanted, total, most, least=0) + state["carry"]
+        state["budgets"] = zipf.budgets(wanted, total, most, least=0)
+        if not self._mutual(moment):
+            state["carry"] = (wanted - state["budgets"]).clamp(-1, 1)
 
     def curve(self, state: dict[str, Tensor]) -> zipf.Zipf:
         """Returns the curve that the budgets follow: fitted, or as given."""
@@ -165,7 +163,7 @@ class FeatureChoice(MutualChoice):
     def report(self, state: dict[str, Tensor]) -> dict[str, float]:
         """Returns the curve."""
         curve = self.curve(state)
-        return {"zipf.exponent": curve.exponent, "zipf.shift": curve.shift, "zipf.r2": curve.r2}
+        return {f"zipf.{name}": float(getattr(curve, name)) for name in ("exponent", "shift", "r2")}
 
     def _mutual(self, moment: Moment) -> bool:
         known = bool(moment.state["steps"])  # how often latents fire, so that there is an order of them
