@@ -4,7 +4,7 @@ Codes are compressed rows: row t owns entries offsets[t]:offsets[t+1] of ids and
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.kernels.codes import ByLatent
@@ -89,12 +89,13 @@ def adam(
     along: Float[Tensor, "m"] | None = None,
     unit: bool = False,
     half: Tensor | None = None,
+    touched: Bool[Tensor, "m"] | None = None,
 ) -> None:
     """Takes a step of Adam (Kingma 2015, algorithm 1) in place, if it applies.
 
     `along` [m], the product of gradient and weight row by row, removes from the gradient what only changes the norms of
-    rows that have norm 1; `unit` then divides rows by their norms. `half` gets the new weights. The gradient may be
-    overwritten.
+    rows that have norm 1; `unit` then divides rows by their norms. `half` gets the new weights. Where there is
+    `touched`, rows that are not stay as they are, with what is remembered of them. The gradient may be overwritten.
     """
     _, beta1, beta2, eps, step, scale, applies = update
     corrected = [1 - beta ** step.to(square.dtype) for beta in (beta1, beta2)]
@@ -106,7 +107,9 @@ def adam(
     w = weight - update.rate / corrected[0] * m / (v.sqrt() / corrected[1].sqrt()).add(eps)
     if unit:
         w = w / w.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    if touched is not None:
+        applies = applies & touched.view(-1, *[1] * (weight.dim() - 1))
     for old, new in ((weight, w), (mean, m), (square, v)):
         old.copy_(torch.where(applies, new, old))
     if half is not None:
-        half.copy_(weight)
+        half.copy_(torch.where(applies, weight.to(half.dtype), half))

@@ -9,7 +9,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.base.sums import in_float64
@@ -97,8 +97,22 @@ def adam(
     along: Float[Tensor, "m"] | None = None,
     unit: bool = False,
     half: Tensor | None = None,
+    touched: Bool[Tensor, "m"] | None = None,
 ) -> None:
-    """Takes one step of Adam in place, as the reference says: PyTorch's fused one, some rows at a time."""
+    """Takes one step of Adam in place, as the reference says: PyTorch's fused one, some rows at a time.
+
+    For rows that are `touched` alone, elsewhere than on the CPU, the host waits to hear how many those are.
+    """
+    if touched is not None:
+        ids = touched.nonzero()[:, 0]
+        for some in ids.split(ROWS if ids.device.type == "cpu" else max(1, len(ids))):
+            w, g, m, v = (tensor.index_select(0, some) for tensor in (weight, gradient, mean, square))
+            adam(w, g, m, v, update, along=None if along is None else along.index_select(0, some), unit=unit)
+            for tensor, new in ((weight, w), (mean, m), (square, v)):
+                tensor.index_copy_(0, some, new)
+            if half is not None:
+                half.index_copy_(0, some, w.to(half.dtype))
+        return
     skipped, inverse = (~update.applies).float(), 1 / update.scale
     size = ROWS if weight.device.type == "cpu" and weight.dim() > 1 else max(1, len(weight))
     for start in range(0, len(weight), size):

@@ -41,12 +41,17 @@ class Gradient:
     """The same of the parts whose rows depend on a bias before the encoder."""
     along: Float[Tensor, "m"]
     """<gradient_j, weight_j>: of a decoder, what would change the norms of its rows."""
+    touched: Float[Tensor, "m"]
+    """1 of rows with an entry in any part; all 0 if that was not asked for."""
+    tells_rows: bool
     parts: list[_Part] = field(default_factory=list)
     begun: bool = False
     """Whether `out` holds a part already."""
 
     def add(self, offsets: Tensor, ids: Tensor, coefficients: Tensor, rows: Tensor) -> None:
         """Takes in a part: coefficients^T rows."""
+        if self.tells_rows:
+            self.touched.index_fill_(0, ids, 1.0)
         if not densely(offsets, ids, self.out):
             self.parts.append(_Part(offsets, ids, coefficients, rows))
             return
@@ -86,12 +91,14 @@ class Gradient:
 class Sink:
     """The gradients of some weights by name."""
 
-    def __init__(self, weights: dict[str, tuple[Float[Tensor, "_m _d"], Float[Tensor, "_m _d"]]]) -> None:
-        """Begins with weights and the places of their gradients, one latent a row."""
+    def __init__(
+        self, weights: dict[str, tuple[Float[Tensor, "_m _d"], Float[Tensor, "_m _d"]]], tells_rows: bool = False
+    ) -> None:
+        """Begins with weights and the places of their gradients, one latent a row; it may tell which are `touched`."""
         self._held: dict[str, Gradient] = {}
         for name, (weight, out) in weights.items():
-            bias, through, along = out.new_zeros(3, len(out))
-            self._held[name] = Gradient(weight.detach(), out, bias, through, along)
+            bias, through, along, touched = out.new_zeros(4, len(out))
+            self._held[name] = Gradient(weight.detach(), out, bias, through, along, touched, tells_rows)
 
     def of(self, name: str) -> Gradient:
         """Returns the gradient of a weight."""

@@ -198,7 +198,7 @@ def disk_needed(config: TrainConfig, plans: list[CoderPlan], widths: dict[str, i
 
     The oldest checkpoint goes when a new one is whole, so that there is one more than are kept.
     """
-    saved = sum((copies(plan) - 1) * plan.parameters * FLOAT + 16 * plan.d_sae for plan in plans)  # but the gradients
+    saved = sum(int((copies(plan) - 1) * plan.parameters * FLOAT) + 16 * plan.d_sae for plan in plans)  # but gradients
     trained = sum(plan.parameters for plan in plans) * FLOAT
     cached = 8 * config.max_text_tokens + _stored_tokens(config) * token_bytes(config, widths)
     cached = 0 if config.activations.source == "tensors" else cached

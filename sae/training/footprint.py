@@ -112,9 +112,9 @@ def footprint(
     tokens = min(settings.statistics_tokens, config.max_text_tokens)
     sample = sum((blocks(tokens * width * FLOAT) for width in widths), Held())
     taken = sum((blocks(rows * context * w * FLOAT, kinds * tokens / (rows * context)) for w in widths), Held())
-    coders = sum((_matrices(plan) for plan in plans for _ in range(copies(plan))), Held())
+    coders = sum((_matrices(plan, copies(plan)) for plan in plans), Held())
     on_the_way = config.checkpoints.every_steps < config.steps
-    saved = sum((_matrices(plan) for plan in plans for _ in range(copies(plan) - 1)), Held()) if on_the_way else Held()
+    saved = sum((_matrices(plan, copies(plan) - 1) for plan in plans), Held()) if on_the_way else Held()
     exchanged = blocks(min(BUCKET_BYTES, max(p.parameters for p in plans) * FLOAT)) if ranks > 1 else Held()
     weights = [p.nbytes for lm, _ in models for p in lm.model.parameters()]
     return Footprint(
@@ -133,9 +133,9 @@ def footprint(
     )
 
 
-def copies(plan: CoderPlan) -> int:
-    """Returns how often a coder's parameters are there: weights, gradients, two moments, an average."""
-    return 5 if plan.optim.ema else 4
+def copies(plan: CoderPlan) -> float:
+    """Returns how often a coder's parameters are there: weights, gradients, an average, an optimizer's state."""
+    return (3 if plan.optim.ema else 2) + plan.optim.optimizer.bytes_of_state / FLOAT
 
 
 def weights_dtype(config: TrainConfig) -> torch.dtype:
@@ -148,9 +148,10 @@ def _larger(*held: Held) -> Held:
     return max(held, key=lambda one: one.total)
 
 
-def _matrices(plan: CoderPlan) -> Held:
-    """Returns a coder's parameters: an encoder and a decoder, and what is small beside them."""
-    return blocks(plan.parameters * FLOAT / 2, 2)
+def _matrices(plan: CoderPlan, times: float = 1) -> Held:
+    """Returns a coder's parameters so many times: an encoder and a decoder each, and what is small beside them."""
+    whole, rest = divmod(times, 1)
+    return blocks(plan.parameters * FLOAT / 2, 2 * whole) + blocks(plan.parameters * FLOAT / 2 * rest, 2)
 
 
 def passed(lm: LanguageModel, sites: list[Site], rows: int, context: int, backward: bool) -> Held:

@@ -1,18 +1,21 @@
-"""Optimization of one coder: Adam, its schedule, the decoder's norm constraint and the weight average."""
+"""Optimization of one coder: the update with its schedule, the decoder's norm constraint and the weight average."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sae.base.errors import ConfigError
+from sae.base.plugins import names
+from sae.base.settings import choose
 from sae.base.sums import in_float64
 from sae.coder.coder import SparseCoder
-from sae.kernels import Sink, kernel
+from sae.kernels import Sink
 from sae.kernels.update import Update
+from sae.optimizers import Optimizer
 from sae.parallel import ranks
 
 LR_AT_WIDTH = (2e-4, 2**14)  # the law two libraries use for Adam: lr = 2e-4 / sqrt(d_sae / 2^14)
@@ -22,6 +25,9 @@ LR_AT_WIDTH = (2e-4, 2**14)  # the law two libraries use for Adam: lr = 2e-4 / s
 class OptimConfig:
     """How a coder is optimized."""
 
+    kind: str = "adam"
+    """What becomes of gradients (`sae/optimizers/`): adam; sparse_adam, which lets latents that a step has not touched
+    rest."""
     lr: float | None = None
     """Peak learning rate; none: 2e-4 / sqrt(d_sae / 2^14), Gao 2024's dependence on the width."""
     beta1: float = 0.9
@@ -39,8 +45,15 @@ class OptimConfig:
     ema: float = 0.0
     """Decay of the bias-corrected weight average that is evaluated and saved; 0 saves the weights themselves."""
 
+    @property
+    def optimizer(self) -> Optimizer:
+        """Returns the optimizer of that name."""
+        return names(Optimizer)[self.kind]()
+
     def validate(self) -> None:
-        """Raises ConfigError naming the field whose value is out of range."""
+        """Raises ConfigError naming the field whose value is out of range, or what cannot be had here."""
+        choose("optim.kind", self.kind, names(Optimizer))
+        self.optimizer.validate()
         if self.lr is not None and not self.lr > 0:
             raise ConfigError(f"optim.lr: {self.lr} must be positive (or left out: it then follows from the width)")
         limits = {"beta1": 1.0, "beta2": 1.0, "warmup_share": 0.05, "decay_share": 1.0, "ema": 1.0}
@@ -66,7 +79,7 @@ class OptimConfig:
 
 
 class Updater:
-    """The gradients of a coder, written once a step, and Adam with what goes with it: one pass over the weights.
+    """The gradients of a coder, written once a step, and an optimizer with what goes with it: one pass over weights.
 
     Where the decoder has norm 1, its gradient loses the part along each row, which would only change the norm, before
     the step, and rows are scaled back behind it. Gradients are clipped to `clip_norm` all together.
@@ -74,20 +87,22 @@ class Updater:
 
     def __init__(self, coder: SparseCoder, config: OptimConfig, rounded: dict[str, Tensor]) -> None:
         """Takes the encoder's tensors in the precision of its product, if that is another, to keep them up to date."""
-        self.coder, self.config, self.rounded = coder, config, rounded
+        self.coder, self.config, self.rounded, self.optimizer = coder, config, rounded, config.optimizer
         self.parameters = dict(coder.named_parameters())
         self.gradients = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
         self.state = {
             name: {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+                **self.optimizer.state(parameter.detach()),
             }
             for name, parameter in self.parameters.items()
         }
         self.unit = coder.spec.decoder_norm == "unit"
         self.along = [torch.zeros(len(part), device=part.device) for part in coder.decoders(frozen=True)]
         self._squares: dict[str, Tensor] = {}
+        self.of_latents = {*coder.encoder_tensors(), "W_dec", *coder.spec.selection.parameters(0)}
+        self.touched = torch.zeros_like(coder.b_enc.detach()) if self.optimizer.lazy else None
+        """Above 0 for latents that the step has touched."""
 
     @contextmanager
     def collecting(self) -> Iterator[Sink]:
@@ -97,7 +112,7 @@ class Updater:
         weights |= {f"W_dec.{number}": pair for number, pair in enumerate(decoders)}
         for parameter in self.parameters.values():
             parameter.grad = None
-        self.coder.sink = Sink(weights)
+        self.coder.sink = Sink(weights, tells_rows=self.optimizer.lazy)
         try:
             yield self.coder.sink
         finally:
@@ -116,6 +131,8 @@ class Updater:
                 before = "b_dec" if coder.spec.pre_bias == "decoder" else "b_pre"
                 moved, others = -torch.cat([sums @ rows for sums, rows in zip(*blocks, strict=True)]), given[before]
                 given[before] = moved if others is None else others + moved
+        if self.touched is not None:
+            self.touched = self._touched(sink, given)
         matrices = {*coder.spec.encoding.maps, "W_dec"}
         for name in self.parameters.keys() - matrices - {*coder.spec.encoding.maps.values()}:
             self._write(name, None, given[name])
@@ -136,13 +153,28 @@ class Updater:
             parameter.grad = self.gradients[name]
         return self.exchanged()
 
+    def _touched(self, sink: Sink, given: dict[str, Tensor | None]) -> Float[Tensor, "d_sae"]:
+        """Returns how many of a step's sums each latent has an entry in, or a gradient that came without entries."""
+        found = torch.zeros_like(self.coder.b_enc.detach())
+        for name in self.coder.spec.encoding.maps:
+            found += sink.of(name).touched
+        for number, block in enumerate(self.coder.blocks):
+            found[block.latents] += sink.of(f"W_dec.{number}").touched
+        for name in self.of_latents:
+            gradient = given[name]
+            if gradient is not None:
+                parts = self.coder.decoders_of(gradient) if name == "W_dec" else [gradient]
+                found += torch.cat([(part != 0).reshape(len(part), -1).any(1) for part in parts])
+        return found
+
     def _write(self, name: str, found: Tensor | None, given: Tensor | None) -> None:
         parts = [part for part in (found, given) if part is not None]
         self.gradients[name].copy_(sum(parts[1:], parts[0])) if parts else self.gradients[name].zero_()
 
     def exchanged(self) -> list[Tensor]:
         """Returns what is summed over ranks, in place, between `finish` and `norms`."""
-        return [*self.gradients.values(), *(self.along if self.unit else [])]
+        rows = [] if self.touched is None else [self.touched]
+        return [*self.gradients.values(), *(self.along if self.unit else []), *rows]
 
     def norms(self) -> dict[str, Tensor]:
         """Returns the norm of each gradient, summed over ranks, before anything is taken out."""
@@ -164,18 +196,23 @@ class Updater:
         clip = config.clip_norm
         scale = torch.where(total > clip, clip / total, 1.0) if clip else torch.ones_like(total)
         scale = scale.float().to(applies.device)
+        touched = None if self.touched is None else self.touched > 0
         for name, parameter in self.parameters.items():
             state = self.state[name]
             state["step"] = state["step"] + applies
             taken = Update(rate, config.beta1, config.beta2, config.eps, state["step"], scale, applies)
-            tensors = (parameter.detach(), self.gradients[name], state["exp_avg"], state["exp_avg_sq"])
-            rows, along = [tensors], [None]
+            held = {key: value for key, value in state.items() if key != "step"}
+            tensors = [parameter.detach(), self.gradients[name], *held.values()]
+            latents, along, unit = [slice(None)], [None], self.unit and name == "W_dec"
+            blocks = [tensors]
             if name == "W_dec":
-                rows = list(zip(*map(self.coder.decoders_of, tensors), strict=True))
-                along = self.along if self.unit else [None] * len(rows)
-            for own, part in zip(rows, along, strict=True):
-                unit, half = self.unit and name == "W_dec", self.rounded.get(name)
-                kernel("adam", own[0])(*own, taken, along=part, unit=unit, half=half)
+                blocks = list(zip(*map(self.coder.decoders_of, tensors), strict=True))
+                latents = [block.latents for block in self.coder.blocks]
+                along = self.along if unit else [None] * len(blocks)
+            for (weight, gradient, *own), some, part in zip(blocks, latents, along, strict=True):
+                rows = touched[some] if touched is not None and name in self.of_latents else None
+                of_rows = {"along": part, "unit": unit, "half": self.rounded.get(name), "touched": rows}
+                self.optimizer.update(weight, gradient, dict(zip(held, own, strict=True)), taken, **of_rows)
 
 
 @torch.no_grad()

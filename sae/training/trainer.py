@@ -315,7 +315,7 @@ class CoderTrainer:
         for name, parameter in self.coder.named_parameters():
             tensors[f"weight.{name}"] = parameter.detach()
             for key, value in self.updater.state[name].items():
-                tensors[f"adam.{key}.{name}"] = value
+                tensors[f"{self.optim.kind}.{key}.{name}"] = value
         if self.average:
             tensors |= {f"average.{name}": value for name, value in self.average.sums.items()}
         values = {
@@ -339,7 +339,7 @@ class CoderTrainer:
         for name, parameter in self.coder.named_parameters():
             parameter.copy_(tensors[f"weight.{name}"])
             for key, value in self.updater.state[name].items():
-                value.copy_(tensors[f"adam.{key}.{name}"])
+                value.copy_(tensors[f"{self.optim.kind}.{key}.{name}"])
         for name, rounded in self.chooser.rounded.items():
             rounded.copy_(self.coder.get_parameter(name))
         if self.average:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 HEAVY = ("torch", "transformers", "datasets", "openai", "accelerate", "matplotlib")
 FLOORS = {
-    "sae": "base assets < kernels parallel text pages < lm selection encoders < coder stream untrusted"
+    "sae": "base assets < kernels parallel text pages < lm selection encoders optimizers < coder stream untrusted"
     " < formats objectives evaluation < loading steering < training",
     "interp": "records < prompts client evidence < scoring < explainers < scorers < run < exchange view",
 }
@@ -55,7 +55,7 @@ POSIX = re.compile(
     r"os\.(chown|fork|get(e?uid|e?gid|pgid)|kill|killpg|mkfifo|nice|sched_\w+|setsid|statvfs|sysconf|uname|wait\w*)"
     r"|signal\.(SIG(HUP|KILL|USR.)|alarm|setitimer|pthread_\w+)"
 )
-FAMILIES = ("sae.selection", "sae.encoders", "sae.objectives", "interp.explainers", "interp.scorers")
+FAMILIES = ("sae.selection", "sae.encoders", "sae.objectives", "sae.optimizers", "interp.explainers", "interp.scorers")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in ("sae", "interp", "cli")

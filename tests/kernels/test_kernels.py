@@ -90,6 +90,24 @@ def test_updates_equal_their_definition_over_many_steps(applies, unit):
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2 * segmented.ROWS + 3, 4), (40,)])
+def test_rows_that_are_not_touched_stay_as_they_are(shape):
+    matrix = len(shape) == 2
+    start = [torch.randn(shape), torch.randn(shape), torch.randn(shape), torch.rand(shape)]
+    along, half = (torch.randn(shape[0]), torch.zeros(shape)) if matrix else (None, None)
+    touched, one = torch.rand(shape[0]) < 0.3, torch.tensor(1.0)
+    update = Update(1e-2, 0.9, 0.999, 1e-8, 4 * one, 0.3 * one, one > 0)
+    found = []
+    for path, rows in ((reference, None), (reference, touched), (segmented, touched)):
+        tensors, copy = [tensor.clone() for tensor in start], None if half is None else half.clone()
+        path.adam(*tensors, update, along=along, unit=matrix, half=copy, touched=rows)
+        found.append([tensors[0], *tensors[2:], *([] if copy is None else [copy])])
+    for every, right, mine, before in zip(*found, [start[0], *start[2:], *([half] if matrix else [])], strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-6)
+        assert torch.equal(right[touched], every[touched])
+        assert torch.equal(mine[~touched], before[~touched])
+
+
 def test_low_precision_products(way):
     offsets, ids = random_support(9, 12, 6)
     y, weight = torch.randn(9, 8, dtype=torch.bfloat16), torch.randn(12, 8, dtype=torch.bfloat16)
@@ -153,6 +171,14 @@ def test_a_sink_collects_what_autograd_would_return(way, parts):
             torch.testing.assert_close(squares["w"], out[0].square().sum())
     for mine, right in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, right)
+
+
+def test_a_sink_tells_the_rows_with_an_entry(way):
+    weight = torch.randn(6, 2)
+    sink = kernels.Sink({"weight": (weight, torch.empty(6, 2))}, tells_rows=True)
+    for ids in ([1, 4], [4, 5]):
+        sink.of("weight").add(torch.tensor([0, 2]), torch.tensor(ids), torch.zeros(2), torch.randn(1, 2))
+    assert sink.of("weight").touched.tolist() == [0, 1, 0, 0, 1, 1]  # also of a coefficient of 0
 
 
 def test_a_sink_without_passes_has_gradients_of_zero():

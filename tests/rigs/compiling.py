@@ -73,6 +73,7 @@ def start_all() -> None:
         state = [empty(m, d) for _ in range(4)]
         updating.adam(*state, update)
         updating.adam(*state, update, along=empty(m), unit=True, half=empty(m, d, dtype=half))
+        updating.adam(*state, update, unit=True, touched=empty(m, dtype=torch.bool))
 
 
 def signature_of(kernel: Any, given: tuple[Any, ...]) -> tuple[dict, dict, dict]:

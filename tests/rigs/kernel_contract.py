@@ -141,6 +141,11 @@ def test_rows_wider_than_one_program_holds(path, device):
     near(products, products_of(kept, error, weight))
     weights = stepped(path, device, d=d, m=m, unit=True)
     near(torch.linalg.vector_norm(weights, dim=1), torch.ones(m))
+    touched, one = torch.arange(m, device=device) == 2, torch.tensor(1.0, device=device)
+    state = [weight.clone(), *(torch.ones_like(weight) for _ in range(3))]
+    path.adam(*state, Update(1e-2, *CONSTANTS, one, one, one > 0), unit=True, touched=touched)
+    assert torch.equal(state[0][~touched], weight[~touched])
+    near(torch.linalg.vector_norm(state[0][2]), one)
 
 
 def test_rows_that_are_one_or_lie_apart(path, device):
@@ -252,6 +257,30 @@ def stepped(path: Any, device: str, *, d: int, m: int, unit: bool, steps: int = 
 def test_updates_are_those_of_adam_with_clipping_projection_and_norms(path, device, large, unit):
     for _, m, d, _ in shapes(large):
         stepped(path, device, d=d, m=m, unit=unit)
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (7, 1), (33,)])
+def test_rows_that_are_not_touched_stay_and_the_others_are_updated_as_if_alone(path, device, shape):
+    weight, gradient = drawn(*shape, device=device, seed=1), drawn(*shape, device=device, seed=2)
+    state = [weight, gradient, drawn(*shape, device=device, seed=3), drawn(*shape, device=device, seed=4).square()]
+    matrix = len(shape) == 2
+    options = {"along": drawn(shape[0], device=device, seed=5), "unit": True} if matrix else {}
+    copies = [torch.zeros(shape, dtype=torch.bfloat16, device=device) if matrix else None for _ in range(2)]
+    one, touched = torch.tensor(1.0, device=device), torch.arange(shape[0], device=device) % 3 == 1
+    found, right = ([tensor.clone() for tensor in state] for _ in range(2))
+    for applies in (False, True):
+        update = Update(1e-2, *CONSTANTS, 5 * one, 0.3 * one, torch.tensor(applies, device=device))
+        path.adam(*found, update, **options, half=copies[0], touched=touched)
+        if not applies:
+            assert all(map(torch.equal, (found[0], *found[2:]), (state[0], *state[2:])))
+    path.adam(*right, update, **options, half=copies[1])
+    for now, changed, before in zip(found, right, state, strict=True):
+        if now is not found[1]:  # the gradient may be overwritten
+            assert torch.equal(now[~touched], before[~touched])
+            near(now[touched], changed[touched])
+    if matrix:
+        assert not copies[0][~touched].any()
+        assert torch.equal(copies[0][touched], copies[1][touched])
 
 
 def test_an_update_of_biases_and_of_rows_of_zeros(path, device):

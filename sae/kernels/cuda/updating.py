@@ -5,7 +5,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.kernels.cuda.launching import CHUNK, WIDEST, block_of, launch, warps_of
@@ -22,16 +22,17 @@ def adam(
     along: Float[Tensor, "m"] | None = None,
     unit: bool = False,
     half: Tensor | None = None,
+    touched: Bool[Tensor, "m"] | None = None,
 ) -> None:
     """Takes a step of Adam in place, if it applies; the host reads neither that nor its number.
 
     The gradient loses `along` times the weight, by row. With `unit` rows then get norm 1; `half` gets the new weight,
-    rounded. Weights are [m, d], or [m] for biases.
+    rounded. Weights are [m, d], or [m] for biases. Rows that are not `touched` stay as they are.
     """
     if not all(held.is_contiguous() for held in (weight, gradient, mean, square, half) if held is not None):
         raise ValueError("adam: a tensor that is changed in place is not contiguous")
     _, beta1, beta2, eps, step, scale, applies = update
-    m, d = weight.shape if weight.dim() == 2 else (1, len(weight))
+    m, d = weight.shape if weight.dim() == 2 else (1, len(weight)) if touched is None else (len(weight), 1)
     whole = unit and d <= WIDEST
     block = block_of(d, WIDEST if whole else CHUNK)
     chunks = triton.cdiv(d, block)
@@ -39,11 +40,13 @@ def adam(
     corrected = torch.empty(2, dtype=torch.float32, device=weight.device)
     launch(_corrected, 1, corrected, step, update.rate, *logs, num_warps=1)
     launch(
-        _adam, m * chunks, weight, gradient, mean, square, along, half, scale, applies, corrected, d, chunks,
-        beta1, beta2, eps, along is not None, whole, half is not None, block, num_warps=warps_of(block),
+        _adam, m * chunks, weight, gradient, mean, square, along, half, touched, scale, applies, corrected, d, chunks,
+        beta1, beta2, eps, along is not None, whole, half is not None, touched is not None, block,
+        num_warps=warps_of(block),
     )  # fmt: skip
     if unit and not whole:
-        launch(_normalized, m, weight, half, applies, d, half is not None, block, num_warps=warps_of(block))
+        given = half, touched, applies, d, half is not None, touched is not None
+        launch(_normalized, m, weight, *given, block, num_warps=warps_of(block))
 
 
 @triton.jit
@@ -56,12 +59,15 @@ def _corrected(corrected, step, rate, LOG1: tl.constexpr, LOG2: tl.constexpr):
 
 @triton.jit
 def _adam(
-    weight, gradient, mean, square, along, half, scale, applies, corrected, d, chunks,
+    weight, gradient, mean, square, along, half, touched, scale, applies, corrected, d, chunks,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
-    ALONG: tl.constexpr, UNIT: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    ALONG: tl.constexpr, UNIT: tl.constexpr, HALF: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if tl.load(applies).to(tl.int32) != 0:
-        row = (tl.program_id(0) // chunks).to(tl.int64)
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    taken = tl.load(applies).to(tl.int32)
+    if SOME:
+        taken *= tl.load(touched + row).to(tl.int32)
+    if taken != 0:
         column = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
         at, inside = row * d + column, column < d
         w = tl.load(weight + at, mask=inside, other=0.0)
@@ -83,10 +89,13 @@ def _adam(
 
 
 @triton.jit
-def _normalized(weight, half, applies, d, HALF: tl.constexpr, BLOCK: tl.constexpr):
+def _normalized(weight, half, touched, applies, d, HALF: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr):
     """Divides one row that is wider than a program holds by its norm."""
-    if tl.load(applies).to(tl.int32) != 0:
-        row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    taken = tl.load(applies).to(tl.int32)
+    if SOME:
+        taken *= tl.load(touched + row).to(tl.int32)
+    if taken != 0:
         squares = tl.zeros((BLOCK,), dtype=tl.float32)
         for begin in range(0, d, BLOCK):
             column = begin + tl.arange(0, BLOCK)

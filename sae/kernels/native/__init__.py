@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.kernels.codes import ByLatent
@@ -150,14 +150,16 @@ def adam(
     along: Float[Tensor, "m"] | None = None,
     unit: bool = False,
     half: Tensor | None = None,
+    touched: Bool[Tensor, "m"] | None = None,
 ) -> None:
     """Takes one step of Adam (Kingma 2015, algorithm 1) in place, if it applies.
 
     `along` is the product of gradient and weight row by row over the row's square: it takes from the gradient what only
-    changes norms. `unit` then divides rows by their norms. `half` gets the new weight, rounded.
+    changes norms. `unit` then divides rows by their norms. `half` gets the new weight, rounded. Rows that are not
+    `touched` are not visited.
     """
     shape = weight.shape
-    m, d = shape if len(shape) == 2 else (1, weight.numel())
+    m, d = shape if len(shape) == 2 else (1, weight.numel()) if touched is None else (weight.numel(), 1)
     if len(shape) != 2 and (unit or along is not None):
         raise ValueError("adam: `along` and `unit` are of rows")
     tensors = {"weight": weight, "gradient": gradient, "mean": mean, "square": square}
@@ -172,6 +174,7 @@ def adam(
         None if along is None else _plain("along", along, (m,)),
         int(unit),
         None if half is None else _plain("half", half, shape, torch.bfloat16),
+        None if touched is None else _plain("touched", touched, (m,), torch.bool),
     )
 
 

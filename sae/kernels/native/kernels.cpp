@@ -359,13 +359,14 @@ EXPORT int weight_gradient(int threads, i64 n, i64 m, i64 d, i64 nnz, const i64*
 
 EXPORT int adam(int threads, i64 m, i64 d, float* weight, const float* gradient, float* mean, float* square,
                 double rate, double beta1, double beta2, double eps_, const float* step, const float* scale_,
-                const bool* applies, const float* along, i64 unit, uint16_t* half) {
+                const bool* applies, const float* along, i64 unit, uint16_t* half, const bool* touched) {
   if (!*applies) return 0;
   const float scale = *scale_, b2 = float(beta2), a1 = float(1 - beta1), a2 = float(1 - beta2);
   const float size = float(rate / (1 - std::pow(beta1, double(*step)))), eps = float(eps_);
   const float root = float(std::sqrt(1 - std::pow(beta2, double(*step))));
   deal(threads, m, rows_of(d), [=](i64 first, i64 last) {
     for (i64 j = first; j < last; j++) {
+      if (touched && !touched[j]) continue;
       float* __restrict__ w = weight + j * d;
       const float* __restrict__ g = gradient + j * d;
       float *__restrict__ p = mean + j * d, *__restrict__ q = square + j * d;
