@@ -1,13 +1,16 @@
 """The largest of rows, of columns and of a whole matrix, exactly: ties go to the lower index, NaN counts as largest."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.kernels.codes import Entries
+from sae.kernels.rows import counted, offsets_of
 
 GROUPS = 16
 SAMPLED = 64  # every 64th entry tells where the cut through a matrix will about lie
+TALL = 128  # groups of rows whose largest entries tell where the cut through a column will about lie
+HALVINGS = 8  # of the range in which it is looked for
 
 
 def top_ids(scores: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
@@ -86,10 +89,16 @@ def _first_largest(values: Float[Tensor, "m"], count: int) -> Int[Tensor, "count
     """Returns the indices, ascending, of the `count` largest values; of equal ones the first."""
     if count <= 0:
         return torch.zeros(0, dtype=torch.long, device=values.device)
+    return torch.nonzero_static(among_largest(values, count), size=count)[:, 0]
+
+
+def among_largest(values: Float[Tensor, "m"], count: int) -> Bool[Tensor, "m"]:
+    """Returns which are the `count` largest, at least one and at most all; of equal ones the first."""
+    if count >= len(values):
+        return torch.ones_like(values, dtype=torch.bool)
     least = kth_largest(values, count)
     above, equal = ~(values <= least), values == least
-    kept = above | (equal & (equal.cumsum(0) <= count - above.sum()))
-    return torch.nonzero_static(kept, size=count)[:, 0]
+    return above | (equal & (equal.cumsum(0) <= count - above.sum()))
 
 
 def top_of_columns(scores: Float[Tensor, "n m"], budgets: Int[Tensor, "m"], first_token: int = 0) -> Entries:
@@ -119,12 +128,51 @@ def _top_of_rows(rows: Float[Tensor, "g n"], ids: Int[Tensor, "g"], budgets: Int
     return Entries(tokens[wanted], ids[:, None].expand_as(wanted)[wanted], values[wanted])
 
 
-def ranks(entries: Entries, m: int) -> Int[Tensor, "entries"]:
-    """Returns the rank of every entry among those of its latent, 0 for the largest; of equal ones the first token."""
-    order = torch.argsort(entries.tokens, stable=True)
-    order = order[torch.argsort(entries.values[order], stable=True, descending=True)]
-    order = order[torch.argsort(entries.ids[order], stable=True)]
-    counts = torch.bincount(entries.ids, minlength=m)
-    starts = counts.cumsum(0) - counts
-    place = torch.arange(len(order), device=order.device) - starts[entries.ids[order]]
+def reached(scores: Float[Tensor, "n m"], counts: Int[Tensor, "m"], total: int) -> Float[Tensor, "m"]:
+    """Returns, of every column, a number that at least counts[i] of its entries reach, and hardly more; -inf if not so.
+
+    The counts, which sum to `total` at the most, are above 0. A number that so many of the largest of groups reach, so
+    many entries do. Columns of which more than half the groups are asked for are looked at whole: there are few. It
+    takes few passes over a part of the matrix, and no sort.
+    """
+    size = max(1, len(scores) // TALL)
+    tall = scores[: len(scores) // size * size].unflatten(0, (size, -1)).amax(0)
+    found = _halved(tall, counts)
+    if size > 1:
+        asked, ids = counts.topk(min(len(counts), 2 * total // len(tall)))
+        found = found.scatter(0, ids, _halved(scores.index_select(1, ids), asked))
+    return found
+
+
+def _halved(columns: Float[Tensor, "n m"], counts: Int[Tensor, "m"]) -> Float[Tensor, "m"]:
+    """Returns a number for each column that at least so many reach, found by halving the range of its entries."""
+    low, high = columns.amin(0), columns.amax(0)  # each many times as fast as both at once
+    held = torch.empty_like(columns)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        enough = torch.ge(columns, middle, out=held).sum(0, dtype=torch.float32) >= counts
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return torch.where(counts <= len(columns), low, -torch.inf)
+
+
+def by_rank(entries: Entries, m: int) -> tuple[Int[Tensor, "entries"], Int[Tensor, "m_plus_1"]]:
+    """Returns (order, starts): latent i owns starts[i]:starts[i+1] of the order, in which its largest entry is first.
+
+    Entries are given in the order of tokens, in which equal ones stay; NaN is largest.
+    """
+    ids, values = entries.ids, entries.values
+    if values.dtype == torch.float64:
+        order = torch.argsort(values, stable=True, descending=True)
+        order = order[torch.argsort(ids[order], stable=True)]
+    else:  # one sort of whole numbers, which is many times as fast: bits of a float32, read as one, are in its order
+        bits = (values.float() + 0.0).view(torch.int32)  # -0 is 0
+        rising = torch.where(values.isnan(), 2**31 - 1, bits ^ ((bits >> 31) & (2**31 - 1)))
+        order = torch.argsort((ids << 32) + (2**31 - 1 - rising.long()), stable=True)
+    return order, offsets_of(counted(ids, m))
+
+
+def ranks(order: Int[Tensor, "entries"], starts: Int[Tensor, "m_plus_1"]) -> Int[Tensor, "entries"]:
+    """Returns the rank of every entry among those of its latent, 0 for the largest, from what `by_rank` returns."""
+    place = torch.arange(len(order), device=order.device)
+    place -= torch.repeat_interleave(starts[:-1], starts.diff(), output_size=len(order))
     return torch.empty_like(order).scatter_(0, order, place)

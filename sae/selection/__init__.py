@@ -15,7 +15,7 @@ checkpointed.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -47,6 +47,8 @@ class Moment:
     """Whether the step is repeated because a fixed buffer was too small: now nothing may be left out."""
     failed: Tensor | None = None
     """Set by a rule that has left something out: a truth value on its device. The step is then not applied."""
+    noted: Any = None
+    """What a rule has noted of the tiles looked at so far; it is forgotten with the moment."""
 
 
 class Factors(NamedTuple):

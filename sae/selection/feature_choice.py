@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.base import zipf
@@ -31,9 +31,11 @@ from sae.base.errors import ConfigError
 from sae.base.settings import choose
 from sae.base.sums import in_float64
 from sae.kernels.codes import Entries, Support, where
-from sae.kernels.largest import ranks, top_entries, top_of, top_of_columns
+from sae.kernels.largest import among_largest, by_rank, ranks, reached, top_entries, top_of_columns
 from sae.selection import NEVER, Moment, Selection
-from sae.selection.mutual_choice import MutualChoice, add_to_mean, mean_of, running_mean
+from sae.selection.mutual_choice import ROOM, MutualChoice, add_to_mean, entries_above, mean_of, running_mean
+
+OWN_ROOM = 2  # times as many candidates as latents need may be in a tile
 
 
 @Selection.register_subclass("feature_choice")
@@ -90,20 +92,35 @@ class FeatureChoice(MutualChoice):
             return
         wanted = zipf.fill(wanted, total, most, least=0) + state["carry"]
         state["budgets"] = zipf.budgets(wanted, total, most, least=0)
-        if not self._mutual(moment):
-            state["carry"] = (wanted - state["budgets"]).clamp(-1, 1)
+        if not self._is_mutual(moment):
+            left = (wanted - state["budgets"]).clamp(-1, 1)
+            state["carry"] = torch.where(self._ordered(state), left, state["carry"])
 
     def curve(self, state: dict[str, Tensor]) -> zipf.Zipf:
         """Returns the curve that the budgets follow: fitted, or as given."""
         return zipf.fit(state["density"], self.exponent, self.shift)
 
     def candidates(self, scores: Float[Tensor, "n m"], first_token: int, moment: Moment) -> Entries:
-        """Returns what Mutual Choice and Feature Choice would keep of some tokens."""
-        mutual = top_entries(scores, self.budget(moment), first_token)
-        if self._mutual(moment):
-            return mutual
-        own = top_of_columns(scores, moment.state["budgets"].to(scores.device) + 1, first_token)
-        return _union(mutual, own, scores.shape[1])
+        """Returns entries of some tokens among which those lie that Mutual Choice and Feature Choice would keep.
+
+        Above a number for each latent, and the guess of Mutual Choice, they fill a buffer of fixed size. As many
+        entries as a latent needs reach its number, of the largest tile or of all that were looked at when `reduce`
+        found it anew: so it takes no guess, but the buffer may be too small.
+        """
+        if self._is_mutual(moment):
+            return super().candidates(scores, first_token, moment)
+        total, (n, m) = self.budget(moment), scores.shape
+        needed = moment.state["budgets"].to(scores.device) + 1
+        if not self._guesses(moment):
+            return _union(top_entries(scores, total, first_token), top_of_columns(scores, needed, first_token), m)
+        seen = moment.noted = moment.noted or Seen(torch.full_like(scores[0], -torch.inf))
+        if n > seen.of:
+            seen.of, seen.floors = n, torch.maximum(seen.floors, reached(scores, needed, total + m))
+        seen.tokens, kind = first_token + n, torch.finfo(scores.dtype)
+        least = torch.minimum(seen.floors, self._floor(moment, scores))
+        below = least - kind.eps * least.abs() - kind.tiny  # those that equal it are candidates
+        own = OWN_ROOM * (total + m) * n // seen.of
+        return entries_above(scores, first_token, below, own + ROOM * total * n // moment.n_tokens + m // 16, moment)
 
     def candidates_of(self, n: int, batch: int, m: int) -> tuple[int, int]:
         """Returns what Mutual Choice would; at most, with every latent's own entries and the next one of each."""
@@ -111,12 +128,21 @@ class FeatureChoice(MutualChoice):
         return least, min(mutual + self.k * batch + m, n * m)
 
     def reduce(self, entries: Entries, moment: Moment) -> Entries:
-        """Returns what both would keep of the entries."""
-        mutual = top_of(entries, self.budget(moment))
-        if self._mutual(moment):
-            return mutual
-        budgets = moment.state["budgets"].to(entries.ids.device)
-        return _union(mutual, entries.take(ranks(entries, len(budgets)) <= budgets[entries.ids]), len(budgets))
+        """Returns what both would keep of the entries; in buffers, when twice as many tokens have been looked at."""
+        if self._is_mutual(moment):
+            return super().reduce(entries, moment)
+        seen, total, budgets = moment.noted, self.budget(moment), moment.state["budgets"].to(entries.ids.device)
+        if seen and (seen.tokens < 2 * seen.of or seen.tokens == moment.n_tokens):
+            return entries
+        order, starts = by_rank(entries, len(budgets))
+        kept = among_largest(entries.values, total) | (ranks(order, starts) <= budgets[entries.ids])
+        if not seen:
+            return entries.take(kept)
+        floors = _at(entries, order, starts, budgets)
+        seen.of, seen.floors = seen.tokens, torch.where(floors.isfinite(), floors.to(seen.floors), seen.floors)
+        places = torch.nonzero_static(kept, size=min(len(kept), 2 * total + len(budgets)), fill_value=-1)[:, 0]
+        pads, found = places < 0, entries.take(places.clamp_min(0))
+        return Entries(found.tokens, found.ids.masked_fill(pads, 0), found.values.masked_fill(pads, -torch.inf))
 
     def floors(self, entries: Entries, n_tokens: int, m: int, moment: Moment) -> Float[Tensor, "m"]:
         """Returns what Mutual Choice needs, or the value that a latent's share of m_i + 1 entries reach, if less.
@@ -124,37 +150,41 @@ class FeatureChoice(MutualChoice):
         Shares are rounded up, so that those of all parts are at least m_i + 1; the next one is the other side of a cut.
         """
         mutual = super().floors(entries, n_tokens, m, moment)
-        if self._mutual(moment) or not n_tokens:
+        if self._is_mutual(moment) or not n_tokens:
             return mutual
         budgets = moment.state["budgets"].to(entries.ids.device)
         last = -(-(budgets + 1) * n_tokens // moment.n_tokens) - 1
-        there = ranks(entries, m) == last[entries.ids]
-        own = torch.full_like(mutual, -torch.inf)
-        own[entries.ids[there]] = entries.values[there]
-        return torch.minimum(mutual, own)
+        own = _at(entries, *by_rank(entries, m), last).to(mutual)
+        return torch.minimum(mutual, torch.where(own.isfinite(), own, -torch.inf))
 
     def keep(self, entries: Entries, moment: Moment) -> Entries:
         """Returns every latent's largest entries, and takes in densities and thresholds."""
-        state, m, by_mutual = moment.state, len(moment.state["density"]), self._mutual(moment)
-        mutual = top_of(entries, self.budget(moment))
-        budgets = state["budgets"].to(entries.ids.device)
-        rank = ranks(entries, m)
-        kept = mutual if by_mutual else entries.take(rank < budgets[entries.ids])
-        counted = mutual if self.density == "mutual" else kept
-        won = in_float64(torch.bincount(counted.ids[counted.values > 0], minlength=m)) / max(1, moment.n_tokens)
-        decay = min(self.density_decay, 1 - 1 / (1 + int(state["steps"])))  # the first steps count alike
-        state["density"] = torch.lerp(won, state["density"], decay)
-        state["steps"] = state["steps"] + 1
-        if by_mutual:
-            positive = mutual.values[mutual.values > 0]
-            if len(positive):
-                add_to_mean(state, positive.min().expand(m), self.threshold_decay)
-            return kept
-        cut = [_value_at(entries, rank == budgets[entries.ids] - first, m) for first in (1, 0)]
-        both = cut[0].isfinite() & cut[1].isfinite()
-        cut = torch.where(both, sum(cut) / 2, torch.minimum(*cut))  # none or all of the tokens are within the budget
-        add_to_mean(state, cut.clamp_min(0), self.threshold_decay, only=cut.isfinite())
-        return kept
+        state, m, values = moment.state, len(moment.state["density"]), entries.values
+        if not len(values):
+            return entries
+        total = self.budget(moment)
+        kept = mutual = among_largest(values, total)
+        least = torch.where(mutual, values, torch.inf).min()
+        if moment.failed is not None:  # there may be entries of latents that want less, above what was kept
+            moment.failed = moment.failed | (least <= self._floor(moment, values)[0])
+        smallest = in_float64(torch.where(mutual & (values > 0), values, torch.inf).min())
+        cut, there = smallest.expand(m), smallest.isfinite()
+        if not self._is_mutual(moment):
+            budgets = state["budgets"].to(values.device)
+            order, starts = by_rank(entries, m)
+            ordered = self._ordered(state)
+            kept = torch.where(ordered.to(values.device), ranks(order, starts) < budgets[entries.ids], mutual)
+            last, following = (_at(entries, order, starts, budgets - first) for first in (1, 0))
+            own = torch.minimum(last, following)  # of none, or all of the tokens, there is one of them
+            own = torch.where(last.isfinite() & following.isfinite(), (last + following) / 2, own)
+            cut, there = torch.where(ordered, own, cut), torch.where(ordered, own.isfinite(), there)
+        counted = (mutual if self.density == "mutual" else kept) & (values > 0)
+        won = torch.zeros(m, dtype=torch.long, device=values.device).scatter_add_(0, entries.ids, counted.long())
+        decay = (1 - 1 / (1 + in_float64(state["steps"]))).clamp_max(self.density_decay)  # the first steps count alike
+        state["density"] = torch.lerp(in_float64(won) / max(1, moment.n_tokens), state["density"], decay)
+        add_to_mean(state, torch.where(there, cut, 0.0).clamp_min(0), self.threshold_decay, only=there)
+        state["steps"], state["cut"] = state["steps"] + 1, in_float64(least)
+        return entries.take(torch.nonzero_static(kept, size=min(len(kept), total))[:, 0])
 
     def calibration(self, state: dict[str, Tensor]) -> Tensor | None:
         """Returns each latent's running mean."""
@@ -165,17 +195,32 @@ class FeatureChoice(MutualChoice):
         curve = self.curve(state)
         return {f"zipf.{name}": float(getattr(curve, name)) for name in ("exponent", "shift", "r2")}
 
-    def _mutual(self, moment: Moment) -> bool:
-        known = bool(moment.state["steps"])  # how often latents fire, so that there is an order of them
-        return moment.progress < self.mutual_share or not known
+    def _is_mutual(self, moment: Moment) -> bool:
+        return moment.progress < self.mutual_share
+
+    def _ordered(self, state: dict[str, Tensor]) -> Bool[Tensor, ""]:
+        """Returns whether it is known how often latents fire, so that there is an order of them."""
+        return (state["steps"] > 0).to(state["density"].device)
 
 
-def _value_at(entries: Entries, where: Tensor, m: int) -> Float[Tensor, "m"]:
-    """Returns each latent's value at its one entry where `where` is true, infinity if there is none."""
-    values = in_float64(entries.values[where])
-    found = values.new_full((m,), torch.inf)
-    found[entries.ids[where].to(found.device)] = values
-    return found
+@dataclass
+class Seen:
+    """What is known of the tiles looked at so far."""
+
+    floors: Float[Tensor, "m"]
+    """A number for each latent that m_i + 1 entries reach, or -inf."""
+    of: int = 0
+    """The tokens of those entries."""
+    tokens: int = 0
+    """All that have been looked at."""
+
+
+def _at(entries: Entries, order: Tensor, starts: Tensor, rank: Int[Tensor, "m"]) -> Float[Tensor, "m"]:
+    """Returns each latent's value at a rank, in float64; infinity if there is none."""
+    place = starts[:-1] + rank
+    there = (rank >= 0) & (place < starts[1:])
+    found = in_float64(entries.values[order[torch.where(there, place, 0)]])
+    return torch.where(there.to(found.device) & (found > -torch.inf), found, torch.inf)
 
 
 def _union(a: Entries, b: Entries, m: int) -> Entries:

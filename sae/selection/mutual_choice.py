@@ -83,15 +83,14 @@ class MutualChoice(Budget):
         """
         if not self._guesses(moment):
             return top_entries(scores, self.budget(moment), first_token)
-        (n, m), cut = scores.shape, moment.state["cut"]
-        room = min(n * m, ROOM * self.k_at(moment.progress) * n + m // 16 + 64)
-        floor = (cut - BELOW * cut.abs()).to(scores.device, scores.dtype).reshape(1)
-        _, places, count = kernel("above", scores)(scores, floor, room)
-        failed = count > room
-        moment.failed = failed if moment.failed is None else moment.failed | failed
-        pads, places = places < 0, places.clamp_min(0)
-        values = torch.where(pads, -torch.inf, scores.reshape(-1).index_select(0, places))
-        return Entries(torch.div(places, m, rounding_mode="floor") + first_token, places % m, values)
+        n, m = scores.shape
+        room = ROOM * self.k_at(moment.progress) * n + m // 16 + 64
+        return entries_above(scores, first_token, self._floor(moment, scores), room, moment)
+
+    def _floor(self, moment: Moment, like: Tensor) -> Float[Tensor, "1"]:
+        """Returns what candidates are above, well below the cut of the step before."""
+        cut = moment.state["cut"]
+        return (cut - BELOW * cut.abs()).to(like.device, like.dtype).reshape(1)
 
     def _guesses(self, moment: Moment) -> bool:
         """Returns whether candidates are found by the last step's cut; of several ranks, each looks at all entries."""
@@ -137,6 +136,23 @@ class MutualChoice(Budget):
         """Returns the threshold that inference would use now."""
         found = self.calibration(state)
         return {} if found is None else {"threshold": float(found)}
+
+
+def entries_above(
+    scores: Float[Tensor, "n m"], first_token: int, cuts: Float[Tensor, "m_or_1"], room: int, moment: Moment
+) -> Entries:
+    """Returns the entries above their cuts in a buffer of fixed size; what fills it up is -inf, of the first latent.
+
+    If it is too small, the step has failed.
+    """
+    n, m = scores.shape
+    room = min(n * m, room)
+    _, places, count = kernel("above", scores)(scores, cuts, room)
+    failed = count > room
+    moment.failed = failed if moment.failed is None else moment.failed | failed
+    pads, places = places < 0, places.clamp_min(0)
+    values = torch.where(pads, -torch.inf, scores.reshape(-1).index_select(0, places))
+    return Entries(torch.div(places, m, rounding_mode="floor") + first_token, places % m, values)
 
 
 def running_mean(m: int | None = None) -> dict[str, Tensor]:

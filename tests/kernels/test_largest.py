@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sae.kernels.codes import Entries
-from sae.kernels.largest import ranks, top_entries, top_ids, top_of, top_of_columns
+from sae.kernels.largest import by_rank, ranks, reached, top_entries, top_ids, top_of, top_of_columns
 
 
 def tied(n, m, seed=0):
@@ -79,9 +79,34 @@ def test_columns_equal_brute_force_with_any_budgets(make):
     assert torch.equal(mask.sum(0), budgets.clamp_max(50))
 
 
+@pytest.mark.parametrize("make", [tied, untied])
+@pytest.mark.parametrize("n", [1, 50, 300, 1100])
+def test_as_many_entries_of_a_column_reach_a_number_and_hardly_more(make, n):
+    scores, m = make(n, 90), 90
+    counts = (n * torch.rand(m, generator=torch.Generator().manual_seed(1)) ** 4).long() + 1
+    counts[:2] = torch.tensor([n, n + 1])
+    found = reached(scores, counts, int(counts.sum()))
+    assert found.isinf().tolist() == [column == 1 for column in range(m)], "only there are fewer"
+    above = (scores >= found).sum(0)[2:]
+    assert (above >= counts[2:]).all()
+    ties = 0 if make is untied else n / 10
+    assert (above <= 1.5 * counts[2:] + 5 + ties).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_order_of_bits_is_that_of_numbers(dtype):
+    values = torch.tensor(
+        [0.0, -0.0, 1.5, -2.0, torch.inf, -torch.inf, torch.nan, -1e-30, 1e-30, -2.0, 7.0], dtype=dtype
+    )
+    ids = torch.tensor([0] * 10 + [2])
+    order, starts = by_rank(Entries(torch.arange(11), ids, values), 4)
+    assert order.tolist() == [6, 4, 2, 8, 0, 1, 7, 3, 9, 5, 10]
+    assert starts.tolist() == [0, 10, 10, 11, 11]
+
+
 def test_ranks_within_latents():
     entries = Entries(torch.tensor([0, 1, 2, 2, 3]), torch.tensor([1, 1, 1, 0, 1]), torch.tensor([1.0, 3, 1, 9, 2]))
-    assert ranks(entries, 2).tolist() == [2, 0, 3, 0, 1]
+    assert ranks(*by_rank(entries, 2)).tolist() == [2, 0, 3, 0, 1]
 
 
 def test_entries_become_a_support():

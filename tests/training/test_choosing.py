@@ -455,19 +455,27 @@ def test_what_lies_below_the_floors_of_parts_of_a_batch_changes_nothing(rule, ti
     assert ties or candidates[alike, True] < 0.8 * candidates[alike, False], candidates
 
 
-def test_candidates_below_the_last_cut_hold_what_is_kept_or_the_step_fails():
-    rule, state, failed = MutualChoice(K), MutualChoice(K).start(M), []
+@pytest.mark.parametrize("sizes", [[30, 34], [1, 63], [7] * 9 + [1]])
+@pytest.mark.parametrize("rule", [MutualChoice(K), FeatureChoice(K), FeatureChoice(1, density="own")])
+def test_candidates_in_fixed_buffers_hold_what_is_kept_or_the_step_fails(rule, sizes):
+    state, failed = rule.start(M), []
     for step, scale in enumerate([1.0, 1.0, 1.02, 0.97, 1.0, 0.5, 30.0]):
         scores = torch.randn(N, M, generator=torch.Generator().manual_seed(step)) * scale
         scores = (scores * 8).round() / 8 if step % 2 else scores  # ties across the cut
         moments, found = [Moment(0.5, N, dict(state), careful) for careful in (False, True)], []
         for moment in moments:
-            tiles = zip((0, 30), scores.split([30, 34]), strict=True)
-            parts = [rule.candidates(tile, first, moment) for first, tile in tiles]
-            found.append(rule.keep(rule.reduce(Entries.cat(parts), moment), moment))
+            rule.begin(moment)
+            held, first = [], 0
+            for tile in scores.split(sizes):
+                held.append(rule.candidates(tile, first, moment))
+                held = [rule.reduce(Entries.cat(held), moment)] if first else held
+                first += len(tile)
+            found.append(rule.keep(held[0], moment))
         failed.append(moments[0].failed is not None and bool(moments[0].failed))
         if not failed[-1]:
             assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-            assert torch.equal(moments[0].state["mean.sum"], moments[1].state["mean.sum"])
+            assert all(torch.equal(value, moments[1].state[name]) for name, value in moments[0].state.items())
         state = moments[1].state
-    assert failed == [False] * 5 + [True, True], "a cut that leaps is looked for anew: too few, then too many"
+    assert failed[:-1] == [False] * 5 + [True], "a cut that leaps is looked for anew: there are too few ..."
+    small = rule.k == 1 or (type(rule) is MutualChoice and len(sizes) == 2)  # buffers are
+    assert failed[-1] == small, "... and then too many, where there is not room for all"

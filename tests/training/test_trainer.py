@@ -13,11 +13,13 @@ from sae.coder.normalization import Normalization
 from sae.evaluation.metrics import fvu
 from sae.kernels import dispatch
 from sae.lm.masking import MaskSpec
+from sae.objectives.aux_zipf import AuxZipf
 from sae.objectives.auxk import AuxK
 from sae.objectives.gate import Gate
 from sae.objectives.l0 import L0
 from sae.objectives.l1 import L1
 from sae.objectives.reconstruction import Reconstruction
+from sae.selection.feature_choice import FeatureChoice
 from sae.selection.gated import Gated
 from sae.selection.groupmax import GroupMax
 from sae.selection.jumprelu import JumpReLU
@@ -264,11 +266,13 @@ def gated(**terms):
         {},
         {"selection": GroupMax(K)},
         {"selection": MutualChoice(K)},
+        {"selection": FeatureChoice(K)},
         jumprelu(1.5, target=5.0),
         gated(),
         {"selection": ReLU(), "objectives": {"l1": L1()}},
+        {"objectives": {"reconstruction": Reconstruction(), "aux_zipf": AuxZipf()}},
     ],
-    ids=["topk", "groupmax", "mutual_choice", "jumprelu", "gated", "relu"],
+    ids=["topk", "groupmax", "mutual_choice", "feature_choice", "jumprelu", "gated", "relu", "aux_zipf"],
 )
 def test_no_step_waits_for_the_device(config, monkeypatch):
     """Between logs; dead latents and the step before are heard of one step late, without a read."""
