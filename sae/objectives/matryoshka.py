@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.base.errors import ConfigError
-from sae.kernels.codes import offsets_of
+from sae.kernels.codes import counted, offsets_of
 from sae.objectives import Objective, Step
 from sae.selection import Selection
 
@@ -40,14 +40,16 @@ class Matryoshka(Objective):
         """Returns the mean over the prefixes, that of no latents included."""
         latents, coder = step.run.latents, step.coder
         size = coder.spec.d_sae // coder.spec.n_blocks  # a cross-layer coder has prefixes in every block
-        made, total, start = step.run.rest, self._square(step, step.run.rest), 0
-        for share in self.prefixes:
-            stop = round(share * size)
-            mine = (latents.ids % size >= start) & (latents.ids % size < stop)
-            counts = torch.bincount(latents.tokens[mine], minlength=latents.n_tokens)
-            offsets = offsets_of(counts)
-            made = made + coder.decoded(latents.values[mine], offsets, latents.ids[mine])
-            total, start = total + self._square(step, made), stop
+        stops, place = [round(share * size) for share in self.prefixes], latents.ids % size
+        part = torch.stack([place >= stop for stop in stops[:-1]]).sum(0) if stops[:-1] else torch.zeros_like(place)
+        rows = part * latents.n_tokens + latents.tokens
+        # Decoded at once, part after part, so that the host need not know how many entries each has.
+        order, offsets = torch.argsort(rows, stable=True), offsets_of(counted(rows, len(stops) * latents.n_tokens))
+        parts = coder.decoded(latents.values.index_select(0, order), offsets, latents.ids[order])
+        made, total = step.run.rest, self._square(step, step.run.rest)
+        for added in parts.unflatten(0, (len(stops), latents.n_tokens)).unbind():
+            made = made + added
+            total = total + self._square(step, made)
         return step.share(total / (len(self.prefixes) + 1))
 
     def _square(self, step: Step, made: Float[Tensor, "n d_out"]) -> Float[Tensor, ""]:

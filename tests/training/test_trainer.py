@@ -18,6 +18,7 @@ from sae.objectives.auxk import AuxK
 from sae.objectives.gate import Gate
 from sae.objectives.l0 import L0
 from sae.objectives.l1 import L1
+from sae.objectives.matryoshka import Matryoshka
 from sae.objectives.reconstruction import Reconstruction
 from sae.selection.feature_choice import FeatureChoice
 from sae.selection.gated import Gated
@@ -271,8 +272,9 @@ def gated(**terms):
         gated(),
         {"selection": ReLU(), "objectives": {"l1": L1()}},
         {"objectives": {"reconstruction": Reconstruction(), "aux_zipf": AuxZipf()}},
+        {"objectives": {"matryoshka": Matryoshka()}},
     ],
-    ids=["topk", "groupmax", "mutual_choice", "feature_choice", "jumprelu", "gated", "relu", "aux_zipf"],
+    ids=["topk", "groupmax", "mutual_choice", "feature_choice", "jumprelu", "gated", "relu", "aux_zipf", "matryoshka"],
 )
 def test_no_step_waits_for_the_device(config, monkeypatch):
     """Between logs; dead latents and the step before are heard of one step late, without a read."""
