@@ -26,11 +26,13 @@ class Optimizer(Plugin):
 
     lazy: ClassVar[bool] = False
     """Whether a step leaves all of a latent as it is if nothing in the step has touched it."""
-    bytes_of_state: ClassVar[float] = 8.0
-    """What it remembers of a float32 weight, for the estimate of memory."""
 
     def validate(self) -> None:
         """Raises ConfigError if it cannot be had here."""
+
+    def bytes_of_state(self, width: int) -> float:
+        """Returns what is remembered of one number of a float32 matrix of so many columns, to estimate memory by."""
+        return 8.0
 
     def state(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns what is remembered of a weight before the first step: tensors with the weight's rows, by name."""

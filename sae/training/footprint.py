@@ -135,7 +135,8 @@ def footprint(
 
 def copies(plan: CoderPlan) -> float:
     """Returns how often a coder's parameters are there: weights, gradients, an average, an optimizer's state."""
-    return (3 if plan.optim.ema else 2) + plan.optim.optimizer.bytes_of_state / FLOAT
+    widths = {side // plan.spec.n_blocks for side in (plan.d_in, plan.d_out)}
+    return (3 if plan.optim.ema else 2) + max(map(plan.optim.optimizer.bytes_of_state, widths)) / FLOAT
 
 
 def weights_dtype(config: TrainConfig) -> torch.dtype:

@@ -27,7 +27,7 @@ class OptimConfig:
 
     kind: str = "adam"
     """What becomes of gradients (`sae/optimizers/`): adam; sparse_adam, which lets latents that a step has not touched
-    rest."""
+    rest; adam8bit, with moments of 8 bits (torchao)."""
     lr: float | None = None
     """Peak learning rate; none: 2e-4 / sqrt(d_sae / 2^14), Gao 2024's dependence on the width."""
     beta1: float = 0.9

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sae import kernels
+from sae.base.errors import ConfigError
 from sae.base.files import load_tensors, save_tensors
 from sae.base.plugins import names
 from sae.coder.coder import SparseCoder
@@ -16,15 +17,18 @@ from sae.kernels.update import Update
 from sae.lm.site import Site
 from sae.objectives.auxk import AuxK
 from sae.objectives.reconstruction import Reconstruction
-from sae.optimizers import Optimizer
+from sae.optimizers import Optimizer, adam8bit
 from sae.selection.jumprelu import JumpReLU
 from sae.selection.topk import TopK
+from sae.training.config import CoderConfig
+from sae.training.footprint import copies
 from sae.training.optim import OptimConfig
+from sae.training.planning import CoderPlan
 from sae.training.step import Batch
 from sae.training.trainer import CoderTrainer, Schedule
 
 D, WIDTH, BATCH, STEPS = 64, 320, 24, 8
-KINDS = list(names(Optimizer))
+SITES = (Site("r.0", width=D),)
 
 
 @pytest.fixture(params=["torch", "native", "reference"])
@@ -35,6 +39,18 @@ def path(request):
     kernels.use(request.param)
     yield request.param
     kernels.use(before)
+
+
+SLOW = {"adam8bit": [pytest.mark.slow]}  # to import torchao
+
+
+@pytest.fixture(params=[pytest.param(name, marks=SLOW.get(name, [])) for name in names(Optimizer)])
+def kind(request):
+    try:
+        names(Optimizer)[request.param]().validate()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    return request.param
 
 
 def trainer(kind, rule=None, layers=1, **terms):
@@ -81,7 +97,6 @@ def stepped(optimizer, weight, state, gradient, number, applies=True, **more):
     optimizer.update(weight, gradient.clone(), state, Update(1e-2, 0.9, 0.999, 1e-8, *told), **more)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(12, D), (12,)])
 def test_an_update_that_does_not_apply_changes_nothing(path, kind, shape):
     optimizer, weight = names(Optimizer)[kind](), torch.randn(shape)
@@ -96,7 +111,6 @@ def test_an_update_that_does_not_apply_changes_nothing(path, kind, shape):
     assert torch.equal(half, before[2])
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_on_bit_for_bit_from_a_file(path, kind, tmp_path):
     whole, first, second = (trainer(kind) for _ in range(3))
     lines = run(whole, range(STEPS))
@@ -108,7 +122,6 @@ def test_a_run_goes_on_bit_for_bit_from_a_file(path, kind, tmp_path):
     assert not same(state_of(whole), state_of(second))
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_it_trains_and_decoders_keep_their_norm(kind, layers):
     made = trainer(kind, layers=layers)
@@ -122,7 +135,15 @@ def test_it_trains_and_decoders_keep_their_norm(kind, layers):
     assert torch.equal(made.chooser.rounded["W_enc"], made.coder.W_enc.bfloat16())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_estimated_by_what_is_remembered(kind):
+    made = trainer(kind)
+    for name in ("W_enc", "W_dec"):
+        held = sum(tensor.nbytes for key, tensor in made.updater.state[name].items() if key != "step")
+        assert held == made.optim.optimizer.bytes_of_state(D) * WIDTH * D
+    plan = CoderPlan("plan", SITES, SITES, CoderConfig(WIDTH), OptimConfig(kind, ema=0.9))
+    assert copies(plan) == 3 + made.optim.optimizer.bytes_of_state(D) / 4
+
+
 def test_a_step_that_is_not_finite_leaves_all_as_it_was(kind):
     made = trainer(kind)
     run(made, range(3))
@@ -184,3 +205,61 @@ def test_what_auxk_revives_is_touched():
     run(made, [4])
     moved = (state_of(made)["weight.W_enc"] != before["weight.W_enc"]).any(1)
     assert moved[dead].any()
+
+
+@pytest.fixture
+def eight():
+    pytest.importorskip("torchao", reason="the extra adam8bit")
+    return names(Optimizer)["adam8bit"]()
+
+
+@pytest.mark.slow
+def test_codes_are_those_of_the_library(eight):
+    from torchao.optim.quant_utils import quantize_8bit_with_qmap
+
+    state = eight.state(torch.zeros(40, 192))
+    assert state["exp_avg.largest"].shape == (40, 3)
+    for name, signed in adam8bit.SIGNED.items():
+        moment = torch.randn(40, 192).pow(5 if signed else 6)
+        moment[3], moment[4, 7] = 0, 1e-20
+        adam8bit._put_back(state, name, moment, torch.tensor(True))
+        blocks = moment.view(-1, 64)
+        scaled = blocks / blocks.abs().amax(1, keepdim=True).clip(1e-12)
+        right = quantize_8bit_with_qmap(scaled, adam8bit._table(signed, moment.device))
+        assert torch.equal(state[f"{name}.codes"].view(-1, 64), right)
+        apart = (adam8bit._taken_out(state, name).view(-1, 64) - blocks).abs().amax(1)
+        assert (apart <= 0.008 * blocks.abs().amax(1)).all()
+
+
+@pytest.mark.slow
+def test_silent_latents_with_moments_of_8_bits_move_as_with_32(eight, path):
+    """Of a row with columns of very different size, a small second moment must not come to be 0."""
+    sizes = torch.logspace(-6, 0, 256)
+    weights = [torch.zeros(8, 256) for _ in range(2)]
+    adam = names(Optimizer)["adam"]()
+    states = [optimizer.state(weights[0]) for optimizer in (eight, adam)]
+    for number in range(1, 40):
+        gradient = torch.randn(8, 256, generator=torch.Generator().manual_seed(number)) * sizes * (number % 10 == 1)
+        for optimizer, weight, state in zip((eight, adam), weights, states, strict=True):
+            stepped(optimizer, weight, state, gradient, number)
+    apart, most = (weights[0] - weights[1]).abs(), float(weights[1].abs().max())
+    assert float(apart[:, sizes > 0.3].max()) < 0.05 * most
+    assert float(weights[0].abs().max()) < 2 * most  # of columns a millionth as large, codes tell the size alone
+
+
+@pytest.mark.slow
+def test_moments_of_8_bits_take_a_quarter(eight):
+    for width, block in ((768, 256), (640, 128), (64, 64)):
+        state = eight.state(torch.zeros(100, width))
+        found = sum(tensor.nbytes for tensor in state.values()) / (100 * width)
+        assert found == eight.bytes_of_state(width) == 2 + 8 / block
+    assert eight.state(torch.zeros(100, 48)).keys() == eight.state(torch.zeros(100)).keys() == {"exp_avg", "exp_avg_sq"}
+    assert eight.bytes_of_state(48) == 8
+
+
+def test_without_its_library_one_line_names_the_extra(monkeypatch):
+    monkeypatch.setattr(adam8bit, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"^optim.kind: adam8bit needs torchao; pip install 'sae-interp\[adam8bit\]'$"
+    ):
+        OptimConfig("adam8bit").validate()

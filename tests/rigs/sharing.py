@@ -92,7 +92,7 @@ def cases() -> dict[str, Case]:
                 "select_by_decoder_norm": True,
             },
         ),
-        "untouched latents rest": Case(rule="jumprelu", optim={"kind": "sparse_adam"}, micro=25),
+        "untouched latents rest": Case(optim={"kind": "sparse_adam"}, micro=25),
         "scaled, glu, averaged": Case(
             coder={"normalization": Normalization("scalar"), "encoder": "glu"}, optim={"ema": 0.9, "clip_norm": 0.0}
         ),
