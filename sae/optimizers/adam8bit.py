@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from sae.base.errors import ConfigError
@@ -34,6 +34,7 @@ ON_CPU, ELSEWHERE = (
     1 << 17,
     1 << 22,
 )  # numbers that are taken out of their codes at once; on a CPU they stay in its cache
+CUT = 14  # bits of a float32 that are not looked at to find its code: it is the nearest to one part in a thousand
 SIGNED = {"exp_avg": True, "root_avg_sq": False}
 
 
@@ -100,16 +101,16 @@ def _block(width: int) -> int:
 
 def _taken_out(state: dict[str, Tensor], name: str) -> Float[Tensor, "m d"]:
     codes, largest = state[f"{name}.codes"], state[f"{name}.largest"]
-    return _library().dequant_with_qmap(codes, _table(SIGNED[name], codes.device), largest.reshape(-1))
+    values = _table(SIGNED[name], codes.device).index_select(0, codes.reshape(-1).int())
+    return (values.view(largest.numel(), -1) * largest.reshape(-1, 1)).view(codes.shape)
 
 
 def _put_back(state: dict[str, Tensor], name: str, moment: Float[Tensor, "m d"], applies: Bool[Tensor, ""]) -> None:
     codes, largest = state[f"{name}.codes"], state[f"{name}.largest"]
     scaled, found = _library().scale_tensor(moment, codes.shape[1] // largest.shape[1])
-    table = _table(SIGNED[name], codes.device)
-    between = (table[1:] + table[:-1]) / 2
-    nearest = torch.bucketize(scaled, between, out_int32=True, right=True)  # one pass, for some forty of torchao's own
-    for held, new in ((codes, nearest.to(torch.uint8)), (largest, found.view_as(largest))):
+    upper = (scaled.view(torch.int32) >> CUT).bitwise_and_((1 << 32 - CUT) - 1)
+    nearest = _codes(SIGNED[name], codes.device).index_select(0, upper.view(-1))
+    for held, new in ((codes, nearest.view_as(codes)), (largest, found.view_as(largest))):
         held.copy_(torch.where(applies, new, held))
 
 
@@ -130,3 +131,11 @@ def _library() -> Any:
 def _table(signed: bool, device: torch.device) -> Float[Tensor, "256"]:
     """Returns the values of the codes, ascending, between -1 or 0 and 1."""
     return torch.tensor(_library().create_dynamic_map(signed=signed), device=device)
+
+
+@cache
+def _codes(signed: bool, device: torch.device) -> UInt8[Tensor, "_"]:
+    """Returns torchao's code of the numbers that begin with the same bits, by those bits: a search takes ten times as long."""
+    table = _table(signed, torch.device("cpu"))
+    middle = torch.arange(1 << 32 - CUT, dtype=torch.int32) << CUT | 1 << CUT - 1
+    return _library().quantize_8bit_with_qmap(middle.view(torch.float32), table).to(device)

@@ -215,7 +215,7 @@ def eight():
 
 @pytest.mark.slow
 def test_codes_are_those_of_the_library(eight):
-    from torchao.optim.quant_utils import quantize_8bit_with_qmap
+    from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap
 
     state = eight.state(torch.zeros(40, 192))
     assert state["exp_avg.largest"].shape == (40, 3)
@@ -223,11 +223,17 @@ def test_codes_are_those_of_the_library(eight):
         moment = torch.randn(40, 192).pow(5 if signed else 6)
         moment[3], moment[4, 7] = 0, 1e-20
         adam8bit._put_back(state, name, moment, torch.tensor(True))
-        blocks = moment.view(-1, 64)
+        blocks, largest = moment.view(-1, 64), state[f"{name}.largest"].view(-1)
         scaled = blocks / blocks.abs().amax(1, keepdim=True).clip(1e-12)
-        right = quantize_8bit_with_qmap(scaled, adam8bit._table(signed, moment.device))
-        assert torch.equal(state[f"{name}.codes"].view(-1, 64), right)
-        apart = (adam8bit._taken_out(state, name).view(-1, 64) - blocks).abs().amax(1)
+        table = adam8bit._table(signed, moment.device)
+        right, codes = quantize_8bit_with_qmap(scaled, table).int(), state[f"{name}.codes"].view(-1, 64).int()
+        middle = (table[torch.minimum(right, codes)] + table[torch.maximum(right, codes)]) / 2
+        assert ((right - codes).abs() <= 1).all()
+        near = (scaled - middle).abs() <= 2**-9 * scaled.abs()  # half way between two, but for its last bits
+        assert near[right != codes].all()
+        told = adam8bit._taken_out(state, name)
+        assert torch.equal(told, dequant_with_qmap(state[f"{name}.codes"], table, largest))
+        apart = (told.view(-1, 64) - blocks).abs().amax(1)
         assert (apart <= 0.008 * blocks.abs().amax(1)).all()
 
 
