@@ -30,10 +30,7 @@ from sae.kernels.update import Update
 from sae.optimizers import Optimizer
 
 BLOCKS = (256, 128, 64)
-ON_CPU, ELSEWHERE = (
-    1 << 17,
-    1 << 22,
-)  # numbers that are taken out of their codes at once; on a CPU they stay in its cache
+ON_CPU, ELSEWHERE = 1 << 17, 1 << 22  # numbers that are taken out of their codes at once; a CPU caches as many
 CUT = 14  # bits of a float32 that are not looked at to find its code: it is the nearest to one part in a thousand
 SIGNED = {"exp_avg": True, "root_avg_sq": False}
 
@@ -135,7 +132,7 @@ def _table(signed: bool, device: torch.device) -> Float[Tensor, "256"]:
 
 @cache
 def _codes(signed: bool, device: torch.device) -> UInt8[Tensor, "_"]:
-    """Returns torchao's code of the numbers that begin with the same bits, by those bits: a search takes ten times as long."""
+    """Returns torchao's code of the numbers that begin with the same bits, by those: a search takes far longer."""
     table = _table(signed, torch.device("cpu"))
     middle = torch.arange(1 << 32 - CUT, dtype=torch.int32) << CUT | 1 << CUT - 1
     return _library().quantize_8bit_with_qmap(middle.view(torch.float32), table).to(device)

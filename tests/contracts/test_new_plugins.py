@@ -1,4 +1,4 @@
-"""A new selection rule, encoder or loss term is one file: each, written here, goes through all that others do."""
+"""A new selection rule, encoder, loss term or optimizer is one file: each, written here, goes where all others go."""
 
 import json
 import sys
@@ -13,6 +13,7 @@ from sae.base.errors import ConfigError
 from sae.coder.normalization import Normalization
 from sae.encoders import Encoder
 from sae.objectives import Objective
+from sae.optimizers import Optimizer
 from sae.selection import Selection
 from sae.training.config import CoderConfig
 
@@ -27,6 +28,7 @@ from sae.encoders import Encoder
 from sae.kernels.codes import Entries, by_rows, where
 from sae.kernels.largest import top_entries, top_ids, top_of
 from sae.objectives import Objective
+from sae.optimizers import Optimizer
 from sae.selection import Selection
 """
 COMPETING = '''
@@ -133,6 +135,18 @@ class Small(Objective):
     def loss(self, step):
         return step.run.latents.values.square().sum() / step.n_tokens
 '''
+OPTIMIZER = '''
+@Optimizer.register_subclass("sign")
+@dataclass(frozen=True)
+class Sign(Optimizer):
+    """The rate, against the sign of the gradient."""
+
+    def state(self, weight):
+        return {}
+
+    def update(self, weight, gradient, state, update, *, along, unit, half, touched):
+        weight -= torch.where(update.applies, update.rate, 0.0).to(weight) * gradient.sign()
+'''
 EXACT = {"scale", "whitening", "center", "pre_bias"}  # of latents that stay what they are: every plug-in allows them
 NEW = {
     "half_max": (Selection, COMPETING, EXACT),
@@ -142,6 +156,7 @@ NEW = {
     "bilinear": (Encoder, ENCODER, EXACT),
     "saying": (Encoder, SAYING, {*EXACT, "raw", "decoder_norm"}),
     "small": (Objective, OBJECTIVE, {*EXACT, "raw", "decoder_norm"}),
+    "sign": (Optimizer, OPTIMIZER, {*EXACT, "raw", "decoder_norm"}),
 }
 """Of each name the family, the file, and the folds that must be possible (the others must be refused)."""
 
@@ -153,10 +168,11 @@ def changes(family, name):
         Selection: {"coder.selection": {"type": name}},
         Encoder: {"coder.encoder": name} | alone,
         Objective: {"coder.objectives.new": {"type": name}} | alone,
+        Optimizer: {"optim.kind": name} | alone,
     }[family]
 
 
-@pytest.fixture(params=NEW)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name == "sign" else name for name in NEW])
 def plugged(request, tmp_path, monkeypatch):
     """The name of a plug-in whose file has just been put into the folder of its family."""
     family, source, _ = NEW[request.param]
