@@ -7,6 +7,7 @@ parts of a weight are one product, sorted by latent once for both weights.
 
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from sae.base.sums import in_float64
 from sae.kernels import dense
-from sae.kernels.codes import ByLatent
 from sae.kernels.dispatch import densely, kernel
 
 
@@ -71,8 +71,8 @@ class Gradient:
         self.add(offsets, ids, values, gradient)
         self.along.index_add_(0, ids, values * slopes)
 
-    def finish(self, sorts: dict[tuple[int, ...], ByLatent]) -> Float[Tensor, ""]:
-        """Writes the gradient and returns its sum of squares; `sorts` are those of the other weights of this step."""
+    def finish(self, sorts: dict[tuple[int, ...], tuple[Any, ...]]) -> Float[Tensor, ""]:
+        """Writes the gradient and returns its sum of squares; `sorts` are what `by_latent` has made for others."""
         if not self.parts:
             if not self.begun:
                 self.out.zero_()
@@ -106,7 +106,7 @@ class Sink:
 
     def finish(self) -> dict[str, Float[Tensor, ""]]:
         """Writes all gradients and returns their sums of squares."""
-        sorts: dict[tuple[int, ...], ByLatent] = {}
+        sorts: dict[tuple[int, ...], tuple[Any, ...]] = {}
         return {name: found.finish(sorts) for name, found in self._held.items()}
 
 

@@ -11,10 +11,11 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="Triton is there for Linux alone")]
 
 
-def test_under_the_interpreter_each_does_what_it_promises():
+@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_steps.py"])
+def test_under_the_interpreter_each_does_what_it_promises(file):
     command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, str(ROOT / "tests/kernels/interpreted.py")],
+        [*command, str(ROOT / "tests/kernels" / file)],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
