@@ -6,6 +6,7 @@ Callers cut the tokens into tiles, so that no matrix of all tokens and latents i
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.kernels.reference import errors_by
 from sae.kernels.rows import flat
 
 
@@ -27,17 +28,7 @@ def products(
     return every if every.numel() == ids.numel() else every.index_select(0, flat(offsets, ids, len(weight)))
 
 
-def errors(
-    values: Float[Tensor, "nnz"],
-    weight: Float[Tensor, "m d"],
-    offsets: Int[Tensor, "n_plus_1"],
-    ids: Int[Tensor, "nnz"],
-    rest: Float[Tensor, "*n d"],
-    target: Float[Tensor, "n d"],
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, "nnz"]]:
-    """Returns (target - rest - codes times decoder, the products of that with the decoder at the support)."""
-    error = (target - rest).sub_(decode(values, weight, offsets, ids))
-    return error, products(offsets, ids, error, weight)
+errors = errors_by(decode, products)
 
 
 def matrix(

@@ -3,6 +3,8 @@
 Codes are compressed rows: row t owns entries offsets[t]:offsets[t+1] of ids and values.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -51,17 +53,25 @@ def products(
     return (rows[rows_of(offsets, len(ids))] * weight[ids]).sum(1)
 
 
-def errors(
-    values: Float[Tensor, "nnz"],
-    weight: Float[Tensor, "m d"],
-    offsets: Int[Tensor, "n_plus_1"],
-    ids: Int[Tensor, "nnz"],
-    rest: Float[Tensor, "*n d"],
-    target: Float[Tensor, "n d"],
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, "nnz"]]:
-    """Returns (target - rest - codes times decoder, the products of that with the decoder at the support)."""
-    error = target - rest - decode(values, weight, offsets, ids)
-    return error, products(offsets, ids, error, weight)
+def errors_by(decode: Callable[..., Tensor], products: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Returns the function `errors` of a path, made of two: where no kernel visits a token's rows once for both."""
+
+    def errors(
+        values: Float[Tensor, "nnz"],
+        weight: Float[Tensor, "m d"],
+        offsets: Int[Tensor, "n_plus_1"],
+        ids: Int[Tensor, "nnz"],
+        rest: Float[Tensor, "*n d"],
+        target: Float[Tensor, "n d"],
+    ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "nnz"]]:
+        """Returns (target - rest - codes times decoder, the products of that with the decoder at the support)."""
+        error = (target - rest).sub_(decode(values, weight, offsets, ids))
+        return error, products(offsets, ids, error, weight)
+
+    return errors
+
+
+errors = errors_by(decode, products)
 
 
 def by_latent(offsets: Int[Tensor, "n_plus_1"], ids: Int[Tensor, "nnz"], m: int) -> ByLatent:

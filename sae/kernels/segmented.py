@@ -15,7 +15,7 @@ from torch import Tensor
 from sae.base.sums import in_float64
 from sae.kernels.codes import ByLatent
 from sae.kernels.largest import top_ids
-from sae.kernels.reference import by_latent
+from sae.kernels.reference import by_latent, errors_by
 from sae.kernels.rows import counted, rows_of
 from sae.kernels.update import Update
 
@@ -62,17 +62,7 @@ def products(
     return torch.sparse.sampled_addmm(pattern, rows, weight.T, beta=0.0).values()
 
 
-def errors(
-    values: Float[Tensor, "nnz"],
-    weight: Float[Tensor, "m d"],
-    offsets: Int[Tensor, "n_plus_1"],
-    ids: Int[Tensor, "nnz"],
-    rest: Float[Tensor, "*n d"],
-    target: Float[Tensor, "n d"],
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, "nnz"]]:
-    """Returns (target - rest - codes times decoder, the products of that with the decoder at the support)."""
-    error = (target - rest).sub_(decode(values, weight, offsets, ids))
-    return error, products(offsets, ids, error, weight)
+errors = errors_by(decode, products)
 
 
 def weight_gradient(
