@@ -20,6 +20,7 @@ from sae.lm.models import DTYPES, LanguageModel, resolve_device, untrained
 from sae.lm.site import SECOND, Site
 from sae.parallel.ranks import world_size
 from sae.stream.tensors import stored_at
+from sae.training import flops as flops_of
 from sae.training.config import TrainConfig
 from sae.training.footprint import FLOAT, Footprint, copies, footprint, weights_dtype
 from sae.training.planning import CoderPlan, check_ranks, plan_run, plan_tensors, with_model_named
@@ -151,12 +152,12 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False, ranks: int | 
     found = footprint(config, models, plans, ranks)
     stored = _stored_tokens(config)
     disk, cached = disk_needed(config, plans, width)
-    below = 3 * weights if config.gradient_loss else sum(_parameters_below(*model) for model in models)
-    flops = 2.0 * below * (stored or config.tokens)
+    flops = flops_of.reading(config, models) * (stored or config.tokens) if models else 0.0
     encoders = sum(p.d_in // p.spec.n_blocks * p.d_sae * len(p.spec.encoding.maps) for p in plans)
     flops += 3.2 * config.tokens * encoders  # the dense encoder and, sparse, the rest
-    flops += 8.0 * weights * config.tokens * len(plans) if config.needs_rows else 0  # clean, spliced and back
-    flops += 8.0 * weights * config.eval.tokens * len(plans) if models and models[0][0].is_causal else 0
+    flops += flops_of.end_to_end(config, models, plans, ranks) * config.tokens if config.needs_rows else 0
+    times = 1 + ((config.steps - 1) // config.eval.every_steps if config.eval.every_steps else 0)
+    flops += flops_of.evaluation(config, models, plans) * config.eval.tokens * times
     return Estimate(
         ranks,
         width,
@@ -230,14 +231,3 @@ def measured_flops_per_s(device: torch.device) -> float:
         float((a @ a)[0, 0])
         count += 1
     return count * 2 * 512**3 / (time.perf_counter() - began)
-
-
-def _parameters_below(lm: LanguageModel, sites: list[Site]) -> int:
-    """Returns the parameters that run before the last site is seen: the early stop saves the rest."""
-    order = [name for name, _ in lm.model.named_modules()]
-    last = max(order.index(site.hook) for site in sites)
-    inside = {id(p) for site in sites for p in lm.model.get_submodule(site.hook).parameters()}
-    before = {id(p) for name in order[: last + 1] for p in lm.model.get_submodule(name).parameters(recurse=False)}
-    embedding = lm.model.get_input_embeddings()
-    skipped = {id(p) for p in embedding.parameters()} if embedding is not None else set()
-    return sum(p.numel() for p in lm.model.parameters() if id(p) in (before | inside) - skipped)
