@@ -43,8 +43,13 @@ class Shares:
         return Batch(x, target, gradients)
 
     def _usual(self, plan: CoderPlan, coder: SparseCoder) -> Bool[Tensor, "n"]:
-        """Returns, on the CPU, which tokens are no outliers at the sites of a coder; asked once for the same limits."""
+        """Returns, on the CPU, which tokens are no outliers at the sites of a coder; asked once for the same limits.
+
+        Without limits no device is waited for; else the one where activations are is, as their number sizes a step.
+        """
         key = f"{[*plan.sites]} {coder.spec.mask.norm_limits}"
+        if not coder.spec.mask.norm_limits:
+            self.usual[key] = torch.ones(len(self.batch.blocks), dtype=torch.bool)
         if key not in self.usual:
             own = {name: self.batch.activations[name] for name in plan.sites}
             self.usual[key] = norm_mask(own, coder.spec.mask).cpu()
