@@ -28,6 +28,7 @@ WORD = re.compile(rf"[{_UNSPACED}]+|(?![{_UNSPACED}])\w(?:(?![{_UNSPACED}])[\w{_
 SIGN = re.compile(rf"{WORD.pattern}|[^\w\s]")
 """A word, or any other character that can be seen."""
 
+_PLAIN = re.compile(r"\w+|[^\w\s]")  # the same of ASCII alone, at a fifth of the time
 
 _WIDE = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uffdc]+")  # letters and digits of another width
 
@@ -35,6 +36,12 @@ _WIDE = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uffdc]+")  #
 def folded(text: str) -> str:
     """Returns a text in lower case, its marks joined to their letters, and letters of another width as the usual."""
     return _WIDE.sub(lambda wide: unicodedata.normalize("NFKC", wide[0]), unicodedata.normalize("NFC", text)).lower()
+
+
+def signs(text: str) -> list[str]:
+    """Returns what `SIGN` finds in a text once it is folded, in order."""
+    text = folded(text)
+    return (_PLAIN if text.isascii() else SIGN).findall(text)
 
 
 def parts(text: str) -> list[str]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interp.client.local.tfidf import features
-from sae.text.scripts import SIGN, UNSPACED, WORD, folded, parts
+from sae.text.scripts import SIGN, UNSPACED, WORD, folded, parts, signs
 
 
 @given(st.text(st.characters(max_codepoint=0x2FF), max_size=40))
@@ -15,6 +15,7 @@ def test_latin_text_is_cut_as_ever(text):
     assert SIGN.findall(text) == re.findall(r"\w+|[^\w\s]", text)
     assert WORD.findall(text) == re.findall(r"\w+", text)
     assert not UNSPACED.search(text)
+    assert signs(text) == SIGN.findall(folded(text))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ words too ("ing"), and texts are cut within words. Of scripts that set no blanks
 characters (`sae.text.scripts`).
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
@@ -15,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 
-from sae.text.scripts import SIGN, UNSPACED, folded, parts
+from sae.text.scripts import UNSPACED, parts, signs
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
 RUN = 3
 DIGITS = 6
-KEPT_TEXTS = 1024  # the windows of a latent are compared with its own and with another's description
+KEPT_WORDS = 2**14  # of which the features are kept: texts are made of the same words
 
 
 def tfidf(texts: Sequence[str]) -> tuple[tuple[float, ...], ...]:
@@ -32,9 +31,10 @@ def tfidf(texts: Sequence[str]) -> tuple[tuple[float, ...], ...]:
     """
     import numpy as np
 
-    if not any(_counted(text)[0] for text in texts):
+    x = weights(texts)
+    if not x.shape[1]:
         return ((0.0,),) * len(texts)
-    turned = np.asarray(np.linalg.qr(weights(texts).T, mode="r")).T
+    turned = np.asarray(np.linalg.qr(x.T, mode="r")).T
     return tuple(map(tuple, turned.round(DIGITS).tolist()))
 
 
@@ -45,13 +45,17 @@ def weights(texts: Sequence[str]) -> "Float[ndarray, 'texts features']":
     """
     import numpy as np
 
-    counted = [_counted(text) for text in texts]
-    names, counts = (list(chain.from_iterable(columns)) for columns in zip(*counted, strict=True))
-    met = {name: place for place, name in enumerate(dict.fromkeys(names))}
-    row = np.repeat(np.arange(len(texts)), [len(own) for own, _ in counted])
-    feature = np.fromiter(map(met.__getitem__, names), int, len(names))
-    order = np.argsort(row * len(met) + feature)
-    feature, n = feature[order], np.array(counts)[order]
+    words = list(map(signs, texts))
+    number = {word: place for place, word in enumerate(dict.fromkeys(chain.from_iterable(words)))}
+    own = [_features(word) for word in number]
+    met = {name: place for place, name in enumerate(dict.fromkeys(chain.from_iterable(own)))}
+    ends = np.cumsum([len(names) for names in own], dtype=int)
+    places = np.fromiter(map(met.__getitem__, chain.from_iterable(own)), int, ends[-1] if len(ends) else 0)
+    word = np.fromiter(map(number.__getitem__, chain.from_iterable(words)), int)
+    row, sizes = np.repeat(np.arange(len(texts)), [len(some) for some in words]), np.diff(ends, prepend=0)[word]
+    each = np.repeat(ends[word] - np.cumsum(sizes), sizes) + np.arange(sizes.sum())
+    there, n = np.unique(np.repeat(row, sizes) * len(met) + places[each], return_counts=True)
+    row, feature = np.divmod(there, len(met))
     found = np.log(n.astype(float)) + 1.0
     found *= (np.log((len(texts) + 1) / (np.bincount(feature) + 1.0)) + 1.0)[feature]
     found /= np.sqrt(np.bincount(row, found * found))[row]
@@ -60,13 +64,6 @@ def weights(texts: Sequence[str]) -> "Float[ndarray, 'texts features']":
     x = np.zeros((len(texts), len(met)))
     x[row, column[feature]] = found
     return x
-
-
-@lru_cache(KEPT_TEXTS)
-def _counted(text: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Returns the features of a text, each once, and how often each occurs."""
-    counts = Counter(features(text))
-    return tuple(counts), tuple(counts.values())
 
 
 def vectorizer() -> Any:
@@ -78,13 +75,15 @@ def vectorizer() -> Any:
 
 def features(text: str) -> list[str]:
     """Returns the features of a text, each as often as it occurs."""
-    found: list[str] = []
-    for word in SIGN.findall(folded(text)):
-        if UNSPACED.match(word):
-            found += parts(word)
-            continue
-        found.append(word)
-        ends = f"^{word}$"
-        if word[0].isalnum():
-            found += [ends[start : start + RUN] for start in range(len(ends) - RUN + 1)]
-    return found
+    return list(chain.from_iterable(map(_features, signs(text))))
+
+
+@lru_cache(KEPT_WORDS)
+def _features(word: str) -> Sequence[str]:
+    """Returns the features of a word or punctuation mark, each as often as it occurs."""
+    if UNSPACED.match(word):
+        return parts(word)
+    if not word[0].isalnum():
+        return (word,)
+    ends = f"^{word}$"
+    return (word, *(ends[start : start + RUN] for start in range(len(ends) - RUN + 1)))
