@@ -1,5 +1,6 @@
 """Tokens -> text: a window is decoded whole, and every token knows which characters of it are its own."""
 
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,8 +33,11 @@ class Decoder:
     def window(self, tokens: list[int]) -> tuple[str, tuple[int, ...]]:
         """Returns (text, bounds): token i is text[bounds[i] : bounds[i + 1]]."""
         whole, bounds = self.text(tokens), [0]
-        for i, token in enumerate(tokens):
-            start, piece = bounds[-1], self.piece(token, first=not i)
+        pieces = [self.piece(token, first=not i) for i, token in enumerate(tokens)]
+        if "".join(pieces) == whole:  # as of almost all: nothing is to be looked for
+            return whole, tuple(accumulate(map(len, pieces), initial=0))
+        for i, piece in enumerate(pieces):
+            start = bounds[-1]
             if whole.startswith(piece, start):
                 bounds.append(start + len(piece))
             else:  # a part of a character, or not as it is by itself

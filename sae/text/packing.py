@@ -29,7 +29,7 @@ def context_only(ids: Int[ndarray, "n"]) -> Int[ndarray, "n"]:
 
 def token_ids(tokens: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """Returns which tokens those of rows are, context or not; PADDING stays."""
-    return torch.where(tokens < PADDING, PADDING - 1 - tokens, tokens)
+    return torch.maximum(tokens, PADDING - 1 - tokens)
 
 
 def same(tokens: Int[ndarray, "_n"], ids: list[int]) -> bool:
