@@ -119,18 +119,14 @@ def weighted_auroc(
     values: Sequence[float], truths: Sequence[float], weights: Float[ndarray, "b n"]
 ) -> Float[ndarray, "b"]:
     """Returns the AUROC of n windows under each of b rows of weights [b, n]; nan where a class has no weight."""
-    _, place = np.unique(np.asarray(values, float), return_inverse=True)
-    order = np.argsort(place, kind="stable")
-    starts = np.flatnonzero(np.diff(place[order], prepend=-1))
-    active = np.asarray(truths, float)[order] > 0
-    if not len(order):
-        return np.full(len(weights), np.nan)
-    weights = weights[:, order]
-    positive = np.add.reduceat(weights * active, starts, axis=1)  # by distinct value, smallest first
-    negative = np.add.reduceat(weights * ~active, starts, axis=1)
-    below = negative.cumsum(1) - negative / 2
+    x, active = np.asarray(values, float), np.asarray(truths, float) > 0
+    fires, silent = np.flatnonzero(active), np.flatnonzero(~active)
+    silent = silent[np.argsort(x[silent], kind="stable")]
+    below, up_to = (np.searchsorted(x[silent], x[fires], side) for side in ("left", "right"))
+    positive, negative = weights[:, fires], np.pad(weights[:, silent].cumsum(1), ((0, 0), (1, 0)))
+    lower = (negative[:, below] + negative[:, up_to]) / 2  # ties count for a half
     with np.errstate(invalid="ignore"):
-        return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
+        return (positive * lower).sum(1) / (positive.sum(1) * negative[:, -1])
 
 
 def correlation(

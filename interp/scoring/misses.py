@@ -28,16 +28,19 @@ def ranked_misses(
     """Returns by task how far its answer is on the wrong side of those of the other truth; None without an answer."""
     active = np.array([task.truth > 0 for task in tasks], bool)
     valid = np.array([judgement.valid for judgement in judgements], bool)
-    values = np.array([0.0 if found.value is None else found.value for found in judgements])
+    values = np.array([0.0 if given.value is None else given.value for given in judgements])
     misses: list[float | None] = [None] * len(tasks)
     for kind in (True, False):
         sign = 1.0 if kind else -1.0
         others = np.sort(sign * values[valid & (active != kind)])
-        for i in np.flatnonzero(valid & (active == kind)).tolist():
-            low, high = (np.searchsorted(others, sign * values[i], side) for side in ("left", "right"))
-            above = len(others) - (low + high) / 2  # of what is on the wrong side, ties for a half
-            c = float((above + HALF) / (len(others) + 1))
-            misses[i] = c if threshold is None else ((values[i] >= threshold) != kind) / 2 + c / 2
+        mine = np.flatnonzero(valid & (active == kind))
+        low, high = (np.searchsorted(others, sign * values[mine], side) for side in ("left", "right"))
+        above = len(others) - (low + high) / 2  # of what is on the wrong side, ties for a half
+        found = (above + HALF) / (len(others) + 1)
+        if threshold is not None:
+            found = ((values[mine] >= threshold) != kind) / 2 + found / 2
+        for i, miss in zip(mine.tolist(), found.tolist(), strict=True):
+            misses[i] = miss
     return misses
 
 
