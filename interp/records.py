@@ -259,3 +259,7 @@ class Score:
     """Share of the tasks that were asked which have one."""
     invalid: dict[str, int]
     """Missing answers by reason."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain JSON values."""
+        return {**vars(self), "measures": {name: dict(vars(found)) for name, found in self.measures.items()}}

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 ROLES = ("explainer", "judge", "reader", "encoder")
@@ -143,8 +143,7 @@ class Abilities:
 
 def cache_key(request: Request, model: str, where: str, abilities: Abilities) -> str:
     """Returns 64 hex digits that are equal for equal questions alone: what a cache may go by."""
-    able = asdict(abilities)
-    del able["ends"]  # says how an answer is read, not what is asked
-    asked = {"kind": type(request).__name__, **asdict(request), "abilities": able}
+    able = {name: value for name, value in vars(abilities).items() if name != "ends"}  # that says how it is read
+    asked = {"kind": type(request).__name__, **vars(request), "abilities": able}
     text = json.dumps({"model": model, "where": where, "asked": asked}, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

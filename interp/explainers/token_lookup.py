@@ -65,8 +65,8 @@ def rule_score(rule: Mapping[str, Any], window: Window, places: Collection[int] 
     It rises with the window's score. With `places`, the tokens at these alone are looked at.
     """
     tokens = [window.tokens[place] for place in places] if places else window.tokens
-    score = max((rule["tokens"].get(str(token), 0.0) for token in tokens), default=0.0)
-    threshold = rule["threshold"]
+    weights, threshold = rule["tokens"], rule["threshold"]
+    score = max(map(weights.__getitem__, weights.keys() & map(str, tokens)), default=0.0)
     if score >= threshold:
         return 0.5 + 0.5 * (score - threshold) / max(1e-9, 1 - threshold)
     return 0.5 * score / threshold

@@ -5,7 +5,6 @@ The same flow runs live, from the cache, or in waves through the Batch API: `int
 
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -105,7 +104,7 @@ def score_flow(
         "messages": {kind: said for kind, said in first_messages(first).items() if kind in score.invalid},
         "by_rule": not requests,
         "answers": _form(requests),
-        "score": asdict(score),
+        "score": score.to_json(),
         "threshold": threshold,
         **kept,
         "tasks": task_columns(tasks),
