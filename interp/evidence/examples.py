@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int, UInt8
 from numpy import ndarray
 
 from interp.evidence.corpus import Corpus
@@ -156,7 +156,7 @@ class _Build:
         sample = fires & (self.spots.kind == KINDS.index("sample"))
         strengths = np.abs(self.spots.values[sample, REACH])
         self.edges = np.quantile(strengths, np.arange(1, DECILES) / DECILES) if len(strengths) else np.zeros(0)
-        self.pool_silent = np.cumsum(np.pad(self.spots.pool, ((0, 0), (1, 0))), axis=1)
+        self.pool_fired = _fired_before(self.spots.pool)
 
     def deciles(self) -> Int[ndarray, "m"]:
         """Returns in which tenth of the uniform sample the value at every place would be."""
@@ -197,18 +197,18 @@ class _Build:
         number = SPLITS.index(split)
         if tier == "random":
             chosen = np.flatnonzero(self.maker.visits.plan.pool_split == number)
-            positions, silence = self.maker.visits.plan.pool[chosen], self.pool_silent[chosen]
         else:
             chosen = np.flatnonzero((self.spots.split == number) & (self.spots.kind == KINDS.index(tier)))
-            positions = self.spots.position[chosen]
-            silence = np.cumsum(np.pad(self.spots.values[chosen] != 0, ((0, 0), (1, 0))), axis=1)
-        order = self._order(len(positions), split, tier)
-        return self._shaped(tier, shapes, positions[order], silence[order])
+        chosen = chosen[self._order(len(chosen), split, tier)]
+        if tier == "random":
+            return self._shaped(tier, shapes, self.maker.visits.plan.pool[chosen], self.pool_fired[:, chosen])
+        fired = _fired_before(self.spots.values[chosen] != 0)
+        return self._shaped(tier, shapes, self.spots.position[chosen], fired)
 
     def _shaped(
-        self, tier: str, shapes: list[Shape], positions: Int[ndarray, "m"], silence: Int[ndarray, "m span_1"]
+        self, tier: str, shapes: list[Shape], positions: Int[ndarray, "m"], fired: UInt8[ndarray, "span_1 m"]
     ) -> list[Item]:
-        """Gives every shape the first place that has room for it and is silent there; `silence` counts firings.
+        """Gives every shape the first place that has room for it and is silent there (see `_fired_before`).
 
         Where places run out, short windows still find one when long ones do not. So it ends as soon as more than a few
         shapes have found none: what is found has the shapes of the active windows, the first of them in random order.
@@ -220,7 +220,7 @@ class _Build:
         without = 0
         for shape in shapes:
             start = REACH - shape.offset
-            fits = silence[:, start + shape.length] == silence[:, start]
+            fits = fired[start + shape.length] == fired[start]
             fits &= free & (before >= shape.offset) & (behind >= shape.length - shape.offset)
             for spot in np.flatnonzero(fits):
                 free[spot] = False
@@ -266,3 +266,13 @@ class _Build:
 
     def _order(self, n: int, *purpose: str) -> Int[ndarray, "n"]:
         return torch.randperm(n, generator=generator(self.seed, "examples", self.latent, *purpose)).numpy()
+
+
+def _fired_before(fires: Bool[ndarray, "m span"]) -> UInt8[ndarray, "span_1 m"]:
+    """Returns how many tokens around every place fire before each of them, and how many in all.
+
+    Tokens come first, so that one token of all places lies together: every shape is held against all places.
+    """
+    counts = np.zeros((fires.shape[1] + 1, len(fires)), np.uint8)
+    np.cumsum(fires.T, axis=0, dtype=np.uint8, out=counts[1:])
+    return counts

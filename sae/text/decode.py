@@ -1,5 +1,6 @@
 """Tokens -> text: a window is decoded whole, and every token knows which characters of it are its own."""
 
+from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ class Decoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer = tokenizer
         self._before: list[int] = list(tokenizer.encode(BEFORE, add_special_tokens=False))
-        self._pieces: dict[tuple[int, bool], str] = {}
+        self._piece = cache(self._alone)
 
     def text(self, tokens: list[int]) -> str:
         """Returns the text of some tokens, spaces as they are."""
@@ -25,15 +26,16 @@ class Decoder:
 
     def piece(self, token: int, first: bool = False) -> str:
         """Returns the text of one token as it is behind others, with its space if it has one, or as the first."""
-        if (token, first) not in self._pieces:
-            before = [] if first else self._before
-            self._pieces[token, first] = self.text([*before, token]).removeprefix(self.text(before))
-        return self._pieces[token, first]
+        return self._piece(token, first)
+
+    def _alone(self, token: int, first: bool) -> str:
+        before = [] if first else self._before
+        return self.text([*before, token]).removeprefix(self.text(before))
 
     def window(self, tokens: list[int]) -> tuple[str, tuple[int, ...]]:
         """Returns (text, bounds): token i is text[bounds[i] : bounds[i + 1]]."""
         whole, bounds = self.text(tokens), [0]
-        pieces = [self.piece(token, first=not i) for i, token in enumerate(tokens)]
+        pieces = [self._piece(token, not i) for i, token in enumerate(tokens)]
         if "".join(pieces) == whole:  # as of almost all: nothing is to be looked for
             return whole, tuple(accumulate(map(len, pieces), initial=0))
         for i, piece in enumerate(pieces):
