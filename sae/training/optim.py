@@ -19,6 +19,7 @@ from sae.optimizers import Optimizer
 from sae.parallel import ranks
 
 LR_AT_WIDTH = (2e-4, 2**14)  # the law two libraries use for Adam: lr = 2e-4 / sqrt(d_sae / 2^14)
+BLOCKS = 64  # of a sum over latents
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ class Updater:
             if coder.spec.pre_bias != "none":  # y = N(x) - p: a bias before the encoder has minus the gradient of y
                 blocks = [part.chunk(coder.spec.n_blocks) for part in (found.through, found.weight)]
                 before = "b_dec" if coder.spec.pre_bias == "decoder" else "b_pre"
-                moved, others = -torch.cat([sums @ rows for sums, rows in zip(*blocks, strict=True)]), given[before]
+                moved = -torch.cat([_sum_of_rows(sums, rows) for sums, rows in zip(*blocks, strict=True)])
+                others = given[before]
                 given[before] = moved if others is None else others + moved
         if self.touched is not None:
             self.touched = self._touched(sink, given)
@@ -213,6 +215,12 @@ class Updater:
                 rows = touched[some] if touched is not None and name in self.of_latents else None
                 of_rows = {"along": part, "unit": unit, "half": self.rounded.get(name), "touched": rows}
                 self.optimizer.update(weight, gradient, dict(zip(held, own, strict=True)), taken, **of_rows)
+
+
+def _sum_of_rows(coefficients: Float[Tensor, "m"], rows: Float[Tensor, "m d"]) -> Float[Tensor, "d"]:
+    """Returns coefficients @ rows, block by block: a float32 sum of tens of thousands of rows at once loses a digit."""
+    parts = zip(coefficients.chunk(BLOCKS), rows.chunk(BLOCKS), strict=True)
+    return torch.stack([some @ of_rows for some, of_rows in parts]).sum(0)
 
 
 @torch.no_grad()
