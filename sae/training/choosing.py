@@ -23,8 +23,8 @@ from sae.objectives import Objective
 from sae.parallel import collectives, ranks
 from sae.selection import Moment, Selection
 
-TILE_ENTRIES = {"cpu": (2**22, 2**25), "cuda": (2**27, 2**27)}  # what a tile has at least, and at the most
-TILE_TOKENS = 256  # as few make a product slower on a CPU
+TILE_ENTRIES = {"cpu": (2**22, 2**25), "cuda": (2**27, 2**30)}  # what a tile has at least, and at the most
+TILE_TOKENS = 256  # fewer make a product slower: on a CPU, and on a card, which then waits for the weights
 SPARE = 1.5  # room for entries beyond those that were kept before
 
 
