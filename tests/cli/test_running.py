@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,24 @@ def test_json_is_all_that_is_on_standard_output(words):
     command = [sys.executable, "-m", f"cli.{words[0]}", *words[1:], "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert len(json.loads(done.stdout)) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("given", "short"), [({}, True), ({"OMP_WAIT_POLICY": "active"}, False)])
+def test_threads_that_wait_let_others_run_unless_they_are_told_not_to(given, short):
+    environment = {**os.environ, **given, "OMP_DISPLAY_ENV": "VERBOSE"}
+    environment.pop("GOMP_SPINCOUNT", None)
+    argv = [sys.executable, "-m", "cli.train", "--dry-run"]
+    said = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, check=True, env=environment).stderr
+    if "GOMP_SPINCOUNT" not in said:
+        pytest.skip("this PyTorch has other threads than libgomp's")
+    assert ("GOMP_SPINCOUNT = '1000'" in said) == short
+
+
+def test_commands_are_imported_without_what_has_threads():
+    names = [f"cli.{module.__name__.rpartition('.')[2]}" for module in COMMANDS]
+    program = f"import sys, importlib; [importlib.import_module(n) for n in {names}]; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
 def test_an_option_before_the_command_is_told_its_place(capsys):

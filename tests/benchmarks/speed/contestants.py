@@ -83,6 +83,8 @@ class Running:
         environment.pop("PYTHONPATH", None)
         if contestant.python == sys.executable:
             environment["PYTHONPATH"] = str(ROOT)
+        if contestant.driver == "ours":
+            environment["GOMP_SPINCOUNT"] = "1000"  # as commands have it
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # ends with the process
         reading, writing = os.pipe()
         self.process = subprocess.Popen(
