@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
         ("--batch-tokns 64", "--batch-tokns: no such field. Did you mean --batch_tokens?"),
         ("--learning-rate 1", "--learning-rate: no such field. Did you mean --optim.lr?"),
         ("--output_dir x", "--output_dir: no such field. Did you mean --run_dir?"),
-        ("--optim.zzz 1", "--optim.zzz: no such field. Fields of optim: lr, beta1, "),
+        ("--optim.zzz 1", "--optim.zzz: no such field. Fields of optim: kind, lr, "),
         ("--dry-rn", "--dry-rn: no such field. Did you mean --dry-run?"),
         ("-config topk", "-config: no such option. Did you mean --config?"),
         ("-coder.selection.k 3", "-coder.selection.k: options begin with two dashes: --coder.selection.k"),
