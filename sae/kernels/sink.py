@@ -42,7 +42,7 @@ class Gradient:
     along: Float[Tensor, "m"]
     """<gradient_j, weight_j>: of a decoder, what would change the norms of its rows."""
     touched: Float[Tensor, "m"]
-    """1 of rows with an entry in any part; all 0 if that was not asked for."""
+    """How many entries of a row are not 0, in all parts; all 0 if that was not asked for."""
     tells_rows: bool
     parts: list[_Part] = field(default_factory=list)
     begun: bool = False
@@ -51,7 +51,7 @@ class Gradient:
     def add(self, offsets: Tensor, ids: Tensor, coefficients: Tensor, rows: Tensor) -> None:
         """Takes in a part: coefficients^T rows."""
         if self.tells_rows:
-            self.touched.index_fill_(0, ids, 1.0)
+            self.touched.index_add_(0, ids, (coefficients != 0).to(self.touched))  # what fills a buffer up is 0
         if not densely(offsets, ids, self.out):
             self.parts.append(_Part(offsets, ids, coefficients, rows))
             return

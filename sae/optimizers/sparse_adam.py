@@ -1,6 +1,6 @@
 """Row-sparse Adam: a step changes only the latents that it has touched. This is other mathematics than Adam's.
 
-A latent without an entry in the codes of any token of the step, those of AuxK included, keeps its weights, biases and
+A latent that is 0 in the codes of every token of the step, those of AuxK included, keeps its weights, biases and
 moments, as in torch.optim.SparseAdam ("lazy Adam"); the bias correction counts all steps. In Adam a silent latent goes
 on moving along the mean of its last gradients while both moments decay. So a latent that a share p of the steps touch,
 with gradients of one size, moves by about 1 rate each time here, and by 1 / sqrt(p) in Adam: rare latents learn more

@@ -156,7 +156,7 @@ class Updater:
         return self.exchanged()
 
     def _touched(self, sink: Sink, given: dict[str, Tensor | None]) -> Float[Tensor, "d_sae"]:
-        """Returns how many of a step's sums each latent has an entry in, or a gradient that came without entries."""
+        """Returns how many entries of each latent are not 0, or have a gradient that came without entries."""
         found = torch.zeros_like(self.coder.b_enc.detach())
         for name in self.coder.spec.encoding.maps:
             found += sink.of(name).touched

@@ -176,9 +176,11 @@ def test_a_sink_collects_what_autograd_would_return(way, parts):
 def test_a_sink_tells_the_rows_with_an_entry(way):
     weight = torch.randn(6, 2)
     sink = kernels.Sink({"weight": (weight, torch.empty(6, 2))}, tells_rows=True)
-    for ids in ([1, 4], [4, 5]):
-        sink.of("weight").add(torch.tensor([0, 2]), torch.tensor(ids), torch.zeros(2), torch.randn(1, 2))
-    assert sink.of("weight").touched.tolist() == [0, 1, 0, 0, 1, 1]  # also of a coefficient of 0
+    for ids in ([1, 4, 5], [3, 4, 5]):
+        sink.of("weight").add(
+            torch.tensor([0, 3]), torch.tensor(ids), torch.tensor([1.0, -2.0, 0.0]), torch.randn(1, 2)
+        )
+    assert sink.of("weight").touched.tolist() == [0, 1, 0, 1, 2, 0]  # what fills a buffer up is 0
 
 
 def test_a_sink_without_passes_has_gradients_of_zero():
