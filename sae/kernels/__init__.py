@@ -9,10 +9,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels.differentiable import decode, encode_at, fit
-from sae.kernels.dispatch import PATHS, best, kernel, path, use
+from sae.kernels.dispatch import PATHS, best, check, kernel, path, use
 from sae.kernels.sink import Gradient, Sink
 
-__all__ = ["PATHS", "Gradient", "Sink", "best", "decode", "encode_at", "fit", "kernel", "path", "top_ids", "use"]
+__all__ = [
+    "PATHS",
+    "Gradient",
+    "Sink",
+    "best",
+    "check",
+    "decode",
+    "encode_at",
+    "fit",
+    "kernel",
+    "path",
+    "top_ids",
+    "use",
+]
 
 
 def top_ids(scores: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:

@@ -44,13 +44,18 @@ def best(device: torch.device) -> str:
     return "torch" if missing(wanted) else wanted
 
 
-def use(path: str) -> None:
-    """Chooses the path of this process; ConfigError if there is none of that name, or if it cannot be had here."""
-    global _chosen
+def check(path: str) -> None:
+    """Raises ConfigError if there is no path of that name, or if it cannot be had here."""
     choose("kernels", path, PATHS)
     why = missing(path)
     if why:
         raise ConfigError(f"kernels: {path} cannot be had here: {why}")
+
+
+def use(path: str) -> None:
+    """Chooses the path of this process; ConfigError if there is none of that name, or if it cannot be had here."""
+    global _chosen
+    check(path)
     own = {"reference": reference, "torch": segmented}
     _chosen = path, own[path] if path in own else import_module(_ONLY_SOME[path])
 

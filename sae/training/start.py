@@ -14,6 +14,7 @@ from typing import Any
 
 import draccus
 
+from sae import kernels
 from sae.base.errors import ConfigError, DataError, Stopped
 from sae.base.files import LOCK, read_json, write_json
 from sae.base.settings import decode, read_yaml
@@ -61,6 +62,8 @@ def _decided(
         folder, resume = found or (folder if named else fresh(folder)), found is not None
     if _stopped_by(folder) == own_jobs().get("agent"):
         raise Stopped(f"already: a signal had ended {folder} when torchrun started it again")
+    if not resume and config.kernels != "auto":  # a run that goes on takes others, and says so
+        kernels.check(config.kernels)
     config = checkpoint.resumed_config(config, folder) if resume else checkpoint.placed_config(config)
     return {"config": draccus.encode(config), "folder": str(folder), "resume": resume}
 

@@ -24,6 +24,7 @@ from cli.recipes import recipe
 from cli.train import main
 from sae.base.errors import ConfigError, Stopped
 from sae.base.settings import to_yaml
+from sae.kernels import dispatch
 from sae.loading import hub
 from sae.objectives.reconstruction import Reconstruction
 from sae.training.checkpoint import placed_config
@@ -464,3 +465,10 @@ def test_a_log_holds_no_bars_and_the_number_of_tokens_that_there_are(tmp_path, t
     assert "it/s" not in printed
     (found,) = json.loads((tmp_path / "run" / "evaluation.json").read_text()).values()
     assert f"evaluating on {found['reconstruction_unfiltered']['tokens']:,} held-out tokens" in printed
+
+
+def test_kernels_that_cannot_be_had_are_refused_before_anything_is_loaded(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(dispatch, "missing", lambda path: "there is no compiler")
+    assert main(["--kernels", "native", "--run-dir", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == "error: kernels: native cannot be had here: there is no compiler\n"
+    assert not (tmp_path / "run").exists()
