@@ -22,14 +22,34 @@ def top_ids(scores: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
         return torch.arange(k, device=scores.device).expand(len(scores), k).contiguous()
     values, ids = _largest(scores, k + 1)
     ids = ids[:, :k]
-    tied = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]
+    tied = _equal(values[:, k - 1], values[:, k]).nonzero()[:, 0]
     ids = ids.sort(dim=1).values
     if len(tied):
         rows, least = scores[tied], values[tied, k - 1, None]
-        above, equal = ~(rows <= least), rows == least
+        equal = _equal(rows, least)
+        above = ~(rows <= least) & ~least.isnan()
         wanted = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
         ids[tied] = wanted.nonzero()[:, 1].reshape(len(tied), k)
     return ids
+
+
+def kept_of_parts(values: Float[Tensor, "s n c"], k: int) -> Int[Tensor, "s n"]:
+    """Returns how many of the k largest of every row lie in each of its parts, given the c largest of each part.
+
+    Parts lie in the order of columns, so ties go to the earlier one, and within it to the lower column: a part keeps
+    that many of its own largest. c is at least k, or the size of the largest part; -inf, which fills up a part that has
+    fewer, is kept nowhere.
+    """
+    parts, n, c = values.shape
+    rows = values.transpose(0, 1).flatten(1)
+    ids = top_ids(rows, min(k, parts * c))
+    kept = (rows.gather(1, ids) != -torch.inf).long()
+    return kept.new_zeros(n, parts).scatter_add_(1, torch.div(ids, c, rounding_mode="floor"), kept).T
+
+
+def _equal(a: Tensor, b: Tensor) -> Bool[Tensor, "*shape"]:
+    """Returns where two are equal, as one NaN is to another."""
+    return (a == b) | (a.isnan() & b.isnan())
 
 
 def _largest(scores: Float[Tensor, "n m"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:

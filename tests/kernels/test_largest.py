@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sae.kernels.codes import Entries
-from sae.kernels.largest import by_rank, ranks, reached, top_entries, top_ids, top_of, top_of_columns
+from sae.kernels.largest import by_rank, kept_of_parts, ranks, reached, top_entries, top_ids, top_of, top_of_columns
 
 
 def tied(n, m, seed=0):
@@ -44,6 +46,42 @@ def test_ties_beside_nan_still_give_k_entries():
     scores = torch.tensor([[float("nan"), 1.0, 1.0, 1.0, 0.0], [2.0, float("inf"), 2.0, 2.0, float("nan")]])
     assert top_ids(scores, 2).tolist() == [[0, 1], [1, 4]]
     assert top_ids(scores, 3).tolist() == [[0, 1, 2], [0, 1, 4]]
+    assert top_ids(torch.full((1, 40), torch.nan), 3).tolist() == [[0, 1, 2]], "one NaN is as large as another"
+
+
+def parts_of(scores, sizes, k):
+    """The largest of each part in the order (value falling, id rising), filled up with -inf, as ranks gather them."""
+    c, rows = min(k, max(sizes)), []
+    for part in scores.split(sizes, dim=1):
+        order = part.argsort(dim=1, descending=True, stable=True)[:, :c]
+        rows.append(torch.nn.functional.pad(part.gather(1, order), (0, c - order.shape[1]), value=-torch.inf))
+    return torch.stack(rows)
+
+
+VALUES = {
+    "few values": st.sampled_from([-1.0, -0.0, 0.0, 0.5]),
+    "all equal": st.just(0.0),
+    "beside NaN": st.sampled_from([float("nan"), float("inf"), 1.0, 0.0]),
+    "untied": st.floats(-4, 4, width=32),
+}
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_parts_keep_what_the_whole_row_would(values, data):
+    sizes = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=5).filter(any))
+    n, m = data.draw(st.integers(0, 3)), sum(sizes)
+    drawn = data.draw(st.lists(values, min_size=n * m, max_size=n * m))
+    scores, k = torch.tensor(drawn, dtype=torch.float32).view(n, m), data.draw(st.integers(1, m))
+    kept = torch.zeros(n, m, dtype=torch.bool).scatter_(1, top_ids(scores, k), True)
+    expected = torch.stack([part.sum(1) for part in kept.split(sizes, dim=1)])
+    assert torch.equal(kept_of_parts(parts_of(scores, sizes, k), k), expected)
+
+
+def test_what_fills_up_a_part_is_kept_nowhere():
+    values = torch.tensor([[[1.0, -torch.inf]], [[-torch.inf, -torch.inf]], [[3.0, 1.0]]])
+    assert [kept_of_parts(values, k).T.tolist() for k in (1, 2, 9)] == [[[0, 0, 1]], [[1, 0, 1]], [[1, 0, 2]]]
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 100, 3000, 64 * 100, 10**6])
