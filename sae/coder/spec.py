@@ -11,6 +11,7 @@ writes to the l-th site and all later ones, so its rows of W_dec are shorter the
 `CoderSpec` says everything about that map which is not a tensor, as explicit fields.
 """
 
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -190,3 +191,9 @@ class CoderSpec:
     def with_(self, **changes: Any) -> "CoderSpec":
         """Returns a copy with some fields replaced."""
         return replace(self, **changes)
+
+    def unchecked(self, **changes: Any) -> "CoderSpec":
+        """Returns such a copy, of whatever sizes: a shard may have fewer latents than its rule keeps, or none."""
+        found = copy(self)
+        vars(found).update(changes)
+        return found

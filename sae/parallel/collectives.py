@@ -1,4 +1,8 @@
-"""The few collectives needed: sums over ranks, what all ranks have, and a flag that any of them may set."""
+"""The few collectives needed: sums over ranks, what others have, rows for others, and a flag that any may set.
+
+Each goes over some ranks, along an axis of the mesh (`mesh.py`), or over all where none is named. A rank alone is not
+asked for anything.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,37 +10,53 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae.parallel.ranks import collective, rank, world_size
+from sae.parallel.ranks import Axis, collective, everyone
 
 BUCKET_BYTES = 32 * 2**20
 """Of tensors that are summed at once. More gain nothing on any wire, and would be a second copy of a large coder."""
 
 
-def total(value: Tensor) -> Tensor:
+def total(value: Tensor, over: Axis | None = None) -> Tensor:
     """Returns the sum of `value` over ranks."""
-    if dist.is_initialized():
+    return _reduced(value, dist.ReduceOp.SUM, over)
+
+
+def smallest(value: Tensor, over: Axis | None = None) -> Tensor:
+    """Returns the smallest of any rank, member by member."""
+    return _reduced(value, dist.ReduceOp.MIN, over)
+
+
+def largest(value: Tensor, over: Axis | None = None) -> Tensor:
+    """Returns the largest of any rank, member by member."""
+    return _reduced(value, dist.ReduceOp.MAX, over)
+
+
+def _reduced(value: Tensor, how: dist.ReduceOp.RedOpType, over: Axis | None) -> Tensor:
+    over = over or everyone()
+    if over.moves:
         value = value.clone()
         with collective():
-            dist.all_reduce(value)
+            dist.all_reduce(value, how, over.group)
     return value
 
 
-def total_(*tensors: Tensor) -> None:
+def total_(*tensors: Tensor, over: Axis | None = None) -> None:
     """Replaces each tensor by its sum over ranks.
 
     Small ones of a data type travel together; one larger than a bucket is summed where it lies. So beside them a bucket
     is held and no more, whatever their size.
     """
-    if not dist.is_initialized():
+    over = over or everyone()
+    if not over.moves:
         return
     for bucket in _buckets(tensors):
         if len(bucket) == 1 and bucket[0].is_contiguous():
             with collective():
-                dist.all_reduce(bucket[0])
+                dist.all_reduce(bucket[0], group=over.group)
             continue
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         with collective():
-            dist.all_reduce(flat)
+            dist.all_reduce(flat, group=over.group)
         for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
@@ -63,40 +83,49 @@ def bytes_of_sums(*tensors: Tensor) -> list[int]:
     return [sum(tensor.nbytes for tensor in bucket) for bucket in _buckets(tensors)]
 
 
-def smallest(value: Tensor) -> Tensor:
-    """Returns the smallest of any rank, member by member."""
-    if dist.is_initialized():
-        value = value.clone()
-        with collective():
-            dist.all_reduce(value, dist.ReduceOp.MIN)
-    return value
-
-
-def of_every_rank(numbers: Tensor) -> list[list[int]]:
-    """Returns the whole numbers [k] of all ranks, in their order: the one thing that the host must wait for."""
-    if not dist.is_initialized():
-        return [numbers.tolist()]
-    found = numbers.new_empty(world_size(), len(numbers))
+def stacked(value: Tensor, over: Axis | None = None) -> Tensor:
+    """Returns what all ranks have, of one shape, as [ranks, *shape]."""
+    over = over or everyone()
+    if not over.moves:
+        return value[None]
+    found = value.new_empty(over.world_size, *value.shape)
     with collective():
-        dist.all_gather(list(found), numbers)
-    return found.tolist()
+        dist.all_gather(list(found), value.contiguous(), over.group)
+    return found
 
 
-def gathered(*columns: Tensor) -> tuple[Tensor, ...]:
+def exchanged(rows: Tensor, sent: list[int], received: list[int], over: Axis) -> Tensor:
+    """Returns the rows that all ranks have for this one, in their order.
+
+    Of its own, the first `sent[0]` rows are for the first rank and so on; `received` says how many each has for it.
+    """
+    if not over.moves:
+        return rows
+    found = rows.new_empty(sum(received), *rows.shape[1:])
+    with collective():
+        dist.all_to_all_single(found, rows.contiguous(), received, sent, group=over.group)
+    return found
+
+
+def of_every_rank(numbers: Tensor, over: Axis | None = None) -> list[list[int]]:
+    """Returns the whole numbers [k] of all ranks, in their order: the one thing that the host must wait for."""
+    return stacked(numbers, over).tolist()
+
+
+def gathered(*columns: Tensor, over: Axis | None = None) -> tuple[Tensor, ...]:
     """Returns columns of equal length, the rows of all ranks one after the other; ranks may have different numbers.
 
     All columns move at once, after the numbers of rows; whole numbers, which must be below 2^31, as half of their size.
     """
-    if not dist.is_initialized():
+    over = over or everyone()
+    if not over.moves:
         return columns
     words = _words(columns)
     rows = torch.cat(words, 1)
-    counts = [count for (count,) in of_every_rank(torch.tensor([len(rows)], device=rows.device))]
+    counts = [count for (count,) in of_every_rank(torch.tensor([len(rows)], device=rows.device), over)]
     padded = rows.new_zeros(max(counts), rows.shape[1])
     padded[: len(rows)] = rows
-    parts = list(rows.new_empty(len(counts), *padded.shape))
-    with collective():
-        dist.all_gather(parts, padded)
+    parts = stacked(padded, over)
     found = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
     split = found.split([part.shape[1] for part in words], dim=1)
     return tuple(
@@ -120,12 +149,12 @@ def bytes_of_rows(*columns: Tensor) -> list[int]:
 
 def collected(rows: Tensor) -> Tensor:
     """Returns on rank 0 the rows of all ranks one after the other, on the others none: they may be many."""
-    if not dist.is_initialized():
+    if not everyone().moves:
         return rows
     counts = [count for (count,) in of_every_rank(torch.tensor([len(rows)], device=rows.device))]
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
-    parts = list(rows.new_empty(len(counts), *padded.shape)) if rank() == 0 else None
+    parts = list(rows.new_empty(len(counts), *padded.shape)) if everyone().rank == 0 else None
     with collective():
         dist.gather(padded, parts)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]) if parts else rows[:0]
@@ -133,14 +162,4 @@ def collected(rows: Tensor) -> Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Returns whether the flag is set on any rank, so that all ranks stop at the same step."""
-    return _largest(int(flag)) > 0
-
-
-def _largest(value: float) -> float:
-    """The largest value of any rank."""
-    if not dist.is_initialized():
-        return value
-    shared = torch.tensor(float(value))
-    with collective():
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
-    return float(shared)
+    return bool(largest(torch.tensor(float(flag))))

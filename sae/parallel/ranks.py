@@ -57,6 +57,28 @@ class Share:
 ALONE = Share()
 
 
+@dataclass(frozen=True)
+class Axis(Share):
+    """Some ranks that move tensors among themselves; `rank` is the place of this one there."""
+
+    group: dist.ProcessGroup | None = None
+    """None: this one is alone."""
+
+    @property
+    def moves(self) -> bool:
+        """Returns whether there is a group, if only of this rank, so that collectives go through it."""
+        return self.group is not None
+
+
+ITSELF = Axis()
+"""A rank that moves nothing."""
+
+
+def everyone() -> Axis:
+    """Returns all ranks."""
+    return Axis(rank(), world_size(), dist.group.WORLD if in_group() else None)
+
+
 class Group:
     """The ranks that work together, and the store through which they tell each other what is no tensor."""
 

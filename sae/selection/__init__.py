@@ -25,11 +25,14 @@ from sae.base.errors import ConfigError
 from sae.base.plugins import Plugin, discover, names
 from sae.kernels.codes import Entries, Support
 from sae.kernels.scaling import alike, times
+from sae.parallel.cut import Cut
+from sae.parallel.mesh import ALONE, Mesh
 
 if TYPE_CHECKING:
     from typing import Self
 
 
+NO_LATENTS = Cut(0)
 NEVER = torch.finfo(torch.float32).max  # threshold of a latent that never fires
 
 
@@ -49,6 +52,10 @@ class Moment:
     """Set by a rule that has left something out: a truth value on its device. The step is then not applied."""
     noted: Any = None
     """What a rule has noted of the tiles looked at so far; it is forgotten with the moment."""
+    mesh: Mesh = ALONE
+    """The ranks that choose together: along data they have other tokens, along latents other latents."""
+    cut: Cut = NO_LATENTS
+    """Which of the group's latents this rank holds; scores, states and entries are of those."""
 
 
 class Factors(NamedTuple):
@@ -154,6 +161,19 @@ class Selection(Plugin):
         They can then be found in parts. None: that is not so, or not known.
         """
         return None
+
+    def unit(self, m: int) -> int | None:
+        """Returns how many neighbors among m latents must be on one rank where ranks hold different latents.
+
+        None: the rule cannot choose over several ranks, or it is not known how.
+        """
+        if self.batch_wide:
+            return None
+        return {"nothing": 1, "token": 1 if self.best_of(m) else None}.get(self.over)
+
+    def within(self, held: int, m: int) -> "Self":
+        """Returns the rule as a rank asks it that holds so many of m latents."""
+        return self
 
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns the support by the per-token rule.

@@ -50,6 +50,14 @@ class GroupMax(Selection):
         """Returns the size of a group, and the rule for the best one."""
         return m // self.k, TopK(1)
 
+    def unit(self, m: int) -> int | None:
+        """Returns the size of a group."""
+        return m // self.k
+
+    def within(self, held: int, m: int) -> "Self":
+        """Returns the rule with the groups that a rank holds."""
+        return replace(self, k=held * self.k // m)
+
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns k entries per row."""
         size = scores.shape[1] // self.k

@@ -54,6 +54,10 @@ class MutualChoice(Budget):
         """Returns "nothing" once there is a threshold, in whose place k are kept before."""
         return "nothing" if calibrated else self.over
 
+    def unit(self, m: int) -> int | None:
+        """Returns 1: ranks agree on a cut through all affinities."""
+        return 1
+
     def rescaled(self, own: dict[str, Tensor], calibration: tuple[float, ...], by: Factors) -> Owned:
         """Returns JumpReLU, which it is at inference, where latents come to have thresholds of their own."""
         if by.even or not calibration or by.by_norm:
