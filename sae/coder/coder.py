@@ -15,6 +15,7 @@ from sae.coder import partial
 from sae.coder.folds import Folding
 from sae.coder.normalization import Undo, undo
 from sae.coder.published import Published
+from sae.coder.shard import summed
 from sae.coder.wording import description, kind, known_figures, summary
 from sae.kernels.codes import PAD, Entries, SparseLatents, Support, counted, flat, offsets_of, rows_of
 from sae.lm.site import column_weights
@@ -182,6 +183,8 @@ class SparseCoder(Published, Folding):
         rest, n = self.b_dec, len(look.x)
         if self.spec.skip:
             rest = rest + self.skipped(look.x) / look.how[1]  # N^-1 gives it back its size
+        if self.shard and self.shard.axis.rank:  # what all shards have takes its gradient from one of them
+            rest = rest.detach()
         made, square, error = self.fit(latents, rest, target)
         return Pass(look.y, kept, latents, rest.expand(n, -1), made, square, error, look.how)
 
@@ -202,7 +205,7 @@ class SparseCoder(Published, Folding):
 
         The first two are differentiable, in the codes and the rest alone where `frozen`; the error is not.
         """
-        if self.spec.n_blocks == 1 and all(site.weight == 1 for site in self.spec.writes):
+        if self.spec.n_blocks == 1 and not self.shard and all(site.weight == 1 for site in self.spec.writes):
             weight, into = (self.W_dec.detach(), None) if frozen else (self.W_dec, self._into(0))
             return kernels.fit(latents.values, weight, rest, target, latents.offsets, latents.ids, into)
         made = self.decoded(latents.values, latents.offsets, latents.ids, frozen) + rest
@@ -252,7 +255,14 @@ class SparseCoder(Published, Folding):
         ids: Int[Tensor, "nnz"],
         frozen: bool = False,
     ) -> Float[Tensor, "n d_out"]:
-        """Returns codes times decoder, without bias, differentiable in both; in the codes alone where `frozen`."""
+        """Returns codes times decoder, without bias, differentiable in both; in the codes alone where `frozen`.
+
+        Of a shard, what those of all ranks make together; all must ask.
+        """
+        own = self._own_decoded(values, offsets, ids, frozen)
+        return summed(own, self.shard.axis) if self.shard else own
+
+    def _own_decoded(self, values: Tensor, offsets: Tensor, ids: Tensor, frozen: bool) -> Float[Tensor, "n d_out"]:
         if self.spec.n_blocks == 1:
             weight = self.W_dec.detach() if frozen else self.W_dec
             return kernels.decode(values, weight, offsets, ids, self._into(0))

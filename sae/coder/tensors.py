@@ -15,9 +15,12 @@ from sae.base.errors import ConfigError
 from sae.coder.normalization import Undo
 from sae.coder.spec import CoderSpec
 from sae.kernels.sink import Sink
+from sae.parallel.cut import Cut
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from sae.coder.shard import Shard
 
 
 class LatentBlock(NamedTuple):
@@ -61,6 +64,11 @@ class CoderTensors(nn.Module):
             self.register_buffer(name, start.to(device))
 
     @property
+    def whole(self) -> CoderSpec:
+        """Returns the spec of the whole coder, also where this is a shard of it."""
+        return self.shard.whole if self.shard else self.spec
+
+    @property
     def d_in(self) -> int:
         """Returns the width of what it reads."""
         return self.spec.d_in
@@ -98,6 +106,8 @@ class CoderTensors(nn.Module):
 
     sink: Sink | None = None
     """Where a training step collects the gradients of the matrices; else autograd returns them."""
+    shard: "Shard | None" = None
+    """Whose latents these are, where ranks hold parts of one coder; the spec is then of these latents alone."""
     W_enc: nn.Parameter
     b_enc: nn.Parameter
     W_dec: nn.Parameter
@@ -154,6 +164,11 @@ class CoderTensors(nn.Module):
     def encoder_tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of the encoder, with a row for each latent."""
         return {name: getattr(self, name) for pair in self.spec.encoding.maps.items() for name in pair}
+
+    @property
+    def cuts(self) -> list[Cut]:
+        """Returns which latents these are, of each of those groups, where ranks hold parts of one coder."""
+        return self.shard.groups if self.shard else [Cut(group.stop - group.start) for group in self.rule_groups()]
 
     def rule_groups(self) -> list[slice]:
         """Returns the latents among which selection chooses: each block, or all together."""

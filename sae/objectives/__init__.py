@@ -4,7 +4,7 @@ Every term is a sum over tokens divided by numbers fixed before the step (the to
 measured earlier), so that micro-batches and ranks add up to the same loss and gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from sae.base.errors import ConfigError
 from sae.base.plugins import Plugin, discover
 from sae.coder.coder import Choice, Pass, SparseCoder
 from sae.coder.spec import CoderSpec
+from sae.parallel.cut import NO_LATENTS, Cut
 from sae.selection import Selection
 
 
@@ -28,7 +29,9 @@ class Start:
     density: Float[Tensor, "d_sae"]
     """Running share of the tokens at which each latent fires."""
     may_be_dead: int
-    """No more latents than this are dead: the host knows it without waiting for the device."""
+    """No more latents than this are dead, of all ranks: the host knows it without waiting for the device."""
+    cut: Cut = NO_LATENTS
+    """Which latents of the coder this rank holds, where ranks hold parts of one: those above are of its own."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,9 @@ class Objective(Plugin):
 
     needs_rows: ClassVar[bool] = False
     """Whether the term runs the language model, so that batches must be whole rows of text."""
+    of_latents: ClassVar[bool | None] = None
+    """Whether the term is a sum over latents, of which ranks that hold parts of a coder have each their own; False: it
+    is of outputs, which all of them have. None: it is not known, so that no coder with the term can be cut."""
     weight: float = 1.0
     """Factor of the term."""
 
@@ -128,6 +134,7 @@ class Sparsity(Objective):
     Coders of different rules can so be compared at one L0.
     """
 
+    of_latents: ClassVar[bool | None] = True
     target_l0: float = 0.0
     """L0 that the penalty steers to; 0 leaves the weight as it is."""
     warmup_share: float = 0.1
@@ -177,6 +184,14 @@ class Shrinking(Sparsity):
 def zero(step: Step) -> Float[Tensor, ""]:
     """Returns an exact zero for a term that does not apply at this step."""
     return torch.zeros((), device=step.target.device, dtype=step.target.dtype)
+
+
+def check_cut(coder: SparseCoder, terms: Mapping[str, Objective]) -> None:
+    """Raises ConfigError if ranks hold parts of a coder and a term does not say what it is then."""
+    for term in terms.values() if coder.shard else ():
+        if term.of_latents is None:
+            name = Objective.get_choice_name(type(term))
+            raise ConfigError(f"parallel.latents: it is not known how objective {name} adds up over ranks; set it to 1")
 
 
 discover(__name__, __path__)

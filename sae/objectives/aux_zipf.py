@@ -43,8 +43,9 @@ class AuxZipf(AuxK):
 
     def begin(self, start: Start) -> Members | None:
         """Returns the under-used latents, which may be all."""
-        shares = shortfall(start.density, start.dead, self.tau).to(torch.float32)
-        return members(shares.to(start.dead.device), len(start.dead))
+        dead, cut = start.dead, start.cut
+        shares = cut.own(shortfall(cut.whole(start.density), cut.whole(dead), self.tau))
+        return members(shares.to(dead.device, torch.float32), max(cut.latents, len(dead)), cut)
 
 
 def shortfall(density: Float[Tensor, "d_sae"], dead: Bool[Tensor, "d_sae"], tau: float = 0.5) -> Float[Tensor, "d_sae"]:

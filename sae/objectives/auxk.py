@@ -10,18 +10,20 @@ and the term is exactly 0 while no latent is dead.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.coder.coder import Choice, SparseCoder
+from sae.coder.shard import best_of
 from sae.coder.spec import CoderSpec
-from sae.kernels import top_ids
 from sae.kernels.codes import PAD, SparseLatents, by_rows
 from sae.objectives import Objective, Start, Step, zero
+from sae.parallel import collectives
+from sae.parallel.cut import NO_LATENTS, Cut
 from sae.selection import Selection
 
 
@@ -30,6 +32,7 @@ from sae.selection import Selection
 class AuxK(Objective):
     """The auxiliary loss that revives dead latents."""
 
+    of_latents: ClassVar[bool | None] = False
     weight: float = 1 / 32
     k: int = 0
     """Dead latents used per token; 0 means the power of two nearest to d_out / 2."""
@@ -42,7 +45,7 @@ class AuxK(Objective):
 
     def begin(self, start: Start) -> "Members | None":
         """Returns the dead latents; None where the host knows that there are none."""
-        return members(start.dead.to(torch.float32), start.may_be_dead)
+        return members(start.dead.to(torch.float32), start.may_be_dead, start.cut)
 
     def entries(self, spec: CoderSpec) -> int:
         """Returns the latents used per token, as if there were so many."""
@@ -53,10 +56,9 @@ class AuxK(Objective):
         if begun is None:
             return None
         own = scores[:, begun.ids].masked_fill_(begun.shares == 0, -torch.inf)
-        k = min(self.entries(coder.spec), len(begun.ids))
-        columns = top_ids(own, k)
+        columns, kept = best_of(own, self.entries(coder.whole), begun.cut, begun.most)
         values = own.gather(1, columns).flatten()
-        return Choice(*by_rows(begun.ids[columns]), torch.where(values > 0, values, PAD))
+        return Choice(*by_rows(begun.ids[columns]), torch.where((values > 0) & kept.flatten(), values, PAD))
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the normalized error of the members' explanation of the residual."""
@@ -68,7 +70,7 @@ class AuxK(Objective):
         codes = SparseLatents(offsets, ids, values, coder.spec.d_sae)
         square = coder.fit(codes, step.run.error.new_zeros(coder.spec.d_out), step.run.error)[1]
         unlike = step.n_tokens * step.residual_variance.to(square.dtype)
-        return torch.where((found.shares > 0).any(), square / unlike, 0.0)
+        return torch.where(found.any, square / unlike, 0.0)
 
 
 class Members(NamedTuple):
@@ -79,15 +81,35 @@ class Members(NamedTuple):
     shares: Float[Tensor, "c"]
     """0 at a place that holds none."""
     of_all: Float[Tensor, "d_sae"]
+    any: Bool[Tensor, ""]
+    """Whether there is one, on any rank."""
+    cut: Cut
+    """How latents are cut over ranks that hold parts of the coder."""
+    most: int
+    """Places, in a block of latents, of the rank that has most."""
 
 
-def members(shares: Float[Tensor, "d_sae"], at_most: int) -> Members | None:
-    """Returns the latents whose share is positive, of which there are no more than `at_most`."""
+def members(shares: Float[Tensor, "d_sae"], at_most: int, cut: Cut = NO_LATENTS) -> Members | None:
+    """Returns the latents whose share is positive, of which there are no more than `at_most`, here and elsewhere.
+
+    With `cut`, this rank holds a part of the coder's latents, and the shares are theirs.
+    """
     if not at_most:
         return None
-    ids = torch.nonzero_static(shares > 0, size=at_most, fill_value=len(shares) - 1)[:, 0]
-    first = torch.arange(at_most, device=ids.device) < (shares > 0).sum()
-    return Members(ids, torch.where(first, shares[ids], 0.0), shares)
+    anybody = (shares > 0).any()
+    if not cut.axis.moves:
+        return Members(*_gathered(shares, at_most), shares, anybody, cut, at_most)
+    anybody = collectives.largest(anybody.int(), cut.axis) > 0
+    if cut.blocks > 1:  # a place for each, so that it is known to which block it belongs
+        return Members(torch.arange(len(shares), device=shares.device), shares, shares, anybody, cut, cut.most)
+    return Members(*_gathered(shares, min(at_most, len(shares))), shares, anybody, cut, min(at_most, cut.most))
+
+
+def _gathered(shares: Float[Tensor, "d_sae"], places: int) -> tuple[Int[Tensor, "c"], Float[Tensor, "c"]]:
+    """Returns the ids of those whose share is positive, at so many places, and the shares there."""
+    ids = torch.nonzero_static(shares > 0, size=places, fill_value=len(shares) - 1)[:, 0]
+    first = torch.arange(places, device=ids.device) < (shares > 0).sum()
+    return ids, torch.where(first, shares[ids], 0.0)
 
 
 def nearest_power_of_two(value: float) -> int:

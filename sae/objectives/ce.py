@@ -21,6 +21,7 @@ from sae.objectives import Objective, Step
 class CE(Objective):
     """Next-token cross-entropy of the spliced model."""
 
+    of_latents: ClassVar[bool | None] = False
     needs_rows: ClassVar[bool] = True
 
     def loss(self, step: Step) -> Float[Tensor, ""]:

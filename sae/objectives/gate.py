@@ -4,6 +4,7 @@ L = sum_t |x_t - (ReLU(pi_t) W_dec + b_dec)|^2 / (N V),   W_dec and b_dec held f
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,8 @@ from sae.selection import Selection
 @dataclass(frozen=True)
 class Gate(Objective):
     """Squared error of what the gates alone would reconstruct, over the variance of the target."""
+
+    of_latents: ClassVar[bool | None] = False
 
     def validate(self, d_sae: int, selection: Selection, n_blocks: int = 1) -> None:
         """Raises ConfigError unless the coder has gates."""

@@ -19,6 +19,7 @@ from sae.objectives import Objective, Step
 class KL(Objective):
     """Divergence of the spliced model's predictions from the model's own."""
 
+    of_latents: ClassVar[bool | None] = False
     needs_rows: ClassVar[bool] = True
 
     def loss(self, step: Step) -> Float[Tensor, ""]:

@@ -8,6 +8,7 @@ width, so prefixes have fewer active latents. The term takes the place of `recon
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,7 @@ from sae.selection import Selection
 class Matryoshka(Objective):
     """Mean squared error of nested prefixes, over the variance of the target."""
 
+    of_latents: ClassVar[bool | None] = False
     prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     """Ends of the prefixes as shares of the latents, ascending; the last is 1."""
 
@@ -39,8 +41,9 @@ class Matryoshka(Objective):
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the mean over the prefixes, that of no latents included."""
         latents, coder = step.run.latents, step.coder
-        size = coder.spec.d_sae // coder.spec.n_blocks  # a cross-layer coder has prefixes in every block
-        stops, place = [round(share * size) for share in self.prefixes], latents.ids % size
+        size = coder.whole.d_sae // coder.whole.n_blocks  # a cross-layer coder has prefixes in every block
+        ids = coder.shard.cut.ids(latents.ids) if coder.shard else latents.ids
+        stops, place = [round(share * size) for share in self.prefixes], ids % size
         part = torch.stack([place >= stop for stop in stops[:-1]]).sum(0) if stops[:-1] else torch.zeros_like(place)
         rows = part * latents.n_tokens + latents.tokens
         # Decoded at once, part after part, so that the host need not know how many entries each has.

@@ -7,7 +7,7 @@ cross-layer coder 4k of every block, or of all blocks together where they share 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.coder.coder import Choice, SparseCoder
+from sae.coder.shard import best
 from sae.coder.spec import CoderSpec
-from sae.kernels import top_ids
-from sae.kernels.codes import SparseLatents, Support, by_rows
+from sae.kernels.codes import PAD, SparseLatents, by_rows
 from sae.objectives import Objective, Step
 from sae.selection import Selection
 
@@ -27,6 +27,7 @@ from sae.selection import Selection
 class MultiTopK(Objective):
     """Squared error with a larger k, over the variance of the target."""
 
+    of_latents: ClassVar[bool | None] = False
     weight: float = 1 / 8
     k: int = 0
     """Latents per token; 0 means four times the k of the selection."""
@@ -48,13 +49,12 @@ class MultiTopK(Objective):
 
     def choose(self, coder: SparseCoder, scores: Float[Tensor, "n d_sae"], begun: Any) -> Choice | None:
         """Returns the largest entries of every token."""
-        wanted = self.k or 4 * (coder.spec.rule.implied_l0 or 0)
-
-        def largest(_rule: Selection, compared: Tensor, *_: object) -> Support:
-            return by_rows(top_ids(compared, min(wanted, compared.shape[1])))
-
         compared = scores * coder.decoder_norms().detach() if coder.spec.select_by_decoder_norm else scores
-        return coder.chosen(scores, *coder.support(compared, largest))
+        found = best(
+            scores, compared, self.k or 4 * (coder.whole.rule.implied_l0 or 0), coder.rule_groups(), coder.cuts
+        )
+        known = found.known.masked_fill(~found.kept, PAD).flatten()
+        return Choice(*by_rows(found.ids), known)
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the FVU with the larger k, weighted by the micro-batch's share of the batch."""

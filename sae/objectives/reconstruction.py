@@ -6,6 +6,7 @@ V is measured once before training and frozen in the spec, so the value is compa
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +18,8 @@ from sae.objectives import Objective, Step
 @dataclass(frozen=True)
 class Reconstruction(Objective):
     """Squared error over the variance of the target."""
+
+    of_latents: ClassVar[bool | None] = False
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the FVU of the micro-batch, weighted by its share of the batch."""

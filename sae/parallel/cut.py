@@ -6,7 +6,7 @@ So what one rank holds of a block is before what the next one holds, and a cross
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from sae.parallel import collectives
@@ -57,14 +57,14 @@ class Cut:
         block = torch.div(own, max(1, len(part)), rounding_mode="floor")
         return own + part.start + block * (self.size - len(part))
 
-    def own(self, every: Float[Tensor, "latents *d"]) -> Float[Tensor, "held *d"]:
+    def own(self, every: Shaped[Tensor, "latents *d"]) -> Shaped[Tensor, "held *d"]:
         """Returns, of what there is for every latent, that of those that this rank holds."""
         if not self.axis.moves:
             return every
         part = self.part()
         return every.unflatten(0, (self.blocks, self.size))[:, part.start : part.stop].flatten(0, 1)
 
-    def whole(self, own: Float[Tensor, "held *d"]) -> Float[Tensor, "latents *d"]:
+    def whole(self, own: Shaped[Tensor, "held *d"]) -> Shaped[Tensor, "latents *d"]:
         """Returns for every latent what the rank that holds it has; all ranks along the axis must ask."""
         if not self.axis.moves:
             return own
@@ -74,3 +74,6 @@ class Cut:
         every = collectives.stacked(padded, self.axis)
         parts = [part[:, : len(self.part(rank))] for rank, part in enumerate(every.unbind())]
         return torch.cat(parts, dim=1).flatten(0, 1)
+
+
+NO_LATENTS = Cut(0)

@@ -25,14 +25,13 @@ from sae.base.errors import ConfigError
 from sae.base.plugins import Plugin, discover, names
 from sae.kernels.codes import Entries, Support
 from sae.kernels.scaling import alike, times
-from sae.parallel.cut import Cut
+from sae.parallel.cut import NO_LATENTS, Cut
 from sae.parallel.mesh import ALONE, Mesh
 
 if TYPE_CHECKING:
     from typing import Self
 
 
-NO_LATENTS = Cut(0)
 NEVER = torch.finfo(torch.float32).max  # threshold of a latent that never fires
 
 
@@ -329,6 +328,10 @@ class Budget(Selection):
     def best_of(self, m: int) -> "tuple[int, Budget] | None":
         """Returns all m and the rule itself, if it `ranks`."""
         return (m, self) if self.ranks else None
+
+    def rank(self, scores: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """Returns that of which the largest are kept, of a rule that `ranks`."""
+        return scores
 
     def k_at(self, progress: float) -> int:
         """Returns k when a share of the steps is done."""

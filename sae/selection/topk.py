@@ -25,10 +25,6 @@ class TopK(Budget):
     ranks: ClassVar[bool] = True
     units: ClassVar[Mapping[str, str] | None] = {}
 
-    def rank(self, scores: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-        """Returns that of which the largest are kept."""
-        return scores
-
     def infer(self, scores: Float[Tensor, "n m"], tensors: Mapping[str, Tensor]) -> Support:
         """Returns k entries per row."""
         return by_rows(top_ids(self.rank(scores), self.k))

@@ -16,12 +16,14 @@ from torch import Tensor
 from sae.base.sums import summed_on
 from sae.coder.coder import Choice, Look, SparseCoder
 from sae.coder.normalization import Undo
+from sae.coder.shard import best
 from sae.kernels import kernel
 from sae.kernels.codes import PAD, Entries, offsets_of
 from sae.kernels.dispatch import DENSE_SHARE
 from sae.objectives import Objective
 from sae.parallel import collectives, ranks
-from sae.selection import Moment, Selection
+from sae.parallel.mesh import Mesh, of_data
+from sae.selection import Budget, Moment, Selection
 
 TILE_ENTRIES = {"cpu": (2**22, 2**25), "cuda": (2**27, 2**30)}  # what a tile has at least, and at the most
 TILE_TOKENS = 256  # fewer make a product slower: on a CPU, and on a card, which then waits for the weights
@@ -46,14 +48,23 @@ class Chooser:
     """The rule at work: one state for each group of latents that it chooses among."""
 
     def __init__(
-        self, coder: SparseCoder, objectives: Mapping[str, Objective] | None = None, dtype: torch.dtype | None = None
+        self,
+        coder: SparseCoder,
+        objectives: Mapping[str, Objective] | None = None,
+        dtype: torch.dtype | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
-        """Takes the precision of the dense product; None: that of the weights."""
+        """Takes the precision of the dense product (None: that of the weights) and the ranks that choose together.
+
+        Along latents these hold other parts of the coder, which is then a shard. None: all share the tokens.
+        """
         self.coder, self.rule, self.objectives = coder, coder.spec.rule, objectives or {}
         self.exact = dtype in (None, coder.W_enc.dtype)
         self.rounded = {} if self.exact else {n: p.detach().to(dtype) for n, p in coder.encoder_tensors().items()}
         """The encoder's tensors in the precision of the product, where it is another; updates keep them."""
         self.groups = coder.rule_groups()
+        self.mesh = mesh or of_data()
+        self.tile = tile_tokens(self._most(), coder.W_enc.device)
         device = coder.W_enc.device
         self.states = [
             {name: _held(value, device) for name, value in self.rule.start(group.stop - group.start).items()}
@@ -81,16 +92,26 @@ class Chooser:
         """
         self.before, self.begun, self.short, self._counts = before, begun or {}, [], []
         self.per_token = self.coder.spec.d_sae if per_token is None else per_token
-        self.moments = [Moment(progress, n_tokens, dict(state), per_token is None) for state in self.states]
+        known = {"careful": per_token is None, "mesh": self.mesh}
+        self.moments = [
+            Moment(progress, n_tokens, dict(state), cut=cut, **known)
+            for state, cut in zip(self.states, self.coder.cuts, strict=True)
+        ]
         for moment in self.moments:
             self.rule.begin(moment)
 
-    @property
-    def dense(self) -> bool:
-        """Returns whether so many entries are kept that all are held, those that are not as 0."""
-        m = self.coder.spec.d_sae
-        n = tile_tokens(m, self.coder.W_enc.device)
-        return self.cuts() is not None and self._room(n) > DENSE_SHARE * n * m
+    def _most(self) -> int:
+        """Returns how many latents any rank holds: ranks that hold others look at the same tokens at a time."""
+        shard = self.coder.shard
+        return shard.cut.most * shard.cut.blocks if shard else self.coder.spec.d_sae
+
+    def dense(self, per_token: float) -> bool:
+        """Returns whether, of a rule with cuts, so many entries of a token are kept, of all ranks, that all are held.
+
+        Those that are not kept are held as 0.
+        """
+        m = self.coder.whole.d_sae
+        return self.cuts() is not None and _room(per_token, m, self.tile) > DENSE_SHARE * self.tile * m
 
     def failed(self) -> Bool[Tensor, ""] | None:
         """Returns whether something was left out for want of room, on the coder's device; None: nothing can be."""
@@ -108,7 +129,9 @@ class Chooser:
         for rows, scores in self._tiles(look):
             g = None if gradients is None else gradients[rows]
             compared = self.coder.compared(scores, _of_rows(look.how, rows), g, states)
-            if cuts is None:
+            if self.mesh.latents.moves and self.rule.over == "token":
+                chosen.append(self._best(scores, compared))
+            elif cuts is None:
                 chosen.append(self.coder.chosen(scores, *self.coder.support(compared, self._ask), self.exact))
             else:
                 chosen.append(self._above(scores, compared, cuts))
@@ -154,7 +177,7 @@ class Chooser:
 
     def _tiles(self, look: Look) -> Iterator[tuple[slice, Float[Tensor, "_n d_sae"]]]:
         """Yields some tokens' rows with their pre-activations, which the next ones overwrite."""
-        size, m = tile_tokens(self.coder.spec.d_sae, look.y.device), self.coder.spec.d_sae
+        size, m = self.tile, self.coder.spec.d_sae
         y = look.y.detach()
         with torch.no_grad():
             for start in range(0, len(y), size):
@@ -184,9 +207,26 @@ class Chooser:
         known = torch.where(pads, PAD, scores.reshape(-1).index_select(0, places.clamp_min(0)))
         return Choice(offsets, torch.where(pads, m - 1, places % m), known, self.exact)
 
+    def _best(self, scores: Tensor, compared: Tensor) -> Choice:
+        """Returns what this rank holds of the k best of every token, in a buffer of fixed size."""
+        rule: Budget = self.rule  # type: ignore[assignment]
+        k = rule.k_at(self.moments[0].progress)
+        found = best(scores, rule.rank(compared), k, self.groups, self.coder.cuts)
+        capacity = min(self._room(len(scores)), found.ids.numel())
+        count = found.kept.sum()
+        self.short.append(count > capacity)
+        self._counts.append(count)
+        places = torch.nonzero_static(found.kept.flatten(), size=capacity, fill_value=-1)[:, 0]
+        pads, places = places < 0, places.clamp_min(0)
+        offsets = offsets_of(found.kept.sum(1))
+        offsets[-1:] = capacity  # what fills up belongs to the last row
+        ids, known = (x.flatten().index_select(0, places) for x in (found.ids, found.known))
+        last = self.coder.spec.d_sae - 1
+        return Choice(offsets, torch.where(pads, last, ids), torch.where(pads, PAD, known), self.exact)
+
     def _room(self, n: int) -> int:
         """Returns the size of a buffer for the entries of n tokens."""
-        return int(SPARE * self.per_token * n) + self.coder.spec.d_sae // 16 + 64
+        return _room(self.per_token, self.coder.spec.d_sae, n)
 
     def _by_rows(self, entries: Entries, n: int) -> Choice:
         """Returns entries as compressed rows, with their pre-activations where these are what was compared."""
@@ -258,6 +298,10 @@ class Chooser:
             own = f"{number}."
             found = {name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)}
             state.update({name: _held(value, device) for name, value in found.items()})
+
+
+def _room(per_token: float, m: int, n: int) -> int:
+    return int(SPARE * per_token * n) + m // 16 + 64
 
 
 class _Beside(dict[str, list[Choice]]):

@@ -16,7 +16,8 @@ from sae.coder.coder import SparseCoder
 from sae.kernels import Sink
 from sae.kernels.update import Update
 from sae.optimizers import Optimizer
-from sae.parallel import ranks
+from sae.parallel import collectives
+from sae.parallel.mesh import Mesh, of_data
 
 LR_AT_WIDTH = (2e-4, 2**14)  # the law two libraries use for Adam: lr = 2e-4 / sqrt(d_sae / 2^14)
 BLOCKS = 64  # of a sum over latents
@@ -86,9 +87,15 @@ class Updater:
     the step, and rows are scaled back behind it. Gradients are clipped to `clip_norm` all together.
     """
 
-    def __init__(self, coder: SparseCoder, config: OptimConfig, rounded: dict[str, Tensor]) -> None:
-        """Takes the encoder's tensors in the precision of its product, if that is another, to keep them up to date."""
+    def __init__(
+        self, coder: SparseCoder, config: OptimConfig, rounded: dict[str, Tensor], mesh: Mesh | None = None
+    ) -> None:
+        """Takes the encoder's tensors in the precision of its product, if that is another, to keep them up to date.
+
+        And the ranks that train the coder, all if there is no mesh.
+        """
         self.coder, self.config, self.rounded, self.optimizer = coder, config, rounded, config.optimizer
+        self.mesh = mesh or of_data()
         self.parameters = dict(coder.named_parameters())
         self.gradients = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
         self.state = {
@@ -174,17 +181,26 @@ class Updater:
         self.gradients[name].copy_(sum(parts[1:], parts[0])) if parts else self.gradients[name].zero_()
 
     def exchanged(self) -> list[Tensor]:
-        """Returns what is summed over ranks, in place, between `finish` and `norms`."""
+        """Returns what is summed, in place, over ranks with other tokens, between `finish` and `norms`."""
         rows = [] if self.touched is None else [self.touched]
         return [*self.gradients.values(), *(self.along if self.unit else []), *rows]
 
+    def over_latents(self) -> list[Tensor]:
+        """Returns what is then summed over ranks with other latents, too: gradients of what all of them have."""
+        return [gradient for name, gradient in self.gradients.items() if name not in self.of_latents]
+
     def norms(self) -> dict[str, Tensor]:
         """Returns the norm of each gradient, summed over ranks, before anything is taken out."""
-        own = {} if ranks.in_group() else self._squares
-        return {
+        own = {} if self.mesh.data.moves else self._squares
+        found = {
             name: own[name].sqrt() if name in own else torch.linalg.vector_norm(gradient)
             for name, gradient in self.gradients.items()
         }
+        if self.mesh.latents.moves:
+            parts = [name for name in found if name in self.of_latents]
+            squares = torch.stack([in_float64(found[name]).square() for name in parts])
+            found |= zip(parts, collectives.total(squares, self.mesh.latents).sqrt().unbind(), strict=True)
+        return found
 
     @staticmethod
     def total(norms: dict[str, Tensor]) -> Tensor:

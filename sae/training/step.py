@@ -1,7 +1,7 @@
 """What a step is given, and what it measures: numbers on the device, read when somebody asks, all at once."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sae.base.sums import in_float64
 from sae.coder.coder import SparseCoder
-from sae.objectives import Spliced
+from sae.objectives import Objective, Spliced
 from sae.parallel import collectives
+from sae.parallel.ranks import Axis
 
 
 class NonFiniteError(RuntimeError):
@@ -44,23 +45,32 @@ class Sums:
     error: Float[Tensor, "d_out"]
     square: Float[Tensor, ""]
     fired: Int[Tensor, "d_sae"]
+    """Of the latents that this rank holds."""
     entries: Int[Tensor, ""]
-    """That are kept, those included that do not fire."""
+    """Of those latents, that are kept, those included that do not fire."""
     failed: Float[Tensor, ""]
     """Above 0 if a rank had no room for all entries, or was given gradients that are not finite (then NaN)."""
 
+    of_latents: frozenset[str] = frozenset()
+    """The terms that add up over latents, too."""
+
     @classmethod
-    def zero(cls, names: Iterable[str], coder: SparseCoder) -> "Sums":
+    def zero(cls, terms: Mapping[str, Objective], coder: SparseCoder) -> "Sums":
         """Returns nothing yet, of these terms."""
         like = coder.W_enc
         zeros = partial(torch.zeros, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-        terms = {name: zeros(()) for name in names}
         fired = zeros(coder.spec.d_sae, dtype=torch.int64)
-        return cls(terms, zeros(coder.spec.d_out), zeros(()), fired, fired.new_zeros(()), zeros(()))
+        of_latents = frozenset(name for name, term in terms.items() if term.of_latents)
+        found = {name: zeros(()) for name in terms}
+        return cls(found, zeros(coder.spec.d_out), zeros(()), fired, fired.new_zeros(()), zeros(()), of_latents)
 
     def tensors(self) -> list[Tensor]:
-        """Returns all of it, to be summed over ranks in place."""
+        """Returns all of it, to be summed, in place, over ranks with other tokens."""
         return [*self.terms.values(), self.error, self.square, self.fired, self.entries, self.failed]
+
+    def over_latents(self) -> list[Tensor]:
+        """Returns what is then summed over ranks with other latents, too."""
+        return [*(self.terms[name] for name in sorted(self.of_latents)), self.failed]
 
     def spread(self, n_tokens: int) -> Float[Tensor, ""]:
         """Returns the variance of the error, in float64."""
@@ -72,7 +82,9 @@ class Heard:
     """What the host knows of a step when it gives the next but one to the device."""
 
     per_token: float
-    """Entries kept of a token, those that carry a gradient to a threshold alone included."""
+    """Entries that this rank keeps of a token, those that carry a gradient to a threshold alone included."""
+    everywhere: float
+    """Those of all ranks."""
     idle: float = 0
     """Tokens since that latent has fired which has not for longest."""
     nearly: float = 0
@@ -105,10 +117,14 @@ class Figures(Mapping[str, float]):
         batch: Batch,
         n_tokens: int,
         settle: Callable[[], None],
+        over: Axis,
     ) -> None:
-        """Takes numbers of the device by name, what makes of them what is told, and what repeats a step."""
+        """Takes numbers of the device by name, what makes of them what is told, and what repeats a step.
+
+        `over` are the ranks with the other tokens of the batch.
+        """
         self._names, self._make, self._batch, self._n_tokens = list(values), read, batch, n_tokens
-        self._settle = settle
+        self._settle, self._over = settle, over
         device = next(value.device for value in values.values() if isinstance(value, Tensor))
         parts = [in_float64(v if isinstance(v, Tensor) else torch.tensor(v, device=device)) for v in values.values()]
         together = torch.stack(parts)
@@ -141,7 +157,8 @@ class Figures(Mapping[str, float]):
         found = self.arrived()
         if not found["applies"]:
             return None
-        return Heard(found["entries"] / max(1, self._n_tokens), found["idle"], found["nearly"], 2 * self._n_tokens)
+        own, every = (found[name] / max(1, self._n_tokens) for name in ("entries", "everywhere"))
+        return Heard(own, every, found["idle"], found["nearly"], 2 * self._n_tokens)
 
     def check(self) -> None:
         """Raises NonFiniteError if the step was not applied, naming what was not finite; on all ranks."""
@@ -152,7 +169,8 @@ class Figures(Mapping[str, float]):
         if all(map(math.isfinite, watched.values())):
             return
         parts = [part for part in (self._batch.x, self._batch.target, self._batch.gradients) if part is not None]
-        bad = int(collectives.total(torch.stack([~torch.isfinite(part).all(1) for part in parts]).any(0).sum()))
+        own = torch.stack([~torch.isfinite(part).all(1) for part in parts]).any(0).sum()
+        bad = int(collectives.total(own, self._over))
         if bad:
             raise NonFiniteError(f"NaN or Inf in what was streamed, at {bad} of {self._n_tokens} tokens")
         name, value = next((n, v) for n, v in watched.items() if not math.isfinite(v))

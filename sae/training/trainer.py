@@ -7,16 +7,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.base.sums import in_float64, summed_on
 from sae.coder.coder import Look, SparseCoder
+from sae.coder.cutting import empty_part
 from sae.coder.normalization import undo
 from sae.kernels import Sink
-from sae.objectives import Objective, Start, Step
-from sae.parallel import collectives, ranks
-from sae.training.choosing import Chooser, Chosen, tile_tokens
+from sae.objectives import Objective, Start, Step, check_cut
+from sae.parallel import collectives
+from sae.parallel.cut import NO_LATENTS
+from sae.parallel.mesh import Mesh, of_data
+from sae.training.choosing import Chooser, Chosen
 from sae.training.optim import Average, OptimConfig, Updater, normalize_decoder
 from sae.training.step import Batch, Figures, Heard, Sums
 
@@ -47,8 +50,8 @@ class _Planned:
     """Tokens of the ranks before this one."""
     n_tokens: int
     """Of all ranks."""
-    per_token: float
-    """Entries that a token is expected to keep."""
+    heard: Heard
+    """Of an earlier step, which says how many entries a token is expected to keep."""
     may_be_dead: int
     """Latents that are dead, at the most."""
 
@@ -62,12 +65,20 @@ class CoderTrainer:
     """
 
     def __init__(
-        self, coder: SparseCoder, objectives: dict[str, Objective], optim: OptimConfig, schedule: Schedule
+        self,
+        coder: SparseCoder,
+        objectives: dict[str, Objective],
+        optim: OptimConfig,
+        schedule: Schedule,
+        mesh: Mesh | None = None,
     ) -> None:
-        self.coder, self.optim, self.schedule = coder, optim, schedule
+        """Takes a coder, or this rank's shard of it, and the ranks that train it; none: all, each the whole of it."""
+        self.coder, self.optim, self.schedule, self.mesh = coder, optim, schedule, mesh or of_data()
         self.objectives = {name: term for name, term in objectives.items() if term.weight}
-        self.chooser = Chooser(coder, self.objectives, schedule.product_dtype)
-        self.updater = Updater(coder, optim, self.chooser.rounded)
+        check_cut(coder, self.objectives)
+        self.cut = coder.shard.cut if coder.shard else NO_LATENTS
+        self.chooser = Chooser(coder, self.objectives, schedule.product_dtype, self.mesh)
+        self.updater = Updater(coder, optim, self.chooser.rounded, self.mesh)
         self.average = Average(coder, optim.ema) if optim.ema else None
         device, float64 = coder.W_enc.device, {"dtype": torch.float64, "device": summed_on(coder.W_enc.device)}
         self.tokens_since_fired = torch.zeros(coder.spec.d_sae, dtype=torch.int64, device=device)
@@ -78,10 +89,11 @@ class CoderTrainer:
         self.multipliers = {name: torch.ones((), **float64) for name in self.objectives}
         self._stuck = torch.zeros((), dtype=torch.bool, device=device)
         self._on_its_way: list[tuple[_Planned, Figures]] = []
-        per_token = coder.spec.selection.implied_l0 or coder.spec.selection.fires_at_first * coder.spec.d_sae
+        share = coder.whole.selection.fires_at_first
+        own, every = (spec.selection.implied_l0 or share * spec.d_sae for spec in (coder.spec, coder.whole))
         self.count, self.tokens_before = 0, 0  # of the steps given so far, and of the last of them
         self.heard: dict[int, Heard] = {}
-        self.heard[-2] = self.heard[-1] = Heard(float(per_token))
+        self.heard[-2] = self.heard[-1] = Heard(float(own), float(every))
 
     @property
     def dead(self) -> Bool[Tensor, "d_sae"]:
@@ -102,8 +114,8 @@ class CoderTrainer:
         batch = batch if isinstance(batch, Batch) else Batch(batch, batch)
         before, n_tokens = self._counted(batch)
         then = self.heard[max(number for number in self.heard if number <= self.count - 2)]
-        may_be_dead = then.may_be_dead(self.schedule.dead_after_tokens, self.tokens_before, self.coder.spec.d_sae)
-        planned = _Planned(batch, index, before, n_tokens, then.per_token, may_be_dead)
+        may_be_dead = then.may_be_dead(self.schedule.dead_after_tokens, self.tokens_before, self.coder.whole.d_sae)
+        planned = _Planned(batch, index, before, n_tokens, then, may_be_dead)
         figures = self._given(planned)
         self._on_its_way.append((planned, figures))
         self.count, self.tokens_before = self.count + 1, n_tokens
@@ -133,36 +145,39 @@ class CoderTrainer:
     def _given(self, planned: _Planned, careful: bool = False) -> Figures:
         """Gives a step to the device and returns its figures to come; where `careful`, there is room for all."""
         n_tokens, progress = planned.n_tokens, planned.index / self.schedule.steps
-        start = Start(self.dead, self.density, planned.may_be_dead)
+        start = Start(self.dead, self.density, planned.may_be_dead, self.cut)
         begun = {name: term.begin(start) for name, term in self.objectives.items()}
         factors = {name: term.factor(progress, self.multipliers[name]) for name, term in self.objectives.items()}
-        self.chooser.begin(progress, n_tokens, planned.before, begun, None if careful else planned.per_token)
-        sums, sink = self._backward(planned.batch, n_tokens, factors, begun)
-        collectives.total_(*self.updater.finish(sink), *sums.tensors())
+        self.chooser.begin(progress, n_tokens, planned.before, begun, None if careful else planned.heard.per_token)
+        dense = self.chooser.dense(self.coder.whole.d_sae if careful else planned.heard.everywhere)
+        sums, sink = self._backward(planned.batch, n_tokens, factors, begun, dense)
+        collectives.total_(*self.updater.finish(sink), *sums.tensors(), over=self.mesh.data)
+        collectives.total_(*self.updater.over_latents(), *sums.over_latents(), over=self.mesh.latents)
         norms = self.updater.norms()
         watched = (*norms.values(), *sums.terms.values(), sums.square)
         finite = torch.stack([in_float64(x) for x in watched]).isfinite().all().to(self._stuck.device)
         applies = finite & (sums.failed == 0) & ~self._stuck
         self._stuck = self._stuck | (sums.failed > 0)
-        rate = self.optim.rate(self.coder.spec.d_sae, planned.index, self.schedule.steps)
+        rate = self.optim.rate(self.coder.whole.d_sae, planned.index, self.schedule.steps)
         self.updater.update(norms, rate, applies)
         if self.average:
             self.average.update(self.coder, applies)
-        self._learn(sums, n_tokens, applies)
-        return self._figures(planned, sums, norms, factors, rate, applies)
+        fired = collectives.total(sums.fired.sum(), self.mesh.latents)
+        self._learn(sums, fired, n_tokens, applies)
+        return self._figures(planned, sums, fired, norms, factors, rate, applies)
 
     def summed(self) -> list[Tensor]:
-        """Returns what is summed over ranks in a step, as zeros: gradients, and what adds up beside them."""
+        """Returns what is summed over data in a step, as zeros: gradients, and what adds up beside them."""
         return [*self.updater.exchanged(), *Sums.zero(self.objectives, self.coder).tensors()]
 
     def _backward(
-        self, batch: Batch, n_tokens: int, factors: dict[str, Tensor | float], begun: dict[str, Any]
+        self, batch: Batch, n_tokens: int, factors: dict[str, Tensor | float], begun: dict[str, Any], dense: bool
     ) -> tuple["Sums", Sink]:
         """Leaves the gradients of every micro-batch with a sink, and adds up what is reported of it."""
         coder, variance = self.coder, self.coder.spec.variance or 1.0
         sums = Sums.zero(self.objectives, coder)
         with self.updater.collecting() as sink:
-            for number, (look, target, chosen) in enumerate(self._passes(batch)):
+            for number, (look, target, chosen) in enumerate(self._passes(batch, dense)):
                 run = coder.run(look, chosen.by_rule, target)
                 spliced = None
                 if batch.spliced is not None:
@@ -189,8 +204,11 @@ class CoderTrainer:
             sums.failed += 0 * batch.gradients.abs().amax() if len(batch.gradients) else 0
         return sums, sink
 
-    def _learn(self, sums: Sums, n_tokens: int, applies: Bool[Tensor, ""]) -> None:
-        """Takes what a step has shown into the state that later steps, and a resume, start from, if it was applied."""
+    def _learn(self, sums: Sums, fired: Int[Tensor, ""], n_tokens: int, applies: Bool[Tensor, ""]) -> None:
+        """Takes what a step has shown into the state that later steps, and a resume, start from, if it was applied.
+
+        `fired` counts the entries of all latents.
+        """
         shown = torch.stack([loss != 0 for loss in sums.terms.values()])
         self._active = self._active + (shown & applies)
         if not n_tokens:
@@ -206,24 +224,26 @@ class CoderTrainer:
         self.tokens_seen = self.tokens_seen + n_tokens * there
         least = LEAST_RESIDUAL * (self.coder.spec.variance or 1.0)
         self.residual_variance = torch.where(there, sums.spread(n_tokens).clamp_min(least), self.residual_variance)
-        l0 = in_float64(sums.fired.sum()) / n_tokens
+        l0 = in_float64(fired) / n_tokens
         for name, term in self.objectives.items():
             now = self.multipliers[name]
             self.multipliers[name] = torch.where(there, term.adapted(now, l0), now)
 
     def _counted(self, batch: Batch) -> tuple[int, int]:
         """Returns the numbers of tokens of the ranks before this one, and of all."""
-        if not ranks.in_group():
+        data = self.mesh.data
+        if not data.moves:
             return 0, len(batch.x)
-        counts = [own for (own,) in collectives.of_every_rank(torch.tensor([len(batch.x)], device=batch.x.device))]
-        return sum(counts[: ranks.rank()]), sum(counts)
+        found = collectives.of_every_rank(torch.tensor([len(batch.x)], device=batch.x.device), data)
+        counts = [own for (own,) in found]
+        return sum(counts[: data.rank]), sum(counts)
 
-    def _passes(self, batch: Batch) -> Iterator[tuple[Look, Float[Tensor, "m d_out"], Chosen]]:
+    def _passes(self, batch: Batch, dense: bool) -> Iterator[tuple[Look, Float[Tensor, "m d_out"], Chosen]]:
         """Yields what is seen, aimed at and chosen, of every micro-batch."""
         coder = self.coder
         size = self.schedule.micro_batch_tokens or max(1, len(batch.x))
-        if self.chooser.dense:  # what is held of a token is as much as its pre-activations
-            size = min(size, tile_tokens(coder.spec.d_sae, coder.W_enc.device))
+        if dense:  # what is held of a token is as much as its pre-activations
+            size = min(size, self.chooser.tile)
         sizes = list(batch.sizes or [len(part) for part in batch.x.split(size)] if len(batch.x) else [])
         beside = [None] * len(sizes) if batch.gradients is None else batch.gradients.split(sizes)
         if self.chooser.rule.batch_wide:
@@ -240,6 +260,7 @@ class CoderTrainer:
         self,
         planned: _Planned,
         sums: Sums,
+        fired: Int[Tensor, ""],
         norms: dict[str, Tensor],
         factors: dict[str, Tensor | float],
         rate: float,
@@ -247,11 +268,18 @@ class CoderTrainer:
     ) -> Figures:
         """Returns the figures of a step that the device has been given."""
         weights = {name: term.weight for name, term in self.objectives.items()}
-        states, density, dead, n_tokens = self.chooser.states, self.density, self.dead, planned.n_tokens
+        states, dead, n_tokens = self.chooser.states, self.dead, planned.n_tokens
+        nearly = self.tokens_since_fired + 2 * n_tokens >= self.schedule.dead_after_tokens
+        idle = self.tokens_since_fired.max() if len(dead) else self.tokens_since_fired.new_zeros(())
+        counts = torch.stack([dead.sum(), nearly.sum(), sums.entries.to(idle), idle])
+        every = collectives.stacked(counts, self.mesh.latents)
+        n_dead, may_be_dead, entries, _ = every.sum(0)
+        reporting = [term for term in self.objectives.values() if type(term).report is not Objective.report]
+        about = (self.cut.whole(self.density), self.cut.whole(dead)) if reporting else ()
         variance, tokens = self.coder.spec.variance or 1.0, max(1, n_tokens)  # the norm filter may leave nothing
 
         def read(found: dict[str, float]) -> dict[str, float]:
-            reports = [term.report(density, dead) for term in self.objectives.values()]
+            reports = [term.report(*about) for term in reporting]
             factor = {name: found[f"weight.{name}"] for name in weights}
             return {
                 "loss": sum(found[f"loss.{name}"] * factor[name] for name in weights),
@@ -272,26 +300,27 @@ class CoderTrainer:
             **{f"weight.{name}": factor for name, factor in factors.items()},
             **{f"gradient.{name}": norm for name, norm in norms.items()},
             "square": sums.square,
-            "fired": sums.fired.sum(),
+            "fired": fired,
             "failed": sums.failed,
             "applies": applies,
             "entries": sums.entries,
-            "dead_share": dead.float().mean(),
+            "everywhere": entries,
+            "dead_share": n_dead / self.coder.whole.d_sae,
             "grad_norm": self.updater.total(norms),
-            "idle": self.tokens_since_fired.max(),
-            "nearly": (self.tokens_since_fired + 2 * n_tokens >= self.schedule.dead_after_tokens).sum(),
+            "idle": every[:, 3].max(),
+            "nearly": may_be_dead,
         }
-        return Figures(values, read, planned.batch, n_tokens, self.settle)
+        return Figures(values, read, planned.batch, n_tokens, self.settle, self.mesh.data)
 
     def trained(self) -> SparseCoder:
         """Returns the coder to evaluate and save: a calibrated copy, with averaged weights if there is an average.
 
-        It shares nothing with the coder in training.
+        Of a shard, the same part. It shares nothing with the coder in training.
         """
         self.settle()
         numbers, thresholds = self.chooser.calibrated()
-        spec = deepcopy(self.coder.spec).with_(calibration=numbers)
-        copy = SparseCoder(spec, self.coder.W_enc.device, self.coder.W_enc.dtype)
+        spec = deepcopy(self.coder.whole).with_(calibration=numbers)
+        copy = empty_part(spec, self.mesh.latents, self.coder.W_enc.device, self.coder.W_enc.dtype)
         copy.load_state_dict(self.coder.state_dict())
         if thresholds is not None:
             copy.get_buffer("threshold").copy_(thresholds)
@@ -353,7 +382,7 @@ class CoderTrainer:
         self.tokens_seen = torch.full_like(self.tokens_seen, values["tokens_seen"])
         if "heard" in values:
             self.tokens_before = values["tokens_before"]
-            heard = [Heard(**found) for found in values["heard"]]
+            heard = [Heard(**{"everywhere": found["per_token"], **found}) for found in values["heard"]]
         else:  # written by a version that waited for every step
             heard = [replace(self.heard[-1], idle=int(self.tokens_since_fired.max()))] * 2
         self.heard.clear()

@@ -304,7 +304,7 @@ def test_a_step_without_room_for_its_codes_changes_nothing_until_it_is_repeated(
         with torch.no_grad():
             made.coder.b_enc += 3.0
     before = weights(tight)
-    assert not tight.chooser.dense
+    assert not tight.chooser.dense(tight.chooser.per_token)
     late = [tight.step(x[:BATCH], 5), tight.step(x[BATCH : 2 * BATCH], 6)]  # the first is heard of behind the second
     assert not all(torch.equal(before[name], weight) for name, weight in weights(tight).items()), "both are repeated"
     expected = [roomy.step(x[:BATCH], 5), roomy.step(x[BATCH : 2 * BATCH], 6)]

@@ -1,0 +1,160 @@
+"""The latents of a coder that one of several ranks holds, as a coder of these alone.
+
+    sum over ranks of codes times decoder = what the whole coder makes of the codes
+
+Tensors with a row for each latent are cut (`sae/parallel/cut.py`); biases of inputs and outputs and the skip path every
+rank has whole. So everything that is linear in the latents is what it is in the whole coder, and what ranks must move
+is the sum, and whatever chooses among all latents.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae.base.errors import ConfigError
+from sae.coder.spec import CoderSpec
+from sae.kernels import top_ids
+from sae.kernels.largest import kept_of_parts
+from sae.parallel import collectives
+from sae.parallel.cut import Cut
+from sae.parallel.ranks import Axis
+from sae.selection import Selection
+
+SHARED = ("b_dec", "b_pre", "W_skip")  # of which every rank has the whole
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which latents of a coder a rank holds."""
+
+    whole: CoderSpec
+    axis: Axis
+
+    def __post_init__(self) -> None:
+        if self.axis.moves and self.unit is None:
+            rule, encoder = Selection.get_choice_name(type(self.whole.selection)), self.whole.encoder
+            what = f"encoder {encoder}" if self.whole.encoding.pursues else f"selection {rule}"
+            raise ConfigError(f"parallel.latents: {what} cannot choose over several ranks; set it to 1")
+
+    @cached_property
+    def unit(self) -> int | None:
+        """Returns how many neighbors the rule needs on one rank."""
+        return None if self.whole.encoding.pursues else self.whole.selection.unit(self._size)
+
+    @property
+    def _size(self) -> int:
+        return self.whole.d_sae // self.whole.n_blocks
+
+    @cached_property
+    def cut(self) -> Cut:
+        """Returns how the latents are cut."""
+        return Cut(self._size, self.whole.n_blocks, self.axis, self.unit or 1)
+
+    @cached_property
+    def groups(self) -> list[Cut]:
+        """Returns how those are cut among which the rule chooses: of each block, or of all together."""
+        if self.whole.budget == "shared" or self.whole.n_blocks == 1:
+            return [self.cut]
+        return [Cut(self._size, 1, self.axis, self.unit or 1)] * self.whole.n_blocks
+
+    @cached_property
+    def spec(self) -> CoderSpec:
+        """Returns the spec of a coder of the latents that this rank holds."""
+        if not self.axis.moves:
+            return self.whole
+        own = self.whole.selection.within(len(self.cut.part()), self._size)
+        return self.whole.unchecked(d_sae=self.cut.held, selection=own)
+
+    def rows(self, name: str, shape: tuple[int, ...]) -> list[range] | None:
+        """Returns which rows of the whole coder's tensor this rank's has, given the shape of its own; None: all.
+
+        It may be a parameter or whatever is like one, and is named as the parameter is, or has a value a latent.
+        """
+        if name in SHARED or not shape:
+            return None
+        found, start = [], 0
+        for block, piece in enumerate(self.cut.pieces()):
+            times = self.whole.n_blocks - block if name == "W_dec" else 1
+            first = start + (piece.start - block * self._size) * times
+            found.append(range(first, first + len(piece) * times))
+            start += self._size * times
+        return found
+
+
+class _Summed(torch.autograd.Function):
+    """Sums over ranks; the gradient of the sum is that of each part, and every rank has it."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, axis: Axis) -> Tensor:
+        ctx.mark_dirty(part)
+        collectives.total_(part, over=axis)
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+def summed(part: Float[Tensor, "n d_out"], axis: Axis) -> Float[Tensor, "n d_out"]:
+    """Returns the sum over ranks of what their latents make of the output, differentiable."""
+    return part if not axis.moves else _Summed.apply(part, axis)
+
+
+class Best(NamedTuple):
+    """Entries of some tokens, among which are those that this rank holds of the k best."""
+
+    ids: Int[Tensor, "n c"]
+    """Ascending in a row."""
+    known: Float[Tensor, "n c"]
+    """Their pre-activations."""
+    kept: Bool[Tensor, "n c"]
+    """Which are of the best."""
+
+
+def best(
+    scores: Float[Tensor, "n m"], compared: Float[Tensor, "n m"], k: int, groups: list[slice], cuts: list[Cut]
+) -> Best:
+    """Returns the k best of each group, of which this rank has these scores; of all ranks' together.
+
+    Of equal ones those of lower ids are kept. Ranks tell each other values alone: what one holds of a block has lower
+    ids than what the next one holds.
+    """
+    found = [best_of(compared[:, group], k, cut, cut.most) for group, cut in zip(groups, cuts, strict=True)]
+    ids = torch.cat([columns + group.start for (columns, _), group in zip(found, groups, strict=True)], dim=1)
+    return Best(ids, scores.gather(1, ids), torch.cat([kept for _, kept in found], dim=1))
+
+
+def best_of(
+    compared: Float[Tensor, "n m"], k: int, cut: Cut, most: int
+) -> tuple[Int[Tensor, "n c"], Bool[Tensor, "n c"]]:
+    """Returns columns, ascending in a row, and which of them are of the k best.
+
+    The columns fall into as many blocks as the latents that are cut; `most` are those of a block of any rank.
+    """
+    if not cut.axis.moves:
+        ids = top_ids(compared, min(k, compared.shape[1]))
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    n, size, c = len(compared), compared.shape[1] // cut.blocks, min(k, most)
+    own = min(k, size)
+    lists = compared.new_full((cut.blocks, n, c), -torch.inf)
+    columns, orders = [], []
+    for block, part in enumerate(compared.split(size, dim=1) if size else ()):
+        ids = top_ids(part, own)
+        values, order = part.gather(1, ids).sort(dim=1, descending=True, stable=True)
+        lists[block, :, :own] = values
+        columns.append(ids + block * size)
+        orders.append(order)
+    every = collectives.stacked(lists, cut.axis).transpose(0, 1)  # in the order of ids: blocks, in each the ranks
+    counts = kept_of_parts(every.reshape(-1, n, c), k).unflatten(0, (cut.blocks, -1))[:, cut.axis.rank]
+    if not size:
+        return counts.new_zeros(n, 0), counts.new_zeros(n, 0, dtype=torch.bool)
+    places = torch.arange(own, device=compared.device)
+    kept = [
+        torch.empty_like(order, dtype=torch.bool).scatter_(1, order, places < count[:, None])
+        for order, count in zip(orders, counts, strict=True)
+    ]
+    return torch.cat(columns, dim=1), torch.cat(kept, dim=1)
