@@ -25,10 +25,11 @@ def part_of(coder: SparseCoder, axis: Axis) -> SparseCoder:
     """Returns this rank's part of a coder that every rank has."""
     if not axis.moves:
         return coder
-    found = empty_part(coder.spec, axis, coder.device, coder.dtype)
-    whole = coder.state_dict()
-    for name, tensor in found.state_dict().items():
-        rows = found.shard.rows(name, tuple(tensor.shape)) if found.shard else None
-        pieces = [whole[name]] if rows is None else [whole[name][piece.start : piece.stop] for piece in rows]
-        tensor.copy_(torch.cat(pieces))
-    return found
+    found, whole = empty_part(coder.spec, axis, "meta"), coder.state_dict()
+    own = {}
+    for name in found.state_dict():
+        rows = found.shard.rows(name) if found.shard else None
+        pieces = [whole[name][piece.start : piece.stop] for piece in rows.pieces] if rows else [whole[name]]
+        own[name] = torch.cat(pieces)
+    found.load_state_dict(own, assign=True)
+    return found.requires_grad_(coder.W_dec.requires_grad)

@@ -27,6 +27,15 @@ from sae.selection import Selection
 SHARED = ("b_dec", "b_pre", "W_skip")  # of which every rank has the whole
 
 
+class HeldRows(NamedTuple):
+    """Some rows of a tensor, which lie one after the other in this rank's."""
+
+    pieces: list[range]
+    """Their numbers in the whole."""
+    total: int
+    """Rows of the whole."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """Which latents of a coder a rank holds."""
@@ -69,12 +78,9 @@ class Shard:
         own = self.whole.selection.within(len(self.cut.part()), self._size)
         return self.whole.unchecked(d_sae=self.cut.held, selection=own)
 
-    def rows(self, name: str, shape: tuple[int, ...]) -> list[range] | None:
-        """Returns which rows of the whole coder's tensor this rank's has, given the shape of its own; None: all.
-
-        It may be a parameter or whatever is like one, and is named as the parameter is, or has a value a latent.
-        """
-        if name in SHARED or not shape:
+    def rows(self, name: str) -> "HeldRows | None":
+        """Returns which rows this rank has of a parameter, a buffer, or what is like one; None: all."""
+        if name in SHARED:
             return None
         found, start = [], 0
         for block, piece in enumerate(self.cut.pieces()):
@@ -82,7 +88,7 @@ class Shard:
             first = start + (piece.start - block * self._size) * times
             found.append(range(first, first + len(piece) * times))
             start += self._size * times
-        return found
+        return HeldRows(found, start)
 
 
 class _Summed(torch.autograd.Function):

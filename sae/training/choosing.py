@@ -208,12 +208,15 @@ class Chooser:
         return Choice(offsets, torch.where(pads, m - 1, places % m), known, self.exact)
 
     def _best(self, scores: Tensor, compared: Tensor) -> Choice:
-        """Returns what this rank holds of the k best of every token, in a buffer of fixed size."""
+        """Returns what this rank holds of the k best of every token, in a buffer of fixed size.
+
+        Codes that may be negative leave nothing to fill one up with: then the host waits for their number.
+        """
         rule: Budget = self.rule  # type: ignore[assignment]
         k = rule.k_at(self.moments[0].progress)
         found = best(scores, rule.rank(compared), k, self.groups, self.coder.cuts)
-        capacity = min(self._room(len(scores)), found.ids.numel())
         count = found.kept.sum()
+        capacity = int(count) if rule.signed else min(self._room(len(scores)), found.ids.numel())
         self.short.append(count > capacity)
         self._counts.append(count)
         places = torch.nonzero_static(found.kept.flatten(), size=capacity, fill_value=-1)[:, 0]

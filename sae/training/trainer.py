@@ -14,6 +14,7 @@ from sae.base.sums import in_float64, summed_on
 from sae.coder.coder import Look, SparseCoder
 from sae.coder.cutting import empty_part
 from sae.coder.normalization import undo
+from sae.coder.shard import HeldRows
 from sae.kernels import Sink
 from sae.objectives import Objective, Start, Step, check_cut
 from sae.parallel import collectives
@@ -357,6 +358,16 @@ class CoderTrainer:
             "heard": [heard.to_json() for heard in self.heard.values()],
         }
         return tensors, values
+
+    def rows(self, name: str, tensor: Tensor) -> HeldRows | None:
+        """Returns which rows this rank has of a tensor of `state`; None: all."""
+        shard, (kind, _, of) = self.coder.shard, name.partition(".")
+        if shard is None or not tensor.dim():
+            return None
+        if kind == "selection":
+            group = shard.groups[int(of.partition(".")[0])]
+            return HeldRows(group.pieces(), group.latents)
+        return shard.rows(name.rpartition(".")[2])
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:

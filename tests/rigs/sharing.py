@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae.base.files import save_tensors
 from sae.base.plugins import names
+from sae.coder.cutting import part_of
 from sae.coder.normalization import Normalization
 from sae.encoders import Encoder
 from sae.lm.hooks import capture
@@ -20,7 +21,9 @@ from sae.lm.site import Site
 from sae.objectives import Objective
 from sae.objectives.auxk import AuxK
 from sae.objectives.reconstruction import Reconstruction
-from sae.parallel.ranks import process_group, rank, world_size
+from sae.parallel import collectives
+from sae.parallel.mesh import Shape, made, of_data
+from sae.parallel.ranks import process_group, rank
 from sae.selection import trainable
 from sae.stream.batch import TextBatch
 from sae.training.beginning import new_coder
@@ -112,12 +115,14 @@ def bounds(step: int, n: int, total: int) -> list[int]:
     return cuts
 
 
-def trained(case: Case, steps: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def trained(case: Case, steps: int, dtype: torch.dtype, shape: Shape | None = None) -> dict[str, Tensor]:
     """Returns what this rank has of a training: losses, weights, counters, and the gradients of the first step.
 
-    Alone, every batch is taken whole.
+    Of a coder that is cut over ranks, what all have together. Alone, every batch is taken whole. Without a `shape` of
+    the mesh all ranks share the tokens.
     """
-    several, by_row = world_size() > 1, case.reads == (OF_MODEL,)
+    mesh = made(shape) if shape else of_data()
+    several, by_row = mesh.team.world_size > 1, case.reads == (OF_MODEL,)
     lm = _language_model(dtype) if by_row else None
     seen = _activations(lm, 1000, dtype)[0]
     coder_config = case.config()
@@ -125,8 +130,10 @@ def trained(case: Case, steps: int, dtype: torch.dtype) -> dict[str, Tensor]:
     sample = {name: x.float() for name, x in seen.items()}
     found = measure(sample, case.reads, case.writes, MaskSpec(), recipe)
     coder = new_coder(coder_config, found).to(dtype)
-    schedule = Schedule(steps, dead_after_tokens=3 * TOKENS, micro_batch_tokens=case.micro * several * (not by_row))
-    trainer = CoderTrainer(coder, coder_config.objectives, OptimConfig(lr=3e-3, **case.optim), schedule)
+    micro = case.micro * several * (not by_row)
+    schedule = Schedule(steps, dead_after_tokens=3 * TOKENS, micro_batch_tokens=micro)
+    coder, optim = part_of(coder, mesh.latents), OptimConfig(lr=3e-3, **case.optim)
+    trainer = CoderTrainer(coder, coder_config.objectives, optim, schedule, mesh)
     lines, gradients = [], {}
     for step in range(steps):
         lines.append(trainer.step(_share(case, trainer, lm, step, several), step))
@@ -136,15 +143,30 @@ def trained(case: Case, steps: int, dtype: torch.dtype) -> dict[str, Tensor]:
     told = {name: torch.tensor([line[name] for line in lines], dtype=torch.float64) for name in figures}
     state, values = trainer.state()
     auxk = torch.tensor(values["active_steps"]["auxk"])
-    return told | gradients | {"auxk": auxk} | {name: value.clone() for name, value in state.items()}
+    held = gradients | {name: value.clone() for name, value in state.items()}
+    return told | {"auxk": auxk} | {name: _whole(trainer, name, value) for name, value in held.items()}
 
 
-def train_all(chosen: list[str], steps: int, dtype: torch.dtype, folder: Path) -> int:
+def _whole(trainer: CoderTrainer, name: str, own: Tensor) -> Tensor:
+    """Returns a tensor of the state, or a gradient, with the rows of all ranks that hold parts of the coder."""
+    rows = trainer.rows(name, own)
+    if rows is None:
+        return own
+    whole, start = own.new_zeros(rows.total, *own.shape[1:]), 0
+    for piece in rows.pieces:
+        whole[piece.start : piece.stop] = own[start : start + len(piece)]
+        start += len(piece)
+    assert start == len(own)
+    return collectives.total(whole, trainer.mesh.latents)
+
+
+def train_all(chosen: list[str], steps: int, dtype: torch.dtype, folder: Path, shape: Shape | None = None) -> int:
     """The work of a rank: trains the cases of some names, one after the other, and leaves what it has."""
     torch.set_num_threads(1)
     with process_group():
-        found = {f"{name}: {key}": x for name in chosen for key, x in trained(cases()[name], steps, dtype).items()}
-        save_tensors(folder / f"{rank()}.safetensors", found)
+        found = {name: trained(cases()[name], steps, dtype, shape) for name in chosen}
+        named = {f"{name}: {key}": x for name, tensors in found.items() for key, x in tensors.items()}
+        save_tensors(folder / f"{rank()}.safetensors", named)
     return 0
 
 
@@ -152,8 +174,9 @@ def _share(case: Case, trainer: CoderTrainer, lm: LanguageModel | None, step: in
     """Returns this rank's share of the batch of a step."""
     dtype = trainer.coder.W_enc.dtype
     seen, text = _activations(lm, step, dtype)
-    cuts = bounds(step, world_size(), ROWS if lm else TOKENS)
-    mine = slice(cuts[rank()], cuts[rank() + 1])
+    data = trainer.mesh.data
+    cuts = bounds(step, data.world_size, ROWS if lm else TOKENS)
+    mine = slice(cuts[data.rank], cuts[data.rank + 1])
     if text is not None:
         own = TextBatch(text.tokens[mine], text.keep[mine])
         before = int(text.keep[: mine.start].sum())
