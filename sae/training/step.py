@@ -103,6 +103,22 @@ class Heard:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A step as it is given to the device, and again if it must be repeated."""
+
+    batch: Batch
+    index: int
+    before: int
+    """Tokens of the ranks before this one."""
+    n_tokens: int
+    """Of all ranks."""
+    heard: Heard
+    """Of an earlier step, which says how many entries a token is expected to keep."""
+    may_be_dead: int
+    """Latents that are dead, at the most."""
+
+
 class Figures(Mapping[str, float]):
     """The figures of one step by name, those of all ranks together.
 

@@ -22,7 +22,7 @@ from sae.parallel.cut import NO_LATENTS
 from sae.parallel.mesh import Mesh, of_data
 from sae.training.choosing import Chooser, Chosen
 from sae.training.optim import Average, OptimConfig, Updater, normalize_decoder
-from sae.training.step import Batch, Figures, Heard, Sums
+from sae.training.step import Batch, Figures, Heard, Planned, Sums
 
 LEAST_RESIDUAL = 1e-6  # of the variance: a batch of one token has none, and AuxK divides by it
 
@@ -39,22 +39,6 @@ class Schedule:
     """Rows of one forward and backward pass; 0 takes the batch whole."""
     product_dtype: torch.dtype | None = None
     """Precision of the dense encoder product; None: that of the weights."""
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A step as it is given to the device, and again if it must be repeated."""
-
-    batch: Batch
-    index: int
-    before: int
-    """Tokens of the ranks before this one."""
-    n_tokens: int
-    """Of all ranks."""
-    heard: Heard
-    """Of an earlier step, which says how many entries a token is expected to keep."""
-    may_be_dead: int
-    """Latents that are dead, at the most."""
 
 
 class CoderTrainer:
@@ -89,7 +73,7 @@ class CoderTrainer:
         self._active = torch.zeros(len(self.objectives), dtype=torch.int64, device=device)
         self.multipliers = {name: torch.ones((), **float64) for name in self.objectives}
         self._stuck = torch.zeros((), dtype=torch.bool, device=device)
-        self._on_its_way: list[tuple[_Planned, Figures]] = []
+        self._on_its_way: list[tuple[Planned, Figures]] = []
         share = coder.whole.selection.fires_at_first
         own, every = (spec.selection.implied_l0 or share * spec.d_sae for spec in (coder.spec, coder.whole))
         self.count, self.tokens_before = 0, 0  # of the steps given so far, and of the last of them
@@ -116,7 +100,7 @@ class CoderTrainer:
         before, n_tokens = self._counted(batch)
         then = self.heard[max(number for number in self.heard if number <= self.count - 2)]
         may_be_dead = then.may_be_dead(self.schedule.dead_after_tokens, self.tokens_before, self.coder.whole.d_sae)
-        planned = _Planned(batch, index, before, n_tokens, then, may_be_dead)
+        planned = Planned(batch, index, before, n_tokens, then, may_be_dead)
         figures = self._given(planned)
         self._on_its_way.append((planned, figures))
         self.count, self.tokens_before = self.count + 1, n_tokens
@@ -143,7 +127,7 @@ class CoderTrainer:
         heard = figures.heard()
         self.heard = {number - 1: last, number: heard} if heard else {number - 1: older, number: last}
 
-    def _given(self, planned: _Planned, careful: bool = False) -> Figures:
+    def _given(self, planned: Planned, careful: bool = False) -> Figures:
         """Gives a step to the device and returns its figures to come; where `careful`, there is room for all."""
         n_tokens, progress = planned.n_tokens, planned.index / self.schedule.steps
         start = Start(self.dead, self.density, planned.may_be_dead, self.cut)
@@ -259,7 +243,7 @@ class CoderTrainer:
 
     def _figures(
         self,
-        planned: _Planned,
+        planned: Planned,
         sums: Sums,
         fired: Int[Tensor, ""],
         norms: dict[str, Tensor],
