@@ -96,7 +96,8 @@ def _measured(options: "argparse.Namespace", overrides: list[str], stop: "StopFl
 def _opened(options: "argparse.Namespace", overrides: list[str]) -> tuple[dict[str, "SparseCoder"], "str | Read"]:
     """Returns the coders, and what they are measured on: where stored activations lie, or models and text."""
     from sae.evaluation.evaluation import text_of
-    from sae.lm.models import ModelConfig, load_language_model, resolve_device
+    from sae.lm.devices import resolve_device
+    from sae.lm.models import ModelConfig, load_language_model
     from sae.loading import hub
     from sae.training.config import TrainConfig
 

@@ -39,9 +39,10 @@ from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED
 from sae.evaluation.doctor import check_widths
 from sae.evaluation.evaluation import text_of, with_special_tokens_masked
+from sae.lm.devices import resolve_device
 from sae.lm.files import load_tokenizer
 from sae.lm.hooks import site_widths
-from sae.lm.models import LanguageModel, ModelConfig, load_language_model, resolve_device
+from sae.lm.models import LanguageModel, ModelConfig, load_language_model
 from sae.loading import hub
 from sae.parallel import ranks
 from sae.text.decode import Decoder

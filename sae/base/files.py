@@ -5,6 +5,7 @@ a crash, a full disk or a kill at any moment leaves the old file or the new one.
 made it, so that what a dead process left behind can be told from work in progress.
 """
 
+import atexit
 import errno
 import hashlib
 import itertools
@@ -237,6 +238,14 @@ def verify(folder: Path | str) -> None:
     for name, path in present.items():
         if recorded[name] != _described(path):
             raise DataError(f"{path} is damaged: its size or sha256 differs from {MANIFEST}")
+
+
+def scratch_folder(parent: Path, name: str) -> Path:
+    """Returns the path of a folder, not made yet, that goes when this process ends; if killed, with `remove_stale`."""
+    remove_stale(parent)
+    temp = _temp_beside(parent / name)
+    atexit.register(shutil.rmtree, temp, ignore_errors=True)
+    return temp
 
 
 def remove_stale(parent: Path | str) -> list[Path]:

@@ -14,6 +14,7 @@ from sae.lm.calls import first, key_of_input, probed, runs_of
 from sae.lm.masking import MaskSpec, next_token_mask, token_mask
 from sae.lm.models import ONE_AT_A_TIME, LanguageModel
 from sae.lm.norms import norm_of
+from sae.lm.placement import put_away
 from sae.lm.probing import inputs_of, reader_of
 from sae.lm.site import Site
 from sae.lm.sites import find_module
@@ -129,6 +130,7 @@ def capture(
         try:
             reader_of(lm.model)(**model_inputs(lm, tokens))
         except _AllSeen:
+            put_away(lm.model)
             return {name: x.to(lm.device) for name, x in seen.items()}  # a model may be spread over several
     missing = [site.name for site in sites if site.name not in seen]
     part = "" if reader_of(lm.model) is lm.model else ", of whose encoder and decoder (model.name) the first is read"

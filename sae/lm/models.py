@@ -16,8 +16,8 @@ from sae.base.errors import ConfigError
 from sae.base.paths import from_anywhere
 from sae.base.settings import choose, decode
 from sae.lm import objects, options, placement, probing, weights
+from sae.lm.devices import resolve_device
 from sae.lm.files import NAMELESS, commit_of, load_config, load_tokenizer, local_folder, readable_errors
-from sae.parallel import ranks
 from sae.text.tokenizing import special_ids, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -168,22 +168,6 @@ def _weights_digest(model: "PreTrainedModel") -> str:
         sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
         digest.update(name.encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def resolve_device(device: str, field: str = "model.device") -> torch.device:
-    """Returns the torch device for "auto" or an explicit name; ConfigError if this machine lacks it."""
-    if device == "auto":
-        apple = "mps" if torch.backends.mps.is_available() else "cpu"
-        device = "cuda" if torch.cuda.is_available() else apple
-    if device == "cuda":
-        device = f"cuda:{ranks.own_gpu()}"
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{field}: {device!r} is not available here ({reason}); try cpu") from error
-    return found
 
 
 def load_language_model(

@@ -10,10 +10,9 @@ import torch
 
 from sae.base.errors import ConfigError, nearest
 from sae.base.settings import shown
+from sae.lm.devices import DEVICE, MAPS, spread
 
 FIELD = "model.kwargs"
-MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-DEVICE = re.compile(r"(cpu|disk|meta|mps|cuda|xpu|npu)(:\d+)?")
 IMPLEMENTATION = re.compile(r"\w+")  # "owner/name" is code on the hub, which would be fetched and run
 CHANGING = ("attn_implementation", "quantization_config")
 """Those that change what the model computes."""
@@ -110,12 +109,16 @@ def check(kwargs: Mapping[str, Any], dtype: str, device: str) -> None:
             raise ConfigError(f"{FIELD}.{name}: {value}, but model.dtype is {dtype}; say it there alone")
     if "device_map" in kwargs and device != "auto":
         raise ConfigError(f"{FIELD}.device_map: model.device is {device}; say one of them")
-    if "max_memory" in kwargs and "device_map" not in kwargs:
-        raise ConfigError(f"{FIELD}.max_memory: it is for a device_map; say that too, such as auto")
+    for name in ("max_memory", "offload_folder", "offload_buffers"):
+        if name in kwargs and "device_map" not in kwargs:
+            raise ConfigError(f"{FIELD}.{name}: it is for a device_map; say that too, such as auto")
+    places = kwargs.get("device_map")
+    if isinstance(places, dict) and len(places) > 1 and "" in places and "disk" in places.values():
+        raise ConfigError(f"{FIELD}.device_map: '' names all of the model; where weights go to disk, name its parts")
 
 
 def ready(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what `from_pretrained` takes: configs of quantization as transformers' own, devices by their numbers."""
+    """Returns what `from_pretrained` takes: configs of quantization as transformers' own, devices of this rank."""
     found = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
     if "quantization_config" in found:
         from transformers.quantizers.auto import AutoQuantizationConfig
@@ -125,7 +128,4 @@ def ready(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         except Exception as error:  # a package that is not there, or values that do not go together
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"{FIELD}.quantization_config: {reason}") from error
-    if "max_memory" in found:
-        sizes = found["max_memory"].items()
-        found["max_memory"] = {int(key) if str(key).isdecimal() else key: size for key, size in sizes}
-    return found
+    return spread(found) if "device_map" in found else found

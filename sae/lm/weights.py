@@ -6,11 +6,12 @@ What the checkpoint lacks would be drawn at random: it is refused, if anything t
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sae.base.errors import ConfigError
+from sae.base.errors import ConfigError, nearest
+from sae.lm.devices import MAP
 from sae.lm.probing import Nature, depended_on, nature_of
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def read_model(
     """
     written, classes = getattr(config, "architectures", None) or [], auto_classes(config)
     for i, auto in enumerate(classes):
+        if isinstance(options.get("device_map"), dict):
+            check_parts(auto, config, options["device_map"], options.get("trust_remote_code", False))
         model, lacks = read(auto, name, path, **options)
         if "device_map" not in options:
             model = model.to(device)  # type: ignore[arg-type]
@@ -41,12 +44,37 @@ def read_model(
         own, last, head = type(model).__name__ in written, i == len(classes) - 1, auto.__name__ != BASE
         if lacks and head and not own and not last:
             continue  # the head, most likely
+        refuse_missing(name, (key for key, x in model.named_parameters() if x.is_meta and key in lacks))
         nature = understood(model, name)
         refuse_missing(name, depended_on(model, lacks))
         if last or (own or not nature.looks_ahead if head else nature.looks_ahead):
             log.info("model: %s (%s) %s", name, type(model).__name__, described(nature))
             return model, nature
     raise AssertionError("the last class is taken")
+
+
+def check_parts(auto: Any, config: "PretrainedConfig", places: Mapping[str, Any], trust_remote_code: bool) -> None:
+    """Raises ConfigError, before anything is read, for a device map that names no part, or leaves one out.
+
+    The model is made without weights for it; of one whose own code cannot do so, accelerate says it later.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            made = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception:  # anything that a model's own code may raise
+        return
+    weights = [name for name, _ in made.named_parameters()]
+    known = {name for name, _ in made.named_modules()}.union(weights)
+    if wrong := [path for path in places if path not in known]:
+        close = nearest(wrong[0], known)
+        raise ConfigError(f"{MAP}: {wrong[0]!r} is no module of {type(made).__name__}.{close}")
+    tied = getattr(made, "all_tied_weights_keys", None) or {}
+    parts = ["" if path == "" else f"{path}." for path in places]
+    left = [name for name in weights if name not in tied and not any(f"{name}.".startswith(part) for part in parts)]
+    if left and not getattr(made, "_no_placement_params", None):
+        raise ConfigError(f"{MAP}: it does not say where these go: {_some(left)}")
 
 
 def understood(model: "PreTrainedModel", name: str) -> Nature:

@@ -20,7 +20,7 @@ from sae.coder.arguments import CoderLike, as_coder
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import RELEASED, CoderSpec
 from sae.formats import native
-from sae.lm.models import resolve_device
+from sae.lm.devices import resolve_device
 from sae.loading import releases
 from sae.loading.hints import REFUSED_WHERE_UNUSED, Hints, checked_hints, known_release, with_known_hints
 from sae.loading.remote import HubFiles

@@ -24,11 +24,13 @@ class Peer:
     pid: int
     device: str = "cpu"
     """What it computes on."""
+    sees: tuple[str, ...] = ()
+    """The GPUs that it is shown, by what tells them from all others."""
 
     @classmethod
-    def here(cls, rank: int, device: str = "cpu") -> "Peer":
+    def here(cls, rank: int, device: str = "cpu", sees: tuple[str, ...] = ()) -> "Peer":
         """Returns who this process is."""
-        return cls(rank, socket.gethostname(), getpid(), device)
+        return cls(rank, socket.gethostname(), getpid(), device, sees)
 
     def to_json(self) -> str:
         """Returns it as text."""
@@ -37,7 +39,8 @@ class Peer:
     @classmethod
     def from_json(cls, text: bytes) -> "Peer":
         """Returns what `to_json` has written."""
-        return cls(**json.loads(text))
+        read = json.loads(text)
+        return cls(**{**read, "sees": tuple(read["sees"])})
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host}, pid {self.pid})"

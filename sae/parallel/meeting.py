@@ -61,7 +61,13 @@ class _Asked:
 
 
 def meet(
-    found: Launch, rank: int, world_size: int, timeout_s: float, deadline_s: float = 60.0, device: str = "cpu"
+    found: Launch,
+    rank: int,
+    world_size: int,
+    timeout_s: float,
+    deadline_s: float = 60.0,
+    device: str = "cpu",
+    sees: tuple[str, ...] = (),
 ) -> Meeting:
     """Returns the ranks and their stores when all have come.
 
@@ -75,7 +81,7 @@ def meet(
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         own_place = PrefixStore(f"sae/{attempt}/{next(_meetings)}", public)
         here = _Asked(own_place, deadline_s)
-        own = Peer.here(rank, device).to_json()
+        own = Peer.here(rank, device, sees).to_json()
         if (first := here.compare_set(every[rank], "", own)) != own.encode():
             raise ConfigError(f"MASTER_PORT: {Peer.from_json(first)} has come to {place} already; set another one")
         if here.check(every[:1]):

@@ -82,8 +82,8 @@ def everyone() -> Axis:
 class Group:
     """The ranks that work together, and the store through which they tell each other what is no tensor."""
 
-    def __init__(self, store: Store, heart: Heartbeat, peers: list[Peer]) -> None:
-        self.store, self.heart, self.peers = store, heart, peers
+    def __init__(self, store: Store, heart: Heartbeat, peers: list[Peer], gpus: range) -> None:
+        self.store, self.heart, self.peers, self.gpus = store, heart, peers, gpus
         self.blocks = [("", count())]
         """That are open, one within the other, with the numbers of what is agreed on in each."""
 
@@ -135,9 +135,29 @@ def own_share() -> Share:
     return Share(rank(), world_size())
 
 
-def own_gpu() -> int:
-    """Returns the number of this rank's GPU: a launcher may show all of a host's to each of its ranks, or one."""
-    return launch().local_rank % max(1, torch.cuda.device_count())
+def own_gpus() -> range:
+    """Returns the numbers of this rank's GPUs, at least one; a model that is spread goes to all, a coder to the first.
+
+    A launcher may show all of a host's to each of its ranks, or to each some: what several are shown they share out.
+    """
+    if _joined:
+        return _joined.gpus
+    n, found = max(1, torch.cuda.device_count()), launch()
+    first = found.local_rank % n
+    return range(n) if found.world_size < 2 and not in_group() else range(first, first + 1)
+
+
+def shared_out(peers: list[Peer], number: int) -> range:
+    """Returns which of the GPUs that a rank is shown are its own: a part in a row, or one that it must share."""
+    own = peers[number].sees
+    others = [peer.rank for peer in peers if not set(own).isdisjoint(peer.sees)] or [number]
+    place, n = others.index(number), max(1, len(own))
+    return Share(place, len(others)).of(n) if len(others) <= n else range(place % n, place % n + 1)
+
+
+def on_this_host() -> int:
+    """Returns how many ranks run on this host, this one included."""
+    return sum(peer.host == _joined.peers[rank()].host for peer in _joined.peers) if _joined else 1
 
 
 @contextmanager
@@ -169,14 +189,15 @@ def process_group(config: RanksConfig = RanksConfig()) -> Iterator[None]:
             "join it by init_process_group('cpu:gloo,cuda:nccl')"
         )
     number, n = (dist.get_rank(), dist.get_world_size()) if theirs else (found.rank, found.world_size)
-    met = meet(found, number, n, config.timeout_s, config.deadline_s, _device())
+    met = meet(found, number, n, config.timeout_s, config.deadline_s, _device(), _visible())
+    gpus = shared_out(met.peers, number)
     heart = Heartbeat(met.second, met.peers, number, config.deadline_s, config.timeout_s)
     try:
         with heart:
             if not theirs:
                 with during("joining"), heart.explained():
-                    _join(met, number, backend, config.timeout_s)
-            _joined = Group(met.store, heart, met.peers)
+                    _join(met, number, backend, config.timeout_s, gpus)
+            _joined = Group(met.store, heart, met.peers, gpus)
             log.info("%s", described(found, met.peers))
             yield
     finally:  # a group that lives until the interpreter ends may abort it: its threads still run
@@ -186,7 +207,12 @@ def process_group(config: RanksConfig = RanksConfig()) -> Iterator[None]:
 
 
 def _device() -> str:
-    return torch.cuda.get_device_name(own_gpu()) if torch.cuda.is_available() else "cpu"
+    return torch.cuda.get_device_name(own_gpus()[0]) if torch.cuda.is_available() else "cpu"
+
+
+def _visible() -> tuple[str, ...]:
+    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return tuple(str(torch.cuda.get_device_properties(number).uuid) for number in range(n))
 
 
 def _backend(config: RanksConfig) -> str:
@@ -196,10 +222,10 @@ def _backend(config: RanksConfig) -> str:
     return "gloo" if config.backend == "gloo" or not gpus else "cpu:gloo,cuda:nccl"
 
 
-def _join(met: Meeting, number: int, backend: str, timeout_s: float) -> None:
+def _join(met: Meeting, number: int, backend: str, timeout_s: float, gpus: range) -> None:
     """Makes torch's group of those that have met."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(own_gpu())
+        torch.cuda.set_device(gpus[0])
     # The heartbeat sees what takes too long. gloo's clock goes on while a job is suspended, and would end it then.
     wait = timedelta(days=1) if backend == "gloo" else timedelta(seconds=timeout_s)
     dist.init_process_group(backend, timeout=wait, store=met.public, rank=number, world_size=len(met.peers))
@@ -211,5 +237,7 @@ def described(found: Launch, peers: list[Peer]) -> str:
     on = "1 host" if len(hosts) == 1 else f"{len(hosts)} hosts"
     shown = ", ".join(hosts[:8]) + (f" and {len(hosts) - 8} more" if len(hosts) > 8 else "")
     devices = ", ".join(dict.fromkeys(peer.device for peer in peers))
+    each = len(shared_out(peers, 0))
+    devices += f", {each} a rank" if each > 1 else ""
     how = found.launcher if found.launcher != BY_HAND else f"by {BY_HAND}"
     return f"ranks        {len(peers)} ({how}) on {on} ({shown}); {devices}; {dist.get_backend()}"

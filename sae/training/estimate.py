@@ -15,8 +15,9 @@ from torch._subclasses import FakeTensorMode
 from sae.base.errors import ConfigError
 from sae.base.room import Need, check_room, taken
 from sae.base.units import data_size, duration
+from sae.lm.devices import resolve_device
 from sae.lm.hooks import sites_of_model
-from sae.lm.models import DTYPES, LanguageModel, resolve_device, untrained
+from sae.lm.models import DTYPES, LanguageModel, untrained
 from sae.lm.site import SECOND, Site
 from sae.parallel.ranks import world_size
 from sae.stream.tensors import stored_at

@@ -16,8 +16,9 @@ import torch
 from sae.base.held import Held, Live, blocks, peak
 from sae.coder.coder import CHUNK_ENTRIES
 from sae.evaluation.evaluation import PASS_LOGITS, rows_per_pass
+from sae.lm.devices import resolve_device
 from sae.lm.hooks import LOGITS_AT_ONCE, capture, hooked, model_inputs
-from sae.lm.models import DTYPES, LanguageModel, resolve_device
+from sae.lm.models import DTYPES, LanguageModel
 from sae.lm.site import Site
 from sae.parallel.collectives import BUCKET_BYTES
 from sae.parallel.ranks import Share

@@ -16,9 +16,10 @@ from sae.base.progress import Watch
 from sae.base.settings import decode, to_yaml
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
+from sae.lm.devices import resolve_device
 from sae.lm.environment import environment
 from sae.lm.masking import MaskSpec
-from sae.lm.models import DTYPES, LanguageModel, ModelConfig, load_language_model, resolve_device
+from sae.lm.models import DTYPES, LanguageModel, ModelConfig, load_language_model
 from sae.lm.site import SECOND, Site
 from sae.loading import hub
 from sae.parallel import agreement, ranks, replicas

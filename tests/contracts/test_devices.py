@@ -14,7 +14,8 @@ from interp.run.preparing import prepare
 from sae.base import sums
 from sae.base.errors import ConfigError
 from sae.evaluation.doctor import diagnose
-from sae.lm.models import load_language_model, resolve_device
+from sae.lm.devices import resolve_device
+from sae.lm.models import load_language_model
 from sae.loading import hub
 
 SMALL = {

@@ -51,6 +51,9 @@ def test_what_from_pretrained_takes_is_kept_as_it_is(kwargs):
         ({"device_mpa": "auto"}, "device_mpa: no such argument. Did you mean 'device_map'? Allowed: device_map, "),
         ({"device_map": "automatic"}, "device_map: 'automatic' is not one of auto, balanced, "),
         ({"device_map": {}}, "device_map: {} is not one of auto"),
+        ({"device_map": {"": "meta"}}, "device_map: {'': 'meta'} is not one of auto"),
+        ({"device_map": {"": "cpu", "lm_head": "disk"}}, "device_map: '' names all of the model; where weights go to"),
+        ({"offload_folder": "away"}, "offload_folder: it is for a device_map; say that too"),
         ({"device_map": {"lm_head": "gpu"}}, "device_map: {'lm_head': 'gpu'} is not one of auto"),
         ({"device_map": True}, "device_map: True is not one of auto"),
         ({"device_map": "auto", "max_memory": "20GiB"}, "max_memory: '20GiB' is not a mapping of devices to sizes"),
@@ -104,11 +107,6 @@ def test_objects_are_kept_as_a_file_can_hold_them():
     made = ready(config.kwargs)["quantization_config"]
     assert isinstance(made, BitsAndBytesConfig)
     assert made.to_dict() == quantized.to_dict()
-
-
-def test_devices_are_numbers_again():
-    kwargs = {"device_map": "auto", "max_memory": {"0": "1GiB", 1: "2GiB", "cpu": "3GiB"}}
-    assert ready(kwargs)["max_memory"] == {0: "1GiB", 1: "2GiB", "cpu": "3GiB"}
 
 
 def test_without_any_a_config_is_written_as_before():

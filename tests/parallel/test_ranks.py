@@ -46,7 +46,7 @@ def test_the_line_on_the_ranks_names_their_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
-    monkeypatch.setattr(ranks, "launch", lambda: Launch(local_rank=3))
+    monkeypatch.setattr(ranks, "launch", lambda: Launch(local_rank=3, world_size=4))
     monkeypatch.setattr(dist, "get_backend", lambda: "cpu:gloo,cuda:nccl")
     peers = [Peer.from_json(Peer.here(i, ranks._device()).to_json().encode()) for i in range(2)]
     line = described(Launch("srun"), peers)
