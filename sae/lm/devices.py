@@ -51,11 +51,13 @@ def spread(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     else:
         parts = said if isinstance(said, Mapping) else {"": said}
         found["device_map"] = {path: own_device(device, MAP) for path, device in parts.items()}
-    if "offload_folder" in found:
-        found["offload_folder"] = _own_folder(Path(found["offload_folder"]))
-    else:
-        found["offload_folder"] = str(scratch_folder(cache_dir() / "offloaded", "weights"))
-    return found
+    own = Path(found["offload_folder"]) if "offload_folder" in found else None
+    folder = own or scratch_folder(cache_dir() / "offloaded", "weights")
+    if own and ranks.world_size() > 1:  # they write files of the same names
+        folder = own / f"rank-{ranks.rank()}"
+    if own or (isinstance(found["device_map"], dict) and "disk" in found["device_map"].values()):
+        _check_written(folder, FOLDER if own else "SAE_CACHE")
+    return {**found, "offload_folder": str(folder)}
 
 
 def own_device(said: int | str, field: str) -> int | str:
@@ -85,13 +87,10 @@ def own_memory() -> dict[int | str, int]:
     return {name: int(USED * size) for name, size in free.items()}
 
 
-def _own_folder(folder: Path) -> str:
-    """Returns the folder of this rank in one that all are given: they write files of the same names."""
-    own = folder / f"rank-{ranks.rank()}" if ranks.world_size() > 1 else folder
+def _check_written(folder: Path, field: str) -> None:
     try:
-        own.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=own):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"{FOLDER}: {folder} cannot be written to: {error.strerror or error}") from error
-    return str(own)
+        raise ConfigError(f"{field}: {folder} cannot be written to: {error.strerror or error}") from error

@@ -93,7 +93,7 @@ def test_ranks_write_to_folders_of_their_own(cards, tmp_path):
     cards(1, 2)
     assert spread(said)["offload_folder"] == str(tmp_path / "away" / "rank-1")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"^model\.kwargs\.offload_folder: .*file cannot be written to: "):
+    with pytest.raises(ConfigError, match=r"^model\.kwargs\.offload_folder: .*file/rank-1 cannot be written to: "):
         spread({**said, "offload_folder": str(tmp_path / "file")})
 
 

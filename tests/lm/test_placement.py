@@ -1,9 +1,15 @@
 """A model that accelerate has spread, some of it kept on disk, is read as the plain one is, to the bit."""
 
+import os
+
+import accelerate
 import pytest
 import torch
-from rigs.fakes import sampled_rows, tiny_model_folder
+from rigs.fakes import sampled_rows, tiny_model_folder, tiny_tokenizer
+from rigs.tiny_lms import tiny_lm
+from transformers import AutoModelForCausalLM
 
+import sae
 from interp.evidence.promotes import promoted_tokens
 from sae.base.errors import ConfigError
 from sae.coder.coder import SparseCoder
@@ -11,10 +17,12 @@ from sae.coder.initialization import initialize
 from sae.coder.spec import CoderSpec
 from sae.evaluation.activations import activations
 from sae.evaluation.evaluation import evaluate
+from sae.lm import hooks
+from sae.lm.calls import probe
 from sae.lm.hooks import capture, capture_with_gradients
 from sae.lm.intervene import next_logits
 from sae.lm.masking import MaskSpec
-from sae.lm.models import load_language_model
+from sae.lm.models import as_language_model, load_language_model
 from sae.lm.norms import norm_of
 from sae.lm.placement import named_weights, present, without_hooks
 from sae.lm.site import Site
@@ -113,3 +121,116 @@ def test_a_copy_of_a_module_has_its_weights_and_no_hooks(spread, plain):
     with present(norm):
         assert torch.equal(norm.weight, same.weight)
     assert norm.weight.is_meta
+
+
+def absent(model):
+    return {name for name, weight in model.named_parameters() if weight.is_meta}
+
+
+def test_it_is_steered_as_the_plain_one(spread, plain, rows):
+    made = coder(plain, "layers.1.mlp")
+    found = [sae.steer(lm, made, rows.data[0, :5].tolist(), "1=4, 2:add=2", new_tokens=4) for lm in (spread, plain)]
+    assert found[0] == found[1]
+    assert absent(spread.model)
+
+
+def offloaded(how, model, folder):
+    """Returns a model that somebody has had spread by accelerate, without a word of it in its config."""
+    if how == "cpu_offload":
+        return accelerate.cpu_offload(model)
+    if how == "disk_offload":
+        return accelerate.disk_offload(model, folder)
+    if how == "cpu_offload_with_hook":
+        return accelerate.cpu_offload_with_hook(model, "cpu")[0]
+    whole = ["LlamaDecoderLayer"] if how == "whole layers" else None
+    return accelerate.dispatch_model(model, MAPS["all on disk"], offload_dir=folder, preload_module_classes=whole)
+
+
+@pytest.mark.parametrize(
+    "how", ["dispatch_model", "whole layers", "cpu_offload", "disk_offload", "cpu_offload_with_hook"]
+)
+def test_a_model_that_was_spread_before_it_was_given_is_read_as_it_is(plain, folder, rows, tmp_path, how):
+    lm = as_language_model(offloaded(how, AutoModelForCausalLM.from_pretrained(folder), tmp_path))
+    assert lm.device.type == "cpu"
+    assert lm.fingerprint() == plain.fingerprint()
+    before, sites = absent(lm.model), [Site("model.layers.0"), Site("model.layers.1.mlp.down_proj", "input")]
+    for _ in range(2):
+        found, wanted = (capture(each, sites, rows.data) for each in (lm, plain))
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert absent(lm.model) == before
+    assert torch.equal(lm.model(rows.data[:2]).logits, plain.model(rows.data[:2]).logits)
+
+
+@pytest.fixture
+def in_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "offloaded"
+
+
+def saved(kind, folder):
+    tokenizer = tiny_tokenizer()
+    model = tiny_lm(kind, vocab_size=len(tokenizer))
+    for each in (model, tokenizer):
+        each.save_pretrained(folder)
+    return folder
+
+
+def test_a_pass_that_ends_within_a_layer_leaves_none_of_its_weights(tmp_path, in_cache, monkeypatch):
+    lm = load_language_model(saved("gpt_oss", tmp_path / "model"), kwargs={"device_map": "disk"})
+    inside, rows, before = (
+        [Site("model.layers.1.self_attn.o_proj", "input")],
+        torch.arange(3, 12)[None],
+        absent(lm.model),
+    )
+    assert "model.layers.1.self_attn.sinks" in before
+    capture(lm, inside, rows)
+    assert absent(lm.model) == before
+    monkeypatch.setattr(hooks, "put_away", lambda model: None)
+    capture(lm, inside, rows)
+    assert before - absent(lm.model) == {"model.layers.1.self_attn.sinks"}, "else this test would show nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind",
+    ["gpt2", "gemma2", "gemma3_text", "gpt_oss", "mixtral", "mamba", "qwen3_next", "deepseek_v3", "recurrent_gemma"],
+)
+def test_a_pass_that_ends_anywhere_is_the_plain_one(tmp_path, in_cache, kind):
+    folder = saved(kind, tmp_path / "model")
+    plain, lm = (load_language_model(folder, kwargs=each) for each in ({}, {"device_map": "disk"}))
+    assert lm.fingerprint() == plain.fingerprint()
+    before, rows = absent(lm.model), torch.randint(3, 200, (2, 9), dtype=torch.int32)
+    assert before == {name for name, _ in lm.model.named_parameters()}
+    ends = [path for path, call in probe(plain.model).items() if path and call.runs == 1 and call.made is not None]
+    assert len(ends) > 10
+    for path in ends:
+        found, wanted = (capture(each, [Site(path)], rows)[path] for each in (lm, plain))
+        assert torch.equal(found, wanted), path
+        assert absent(lm.model) == before, path
+    whole = [each.model(input_ids=rows, use_cache=False).logits for each in (lm, plain)]
+    assert torch.equal(*whole)
+
+
+def test_what_must_be_written_goes_to_the_cache_for_as_long_as_the_process_lives(tmp_path, in_cache):
+    lm = load_language_model(saved("mixtral", tmp_path / "model"), kwargs={"device_map": "disk"})
+    (folder,) = in_cache.iterdir()
+    assert folder.name.startswith(".tmp-")
+    assert lm.model.num_parameters() > 0
+    assert any(folder.glob("*experts*.safetensors")), "which its files hold one by one"
+    (tmp_path / "file").write_text("")
+    os.environ["SAE_CACHE"] = str(tmp_path / "file")
+    with pytest.raises(ConfigError, match=r"^SAE_CACHE: .* cannot be written to: "):
+        load_language_model(tmp_path / "model", kwargs={"device_map": "disk"})
+
+
+@pytest.mark.slow
+def test_the_real_model_is_evaluated_from_disk_as_in_memory(in_cache):
+    plain, lm = (load_language_model("quickstart", kwargs=each) for each in ({}, {"device_map": "disk"}))
+    assert lm.fingerprint() == plain.fingerprint()
+    rows = sampled_rows(plain, 64, 16)
+    (site,) = resolve_sites(plain.model, ["layers.1"], "")
+    d = capture(plain, [site], rows.data)[site.name].shape[-1]
+    made = SparseCoder(CoderSpec(d, d, 256, TopK(8), (site,), (site,), pre_bias="none", mask=MASK))
+    initialize(made, torch.zeros(d), 0)
+    found, wanted = (evaluate(made.requires_grad_(False), each, rows, 512, progress=False) for each in (lm, plain))
+    assert found == wanted
