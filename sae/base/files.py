@@ -5,7 +5,6 @@ a crash, a full disk or a kill at any moment leaves the old file or the new one.
 made it, so that what a dead process left behind can be told from work in progress.
 """
 
-import atexit
 import errno
 import hashlib
 import itertools
@@ -75,7 +74,7 @@ def write_whole(path: Path | str, write: Callable[[Path], Any]) -> None:
 def replacing(path: Path | str) -> Iterator[Path]:
     """Yields the path of a file to write, which takes the name `path` once it is on disk; if the block raises, not."""
     path = Path(path)
-    folder = _temp_beside(path)  # not a file: who writes may make a temporary beside it
+    folder = temp_beside(path)  # not a file: who writes may make a temporary beside it
     try:
         with explained(path):
             folder.mkdir(parents=True)
@@ -182,7 +181,7 @@ def publish(folder: Path | str, known: dict[str, dict[str, Any]] | None = None) 
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(errno.EEXIST, f"{folder} exists already; delete it or choose another name")
-    temp = _temp_beside(folder)
+    temp = temp_beside(folder)
     with explained(folder):
         temp.mkdir(parents=True)
     try:
@@ -238,14 +237,6 @@ def verify(folder: Path | str) -> None:
     for name, path in present.items():
         if recorded[name] != _described(path):
             raise DataError(f"{path} is damaged: its size or sha256 differs from {MANIFEST}")
-
-
-def scratch_folder(parent: Path, name: str) -> Path:
-    """Returns the path of a folder, not made yet, that goes when this process ends; if killed, with `remove_stale`."""
-    remove_stale(parent)
-    temp = _temp_beside(parent / name)
-    atexit.register(shutil.rmtree, temp, ignore_errors=True)
-    return temp
 
 
 def remove_stale(parent: Path | str) -> list[Path]:
@@ -332,15 +323,14 @@ class FolderLock:
         return "another process"
 
 
-def _temp_beside(path: Path) -> Path:
+def temp_beside(path: Path) -> Path:
+    """Returns a name beside a path for what goes with this process: `remove_stale` knows it by that."""
     return path.with_name(f".tmp-{_HOST}-{os.getpid()}-{_LAUNCH}-{next(_COUNTER):06d}-{path.name}")
 
 
 def _is_abandoned(temp: Path, host: str, pid: str, launch: str) -> bool:
-    if host == _HOST and int(pid) == os.getpid():
-        return launch != _LAUNCH
     if host == _HOST:
-        return not psutil.pid_exists(int(pid))
+        return launch != _LAUNCH if int(pid) == os.getpid() else not psutil.pid_exists(int(pid))
     with suppress(PermissionError, FileNotFoundError):  # of someone else, or gone by now
         return time.time() - temp.stat().st_mtime > ABANDONED_AFTER_S
     return False

@@ -1,6 +1,8 @@
 """Which devices a model goes to. A rank has GPUs of its own, and what says numbers of GPUs counts those."""
 
+import atexit
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +12,7 @@ import psutil
 import torch
 
 from sae.base.errors import ConfigError
-from sae.base.files import cache_dir, scratch_folder
+from sae.base.files import cache_dir, remove_stale, temp_beside
 from sae.parallel import ranks
 
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -52,7 +54,7 @@ def spread(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         parts = said if isinstance(said, Mapping) else {"": said}
         found["device_map"] = {path: own_device(device, MAP) for path, device in parts.items()}
     own = Path(found["offload_folder"]) if "offload_folder" in found else None
-    folder = own or scratch_folder(cache_dir() / "offloaded", "weights")
+    folder = own or _scratch(cache_dir() / "offloaded" / "weights")
     if own and ranks.world_size() > 1:  # they write files of the same names
         folder = own / f"rank-{ranks.rank()}"
     if own or (isinstance(found["device_map"], dict) and "disk" in found["device_map"].values()):
@@ -67,8 +69,10 @@ def own_device(said: int | str, field: str) -> int | str:
         kind, number = "cuda", kind
     if kind in ("cpu", "disk"):
         return kind
-    if not torch.cuda.is_available() and (kind != "cuda" or torch.accelerator.is_available()):
-        resolve_device(str(said) if kind != "cuda" else "auto", field)
+    if kind != "cuda":
+        resolve_device(str(said), field)
+        return said
+    if not torch.cuda.is_available() and torch.accelerator.is_available():  # whose numbers are of another kind
         return said
     there = ranks.own_gpus() if torch.cuda.is_available() else range(0)
     if int(number or 0) < len(there):
@@ -85,6 +89,14 @@ def own_memory() -> dict[int | str, int]:
     free: dict[int | str, float] = {number: torch.cuda.mem_get_info(number)[0] for number in gpus}
     free["cpu"] = psutil.virtual_memory().available / sharing
     return {name: int(USED * size) for name, size in free.items()}
+
+
+def _scratch(folder: Path) -> Path:
+    """Returns a folder beside it, not made yet, that goes when this process ends; if killed, when another begins."""
+    remove_stale(folder.parent)
+    own = temp_beside(folder)
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own
 
 
 def _check_written(folder: Path, field: str) -> None:

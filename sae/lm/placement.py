@@ -35,9 +35,9 @@ def _keepers(module: nn.Module) -> list[Any]:
 
 def input_device(model: Any) -> torch.device:
     """Returns where a model's inputs go: to its first weights or, of one that is spread, where its embeddings run."""
-    embeddings = model.get_input_embeddings()
-    if not _hooks(model) and not _hooks(embeddings):
+    if not _hooks(model):
         return next(model.parameters()).device
+    embeddings = model.get_input_embeddings()
     said = (getattr(hook, "execution_device", None) for hook in (*_hooks(embeddings), *_hooks(model)))
     found = next((device for device in said if device is not None), None)
     return next(embeddings.parameters()).device if found is None else torch.device(found)
