@@ -46,7 +46,7 @@ def baseline_coder(
         return _neurons(name, coder, k)
     if sample is None or not len(sample):
         raise ConfigError(f"coder.baseline: {name!r} needs activations to go by, and there are none")
-    sample = sample.to(coder.W_enc)
+    sample = sample.to(coder.like)
     return _directions(coder, sample, seed) if name == "random_direction" else _untrained(coder, sample, seed)
 
 
@@ -79,7 +79,7 @@ def _neurons(name: str, coder: SparseCoder, k: int) -> SparseCoder:
             bos=spec.bos,
             training=_labeled(coder, name),
         ),
-        coder.W_enc.device,
+        coder.device,
     )
     with torch.no_grad():
         made.W_enc.copy_(torch.eye(d))
@@ -99,7 +99,7 @@ def _like(name: str, coder: SparseCoder, rule: Selection) -> SparseCoder:
         training=_labeled(coder, name),
         metrics={},
     )
-    return SparseCoder(spec, coder.W_enc.device)
+    return SparseCoder(spec, coder.device)
 
 
 @torch.no_grad()

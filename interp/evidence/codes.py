@@ -161,7 +161,7 @@ def read_activations(
         seen = capture(lm, sites, tokens)
         keep = token_mask(tokens, spec.mask).to(lm.device) & norm_mask(seen, spec.mask).to(lm.device)
         x = torch.cat([seen[site.name][keep].float() for site in spec.reads], dim=-1)
-    return x.to(coder.W_enc.device), keep
+    return x.to(coder.device), keep
 
 
 def encode_rows(subject: Subject, tokens: Int[Tensor, "rows context"]) -> Coded:

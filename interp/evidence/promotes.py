@@ -81,9 +81,7 @@ def decoder_neighbors(coder: SparseCoder, latents: Sequence[int], count: int = 1
     for some in torch.tensor(list(latents), dtype=torch.long).split(max(1, CHUNK_ENTRIES // coder.spec.d_sae)):
         chosen = some.to(norms.device)
         rows = coder.decoder_rows(chosen)
-        parts = zip(coder.blocks, coder.decoders(frozen=True), strict=True)
-        products = torch.cat([rows[:, block.columns] @ weight.float().T for block, weight in parts], dim=1)
-        cosines = products / norms / norms[chosen, None]
+        cosines = coder.onto_decoders(rows) / norms / norms[chosen, None]
         cosines[torch.arange(len(chosen), device=norms.device), chosen] = -torch.inf  # itself
         best = cosines.topk(min(count, coder.spec.d_sae - 1), dim=1)
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -287,5 +287,5 @@ def cosines(vectors_a: Float[ndarray, "a d"], vectors_b: Float[ndarray, "b d"]) 
 
 
 def _directions(coder: SparseCoder, latents: Int[ndarray, "n"]) -> Float[torch.Tensor, "n d_out"]:
-    rows = coder.decoder_rows(torch.from_numpy(latents).to(coder.W_dec.device)).cpu()
+    rows = coder.decoder_rows(torch.from_numpy(latents).to(coder.device)).cpu()
     return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)

@@ -36,6 +36,7 @@ from sae.base.paths import same_place
 from sae.base.progress import UNWATCHED, Watch
 from sae.base.seeding import generator
 from sae.coder.coder import SparseCoder
+from sae.coder.parts import CoderInParts
 from sae.coder.spec import RELEASED
 from sae.evaluation.doctor import check_widths
 from sae.evaluation.evaluation import text_of, with_special_tokens_masked
@@ -177,6 +178,8 @@ def load_coder(
     if given.coder is not None:
         if lazy:
             return given.coder
+        if isinstance(given.coder, CoderInParts):
+            return given.coder  # it stays where it lies, and nothing changes it
         own = copy.deepcopy(given.coder).requires_grad_(False).eval()  # the caller's stays where and as it is
         return own.to(device).to_dtype(torch.float32)
     try:

@@ -112,6 +112,10 @@ def _layout(
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:
+    if tensor.dim() > 1 and not tensor.is_contiguous():  # a mapped transpose: never in memory whole
+        for rows in tensor.split(max(1, PIECE_BYTES // max(1, tensor[:1].nbytes))):
+            yield from _pieces(rows.contiguous())
+        return
     flat = tensor.detach().cpu().contiguous().view(-1)
     if flat.stride() != (1,):  # of one element or none, any stride counts as contiguous
         flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae import kernels
-from sae.coder import partial
+from sae.coder import partial, tiles
 from sae.coder.folds import Folding
 from sae.coder.normalization import Undo, undo
 from sae.coder.published import Published
@@ -87,7 +87,7 @@ class SparseCoder(Published, Folding):
 
     def _repr_html_(self) -> str:
         figures = [(name, f"{value:.4g}") for name, value in known_figures(self.spec)]
-        weights = [("weights", f"{str(self.dtype).removeprefix('torch.')} on {self.device}")]
+        weights = [("weights", f"{str(self.dtype).removeprefix('torch.')}, {self.whereabouts}")]
         return f"<b>{kind(self.spec)}</b>{table((), [*description(self.spec), *figures, *weights])}"
 
     def encode(
@@ -103,13 +103,14 @@ class SparseCoder(Published, Folding):
         """
         x = as_floats(x)
         if latents is not None:
-            rows = self._rows(x, torch.promote_types(self.W_enc.dtype, torch.float32))
+            rows = self._rows(x, torch.promote_types(self.like.dtype, torch.float32))
             beside = None if gradients is None else gradients.reshape(-1, self.spec.d_out)
             whole = gradients is not None or self.spec.rule.looks_at_gradients or self.spec.encoding.pursues
             found = partial.encode(self, rows, latents, whole, lambda: self.encode(rows, beside))
             return replace(found, leading=tuple(x.shape[:-1]))
         with torch.no_grad():
             rows, size = self._rows(x), max(1, CHUNK_ENTRIES // self.spec.d_sae)
+            size = tiles.tokens(self) if self._by_tiles(len(rows), gradients is not None) else size
             looked = [None] * len(rows.split(size))
             beside = looked if gradients is None else gradients.reshape(-1, self.spec.d_out).to(rows).split(size)
             chunks = zip(rows.split(size), beside, strict=True)
@@ -170,7 +171,7 @@ class SparseCoder(Published, Folding):
 
     def look(self, x: Float[Tensor, "n d_in"]) -> Look:
         """Returns rows x as the encoder sees them, differentiable in what stands before it."""
-        x = x.to(self.W_enc)
+        x = x.to(self.like)
         return Look(x, *self.centered(x))
 
     def scores(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
@@ -283,8 +284,13 @@ class SparseCoder(Published, Folding):
     @torch.no_grad()
     def effects(self, gradients: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_sae"]:
         """Returns |<g, W_dec_i>|: to first order, what a unit of each latent changes the loss by."""
+        return self.onto_decoders(gradients).abs()
+
+    @torch.no_grad()
+    def onto_decoders(self, rows: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_sae"]:
+        """Returns <row, W_dec_i> for every latent; n * d_sae values, so for small n only."""
         parts = zip(self.blocks, self.decoders(), strict=True)
-        return torch.cat([gradients[:, block.columns] @ weight.T for block, weight in parts], dim=1).abs()
+        return torch.cat([rows[:, block.columns] @ weight.to(rows).T for block, weight in parts], dim=1)
 
     @torch.no_grad()
     def compared(
@@ -339,8 +345,18 @@ class SparseCoder(Published, Folding):
             (offsets, ids), values = self.spec.encoding.pursue(self.centered(x)[0], self.W_dec, self.spec.selection)
             return SparseLatents(offsets, ids, values, self.spec.d_sae, (len(x),))
         look = self.look(x)
+        if self._by_tiles(len(x), gradients is not None):
+            with torch.no_grad():
+                inputs = look.y.to(self.like.dtype).chunk(self.spec.n_blocks, dim=1)
+                chosen = tiles.choose(self, tiles.Seen(inputs, None if gradients is None else gradients * look.how[1]))
+            return self.coded(look, Choice(*chosen))[1]
         scores = self.preactivations(look.y)
         return self.coded(look, self.chosen(scores, *self.support(self.compared(scores, look.how, gradients))))[1]
+
+    def _by_tiles(self, n: int, gradients: bool) -> bool:
+        """Returns whether latents of n tokens are chosen by tiles: where all scores are of too few tokens at a time."""
+        at_once = CHUNK_ENTRIES // self.spec.d_sae
+        return at_once < min(n, tiles.FEW) and tiles.can_be(self, gradients)
 
     def chosen(self, scores: Float[Tensor, "n d_sae"], offsets: Tensor, ids: Tensor, exact: bool = True) -> Choice:
         """Returns a support with its pre-activations, given all of them."""
@@ -350,7 +366,7 @@ class SparseCoder(Published, Folding):
     def _rows(self, x: Float[Tensor, "*shape d_in"], dtype: torch.dtype | None = None) -> Float[Tensor, "n d_in"]:
         if x.shape[-1] != self.spec.d_in:
             raise ValueError(f"x: last dimension is {x.shape[-1]}, but this coder has d_in = {self.spec.d_in}")
-        return x.reshape(-1, self.spec.d_in).to(self.W_enc.device, dtype or self.W_enc.dtype)
+        return x.reshape(-1, self.spec.d_in).to(self.like.device, dtype or self.like.dtype)
 
 
 def as_floats(x: Any, argument: str = "x", wanted: str = "activations [..., d_in]") -> Tensor:

@@ -37,9 +37,9 @@ class Published:
     ) -> "Self":
         """Returns the coder of a folder, a hub id or a released name, or in a folder below it; as `sae.load` does.
 
-        `token` is of the hub (False: none); `local_files_only` asks it for nothing. `device_map` is a device, "auto" or
-        a map to one; `dtype` a torch.dtype or its name, "auto" the stored one, float32 by default. `hints` are those of
-        `sae.load`, and `lazy`. ConfigError and DataError as there.
+        `token` is of the hub (False: none); `local_files_only` asks it for nothing. `device_map` is a device, "auto",
+        "disk", several devices, or their shares; `dtype` a torch.dtype or its name, "auto" the stored one, float32 by
+        default. `hints` are those of `sae.load`, and `lazy`. ConfigError and DataError as there.
         """
         options = {"device": device, "device_map": device_map, "dtype": dtype, "torch_dtype": torch_dtype, **hints}
         where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}

@@ -73,7 +73,7 @@ def splice(
     def remember(site: Site, x: Tensor) -> None:
         if site == spec.reads[0]:  # a new pass of the model
             seen.clear()
-        seen[site.name] = x.to(coder.W_enc.device, copy=True)  # what follows may add to it in place
+        seen[site.name] = x.to(coder.device, copy=True)  # what follows may add to it in place
 
     def made(site: Site, part: slice) -> Callable[[Tensor], Tensor]:
         def new(x: Tensor) -> Tensor:

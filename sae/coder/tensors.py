@@ -34,6 +34,24 @@ class LatentBlock(NamedTuple):
     """Of the output."""
 
 
+class Piece(NamedTuple):
+    """Neighboring latents of one block, whose tensors lie together."""
+
+    block: int
+    latents: slice
+    columns: slice
+    """Of the output, which they write."""
+    device: torch.device
+    """Where they are computed with."""
+    encoders: dict[str, Tensor]
+    decoder: Float[Tensor, "m width"]
+
+    @property
+    def width(self) -> int:
+        """Returns the width of what they see."""
+        return self.encoders["W_enc"].shape[1]
+
+
 class CoderTensors(nn.Module):
     """A sparse autoencoder, transcoder or crosscoder with one latent per row.
 
@@ -93,6 +111,16 @@ class CoderTensors(nn.Module):
         """Returns where its tensors are."""
         return self.W_dec.device
 
+    @property
+    def whereabouts(self) -> str:
+        """Returns where its latents are, in words."""
+        return f"on {self.device}"
+
+    @property
+    def like(self) -> Tensor:
+        """Returns a tensor of the precision and on the device in which it computes."""
+        return self.W_enc
+
     def to_dtype(self, dtype: torch.dtype | None) -> "Self":
         """Returns this coder with its matrices and biases in another precision (None: as they are, nothing is read).
 
@@ -149,7 +177,7 @@ class CoderTensors(nn.Module):
         ids, layers = checked_ids(latents, self.spec.d_sae, self.W_enc.device), self.spec.n_blocks
         out = torch.zeros(len(ids), layers, self.W_enc.shape[1], device=ids.device)
         out[torch.arange(len(ids), device=ids.device), ids // (self.spec.d_sae // layers)] = self.W_enc[ids].float()
-        return out.flatten(1)
+        return out.flatten(1).to(self.device)
 
     @torch.no_grad()
     def decoder_rows(self, latents: Sequence[int] | Int[Tensor, "m"]) -> Float[Tensor, "m d_out"]:
@@ -159,7 +187,7 @@ class CoderTensors(nn.Module):
         for block, weight in zip(self.blocks, self.decoders(frozen=True), strict=True):
             mine = (ids >= block.latents.start) & (ids < block.latents.stop)
             out[mine, block.columns] = weight[ids[mine] - block.latents.start].float()
-        return out
+        return out.to(self.device)
 
     def encoder_tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of the encoder, with a row for each latent."""
@@ -169,6 +197,14 @@ class CoderTensors(nn.Module):
     def cuts(self) -> list[Cut]:
         """Returns which latents these are, of each of those groups, where ranks hold parts of one coder."""
         return self.shard.groups if self.shard else [Cut(group.stop - group.start) for group in self.rule_groups()]
+
+    def pieces(self) -> list[Piece]:
+        """Returns all latents in order, as they lie: block by block."""
+        encoders, pieces = self.encoder_tensors(), []
+        for number, (block, decoder) in enumerate(zip(self.blocks, self.decoders(frozen=True), strict=True)):
+            own = {name: tensor.detach()[block.latents] for name, tensor in encoders.items()}
+            pieces.append(Piece(number, block.latents, block.columns, self.W_enc.device, own, decoder))
+        return pieces
 
     def rule_groups(self) -> list[slice]:
         """Returns the latents among which selection chooses: each block, or all together."""

@@ -183,7 +183,7 @@ def selections(coder: SparseCoder, observed: Observed) -> Iterator[SparseCoder]:
     spec = coder.spec
     if not spec.selection.keeps_positive:
         return
-    x, target = (observed.columns(sites)[:THRESHOLD_TOKENS].to(coder.W_enc) for sites in (spec.reads, spec.writes))
+    x, target = (observed.columns(sites)[:THRESHOLD_TOKENS].to(coder.like) for sites in (spec.reads, spec.writes))
     ks = [max(1, round(observed.l0))] if observed.l0 else [k for k in KS if k < spec.d_sae]
     scores = coder.scores(x).flatten()
     largest = scores.topk(min(max(ks) * len(x) + 1, len(scores))).values

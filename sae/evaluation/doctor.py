@@ -131,7 +131,7 @@ def diagnose(
     if not isinstance(text, str | os.PathLike | None):
         raise wrong("text", text, "the name of a source: a file, a folder or a hub id")
     text = None if text is None else os.fspath(text)
-    lm = as_language_model(lm, device=str(coder.W_enc.device))
+    lm = as_language_model(lm, device=str(coder.device))
     coder = rebuilt(coder, _resolved(coder.spec, lm))
     observed = observe(lm, coder.spec, rows_of_text(lm, coder.spec, tokens, text))
 
@@ -266,7 +266,7 @@ def _suspects(
 def _figures(coder: SparseCoder, observed: Observed, every: bool = False) -> dict[str, Any]:
     """Returns the metrics of reconstruction, and `error` as at the head of this module."""
     spec = coder.spec
-    x, target = (observed.columns(sites, every).to(coder.W_enc.device) for sites in (spec.reads, spec.writes))
+    x, target = (observed.columns(sites, every).to(coder.device) for sites in (spec.reads, spec.writes))
     found = Reconstruction(spec.d_sae, spec.d_out)
     for part, wanted in zip(x.split(PART), target.split(PART), strict=True):
         found.update(wanted, *coder(part))

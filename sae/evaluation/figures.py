@@ -37,7 +37,7 @@ class Figures:
 
     def update(self, seen: dict[str, Float[Tensor, "n _d"]], gradients: dict[str, Float[Tensor, "n _d"]]) -> None:
         """Takes in the activations (and gradients, if the coder looks at them) of the tokens that count, by site."""
-        coder, spec, device = self.coder, self.coder.spec, self.coder.W_enc.device
+        coder, spec, device = self.coder, self.coder.spec, self.coder.device
         own = {site.name: seen[site.name] for site in (*spec.reads, *spec.writes)}
         x, target = (side_by_side(own, side).to(device) for side in (spec.reads, spec.writes))
         usual = norm_mask(own, spec.mask).to(device)

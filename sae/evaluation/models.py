@@ -22,7 +22,7 @@ def models_of(
     """
     check_placed(coders)
     first = next(iter(coders.values()))
-    sites, device = {"": first.spec.reads[0]}, str(first.W_enc.device)
+    sites, device = {"": first.spec.reads[0]}, str(first.device)
     sites |= {site.tag: site for coder in coders.values() for site in coder.spec.reads if site.tag}
     models = {}
     for tag, given in (("", lm), (SECOND, second)):

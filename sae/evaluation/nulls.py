@@ -19,7 +19,7 @@ def null_fvus(coder: SparseCoder, fitted: Pairs, test: Pairs) -> dict[str, dict[
     Of an autoencoder, random_dictionary: an untrained TopK coder of the same width with as many active latents, its
     output scaled to fit best; pca: as many principal components. Of a transcoder, linear_map: least squares.
     """
-    (x, y), (x_test, y_test) = ([part.to(coder.W_enc.device) for part in pair] for pair in (fitted, test))
+    (x, y), (x_test, y_test) = ([part.to(coder.device) for part in pair] for pair in (fitted, test))
     if not coder.spec.is_autoencoder:
         ones = [in_float64(torch.cat([part, part.new_ones(len(part), 1)], dim=1)) for part in (x, x_test)]
         solution = torch.linalg.lstsq(ones[0].cpu(), y.cpu().double(), driver="gelsd").solution.to(ones[1].device)

@@ -69,7 +69,7 @@ def score(
     """
     x, codes = truth.sample(tokens, "test")
     with torch.no_grad():
-        out, latents = coder(x.to(coder.W_dec), gradients)
+        out, latents = coder(x.to(coder.like), gradients)
     out, fired = out.cpu(), latents.to_dense().cpu() != 0
     cosines = truth.directions @ torch.nn.functional.normalize(coder.W_dec.detach().cpu().float(), dim=1).T
     cosine, matched = (cosines.abs() if coder.spec.selection.signed else cosines).max(1)

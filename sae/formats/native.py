@@ -5,7 +5,6 @@ Version 2 adds the digest of the weights to `cfg.json`; version 1 has none. Newe
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sae.base.errors import DataError
@@ -16,6 +15,7 @@ from sae.coder.spec import CoderSpec
 from sae.parallel import agreement, ranks
 from sae.parallel.shared_file import save_rows
 from sae.untrusted.places import Place
+from sae.untrusted.tensors import is_finite
 
 CONFIG, FILE = "cfg.json", "sae.safetensors"
 WEIGHTS = r"sae\.safetensors"
@@ -65,7 +65,7 @@ def write_together(folder: Path, coder: SparseCoder) -> None:
 def check_weights(tensors: dict[str, Tensor], folder: Path) -> None:
     """Raises DataError naming a tensor that is not finite."""
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise DataError(f"{name}: holds NaN or Inf; not saved to {folder}")
 
 

@@ -1,7 +1,7 @@
 """Compressed rows: row i of a matrix owns entries offsets[i]:offsets[i+1] of what is listed row after row."""
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 
@@ -28,6 +28,22 @@ def flat(offsets: Int[Tensor, "n_plus_1"], columns: Int[Tensor, "nnz"], m: int) 
     """
     begins = torch.arange(0, m * (offsets.numel() - 1), m, device=offsets.device)
     return torch.repeat_interleave(begins, offsets.diff(), output_size=columns.numel()).add_(columns)
+
+
+def joined(
+    parts: list[tuple[Tensor, Tensor, Tensor]],
+) -> tuple[Int[Tensor, "n_plus_1"], Int[Tensor, "nnz"], Shaped[Tensor, "nnz"]]:
+    """Returns (row offsets, columns, values) of matrices side by side, given those of each; columns count on."""
+    counts = torch.stack([offsets.diff() for offsets, _, _ in parts])
+    offsets = offsets_of(counts.sum(0))
+    begins = offsets[:-1] + counts.cumsum(0) - counts
+    columns = torch.empty(sum(len(part[1]) for part in parts), dtype=torch.long, device=offsets.device)
+    values = columns.new_empty(len(columns), dtype=parts[0][2].dtype)
+    for begin, (starts, own, known) in zip(begins, parts, strict=True):
+        places = torch.repeat_interleave(begin - starts[:-1], starts.diff(), output_size=len(own))
+        places += torch.arange(len(own), device=own.device)
+        columns[places], values[places] = own, known
+    return offsets, columns, values
 
 
 def entries_of(

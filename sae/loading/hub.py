@@ -18,11 +18,13 @@ from sae.base.errors import ConfigError, DataError, nearest
 from sae.base.paths import can_only_be_local, near
 from sae.coder.arguments import CoderLike, as_coder
 from sae.coder.coder import SparseCoder
+from sae.coder.parts import cut, in_parts
 from sae.coder.spec import RELEASED, CoderSpec
 from sae.formats import native
 from sae.lm.devices import resolve_device
 from sae.loading import releases
 from sae.loading.hints import REFUSED_WHERE_UNUSED, Hints, checked_hints, known_release, with_known_hints
+from sae.loading.placing import AUTO, placing
 from sae.loading.remote import HubFiles
 from sae.untrusted.files import Files, LocalFiles
 from sae.untrusted.places import Place
@@ -35,20 +37,22 @@ Address = str | Path | tuple[str, str]
 
 def load(
     path: Address,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: str | torch.dtype = torch.float32,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     lazy: bool = False,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    device_map: Any = None,
     **hints: Any,
 ) -> SparseCoder:
     """Returns the one coder at an address, without gradients.
 
     The format is found by file names, tensor names and shapes (`sae/formats/`). `device` "auto" is a GPU where there is
     one; `dtype` a torch.dtype or its name, "auto" the precision of the stored decoder; thresholds stay float32. `lazy`
-    maps the tensors into memory, in the precision they are stored in; it reads what is looked at. `revision`,
+    maps the tensors into memory, in the precision they are stored in; it reads what is looked at. `device_map` lets
+    latents lie on several devices or on disk (`sae/loading/placing.py`). `revision`,
     `cache_dir`, `token` and `local_files_only` are those of huggingface_hub. `hints` say what the files do not
     (`sae.loading.hints.Hints`: model, site, pre_bias, scale, format).
     `spec.training["released"]` says where it came from.
@@ -57,7 +61,7 @@ def load(
     needed; DataError naming the file or tensor that is missing, damaged, of the wrong shape, unknown, or not finite.
     """
     place = find_place(path, "", revision, cache_dir, token, local_files_only, **hints)
-    return read_coder(replace(place, lazy=lazy), device, dtype)
+    return read_coder(replace(place, lazy=lazy), device, dtype, device_map)
 
 
 def find_place(
@@ -85,13 +89,14 @@ def find_place(
 
 def load_all(
     repo: Address,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: str | torch.dtype = torch.float32,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     lazy: bool = False,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    device_map: Any = None,
     **hints: Any,
 ) -> dict[str, SparseCoder]:
     """Returns every coder at or below an address by its name there; arguments and errors as those of `load`."""
@@ -102,7 +107,7 @@ def load_all(
         raise ConfigError(f"{said[0]}: there are {len(found)} coders, which it cannot fit alike; load them one by one")
     if not found:
         raise ConfigError(f"path: {why_no_coder(files, below)}")
-    return {name: read_coder(replace(place, lazy=lazy), device, dtype) for name, place in found.items()}
+    return {name: read_coder(replace(place, lazy=lazy), device, dtype, device_map) for name, place in found.items()}
 
 
 def save(coder: CoderLike, folder: str | Path) -> None:
@@ -159,10 +164,15 @@ def places_below(files: Files, below: str = "", hints: Hints | None = None) -> d
 
 
 def read_coder(
-    place: Place, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32
+    place: Place,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = torch.float32,
+    device_map: Any = None,
 ) -> SparseCoder:
     """Returns the coder at a place."""
-    where, precision = resolve_device(str(device), "device"), _precision(dtype)
+    if device_map is not None:
+        return _placed(place, device, dtype, device_map)
+    where, precision = resolve_device(str(device or "cpu"), "device"), _precision(dtype)
     if place.lazy and (where.type, precision) != ("cpu", torch.float32):
         raise ConfigError(
             "lazy: mapped weights stay on the CPU in the precision they are stored in; leave out the rest"
@@ -184,6 +194,24 @@ def read_coder(
     coder = coder.to(where).to_dtype(precision or coder.W_dec.dtype)
     check_finite(coder.state_dict(), place)  # in the precision asked for: float16 ends at 65,504
     return coder
+
+
+def _placed(place: Place, device: str | torch.device | None, dtype: str | torch.dtype, device_map: Any) -> SparseCoder:
+    """Returns the coder at a place with its latents where a map says."""
+    if place.lazy:
+        raise ConfigError("lazy: device_map says where weights lie; leave one of them out")
+    precision, where = _precision(dtype), placing(device_map, device)
+    if where.whole is None or device_map == AUTO:
+        mapped = read_coder(replace(place, lazy=True, opened=[]))
+        precision = precision or mapped.W_dec.dtype
+        size = sum(tensor.numel() for tensor in mapped.state_dict().values()) * precision.itemsize
+        where = placing(device_map, device, size)
+        if where.whole is None:
+            coder = in_parts(mapped, cut(mapped.spec, where.shares), where.device, precision)
+            for piece in coder.held:
+                check_finite({**piece.encoders, "W_dec": piece.decoder}, place)
+            return coder
+    return read_coder(place, where.whole, dtype)
 
 
 def _precision(dtype: str | torch.dtype) -> torch.dtype | None:

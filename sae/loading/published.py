@@ -20,9 +20,8 @@ def from_pretrained(
 ) -> SparseCoder:
     """Returns the coder at an address, or below it."""
     address = f"{str(name).rstrip('/')}/{subfolder.strip('/')}" if subfolder else name
-    where = _one("device", device, "device_map", _device(device_map))
     precision = _one("dtype", dtype, "torch_dtype", torch_dtype)
-    said = {"device": where, "dtype": precision}
+    said = {"device": device, "device_map": device_map, "dtype": precision}
     return hub.load(address, **{key: value for key, value in said.items() if value is not None}, **options)
 
 
@@ -60,12 +59,3 @@ def _one(name: str, value: Any, other: str, same: Any) -> Any:
     if value is not None and same is not None and str(value).removeprefix("torch.") != str(same).removeprefix("torch."):
         raise ConfigError(f"{name}: {value} and {other}: {same} are two answers to one question; give one")
     return same if value is None else value
-
-
-def _device(device_map: Any) -> Any:
-    """Returns the device that a map of `accelerate` means, for it is one."""
-    found = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    if len(found) != 1:
-        raise ConfigError(f"device_map: {device_map} names {len(found)} devices; a coder lies on one")
-    device = found.pop()
-    return f"cuda:{device}" if isinstance(device, int) else device

@@ -178,12 +178,12 @@ class SaeLensCoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Returns the precision of the weights."""
-        return self.coder.W_dec.dtype
+        return self.coder.dtype
 
     @property
     def device(self) -> torch.device:
         """Returns where the weights are."""
-        return self.coder.W_dec.device
+        return self.coder.device
 
     def encode(self, x: Tensor) -> Tensor:
         """Returns the codes of activations [..., d_in], or [..., heads, d_head] while heads are reshaped, densely."""
@@ -287,8 +287,8 @@ def _config(coder: SparseCoder, spec: CoderSpec) -> Config:
         architecture=Named(
             f"{'jumprelu_' * (kind == 'jumprelu')}{'skip_' * spec.skip}transcoder" if transcodes else kind
         ),
-        dtype=str(coder.W_dec.dtype).removeprefix("torch."),
-        device=str(coder.W_dec.device),
+        dtype=str(coder.dtype).removeprefix("torch."),
+        device=str(coder.device),
         apply_b_dec_to_input=spec.pre_bias == "decoder",
         normalize_activations=saelens.KINDS.get(spec.normalization.kind, "none"),
         reshape_activations="hook_z" if (known.hook_name or "").endswith("hook_z") else "none",

@@ -141,6 +141,11 @@ class Selection(Plugin):
         """Returns whether `infer` is to be given scores that a gradient has augmented."""
         return False
 
+    @property
+    def augments_alone(self) -> bool:
+        """Returns whether `augment`, outside training, looks at each latent by itself."""
+        return False
+
     def with_gradients(self, looks: bool) -> "Self":
         """Returns the rule as it is where it looks at gradients at inference, or does not, if it has that choice."""
         return self

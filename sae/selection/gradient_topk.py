@@ -71,6 +71,11 @@ class GradientTopK(TopK):
         """Returns whether `inference` says so."""
         return self.inference == "gradient"
 
+    @property
+    def augments_alone(self) -> bool:
+        """Returns whether it is not a mean over the token's latents that effects are divided by."""
+        return self.gradient_norm != "token"
+
     def with_gradients(self, looks: bool) -> "Self":
         """Returns the rule of either inference."""
         return replace(self, inference="gradient" if looks else "plain")

@@ -77,8 +77,13 @@ class Tensors(Mapping[str, Tensor]):
 def check_finite(tensors: Mapping[str, Tensor], source: object) -> None:
     """Raises DataError naming a tensor with NaN or infinity."""
     for name, tensor in tensors.items():
-        rows = tensor if tensor.dim() else tensor[None]
-        at_once = max(1, FINITE_CHUNK * len(rows) // max(1, rows.numel()))
-        for part in rows.split(at_once):  # what isfinite makes of it takes more room than the tensor
-            if not torch.isfinite(part.float() if part.element_size() == 1 else part).all():
-                raise DataError(f"{source}: tensor {name} holds NaN or Inf, read as {tensor.dtype}")
+        if not is_finite(tensor):
+            raise DataError(f"{source}: tensor {name} holds NaN or Inf, read as {tensor.dtype}")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Returns whether no number of a tensor is NaN or infinite."""
+    rows = tensor if tensor.dim() else tensor[None]
+    at_once = max(1, FINITE_CHUNK * len(rows) // max(1, rows.numel()))
+    parts = rows.split(at_once)  # what isfinite makes of one takes more room than the part
+    return all(bool(torch.isfinite(p.float() if p.element_size() == 1 else p).all()) for p in parts)

@@ -9,76 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rigs.any_coder import D_SAE, RULES, TOKENS, WHOLE, batch, entries, kinds, made
 
 import sae
-from sae.base import plugins
 from sae.base.errors import ConfigError
 from sae.base.files import write_json
-from sae.coder import partial
+from sae.coder import tiles
 from sae.coder.coder import SparseCoder
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
 from sae.coder.tensors import checked_ids
-from sae.lm.site import Site
-from sae.selection import Selection
-from sae.selection.gradient_topk import GradientTopK
-from sae.selection.groupmax import GroupMax
-from sae.selection.mutual_choice import MutualChoice
 from sae.selection.relu import ReLU
 from sae.selection.topk import TopK
-
-D_SAE, TOKENS = 24, 20
-RULES = {
-    name: kind(k=3) if "k" in kind.__dataclass_fields__ else kind()
-    for name, kind in plugins.names(Selection).items()
-    if name == kind.get_choice_name(kind)
-}
-RULES |= {"groupmax": GroupMax(4), "groups of one": GroupMax(24), "one group": GroupMax(1)}
-RULES |= {"calibrated": MutualChoice(3), "with gradients": GradientTopK(3, inference="gradient")}
-WHOLE = ["matching_pursuit", "with gradients"]
-ONE = (Site("a", scale=0.6),)
-THREE_IN, THREE_OUT = (tuple(Site(f"{side}.{i}", width=w) for i in range(3)) for side, w in (("in", 4), ("out", 3)))
-LAYERS = {"reads": THREE_IN, "writes": THREE_OUT, "cross_layer": True, "pre_bias": "own"}
-NORMALIZATIONS = (
-    Normalization(),
-    Normalization("scalar", 0.8),
-    Normalization("layer_norm"),
-    Normalization("l2"),
-    Normalization("center"),
-)
-
-
-def made(rule="relu", seed=0, whole=False, layers=False, **fields):
-    """A random coder; `whole`, of whole numbers, so that ties abound and every product is exact."""
-    selection, (d_in, d_out) = RULES[rule], (12, 9) if layers else (6, 6)
-    fields = (LAYERS if layers else {"reads": ONE, "writes": ONE, "pre_bias": "decoder"}) | fields
-    if selection.encoder:
-        fields["encoder"] = "matching_pursuit"
-    draw = torch.Generator().manual_seed(seed)
-    coder = SparseCoder(CoderSpec(d_in, d_out, D_SAE, selection, decoder_norm="free", **fields)).requires_grad_(False)
-    for name, tensor in coder.state_dict().items():
-        random = torch.randn(tensor.shape, generator=draw)
-        tensor.copy_(random.round() if whole else random)
-        if name == "threshold":
-            tensor.abs_()
-    if selection.encoder:
-        coder.W_enc.copy_(coder.W_dec)
-        coder.b_enc.zero_()
-    if rule in ("calibrated", "with gradients"):
-        coder.spec = coder.spec.with_(calibration=tuple(1.0 + group.start / 10 for group in coder.rule_groups()))
-    return coder
-
-
-def batch(coder, whole=False, shape=(TOKENS,)):
-    draw = torch.Generator().manual_seed(1)
-    x, g = (torch.randn(*shape, width, generator=draw) for width in (coder.spec.d_in, coder.spec.d_out))
-    return x.round() if whole else x, g if coder.spec.selection.looks_at_gradients else None
-
-
-def entries(latents, asked=range(D_SAE)):
-    """{(token, latent): value} of some latents, entries of value 0 included."""
-    found = zip(latents.tokens.tolist(), latents.ids.tolist(), latents.values.tolist(), strict=True)
-    return {(token, latent): value for token, latent, value in found if latent in set(asked)}
 
 
 def agrees(coder, x, gradients, asked, exact=False):
@@ -92,29 +34,13 @@ def agrees(coder, x, gradients, asked, exact=False):
     assert some.values.dtype == coder.W_enc.dtype
 
 
-@st.composite
-def kinds(draw):
-    """Arguments of `made`: any kind of coder that there is."""
-    rule, layers = draw(st.sampled_from(list(RULES))), draw(st.booleans())
-    fields = {"select_by_decoder_norm": draw(st.booleans()) and rule != "jumprelu"}
-    if RULES[rule].encoder or RULES[rule] == GroupMax(1) or RULES[rule] == GroupMax(24):
-        layers = False
-    if layers:
-        fields["budget"] = draw(st.sampled_from(["block", "shared"]))
-    else:
-        fields["pre_bias"] = draw(st.sampled_from(["none", "decoder", "own"]))
-        fields["normalization"] = draw(st.sampled_from(NORMALIZATIONS))
-    fields |= {"skip": draw(st.booleans()), "encoder": draw(st.sampled_from(["linear", "glu"]))}
-    return fields | {"rule": rule, "layers": layers, "seed": draw(st.integers(0, 2**20))}
-
-
 @settings(deadline=None, max_examples=100)
 @given(kinds(), st.lists(st.integers(0, D_SAE - 1), unique=True), st.sampled_from([1, 30, 70, 2**24]))
 def test_some_latents_are_the_entries_of_the_full_codes(kind, asked, held):
     coder = made(**kind).double()  # in which no two products are so near that their order is one of rounding
     x, gradients = batch(coder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partial, "HELD", held)  # one row at a time, a few, or all
+        patch.setattr(tiles, "HELD", held)  # one row at a time, a few, or all
         agrees(coder, x.double(), gradients, asked)
 
 
@@ -132,7 +58,7 @@ def test_ties_fall_as_in_the_full_codes(rule, layers, seed, asked, held):
     coder = made(rule, seed, whole=True, layers=layers)
     coder.spec = coder.spec.with_(normalization=Normalization())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partial, "HELD", held)
+        patch.setattr(tiles, "HELD", held)
         agrees(coder, *batch(coder, whole=True), asked, exact=True)
 
 
@@ -209,14 +135,14 @@ def test_rows_are_those_of_the_matrices_in_full_width(layers):
 def test_only_the_rows_that_it_takes_are_read(rule, monkeypatch):
     """Tells by what the chunks of W_enc are: those of the latents, of their groups, or of all that compete."""
     read, coder = [], made(rule, layers=False)
-    inner = partial._read
+    inner = tiles.read
 
-    def counted(coder, number, some, dtype):
-        read.append(len(coder.W_enc[coder.blocks[number].latents][some]))
-        return inner(coder, number, some, dtype)
+    def counted(coder, span, of):
+        read.append(len(span.piece.encoders["W_enc"][span.some]))
+        return inner(coder, span, of)
 
-    monkeypatch.setattr(partial, "_read", counted)
-    monkeypatch.setattr(partial, "HELD", 30)
+    monkeypatch.setattr(tiles, "read", counted)
+    monkeypatch.setattr(tiles, "HELD", 30)
     coder.encode(*batch(coder), latents=[3, 4, 23])
     if rule in WHOLE:
         assert not read, "the full codes"

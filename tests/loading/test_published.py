@@ -72,7 +72,10 @@ def test_precision_has_names(mine, dtype, tmp_path):
         ({"dtype": torch.int8}, "dtype: int8 is not one of auto, float32"),
         ({"dtype": "float16", "torch_dtype": "float32"}, "dtype: float16 and torch_dtype: float32 are two answers"),
         ({"device": "cpu", "device_map": "meta"}, "device: cpu and device_map: meta are two answers"),
-        ({"device_map": {"encoder": "cpu", "decoder": "cuda:1"}}, "names 2 devices; a coder lies on one"),
+        (
+            {"device_map": {"encoder": "cpu", "decoder": "cuda:1"}},
+            "it is latents that are dealt out; allowed",
+        ),
         ({"device": "gpu"}, "device: 'gpu' is not available here"),
         ({"revison": "main"}, "revison: not something to say of a coder"),
         ({"trust_remote_code": True}, "trust_remote_code: not something to say of a coder"),
