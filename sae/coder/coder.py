@@ -20,6 +20,7 @@ from sae.coder.wording import description, kind, known_figures, summary
 from sae.kernels.codes import PAD, Entries, SparseLatents, Support, counted, flat, offsets_of, rows_of
 from sae.lm.site import column_weights
 from sae.pages.notebook import table
+from sae.selection import Moment
 
 CHUNK_ENTRIES = 2**24  # of [tokens, d_sae] that are held at once outside training: 64 MiB in float32
 
@@ -298,12 +299,12 @@ class SparseCoder(Published, Folding):
         scores: Float[Tensor, "n d_sae"],
         how: Undo = (0.0, 1.0),
         gradients: Float[Tensor, "n d_in"] | None = None,
-        states: list[dict[str, Tensor]] | None = None,
+        moments: list[Moment] | None = None,
     ) -> Float[Tensor, "n d_sae"]:
         """Returns what selection compares: pre-activations, times decoder norms or augmented where the spec says so.
 
-        `gradients` are those of the loss at the sites written, in the model's own units, which `how` leads to; `states`
-        what the rule remembers of every block.
+        `gradients` are those of the loss at the sites written, in the model's own units, which `how` leads to;
+        `moments` what the rule knows of a training step, for every block.
         """
         scores = scores * self.decoder_norms() if self.spec.select_by_decoder_norm else scores
         if gradients is None or self.spec.selection.gradient_loss is None:
@@ -311,9 +312,9 @@ class SparseCoder(Published, Folding):
         effects = self.effects(gradients * how[1])  # the chain rule, with the normalization taken as constant
         groups = self.rule_groups()
         found = self.spec.calibration or (0.0,) * len(groups)
-        states = states or [{"calibration": torch.tensor(calibration)} for calibration in found]
-        parts = [self.spec.rule.augment(scores[:, g], effects[:, g], s) for g, s in zip(groups, states, strict=True)]
-        return torch.cat(parts, dim=1)
+        moments = moments or [Moment(1.0, len(scores), {"calibration": torch.tensor(number)}) for number in found]
+        both = zip(groups, moments, strict=True)
+        return torch.cat([self.spec.rule.augment(scores[:, g], effects[:, g], moment) for g, moment in both], dim=1)
 
     def support(self, scores: Float[Tensor, "n d_sae"], ask: Callable[..., Support] | None = None) -> Support:
         """Returns the support of compared scores: by the per-token rule, or by `ask(rule, scores, tensors, group)`.

@@ -55,6 +55,8 @@ class Moment:
     """The ranks that choose together: along data they have other tokens, along latents other latents."""
     cut: Cut = NO_LATENTS
     """Which of the group's latents this rank holds; scores, states and entries are of those."""
+    n_own: int = 0
+    """Tokens of the batch that this rank has looked at, once a batch-wide rule is asked what it keeps."""
 
 
 class Factors(NamedTuple):
@@ -251,11 +253,11 @@ class Selection(Plugin):
         return None
 
     def augment(
-        self, scores: Float[Tensor, "n m"], effect: Float[Tensor, "n m"], state: dict[str, Tensor]
+        self, scores: Float[Tensor, "n m"], effect: Float[Tensor, "n m"], moment: Moment
     ) -> Float[Tensor, "n m"]:
         """Returns the scores of a rule that has a `gradient_loss`; `effect` is |<g, W_dec_i>|.
 
-        Outside training the state is a number `calibration`, 0 if none was found.
+        Outside training the moment's state is a number `calibration`, 0 if none was found.
         """
         raise NotImplementedError
 
@@ -266,27 +268,30 @@ class Selection(Plugin):
         """Returns the entries of some tokens among which those lie that a batch-wide rule may keep."""
         raise NotImplementedError
 
-    def candidates_of(self, n: int, batch: int, m: int) -> tuple[int, int]:
-        """Returns the least and the most candidates, among m latents, of n tokens of a batch in a step after the first.
-
-        Both of the rule's last k; they are equal where the tokens alone decide.
-        """
-        raise NotImplementedError
-
     def reduce(self, entries: Entries, moment: Moment) -> Entries:
         """Returns the candidates among entries, sorted by (token, latent), of some of the batch's tokens."""
         raise NotImplementedError
 
-    def floors(self, entries: Entries, n_tokens: int, m: int, moment: Moment) -> Float[Tensor, "m"]:
-        """Returns, of the candidates of n tokens of the batch, a value for each of m latents.
+    def keep(self, entries: Entries, moment: Moment) -> Entries:
+        """Returns the kept ones of the candidates of this rank, which are sorted by (token, latent).
 
-        Of the whole batch nothing is kept, or looked at by `keep`, that lies below the smallest of the parts' values.
+        Other ranks have others, of which they are asked at the same time: by `moment.mesh` they agree.
         """
         raise NotImplementedError
 
-    def keep(self, entries: Entries, moment: Moment) -> Entries:
-        """Returns the kept entries, given the candidates of all tokens of the batch, sorted by (token, latent)."""
-        raise NotImplementedError
+    def exchanged(self, m: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns what ranks that share a batch sum, or take the smallest of, one after the other in a step.
+
+        Of m latents, with scores of that type, as meta tensors: what each step does, and what data may add.
+        """
+        return [], []
+
+    def gathered(self, n: int, batch: int, m: int) -> tuple[int, int] | None:
+        """Returns how many entries, at the least and the most, a rank tells the others in a step after the first.
+
+        Of n of the batch's tokens, and m latents. None: it tells none.
+        """
+        return None
 
     def finish(self, moment: Moment) -> None:
         """Is called, on every rank, after a step was applied."""

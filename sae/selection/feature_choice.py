@@ -32,8 +32,17 @@ from sae.base.settings import choose
 from sae.base.sums import in_float64
 from sae.kernels.codes import Entries, Support, where
 from sae.kernels.largest import among_largest, by_rank, ranks, reached, top_entries, top_of_columns
+from sae.parallel import collectives
 from sae.selection import NEVER, Moment, Selection
-from sae.selection.mutual_choice import ROOM, MutualChoice, add_to_mean, entries_above, mean_of, running_mean
+from sae.selection.mutual_choice import (
+    ROOM,
+    MutualChoice,
+    add_to_mean,
+    entries_above,
+    mean_of,
+    running_mean,
+    smallest_positive,
+)
 
 OWN_ROOM = 2  # times as many candidates as latents need may be in a tile
 
@@ -84,21 +93,26 @@ class FeatureChoice(MutualChoice):
         return {**running_mean(m), "density": density, "carry": carry, "steps": torch.zeros((), dtype=torch.int64)}
 
     def begin(self, moment: Moment) -> None:
-        """Deals out the budgets of the step."""
-        state, total, m = moment.state, self.budget(moment), len(moment.state["density"])
-        wanted, most = total * zipf.ranked(self.curve(state).shares(m), state["density"]), max(1, moment.n_tokens)
+        """Deals out the budgets of the step, those of all latents, since they share the curve."""
+        state, cut, total = moment.state, moment.cut, self.budget(moment)
+        density, most = cut.whole(state["density"]), max(1, moment.n_tokens)
+        m = len(density)
+        if not cut.axis.moves:  # what another cut has left behind
+            state = moment.state = {name: value for name, value in state.items() if not name.startswith("zipf.")}
+        wanted = total * zipf.ranked(self.curve(density).shares(m), density)
         if m <= total:
-            state["budgets"] = zipf.budgets(wanted, total, most, least=1)
+            state["budgets"] = cut.own(zipf.budgets(wanted, total, most, least=1))
             return
-        wanted = zipf.fill(wanted, total, most, least=0) + state["carry"]
-        state["budgets"] = zipf.budgets(wanted, total, most, least=0)
+        wanted = zipf.fill(wanted, total, most, least=0) + cut.whole(state["carry"])
+        budgets = zipf.budgets(wanted, total, most, least=0)
+        state["budgets"] = cut.own(budgets)
         if not self._is_mutual(moment):
-            left = (wanted - state["budgets"]).clamp(-1, 1)
+            left = cut.own((wanted - budgets).clamp(-1, 1))
             state["carry"] = torch.where(self._ordered(state), left, state["carry"])
 
-    def curve(self, state: dict[str, Tensor]) -> zipf.Zipf:
-        """Returns the curve that the budgets follow: fitted, or as given."""
-        return zipf.fit(state["density"], self.exponent, self.shift)
+    def curve(self, density: Float[Tensor, "m"]) -> zipf.Zipf:
+        """Returns the curve that the budgets follow: fitted to the densities of all latents, or as given."""
+        return zipf.fit(density, self.exponent, self.shift)
 
     def candidates(self, scores: Float[Tensor, "n m"], first_token: int, moment: Moment) -> Entries:
         """Returns entries of some tokens among which those lie that Mutual Choice and Feature Choice would keep.
@@ -109,23 +123,18 @@ class FeatureChoice(MutualChoice):
         """
         if self._is_mutual(moment):
             return super().candidates(scores, first_token, moment)
-        total, (n, m) = self.budget(moment), scores.shape
+        total, (n, m) = self.budget(moment), scores.shape  # on any rank: a few may hold most of what is kept
         needed = moment.state["budgets"].to(scores.device) + 1
         if not self._guesses(moment):
             return _union(top_entries(scores, total, first_token), top_of_columns(scores, needed, first_token), m)
         seen = moment.noted = moment.noted or Seen(torch.full_like(scores[0], -torch.inf))
         if n > seen.of:
             seen.of, seen.floors = n, torch.maximum(seen.floors, reached(scores, needed, total + m))
-        seen.tokens, kind = first_token + n, torch.finfo(scores.dtype)
+        seen.tokens, kind = seen.tokens + n, torch.finfo(scores.dtype)
         least = torch.minimum(seen.floors, self._floor(moment, scores))
         below = least - kind.eps * least.abs() - kind.tiny  # those that equal it are candidates
         own = OWN_ROOM * (total + m) * n // seen.of
         return entries_above(scores, first_token, below, own + ROOM * total * n // moment.n_tokens + m // 16, moment)
-
-    def candidates_of(self, n: int, batch: int, m: int) -> tuple[int, int]:
-        """Returns what Mutual Choice would; at most, with every latent's own entries and the next one of each."""
-        least, mutual = super().candidates_of(n, batch, m)
-        return least, min(mutual + self.k * batch + m, n * m)
 
     def reduce(self, entries: Entries, moment: Moment) -> Entries:
         """Returns what both would keep of the entries; in buffers, when twice as many tokens have been looked at."""
@@ -144,47 +153,71 @@ class FeatureChoice(MutualChoice):
         pads, found = places < 0, entries.take(places.clamp_min(0))
         return Entries(found.tokens, found.ids.masked_fill(pads, 0), found.values.masked_fill(pads, -torch.inf))
 
-    def floors(self, entries: Entries, n_tokens: int, m: int, moment: Moment) -> Float[Tensor, "m"]:
-        """Returns what Mutual Choice needs, or the value that a latent's share of m_i + 1 entries reach, if less.
-
-        Shares are rounded up, so that those of all parts are at least m_i + 1; the next one is the other side of a cut.
-        """
-        mutual = super().floors(entries, n_tokens, m, moment)
-        if self._is_mutual(moment) or not n_tokens:
-            return mutual
-        budgets = moment.state["budgets"].to(entries.ids.device)
-        last = -(-(budgets + 1) * n_tokens // moment.n_tokens) - 1
-        own = _at(entries, *by_rank(entries, m), last).to(mutual)
-        return torch.minimum(mutual, torch.where(own.isfinite(), own, -torch.inf))
-
     def keep(self, entries: Entries, moment: Moment) -> Entries:
         """Returns every latent's largest entries, and takes in densities and thresholds."""
-        state, m, values = moment.state, len(moment.state["density"]), entries.values
-        if not len(values):
-            return entries
         total = self.budget(moment)
-        kept = mutual = among_largest(values, total)
-        least = torch.where(mutual, values, torch.inf).min()
+        if not total:
+            return entries
+        state, m, values = moment.state, len(moment.state["density"]), entries.values
+        best = self.best(entries, moment)
+        kept, count = best.mask, best.own
         if moment.failed is not None:  # there may be entries of latents that want less, above what was kept
-            moment.failed = moment.failed | (least <= self._floor(moment, values)[0])
-        smallest = in_float64(torch.where(mutual & (values > 0), values, torch.inf).min())
+            moment.failed = moment.failed | (best.least <= self._floor(moment, values)[0])
+        smallest = smallest_positive(torch.where(best.mask, values, 0.0), moment)
         cut, there = smallest.expand(m), smallest.isfinite()
         if not self._is_mutual(moment):
-            budgets = state["budgets"].to(values.device)
-            order, starts = by_rank(entries, m)
-            ordered = self._ordered(state)
-            kept = torch.where(ordered.to(values.device), ranks(order, starts) < budgets[entries.ids], mutual)
-            last, following = (_at(entries, order, starts, budgets - first) for first in (1, 0))
+            budgets, ordered = state["budgets"].to(values.device), self._ordered(state)
+            every = self._of_all_data(entries, budgets, moment)
+            order, starts = by_rank(every, m)
+            own = _among_first(entries, every, order, starts, budgets)
+            kept, count = torch.where(ordered.to(values.device), own, kept), len(kept)
+            last, following = (_at(every, order, starts, budgets - first) for first in (1, 0))
             own = torch.minimum(last, following)  # of none, or all of the tokens, there is one of them
             own = torch.where(last.isfinite() & following.isfinite(), (last + following) / 2, own)
             cut, there = torch.where(ordered, own, cut), torch.where(ordered, own.isfinite(), there)
-        counted = (mutual if self.density == "mutual" else kept) & (values > 0)
+        counted = (best.mask if self.density == "mutual" else kept) & (values > 0)
         won = torch.zeros(m, dtype=torch.long, device=values.device).scatter_add_(0, entries.ids, counted.long())
+        won = collectives.total(won, moment.mesh.data)
         decay = (1 - 1 / (1 + in_float64(state["steps"]))).clamp_max(self.density_decay)  # the first steps count alike
-        state["density"] = torch.lerp(in_float64(won) / max(1, moment.n_tokens), state["density"], decay)
+        state["density"] = torch.lerp(in_float64(won) / moment.n_tokens, state["density"], decay)
         add_to_mean(state, torch.where(there, cut, 0.0).clamp_min(0), self.threshold_decay, only=there)
-        state["steps"], state["cut"] = state["steps"] + 1, in_float64(least)
-        return entries.take(torch.nonzero_static(kept, size=min(len(kept), total))[:, 0])
+        state["steps"], state["cut"] = state["steps"] + 1, in_float64(best.least)
+        if moment.cut.axis.moves:
+            state.update(_as_state(self.curve(moment.cut.whole(state["density"]))))
+        if moment.mesh.team.moves:
+            return entries.take(kept)
+        return entries.take(torch.nonzero_static(kept, size=min(count, total))[:, 0])
+
+    def _of_all_data(self, entries: Entries, budgets: Int[Tensor, "m"], moment: Moment) -> Entries:
+        """Returns the candidates of all tokens for the latents of this rank, those left out that none can keep.
+
+        A rank looks for m_i + 1 of each latent: those, and the next one, which is the other side of a cut. Of these the
+        tokens' share is rounded up, so that there are at least so many of all ranks at or above the smallest value
+        that a rank's share reaches.
+        """
+        over = moment.mesh.data
+        if not over.moves:
+            return entries
+        order, starts = by_rank(entries, len(budgets))
+        share = -(-(budgets + 1) * moment.n_own // moment.n_tokens) - 1
+        floors = _at(entries, order, starts, share)
+        floors = torch.where(floors.isfinite() | (share < 0).to(floors.device), floors, -torch.inf)
+        values = entries.values.to(torch.promote_types(entries.values.dtype, torch.float32))
+        least = collectives.smallest(floors.to(values), over)
+        wanted = (ranks(order, starts) <= budgets[entries.ids]) & ~(values < least[entries.ids])
+        mine = Entries(entries.tokens, entries.ids, values).take(wanted & (values != -torch.inf))
+        tokens, ids, values = collectives.gathered(*mine, over=over)
+        return Entries(tokens, ids, values.to(entries.values.dtype))
+
+    def exchanged(self, m: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns what Mutual Choice does, what candidates must reach, and how often latents have won."""
+        found, perhaps = super().exchanged(m, dtype)
+        floors = torch.empty(m, dtype=torch.promote_types(dtype, torch.float32), device="meta")
+        return [*found, floors, torch.empty(m, dtype=torch.int64, device="meta")], perhaps
+
+    def gathered(self, n: int, batch: int, m: int) -> tuple[int, int] | None:
+        """Returns the tokens' share of the budget; at most, what every latent needs, or all entries."""
+        return self.k * n, min(self.k * batch + m, n * m)
 
     def calibration(self, state: dict[str, Tensor]) -> Tensor | None:
         """Returns each latent's running mean."""
@@ -192,8 +225,8 @@ class FeatureChoice(MutualChoice):
 
     def report(self, state: dict[str, Tensor]) -> dict[str, float]:
         """Returns the curve."""
-        curve = self.curve(state)
-        return {f"zipf.{name}": float(getattr(curve, name)) for name in ("exponent", "shift", "r2")}
+        found = state if "zipf.r2" in state else _as_state(self.curve(state["density"]))
+        return {name: float(value) for name, value in found.items() if name.startswith("zipf.")}
 
     def _is_mutual(self, moment: Moment) -> bool:
         return moment.progress < self.mutual_share
@@ -217,10 +250,30 @@ class Seen:
 
 def _at(entries: Entries, order: Tensor, starts: Tensor, rank: Int[Tensor, "m"]) -> Float[Tensor, "m"]:
     """Returns each latent's value at a rank, in float64; infinity if there is none."""
+    if not len(order):
+        return in_float64(torch.full_like(rank, torch.inf, dtype=entries.values.dtype))
     place = starts[:-1] + rank
     there = (rank >= 0) & (place < starts[1:])
     found = in_float64(entries.values[order[torch.where(there, place, 0)]])
     return torch.where(there.to(found.device) & (found > -torch.inf), found, torch.inf)
+
+
+def _among_first(
+    entries: Entries, every: Entries, order: Tensor, starts: Tensor, counts: Int[Tensor, "m"]
+) -> Bool[Tensor, "entries"]:
+    """Returns which of this rank's entries are among the first so many of their latent, in the order of all ranks'."""
+    if not len(order):
+        return torch.zeros_like(entries.ids, dtype=torch.bool)
+    last = order[(starts[:-1] + counts - 1).clamp_min(0).minimum(starts[1:] - 1).clamp_min(0)]
+    token, value = every.tokens[last][entries.ids], every.values[last][entries.ids]
+    above, equal = ~(entries.values <= value), entries.values == value
+    return (counts > 0)[entries.ids] & (above | (equal & (entries.tokens <= token)))
+
+
+def _as_state(curve: zipf.Zipf) -> dict[str, Tensor]:
+    """Returns a curve as what is remembered: of a rank that does not hold all densities."""
+    numbers = {name: getattr(curve, name) for name in ("exponent", "shift", "r2")}
+    return {f"zipf.{name}": torch.as_tensor(value, dtype=torch.float64) for name, value in numbers.items()}
 
 
 def _union(a: Entries, b: Entries, m: int) -> Entries:

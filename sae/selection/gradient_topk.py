@@ -99,14 +99,18 @@ class GradientTopK(TopK):
         moment.state.update({f"effect.{n}": torch.zeros_like(moment.state["effect.mean"]) for n in ("sum", "count")})
 
     def augment(
-        self, scores: Float[Tensor, "n m"], effect: Float[Tensor, "n m"], state: dict[str, Tensor]
+        self, scores: Float[Tensor, "n m"], effect: Float[Tensor, "n m"], moment: Moment
     ) -> Float[Tensor, "n m"]:
-        """Returns s; in training, counts the effects."""
+        """Returns s; in training, counts the effects. Ranks with other latents of the same tokens all ask."""
+        state, latents = moment.state, moment.mesh.latents
         if "effect.sum" in state:
             state["effect.sum"] = state["effect.sum"] + in_float64(effect).sum()
             state["effect.count"] = state["effect.count"] + effect.numel()
         if self.gradient_norm == "token":
-            effect = effect / effect.mean(1, keepdim=True).clamp_min(1e-30)
+            mean = effect.mean(1, keepdim=True)
+            if latents.moves:
+                mean = collectives.total(effect.sum(1, keepdim=True), latents) / moment.cut.latents
+            effect = effect / mean.clamp_min(1e-30)
         elif self.gradient_norm == "batch":
             mean = state["effect.mean" if "effect.mean" in state else "calibration"].to(effect)
             effect = torch.where(mean == 0, 0.0, effect / mean)
@@ -115,9 +119,13 @@ class GradientTopK(TopK):
     def finish(self, moment: Moment) -> None:
         """Takes the step's mean effect over to the next step."""
         state = moment.state
-        both = collectives.total(torch.stack([state["effect.sum"], state["effect.count"]]))
+        both = collectives.total(torch.stack([state["effect.sum"], state["effect.count"]]), moment.mesh.team)
         state["effect.sum"], state["effect.count"] = both  # what is saved is the same on every rank
         state["effect.mean"] = both[0] / both[1].clamp_min(1)
+
+    def exchanged(self, m: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the sum of the effects, and their number."""
+        return [torch.zeros(2, dtype=torch.float64, device="meta")], []
 
     def calibration(self, state: dict[str, Tensor]) -> Tensor | None:
         """Returns the mean effect of the last step."""

@@ -12,6 +12,7 @@ batch (2412.06410, equation 8); it is stored in the spec. Before it is calibrate
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -22,8 +23,9 @@ from sae.base.errors import ConfigError
 from sae.base.sums import in_float64
 from sae.kernels import kernel, top_ids
 from sae.kernels.codes import Entries, Support, by_rows, where
-from sae.kernels.largest import kth_largest, top_entries, top_of
-from sae.parallel import ranks
+from sae.kernels.largest import among_largest, top_entries, top_of
+from sae.kernels.radix import Kept, histograms, largest_of_parts
+from sae.parallel import collectives
 from sae.selection import Budget, Factors, Moment, Owned, Selection
 from sae.selection.jumprelu import JumpReLU
 
@@ -97,40 +99,39 @@ class MutualChoice(Budget):
         return (cut - BELOW * cut.abs()).to(like.device, like.dtype).reshape(1)
 
     def _guesses(self, moment: Moment) -> bool:
-        """Returns whether candidates are found by the last step's cut; of several ranks, each looks at all entries."""
-        return "cut" in moment.state and not moment.careful and not ranks.in_group()
-
-    def candidates_of(self, n: int, batch: int, m: int) -> tuple[int, int]:
-        """Returns the tokens' share of the budget; at most, all of it, or all entries."""
-        return self.k * n, min(self.k * batch, n * m)
+        """Returns whether candidates are found by the last step's cut."""
+        return "cut" in moment.state and not moment.careful
 
     def reduce(self, entries: Entries, moment: Moment) -> Entries:
         """Returns the largest of the entries; all, where their number is fixed anyway."""
         return entries if self._guesses(moment) else top_of(entries, self.budget(moment))
 
-    def floors(self, entries: Entries, n_tokens: int, m: int, moment: Moment) -> Float[Tensor, "m"]:
-        """Returns the value that k n entries reach.
-
-        The parts' n add up to the tokens of the batch, and each part has k n entries at or above the smallest floor of
-        all. So there are at least as many as the batch keeps, and what lies below is not among the largest.
-        """
-        count = self.k_at(moment.progress) * n_tokens
-        floor = torch.inf if count == 0 else -torch.inf
-        if 0 < count <= len(entries.values):
-            floor = kth_largest(entries.values, count)
-        return entries.values.new_full((m,), float(floor))
-
     def keep(self, entries: Entries, moment: Moment) -> Entries:
         """Returns the largest of the entries, and takes the smallest positive one into the running mean."""
-        kept = top_of(entries, self.budget(moment))
-        if not len(kept.values):
-            return kept
-        moment.state["cut"] = in_float64(kept.values.min())
+        if not self.budget(moment):
+            return entries
+        best = self.best(entries, moment)
+        kept = entries.take(torch.nonzero_static(best.mask, size=best.own)[:, 0])
+        moment.state["cut"] = in_float64(best.least)
         if moment.failed is not None:  # what fills up was kept: there were too few candidates
-            moment.failed = moment.failed | (kept.values.min() == -torch.inf)
-        smallest = torch.where(kept.values > 0, kept.values, torch.inf).min()
+            moment.failed = moment.failed | (best.least == -torch.inf)
+        smallest = smallest_positive(kept.values, moment)
         add_to_mean(moment.state, smallest, self.threshold_decay, only=smallest.isfinite())
         return kept
+
+    def best(self, entries: Entries, moment: Moment) -> Kept:
+        """Returns which entries are among the largest of the batch; ranks agree on the cut, of which each tells."""
+        count, values = self.budget(moment), entries.values
+        if not moment.mesh.team.moves:
+            mask = among_largest(values, count)
+            return Kept(mask, min(count, len(values)), torch.where(mask, values, torch.inf).min())
+        of_all = Entries(entries.tokens, moment.cut.ids(entries.ids), values)
+        return largest_of_parts(of_all, moment.cut.latents, count, partial(collectives.total, over=moment.mesh.team))
+
+    def exchanged(self, m: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns a histogram for every digit and the smallest kept; those of places, where the cut is tied."""
+        digits, places = histograms(dtype)
+        return [*digits, torch.zeros((), dtype=torch.float64, device="meta")], places
 
     def calibration(self, state: dict[str, Tensor]) -> Tensor | None:
         """Returns the running mean of the cut."""
@@ -142,6 +143,12 @@ class MutualChoice(Budget):
         return {} if found is None else {"threshold": float(found)}
 
 
+def smallest_positive(values: Float[Tensor, "kept"], moment: Moment) -> Float[Tensor, ""]:
+    """Returns the smallest value above 0 that any rank keeps, in float64; infinity if there is none."""
+    own = torch.where(values > 0, values, torch.inf)
+    return collectives.smallest(in_float64(torch.cat([own, own.new_full((1,), torch.inf)]).min()), moment.mesh.team)
+
+
 def entries_above(
     scores: Float[Tensor, "n m"], first_token: int, cuts: Float[Tensor, "m_or_1"], room: int, moment: Moment
 ) -> Entries:
@@ -151,6 +158,9 @@ def entries_above(
     """
     n, m = scores.shape
     room = min(n * m, room)
+    if not room:
+        none = torch.zeros(0, dtype=torch.long, device=scores.device)
+        return Entries(none, none, scores.flatten())
     _, places, count = kernel("above", scores)(scores, cuts, room)
     failed = count > room
     moment.failed = failed if moment.failed is None else moment.failed | failed

@@ -21,7 +21,6 @@ from sae.kernels import kernel
 from sae.kernels.codes import PAD, Entries, offsets_of
 from sae.kernels.dispatch import DENSE_SHARE
 from sae.objectives import Objective
-from sae.parallel import collectives, ranks
 from sae.parallel.mesh import Mesh, of_data
 from sae.selection import Budget, Moment, Selection
 
@@ -124,11 +123,11 @@ class Chooser:
 
     def choose(self, look: Look, gradients: Float[Tensor, "n d_out"] | None) -> Chosen:
         """Returns what is chosen of a micro-batch, by a per-token rule."""
-        cuts, states = self.cuts(), [moment.state for moment in self.moments]
+        cuts = self.cuts()
         chosen, beside = [], _Beside()
         for rows, scores in self._tiles(look):
             g = None if gradients is None else gradients[rows]
-            compared = self.coder.compared(scores, _of_rows(look.how, rows), g, states)
+            compared = self.coder.compared(scores, _of_rows(look.how, rows), g, self.moments)
             if self.mesh.latents.moves and self.rule.over == "token":
                 chosen.append(self._best(scores, compared))
             elif cuts is None:
@@ -141,24 +140,20 @@ class Chooser:
     def whole_batch(self, looks: list[Look]) -> list[Chosen]:
         """Returns what is chosen of every micro-batch of this rank, by a batch-wide rule."""
         starts = [*accumulate((len(look.x) for look in looks), initial=0)]
-        before, like = self.before, self.coder.W_enc
-        none = Entries(*(torch.zeros(0, dtype=t, device=like.device) for t in (torch.long, torch.long, like.dtype)))
-        held: list[list[Entries]] = [[none] for _ in self.groups]
-        besides = []
+        before, besides = self.before, []
+        held: list[list[Entries]] = [[] for _ in self.groups]
         for look, start in zip(looks, starts, strict=False):
             besides.append(_Beside())
             for rows, scores in self._tiles(look):
                 compared, first = self.coder.compared(scores), start + rows.start
                 for entries, group, moment in zip(held, self.groups, self.moments, strict=True):
                     entries.append(self.rule.candidates(compared[:, group], before + first, moment))
-                    entries[:] = [self.rule.reduce(Entries.cat(entries), moment)] if first else entries[1:]
+                    entries[:] = [self.rule.reduce(Entries.cat(entries), moment)] if first else entries
                 besides[-1].look(self, scores)
         kept = []
-        found = self._of_all_ranks([entries for (entries,) in held], starts[-1])
-        for entries, group, moment in zip(found, self.groups, self.moments, strict=True):
-            chosen = self.rule.keep(entries, moment)
-            if ranks.in_group():
-                chosen = chosen.take((chosen.tokens >= before) & (chosen.tokens < before + starts[-1]))
+        for entries, group, moment in zip(held, self.groups, self.moments, strict=True):
+            moment.n_own = starts[-1]
+            chosen = self.rule.keep(entries[0] if entries else self._no_entries(), moment)
             kept.append(Entries(chosen.tokens - before, chosen.ids + group.start, chosen.values))
         choice = self._by_rows(Entries.cat(kept), starts[-1])
         return [
@@ -237,28 +232,12 @@ class Chooser:
         compared_as_they_are = not self.coder.spec.select_by_decoder_norm
         return Choice(offsets, ids, values if compared_as_they_are else None, self.exact)
 
-    def _of_all_ranks(self, held: list[Entries], n_tokens: int) -> list[Entries]:
-        """Returns the candidates of every group of latents of all ranks; this one has `n_tokens` tokens.
-
-        Ranks first drop what none can keep: all candidates of each would be as many times what is kept as there are
-        ranks, on every rank.
-        """
-        if not ranks.in_group():
-            return held
-        floors = [
-            self.rule.floors(entries, n_tokens, group.stop - group.start, moment)
-            for entries, group, moment in zip(held, self.groups, self.moments, strict=True)
-        ]
-        least = collectives.smallest(torch.cat(floors)).split([len(own) for own in floors])
-        moved = []
-        for (tokens, ids, values), group, floor in zip(held, self.groups, least, strict=True):
-            moved.append(Entries(tokens, ids + group.start, values).take(~(values < floor[ids])))
-        tokens, ids, values = collectives.gathered(*Entries.cat(moved))
-        found = []
-        for group in self.groups:
-            mine = (ids >= group.start) & (ids < group.stop)
-            found.append(Entries(tokens, ids - group.start, values).take(mine))
-        return found
+    def _no_entries(self) -> Entries:
+        """Returns none, as precise as those of tokens are."""
+        device, none = self.coder.W_enc.device, torch.zeros(0, dtype=torch.long, device=self.coder.W_enc.device)
+        made = self.coder.W_enc.dtype if self.exact else self.rounded["W_enc"].dtype
+        compared = self.coder.compared(torch.empty(0, self.coder.spec.d_sae, dtype=made, device=device))
+        return Entries(none, none, compared.flatten())
 
     def _ask(self, rule: Selection, scores: Tensor, tensors: dict[str, Tensor], group: int) -> tuple[Tensor, Tensor]:
         return rule.choose(scores, tensors, self.moments[group])

@@ -1,9 +1,12 @@
 """Mutual Choice, Feature Choice and gradient TopK: exact budgets, brute force, thresholds, and fallbacks."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from rigs.fakes import measured, tiny_lm
+from rigs.teams import together
 
 from sae.base import zipf
 from sae.base.errors import ConfigError
@@ -20,6 +23,10 @@ from sae.lm.site import Site
 from sae.loading import hub
 from sae.objectives.l1 import L1
 from sae.objectives.reconstruction import Reconstruction
+from sae.parallel import collectives
+from sae.parallel.cut import Cut
+from sae.parallel.mesh import ALONE, Shape
+from sae.parallel.ranks import Share
 from sae.selection import Budget, Moment
 from sae.selection.feature_choice import NEVER, FeatureChoice
 from sae.selection.gradient_topk import GradientTopK
@@ -423,36 +430,72 @@ def test_losses_that_differ_cannot_share_a_pass():
         tiny_config(Path("m"), Path("t"), {"grid": {"coder.selection": grid}}).validate()
 
 
+RULES = {
+    "mutual": MutualChoice(K),
+    "annealed": MutualChoice(K, k_start=9),
+    "feature": FeatureChoice(K),
+    "few": FeatureChoice(1),
+    "own densities": FeatureChoice(K, density="own", mutual_share=0.5),
+}
+
+
+@pytest.mark.parametrize(("rule", "shape"), [("mutual", Shape(data=3)), ("few", Shape(data=2, latents=2))])
+def test_ranks_keep_what_one_would(rule, shape):
+    """They have other tokens, some none, and other latents; what is remembered is the same, bit for bit."""
+    assert_alike(RULES[rule], shape, ties=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [Shape(data=4), Shape(latents=3), Shape(data=3, latents=2)], ids=str)
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("rule", [MutualChoice(K), FeatureChoice(K), FeatureChoice(1), MutualChoice(K, k_start=9)])
-def test_what_lies_below_the_floors_of_parts_of_a_batch_changes_nothing(rule, ties):
-    """Parts are what ranks have of a batch: uneven, some of no token, and not alike."""
-    kept, candidates = {}, {}
-    for sizes in ([16] * 4, [30, 0, 33, 1], [64]):
-        for dropping in (False, True):
-            state = rule.start(M)
-            for step in range(4):
-                draw = torch.Generator().manual_seed(step)
-                scores = torch.randn(N, M, generator=draw) * torch.rand(N, 1, generator=draw)
-                scores = (scores * 2).round() if ties else scores
-                moment = Moment(step / 4, N, dict(state), careful=True)
-                rule.begin(moment)
-                starts = [sum(sizes[:i]) for i in range(len(sizes))]
-                parts = [rule.candidates(scores[a : a + n], a, moment) for a, n in zip(starts, sizes, strict=True)]
-                parts = [rule.reduce(entries, moment) for entries in parts]
-                if dropping:
-                    floors = [rule.floors(part, n, M, moment) for part, n in zip(parts, sizes, strict=True)]
-                    least = torch.stack(floors).amin(0)
-                    parts = [part.take(~(part.values < least[part.ids])) for part in parts]
-                together = Entries.cat(parts)
-                found = rule.keep(together, moment)
-                state = moment.state
-                candidates[tuple(sizes), dropping] = len(together.ids)
-                now = {**state, **found._asdict()}
-                for name, value in kept.setdefault(step, now).items():
-                    torch.testing.assert_close(now[name], value, rtol=0, atol=0, equal_nan=True, msg=f"{sizes} {name}")
-    alike = (16,) * 4
-    assert ties or candidates[alike, True] < 0.8 * candidates[alike, False], candidates
+@pytest.mark.parametrize("rule", RULES)
+def test_ranks_of_any_shape_keep_what_one_would(rule, ties, shape):
+    assert_alike(RULES[rule], shape, ties)
+
+
+def assert_alike(rule, shape, ties):
+    whole = steps_of(ALONE, rule, ties)
+    parts = together(shape, partial(steps_of, rule=rule, ties=ties))
+    assert any(step > 0 and not careful for step, (_, careful, _) in enumerate(parts[0])), "some had room"
+    for step, (entries, _, state) in enumerate(whole):
+        every = [part[step] for part in parts]
+        found = torch.cat([torch.stack(own[0]) for own in every], dim=1)
+        order = (found[0] * M + found[1]).argsort()
+        assert torch.equal(found[:, order], torch.stack(entries)), step
+        assert all(rule.report(own[2]) == rule.report(state) for own in every)
+        for name, value in state.items():
+            for place, own in enumerate(every):
+                of = Share(shape.place(place)[2], shape.latents).of(M)
+                mine = value[of.start : of.stop] if value.dim() else value
+                torch.testing.assert_close(own[2][name], mine, rtol=0, atol=0, equal_nan=True, msg=f"{step} {name}")
+
+
+def steps_of(mesh, rule, ties):
+    """What this rank keeps in some steps, whether these were repeated, and what it remembers after each."""
+    cut = Cut(M, axis=mesh.latents)
+    state, found = rule.start(cut.held), []
+    for step in range(5):
+        draw = torch.Generator().manual_seed(step)
+        scores = torch.randn(N, M, generator=draw) * torch.rand(N, 1, generator=draw)
+        scores = (scores * 2).round() if ties else scores
+        bounds = [[0, N], [0, 40, N], [0, 30, 30, N], [0, 30, 30, 63, N]][mesh.data.world_size - 1]
+        first, last = bounds[mesh.data.rank : mesh.data.rank + 2]
+        own = cut.own(scores.T).T[first:last]
+        for careful in (False, True):
+            moment = Moment(step / 5, N, dict(state), careful=careful, mesh=mesh, cut=cut, n_own=len(own))
+            rule.begin(moment)
+            held = [Entries(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), scores[:0, 0])]
+            for start in range(0, len(own), 20):
+                tile = rule.candidates(own[start : start + 20], first + start, moment)
+                held = [rule.reduce(Entries.cat([*held, tile]), moment) if start else tile]
+            kept = rule.keep(held[0], moment)
+            kept = Entries(kept.tokens, cut.ids(kept.ids), kept.values)
+            failed = collectives.largest(torch.tensor(float(moment.failed or False)), mesh.team)
+            if not failed:
+                break
+        state = moment.state
+        found.append((kept, careful, state))
+    return found
 
 
 @pytest.mark.parametrize("sizes", [[30, 34], [1, 63], [7] * 9 + [1]])

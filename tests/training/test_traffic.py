@@ -50,9 +50,9 @@ def count(folder):
     for name, place in (("all_reduce", 0), ("all_gather", 1)):
         original = getattr(collectives.dist, name)
 
-        def counted(*given, name=name, place=place, original=original):
+        def counted(*given, name=name, place=place, original=original, **named):
             moved.append((name, given[place].nbytes))
-            return original(*given)
+            return original(*given, **named)
 
         setattr(collectives.dist, name, counted)
     found = {}
@@ -90,7 +90,8 @@ def test_bytes_and_collectives_of_a_step(n, tmp_path):
             assert len(moved) == said.collectives, label
             assert summed == said.summed, label
             assert said.least <= gathered <= said.most, label
-        assert (said.least == said.most) == (not plan.spec.rule.batch_wide), label
+        assert (said.least == said.most) == (plan.spec.rule.gathered(1, 1, 1) is None), label
+        assert (said.tied > 0) == plan.spec.rule.batch_wide, label
 
 
 def test_alone_nothing_moves():
