@@ -5,14 +5,17 @@ from itertools import pairwise
 
 import pytest
 import torch
+from rigs.teams import together
 
 from sae.base import plugins
 from sae.base.errors import ConfigError
 from sae.coder.coder import Choice, SparseCoder
+from sae.coder.cutting import part_of
 from sae.coder.initialization import initialize
 from sae.coder.spec import CoderSpec
 from sae.kernels.codes import PAD
 from sae.objectives import Objective as OBJECTIVES
+from sae.parallel.mesh import ALONE, Shape
 from sae.selection import trainable
 from sae.training.choosing import Chooser
 from sae.training.optim import OptimConfig
@@ -45,9 +48,9 @@ def batch(n=N, seed=0):
     return Batch(x, x, torch.randn(n, D, generator=draw))
 
 
-def support(coder, batch, sizes=None, steps=2):
+def support(coder, batch, sizes=None, steps=2, mesh=ALONE):
     """The supports that training chooses in step `steps`, as one dense mask over the batch, and the chooser."""
-    chooser = Chooser(coder)
+    chooser = Chooser(coder, mesh=mesh)
     for step in range(steps):
         chooser.begin(step / 10, len(batch.x))
         parts = list(batch.x.split(sizes or len(batch.x)))
@@ -118,6 +121,33 @@ def test_micro_batches_choose_as_one(rule, size):
     assert one.state().keys() == other.state().keys()
     for name, value in one.state().items():
         torch.testing.assert_close(value, other.state()[name])
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_ranks_that_hold_parts_of_the_latents_choose_as_one(rule, ties):
+    """Those of a rule that says how it is cut: a unit of neighbors stays together. Parts are ragged."""
+    unit = rule.unit(M)
+    if unit is None:
+        pytest.skip("it cannot be cut")
+    coder, seen = made(rule), batch()
+    if ties:
+        coder.W_enc.data = torch.randint(-1, 2, coder.W_enc.shape).float()
+        seen = Batch(seen.x.round(), seen.target, seen.gradients)
+    _, whole, one = support(coder, seen)
+
+    def work(mesh):
+        _, mask, chooser = support(part_of(coder, mesh.latents), seen, mesh=mesh)
+        return mask, chooser.calibrated(), chooser.report()
+
+    found = together(Shape(latents=3), work)
+    assert {own.shape[1] % unit for own, _, _ in found} == {0}
+    assert torch.equal(torch.cat([own for own, _, _ in found], dim=1), whole)
+    numbers, thresholds = one.calibrated()
+    for _, (own, _), report in found:
+        assert own == pytest.approx(numbers, rel=1e-6)
+        assert report == pytest.approx(one.report(), rel=1e-6)
+    if thresholds is not None:
+        torch.testing.assert_close(torch.cat([own for _, (_, own), _ in found]), thresholds)
 
 
 def test_what_is_remembered_survives_a_checkpoint_and_a_failed_step(rule):
