@@ -22,7 +22,7 @@ from torch import Tensor
 from sae.coder.tensors import CoderTensors, Piece
 from sae.kernels.codes import flat
 from sae.kernels.rows import joined, offsets_of
-from sae.selection import Budget
+from sae.selection import Budget, Moment
 
 FEW = 256  # tokens below which a product with all latents waits for the weights, not for its sums
 TOKENS = 4096  # for which every row of W_enc is read once, and their inputs may have
@@ -91,7 +91,7 @@ class Tile:
             if of.gradients is not None and self.decoders is not None:
                 effects = (of.gradients[some, piece.columns].to(piece.device) @ self.decoders.T).abs()
                 mean = torch.tensor(spec.calibration[self.group] if spec.calibration else 0.0)
-                compared = spec.rule.augment(compared, effects, {"calibration": mean})
+                compared = spec.rule.augment(compared, effects, Moment(1.0, len(h), {"calibration": mean}))
             yield h, compared
 
     @property

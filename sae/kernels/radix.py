@@ -72,7 +72,7 @@ def cut_of_parts(
     it. Every digit is one sum.
     """
     first = digits - 1
-    left = torch.as_tensor(count, device=numbers.device)
+    left = count if isinstance(count, Tensor) else torch.full((), count, device=numbers.device)
     found = equal = torch.zeros((), dtype=torch.long, device=numbers.device)
     for place in reversed(range(digits)):
         digit = (numbers >> BITS * place) + (DIGITS // 2 if place == first else 0)  # the sign is part of the first one

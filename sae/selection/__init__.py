@@ -9,8 +9,8 @@ nothing, the answer is the careful one: all codes are computed where some would 
 
 `infer` looks at each token by itself and is used everywhere outside training. In training a per-token rule is asked by
 `choose`; a batch-wide rule is given all tokens of its rank by way of `candidates`, `reduce` and `keep`, and agrees with
-other ranks by the moment's mesh, so that micro-batches and ranks choose as one. What a rule remembers between steps lies in a dict of
-tensors that is checkpointed.
+other ranks by the moment's mesh, so that micro-batches and ranks choose as one. What a rule remembers between
+steps lies in a dict of tensors that is checkpointed.
 """
 
 from collections.abc import Mapping

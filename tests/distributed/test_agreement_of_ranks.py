@@ -1,4 +1,4 @@
-"""Ranks that share batches unevenly, or hold parts of a coder, train the coder that one process trains: every kind."""
+"""Ranks that share batches unevenly, or have nothing of one, train the coder that one process trains: every kind."""
 
 from functools import partial
 from itertools import pairwise
@@ -11,7 +11,6 @@ from rigs.sharing import bounds, cases, train_all, trained
 
 from sae.base.files import load_tensors, save_tensors
 from sae.base.settings import to_yaml
-from sae.parallel.mesh import Shape
 from sae.parallel.ranks import rank, world_size
 from sae.training.trainer import CoderTrainer
 
@@ -33,10 +32,10 @@ def alone():
 
 @pytest.fixture
 def together(tmp_path):
-    """Returns (cases, number of ranks, steps, type, mesh) -> what every rank has of each case."""
+    """Returns (cases, number of ranks, steps, type) -> what every rank has of each case."""
 
-    def found(names, n, steps, dtype, shape=None):
-        work = partial(train_all, names, steps, dtype, tmp_path, shape)
+    def found(names, n, steps, dtype):
+        work = partial(train_all, names, steps, dtype, tmp_path)
         made = [Child(tmp_path / f"{i}.txt", work, environment) for i, environment in enumerate(ranks(n))]
         assert [child.wait() for child in made] == [0] * n, "".join(child.output for child in made)
         loaded = [load_tensors(tmp_path / f"{i}.safetensors") for i in range(n)]
@@ -73,15 +72,6 @@ def test_some_kinds_on_three_ranks(alone, together):
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_every_kind_after_60_steps_in_float64(alone, together, n, part):
     for name, every in together(list(cases())[part::2], n, 60, torch.float64).items():
-        assert_alike(name, alone(name, 60, torch.float64), every)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(4))
-@pytest.mark.parametrize("shape", [Shape(latents=2), Shape(latents=4), Shape(data=2, latents=2)], ids=str)
-def test_every_kind_of_parts_after_60_steps_in_float64(alone, together, shape, part):
-    names = list(cases())[part::4]
-    for name, every in together(names, shape.data * shape.latents, 60, torch.float64, shape).items():
         assert_alike(name, alone(name, 60, torch.float64), every)
 
 
