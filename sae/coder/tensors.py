@@ -165,7 +165,9 @@ class CoderTensors(nn.Module):
     def decoders_of(self, weight: Float[Tensor, "rows width"]) -> list[Float[Tensor, "m _width"]]:
         """Returns the same views of a tensor that is like W_dec."""
         sizes = [block.rows.stop - block.rows.start for block in self.blocks]
-        return [part.view(self.spec.d_sae // len(sizes), -1) for part in weight.split(sizes)]
+        layers, width = len(sizes), weight.shape[1]
+        views = zip(range(layers, 0, -1), weight.split(sizes), strict=True)
+        return [part.view(self.spec.d_sae // layers, times * width) for times, part in views]
 
     def decoder_norms(self) -> Float[Tensor, "d_sae"]:
         """Returns the norm of each latent's decoder over all the columns that it writes."""

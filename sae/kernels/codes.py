@@ -129,7 +129,7 @@ Support = tuple[Int[Tensor, "n_plus_1"], Int[Tensor, "nnz"]]
 def by_rows(ids: Int[Tensor, "n k"]) -> Support:
     """Returns the support whose rows all have k entries."""
     n, k = ids.shape
-    return torch.arange(0, n * k + 1, max(1, k), device=ids.device)[: n + 1], ids.reshape(-1)
+    return torch.arange(n + 1, device=ids.device) * k, ids.reshape(-1)
 
 
 def where(kept: Tensor) -> Support:

@@ -41,6 +41,10 @@ class Shape:
     data: int = 1
     latents: int = 1
 
+    def __str__(self) -> str:
+        """Returns it for people."""
+        return " x ".join(f"{name} {n}" for name, n in vars(self).items())
+
     def place(self, rank: int) -> tuple[int, int, int]:
         """Returns where a rank stands on each axis."""
         return rank // (self.data * self.latents), rank // self.latents % self.data, rank % self.latents

@@ -18,7 +18,7 @@ from sae.coder.coder import Choice, Look, SparseCoder
 from sae.coder.normalization import Undo
 from sae.coder.shard import best
 from sae.kernels import kernel
-from sae.kernels.codes import PAD, Entries, offsets_of
+from sae.kernels.codes import PAD, Entries, by_rows, offsets_of
 from sae.kernels.dispatch import DENSE_SHARE
 from sae.objectives import Objective
 from sae.parallel.mesh import Mesh, of_data
@@ -130,6 +130,8 @@ class Chooser:
             compared = self.coder.compared(scores, _of_rows(look.how, rows), g, self.moments)
             if self.mesh.latents.moves and self.rule.over == "token":
                 chosen.append(self._best(scores, compared))
+            elif not scores.shape[1]:  # of so few latents this rank holds none
+                chosen.append(Choice(*by_rows(scores.long()), scores.flatten(), self.exact))
             elif cuts is None:
                 chosen.append(self.coder.chosen(scores, *self.coder.support(compared, self._ask), self.exact))
             else:
@@ -210,10 +212,13 @@ class Chooser:
         rule: Budget = self.rule  # type: ignore[assignment]
         k = rule.k_at(self.moments[0].progress)
         found = best(scores, rule.rank(compared), k, self.groups, self.coder.cuts)
-        count = found.kept.sum()
-        capacity = int(count) if rule.signed else min(self._room(len(scores)), found.ids.numel())
-        self.short.append(count > capacity)
+        count, room = found.kept.sum(), self._room(len(scores))
         self._counts.append(count)
+        if not rule.signed and room > min(found.ids.numel(), DENSE_SHARE * scores.numel()):
+            offsets, ids = by_rows(found.ids)
+            return Choice(offsets, ids, torch.where(found.kept, found.known, PAD).flatten(), self.exact)
+        capacity = int(count) if rule.signed else room
+        self.short.append(count > capacity)
         places = torch.nonzero_static(found.kept.flatten(), size=capacity, fill_value=-1)[:, 0]
         pads, places = places < 0, places.clamp_min(0)
         offsets = offsets_of(found.kept.sum(1))

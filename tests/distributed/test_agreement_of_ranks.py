@@ -5,16 +5,19 @@ from itertools import pairwise
 
 import pytest
 import torch
+from rigs import teams
 from rigs.children import Child, ranks, sae_train
 from rigs.fakes import tiny_config
 from rigs.sharing import bounds, cases, train_all, trained
 
 from sae.base.files import load_tensors, save_tensors
 from sae.base.settings import to_yaml
+from sae.parallel.mesh import Shape
 from sae.parallel.ranks import rank, world_size
 from sae.training.trainer import CoderTrainer
 
 SOME = ["fewer entries than latents", "cross-layer mutual_choice", "rows, mutual"]
+SHAPES = [Shape(data=n) for n in (2, 3, 4)] + [Shape(latents=n) for n in (2, 4)] + [Shape(1, 2, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +35,11 @@ def alone():
 
 @pytest.fixture
 def together(tmp_path):
-    """Returns (cases, number of ranks, steps, type) -> what every rank has of each case."""
+    """Returns (cases, shape of the mesh, steps, type) -> what every rank has of each case."""
 
-    def found(names, n, steps, dtype):
-        work = partial(train_all, names, steps, dtype, tmp_path)
+    def found(names, shape, steps, dtype):
+        n = shape.data * shape.latents
+        work = partial(train_all, names, steps, dtype, tmp_path, shape)
         made = [Child(tmp_path / f"{i}.txt", work, environment) for i, environment in enumerate(ranks(n))]
         assert [child.wait() for child in made] == [0] * n, "".join(child.output for child in made)
         loaded = [load_tensors(tmp_path / f"{i}.safetensors") for i in range(n)]
@@ -61,25 +65,39 @@ def assert_alike(name, one, every):
 
 
 def test_some_kinds_on_three_ranks(alone, together):
-    found = together(SOME, 3, 9, torch.float64)
+    found = together(SOME, Shape(data=3), 9, torch.float64)
     for name in SOME:
         assert_alike(name, alone(name, 9, torch.float64), found[name])
     assert any(int(every[0]["auxk"]) for every in found.values()), "dead latents learn as well"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", [0, 1])
-@pytest.mark.parametrize("n", [2, 3, 4])
-def test_every_kind_after_60_steps_in_float64(alone, together, n, part):
-    for name, every in together(list(cases())[part::2], n, 60, torch.float64).items():
-        assert_alike(name, alone(name, 60, torch.float64), every)
+@pytest.mark.parametrize("name", SOME)
+def test_some_kinds_on_ranks_that_hold_parts_of_a_coder(alone, name):
+    every = teams.together(Shape(1, 2, 2), lambda mesh: trained(cases()[name], 9, torch.float64, mesh))
+    assert_alike(name, alone(name, 9, torch.float64), every)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [2, 3, 4])
-def test_every_kind_in_float32(alone, together, n):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", [name for name in cases() if name.startswith(("rule", "fewer"))])
+def test_every_rule_on_every_mesh_after_60_steps_in_float64(alone, name, shape):
+    every = teams.together(shape, lambda mesh: trained(cases()[name], 60, torch.float64, mesh))
+    assert_alike(name, alone(name, 60, torch.float64), every)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [Shape(data=3), Shape(1, 2, 2)], ids=str)
+@pytest.mark.parametrize("name", [name for name in cases() if not name.startswith(("rule", "fewer"))])
+def test_every_kind_after_60_steps_in_float64(alone, name, shape):
+    every = teams.together(shape, lambda mesh: trained(cases()[name], 60, torch.float64, mesh))
+    assert_alike(name, alone(name, 60, torch.float64), every)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [Shape(data=2), Shape(1, 2, 2)], ids=str)
+def test_every_kind_in_float32(alone, together, shape):
     """First gradients to 1e-5; losses of ten steps to 1e-4: later, one near tie that falls the other way is seen."""
-    for name, every in together(list(cases()), n, 10, torch.float32).items():
+    for name, every in together(list(cases()), shape, 10, torch.float32).items():
         one = alone(name, 10, torch.float32)
         torch.testing.assert_close(every[0]["loss"], one["loss"], rtol=1e-4, atol=0, msg=name)
         for key in (key for key in one if key.startswith("gradient.")):

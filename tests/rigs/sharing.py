@@ -1,5 +1,6 @@
 """Coders of every kind on made-up activations, trained by one process or by several that share each batch unevenly."""
 
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from sae.objectives import Objective
 from sae.objectives.auxk import AuxK
 from sae.objectives.reconstruction import Reconstruction
 from sae.parallel import collectives
-from sae.parallel.mesh import Shape, made, of_data
+from sae.parallel.mesh import Mesh, Shape, made, of_data
 from sae.parallel.ranks import process_group, rank
 from sae.selection import trainable
 from sae.stream.batch import TextBatch
@@ -34,10 +35,11 @@ from sae.training.optim import OptimConfig
 from sae.training.step import Batch
 from sae.training.trainer import CoderTrainer, Schedule
 
-D, WIDTH, K, TOKENS, ROWS, CONTEXT = 24, 192, 4, 96, 12, 8
+D, WIDTH, K, TOKENS, ROWS, CONTEXT = 24, 190, 5, 96, 12, 8  # no number of ranks divides the latents equally
 WIDTHS = {"a": D, "b": D} | {f"{side}{i}": D // 3 for side in "rw" for i in range(3)}
 A, B = Site("a", width=D), Site("b", width=D)
 READS, WRITES = (tuple(Site(f"{side}{i}", width=D // 3) for i in range(3)) for side in "rw")
+DRAWING = threading.Lock()  # of a generator that ranks share where they are threads
 OF_MODEL = Site("transformer.h.0", model="tiny", width=D)
 
 
@@ -53,6 +55,7 @@ class Case:
     coder: dict[str, Any] = field(default_factory=dict)
     optim: dict[str, Any] = field(default_factory=dict)
     micro: int = 0
+    width: int = WIDTH
 
     def config(self) -> CoderConfig:
         """Returns the coder's config, with the terms that its rule needs, and AuxK."""
@@ -61,7 +64,7 @@ class Case:
         terms = {name: names(Objective)[name]() for name in (*self.terms, *(group[0] for group in kind.needs))}
         objectives = {"reconstruction": Reconstruction(), "auxk": AuxK(k=8), **terms}
         selection = kind(**k | self.options)
-        return CoderConfig(WIDTH, selection=selection, objectives=objectives, **self.coder)
+        return CoderConfig(self.width, selection=selection, objectives=objectives, **self.coder)
 
 
 def cases() -> dict[str, Case]:
@@ -80,8 +83,19 @@ def cases() -> dict[str, Case]:
         "cross-layer, shared": (READS, WRITES, {"layout": "cross_layer", "budget": "shared"}),
     }
     for shape, (reads, writes, coder) in shapes.items():
-        found |= {f"{shape} {rule}": Case(reads, writes, rule, coder=coder, micro=25) for rule in rules}
+        width = 3 * 61 if shape.startswith("cross-layer") else WIDTH
+        found |= {f"{shape} {rule}": Case(reads, writes, rule, coder=coder, micro=25, width=width) for rule in rules}
+    few = {
+        "topk": {"k": 2},
+        "mutual_choice": {"k": 2},
+        "feature_choice": {"k": 2},
+        "groupmax": {"k": 1},
+        "jumprelu": {},
+    }
     return found | {
+        **{
+            f"fewer latents than ranks {rule}": Case(rule=rule, options=k, width=3, micro=40) for rule, k in few.items()
+        },
         "mutual first": Case(rule="feature_choice", options={"mutual_share": 0.5, "density": "own"}, micro=30),
         "fewer entries than latents": Case(rule="feature_choice", options={"k": 1}, micro=30),
         "gradient of the token": Case(rule="gradient_topk", options={"gradient_norm": "token"}),
@@ -115,13 +129,13 @@ def bounds(step: int, n: int, total: int) -> list[int]:
     return cuts
 
 
-def trained(case: Case, steps: int, dtype: torch.dtype, shape: Shape | None = None) -> dict[str, Tensor]:
+def trained(case: Case, steps: int, dtype: torch.dtype, mesh: Mesh | None = None) -> dict[str, Tensor]:
     """Returns what this rank has of a training: losses, weights, counters, and the gradients of the first step.
 
-    Of a coder that is cut over ranks, what all have together. Alone, every batch is taken whole. Without a `shape` of
-    the mesh all ranks share the tokens.
+    Of a coder that is cut over ranks, what all have together. Alone, every batch is taken whole. Without a mesh all
+    ranks share the tokens.
     """
-    mesh = made(shape) if shape else of_data()
+    mesh = mesh or of_data()
     several, by_row = mesh.team.world_size > 1, case.reads == (OF_MODEL,)
     lm = _language_model(dtype) if by_row else None
     seen = _activations(lm, 1000, dtype)[0]
@@ -164,7 +178,8 @@ def train_all(chosen: list[str], steps: int, dtype: torch.dtype, folder: Path, s
     """The work of a rank: trains the cases of some names, one after the other, and leaves what it has."""
     torch.set_num_threads(1)
     with process_group():
-        found = {name: trained(cases()[name], steps, dtype, shape) for name in chosen}
+        mesh = made(shape) if shape else None
+        found = {name: trained(cases()[name], steps, dtype, mesh) for name in chosen}
         named = {f"{name}: {key}": x for name, tensors in found.items() for key, x in tensors.items()}
         save_tensors(folder / f"{rank()}.safetensors", named)
     return 0
@@ -221,7 +236,7 @@ def _language_model(dtype: torch.dtype) -> LanguageModel:
         bos_token_id=0,
         eos_token_id=1,
     )
-    with torch.random.fork_rng():
+    with DRAWING, torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT2LMHeadModel(config).to(dtype).eval().requires_grad_(False)
     return LanguageModel(model, tokenizer, "tiny", None, True)
