@@ -6,7 +6,8 @@ the coder computes; of latents on disk, rows are read when they are needed, by t
 outputs, and tensors that are no matrices of latents, are on one device.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
@@ -59,6 +60,8 @@ class CoderInParts(SparseCoder):
     parts: tuple[Part, ...] = ()
     """In the order of latents."""
     _pieces: tuple[Piece, ...] = ()
+    _stored: Mapping[str, Tensor] = MappingProxyType({})
+    """What the file has of tensors that are held, which may be in another precision."""
 
     def pieces(self) -> list[Piece]:
         """Returns all latents in order, as they lie."""
@@ -149,6 +152,10 @@ class CoderInParts(SparseCoder):
         """Returns the norm of each latent's decoder over all the columns that it writes."""
         return torch.cat([weight.norm(dim=1).to(self.device) for _, weight in self._decoders(self.dtype)])
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Returns its tensors as they are stored, so that what is saved is what was loaded."""
+        return {**super().state_dict(*args, **kwargs), **self._stored}
+
     def to_dtype(self, dtype: torch.dtype | None) -> "Self":
         """Raises ConfigError: it stays as it lies."""
         self._refuse("cannot be had in another precision")
@@ -203,6 +210,7 @@ def in_parts(mapped: SparseCoder, parts: Sequence[Part], device: torch.device, d
     made.load_state_dict(tensors, assign=True)
     made.requires_grad_(False).eval()
     made.parts = tuple(parts)
+    made._stored = {name: tensor for name, tensor in mapped.state_dict().items() if name not in matrices}
     made._pieces = tuple(_piece(made, part) for part in parts)
     return made
 

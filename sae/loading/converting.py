@@ -10,6 +10,7 @@ import torch
 from sae.base.errors import ConfigError, DataError, nearest
 from sae.base.room import Need, check_room
 from sae.coder.coder import SparseCoder
+from sae.coder.parts import CoderInParts
 from sae.formats import NATIVE, formats
 from sae.loading.hub import load
 
@@ -37,7 +38,8 @@ def convert(coder: SparseCoder, name: str, folder: str | Path) -> list[str]:
     check_room(Need("folder", folder, sum(tensor.nbytes for tensor in coder.state_dict().values())))
     try:
         writers()[name](folder, coder)
-        return _changed(coder, load(folder, format=name), exact=name == NATIVE)
+        where = {"device_map": "disk"} if isinstance(coder, CoderInParts) else {}  # what is too large stays there
+        return _changed(coder, load(folder, format=name, **where), exact=name == NATIVE)
     except BaseException:
         if new:
             shutil.rmtree(folder, ignore_errors=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sae.base.errors import DataError, nearest
 
-FINITE_CHUNK = 2**24  # numbers that are looked at together
+FINITE_CHUNK = 2**22  # numbers that are looked at together
 
 
 class Tensors(Mapping[str, Tensor]):

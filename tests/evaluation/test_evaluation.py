@@ -8,6 +8,7 @@ from transformers import BertConfig, BertModel
 from sae.base.errors import ConfigError, Stopped
 from sae.coder.coder import SparseCoder
 from sae.coder.initialization import initialize
+from sae.coder.parts import cut, in_parts
 from sae.coder.spec import CoderSpec
 from sae.coder.splicing import splice
 from sae.evaluation.evaluation import evaluate
@@ -242,3 +243,15 @@ def test_replace_at_both_sides(lm, rows):
         with replace_at(lm.model, Site("model.layers.0"), lambda x: x - expected):
             second = lm.model(ids).logits
     torch.testing.assert_close(first, second)
+
+
+def test_a_coder_in_parts_has_the_same_figures(lm, rows):
+    whole = coder("random")
+    parts = in_parts(whole, cut(whole.spec, [(torch.device("cpu"), 1), (None, 2)]), whole.device, whole.dtype)
+    figures = evaluate({"whole": whole, "parts": parts}, lm, rows, tokens=60, progress=False)
+    plain, other = figures["whole"], figures["parts"]
+    assert plain.keys() == other.keys()
+    for group in ("reconstruction", "loss"):
+        for name, value in plain[group].items():
+            assert other[group][name] == pytest.approx(value, rel=1e-4), (group, name)
+    assert other["density"] == plain["density"]

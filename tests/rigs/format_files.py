@@ -60,9 +60,11 @@ def agrees(coder, reference, seed=1, tokens=TOKENS, x_scale=1.0):
 
 
 def loads(folder, reference, seed=1, x_scale=1.0, **hints):
-    """Loads what lies in a folder, asserts that it agrees with the reference, and returns it."""
+    """Loads what lies in a folder, asserts that it agrees with the reference, from disk as well, and returns it."""
     coder = sae.load(folder, **hints)
     agrees(coder, reference, seed, x_scale=x_scale)
+    if not coder.spec.encoding.pursues:
+        agrees(sae.load(folder, device_map={"cpu": 0.5, "disk": 0.5}, **hints), reference, seed, x_scale=x_scale)
     return coder
 
 
