@@ -104,8 +104,10 @@ class CoderInParts(SparseCoder):
         of = tiles.Seen(y.to(self.dtype).chunk(self.spec.n_blocks, dim=1))
         out = y.new_empty(len(y), self.spec.d_sae, dtype=self.dtype) if out is None else out
         for span in tiles.spans(self):
-            scores = [h for h, _ in tiles.read(self, span, of).scores(of)]
-            out[:, span.first : span.first + len(span.ids)] = torch.cat(scores)
+            first, columns = 0, slice(span.first, span.first + len(span.ids))
+            for h, _ in tiles.read(self, span, of).scores(of):
+                out[first : first + len(h), columns] = h
+                first += len(h)
         return out
 
     def preactivations_at(self, y: Float[Tensor, "n d_in"], choice: Choice) -> Float[Tensor, "nnz"]:

@@ -80,13 +80,16 @@ class Tile:
     """Where selection looks at what a latent does to the loss."""
 
     def scores(self, of: Seen) -> Iterator[tuple[Float[Tensor, "t m"], Float[Tensor, "t m"]]]:
-        """Yields, of some tokens after the other, the pre-activations and what selection compares."""
+        """Yields, of some tokens after the other, the pre-activations and what selection compares, until the next."""
         piece, spec = self.span.piece, self.coder.spec
         most = SCORES.get(piece.device.type, SCORES_ELSEWHERE)
         size = max(1, most // max(1, len(self.span.ids)))
-        for start in range(0, max(1, len(of.inputs[0])), size):
+        seen = of.inputs[piece.block]
+        room = seen.new_empty(min(size, len(seen)), len(self.span.ids), device=piece.device)
+        for start in range(0, max(1, len(seen)), size):
             some = slice(start, start + size)
-            h = spec.encoding.preactivations(of.inputs[piece.block][some].to(piece.device), self.encoders)
+            y = seen[some].to(piece.device)
+            h = spec.encoding.preactivations(y, self.encoders, out=room[: len(y)])
             compared = h if self.norms is None else h * self.norms
             if of.gradients is not None and self.decoders is not None:
                 effects = (of.gradients[some, piece.columns].to(piece.device) @ self.decoders.T).abs()
