@@ -38,8 +38,8 @@ def convert(coder: SparseCoder, name: str, folder: str | Path) -> list[str]:
     check_room(Need("folder", folder, sum(tensor.nbytes for tensor in coder.state_dict().values())))
     try:
         writers()[name](folder, coder)
-        where = {"device_map": "disk"} if isinstance(coder, CoderInParts) else {}  # what is too large stays there
-        return _changed(coder, load(folder, format=name, **where), exact=name == NATIVE)
+        where = "disk" if isinstance(coder, CoderInParts) else None  # what is too large for memory stays there
+        return _changed(coder, load(folder, format=name, device_map=where), exact=name == NATIVE)
     except BaseException:
         if new:
             shutil.rmtree(folder, ignore_errors=True)
