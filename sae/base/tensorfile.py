@@ -7,7 +7,7 @@ and what was written need not be read again. The bytes are those that the librar
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,17 +42,28 @@ class Rows(NamedTuple):
     """Some rows of a tensor, or all of it."""
 
     tensor: Tensor
-    first: int
-    """Number of the first row."""
+    pieces: list[range]
+    """Their numbers in the whole, in the order in which they lie in the tensor."""
     shape: tuple[int, ...]
     """Of the whole tensor."""
 
     @classmethod
-    def of(cls, tensor: Tensor, share: Callable[[int], range]) -> "Rows":
-        """Returns the rows of a share, as a view; a scalar is one row."""
-        rows = share(len(tensor) if tensor.dim() else 1)
-        whole = tensor.detach() if tensor.dim() else tensor.detach().view(1)
-        return cls(whole[rows.start : rows.stop], rows.start, tuple(tensor.shape))
+    def of(
+        cls, tensor: Tensor, share: Callable[[int], range], held: tuple[Sequence[range], int] | None = None
+    ) -> "Rows":
+        """Returns the rows of a share, as a view; a scalar is one row.
+
+        `held` says which rows of a larger one, of so many, the tensor itself has.
+        """
+        rows = tensor.detach() if tensor.dim() else tensor.detach().view(1)
+        mine, shape, found, start = share(len(rows)), tuple(tensor.shape), list[range](), 0
+        if held:
+            shape = (held[1], *shape[1:])
+        for piece in held[0] if held else [range(len(rows))]:
+            own = piece[max(0, mine.start - start) : max(0, mine.stop - start)]
+            found += [own] if own else []
+            start += len(piece)
+        return cls(rows[mine.start : mine.stop], found, shape)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> dict[str, Any]:
@@ -88,9 +99,10 @@ def write_rows(path: Path, tensors: Mapping[str, Rows]) -> None:
     with open(path, "wb", opener=lambda at, flags: os.open(at, flags & ~(os.O_CREAT | os.O_TRUNC))) as file:
         for name, rows in tensors.items():
             row = torch.Size(rows.shape[1:]).numel() * rows.tensor.itemsize
-            file.seek(len(header) + places[name][0] + rows.first * row)
-            for piece in _pieces(rows.tensor):
-                file.write(piece)
+            for piece, tensor in zip(rows.pieces, rows.tensor.split([len(p) for p in rows.pieces]), strict=True):
+                file.seek(len(header) + places[name][0] + piece.start * row)
+                for some in _pieces(tensor):
+                    file.write(some)
         _flush(file)
 
 

@@ -35,6 +35,10 @@ class HeldRows(NamedTuple):
     total: int
     """Rows of the whole."""
 
+    def told(self) -> str:
+        """Returns which they are: "[0:48, 96:144]"."""
+        return f"[{', '.join(f'{piece.start}:{piece.stop}' for piece in self.pieces)}]"
+
 
 @dataclass(frozen=True)
 class Shard:

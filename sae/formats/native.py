@@ -3,17 +3,19 @@
 Version 2 adds the digest of the weights to `cfg.json`; version 1 has none. Newer versions are refused.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from sae.base.errors import DataError
-from sae.base.files import save_tensors, sha256_file, write_json
+from sae.base.files import read_json, save_tensors, sha256_file, write_json
 from sae.base.tensorfile import Rows
 from sae.coder.coder import SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.parallel import agreement, ranks
-from sae.parallel.shared_file import save_rows
+from sae.parallel.mesh import Mesh
+from sae.parallel.shared_file import own_rows, save_rows
 from sae.untrusted.places import Place
 from sae.untrusted.tensors import is_finite
 
@@ -45,21 +47,28 @@ def write(folder: Path, coder: SparseCoder) -> None:
     check_weights(tensors, folder)
     folder.mkdir(parents=True, exist_ok=True)
     told = save_tensors(folder / FILE, tensors)
-    describe(folder, coder, told["sha256"])
+    describe(folder, coder.spec, told["sha256"])
 
 
-def write_together(folder: Path, coder: SparseCoder) -> None:
-    """Writes the same files by all ranks, each its rows of the weights; all call it."""
+def write_together(coders: Mapping[Path, SparseCoder], mesh: Mesh) -> None:
+    """Writes the same files of coders by folder, or of what this rank has of them, each its rows; all ranks call it."""
     if ranks.world_size() == 1:
-        return write(folder, coder)
-    rows = {name: Rows.of(tensor, ranks.own_share().of) for name, tensor in coder.state_dict().items()}
+        for folder, coder in coders.items():
+            write(folder, coder)
+        return
+    rows: dict[Path, dict[str, Rows]] = {}
+    for folder, coder in coders.items():
+        held = coder.shard.rows if coder.shard else lambda name: None
+        rows[folder] = {name: own_rows(x, mesh, held(name)) for name, x in coder.state_dict().items()}
     with agreement.together():
-        check_weights({name: row.tensor for name, row in rows.items()}, folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    save_rows(folder / FILE, rows)
+        for folder, of_coder in rows.items():
+            check_weights({name: row.tensor for name, row in of_coder.items()}, folder)
+            folder.mkdir(parents=True, exist_ok=True)
+    first = not mesh.team.rank
+    save_rows({folder / FILE: of_coder for folder, of_coder in rows.items()}, first)
     with agreement.together():
-        if ranks.rank() == 0:
-            describe(folder, coder, sha256_file(folder / FILE))
+        for folder, coder in coders.items() if first else ():
+            describe(folder, coder.whole, sha256_file(folder / FILE))
 
 
 def check_weights(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -69,6 +78,7 @@ def check_weights(tensors: dict[str, Tensor], folder: Path) -> None:
             raise DataError(f"{name}: holds NaN or Inf; not saved to {folder}")
 
 
-def describe(folder: Path, coder: SparseCoder, digest: str) -> None:
-    """Writes the config of a coder whose weights of this digest are there."""
-    write_json(folder / CONFIG, {**coder.spec.to_json(), "sha256": digest})
+def describe(folder: Path, spec: CoderSpec, digest: str | None = None) -> None:
+    """Writes the config of a coder whose weights are there, of this digest; none: of that in the config so far."""
+    digest = digest or read_json(folder / CONFIG)["sha256"]
+    write_json(folder / CONFIG, {**spec.to_json(), "sha256": digest})

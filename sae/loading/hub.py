@@ -5,6 +5,7 @@ is known: SAELens' "release/sae_id" and Neuronpedia's "model/source" (`sae/loadi
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,6 +27,7 @@ from sae.loading import releases
 from sae.loading.hints import REFUSED_WHERE_UNUSED, Hints, checked_hints, known_release, with_known_hints
 from sae.loading.placing import AUTO, placing
 from sae.loading.remote import HubFiles
+from sae.parallel.mesh import Mesh
 from sae.untrusted.files import Files, LocalFiles
 from sae.untrusted.places import Place
 from sae.untrusted.tensors import check_finite
@@ -117,9 +119,23 @@ def save(coder: CoderLike, folder: str | Path) -> None:
     native.write(Path(folder).expanduser(), as_coder(coder))
 
 
-def save_together(coder: SparseCoder, folder: Path) -> None:
-    """Writes the same files by all ranks, each its rows of the weights, so that none needs the whole; all call it."""
-    native.write_together(folder, coder)
+def save_together(coders: Mapping[Path, SparseCoder], mesh: Mesh) -> None:
+    """Writes the same files of coders by folder, or of what this rank has of them, so that none needs the whole.
+
+    Each rank writes its rows of the weights; all call it, also those that have none of any.
+    """
+    native.write_together(coders, mesh)
+
+
+def describe(folder: Path, spec: CoderSpec) -> None:
+    """Writes anew what a folder says of the coder whose weights are in it."""
+    native.describe(folder, spec)
+
+
+def checked(tensors: dict[str, Tensor], source: object) -> dict[str, Tensor]:
+    """Returns what was read lazily; DataError names a tensor with NaN or infinity."""
+    check_finite(tensors, source)
+    return tensors
 
 
 def locate(

@@ -31,12 +31,12 @@ class Desk:
         """Returns the value of a note, once it is there; raises what a rank has left by `fail`."""
         return self._read([name])[0]
 
-    def gathered(self, value: Any) -> list[Any]:
-        """Returns the values of all ranks on rank 0, and [] on the others; raises as `get`."""
+    def gathered(self, name: str, value: Any) -> list[Any]:
+        """Returns the values that all ranks have of a note on rank 0, and [] on the others; raises as `get`."""
         if self.store is None:
             return [value]
-        self.put(f"of/{self.rank}", value)
-        return [] if self.rank else self._read([f"of/{rank}" for rank in range(len(self.peers))])
+        self.put(f"{name}/of/{self.rank}", value)
+        return [] if self.rank else self._read([f"{name}/of/{rank}" for rank in range(len(self.peers))])
 
     def fail(self, error: BaseException) -> BaseException:
         """Leaves an error, which ends the waiting of all, and returns what to raise: the first that any rank has left.

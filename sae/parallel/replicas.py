@@ -1,4 +1,4 @@
-"""Every rank holds the same weights: those of rank 0 to begin with, and compared from then on.
+"""Ranks that hold the same rows of a coder hold the same weights: the first one's at first, and compared from then on.
 
 Each rank applies the same update to its own copy. Ranks that compute in different ways, such as two kinds of CPU, would
 come to hold different weights without a word; so what they hold is compared, by a fingerprint, bit for bit.
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.parallel import agreement, ranks
+from sae.parallel.judging import Peer
+from sae.parallel.ranks import Axis
 
 CHUNK = 2**20  # elements hashed at once: their whole numbers are twice as large as the weights
 ODD = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64)  # of splitmix64, as signed numbers
@@ -21,26 +23,29 @@ class ReplicaError(RuntimeError):
     """Two ranks hold different weights."""
 
 
-def copy_of_rank_zero_(tensors: Iterable[Tensor]) -> None:
-    """Replaces the tensors by those of rank 0, of the same shapes and types."""
-    if dist.is_initialized():
+def copy_of_first_(tensors: Iterable[Tensor], over: Axis) -> None:
+    """Replaces the tensors by those of the first of some ranks, of the same shapes and types."""
+    if over.moves:
         for tensor in tensors:
             with ranks.collective():
-                dist.broadcast(tensor, 0)
+                dist.broadcast(tensor, group=over.group, group_src=0)
 
 
 def check_alike(tensors: Mapping[str, Tensor], when: str) -> None:
-    """Raises ReplicaError, on every rank, if one holds other tensors than rank 0: both and the tensors are named."""
+    """Raises ReplicaError, on every rank, if two hold other tensors of one name: both and the tensors are named."""
     group = ranks.group()
     if group is None:
         return
 
     def differing(every: list[dict[str, int]]) -> list[str]:
+        first: dict[str, tuple[Peer, int]] = {}
         for peer, found in zip(group.peers, every, strict=True):
-            names = [name for name, value in every[0].items() if found.get(name) != value]
+            for name, value in found.items():
+                first.setdefault(name, (peer, value))
+            names = [name for name, value in found.items() if first[name][1] != value]
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                return [str(group.peers[0]), str(peer), ", ".join(names[:3]) + more]
+                return [str(first[names[0]][0]), str(peer), ", ".join(names[:3]) + more]
         return []
 
     found = agreement.concluded({name: fingerprint(tensor) for name, tensor in tensors.items()}, differing)

@@ -3,28 +3,22 @@
 And the lock on the run folder they lie in, and the config with which a run may go on.
 """
 
-import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import draccus
-import torch
-from torch import Tensor
 
 from sae.base.errors import ConfigError, DataError
 from sae.base.files import (
     FolderLock,
     atomic_write,
     is_complete,
-    load_tensors,
-    read_json,
     remove_stale,
-    tensors_metadata,
     verify,
 )
 from sae.base.paths import from_anywhere, near, same_place
@@ -78,46 +72,6 @@ def is_intact(folder: Path) -> bool:
         verify(folder)
         return True
     return False
-
-
-def load(folder: Path) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
-    """Returns (tensors by group, values) of a checkpoint, however many ranks have written it; DataError if it is torn.
-
-    A tensor in several parts is put together when it is asked for, so that only one at a time is in memory twice.
-    """
-    files: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        files.setdefault(re.sub(r"\.part-\d+-of-\d+$", "", path.stem), []).append(path)
-    return {group: _Joined(paths) for group, paths in files.items()}, read_json(folder / STATE)
-
-
-class _Joined(Mapping[str, Tensor]):
-    """The tensors of files that hold a part of the rows each."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.shapes: dict[str, list[int]] = {}
-        self.parts: dict[str, list[tuple[int, Tensor]]] = {}
-        for path in paths:
-            tensors, metadata = load_tensors(path), tensors_metadata(path)
-            for name, tensor in tensors.items():
-                told = json.loads(metadata[name]) if name in metadata else {"first": 0, "shape": list(tensor.shape)}
-                self.shapes[name] = told["shape"]
-                self.parts.setdefault(name, []).append((told["first"], tensor))
-        for name, parts in self.parts.items():
-            parts.sort(key=lambda part: (part[0], part[1].numel()))
-            ends = [first + (len(part) if part.dim() else 1) for first, part in parts]
-            if [first for first, _ in parts] != [0, *ends[:-1]] or ends[-1] != (self.shapes[name] or [1])[0]:
-                raise DataError(f"{paths[0].parent}: rows of {name} are missing")
-
-    def __getitem__(self, name: str) -> Tensor:
-        parts = [part for _, part in self.parts[name]]
-        return (torch.cat(parts) if len(parts) > 1 else parts[0]).view(self.shapes[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.parts)
-
-    def __len__(self) -> int:
-        return len(self.parts)
 
 
 def has_begun(run_dir: Path) -> bool:

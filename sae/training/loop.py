@@ -3,14 +3,14 @@
 import json
 import logging
 import os
+import shutil
 import time
+from collections import ChainMap
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from sae import kernels
 from sae.base.errors import ConfigError, Stopped
@@ -18,6 +18,7 @@ from sae.base.files import append, save_tensors, write_json
 from sae.base.progress import Aside, Progress, Watch, during
 from sae.base.tracker import Tracker
 from sae.coder.coder import SparseCoder
+from sae.coder.cutting import retold
 from sae.evaluation.evaluation import evaluate_all
 from sae.evaluation.tables import Evaluation
 from sae.loading import hub
@@ -27,16 +28,18 @@ from sae.parallel.stopping import StopFlag
 from sae.stream.batch import ActivationBatch
 from sae.stream.carrying import Carrier
 from sae.stream.drawn import Ended
-from sae.training import checkpoint
+from sae.training import restoring
 from sae.training.batches import Shares, bad_blocks
 from sae.training.callbacks import Callbacks, Moment
 from sae.training.preparing import Setting, new_trainers
 from sae.training.reporting.report import write_report
-from sae.training.saving import Saver
+from sae.training.saving import Part, Parts, Saver
 from sae.training.step import Figures, NonFiniteError
 from sae.training.trainer import CoderTrainer
 
 log = logging.getLogger(__name__)
+MIDWAY = ".evaluated"
+"""The folder of coders that are evaluated before they are finished."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,6 +84,8 @@ class Run:
         self.stream = setting.subject.open_stream(setting.config, self.source)
         self.carrier = Carrier(setting.subject.device)
         self.bad_steps, self.on_its_way = 0, list[_Given]()
+        self.dealt = setting.mesh.sites.moves or setting.mesh.latents.moves
+        """Whether ranks hold parts of coders, or others than other ranks."""
         self.saver = Saver(self.folder, setting.config.checkpoints.keep, saved)
         self.ended: Ended | None = None
         self.logs = {name: self.folder / name for name in ("metrics.jsonl", "timings.jsonl")}
@@ -99,7 +104,7 @@ class Run:
         if saved is None:
             sizes, step = dict.fromkeys(self.logs, 0), 0
         else:
-            tensors, values = checkpoint.load(saved)
+            stored, values = restoring.load(saved)
             for name, value in self.setting.subject.fingerprint.items():
                 then = values["reads"].get(name)
                 if then != value:
@@ -107,16 +112,23 @@ class Run:
                         f"--resume: the {name} is not that of the run ({then!r} then, {value!r} now); "
                         "bring it back, or start a new run"
                     )
-            for i, (name, trainer) in enumerate(self.trainers.items()):
-                trainer.load_state(tensors[f"coder-{i}"], values["coders"][name])
-            self.stream.load_state(dict(tensors["stream"]))
+            for name, trainer in self.trainers.items():
+                share = trainer.coder.spec.d_sae / trainer.coder.whole.d_sae
+                own = restoring.values_of_part(values["coders"][name], trainer.mesh.latents, share)
+                trainer.load_state(restoring.Held(stored[self._group(name)], trainer.rows), own)
+            self.stream.load_state(dict(stored["stream"]))
             self.bad_steps, sizes, step = values["bad_steps"], values["log_bytes"], values["step"]
             log.info("continuing %s at step %d of %d", self.folder, step, self.config.steps)
         if self.main:
+            shutil.rmtree(self.folder / MIDWAY, ignore_errors=True)  # of a run that was killed
             for name, path in self.logs.items():
                 path.touch()
                 os.truncate(path, min(sizes[name], path.stat().st_size))
         return step
+
+    def _group(self, name: str) -> str:
+        """Returns what a coder's files in a checkpoint are called."""
+        return f"coder-{[plan.name for plan in self.setting.plans].index(name)}"
 
     def _log_bytes(self) -> dict[str, int]:
         return {name: path.stat().st_size if path.exists() else 0 for name, path in self.logs.items()}
@@ -135,26 +147,35 @@ class Run:
         with during("saving"), agreement.together():
             self.saver.wait()
             before = self.checkpoint
-            tensors, coders = self._state()
+            parts, told = self._state()
             values = {
-                "coders": coders,
-                "specs": {name: trainer.coder.spec.to_json() for name, trainer in self.trainers.items()},
                 "reads": self.setting.subject.fingerprint,
                 "bad_steps": self.bad_steps,
                 "kernels": kernels.path(),
                 "log_bytes": log_bytes,
             }
             more = self.step < self.config.steps and not self.stop() and not self.told.ending
-            self.saver.save(self.step, {**tensors, "stream": position}, values, more, training=not last)
+            self.saver.save(self.step, parts | {"stream": Part.of(position)}, values, told, more, training=not last)
             if last or self.told.hooks["on_save"]:
                 self.saver.wait()
                 if self.main and self.checkpoint != before:
                     self.told.tell("on_save", partial(self._moment, {}))
 
-    def _state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, object]]]:
-        """Returns what the trainers need to go on: (tensors by file, plain values by coder)."""
-        states = {name: trainer.state() for name, trainer in self.trainers.items()}
-        return {f"coder-{i}": state[0] for i, state in enumerate(states.values())}, {n: s[1] for n, s in states.items()}
+    def _state(self) -> tuple[Parts, dict[str, dict[str, Any]]]:
+        """Returns what the trainers need to go on: (tensors by file, plain values by what they are and by coder).
+
+        The values of a part are told by the first of the ranks that hold it, the spec by that of all parts.
+        """
+        parts: Parts = {}
+        told: dict[str, dict[str, Any]] = {"coders": {}, "specs": {}}
+        for name, trainer in self.trainers.items():
+            tensors, values = trainer.state()
+            parts[self._group(name)] = Part.of(tensors, trainer.mesh, trainer.rows)
+            if not trainer.mesh.data.rank:
+                told["coders"][name] = values
+            if not trainer.mesh.team.rank:
+                told["specs"][name] = trainer.coder.whole.to_json()
+        return parts, told
 
     def loop(self, tracker: Tracker) -> None:
         """Trains to the last step, or to the one at which a callback asked for an end, and writes a checkpoint.
@@ -231,15 +252,17 @@ class Run:
         """Returns what callbacks are told now, about the coders as they stand or the finished ones."""
 
         def snapshot() -> dict[str, SparseCoder]:
+            if coders is None and self.dealt:
+                raise RuntimeError("moment.coders: no rank has them whole; ask for them in on_evaluate or on_end")
             return deepcopy(coders) if coders else self._trained()
 
         step, steps, tokens = self.step, self.config.steps, self.step * self.config.batch_tokens
         return Moment(step, steps, tokens, deepcopy(metrics), self.folder, self.checkpoint, snapshot)
 
     def _compare(self) -> None:
-        """Raises ReplicaError if the ranks have come to hold different coders."""
+        """Raises ReplicaError if ranks that hold the same rows of a coder have come to differ in them."""
         held = {
-            f"{name} {key}": value
+            f"{name} {key}{rows.told() if (rows := trainer.rows(key, value)) else ''}": value
             for name, trainer in self.trainers.items()
             for key, value in trainer.replicated().items()
         }
@@ -299,7 +322,23 @@ class Run:
         log.warning("%s; skipped (%d of %d allowed)", where, self.bad_steps, self.config.max_bad_steps)
 
     def _trained(self) -> dict[str, SparseCoder]:
+        """Returns what this rank has of the finished coders, as they would be now."""
         return {name: trainer.trained() for name, trainer in self.trainers.items()}
+
+    def _saved(self, own: dict[str, SparseCoder], folder: Path) -> dict[str, SparseCoder]:
+        """Saves the coders by name in a folder, of which this rank has some or parts, and returns all of them.
+
+        Those that it has not whole are read from there when they are looked at.
+        """
+        hub.save_together({folder / name: coder for name, coder in own.items()}, self.setting.mesh)
+        if not self.dealt:
+            return own
+        device = self.setting.subject.device
+        with agreement.together():
+            paths = {plan.name: folder / plan.name for plan in self.setting.plans}
+            if device.type == "cpu":
+                return {name: hub.load(path, lazy=True) for name, path in paths.items()}
+            return {name: hub.load(path, device, device_map="disk") for name, path in paths.items()}
 
     def _evaluate(self, coders: dict[str, SparseCoder]) -> dict[str, dict[str, Any]]:
         """Returns the held-out figures, to which every rank has measured its share; all must call it."""
@@ -307,30 +346,36 @@ class Run:
         return evaluate_all(coders, self.watch, tokens, share=ranks.own_share(), **on)
 
     def _evaluate_midway(self) -> None:
-        """Writes a held-out evaluation to metrics.jsonl."""
-        found = self._evaluate(self._trained())
+        """Writes a held-out evaluation to metrics.jsonl; coders that no rank has whole lie in a folder meanwhile."""
+        folder = self.folder / MIDWAY
+        coders = self._saved(self._trained(), folder) if self.dealt else self._trained()
+        found = self._evaluate(coders)
         with agreement.together():
             if self.main:
                 lines = [{"step": self.step, "coder": name, "held_out": found[name]} for name in found]
                 self._write("metrics.jsonl", *lines)
-                self.told.tell("on_evaluate", partial(self._moment, found))
+                self.told.tell("on_evaluate", partial(self._moment, found, coders))
+                shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> TrainResult:
         """Saves and evaluates the coders."""
         self.stream.close()
-        coders = self._trained()
+        own = self._trained()
         if self.step < self.config.steps:  # a callback has ended it
             tokens = self.step * self.config.batch_tokens
-            for coder in coders.values():
-                coder.spec = coder.spec.with_(training={**coder.spec.training, "tokens": tokens})
-        self._save_coders(coders)  # before anything else can fail
+            for coder in own.values():
+                retold(coder, training={**coder.whole.training, "tokens": tokens})
+        coders = self._saved(own, self.folder / "coders")  # before anything else can fail
         found = self._evaluate(coders)
+        active = {name: trainer.active_steps for name, trainer in self.trainers.items()}
+        active = agreement.concluded(active, lambda every: dict(ChainMap(*every)))
         for name, coder in coders.items():
-            found[name]["training"] = {"active_steps": self.trainers[name].active_steps, "steps": self.step}
+            found[name]["training"] = {"active_steps": active[name], "steps": self.step}
             coder.spec = coder.spec.with_(metrics=found[name])
-        self._save_coders(coders)
         with agreement.together():
             if self.main:
+                for name, coder in coders.items():
+                    hub.describe(self.folder / "coders" / name, coder.spec)
                 write_json(self.folder / "evaluation.json", found)
                 with Aside("report.html", "all figures are in evaluation.json"):
                     write_report(self.folder)
@@ -338,10 +383,6 @@ class Run:
                 self.told.tell("on_end", partial(self._moment, found, coders))
         self._check_callbacks(f"the run is finished, and all is saved in {self.folder}")
         return TrainResult(self.folder, coders, found)
-
-    def _save_coders(self, coders: dict[str, SparseCoder]) -> None:
-        for name, coder in coders.items():
-            hub.save_together(coder, self.folder / "coders" / name)
 
     def _write(self, name: str, *lines: dict[str, Any]) -> None:
         if self.main:

@@ -1,7 +1,7 @@
 """What a run stands on before its first step: models, plans, text, activations, and coders as they begin."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from sae.base.errors import ConfigError
 from sae.base.files import atomic_write, read_json, write_json
 from sae.base.progress import Watch
 from sae.base.settings import decode, to_yaml
-from sae.coder.coder import SparseCoder
+from sae.coder.cutting import empty_part
 from sae.coder.spec import CoderSpec
 from sae.lm.devices import resolve_device
 from sae.lm.environment import environment
@@ -23,13 +23,14 @@ from sae.lm.models import DTYPES, LanguageModel, ModelConfig, load_language_mode
 from sae.lm.site import SECOND, Site
 from sae.loading import hub
 from sae.parallel import agreement, ranks, replicas
+from sae.parallel.mesh import Mesh, of_data
 from sae.stream.drawn import is_iterator
 from sae.stream.sources import Reading, Source
 from sae.stream.tensors import Stored, given_activations
 from sae.text.documents import commit_of_data, first_look
 from sae.text.tokenizing import TokenizedText, special_ids, tokenize, what_was_met
 from sae.training import checkpoint
-from sae.training.beginning import new_coder
+from sae.training.beginning import Begun, new_part
 from sae.training.config import TrainConfig
 from sae.training.estimate import check_disk, disk_needed
 from sae.training.measuring import Recipe, Statistics, measure, sample_activations
@@ -50,6 +51,13 @@ class Setting:
     folder: Path
     plans: list[CoderPlan]
     subject: Subject
+    mesh: Mesh = field(default_factory=of_data)
+    """The ranks that train."""
+
+    @property
+    def own(self) -> list[CoderPlan]:
+        """Returns the plans of the coders that this rank trains."""
+        return self.plans
 
     @property
     def micro_tokens(self) -> int:
@@ -189,39 +197,57 @@ def _text(config: TrainConfig, lm: LanguageModel, watch: Watch) -> TokenizedText
 
 
 def new_trainers(setting: Setting, source: Source, saved: Path | None, watch: Watch) -> dict[str, CoderTrainer]:
-    """Returns a trainer for every plan, of an untrained coder or, as yet without weights, of that in a checkpoint.
+    """Returns a trainer for every own plan, of an untrained coder or, as yet without weights, of one in a checkpoint.
 
-    Rank 0 measures and draws what coders begin with; the others take it over, bit for bit.
+    Rank 0 measures what coders begin with. Each rank makes what it holds of them, and takes over, bit for bit, what the
+    first of those has made that hold the same rows.
     """
-    config, device = setting.config, setting.subject.device
+    config, device, mesh = setting.config, setting.subject.device, setting.mesh
     schedule = Schedule(config.steps, config.dead_after, setting.micro_tokens, DTYPES[config.precision])
-    drawn: dict[str, SparseCoder] = {}
-
-    def specs() -> dict[str, Any]:
-        if saved:
-            return read_json(saved / checkpoint.STATE)["specs"]
-        drawn.update(_new_coders(setting, source, watch))
-        return {name: coder.spec.to_json() for name, coder in drawn.items()}
-
-    coders = {name: CoderSpec.from_json(spec) for name, spec in agreement.agreed(specs).items()}
-    made = {name: drawn[name] if name in drawn else SparseCoder(spec, device) for name, spec in coders.items()}
+    begun = {} if saved else _as_they_begin(setting, source, watch)
+    specs = agreement.agreed(lambda: read_json(saved / checkpoint.STATE)["specs"]) if saved else {}
+    with agreement.together():
+        coders = {
+            plan.name: empty_part(CoderSpec.from_json(specs[plan.name]), mesh.latents, device)
+            if saved
+            else new_part(plan.coder, begun[plan.name], mesh.latents, device)
+            for plan in setting.own
+        }
     if not saved:
-        replicas.copy_of_rank_zero_(tensor for coder in made.values() for tensor in coder.state_dict().values())
+        replicas.copy_of_first_((x for coder in coders.values() for x in coder.state_dict().values()), mesh.data)
     return {
-        plan.name: CoderTrainer(made[plan.name], plan.coder.objectives, plan.optim, schedule) for plan in setting.plans
+        plan.name: CoderTrainer(coders[plan.name], plan.coder.objectives, plan.optim, schedule, mesh)
+        for plan in setting.own
     }
 
 
-def _new_coders(setting: Setting, source: Source, watch: Watch) -> dict[str, SparseCoder]:
-    """Returns the coders of a run as they begin, by what is measured at their sites."""
+def _as_they_begin(setting: Setting, source: Source, watch: Watch) -> dict[str, Begun]:
+    """Returns what every coder of a run begins with, as rank 0 has measured it."""
+    found: dict[str, Begun] = {}
+
+    def measured() -> dict[str, Any]:
+        found.update(_measured(setting, source, watch))
+        return {name: [begun.spec.to_json(), begun.spread] for name, begun in found.items()}
+
+    for name, (told, spread) in agreement.agreed(measured).items():
+        if name not in found:
+            spec = CoderSpec.from_json(told)
+            found[name] = Begun(spec, torch.zeros(spec.d_out), torch.zeros(spec.d_in), spread)
+    for name in sorted(found):
+        replicas.copy_of_first_((found[name].center, found[name].input_center), ranks.everyone())
+    return found
+
+
+def _measured(setting: Setting, source: Source, watch: Watch) -> dict[str, Begun]:
+    """Returns what the coders of a run begin with, by what is measured at their sites."""
     config, subject = setting.config, setting.subject
     wanted = config.activations.statistics_tokens
     samples = sample_activations(subject.sampled(source, wanted), wanted, watch)
     measured: dict[tuple[Any, ...], Statistics] = {}
-    coders: dict[str, SparseCoder] = {}
+    begun: dict[str, Begun] = {}
     for plan in setting.plans:
         start = plan.coder.start_from
-        like = hub.load(start).spec if start else None
+        like = hub.load(start, lazy=True).spec if start else None
         recipe = Recipe(
             plan.coder.normalization, config.activations.norm_filter, plan.coder.center, plan.coder.balance_sites
         )
@@ -234,9 +260,7 @@ def _new_coders(setting: Setting, source: Source, watch: Watch) -> dict[str, Spa
             "seed": plan.coder.seed,
             "sae-interp": version("sae-interp"),
         }
-        coders[plan.name] = new_coder(
-            plan.coder, measured[key], subject.device, **subject.described | {"training": training}
-        )
+        begun[plan.name] = Begun.of(plan.coder, measured[key], **subject.described | {"training": training})
     for found in dict.fromkeys(map(str, measured.values())):
         log.info("%s", found)
-    return coders
+    return begun

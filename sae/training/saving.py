@@ -1,7 +1,7 @@
 """Checkpoints are written while the training goes on: it is held for a copy in memory, and a thread writes that.
 
-Each rank writes its rows of every tensor to files of its own; rank 0's thread publishes the folder once the files of
-all ranks are whole. One is written at a time.
+Each rank writes its rows of every tensor that it holds to files of its own; rank 0's thread publishes the folder once
+the files of all ranks are whole. One is written at a time.
 """
 
 import errno
@@ -9,10 +9,10 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,17 +20,41 @@ from torch import Tensor
 from sae.base.files import explained, publish, write_json
 from sae.base.room import Need, shortage
 from sae.base.tensorfile import Rows, write_tensors
-from sae.parallel import ranks
+from sae.coder.shard import HeldRows
 from sae.parallel.agreement import PeerError
 from sae.parallel.desk import Desk
+from sae.parallel.mesh import Mesh, of_data
+from sae.parallel.ranks import Share
+from sae.parallel.shared_file import own_rows
 from sae.training.checkpoint import STATE, complete, is_intact, part_name
 
 log = logging.getLogger(__name__)
-Groups = dict[str, dict[str, Tensor]]
-"""Tensors by name, by the file that they are written to."""
 
 
-Parts = dict[str, dict[str, Rows]]
+class Part(NamedTuple):
+    """What this rank writes of some tensors."""
+
+    share: Share
+    """Which of the ranks it is that write them."""
+    tensors: dict[str, Rows]
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, Tensor],
+        mesh: Mesh | None = None,
+        rows: Callable[[str, Tensor], HeldRows | None] = lambda name, tensor: None,
+    ) -> "Part":
+        """Returns it as views. Ranks that hold the same rows, as `rows` says (None: all of them), share them.
+
+        Without a mesh all ranks hold all.
+        """
+        mesh = mesh or of_data()
+        return cls(mesh.team, {name: own_rows(x, mesh, rows(name, x)) for name, x in tensors.items()})
+
+
+Parts = dict[str, Part]
+"""By the file that they are written to, without the number of the part."""
 
 
 class Saver:
@@ -50,9 +74,18 @@ class Saver:
         return self._failure is not None
 
     def save(
-        self, step: int, tensors: Groups, values: dict[str, Any], more: bool = False, training: bool = True
+        self,
+        step: int,
+        own: Parts,
+        values: dict[str, Any],
+        told: dict[str, dict[str, Any]] | None = None,
+        more: bool = False,
+        training: bool = True,
     ) -> None:
-        """Begins to write checkpoints/step-N: `tensors` and, as state.json, `values`; waits for the one before.
+        """Begins to write checkpoints/step-N: tensors and, as state.json, `values`; waits for the one before.
+
+        Beside the values of rank 0 stands what each has `told`, by what it is and by name: as a list, in the order of
+        the ranks, where several tell of one name.
 
         Where the `training` goes on, the tensors may change as soon as this returns; else they stay as they are until
         `wait`. Older checkpoints stay until it is whole. `wait` raises OSError, with nothing written, if there is no
@@ -60,26 +93,24 @@ class Saver:
         saved.
         """
         self.wait()
-        desk, own = Desk(), own_rows(tensors)
+        desk = Desk()
         if training:
             try:
                 own = self.copy.take(own)
             except Exception as error:  # no memory: the others' threads wait for this one's
                 raise desk.fail(error) from error
-        size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-        values = deepcopy({"step": step, **values})
+        values, told = deepcopy(({"step": step, **values}, told or {}))
         folder = self.run_dir / "checkpoints" / f"step-{step:09d}"
         whole = folder.absolute()  # a callback may be in another folder for a while
 
         def write() -> None:
-            _write(desk, whole, own, values, size, self.keep, more)
+            _write(desk, whole, own, values, told, self.keep, more)
             self.newest = folder
 
         self._start(write)
 
-    def make_room(self, tensors: Groups) -> None:
+    def make_room(self, own: Parts) -> None:
         """Takes the memory for copies of such tensors, in the background: new pages cost more than a copy."""
-        own = own_rows(tensors)
         self._start(lambda: self.copy.make_room(own))
 
     def wait(self) -> None:
@@ -111,12 +142,6 @@ class Saver:
         self._writing.start()
 
 
-def own_rows(tensors: Groups) -> Parts:
-    """Returns the rows that this rank writes, as views."""
-    share = ranks.own_share().of
-    return {name: {key: Rows.of(x, share) for key, x in group.items()} for name, group in tensors.items()}
-
-
 class Copy:
     """Memory for a copy of what this rank writes, used again for each checkpoint; pinned for what lies on a GPU."""
 
@@ -125,21 +150,20 @@ class Copy:
 
     def make_room(self, own: Parts) -> None:
         """Takes the memory, page by page."""
-        for group, tensors in own.items():
-            for name, rows in tensors.items():
+        for group, part in own.items():
+            for name, rows in part.tensors.items():
                 self._of((group, name), rows.tensor).zero_()
 
     def take(self, own: Parts) -> Parts:
         """Returns copies, which the next call overwrites."""
-        copies = {
-            group: {name: rows._replace(tensor=self._of((group, name), rows.tensor)) for name, rows in tensors.items()}
-            for group, tensors in own.items()
-        }
-        on_gpu = False
-        for group, tensors in own.items():
+        copies, on_gpu = {}, False
+        for group, (share, tensors) in own.items():
+            copied = {}
             for name, rows in tensors.items():
-                copies[group][name].tensor.copy_(rows.tensor, non_blocking=True)
+                copied[name] = rows._replace(tensor=self._of((group, name), rows.tensor))
+                copied[name].tensor.copy_(rows.tensor, non_blocking=True)
                 on_gpu |= rows.tensor.is_cuda
+            copies[group] = Part(share, copied)
         if on_gpu:
             torch.cuda.synchronize()
         return copies
@@ -152,15 +176,27 @@ class Copy:
         return held
 
 
-def _write(desk: Desk, folder: Path, own: Parts, values: dict[str, Any], size: int, keep: int, more: bool) -> None:
+def _write(
+    desk: Desk,
+    folder: Path,
+    own: Parts,
+    values: dict[str, Any],
+    told: dict[str, dict[str, Any]],
+    keep: int,
+    more: bool,
+) -> None:
     """Writes this rank's files of a checkpoint; rank 0 publishes those of all."""
     draft: Path | str = ""
     try:
+        sizes = desk.gathered(
+            "size", sum(rows.tensor.nbytes for part in own.values() for rows in part.tensors.values())
+        )
         if desk.rank:
             draft = desk.get("draft")
-            desk.gathered(_files(Path(draft), own) if draft else {})
+            desk.gathered("written", [_files(Path(draft), own), told] if draft else [])
             desk.get("published")
             return
+        size = sum(sizes)
         if is_intact(folder):
             desk.put("draft", "")
         else:
@@ -169,9 +205,10 @@ def _write(desk: Desk, folder: Path, own: Parts, values: dict[str, Any], size: i
             known: dict[str, dict[str, Any]] = {}
             with publish(folder, known) as draft:
                 desk.put("draft", str(draft))
-                for files in desk.gathered(_files(draft, own)):
+                found = desk.gathered("written", [_files(draft, own), told])
+                for files, _ in found:
                     known.update(files)
-                write_json(draft / STATE, values)
+                write_json(draft / STATE, values | _together([of_rank for _, of_rank in found]))
         older = [path for path in complete(folder.parents[1]) if path < folder]
         for old in older[: max(0, len(older) - keep + 1)]:
             shutil.rmtree(old, ignore_errors=True)
@@ -179,27 +216,45 @@ def _write(desk: Desk, folder: Path, own: Parts, values: dict[str, Any], size: i
             _check_room(folder, size, f"the checkpoint that follows {folder.name}")
         desk.put("published", True)
     except BaseException as error:
-        told = desk.fail(error)
+        raised = desk.fail(error)
         if draft and desk.rank:  # rank 0 may have removed it while this one was writing to it
             shutil.rmtree(draft, ignore_errors=True)
-        if told is error:
+        if raised is error:
             raise
-        raise told from error
+        raise raised from error
 
 
 def _files(draft: Path, own: Parts) -> dict[str, dict[str, Any]]:
     """Writes this rank's files and returns their sizes and digests by name."""
-    share, written = ranks.own_share(), {}
-    for group, tensors in own.items():
+    written = {}
+    for group, (share, tensors) in own.items():
         name, where = part_name(group, share), None
         plain = {key: row.tensor for key, row in tensors.items()}
         if share.world_size > 1:
-            where = {key: json.dumps({"first": row.first, "shape": row.shape}) for key, row in tensors.items()}
+            where = {key: json.dumps({"rows": _bounds(row), "shape": row.shape}) for key, row in tensors.items()}
         else:
             plain = {key: row.tensor.view(row.shape) for key, row in tensors.items()}
         with explained(draft / name):
             written[name] = write_tensors(draft / name, plain, where)
     return written
+
+
+def _bounds(rows: Rows) -> list[list[int]]:
+    """Returns where its pieces begin and end in the whole."""
+    return [[piece.start, piece.stop] for piece in rows.pieces]
+
+
+def _together(told: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Returns what all ranks have told, by what it is and by name; of what several told, a list."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for of_rank in told:
+        for kind, by_name in of_rank.items():
+            for name, value in by_name.items():
+                found.setdefault(kind, {}).setdefault(name, []).append(value)
+    return {
+        kind: {name: several if len(several) > 1 else several[0] for name, several in by_name.items()}
+        for kind, by_name in found.items()
+    }
 
 
 def _check_room(folder: Path, size: int, what: str) -> None:

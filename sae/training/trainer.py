@@ -359,7 +359,7 @@ class CoderTrainer:
         self.tokens_since_fired = tensors["tokens_since_fired"].to(self.tokens_since_fired.device)
         self.density = tensors["density"].to(self.density.device)
         own = "selection."
-        self.chooser.load_state({n.removeprefix(own): value for n, value in tensors.items() if n.startswith(own)})
+        self.chooser.load_state({n.removeprefix(own): tensors[n] for n in tensors if n.startswith(own)})
         for name, parameter in self.coder.named_parameters():
             parameter.copy_(tensors[f"weight.{name}"])
             for key, value in self.updater.state[name].items():
@@ -379,7 +379,8 @@ class CoderTrainer:
             self.tokens_before = values["tokens_before"]
             heard = [Heard(**{"everywhere": found["per_token"], **found}) for found in values["heard"]]
         else:  # written by a version that waited for every step
-            heard = [replace(self.heard[-1], idle=int(self.tokens_since_fired.max()))] * 2
+            idle = torch.cat([self.tokens_since_fired.new_zeros(1), self.tokens_since_fired]).amax()
+            heard = [replace(self.heard[-1], idle=int(collectives.largest(idle, self.mesh.latents)))] * 2
         self.heard.clear()
         self.count, (self.heard[-2], self.heard[-1]) = 0, heard
 

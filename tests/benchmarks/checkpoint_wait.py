@@ -24,7 +24,7 @@ from sae.parallel import ranks
 from sae.selection.topk import TopK
 from sae.training import saving
 from sae.training.optim import OptimConfig
-from sae.training.saving import Saver
+from sae.training.saving import Part, Saver
 from sae.training.trainer import CoderTrainer, Schedule
 
 
@@ -58,14 +58,14 @@ def measure(asked: argparse.Namespace, folder: Path) -> None:
         written.append(ended[-1] - began)
 
     saving._write = timed
-    tensors = {"coder-0": trainer.state()[0]}
-    size = sum(tensor.nbytes for tensor in tensors["coder-0"].values())
-    saver.make_room(tensors)
+    tensors = trainer.state()[0]
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    saver.make_room({"coder-0": Part.of(tensors)})
     held, alone, during = [], [], []
     for repeat in range(asked.repeats + 1):
         alone += [step(trainer, x) for _ in range(3)]
         began = time.perf_counter()
-        saver.save(repeat, {"coder-0": trainer.state()[0]}, {})
+        saver.save(repeat, {"coder-0": Part.of(trainer.state()[0])}, {})
         held.append(time.perf_counter() - began)
         while len(ended) <= repeat:
             during.append(step(trainer, x))

@@ -25,8 +25,8 @@ from sae.base.files import cache_dir, load_tensors, save_tensors, sha256_file, v
 from sae.base.settings import to_yaml
 from sae.parallel.agreement import agreed
 from sae.parallel.ranks import RanksConfig, process_group
-from sae.training import checkpoint
-from sae.training.saving import Saver
+from sae.training import checkpoint, restoring
+from sae.training.saving import Part, Saver
 
 # Row 1
 
@@ -37,7 +37,7 @@ def save_for_ever(run: Path) -> int:
         step = json.loads(Path(found, checkpoint.STATE).read_text())["step"] if found else 0
         while True:
             step += 1
-            saver.save(step, {"coder-0": {"w": torch.full((50_000,), step)}}, {"saved": step})
+            saver.save(step, {"coder-0": Part.of({"w": torch.full((50_000,), step)})}, {"saved": step})
 
 
 @pytest.mark.parametrize(("n_ranks", "kills"), [(1, 10), (2, 1), pytest.param(2, 10, marks=pytest.mark.slow)])
@@ -56,7 +56,7 @@ def test_killed_while_saving_the_latest_checkpoint_is_whole(tmp_path, n_ranks, k
         kept = checkpoints(run)
         found = checkpoint.latest(run)
         assert found is not None
-        tensors, values = checkpoint.load(found)
+        tensors, values = restoring.load(found)
         assert values["saved"] == values["step"] == kept[-1] > before
         assert (tensors["coder-0"]["w"] == values["step"]).all()
         assert tensors["coder-0"]["w"].shape == (50_000,)
@@ -301,7 +301,7 @@ def test_no_intact_checkpoint_is_said_and_nothing_is_touched(tmp_path, made, cac
 def test_keeping_one_checkpoint_never_prefers_a_damaged_one(tmp_path):
     def save(step: int, keep: int) -> None:
         saver = Saver(tmp_path, keep)
-        saver.save(step, {"x": {"w": torch.zeros(1)}}, {})
+        saver.save(step, {"x": Part.of({"w": torch.zeros(1)})}, {})
         saver.wait()
 
     save(1, keep=2)

@@ -337,20 +337,21 @@ def saved(device: str, folder: Path) -> dict[str, Any]:
     """Seconds for which a checkpoint holds the training, and those in which a thread then writes it."""
     import torch
 
-    from sae.training.saving import Saver
+    from sae.training.saving import Part, Saver
 
     trainer, batches = trainer_of("topk", LARGE, 4, torch.float32, device)
     trainer.step(batches(0), 0)
-    tensors, saver, found = {"coder-0": trainer.state()[0]}, Saver(folder / "saved", 1), {}
-    saver.make_room(tensors)
+    tensors, saver, found = trainer.state()[0], Saver(folder / "saved", 1), {}
+    parts = {"coder-0": Part.of(tensors)}
+    saver.make_room(parts)
     for step in (1, 2):
         saver.wait()
         began = time.monotonic()
-        saver.save(step, tensors, {})
+        saver.save(step, parts, {})
         held = time.monotonic()
         saver.wait()
         found = {"held": held - began, "written": time.monotonic() - held}
-    return found | {"gb": sum(x.nbytes for x in tensors["coder-0"].values()) / 1e9}
+    return found | {"gb": sum(x.nbytes for x in tensors.values()) / 1e9}
 
 
 def filled(device: str, folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def write(path: Path, failing: int = -1) -> int:
         rows = {name: row._replace(tensor=row.tensor.clone()) for name, row in rows.items()}
         if share.rank == failing:
             shared_file.write_rows = lambda place, rows: os.truncate("/nowhere", 0)
-        shared_file.save_rows(path, rows)
+        shared_file.save_rows({path: rows}, first=not share.rank)
     return 0
 
 
@@ -55,6 +55,7 @@ def test_a_rank_that_fails_leaves_the_file_that_was_there(tmp_path):
 
 
 def test_alone_it_is_a_file_like_any_other(tmp_path):
-    shared_file.save_rows(tmp_path / "one", {name: Rows.of(x, own_share().of) for name, x in tensors(0).items()})
+    rows = {name: Rows.of(x, own_share().of) for name, x in tensors(0).items()}
+    shared_file.save_rows({tmp_path / "one": rows}, first=True)
     save_tensors(tmp_path / "alone", tensors(0))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "alone").read_bytes()

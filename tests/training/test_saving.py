@@ -17,8 +17,8 @@ from sae.base.errors import DataError
 from sae.base.files import read_json, sha256_file, verify
 from sae.parallel.agreement import PeerError
 from sae.parallel.ranks import RanksConfig, process_group
-from sae.training import checkpoint, saving
-from sae.training.saving import Saver
+from sae.training import restoring, saving
+from sae.training.saving import Part, Parts, Saver
 
 STEP = "step-000000007"
 
@@ -36,15 +36,19 @@ def state() -> dict[str, dict[str, torch.Tensor]]:
     return {"coder-0": coder, "coder-1": {"weight": torch.randn(4)}, "stream": {"position": torch.arange(64)}}
 
 
+def parts(tensors: dict[str, dict[str, torch.Tensor]]) -> Parts:
+    return {name: Part.of(group) for name, group in tensors.items()}
+
+
 def save(run: Path, step: int, **how) -> None:
     saver = Saver(run, keep=2)
-    saver.save(step, state(), {"bad_steps": step}, **how)
+    saver.save(step, parts(state()), {"bad_steps": step}, **how)
     saver.wait()
     assert saver.newest == run / "checkpoints" / f"step-{step:09d}"
 
 
 def assert_restored(run: Path) -> None:
-    tensors, values = checkpoint.load(run / "checkpoints" / STEP)
+    tensors, values = restoring.load(run / "checkpoints" / STEP)
     assert values == {"bad_steps": 7, "step": 7}
     wanted = state()
     assert tensors.keys() == wanted.keys()
@@ -89,7 +93,7 @@ def test_three_ranks_write_their_rows_and_any_number_reads_them(tmp_path):
     assert_restored(tmp_path)
     (folder / parts[1]).unlink()
     with pytest.raises(DataError, match=f"{STEP}: rows of .* are missing"):
-        checkpoint.load(folder)
+        restoring.load(folder)
 
 
 def test_it_is_the_state_of_the_step_whatever_training_does_meanwhile(tmp_path, monkeypatch):
@@ -97,30 +101,30 @@ def test_it_is_the_state_of_the_step_whatever_training_does_meanwhile(tmp_path, 
     moved_on, original = threading.Event(), saving._files
     monkeypatch.setattr(saving, "_files", lambda *args: moved_on.wait() and original(*args))
     saver, tensors, values = Saver(tmp_path, keep=2), state(), {"bad_steps": 7, "lists": [1]}
-    saver.make_room(tensors)
-    saver.save(7, tensors, values)
+    saver.make_room(parts(tensors))
+    saver.save(7, parts(tensors), values)
     assert (checkpoints(tmp_path), saver.newest, saver.failed) == ([], None, False)
     for group in tensors.values():
         for tensor in group.values():
             tensor.zero_()
     values["lists"].append(2)
     threading.Timer(0.05, moved_on.set).start()
-    saver.save(8, tensors, {})
+    saver.save(8, parts(tensors), {})
     assert checkpoints(tmp_path)[0] == 7
     saver.wait()
     assert checkpoints(tmp_path) == [7, 8]
-    read, told = checkpoint.load(tmp_path / "checkpoints" / STEP)
+    read, told = restoring.load(tmp_path / "checkpoints" / STEP)
     assert torch.equal(read["coder-0"]["weight"], state()["coder-0"]["weight"])
     assert told["lists"] == [1]
 
 
 def test_the_memory_for_copies_is_taken_once(tmp_path):
     saver = Saver(tmp_path, keep=2)
-    saver.make_room(state())
+    saver.make_room(parts(state()))
     saver.wait()
     before = {key: tensor.data_ptr() for key, tensor in saver.copy.held.items()}
     for step in (1, 2):
-        saver.save(step, state(), {})
+        saver.save(step, parts(state()), {})
         saver.wait()
     assert {key: tensor.data_ptr() for key, tensor in saver.copy.held.items()} == before
 
@@ -134,9 +138,9 @@ def test_what_goes_wrong_is_raised_when_it_is_waited_for_and_leaves_nothing(tmp_
     before = files(tmp_path)
     monkeypatch.setattr(saving, "_files", no_room)
     saver = Saver(tmp_path, keep=2)
-    saver.save(8, state(), {})
+    saver.save(8, parts(state()), {})
     with pytest.raises(OSError, match="No space left") as caught:
-        saver.save(9, state(), {})
+        saver.save(9, parts(state()), {})
     assert caught.value.errno == errno.ENOSPC
     assert files(tmp_path) == before
     assert not saver.failed
@@ -149,7 +153,7 @@ def save_without_room(run: Path, failing: int) -> int:
         if int(os.environ["RANK"]) == failing:
             saving._files = no_room
         saver = Saver(run, keep=1)
-        saver.save(8, state(), {})
+        saver.save(8, parts(state()), {})
         try:
             saver.wait()
         except OSError as error:
@@ -177,5 +181,5 @@ def test_a_part_tells_which_rows_of_what_it_holds(tmp_path):
     assert [child.wait() for child in children] == [0, 0], [child.output for child in children]
     with open(tmp_path / "checkpoints" / STEP / "coder-0.part-00002-of-00002.safetensors", "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    assert json.loads(header["__metadata__"]["weight"]) == {"first": 5, "shape": [11, 5]}
+    assert json.loads(header["__metadata__"]["weight"]) == {"rows": [[5, 11]], "shape": [11, 5]}
     assert header["weight"]["shape"] == [6, 5]
