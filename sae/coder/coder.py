@@ -270,8 +270,11 @@ class SparseCoder(Published, Folding):
             return kernels.decode(values, weight, offsets, ids, self._into(0))
         tokens, n = rows_of(offsets, len(ids)), offsets.numel() - 1
         out = self.W_dec.new_zeros(n, self.spec.d_out)
+        # What fills a buffer up repeats the last latent with 0: with it, a block could seem to have all entries.
+        first = torch.ones_like(ids, dtype=torch.bool)
+        first[1:] = (ids[1:] != ids[:-1]) | (tokens[1:] != tokens[:-1])
         for number, (block, weight) in enumerate(zip(self.blocks, self.decoders(frozen), strict=True)):
-            mine = (ids >= block.latents.start) & (ids < block.latents.stop)
+            mine = (ids >= block.latents.start) & (ids < block.latents.stop) & first
             counts = torch.bincount(tokens[mine], minlength=n)
             starts = offsets_of(counts)
             part = kernels.decode(values[mine], weight, starts, ids[mine] - block.latents.start, self._into(number))

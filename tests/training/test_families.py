@@ -224,6 +224,15 @@ def test_a_skip_path_of_zeros_changes_nothing_and_a_trained_one_explains_more():
     assert fvu(fresh_y, skip.trained()(fresh_x).out) < fvu(fresh_y, plain.trained()(fresh_x).out)
 
 
+def test_what_fills_a_buffer_up_is_decoded_to_nothing():
+    """Also where the last layer comes to have as many entries as if it had them all, in order."""
+    coder = cross_layer(TopK(2))  # three layers of 8 latents
+    ids = torch.tensor([1, 9, 18, 20, *[23] * 6])
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, *[0.0] * 6], dtype=torch.float64)
+    made = coder.decoded(values, torch.tensor([0, 10]), ids)
+    torch.testing.assert_close(made, coder.decoded(values[:4], torch.tensor([0, 4]), ids[:4]))
+
+
 def test_a_cross_layer_coder_of_one_layer_is_a_transcoder():
     x, y = pairs_of()
     one, other = transcoder(x, y), transcoder(x, y, layout="cross_layer")
