@@ -47,12 +47,17 @@ class Pretended(TorchDispatchMode):
     """Within the block there is such a device, for whoever asks."""
 
     def __enter__(self) -> Any:
-        def tensor(data: Any, *arguments: Any, device: Any = None, **options: Any) -> torch.Tensor:
-            made = own(data, *arguments, **options)
-            return made if device is None else made.to(device)  # which to PyTorch would be without values
+        def made_here(make: Any) -> Any:
+            def tensor(data: Any, *arguments: Any, device: Any = None, **options: Any) -> torch.Tensor:
+                made = make(data, *arguments, **options)
+                return made if device is None else made.to(device)  # which to PyTorch would be without values
 
-        own, torch.tensor = torch.tensor, tensor
-        self.undo = lambda: setattr(torch, "tensor", own)
+            return tensor
+
+        own = {name: getattr(torch, name) for name in ("tensor", "as_tensor")}
+        self.undo = lambda: [setattr(torch, name, make) for name, make in own.items()]
+        for name, make in own.items():
+            setattr(torch, name, made_here(make))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
