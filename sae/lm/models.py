@@ -309,5 +309,7 @@ def untrained(model: ModelConfig, trust_remote_code: bool = False) -> LanguageMo
     with readable_errors(model.name):
         made = auto.from_config(config, trust_remote_code=trust_remote_code).eval()
         positions = probing.positions_of(made)
+    if isinstance(places := model.kwargs.get("device_map"), dict):
+        weights.check_map(made, places)
     causal = auto.__name__ != weights.BASE
     return LanguageModel(made, None, model.name, model.revision, causal, positions)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ weights of an offloaded module are not there, so whoever looks at them does so h
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -78,6 +78,23 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield from _parts(name, model.get_parameter(name))
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         yield from _scales(model)
+
+
+def bytes_by_device(model: nn.Module, places: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the bytes of a model's weights by the devices that a device map names; the innermost module counts."""
+    found: dict[str, int] = {}
+    for name, weight in model.named_parameters():
+        path = name
+        while path not in places and path:
+            path = path.rpartition(".")[0]
+        device = str(places[path])
+        found[device] = found.get(device, 0) + weight.nbytes
+    return found
+
+
+def out_of_reach(model: nn.Module) -> bool:
+    """Returns whether there is a weight that is not there, and that nothing brings when its module runs."""
+    return any(weight.is_meta and _keeper(model, name) is None for name, weight in model.named_parameters())
 
 
 def _keeper(model: nn.Module, name: str) -> nn.Module | None:

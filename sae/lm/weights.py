@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae.base.errors import ConfigError, nearest
 from sae.lm.devices import MAP
+from sae.lm.placement import out_of_reach
 from sae.lm.probing import Nature, depended_on, nature_of
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def read_model(
         if lacks and head and not own and not last:
             continue  # the head, most likely
         refuse_missing(name, (key for key, x in model.named_parameters() if x.is_meta and key in lacks))
+        if isinstance(options.get("device_map"), dict | str) and out_of_reach(model):
+            raise ConfigError(f"{MAP}: the installed versions run no model that is on disk alone; keep a part on cpu")
         nature = understood(model, name)
         refuse_missing(name, depended_on(model, lacks))
         if last or (own or not nature.looks_ahead if head else nature.looks_ahead):
@@ -54,9 +57,9 @@ def read_model(
 
 
 def check_parts(auto: Any, config: "PretrainedConfig", places: Mapping[str, Any], trust_remote_code: bool) -> None:
-    """Raises ConfigError, before anything is read, for a device map that names no part, or leaves one out.
+    """Raises what `check_map` does before anything is read, of a model that is made without weights for it.
 
-    The model is made without weights for it; of one whose own code cannot do so, accelerate says it later.
+    Of one whose own code cannot do so, accelerate says it later.
     """
     import torch
 
@@ -65,6 +68,11 @@ def check_parts(auto: Any, config: "PretrainedConfig", places: Mapping[str, Any]
             made = auto.from_config(config, trust_remote_code=trust_remote_code)
     except Exception:  # anything that a model's own code may raise
         return
+    check_map(made, places)
+
+
+def check_map(made: "torch.nn.Module", places: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a device map that names what is no part of a model, or leaves a part out."""
     weights = [name for name, _ in made.named_parameters()]
     known = {name for name, _ in made.named_modules()}.union(weights)
     if wrong := [path for path in places if path not in known]:

@@ -15,9 +15,10 @@ from torch._subclasses import FakeTensorMode
 from sae.base.errors import ConfigError
 from sae.base.room import Need, check_room, taken
 from sae.base.units import data_size, duration
-from sae.lm.devices import resolve_device
+from sae.lm.devices import MAPS, resolve_device
 from sae.lm.hooks import sites_of_model
-from sae.lm.models import DTYPES, LanguageModel, untrained
+from sae.lm.models import DTYPES, LanguageModel, ModelConfig, untrained
+from sae.lm.placement import bytes_by_device
 from sae.lm.site import SECOND, Site
 from sae.parallel.ranks import world_size
 from sae.stream.tensors import stored_at
@@ -59,6 +60,8 @@ class Estimate:
     """Of one rank, as measured here."""
     steps: int
     traffic: Traffic
+    placed: str = ""
+    """Where the weights of models go that are spread or quantized, and what of it is not known before."""
 
     @property
     def memory(self) -> dict[str, int]:
@@ -114,6 +117,7 @@ class Estimate:
             f"sites        {', '.join(f'{name} (d {d})' for name, d in self.widths.items())}",
             f"parameters   {self.lm_parameters:,} in the model, {self.coder_parameters:,} in the coders",
             f"memory       {peak} ({parts})",
+            *([f"placed       {self.placed}"] if self.placed else []),
             f"disk         {data_size(self.disk)} in the run's folder, up to {data_size(self.cached)} in the cache",
             f"compute      {self.flops:.3g} FLOPs, {duration(self.seconds)} at the speed of a matrix product in this "
             "process; a run of small models takes two to three times as long",
@@ -149,6 +153,7 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False, ranks: int | 
         raise ConfigError(f"--ranks: {ranks} must be at least 1")
     check_ranks(config, ranks)
     models, width, plans = _planned(config, trust_remote_code)
+    said = (config.model, config.second_model)
     weights = sum(p.numel() for model, _ in models for p in model.model.parameters())
     found = footprint(config, models, plans, ranks)
     stored = _stored_tokens(config)
@@ -172,7 +177,24 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False, ranks: int | 
         measured_flops_per_s(resolve_device(config.model.device)),
         config.steps,
         traffic(config, plans, ranks),
+        "; ".join(filter(None, (placed(said[i], lm) for i, (lm, _) in enumerate(models)))),
     )
+
+
+def placed(said: ModelConfig, lm: LanguageModel) -> str:
+    """Returns where the weights of a model go, in words; "" where they all go to one device, as they are.
+
+    The memory of an estimate counts all of them, in the precision that is not quantized.
+    """
+    places, parts = said.kwargs.get("device_map"), list[str]()
+    if isinstance(places, dict):
+        sizes = bytes_by_device(lm.model, places)
+        parts.append(", ".join(f"{data_size(size)} of the model on {device}" for device, size in sizes.items()))
+    elif places in MAPS:
+        parts.append(f"by what is free when the model is loaded (device_map {places}), which is not known before")
+    if said.kwargs.get("quantization_config"):
+        parts.append("quantized when it is loaded, to a size that is not known before")
+    return f"{'; '.join(parts)}; the memory above counts all of it as one" if parts else ""
 
 
 def _planned(

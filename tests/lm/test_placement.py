@@ -55,7 +55,7 @@ def spread(folder, request, tmp_path_factory):
     try:
         lm = load_language_model(folder, kwargs={"device_map": MAPS[request.param], "offload_folder": away})
     except ConfigError as error:
-        if request.param == "all on disk" and "meta tensors" in str(error):
+        if request.param == "all on disk" and "on disk alone" in str(error):
             pytest.skip("this version of transformers runs no model that is on disk alone")
         raise
     assert any(weight.is_meta for weight in lm.model.parameters())
@@ -143,7 +143,7 @@ def offloaded(how, model, folder):
     if how == "cpu_offload_with_hook":
         return accelerate.cpu_offload_with_hook(model, "cpu")[0]
     whole = ["LlamaDecoderLayer"] if how == "whole layers" else None
-    return accelerate.dispatch_model(model, MAPS["all on disk"], offload_dir=folder, preload_module_classes=whole)
+    return accelerate.dispatch_model(model, MAPS["some on disk"], offload_dir=folder, preload_module_classes=whole)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,7 @@ def test_a_model_that_was_spread_before_it_was_given_is_read_as_it_is(plain, fol
     assert lm.device.type == "cpu"
     assert lm.fingerprint() == plain.fingerprint()
     before, sites = absent(lm.model), [Site("model.layers.0"), Site("model.layers.1.mlp.down_proj", "input")]
+    assert before or how == "cpu_offload_with_hook"
     for _ in range(2):
         found, wanted = (capture(each, sites, rows.data) for each in (lm, plain))
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -167,16 +168,27 @@ def in_cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "offloaded"
 
 
+def on_disk(model):
+    """Returns arguments that keep the layers of a model on disk; older versions run none that is there alone."""
+    head, base = model.base_model_prefix, model.base_model
+    places = {f"{head}.{name}": "disk" for name, _ in base.named_children()}
+    places |= {name: "cpu" for name, _ in model.named_children() if name != head}
+    (embeddings,) = (name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    return {"device_map": {**places, embeddings: "cpu"}}
+
+
 def saved(kind, folder):
+    """Saves a model that is tiny and random; returns the folder, and the arguments that keep its layers on disk."""
     tokenizer = tiny_tokenizer()
     model = tiny_lm(kind, vocab_size=len(tokenizer))
     for each in (model, tokenizer):
         each.save_pretrained(folder)
-    return folder
+    return folder, on_disk(model)
 
 
 def test_a_pass_that_ends_within_a_layer_leaves_none_of_its_weights(tmp_path, in_cache, monkeypatch):
-    lm = load_language_model(saved("gpt_oss", tmp_path / "model"), kwargs={"device_map": "disk"})
+    folder, away = saved("gpt_oss", tmp_path / "model")
+    lm = load_language_model(folder, kwargs=away)
     inside, rows, before = (
         [Site("model.layers.1.self_attn.o_proj", "input")],
         torch.arange(3, 12)[None],
@@ -196,11 +208,11 @@ def test_a_pass_that_ends_within_a_layer_leaves_none_of_its_weights(tmp_path, in
     ["gpt2", "gemma2", "gemma3_text", "gpt_oss", "mixtral", "mamba", "qwen3_next", "deepseek_v3", "recurrent_gemma"],
 )
 def test_a_pass_that_ends_anywhere_is_the_plain_one(tmp_path, in_cache, kind):
-    folder = saved(kind, tmp_path / "model")
-    plain, lm = (load_language_model(folder, kwargs=each) for each in ({}, {"device_map": "disk"}))
+    folder, away = saved(kind, tmp_path / "model")
+    plain, lm = (load_language_model(folder, kwargs=each) for each in ({}, away))
     assert lm.fingerprint() == plain.fingerprint()
     before, rows = absent(lm.model), torch.randint(3, 200, (2, 9), dtype=torch.int32)
-    assert before == {name for name, _ in lm.model.named_parameters()}
+    assert len(before) > 10
     ends = [path for path, call in probe(plain.model).items() if path and call.runs == 1 and call.made is not None]
     assert len(ends) > 10
     for path in ends:
@@ -212,7 +224,8 @@ def test_a_pass_that_ends_anywhere_is_the_plain_one(tmp_path, in_cache, kind):
 
 
 def test_what_must_be_written_goes_to_the_cache_for_as_long_as_the_process_lives(tmp_path, in_cache):
-    lm = load_language_model(saved("mixtral", tmp_path / "model"), kwargs={"device_map": "disk"})
+    model, away = saved("mixtral", tmp_path / "model")
+    lm = load_language_model(model, kwargs=away)
     (folder,) = in_cache.iterdir()
     assert folder.name.startswith(".tmp-")
     assert lm.model.num_parameters() > 0
@@ -220,12 +233,13 @@ def test_what_must_be_written_goes_to_the_cache_for_as_long_as_the_process_lives
     (tmp_path / "file").write_text("")
     os.environ["SAE_CACHE"] = str(tmp_path / "file")
     with pytest.raises(ConfigError, match=r"^SAE_CACHE: .* cannot be written to: "):
-        load_language_model(tmp_path / "model", kwargs={"device_map": "disk"})
+        load_language_model(model, kwargs=away)
 
 
 @pytest.mark.slow
 def test_the_real_model_is_evaluated_from_disk_as_in_memory(in_cache):
-    plain, lm = (load_language_model("quickstart", kwargs=each) for each in ({}, {"device_map": "disk"}))
+    plain = load_language_model("quickstart")
+    lm = load_language_model("quickstart", kwargs=on_disk(plain.model))
     assert lm.fingerprint() == plain.fingerprint()
     rows = sampled_rows(plain, 64, 16)
     (site,) = resolve_sites(plain.model, ["layers.1"], "")

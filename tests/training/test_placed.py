@@ -1,0 +1,44 @@
+"""An estimate says where the weights of a model go, and claims nothing of what is known only when it is loaded."""
+
+import pytest
+from rigs.fakes import tiny_config
+
+from sae.base.errors import ConfigError
+from sae.training.estimate import estimate
+
+PLACES = {"model.embed_tokens": 0, "model.layers": "cuda:1", "model.layers.1": "disk", "model.norm": 0, "lm_head": 0}
+
+
+def placed(model, text, **kwargs):
+    found = estimate(tiny_config(model, text, {"model.device": "auto", "model.kwargs": kwargs}))
+    (line,) = [line for line in found.lines() if line.startswith("placed ")] if kwargs else [found.placed]
+    return line, found
+
+
+def test_a_map_says_what_goes_where(tiny_model, tiny_text):
+    line, found = placed(tiny_model, tiny_text, device_map={**PLACES, "model.rotary_emb": "cpu"})
+    block = 4 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16)
+    rest = 4 * found.lm_parameters - 2 * block
+    assert line.startswith(f"placed       {rest / 1e3:.1f} KB of the model on 0, {block / 1e3:.1f} KB of the model on")
+    assert "cuda:1" in line
+    assert "disk" in line
+    with pytest.raises(
+        ConfigError, match=r"^model\.kwargs\.device_map: it does not say where these go: lm_head.weight"
+    ):
+        placed(tiny_model, tiny_text, device_map={"model": "cpu"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kwargs", "told"),
+    [
+        ({}, ""),
+        (
+            {"device_map": "auto"},
+            "by what is free when the model is loaded (device_map auto), which is not known before",
+        ),
+        ({"quantization_config": {"load_in_8bit": True}}, "quantized when it is loaded, to a size that is not known"),
+    ],
+)
+def test_what_is_not_known_is_said(tiny_model, tiny_text, kwargs, told):
+    assert told in placed(tiny_model, tiny_text, **kwargs)[0]
