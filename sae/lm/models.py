@@ -46,8 +46,8 @@ class ModelConfig:
     device: str = "auto"
     """auto (a GPU if there is one, its own for each rank), cpu, cuda, cuda:1 ..., or mps, of Apple."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """What else transformers' from_pretrained is given: device_map (auto spreads the model over all GPUs, CPU memory
-    and, with offload_folder, disk), max_memory, quantization_config, attn_implementation, variant."""
+    """What else transformers' from_pretrained is given: device_map (auto spreads the model over this rank's GPUs, CPU
+    memory and disk), max_memory, offload_folder, quantization_config, attn_implementation, variant."""
 
     def __post_init__(self) -> None:
         kwargs = options.plain(self.kwargs)
