@@ -16,6 +16,7 @@ def placed(model, text, **kwargs):
     return line, found
 
 
+@pytest.mark.slow
 def test_a_map_says_what_goes_where(tiny_model, tiny_text):
     line, found = placed(tiny_model, tiny_text, device_map={**PLACES, "model.rotary_emb": "cpu"})
     block = 4 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16)
