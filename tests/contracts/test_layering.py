@@ -223,6 +223,8 @@ MIRRORLESS = {
     "cli/test_from_the_hub.py": "a whole run against a hub",
     "cli/test_quickstart_run.py": "the main command as typed on a fresh machine",
     "kernels/test_steps.py": "whole steps of training by each path",
+    "lm/test_quantized.py": "models quantized by packages that need not be there",
+    "lm/test_two_devices.py": "all that is done with a model, of which a part lies on a second device",
     "lm/test_transformerlens_names.py": "names of sae.lm.sites, in each model that they are of",
     "pages/test_core.py": "scripts that all pages share, in a browser",
     "pages/test_plots.py": "plots.js, in a browser",
