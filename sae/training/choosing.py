@@ -63,7 +63,7 @@ class Chooser:
         """The encoder's tensors in the precision of the product, where it is another; updates keep them."""
         self.groups = coder.rule_groups()
         self.mesh = mesh or of_data()
-        self.tile = tile_tokens(self._most(), coder.W_enc.device)
+        self.tile = tile_tokens(coder.whole.d_sae, coder.W_enc.device)
         device = coder.W_enc.device
         self.states = [
             {name: _held(value, device) for name, value in self.rule.start(group.stop - group.start).items()}
@@ -98,11 +98,6 @@ class Chooser:
         ]
         for moment in self.moments:
             self.rule.begin(moment)
-
-    def _most(self) -> int:
-        """Returns how many latents any rank holds: ranks that hold others look at the same tokens at a time."""
-        shard = self.coder.shard
-        return shard.cut.most * shard.cut.blocks if shard else self.coder.spec.d_sae
 
     def dense(self, per_token: float) -> bool:
         """Returns whether, of a rule with cuts, so many entries of a token are kept, of all ranks, that all are held.
