@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.coder.spec import CoderSpec
+from sae.encoders import Encoder
 from sae.kernels import top_ids
 from sae.kernels.largest import kept_of_parts
 from sae.parallel import collectives
@@ -48,15 +49,13 @@ class Shard:
     axis: Axis
 
     def __post_init__(self) -> None:
-        if self.axis.moves and self.unit is None:
-            rule, encoder = Selection.get_choice_name(type(self.whole.selection)), self.whole.encoder
-            what = f"encoder {encoder}" if self.whole.encoding.pursues else f"selection {rule}"
-            raise ConfigError(f"parallel.latents: {what} cannot choose over several ranks; set it to 1")
+        if self.axis.moves:
+            check_choice(self.whole.selection, self.whole.encoding, self._size)
 
     @cached_property
     def unit(self) -> int | None:
         """Returns how many neighbors the rule needs on one rank."""
-        return None if self.whole.encoding.pursues else self.whole.selection.unit(self._size)
+        return _unit(self.whole.selection, self.whole.encoding, self._size)
 
     @property
     def _size(self) -> int:
@@ -93,6 +92,18 @@ class Shard:
             found.append(range(first, first + len(piece) * times))
             start += self._size * times
         return HeldRows(found, start)
+
+
+def check_choice(rule: Selection, encoding: Encoder, size: int) -> None:
+    """Raises ConfigError if it is not known how to choose among latents, in blocks of a size, of several ranks."""
+    if _unit(rule, encoding, size) is None:
+        pursues = f"encoder {Encoder.get_choice_name(type(encoding))}"
+        what = pursues if encoding.pursues else f"selection {Selection.get_choice_name(type(rule))}"
+        raise ConfigError(f"parallel.latents: {what} cannot choose over several ranks; set it to 1")
+
+
+def _unit(rule: Selection, encoding: Encoder, size: int) -> int | None:
+    return None if encoding.pursues else rule.unit(size)
 
 
 class _Summed(torch.autograd.Function):

@@ -186,9 +186,9 @@ def zero(step: Step) -> Float[Tensor, ""]:
     return torch.zeros((), device=step.target.device, dtype=step.target.dtype)
 
 
-def check_cut(coder: SparseCoder, terms: Mapping[str, Objective]) -> None:
-    """Raises ConfigError if ranks hold parts of a coder and a term does not say what it is then."""
-    for term in terms.values() if coder.shard else ():
+def check_cut(terms: Mapping[str, Objective]) -> None:
+    """Raises ConfigError if a term does not say what it is where ranks hold parts of a coder."""
+    for term in terms.values():
         if term.of_latents is None:
             name = Objective.get_choice_name(type(term))
             raise ConfigError(f"parallel.latents: it is not known how objective {name} adds up over ranks; set it to 1")

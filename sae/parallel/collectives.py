@@ -162,4 +162,9 @@ def collected(rows: Tensor) -> Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Returns whether the flag is set on any rank, so that all ranks stop at the same step."""
-    return bool(largest(torch.tensor(float(flag))))
+    return any_rank_each(flag)[0]
+
+
+def any_rank_each(*flags: bool) -> list[bool]:
+    """Returns the same of several flags, that travel together."""
+    return [bool(flag) for flag in largest(torch.tensor([float(flag) for flag in flags])).tolist()]

@@ -66,6 +66,11 @@ class Mesh:
         return Shape(*(axis.world_size for axis in (self.sites, self.data, self.latents)))
 
     @property
+    def cuts(self) -> bool:
+        """Returns whether ranks hold different coders, or parts of them."""
+        return self.sites.moves or self.latents.moves
+
+    @property
     def lanes(self) -> Share:
         """Returns which of a batch's tokens this rank reads.
 

@@ -70,7 +70,7 @@ class Shares:
 def _passes(text: TextBatch, setting: Setting) -> CleanPasses:
     context, micro = text.tokens.shape[1], setting.micro_tokens
     rows = max(1, micro // context) if micro else len(text.tokens)
-    return CleanPasses(setting.subject.measured_on["lm"], text, rows, [plan.writes for plan in setting.plans])
+    return CleanPasses(setting.subject.measured_on["lm"], text, rows, [plan.writes for plan in setting.own])
 
 
 def bad_blocks(batch: ActivationBatch) -> list[int]:

@@ -29,7 +29,7 @@ from sae.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
-CHANGEABLE = ("log", "checkpoints", "eval", "ranks", "max_bad_steps", "kernels")  # of a run that has begun
+CHANGEABLE = ("log", "checkpoints", "eval", "ranks", "parallel", "max_bad_steps", "kernels")  # of a run that has begun
 PLACES = ("model.name", "second_model.name", "text.source", "activations.path", "coder.start_from", "run_dir")
 """Fields of what is one, however it is spelled."""
 PINNED = ("model.revision", "text.revision", "text.max_tokens")  # written to config.yaml as they were found

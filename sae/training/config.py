@@ -19,6 +19,7 @@ from sae.lm.site import Site
 from sae.objectives import Objective
 from sae.objectives.auxk import AuxK
 from sae.objectives.reconstruction import Reconstruction
+from sae.parallel.mesh import ParallelConfig
 from sae.parallel.ranks import ALONE, RanksConfig, Share
 from sae.selection import Selection, trainable
 from sae.selection.topk import TopK
@@ -291,6 +292,7 @@ class TrainConfig:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     ranks: RanksConfig = field(default_factory=RanksConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     ALSO_CALLED: ClassVar[dict[str, str]] = TRAINING_ARGUMENTS
 
@@ -324,8 +326,10 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises ConfigError naming the first field whose value is not allowed."""
-        for part in ("model", "second_model", "text", "activations", "optim", "eval", "checkpoints", "log", "ranks"):
-            getattr(self, part).validate()
+        for part in (self.model, self.second_model, self.text, self.activations, self.optim, self.eval):
+            part.validate()
+        for part in (self.checkpoints, self.log, self.ranks, self.parallel):
+            part.validate()
         lanes = self.activations.lanes
         at_least("batch_tokens", self.batch_tokens, lanes)
         if self.batch_tokens % lanes:

@@ -24,8 +24,9 @@ from sae.parallel.ranks import world_size
 from sae.stream.tensors import stored_at
 from sae.training import flops as flops_of
 from sae.training.config import TrainConfig
+from sae.training.dealing import dealt, shape_for
 from sae.training.footprint import FLOAT, Footprint, copies, footprint, weights_dtype
-from sae.training.planning import CoderPlan, check_ranks, plan_run, plan_tensors, with_model_named
+from sae.training.planning import CoderPlan, plan_run, plan_tensors, with_model_named
 from sae.training.subject import of_tensors
 from sae.training.traffic import Traffic, traffic
 
@@ -151,16 +152,16 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False, ranks: int | 
     ranks = world_size() if ranks is None else ranks
     if ranks < 1:
         raise ConfigError(f"--ranks: {ranks} must be at least 1")
-    check_ranks(config, ranks)
+    shape = shape_for(config, ranks)
     models, width, plans = _planned(config, trust_remote_code)
+    dealt(config, models, plans, shape)  # refused if it cannot be
     said = (config.model, config.second_model)
     weights = sum(p.numel() for model, _ in models for p in model.model.parameters())
     found = footprint(config, models, plans, ranks)
     stored = _stored_tokens(config)
     disk, cached = disk_needed(config, plans, width)
     flops = flops_of.reading(config, models) * (stored or config.tokens) if models else 0.0
-    encoders = sum(p.d_in // p.spec.n_blocks * p.d_sae * len(p.spec.encoding.maps) for p in plans)
-    flops += 3.2 * config.tokens * encoders  # the dense encoder and, sparse, the rest
+    flops += flops_of.SPARSELY * config.tokens * sum(map(flops_of.encoding, plans))
     flops += flops_of.end_to_end(config, models, plans, ranks) * config.tokens if config.needs_rows else 0
     times = 1 + ((config.steps - 1) // config.eval.every_steps if config.eval.every_steps else 0)
     flops += flops_of.evaluation(config, models, plans) * config.eval.tokens * times

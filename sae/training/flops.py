@@ -14,6 +14,8 @@ from sae.training.end_to_end import KEPT_LOGITS
 from sae.training.footprint import SEEN
 from sae.training.planning import CoderPlan
 
+SPARSELY = 3.2
+"""FLOPs of a step for each weight of the encoder: a dense product there, and the rest sparse."""
 Read = list[tuple[LanguageModel, list[Site]]]
 """Models, with the sites that are read of each."""
 
@@ -53,6 +55,21 @@ def reading(config: TrainConfig, models: Read) -> float:
         depths = Depths(lm)
         found += 2 * depths.whole - depths.first(sites) if config.gradient_loss else depths.last(sites)
     return 2.0 * found
+
+
+def encoding(plan: CoderPlan) -> int:
+    """Returns the weights of a coder's encoder that a token is multiplied with."""
+    return plan.d_in // plan.spec.n_blocks * plan.d_sae * len(plan.spec.encoding.maps)
+
+
+def of_coder(config: TrainConfig, models: Read, plan: CoderPlan) -> float:
+    """Returns the FLOPs that a step of a coder takes of a token, beside what all coders of a run share."""
+    found = SPARSELY * encoding(plan)
+    if any(term.needs_rows for term in plan.coder.objectives.values() if term.weight):
+        ((lm, _),) = models
+        depths = Depths(lm)
+        found += 4.0 * (depths.whole - depths.first(plan.writes))
+    return found
 
 
 def end_to_end(config: TrainConfig, models: Read, plans: list[CoderPlan], ranks: int) -> float:

@@ -31,11 +31,11 @@ from sae.stream.drawn import Ended
 from sae.training import restoring
 from sae.training.batches import Shares, bad_blocks
 from sae.training.callbacks import Callbacks, Moment
+from sae.training.hearing import Given, Hearing
 from sae.training.preparing import Setting, new_trainers
 from sae.training.reporting.report import write_report
 from sae.training.saving import Part, Parts, Saver
-from sae.training.step import Figures, NonFiniteError
-from sae.training.trainer import CoderTrainer
+from sae.training.step import NonFiniteError
 
 log = logging.getLogger(__name__)
 MIDWAY = ".evaluated"
@@ -61,17 +61,6 @@ class TrainResult:
         return text_lines([str(self.run_dir)]) + Evaluation(self.metrics)._repr_html_()
 
 
-@dataclass(frozen=True)
-class _Given:
-    """A step that is on its way."""
-
-    batch: ActivationBatch
-    step: int
-    """Counted from 1."""
-    figures: dict[str, Figures]
-    """By coder."""
-
-
 class Run:
     """The trainers of a run and the stream that they share, at some step."""
 
@@ -81,11 +70,14 @@ class Run:
         self.source = setting.subject.open_source(setting.config, watch)
         replicas.check_machines(setting.subject.device)
         self.trainers = new_trainers(setting, self.source, saved, watch)
-        self.stream = setting.subject.open_stream(setting.config, self.source)
+        self.stream = setting.subject.open_stream(setting.config, self.source, setting.mesh.lanes)
+        self.exchange = setting.exchange()
         self.carrier = Carrier(setting.subject.device)
-        self.bad_steps, self.on_its_way = 0, list[_Given]()
-        self.dealt = setting.mesh.sites.moves or setting.mesh.latents.moves
-        """Whether ranks hold parts of coders, or others than other ranks."""
+        several = setting.mesh.sites.moves
+        self.hearing = Hearing(self.trainers, [plan.name for plan in setting.plans], several)
+        hooked = bool(told.hooks["on_step"])
+        self.heard_each_step = collectives.any_rank(hooked) if several else hooked
+        self.bad_steps = 0
         self.saver = Saver(self.folder, setting.config.checkpoints.keep, saved)
         self.ended: Ended | None = None
         self.logs = {name: self.folder / name for name in ("metrics.jsonl", "timings.jsonl")}
@@ -215,7 +207,7 @@ class Run:
             self.step += 1
             step = self.step
             logs = step % config.log.every_steps == 0 or step == steps
-            lines = self._settle() if logs or step == first + 1 or self.told.hooks["on_step"] else []
+            lines = self._settle() if logs or step == first + 1 or self.heard_each_step else []
             if step == first + 1:  # rather than at the first checkpoint, which may be far
                 self._compare()
             if lines and logs:
@@ -237,8 +229,16 @@ class Run:
         return self._log_bytes()
 
     def _ending(self) -> bool:
-        """Returns whether any rank was asked for an end, or lost a checkpoint; all must call it at the same step."""
-        return collectives.any_rank(self.stop() or self.told.ending or self.saver.failed)
+        """Returns whether any rank was asked for an end, or lost a checkpoint; all must call it at the same step.
+
+        What went wrong with a coder that other ranks train is heard on the way.
+        """
+        ending = self.stop() or self.told.ending or self.saver.failed
+        if not self.hearing.several:
+            return collectives.any_rank(ending)
+        ending, wrong = collectives.any_rank_each(ending, self.hearing.wrong)
+        self._skip(self.hearing.told(wrong))
+        return ending
 
     def _check_callbacks(self, kept: str) -> None:
         """Raises what a callback has raised; on the other ranks, that this one failed."""
@@ -252,7 +252,7 @@ class Run:
         """Returns what callbacks are told now, about the coders as they stand or the finished ones."""
 
         def snapshot() -> dict[str, SparseCoder]:
-            if coders is None and self.dealt:
+            if coders is None and self.setting.mesh.cuts:
                 raise RuntimeError("moment.coders: no rank has them whole; ask for them in on_evaluate or on_end")
             return deepcopy(coders) if coders else self._trained()
 
@@ -273,53 +273,32 @@ class Run:
 
         All that is written or told of a step is behind `_settle`.
         """
-        shares = Shares(batch, self.setting, self.carrier)
+        shares = Shares(self.exchange(batch), self.setting, self.carrier)
         figures = {
             plan.name: self.trainers[plan.name].step(shares.of(plan, self.trainers[plan.name].coder), self.step)
-            for plan in self.setting.plans
+            for plan in self.setting.own
         }
-        self.on_its_way.append(_Given(batch, self.step + 1, figures))
-        if len(self.on_its_way) > 1:
-            self._hear()
+        self._skip(self.hearing.give(Given(batch, self.step + 1, figures)))
 
     def _settle(self) -> list[dict[str, Any]]:
         """Hears of all steps; returns the metrics of the coders that took the last one, if it was still on its way."""
-        for trainer in self.trainers.values():
-            trainer.settle()
-        lines: list[dict[str, Any]] = []
-        while self.on_its_way:
-            given = self.on_its_way[0]
-            applied = self._hear()
-            lines = [
-                {"step": given.step, "coder": name, **given.figures[name], **_active(self.trainers[name])}
-                for name in applied
-            ]
+        wrong, lines = self.hearing.settle()
+        self._skip(wrong)
         return lines
 
-    def _hear(self) -> list[str]:
-        """Returns the coders that took the oldest step on its way; of the others, keeps its batch for inspection."""
-        given = self.on_its_way.pop(0)
-        errors = {}
-        for name, figures in given.figures.items():
-            try:
-                figures.check()
-            except NonFiniteError as error:
-                errors[name] = f"coder {name}: {error}"
-        if errors:
-            self._skip("; ".join(errors.values()), given.batch, given.step)
-        return [name for name in given.figures if name not in errors]
-
-    def _skip(self, errors: str, batch: ActivationBatch, step: int) -> None:
-        """Keeps the batch for inspection; goes on while `max_bad_steps` allows."""
-        self.bad_steps += 1
-        dump = self.folder / f"bad-batch-step-{step}-rank-{ranks.rank()}.safetensors"
-        save_tensors(dump, {**batch.activations, "blocks": batch.blocks})
-        blocks = bad_blocks(batch)
-        of = f" ({self.source.told(blocks)})" if blocks else ""
-        where = f"step {step}, {errors}; the step was not applied, its batch{of} is in {dump}"
-        if self.bad_steps > self.config.max_bad_steps:
-            raise NonFiniteError(f"{where} (max_bad_steps: {self.config.max_bad_steps})")
-        log.warning("%s; skipped (%d of %d allowed)", where, self.bad_steps, self.config.max_bad_steps)
+    def _skip(self, wrong: list[Given]) -> None:
+        """Keeps the batches of steps for inspection; goes on while `max_bad_steps` allows."""
+        for given in wrong:
+            self.bad_steps += 1
+            dump = self.folder / f"bad-batch-step-{given.step}-rank-{ranks.rank()}.safetensors"
+            save_tensors(dump, {**given.batch.activations, "blocks": given.batch.blocks})
+            blocks = bad_blocks(given.batch)
+            of = f" ({self.source.told(blocks)})" if blocks else ""
+            errors = self.hearing.described(given)
+            where = f"step {given.step}, {errors}; the step was not applied, its batch{of} is in {dump}"
+            if self.bad_steps > self.config.max_bad_steps:
+                raise NonFiniteError(f"{where} (max_bad_steps: {self.config.max_bad_steps})")
+            log.warning("%s; skipped (%d of %d allowed)", where, self.bad_steps, self.config.max_bad_steps)
 
     def _trained(self) -> dict[str, SparseCoder]:
         """Returns what this rank has of the finished coders, as they would be now."""
@@ -331,7 +310,7 @@ class Run:
         Those that it has not whole are read from there when they are looked at.
         """
         hub.save_together({folder / name: coder for name, coder in own.items()}, self.setting.mesh)
-        if not self.dealt:
+        if not self.setting.mesh.cuts:
             return own
         device = self.setting.subject.device
         with agreement.together():
@@ -348,7 +327,7 @@ class Run:
     def _evaluate_midway(self) -> None:
         """Writes a held-out evaluation to metrics.jsonl; coders that no rank has whole lie in a folder meanwhile."""
         folder = self.folder / MIDWAY
-        coders = self._saved(self._trained(), folder) if self.dealt else self._trained()
+        coders = self._saved(self._trained(), folder) if self.setting.mesh.cuts else self._trained()
         found = self._evaluate(coders)
         with agreement.together():
             if self.main:
@@ -394,7 +373,3 @@ def _figures(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {
         line["coder"]: {key: value for key, value in line.items() if key not in ("step", "coder")} for line in lines
     }
-
-
-def _active(trainer: CoderTrainer) -> dict[str, int]:
-    return {f"active_steps.{name}": count for name, count in trainer.active_steps.items() if name != "reconstruction"}

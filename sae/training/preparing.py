@@ -1,7 +1,7 @@
 """What a run stands on before its first step: models, plans, text, activations, and coders as they begin."""
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from sae.coder.cutting import empty_part
 from sae.coder.spec import CoderSpec
 from sae.lm.devices import resolve_device
 from sae.lm.environment import environment
+from sae.lm.hooks import sites_of_model
 from sae.lm.masking import MaskSpec
 from sae.lm.models import DTYPES, LanguageModel, ModelConfig, load_language_model
 from sae.lm.site import SECOND, Site
 from sae.loading import hub
 from sae.parallel import agreement, ranks, replicas
-from sae.parallel.mesh import Mesh, of_data
+from sae.parallel.mesh import Mesh
 from sae.stream.drawn import is_iterator
+from sae.stream.exchange import Exchange, Wanted
 from sae.stream.sources import Reading, Source
 from sae.stream.tensors import Stored, given_activations
 from sae.text.documents import commit_of_data, first_look
@@ -32,9 +34,10 @@ from sae.text.tokenizing import TokenizedText, special_ids, tokenize, what_was_m
 from sae.training import checkpoint
 from sae.training.beginning import Begun, new_part
 from sae.training.config import TrainConfig
+from sae.training.dealing import dealt
 from sae.training.estimate import check_disk, disk_needed
 from sae.training.measuring import Recipe, Statistics, measure, sample_activations
-from sae.training.planning import CoderPlan, check_ranks, plan_run, plan_tensors, with_model_named
+from sae.training.planning import CoderPlan, plan_run, plan_tensors, with_model_named
 from sae.training.start import own_jobs
 from sae.training.subject import OfText, Subject, drawn_from, of_iterator, of_tensors
 from sae.training.trainer import CoderTrainer, Schedule
@@ -51,18 +54,33 @@ class Setting:
     folder: Path
     plans: list[CoderPlan]
     subject: Subject
-    mesh: Mesh = field(default_factory=of_data)
-    """The ranks that train."""
+    mesh: Mesh
+    groups: list[int]
+    """Of every plan, the place along sites of the ranks that train it."""
 
     @property
     def own(self) -> list[CoderPlan]:
         """Returns the plans of the coders that this rank trains."""
-        return self.plans
+        return [plan for plan, group in zip(self.plans, self.groups, strict=True) if group == self.mesh.sites.rank]
+
+    def exchange(self) -> Exchange:
+        """Returns what brings every rank the rows that its coders are trained on."""
+        config, wanted = self.config, []
+        for group in range(self.mesh.shape.sites):
+            plans = [plan for plan, of in zip(self.plans, self.groups, strict=True) if of == group]
+            sites = {name: None for plan in plans for name in plan.sites}
+            graded = {site.name: None for plan in plans if plan.coder.selection.gradient_loss for site in plan.writes}
+            wanted.append(Wanted(tuple(sites), tuple(graded)))
+        if config.needs_rows:
+            units, of = config.batch_tokens // config.text.context_length, config.text.context_length
+        else:
+            units, of = config.activations.lanes, config.batch_tokens // config.activations.lanes
+        return Exchange(self.mesh, wanted, units, of)
 
     @property
     def micro_tokens(self) -> int:
         """Returns how many tokens of a micro-batch are this rank's."""
-        return -(-self.config.micro_batch_tokens // ranks.world_size())
+        return -(-self.config.micro_batch_tokens // self.mesh.data.world_size)
 
 
 Models = tuple[LanguageModel, LanguageModel | None]
@@ -70,7 +88,6 @@ Models = tuple[LanguageModel, LanguageModel | None]
 
 def load_models(config: TrainConfig, trust_remote_code: bool, given: LanguageModel | None = None) -> Models:
     """Returns the language models that a run reads, the first as it is given; of a crosscoder of two, both."""
-    check_ranks(config, ranks.world_size())  # refused here rather than when the stream begins
     if Path(config.text.source).expanduser().exists():
         first_look(config.text)  # a missing column, or damage, is known before the model is loaded
 
@@ -84,15 +101,17 @@ def load_models(config: TrainConfig, trust_remote_code: bool, given: LanguageMod
 
 
 def set_up(
-    config: TrainConfig, models: Models, folder: Path, resume: bool, watch: Watch, trust_remote_code: bool
+    config: TrainConfig, models: Models, folder: Path, resume: bool, watch: Watch, trust_remote_code: bool, mesh: Mesh
 ) -> Setting:
     """Returns what a run works on; of a new run, config.yaml and env.json are written as soon as all of it can be."""
     lm, second = models
     sites, widths, plans = plan_run(config, lm, second)
+    read = [(model, sites_of_model(sites, tag)) for model, tag in ((lm, ""), (second, SECOND)) if model]
+    groups = dealt(config, read, plans, mesh.shape)
     about = {"model": lm.fingerprint(), "trust_remote_code": trust_remote_code}
     about = environment(lm.device, **about)
     config = _begun(config, pinned(config, lm), folder, resume, plans, widths, lm.device, about)
-    return Setting(config, folder, plans, of_text(config, models, sites, watch))
+    return Setting(config, folder, plans, of_text(config, models, sites, watch), mesh, groups)
 
 
 def of_text(config: TrainConfig, models: Models, sites: list[Site], watch: Watch) -> OfText:
@@ -107,9 +126,8 @@ def of_text(config: TrainConfig, models: Models, sites: list[Site], watch: Watch
     return OfText(Reading(lm, sites, mask, settings.dtype, loss, second), text, fingerprint, config)
 
 
-def set_up_tensors(config: TrainConfig, folder: Path, resume: bool, activations: Any = None) -> Setting:
+def set_up_tensors(config: TrainConfig, folder: Path, resume: bool, mesh: Mesh, activations: Any = None) -> Setting:
     """Returns the same of a run on stored activations, those given or else those that the config names."""
-    check_ranks(config, ranks.world_size())
     device, name = resolve_device(config.model.device), config.activations.sites[0]
     drawn = drawn_from(config, activations) if is_iterator(activations) else None
     if drawn:
@@ -119,13 +137,14 @@ def set_up_tensors(config: TrainConfig, folder: Path, resume: bool, activations:
         stored = given_activations(given, name)
     stored = with_model_named(config, stored)
     sites, widths, plans = plan_tensors(config, stored)
+    groups = dealt(config, [], plans, mesh.shape)
     names = [site.name for site in sites]
     subject = of_iterator(config, drawn, names, device) if drawn else of_tensors(config, stored, names, device)
     about = environment(device, **subject.fingerprint)
     config = _begun(config, config, folder, resume, plans, widths, device, about)
     subject.hold_out(folder, begun=resume and bool(checkpoint.complete(folder)))
     log.info("%s", subject)
-    return Setting(config, folder, plans, subject)
+    return Setting(config, folder, plans, subject, mesh, groups)
 
 
 def _begun(

@@ -24,11 +24,13 @@ from sae.base.progress import Display, Watch, during
 from sae.base.tracker import Tracker
 from sae.lm.files import loading_bars
 from sae.parallel import agreement, ranks
+from sae.parallel.mesh import made
 from sae.parallel.stopping import stop_flag
 from sae.training import checkpoint
 from sae.training.arguments import as_config, with_activations, with_model
 from sae.training.callbacks import Callbacks, Listener
 from sae.training.config import TrainConfig
+from sae.training.dealing import shape_for
 from sae.training.loop import Run, TrainResult
 from sae.training.preparing import load_models, set_up, set_up_tensors
 from sae.training.start import AUTO, begin, check_shared, mark
@@ -93,18 +95,21 @@ def train(
         with checkpoint.locked(folder, going_on), _ended_well(folder):
             check_shared(folder)
             check_writable(cache_dir(), "SAE_CACHE")
+            mesh = made(shape_for(config, ranks.world_size()))
+            if mesh.cuts:
+                log.info("mesh         %s", mesh.shape)
             with agreement.together():
                 name = config.log.tracker if ranks.rank() == 0 else "none"
                 tracker = Tracker(name, config.log.project, folder.name, draccus.encode(config))
             watch = replace(watch, should_stop=stop)
             try:
                 if config.activations.source == "tensors":
-                    setting = set_up_tensors(config, folder, going_on, activations)
+                    setting = set_up_tensors(config, folder, going_on, mesh, activations)
                 else:
                     check_store(config)
                     with stop.lifted(), loading_bars(shown=progress is True), during("loading the model"):
                         models = load_models(config, trust_remote_code, given)
-                    setting = set_up(config, models, folder, going_on, watch, trust_remote_code)
+                    setting = set_up(config, models, folder, going_on, watch, trust_remote_code, mesh)
                 with closing(Run(setting, _newest(folder, going_on), watch, stop, told)) as run:
                     run.loop(tracker)
                     return run.finish()

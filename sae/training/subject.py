@@ -15,6 +15,7 @@ from sae.base.store import HEADER, check_header, fingerprint_key, remove_damaged
 from sae.lm.masking import MaskSpec
 from sae.lm.models import DTYPES
 from sae.parallel import agreement, ranks
+from sae.parallel.ranks import Share
 from sae.stream.drawn import Drawn, DrawnStream
 from sae.stream.lanes import Stream
 from sae.stream.rows import RowStream
@@ -108,12 +109,11 @@ class OfText:
     def _live(self, config: TrainConfig, rows: TokenRows) -> LiveSource:
         return LiveSource(self.reading, Blocks(rows, config.activations.block_rows, config.seed))
 
-    def open_stream(self, config: TrainConfig, source: Source) -> Stream | RowStream:
-        """Returns single tokens of many rows, or whole rows for losses that run the model."""
+    def open_stream(self, config: TrainConfig, source: Source, share: Share) -> Stream | RowStream:
+        """Returns a share of single tokens of many rows, or of whole rows for losses that run the model."""
         if config.needs_rows:
-            share = ranks.own_share()
             return RowStream(self.reading, self.text.train, config.batch_tokens, config.seed, share)
-        return _stream(config, source, self.device)
+        return _stream(config, source, self.device, share)
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ class OfTensors:
         """Returns the part to train on."""
         return self.train
 
-    def open_stream(self, config: TrainConfig, source: Source) -> Stream:
-        """Returns single vectors of many blocks."""
-        return _stream(config, source, self.device)
+    def open_stream(self, config: TrainConfig, source: Source, share: Share) -> Stream:
+        """Returns a share of single vectors of many blocks."""
+        return _stream(config, source, self.device, share)
 
     def __str__(self) -> str:
         """Returns what there is, for people."""
@@ -200,8 +200,8 @@ class OfIterator:
         """Returns what is drawn."""
         return self.drawn
 
-    def open_stream(self, config: TrainConfig, source: Source) -> Stream:
-        """Returns single vectors of many blocks."""
+    def open_stream(self, config: TrainConfig, source: Source, share: Share) -> Stream:
+        """Returns single vectors of many blocks, all of them: one process draws them."""
         return DrawnStream(self.drawn, config.batch_tokens, config.seed, n_lanes=config.activations.lanes)
 
     def __str__(self) -> str:
@@ -263,8 +263,8 @@ def of_tensors(config: TrainConfig, stored: Stored, names: list[str], device: to
     return OfTensors(stored.label, train, held_out, device, mask, fingerprint, {"training": {"tensors": tensors}})
 
 
-def _stream(config: TrainConfig, source: Source, device: torch.device) -> Stream:
-    settings, share = config.activations, ranks.own_share()
+def _stream(config: TrainConfig, source: Source, device: torch.device, share: Share) -> Stream:
+    settings = config.activations
     ahead = settings.blocks_ahead(device.type == "cpu", share)
     return Stream(source, config.batch_tokens, config.seed, ahead, share, settings.lanes)
 

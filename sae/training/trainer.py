@@ -60,7 +60,8 @@ class CoderTrainer:
         """Takes a coder, or this rank's shard of it, and the ranks that train it; none: all, each the whole of it."""
         self.coder, self.optim, self.schedule, self.mesh = coder, optim, schedule, mesh or of_data()
         self.objectives = {name: term for name, term in objectives.items() if term.weight}
-        check_cut(coder, self.objectives)
+        if coder.shard:
+            check_cut(self.objectives)
         self.cut = coder.shard.cut if coder.shard else NO_LATENTS
         self.chooser = Chooser(coder, self.objectives, schedule.product_dtype, self.mesh)
         self.updater = Updater(coder, optim, self.chooser.rounded, self.mesh)

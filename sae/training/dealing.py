@@ -1,0 +1,51 @@
+"""Which ranks train what: the mesh of a run, and its coders dealt over groups of ranks by what a step of each takes."""
+
+from sae.base.errors import ConfigError
+from sae.base.plugins import names
+from sae.coder.shard import check_choice
+from sae.encoders import Encoder
+from sae.objectives import check_cut
+from sae.parallel.mesh import Shape, shape_of
+from sae.training.config import TrainConfig
+from sae.training.flops import Read, of_coder
+from sae.training.planning import CoderPlan, check_ranks
+
+
+def shape_for(config: TrainConfig, n: int) -> Shape:
+    """Returns the mesh of n ranks that a config asks for.
+
+    ConfigError if they do not make one, if one of them has no part of a batch, and for coders that cannot be cut.
+    """
+    parallel = config.parallel
+    shape = shape_of(parallel, n) if parallel.sites and parallel.latents else best_shape(config, n)
+    check_ranks(config, n)
+    for _, coder, _ in config.points() if shape.latents > 1 else ():
+        check_choice(coder.selection, names(Encoder)[coder.encoder](), coder.width(1))
+        check_cut({name: term for name, term in coder.objectives.items() if term.weight})
+    return shape
+
+
+def best_shape(config: TrainConfig, n: int) -> Shape:
+    """Returns the best mesh of n ranks; ConfigError, since nothing tells as yet which one is."""
+    field = "latents" if config.parallel.sites else "sites"
+    raise ConfigError(f"parallel.{field}: 0 leaves the choice to an estimate that there is not yet; name a number")
+
+
+def dealt(config: TrainConfig, models: Read, plans: list[CoderPlan], shape: Shape) -> list[int]:
+    """Returns for every coder the place, along sites, of the ranks that train it: on every rank the same.
+
+    The one that takes most comes first, and each goes to those that have least to do. ConfigError if some would have
+    nothing. `models` are read where a coder runs them.
+    """
+    if shape.sites > len(plans):
+        coders = f"{len(plans)} coder{'s' if len(plans) > 1 else ''}"
+        raise ConfigError(
+            f"parallel.sites: {shape.sites} groups of ranks for {coders}, of which each needs one; set it to "
+            f"{len(plans)}{' or less' if len(plans) > 1 else ''}"
+        )
+    costs = [of_coder(config, models, plan) for plan in plans]
+    loads, groups = [0.0] * shape.sites, [0] * len(plans)
+    for number in sorted(range(len(plans)), key=lambda i: (-costs[i], i)):
+        groups[number] = min(range(shape.sites), key=lambda group: (loads[group], group))
+        loads[groups[number]] += costs[number]
+    return groups

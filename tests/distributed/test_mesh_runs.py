@@ -1,0 +1,62 @@
+"""Runs over meshes: a coder that one rank trains is, to the bit, that of a single process, however many ranks read."""
+
+from functools import partial
+
+import pytest
+from rigs.children import Child, ranks, sae_train
+from rigs.fakes import tiny_config
+from rigs.runs import lines, result
+
+from sae.base.settings import to_yaml
+
+CODERS = {
+    "activations.sites": ["layers.0", "layers.1", "layers.1:input"],
+    "grid": {"coder": {"wide": {"d_sae": 64}, "narrow": {"d_sae": 40}}},
+    "activations.lanes": 32,
+}
+
+
+@pytest.fixture
+def trained(tmp_path, tiny_model, tiny_text):
+    """Returns (name, ranks, changes) -> the folder of a run of six coders."""
+
+    def run(name, n=1, changes=None, fails=False):
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(to_yaml(tiny_config(tiny_model, tiny_text, CODERS | (changes or {}))), encoding="utf-8")
+        argv = ["--config", str(config), "--run-dir", str(tmp_path / name)]
+        every = ranks(n) if n > 1 else [{}]
+        made = [Child(tmp_path / f"{name}-{i}.txt", partial(sae_train, argv), env) for i, env in enumerate(every)]
+        codes = [child.wait() for child in made]
+        assert all(codes) if fails else not any(codes), made[0].output
+        return [child.output for child in made] if fails else tmp_path / name
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"micro_batch_tokens": 50, "activations.dtype": "bfloat16"}])
+def test_coders_dealt_to_single_ranks_are_those_of_one_process_to_the_bit(trained, more):
+    one = result(trained("one", changes=more))
+    for n in (2, 4):
+        assert result(trained(f"of-{n}", n, more | {"parallel.sites": n})) == one, (
+            "six coders, of four two have one each"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "sites", "latents"), [(2, 1, 2), (4, 2, 2), (4, 2, 1), (4, 1, 2), (3, 1, 3)])
+def test_every_other_mesh_trains_the_same_but_for_rounding(trained, n, sites, latents):
+    one, other = trained("one"), trained("other", n, {"parallel.sites": sites, "parallel.latents": latents})
+    for wanted, found in zip(lines(one), lines(other), strict=True):
+        assert found.keys() == wanted.keys()
+        for name in ("step", "coder", "tokens"):
+            assert found[name] == wanted[name]
+        for name in ("loss", "fvu", "grad_norm", "l0"):
+            assert found[name] == pytest.approx(wanted[name], rel=1e-4), (wanted["step"], wanted["coder"], name)
+
+
+@pytest.mark.slow
+def test_more_groups_than_coders_are_refused_by_all_ranks(trained):
+    one = {"activations.sites": ["layers.1"], "grid": {}, "parallel.sites": 2}
+    told = trained("few", 2, one, fails=True)
+    assert "error: parallel.sites: 2 groups of ranks for 1 coder, of which each needs one; set it to 1" in told[0]
