@@ -12,7 +12,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae.base.files import save_tensors
 from sae.base.plugins import names
-from sae.coder.cutting import part_of
 from sae.coder.normalization import Normalization
 from sae.encoders import Encoder
 from sae.lm.hooks import capture
@@ -27,7 +26,7 @@ from sae.parallel.mesh import Mesh, Shape, made, of_data
 from sae.parallel.ranks import process_group, rank
 from sae.selection import trainable
 from sae.stream.batch import TextBatch
-from sae.training.beginning import new_coder
+from sae.training.beginning import Begun, new_part
 from sae.training.config import CoderConfig
 from sae.training.end_to_end import CleanPasses, splicer
 from sae.training.measuring import Recipe, measure
@@ -136,29 +135,36 @@ def trained(case: Case, steps: int, dtype: torch.dtype, mesh: Mesh | None = None
     ranks share the tokens.
     """
     mesh = mesh or of_data()
-    several, by_row = mesh.team.world_size > 1, case.reads == (OF_MODEL,)
-    lm = _language_model(dtype) if by_row else None
-    seen = _activations(lm, 1000, dtype)[0]
-    coder_config = case.config()
-    recipe = Recipe(coder_config.normalization, 10.0, coder_config.center, coder_config.balance_sites)
-    sample = {name: x.float() for name, x in seen.items()}
-    found = measure(sample, case.reads, case.writes, MaskSpec(), recipe)
-    coder = new_coder(coder_config, found).to(dtype)
-    micro = case.micro * several * (not by_row)
-    schedule = Schedule(steps, dead_after_tokens=3 * TOKENS, micro_batch_tokens=micro)
-    coder, optim = part_of(coder, mesh.latents), OptimConfig(lr=3e-3, **case.optim)
-    trainer = CoderTrainer(coder, coder_config.objectives, optim, schedule, mesh)
+    several = mesh.team.world_size > 1
+    lm = _language_model(dtype) if case.reads == (OF_MODEL,) else None
+    trainer = new_trainer(case, steps, dtype, mesh, lm)
     lines, gradients = [], {}
     for step in range(steps):
-        lines.append(trainer.step(_share(case, trainer, lm, step, several), step))
+        lines.append(trainer.step(share(case, trainer, lm, step, several), step))
         if not step:
-            gradients = {f"gradient.{name}": p.grad.clone() for name, p in coder.named_parameters()}
+            gradients = {f"gradient.{name}": p.grad.clone() for name, p in trainer.coder.named_parameters()}
     figures = ("loss", "fvu", "l0", "dead_share", "grad_norm", "tokens")
     told = {name: torch.tensor([line[name] for line in lines], dtype=torch.float64) for name in figures}
     state, values = trainer.state()
     auxk = torch.tensor(values["active_steps"]["auxk"])
     held = gradients | {name: value.clone() for name, value in state.items()}
     return told | {"auxk": auxk} | {name: _whole(trainer, name, value) for name, value in held.items()}
+
+
+def new_trainer(
+    case: Case, steps: int, dtype: torch.dtype, mesh: Mesh, lm: LanguageModel | None = None
+) -> CoderTrainer:
+    """Returns a trainer of what this rank holds of an untrained coder."""
+    seen = _activations(lm, 1000, dtype)[0]
+    coder_config = case.config()
+    recipe = Recipe(coder_config.normalization, 10.0, coder_config.center, coder_config.balance_sites)
+    sample = {name: x.float() for name, x in seen.items()}
+    found = measure(sample, case.reads, case.writes, MaskSpec(), recipe)
+    coder = new_part(coder_config, Begun.of(coder_config, found), mesh.latents, "cpu").to(dtype)
+    micro = case.micro * (mesh.team.world_size > 1) * (lm is None)
+    schedule = Schedule(steps, dead_after_tokens=3 * TOKENS, micro_batch_tokens=micro)
+    optim = OptimConfig(lr=3e-3, **case.optim)
+    return CoderTrainer(coder, coder_config.objectives, optim, schedule, mesh)
 
 
 def _whole(trainer: CoderTrainer, name: str, own: Tensor) -> Tensor:
@@ -185,7 +191,7 @@ def train_all(chosen: list[str], steps: int, dtype: torch.dtype, folder: Path, s
     return 0
 
 
-def _share(case: Case, trainer: CoderTrainer, lm: LanguageModel | None, step: int, several: bool) -> Batch:
+def share(case: Case, trainer: CoderTrainer, lm: LanguageModel | None, step: int, several: bool) -> Batch:
     """Returns this rank's share of the batch of a step."""
     dtype = trainer.coder.W_enc.dtype
     seen, text = _activations(lm, step, dtype)
