@@ -83,7 +83,7 @@ def test_what_any_mesh_has_written_any_other_reads(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHOSEN)
 def test_also_where_ranks_hold_nothing(name, tmp_path):
-    trainers, many = Trainers(name), Shape(latents=200)  # of 190, or of 64 in a block
+    trainers, many = Trainers(name), Shape(latents=200)  # of 190, or of 61 in a block
     assert_read_back(trainers, many, SHAPES, tmp_path / "a")
     assert_read_back(trainers, Shape(latents=2), [many], tmp_path / "b")
 
