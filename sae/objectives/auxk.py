@@ -101,12 +101,17 @@ def members(shares: Float[Tensor, "d_sae"], at_most: int, cut: Cut = NO_LATENTS)
         return Members(*_gathered(shares, at_most), shares, anybody, cut, at_most)
     anybody = collectives.largest(anybody.int(), cut.axis) > 0
     if cut.blocks > 1:  # a place for each, so that it is known to which block it belongs
-        return Members(torch.arange(len(shares), device=shares.device), shares, shares, anybody, cut, cut.most)
+        return Members(*_gathered(shares, len(shares)), shares, anybody, cut, cut.most)
     return Members(*_gathered(shares, min(at_most, len(shares))), shares, anybody, cut, min(at_most, cut.most))
 
 
 def _gathered(shares: Float[Tensor, "d_sae"], places: int) -> tuple[Int[Tensor, "c"], Float[Tensor, "c"]]:
-    """Returns the ids of those whose share is positive, at so many places, and the shares there."""
+    """Returns the ids of those whose share is positive, at so many places, and the shares there.
+
+    With a place for each, each has its own: ids that are repeated would be as many as all, and be taken for them.
+    """
+    if places == len(shares):
+        return torch.arange(places, device=shares.device), shares
     ids = torch.nonzero_static(shares > 0, size=places, fill_value=len(shares) - 1)[:, 0]
     first = torch.arange(places, device=ids.device) < (shares > 0).sum()
     return ids, torch.where(first, shares[ids], 0.0)

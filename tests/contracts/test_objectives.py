@@ -170,6 +170,11 @@ def test_auxk_equals_its_formula_densely():
     explained = (coder.scores(x) * kept).relu() @ coder.W_dec
     expected = (x - step.run.prediction - explained).square().sum() / (N * 0.7)
     torch.testing.assert_close(AuxK(k=2).loss(step), expected)
+    auxk = AuxK(k=M)  # as many entries as there are, of which those of the living only fill up
+    begun = auxk.begin(Start(dead, torch.zeros(M), M))
+    step = replace(step, begun=begun, beside=auxk.choose(coder, coder.scores(x), begun))
+    explained = (coder.scores(x) * dead).relu() @ coder.W_dec
+    torch.testing.assert_close(auxk.loss(step), (x - step.run.prediction - explained).square().sum() / (N * 0.7))
 
 
 def test_aux_zipf_is_auxk_bit_for_bit_when_the_weight_is_the_dead_indicator():
