@@ -132,12 +132,6 @@ def describe(folder: Path, spec: CoderSpec) -> None:
     native.describe(folder, spec)
 
 
-def checked(tensors: dict[str, Tensor], source: object) -> dict[str, Tensor]:
-    """Returns what was read lazily; DataError names a tensor with NaN or infinity."""
-    check_finite(tensors, source)
-    return tensors
-
-
 def locate(
     path: Address,
     revision: str | None = None,

@@ -266,7 +266,7 @@ def _measured(setting: Setting, source: Source, watch: Watch) -> dict[str, Begun
     begun: dict[str, Begun] = {}
     for plan in setting.plans:
         start = plan.coder.start_from
-        like = hub.load(start, lazy=True).spec if start else None
+        like = hub.load(start, dtype="auto").spec if start else None  # whole and undamaged: ranks then read their rows
         recipe = Recipe(
             plan.coder.normalization, config.activations.norm_filter, plan.coder.center, plan.coder.balance_sites
         )

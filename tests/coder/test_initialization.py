@@ -7,6 +7,8 @@ import torch
 from rigs.sharing import cases
 from rigs.teams import pretended
 
+import sae
+from sae.base.errors import ConfigError
 from sae.coder import initialization
 from sae.coder.cutting import part_of
 from sae.lm.masking import MaskSpec
@@ -61,3 +63,27 @@ def test_a_rank_draws_no_more_than_the_blocks_its_rows_lie_in(monkeypatch):
     config, start = begun("rule topk", "none")
     new_part(config, start, pretended(Shape(latents=4))[1].latents, "cpu")  # rows 47 to 94
     assert drawn == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["rule jumprelu", "rule feature_choice", "cross-layer topk"])
+def test_a_shard_goes_on_from_its_rows_of_a_trained_coder(name, tmp_path):
+    config, start = begun(name, "none")
+    trained = new_part(replace(config, seed=5), start, ITSELF, "cpu")
+    sae.save(trained, tmp_path)
+    config = replace(config, start_from=str(tmp_path))
+    for axis in (mesh.latents for mesh in pretended(Shape(latents=3))):
+        own, wanted = new_part(config, start, axis, "cpu").state_dict(), part_of(trained, axis).state_dict()
+        for key, tensor in wanted.items():
+            assert torch.equal(own[key], tensor), key
+            assert own[key].untyped_storage().nbytes() == tensor.nbytes, "it does not hold the file"
+
+
+def test_another_coder_is_no_start_of_a_shard(tmp_path):
+    config, start = begun("rule topk", "none")
+    axis = pretended(Shape(latents=2))[1].latents
+    trained = new_part(config, start, ITSELF, "cpu")
+    sae.save(trained, tmp_path)
+    started = replace(config, start_from=str(tmp_path))
+    other = start._replace(spec=start.spec.with_(d_sae=100))
+    with pytest.raises(ConfigError, match=r"coder\.start_from: .* has d_sae 190, but this run 100"):
+        new_part(started, other, axis, "cpu")

@@ -1,0 +1,94 @@
+"""Runs over meshes that lose a rank, in a step, while saving or evaluating, and go on by the same mesh or by others."""
+
+from functools import partial
+
+import pytest
+from rigs.children import Child, at_step, die, ranks, sae_train
+from rigs.continued import DEADLINE_S, in_save
+from rigs.fakes import tiny_config
+from rigs.runs import assert_equal, files, lines
+
+import sae
+from sae.base.files import load_tensors
+from sae.base.settings import to_yaml
+from sae.parallel.mesh import Shape
+
+pytestmark = pytest.mark.slow
+CHANGES = {
+    "tokens": 16 * 128,
+    "grid": {"coder.selection": {"top": {"type": "topk", "k": 4}, "mutual": {"type": "mutual_choice", "k": 4}}},
+    "checkpoints.every_steps": 3,
+    "eval.every_steps": 4,
+    "eval.tokens": 256,
+    "ranks.deadline_s": DEADLINE_S,
+    "activations.lanes": 32,
+}
+
+
+def in_evaluation() -> None:
+    """Has this process die while it looks at coders midway, which lie in the run's folder."""
+    import sae.training.loop
+
+    sae.training.loop.evaluate_all = lambda *args, **options: die()
+
+
+class Runs:
+    """Runs of one config below a folder."""
+
+    def __init__(self, folder, model, text) -> None:
+        self.folder = folder
+        self.config = folder / "config.yaml"
+        self.config.write_text(to_yaml(tiny_config(model, text, CHANGES)), encoding="utf-8")
+
+    def run(self, name, shape, lost=None):
+        """Begins or goes on with a run on a mesh, the last rank of which is lost, or to the end."""
+        n, run = shape.sites * shape.data * shape.latents, self.folder / name
+        argv = ["--resume", str(run)] if run.exists() else ["--config", str(self.config), "--run-dir", str(run)]
+        argv += ["--parallel.sites", str(shape.sites), "--parallel.latents", str(shape.latents)]
+        children = []
+        for number, environment in enumerate(ranks(n) if n > 1 else [{}]):
+            work = partial(sae_train, argv, lost if number == n - 1 else None)
+            children.append(Child(self.folder / "logs" / f"{name}-{number}.txt", work, environment))
+        codes = [child.wait() for child in children]
+        assert codes == ([0] * n if lost is None else [1] * (n - 1) + [-9]), "\n".join(c.output for c in children)
+        return run
+
+
+@pytest.fixture
+def runs(tmp_path, tiny_model, tiny_text):
+    return Runs(tmp_path, tiny_model, tiny_text)
+
+
+@pytest.mark.parametrize("shape", [Shape(latents=2), Shape(sites=2, latents=2)], ids=str)
+def test_resumed_on_the_same_mesh_it_is_the_run_that_was_not_killed(runs, shape):
+    whole = runs.run("whole", shape)
+    for lost in (partial(at_step, 4, die), in_save(6), in_evaluation):
+        runs.run("killed", shape, lost)
+    killed = runs.run("killed", shape)
+    assert_equal(killed, whole)
+    assert not any(path.startswith(".") for path in files(killed) - {".lock"})
+    for name, coder in sae.load_all(killed).items():
+        sae.save(coder, runs.folder / "alone")
+        for file in ("cfg.json", "sae.safetensors"):
+            assert (runs.folder / "alone" / file).read_bytes() == (killed / name / file).read_bytes()
+
+
+def test_resumed_on_other_meshes_it_is_that_of_one_process_but_for_rounding(runs):
+    one = runs.run("one", Shape())
+    many = {
+        Shape(data=2): partial(at_step, 4, die),
+        Shape(latents=2): in_save(6),
+        Shape(sites=2, latents=2): in_evaluation,
+        Shape(sites=2): partial(at_step, 11, die),
+        Shape(): None,
+    }
+    for shape, lost in many.items():
+        run = runs.run("many", shape, lost)
+    for wanted, found in zip(lines(one), lines(run), strict=True):
+        assert found.keys() == wanted.keys()
+        for name in ("fvu", "l0", "loss"):
+            assert found.get(name, 0) == pytest.approx(wanted.get(name, 0), rel=1e-6), (wanted["step"], name)
+    for path in (one / "coders").rglob("*.safetensors"):
+        found = load_tensors(run / path.relative_to(one))
+        for key, wanted in load_tensors(path).items():
+            assert float((found[key] - wanted).abs().max()) <= 1e-6 * float(wanted.abs().max()), (path, key)
