@@ -63,7 +63,8 @@ def new_part(config: CoderConfig, begun: Begun, axis: Axis, device: torch.device
 def _started(coder: SparseCoder, folder: Path) -> SparseCoder:
     """Returns the coder with the weights and the calibration of a trained one; scales were taken over when measuring.
 
-    Of a part, its rows are read and no others; that the file is whole was seen when measuring. ConfigError names what makes them different coders.
+    Of a part, its rows are read and no others; that the file is whole was seen when measuring. ConfigError names what
+    makes them different coders.
     """
     trained = hub.load(folder, lazy=True) if coder.shard else hub.load(folder, coder.W_enc.device)
     ours, theirs = (

@@ -1,8 +1,10 @@
 """Runs over meshes that lose a rank, in a step, while saving or evaluating, and go on by the same mesh or by others."""
 
+import os
 from functools import partial
 
 import pytest
+import torch
 from rigs.children import Child, at_step, die, ranks, sae_train
 from rigs.continued import DEADLINE_S, in_save
 from rigs.fakes import tiny_config
@@ -92,3 +94,46 @@ def test_resumed_on_other_meshes_it_is_that_of_one_process_but_for_rounding(runs
         found = load_tensors(run / path.relative_to(one))
         for key, wanted in load_tensors(path).items():
             assert float((found[key] - wanted).abs().max()) <= 1e-6 * float(wanted.abs().max()), (path, key)
+
+
+class Watching:
+    """What a callback can see of coders that no rank has whole."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_step(self, moment):
+        if moment.step == 1:
+            with pytest.raises(RuntimeError, match="no rank has them whole; ask for them in on_evaluate or on_end"):
+                moment.coders  # noqa: B018
+
+    def on_evaluate(self, moment):
+        for name, coder in moment.coders.items():
+            sae.save(coder, self.folder / str(moment.step) / name)
+
+    on_end = on_evaluate
+
+
+def train_watched(config, run, folder):
+    torch.set_num_threads(1)
+    result = sae.train(config, run_dir=run, callbacks=[Watching(folder)], progress=False)
+    for name, coder in result.coders.items():
+        if os.environ["RANK"] == "1":  # any rank has them all
+            sae.save(coder, folder / "result" / name)
+    return 0
+
+
+def test_callbacks_and_the_result_have_whole_coders_also_of_ranks_that_hold_no_latent(runs, tiny_model, tiny_text):
+    few = {"coder.d_sae": 3, "grid": {"coder.selection.k": [1, 2]}}
+    config, folder = tiny_config(tiny_model, tiny_text, CHANGES | few | {"parallel.latents": 4}), runs.folder / "seen"
+    work = partial(train_watched, config, runs.folder / "run", folder)
+    children = [Child(runs.folder / f"{env['RANK']}.txt", work, env) for env in ranks(4)]
+    assert [child.wait() for child in children] == [0] * 4, "\n".join(child.output for child in children)
+    assert sorted(path.name for path in folder.iterdir()) == ["12", "16", "4", "8", "result"]
+    for name, coder in sae.load_all(runs.folder / "run").items():
+        for moment in ("16", "result"):
+            seen = sae.load(folder / moment / name.removeprefix("coders/"))
+            assert seen.spec == coder.spec
+            assert all(torch.equal(x, coder.state_dict()[key]) for key, x in seen.state_dict().items())
+        midway = sae.load(folder / "8" / name.removeprefix("coders/"))
+        assert not torch.equal(midway.W_enc, coder.W_enc)

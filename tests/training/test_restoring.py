@@ -135,3 +135,17 @@ def test_a_rank_looks_at_its_rows_alone(tmp_path, monkeypatch):
     own = trainers.fresh(mesh)
     own.load_state(restoring.Held(stored, own.rows), trainers.whole.state()[1])
     assert sum(looked) == sum(tensor.nbytes for tensor in own.state()[0].values())
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_every_row_is_copied_and_written_by_one_rank(name):
+    trainers = Trainers(name)
+    for shape in SHAPES:
+        every = [trainers.fresh(mesh) for mesh in pretended(shape)]
+        parts = [Part.of(own.state()[0], own.mesh, own.rows).tensors for own in every]
+        for key, tensor in trainers.whole.state()[0].items():
+            rows = [row for part in parts for piece in part[key].pieces for row in piece]
+            assert sorted(rows) == list(range(len(tensor) if tensor.dim() else 1)), (shape, key)
+            sizes = [part[key].tensor.numel() for part in parts]
+            assert sum(sizes) == tensor.numel()
+            assert max(sizes) <= 2 * tensor.numel() / len(parts) + tensor.stride(0) if tensor.dim() else True
