@@ -60,3 +60,11 @@ def test_more_groups_than_coders_are_refused_by_all_ranks(trained):
     one = {"activations.sites": ["layers.1"], "grid": {}, "parallel.sites": 2}
     told = trained("few", 2, one, fails=True)
     assert "error: parallel.sites: 2 groups of ranks for 1 coder, of which each needs one; set it to 1" in told[0]
+
+
+@pytest.mark.slow
+def test_gradients_and_rows_of_text_go_to_the_ranks_that_need_them(trained):
+    graded = {"coder.selection.type": "gradient_topk", "tokens": 8 * 128}
+    assert result(trained("sites", 2, graded | {"parallel.sites": 2})) == result(trained("one", changes=graded))
+    rows = {"coder.objectives.kl": {"type": "kl"}, "tokens": 8 * 128}
+    assert result(trained("rows", 2, rows | {"parallel.sites": 2})) == result(trained("row", changes=rows))
