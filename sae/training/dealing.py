@@ -34,7 +34,8 @@ def best_shape(config: TrainConfig, n: int) -> Shape:
 def dealt(config: TrainConfig, models: Read, plans: list[CoderPlan], shape: Shape) -> list[int]:
     """Returns for every coder the place, along sites, of the ranks that train it: on every rank the same.
 
-    The one that takes most comes first, and each goes to those that have least to do. ConfigError if some would have
+    The one that takes most comes first, and each goes to those that have least to do; of several such, to those that
+    train coders of the same sites already, so that fewer rows move. ConfigError if some would have
     nothing. `models` are read where a coder runs them.
     """
     if shape.sites > len(plans):
@@ -44,8 +45,11 @@ def dealt(config: TrainConfig, models: Read, plans: list[CoderPlan], shape: Shap
             f"{len(plans)}{' or less' if len(plans) > 1 else ''}"
         )
     costs = [of_coder(config, models, plan) for plan in plans]
-    loads, groups = [0.0] * shape.sites, [0] * len(plans)
-    for number in sorted(range(len(plans)), key=lambda i: (-costs[i], i)):
-        groups[number] = min(range(shape.sites), key=lambda group: (loads[group], group))
-        loads[groups[number]] += costs[number]
+    sites = [frozenset(plan.sites) for plan in plans]
+    loads, read, groups = [0.0] * shape.sites, [set[frozenset[str]]() for _ in range(shape.sites)], [0] * len(plans)
+    for number in sorted(range(len(plans)), key=lambda i: (-costs[i], sites[:i].count(sites[i]), i)):
+        group = min(range(shape.sites), key=lambda g: (loads[g], sites[number] not in read[g], g))
+        loads[group] += costs[number]
+        read[group].add(sites[number])
+        groups[number] = group
     return groups

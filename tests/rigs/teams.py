@@ -5,6 +5,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from sae.parallel.mesh import Mesh, Shape
@@ -57,4 +58,8 @@ def _axis(store: dist.HashStore | None, name: str, rank: int, n: int) -> Axis:
         return ITSELF
     if store is None:
         return Axis(rank, n, dist.ProcessGroup(rank, n))  # type: ignore[attr-defined]
-    return Axis(rank, n, dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, n, PATIENCE))  # type: ignore[attr-defined]
+    own = dist.PrefixStore(name, store)
+    group, backend = dist.ProcessGroup(own, rank, n), dist.ProcessGroupGloo(own, rank, n, PATIENCE)  # type: ignore[attr-defined]
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)  # type: ignore[attr-defined]
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)  # type: ignore[attr-defined]
+    return Axis(rank, n, group)
