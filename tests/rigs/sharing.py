@@ -88,7 +88,7 @@ def cases() -> dict[str, Case]:
         "topk": {"k": 2},
         "mutual_choice": {"k": 2},
         "feature_choice": {"k": 2},
-        "groupmax": {"k": 1},
+        "groupmax": {"k": 3},
         "jumprelu": {},
     }
     return found | {
