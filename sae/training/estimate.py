@@ -35,6 +35,12 @@ WIRES = {"10 Gb/s": (1.25e9, 50e-6), "100 Gb/s": (12.5e9, 20e-6), "NVLink": (300
 """By what is between ranks: bytes a second, and seconds until a collective of nothing is through. Not measured here."""
 
 
+CUT = (
+    "             as if every rank held all coders whole; what ranks hold, and exchange, over sites or latents is not "
+    "estimated yet"
+)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Sizes of a run. Bytes and FLOPs follow from shapes; seconds are those of the FLOPs alone.
@@ -60,7 +66,8 @@ class Estimate:
     flops_per_s: float
     """Of one rank, as measured here."""
     steps: int
-    traffic: Traffic
+    traffic: Traffic | None
+    """None where coders are dealt to ranks, or cut: it is not known yet what moves then."""
     placed: str = ""
     """Where the weights of models go that are spread or quantized, and what of it is not known before."""
 
@@ -91,13 +98,16 @@ class Estimate:
 
     def seconds_over(self, bytes_per_s: float, latency_s: float) -> float:
         """Returns the seconds of the run where ranks exchange so many bytes a second, each collective after a while."""
+        if self.traffic is None:
+            raise ValueError("traffic: it is not known of ranks that hold other coders, or parts of them")
         moved = self.traffic.received[1] / bytes_per_s + self.traffic.collectives * latency_s
         return self.steps * (self.compute_s + moved)
 
     def to_json(self) -> dict[str, object]:
         """Returns all parts."""
         found = {name: value for name, value in vars(self).items() if name not in ("footprint", "traffic", "process")}
-        moved = {**vars(self.traffic), "sent": self.traffic.sent, "received": self.traffic.received}
+        told = self.traffic
+        moved = {**vars(told), "sent": told.sent, "received": told.received} if told else None
         return found | {
             "memory": self.memory,
             "peak_memory": self.peak_memory,
@@ -105,7 +115,7 @@ class Estimate:
             "traffic": moved,
             "compute_s": self.compute_s,
             "seconds": self.seconds,
-            "seconds_over": {name: self.seconds_over(*wire) for name, wire in WIRES.items() if self.ranks > 1},
+            "seconds_over": {name: self.seconds_over(*wire) for name, wire in WIRES.items() if told and self.ranks > 1},
         }
 
     def lines(self) -> list[str]:
@@ -118,15 +128,15 @@ class Estimate:
             f"sites        {', '.join(f'{name} (d {d})' for name, d in self.widths.items())}",
             f"parameters   {self.lm_parameters:,} in the model, {self.coder_parameters:,} in the coders",
             f"memory       {peak} ({parts})",
+            *([] if self.traffic else [CUT]),
             *([f"placed       {self.placed}"] if self.placed else []),
             f"disk         {data_size(self.disk)} in the run's folder, up to {data_size(self.cached)} in the cache",
             f"compute      {self.flops:.3g} FLOPs, {duration(self.seconds)} at the speed of a matrix product in this "
             "process; a run of small models takes two to three times as long",
-            *(self._exchange() if self.ranks > 1 else []),
+            *(self._exchange(self.traffic) if self.traffic and self.ranks > 1 else []),
         ]
 
-    def _exchange(self) -> list[str]:
-        moved = self.traffic
+    def _exchange(self, moved: Traffic) -> list[str]:
         sent, came = (_between(*ends) for ends in (moved.sent, moved.received))
         took = {name: self.seconds_over(*wire) for name, wire in WIRES.items()}
         waits = {name: 1 - self.seconds / seconds for name, seconds in took.items()}
@@ -177,7 +187,7 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False, ranks: int | 
         flops,
         measured_flops_per_s(resolve_device(config.model.device)),
         config.steps,
-        traffic(config, plans, ranks),
+        traffic(config, plans, ranks) if shape.sites == shape.latents == 1 else None,
         "; ".join(filter(None, (placed(said[i], lm) for i, (lm, _) in enumerate(models)))),
     )
 

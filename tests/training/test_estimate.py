@@ -58,6 +58,16 @@ def test_a_dry_run_of_several_ranks_says_what_they_exchange(capsys):
     assert lines[-1].startswith("seconds      683 steps x (")
 
 
+def test_what_is_not_estimated_yet_of_a_mesh_is_not_told(capsys):
+    assert main(["--dry-run", "--ranks", "2", "--parallel.latents", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "as if every rank held all coders whole" in out
+    assert "\nexchange" not in out
+    assert "\nseconds" not in out
+    assert main(["--dry-run", "--ranks", "2", "--parallel.latents", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["traffic"] is None
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
