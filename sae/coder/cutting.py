@@ -35,7 +35,7 @@ def retold(coder: SparseCoder, **changes: Any) -> None:
 
 
 @torch.no_grad()
-def own_rows(coder: SparseCoder, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tensors_of(coder: SparseCoder, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns, of the tensors of a whole coder, those of a part: views, where it holds neighbors."""
     own = {}
     for name in coder.state_dict():
@@ -51,6 +51,6 @@ def part_of(coder: SparseCoder, axis: Axis) -> SparseCoder:
     if not axis.moves:
         return coder
     found = empty_part(coder.spec, axis, "meta")
-    own = own_rows(found, coder.state_dict())
+    own = tensors_of(found, coder.state_dict())
     found.load_state_dict({name: tensor.clone() for name, tensor in own.items()}, assign=True)
     return found.requires_grad_(coder.W_dec.requires_grad)

@@ -7,7 +7,7 @@ rank has whole. So everything that is linear in the latents is what it is in the
 is the sum, and whatever chooses among all latents.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -49,13 +49,7 @@ class Shard:
     axis: Axis
 
     def __post_init__(self) -> None:
-        if self.axis.moves:
-            check_choice(self.whole.selection, self.whole.encoding, self._size)
-
-    @cached_property
-    def unit(self) -> int | None:
-        """Returns how many neighbors the rule needs on one rank."""
-        return _unit(self.whole.selection, self.whole.encoding, self._size)
+        check_choice(self.whole.selection, self.whole.encoding, self._size)
 
     @property
     def _size(self) -> int:
@@ -64,20 +58,19 @@ class Shard:
     @cached_property
     def cut(self) -> Cut:
         """Returns how the latents are cut."""
-        return Cut(self._size, self.whole.n_blocks, self.axis, self.unit or 1)
+        unit = self.whole.selection.unit(self._size) or 1
+        return Cut(self._size, self.whole.n_blocks, self.axis, unit)
 
     @cached_property
     def groups(self) -> list[Cut]:
         """Returns how those are cut among which the rule chooses: of each block, or of all together."""
         if self.whole.budget == "shared" or self.whole.n_blocks == 1:
             return [self.cut]
-        return [Cut(self._size, 1, self.axis, self.unit or 1)] * self.whole.n_blocks
+        return [replace(self.cut, blocks=1)] * self.whole.n_blocks
 
     @cached_property
     def spec(self) -> CoderSpec:
         """Returns the spec of a coder of the latents that this rank holds."""
-        if not self.axis.moves:
-            return self.whole
         own = self.whole.selection.within(len(self.cut.part()), self._size)
         return self.whole.unchecked(d_sae=self.cut.held, selection=own)
 
@@ -96,14 +89,10 @@ class Shard:
 
 def check_choice(rule: Selection, encoding: Encoder, size: int) -> None:
     """Raises ConfigError if it is not known how to choose among latents, in blocks of a size, of several ranks."""
-    if _unit(rule, encoding, size) is None:
+    if encoding.pursues or rule.unit(size) is None:
         pursues = f"encoder {Encoder.get_choice_name(type(encoding))}"
         what = pursues if encoding.pursues else f"selection {Selection.get_choice_name(type(rule))}"
         raise ConfigError(f"parallel.latents: {what} cannot choose over several ranks; set it to 1")
-
-
-def _unit(rule: Selection, encoding: Encoder, size: int) -> int | None:
-    return None if encoding.pursues else rule.unit(size)
 
 
 class _Summed(torch.autograd.Function):
@@ -122,7 +111,7 @@ class _Summed(torch.autograd.Function):
 
 def summed(part: Float[Tensor, "n d_out"], axis: Axis) -> Float[Tensor, "n d_out"]:
     """Returns the sum over ranks of what their latents make of the output, differentiable."""
-    return part if not axis.moves else _Summed.apply(part, axis)
+    return _Summed.apply(part, axis)
 
 
 class Best(NamedTuple):

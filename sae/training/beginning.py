@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.coder.coder import SparseCoder
-from sae.coder.cutting import empty_part, own_rows, retold
+from sae.coder.cutting import empty_part, retold, tensors_of
 from sae.coder.initialization import initialize
 from sae.coder.spec import CoderSpec
 from sae.loading import hub
@@ -81,6 +81,6 @@ def _started(coder: SparseCoder, folder: Path) -> SparseCoder:
         if value != theirs[name]:
             raise ConfigError(f"coder.start_from: {folder} has {name} {theirs[name]}, but this run {value}")
     retold(coder, calibration=trained.spec.calibration)
-    own = own_rows(coder, trained.state_dict())
+    own = tensors_of(coder, trained.state_dict())
     coder.load_state_dict(own)
     return coder

@@ -193,11 +193,7 @@ class Chooser:
         counts, places, count = kernel("above", compared)(compared, cuts, capacity)
         self.short.append(count > capacity)
         self._counts.append(count)
-        pads = places < 0
-        offsets = offsets_of(counts)
-        offsets[-1:] = capacity  # what fills up belongs to the last row
-        known = torch.where(pads, PAD, scores.reshape(-1).index_select(0, places.clamp_min(0)))
-        return Choice(offsets, torch.where(pads, m - 1, places % m), known, self.exact)
+        return self._filled_up(counts, places, places % m, scores.reshape(-1).index_select(0, places.clamp_min(0)))
 
     def _best(self, scores: Tensor, compared: Tensor) -> Choice:
         """Returns what this rank holds of the k best of every token, in a buffer of fixed size.
@@ -215,10 +211,13 @@ class Chooser:
         capacity = int(count) if rule.signed else room
         self.short.append(count > capacity)
         places = torch.nonzero_static(found.kept.flatten(), size=capacity, fill_value=-1)[:, 0]
-        pads, places = places < 0, places.clamp_min(0)
-        offsets = offsets_of(found.kept.sum(1))
-        offsets[-1:] = capacity  # what fills up belongs to the last row
-        ids, known = (x.flatten().index_select(0, places) for x in (found.ids, found.known))
+        ids, known = (x.flatten().index_select(0, places.clamp_min(0)) for x in (found.ids, found.known))
+        return self._filled_up(found.kept.sum(1), places, ids, known)
+
+    def _filled_up(self, counts: Tensor, places: Tensor, ids: Tensor, known: Tensor) -> Choice:
+        """Returns the entries of a buffer; those at a place below 0 fill it up, and belong to the last row."""
+        pads, offsets = places < 0, offsets_of(counts)
+        offsets[-1:] = len(places)
         last = self.coder.spec.d_sae - 1
         return Choice(offsets, torch.where(pads, last, ids), torch.where(pads, PAD, known), self.exact)
 
