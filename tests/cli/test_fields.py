@@ -113,6 +113,8 @@ ELSEWHERE = {
     "ranks.backend": "of several ranks (distributed)",
     "ranks.deadline_s": "of several ranks (distributed)",
     "ranks.timeout_s": "of several ranks (distributed)",
+    "parallel.sites": "of several ranks (distributed)",
+    "parallel.latents": "of several ranks (distributed)",
     "second_model.dtype": "as model.dtype",
     "second_model.device": "as model.device",
     "second_model.kwargs": "as model.kwargs",
