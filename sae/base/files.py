@@ -353,12 +353,13 @@ def _open_to_others(folder: Path, files: Iterable[Path]) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Makes an operating system's error one line that names the path and the reason; its errno and class stay."""
+    """Makes an operating system's error one line that names path and reason, if it is none; errno and class stay."""
     try:
         yield
     except OSError as error:
-        name = _TEMP_NAME.sub("", str(path))  # as it is to be called
-        raise OSError(error.errno or errno.EIO, f"cannot write {name}: {error.strerror or error}") from error
+        told, name = str(error.strerror or error), _TEMP_NAME.sub("", str(path))  # as it is to be called
+        told = told if told.startswith("cannot write ") else f"cannot write {name}: {told}"
+        raise OSError(error.errno or errno.EIO, told) from error
 
 
 def sync(path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sae.base.files import replacing
+from sae.base.files import explained, replacing
 from sae.base.tensorfile import Rows, begin_rows, write_rows
 from sae.parallel import agreement
 from sae.parallel.mesh import Mesh
@@ -29,11 +29,13 @@ def save_rows(files: Mapping[Path, dict[str, Rows]], first: bool) -> None:
         with agreement.together():
             for path, rows in files.items() if first else ():
                 place = drafts.enter_context(replacing(path))
-                begin_rows(place, rows)
+                with explained(path):
+                    begin_rows(place, rows)
                 own[str(path)] = str(place)
         places = agreement.concluded(own, lambda every: dict(ChainMap(*every)))
         with agreement.together():
             for path, rows in files.items():
-                write_rows(Path(places[str(path)]), rows)
+                with explained(path):  # of several drafts, which one
+                    write_rows(Path(places[str(path)]), rows)
         with agreement.together():
             drafts.close()  # on the first of each: the files have their names

@@ -21,11 +21,13 @@ from sae.base.files import (
     FolderLock,
     atomic_write,
     cache_dir,
+    explained,
     is_complete,
     load_tensors,
     publish,
     read_json,
     remove_stale,
+    replacing,
     safe_join,
     save_tensors,
     sha256_file,
@@ -85,6 +87,13 @@ def test_a_full_or_read_only_disk_is_named_and_leaves_the_old_file(tmp_path, mon
     assert os.strerror(code) in str(caught.value)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["file"]
+
+
+def test_a_path_that_is_named_is_not_named_again_by_what_is_written_around_it(tmp_path):
+    told = pytest.raises(OSError, match=r"^\[Errno 28\] cannot write [^:]*/inner: No space left on device$")
+    with told, replacing(tmp_path / "outer"), explained(tmp_path / "inner"):
+        fail_with(errno.ENOSPC)()
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])

@@ -114,17 +114,17 @@ def full_for_the_log(run: Path) -> None:
     full((run / "metrics.jsonl").stat().st_size + 10)
 
 
-def full_at_the_end(limit: int) -> None:
-    evaluate = sae.training.loop.evaluate_all
+def full_before(method: str, limit: int) -> None:
+    original = getattr(sae.training.loop.Run, method)
 
     def last(*args, **kwargs):
         full(limit)
-        return evaluate(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    sae.training.loop.evaluate_all = last
+    setattr(sae.training.loop.Run, method, last)
 
 
-LATE = {"log.every_steps": 100}
+LATE, CODER = {"log.every_steps": 100}, "coders/model.layers.1"
 FULL = {  # when: (changed fields, what fills up, the file named, the checkpoints left)
     "tokens": ({}, lambda run: partial(full, 10_000), "cache/tokens/", []),
     "activations": (
@@ -140,7 +140,8 @@ FULL = {  # when: (changed fields, what fills up, the file named, the checkpoint
         [5],
     ),
     "log": ({}, lambda run: partial(at_step, 7, partial(full_for_the_log, run)), "metrics.jsonl", [5]),
-    "coder": (LATE, lambda run: partial(full_at_the_end, 6_000), "coders/model.layers.1/sae.safetensors", [15, 20]),
+    "coder": (LATE, lambda run: partial(full_before, "_saved", 6_000), f"{CODER}/sae.safetensors", [15, 20]),
+    "evaluation": (LATE, lambda run: partial(full_before, "_evaluate", 2_500), f"{CODER}/cfg.json", [15, 20]),
 }
 
 

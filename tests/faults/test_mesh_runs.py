@@ -1,6 +1,9 @@
 """Runs over meshes that lose a rank, in a step, while saving or evaluating, and go on by the same mesh or by others."""
 
+import errno
 import os
+import resource
+import signal
 from functools import partial
 
 import pytest
@@ -34,6 +37,20 @@ def in_evaluation() -> None:
     sae.training.loop.evaluate_all = lambda *args, **options: die()
 
 
+def full_before(method: str) -> None:
+    """Has no file of this process grow beyond some kilobytes once the run comes to that, as on a full disk."""
+    import sae.training.loop
+
+    original = getattr(sae.training.loop.Run, method)
+
+    def last(*args, **kwargs):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+        return original(*args, **kwargs)
+
+    setattr(sae.training.loop.Run, method, last)
+
+
 class Runs:
     """Runs of one config below a folder."""
 
@@ -44,16 +61,22 @@ class Runs:
 
     def run(self, name, shape, lost=None):
         """Begins or goes on with a run on a mesh, the last rank of which is lost, or to the end."""
+        n = shape.sites * shape.data * shape.latents
+        children = self.begun(name, shape, {n - 1: lost})
+        codes = [child.wait() for child in children]
+        assert codes == ([0] * n if lost is None else [1] * (n - 1) + [-9]), "\n".join(c.output for c in children)
+        return self.folder / name
+
+    def begun(self, name, shape, first):
+        """Begins or goes on with a run on a mesh, in ranks that do something `first`, by number; returns the ranks."""
         n, run = shape.sites * shape.data * shape.latents, self.folder / name
         argv = ["--resume", str(run)] if run.exists() else ["--config", str(self.config), "--run-dir", str(run)]
         argv += ["--parallel.sites", str(shape.sites), "--parallel.latents", str(shape.latents)]
         children = []
         for number, environment in enumerate(ranks(n) if n > 1 else [{}]):
-            work = partial(sae_train, argv, lost if number == n - 1 else None)
+            work = partial(sae_train, argv, first.get(number))
             children.append(Child(self.folder / "logs" / f"{name}-{number}.txt", work, environment))
-        codes = [child.wait() for child in children]
-        assert codes == ([0] * n if lost is None else [1] * (n - 1) + [-9]), "\n".join(c.output for c in children)
-        return run
+        return children
 
 
 @pytest.fixture
@@ -94,6 +117,22 @@ def test_resumed_on_other_meshes_it_is_that_of_one_process_but_for_rounding(runs
         found = load_tensors(run / path.relative_to(one))
         for key, wanted in load_tensors(path).items():
             assert float((found[key] - wanted).abs().max()) <= 1e-6 * float(wanted.abs().max()), (path, key)
+
+
+def test_a_full_disk_is_told_by_the_rank_that_writes_and_the_run_goes_on_once_there_is_room(runs):
+    """The first rank makes a file of its full size; others may have no room for their rows of it."""
+    shape = Shape(latents=2)
+    whole = runs.run("whole", shape)
+    for method, folder in {"_evaluate_midway": ".evaluated", "finish": "coders"}.items():
+        for rank in (1, 0):
+            children = runs.begun("full", shape, {rank: partial(full_before, method)})
+            assert [child.wait() for child in children] == [1, 1], "\n".join(c.output for c in children)
+            error = children[rank].output.splitlines()[-1]
+            assert error.startswith(f"error: [Errno {errno.EFBIG}] cannot write {runs.folder}/full/{folder}/")
+            assert error.endswith("/sae.safetensors: File too large")
+            assert error.count("cannot write") == 1, "of the drafts of several coders one"
+            assert "File too large" not in children[1 - rank].output
+    assert_equal(runs.run("full", shape), whole)
 
 
 class Watching:
