@@ -22,6 +22,7 @@ from sae.kernels import top_ids
 from sae.kernels.largest import kept_of_parts
 from sae.parallel import collectives
 from sae.parallel.cut import Cut
+from sae.parallel.ledger import Ledger
 from sae.parallel.ranks import Axis
 from sae.selection import Selection
 
@@ -114,6 +115,12 @@ def summed(part: Float[Tensor, "n d_out"], axis: Axis) -> Float[Tensor, "n d_out
     return _Summed.apply(part, axis)
 
 
+def moves_output(ledger: Ledger, width: int, dtype: torch.dtype, times: int = 1, perhaps: bool = False) -> None:
+    """Writes down that what latents make of every token's output is summed, or so many parts of it at once."""
+    size = times * ledger.tokens * width * dtype.itemsize
+    ledger.summed("latents", size, times=ledger.passes, perhaps=perhaps)
+
+
 class Best(NamedTuple):
     """Entries of some tokens, among which are those that this rank holds of the k best."""
 
@@ -136,6 +143,14 @@ def best(
     found = [best_of(compared[:, group], k, cut, cut.most) for group, cut in zip(groups, cuts, strict=True)]
     ids = torch.cat([columns + group.start for (columns, _), group in zip(found, groups, strict=True)], dim=1)
     return Best(ids, scores.gather(1, ids), torch.cat([kept for _, kept in found], dim=1))
+
+
+def moves_lists(
+    ledger: Ledger, cut: Cut, k: int, dtype: torch.dtype, perhaps: bool = False, least: int | None = None
+) -> None:
+    """Writes down that `best_of` is asked for the k best of every token, of at least `least`, tile by tile."""
+    most, few = (cut.blocks * ledger.tokens * min(n, cut.most) * dtype.itemsize for n in (k, least or k))
+    ledger.gathered("latents", most, ledger.tiles, perhaps, few)
 
 
 def best_of(

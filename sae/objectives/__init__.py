@@ -17,6 +17,7 @@ from sae.base.plugins import Plugin, discover
 from sae.coder.coder import Choice, Pass, SparseCoder
 from sae.coder.spec import CoderSpec
 from sae.parallel.cut import NO_LATENTS, Cut
+from sae.parallel.ledger import Ledger
 from sae.selection import Selection
 
 
@@ -121,6 +122,9 @@ class Objective(Plugin):
         `scores` are all pre-activations, without gradient, of which nothing else is kept.
         """
         return None
+
+    def moves(self, ledger: Ledger, coder: SparseCoder) -> None:
+        """Writes down what the term moves in a step beside its own value, of a coder that may be a part of one."""
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the term for this micro-batch, before its weight."""

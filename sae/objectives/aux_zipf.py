@@ -17,8 +17,10 @@ from torch import Tensor
 
 from sae.base import zipf
 from sae.base.errors import ConfigError
+from sae.coder.coder import SparseCoder
 from sae.objectives import Objective, Start
 from sae.objectives.auxk import AuxK, Members, members
+from sae.parallel.ledger import Ledger
 from sae.selection import Selection
 
 
@@ -40,6 +42,14 @@ class AuxZipf(AuxK):
         """Returns the share of latents that live, but fire less than tau times as often as their rank lets expect."""
         lacking = shortfall(density, dead, self.tau) > 0
         return {"dying_share": float((lacking & ~dead.to(lacking.device)).float().mean())}
+
+    def moves(self, ledger: Ledger, coder: SparseCoder) -> None:
+        """Writes down what AuxK moves, at each step, and all densities with who is dead, before and behind it."""
+        self._moves(ledger, coder, perhaps=False)
+        if coder.shard:
+            cut = coder.shard.cut
+            every = cut.blocks * cut.most
+            ledger.gathered("latents", 2 * every * (torch.float64.itemsize + torch.bool.itemsize), (4, 4))
 
     def begin(self, start: Start) -> Members | None:
         """Returns the under-used latents, which may be all."""

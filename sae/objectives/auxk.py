@@ -18,12 +18,13 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.coder.coder import Choice, SparseCoder
-from sae.coder.shard import best_of
+from sae.coder.shard import best_of, moves_lists, moves_output
 from sae.coder.spec import CoderSpec
 from sae.kernels.codes import PAD, SparseLatents, by_rows
 from sae.objectives import Objective, Start, Step, zero
 from sae.parallel import collectives
 from sae.parallel.cut import NO_LATENTS, Cut
+from sae.parallel.ledger import Ledger
 from sae.selection import Selection
 
 
@@ -59,6 +60,19 @@ class AuxK(Objective):
         columns, kept = best_of(own, self.entries(coder.whole), begun.cut, begun.most)
         values = own.gather(1, columns).flatten()
         return Choice(*by_rows(begun.ids[columns]), torch.where((values > 0) & kept.flatten(), values, PAD))
+
+    def moves(self, ledger: Ledger, coder: SparseCoder) -> None:
+        """Writes down, of steps in which latents may be dead, whether any is, the members' largest, and what they make.
+
+        Of fewer members than a token may use, lists are shorter.
+        """
+        self._moves(ledger, coder, perhaps=True)
+
+    def _moves(self, ledger: Ledger, coder: SparseCoder, perhaps: bool) -> None:
+        if coder.shard:
+            ledger.summed("latents", torch.int32.itemsize, perhaps=perhaps)
+            moves_lists(ledger, coder.shard.cut, self.entries(coder.whole), ledger.dtype, perhaps)
+            moves_output(ledger, coder.d_out, coder.dtype, perhaps=perhaps)
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the normalized error of the members' explanation of the residual."""

@@ -11,7 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.base.errors import ConfigError
+from sae.coder.coder import SparseCoder
+from sae.coder.shard import moves_output
 from sae.objectives import Objective, Step
+from sae.parallel.ledger import Ledger
 from sae.selection import Selection
 
 
@@ -27,6 +30,10 @@ class Gate(Objective):
         if not selection.gated:
             found = Selection.get_choice_name(type(selection))
             raise ConfigError(f"objectives.gate: needs selection gated, not {found}")
+
+    def moves(self, ledger: Ledger, coder: SparseCoder) -> None:
+        """Writes down what the gates make of the output."""
+        moves_output(ledger, coder.d_out, coder.dtype)
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the gates' FVU of the micro-batch, weighted by its share of the batch."""

@@ -15,8 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.base.errors import ConfigError
+from sae.coder.coder import SparseCoder
+from sae.coder.shard import moves_output
 from sae.kernels.codes import counted, offsets_of
 from sae.objectives import Objective, Step
+from sae.parallel.ledger import Ledger
 from sae.selection import Selection
 
 
@@ -37,6 +40,10 @@ class Matryoshka(Objective):
                 f"objectives.matryoshka.prefixes: {list(self.prefixes)} must grow from above 0 to 1, each by at least "
                 f"one of {d_sae // n_blocks} latents"
             )
+
+    def moves(self, ledger: Ledger, coder: SparseCoder) -> None:
+        """Writes down what each prefix adds to the output, all at once."""
+        moves_output(ledger, coder.d_out, coder.dtype, times=len(self.prefixes))
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the mean over the prefixes, that of no latents included."""

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from sae.base.errors import ConfigError
 from sae.coder.coder import Choice, SparseCoder
-from sae.coder.shard import best
+from sae.coder.shard import best, moves_lists, moves_output
 from sae.coder.spec import CoderSpec
 from sae.kernels.codes import PAD, SparseLatents, by_rows
 from sae.objectives import Objective, Step
+from sae.parallel.ledger import Ledger
 from sae.selection import Selection
 
 
@@ -55,6 +56,13 @@ class MultiTopK(Objective):
         )
         known = found.known.masked_fill(~found.kept, PAD).flatten()
         return Choice(*by_rows(found.ids), known)
+
+    def moves(self, ledger: Ledger, coder: SparseCoder) -> None:
+        """Writes down the lists of the larger k, and what these latents make of the output."""
+        k = self.k or 4 * (coder.whole.rule.implied_l0 or 0)
+        for cut in coder.cuts if coder.shard else ():
+            moves_lists(ledger, cut, k, torch.float32 if coder.spec.select_by_decoder_norm else ledger.dtype)
+        moves_output(ledger, coder.d_out, coder.dtype)
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         """Returns the FVU with the larger k, weighted by the micro-batch's share of the batch."""

@@ -11,6 +11,7 @@ nothing else. Rank numbers go through latents first, then data, then sites: what
 from dataclasses import dataclass
 
 import torch
+from torch.distributed import ProcessGroup  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sae.base.errors import ConfigError
@@ -44,6 +45,11 @@ class Shape:
     def __str__(self) -> str:
         """Returns it for people."""
         return " x ".join(f"{name} {n}" for name, n in vars(self).items())
+
+    @property
+    def size(self) -> int:
+        """Returns how many there are in all."""
+        return self.sites * self.data * self.latents
 
     def place(self, rank: int) -> tuple[int, int, int]:
         """Returns where a rank stands on each axis."""
@@ -113,6 +119,15 @@ def made(shape: Shape) -> Mesh:
         *(_axis(axes, name) for name in ("sites", "data", "latents")),
         team=_axis(teams, "team"),
     )
+
+
+def last_of(shape: Shape) -> Mesh:
+    """Returns the place of the last rank, which has as much as any, for what asks no other rank."""
+
+    def last(n: int) -> Axis:
+        return Axis(n - 1, n, ProcessGroup(n - 1, n)) if n > 1 else ITSELF  # type: ignore[call-arg]
+
+    return Mesh(last(shape.sites), last(shape.data), last(shape.latents), last(shape.data * shape.latents))
 
 
 def _axis(mesh: DeviceMesh, name: str) -> Axis:

@@ -26,6 +26,7 @@ from sae.base.plugins import Plugin, discover, names
 from sae.kernels.codes import Entries, Support
 from sae.kernels.scaling import alike, times
 from sae.parallel.cut import NO_LATENTS, Cut
+from sae.parallel.ledger import Ledger
 from sae.parallel.mesh import ALONE, Mesh
 
 if TYPE_CHECKING:
@@ -279,19 +280,12 @@ class Selection(Plugin):
         """
         raise NotImplementedError
 
-    def exchanged(self, m: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns what ranks that share a batch sum, or take the smallest of, one after the other in a step.
+    def moves(self, ledger: Ledger, cut: Cut) -> None:
+        """Writes down what it moves in a step among latents that are so cut, beside lists of the k best of a token."""
 
-        Of m latents, with scores of that type, as meta tensors: what each step does, and what data may add.
-        """
-        return [], []
-
-    def gathered(self, n: int, batch: int, m: int) -> tuple[int, int] | None:
-        """Returns how many entries, at the least and the most, a rank tells the others in a step after the first.
-
-        Of n of the batch's tokens, and m latents. None: it tells none.
-        """
-        return None
+    def gathered(self, n: int, batch: int, m: int) -> tuple[int, int]:
+        """Returns how many entries, at the least and the most, a rank tells others of n tokens and m latents."""
+        return 0, 0
 
     def finish(self, moment: Moment) -> None:
         """Is called, on every rank, after a step was applied."""
@@ -342,6 +336,12 @@ class Budget(Selection):
     def rank(self, scores: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
         """Returns that of which the largest are kept, of a rule that `ranks`."""
         return scores
+
+    @property
+    def ks(self) -> tuple[int, int]:
+        """Returns the least and the most that k is in training."""
+        both = (self.k, self.k_start or self.k)
+        return min(both), max(both)
 
     def k_at(self, progress: float) -> int:
         """Returns k when a share of the steps is done."""

@@ -33,8 +33,12 @@ from sae.base.sums import in_float64
 from sae.kernels.codes import Entries, Support, where
 from sae.kernels.largest import among_largest, by_rank, ranks, reached, top_entries, top_of_columns
 from sae.parallel import collectives
+from sae.parallel.collectives import bytes_of_rows
+from sae.parallel.cut import Cut
+from sae.parallel.ledger import Ledger
 from sae.selection import NEVER, Moment, Selection
 from sae.selection.mutual_choice import (
+    DOUBLE,
     ROOM,
     MutualChoice,
     add_to_mean,
@@ -209,15 +213,32 @@ class FeatureChoice(MutualChoice):
         tokens, ids, values = collectives.gathered(*mine, over=over)
         return Entries(tokens, ids, values.to(entries.values.dtype))
 
-    def exchanged(self, m: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns what Mutual Choice does, what candidates must reach, and how often latents have won."""
-        found, perhaps = super().exchanged(m, dtype)
-        floors = torch.empty(m, dtype=torch.promote_types(dtype, torch.float32), device="meta")
-        return [*found, floors, torch.empty(m, dtype=torch.int64, device="meta")], perhaps
+    def moves(self, ledger: Ledger, cut: Cut) -> None:
+        """Writes down what Mutual Choice moves, what candidates must reach, these, and how often latents have won.
 
-    def gathered(self, n: int, batch: int, m: int) -> tuple[int, int] | None:
+        Of ranks that hold parts of the latents, what all of their budgets depend on: densities, before and behind the
+        step, and fractions that are carried over.
+        """
+        super().moves(ledger, cut)
+        held, (least, most) = cut.blocks * cut.most, self.ks
+        always, ever = not self.mutual_share, self.mutual_share < 1
+        if ever:
+            value = torch.promote_types(ledger.dtype, torch.float32)
+            ledger.summed("data", held * value.itemsize, perhaps=not always)
+            few, _ = self.gathered(ledger.batch // ledger.ranks("team"), ledger.batch, held)
+            _, many = self.gathered(ledger.tokens, ledger.batch, held)
+            ledger.gathered("data", bytes_of_rows(torch.zeros(0))[0], perhaps=not always)
+            ledger.gathered("data", _bytes(many), perhaps=not always, least=_bytes(few))
+        ledger.summed("data", held * DOUBLE)
+        carried = cut.latents > least * ledger.batch
+        ledger.gathered("latents", 2 * held * DOUBLE, (2, 2))
+        if carried:
+            ledger.gathered("latents", held * DOUBLE, perhaps=cut.latents <= most * ledger.batch)
+
+    def gathered(self, n: int, batch: int, m: int) -> tuple[int, int]:
         """Returns the tokens' share of the budget; at most, what every latent needs, or all entries."""
-        return self.k * n, min(self.k * batch + m, n * m)
+        least, most = self.ks
+        return min(least * n, n * m), min(most * batch + m, n * m)
 
     def calibration(self, state: dict[str, Tensor]) -> Tensor | None:
         """Returns each latent's running mean."""
@@ -268,6 +289,12 @@ def _among_first(
     token, value = every.tokens[last][entries.ids], every.values[last][entries.ids]
     above, equal = ~(entries.values <= value), entries.values == value
     return (counts > 0)[entries.ids] & (above | (equal & (entries.tokens <= token)))
+
+
+def _bytes(count: int) -> int:
+    """Returns the bytes of so many candidates, as they are gathered."""
+    ids = torch.empty(count, dtype=torch.int64, device="meta")
+    return bytes_of_rows(*Entries(ids, ids, torch.empty(count, device="meta")))[1]
 
 
 def _as_state(curve: zipf.Zipf) -> dict[str, Tensor]:

@@ -26,6 +26,8 @@ from torch import Tensor
 from sae.base.errors import ConfigError
 from sae.base.sums import in_float64
 from sae.parallel import collectives
+from sae.parallel.cut import Cut
+from sae.parallel.ledger import Ledger
 from sae.selection import Factors, Moment, Owned, Selection
 from sae.selection.topk import TopK
 
@@ -123,9 +125,11 @@ class GradientTopK(TopK):
         state["effect.sum"], state["effect.count"] = both  # what is saved is the same on every rank
         state["effect.mean"] = both[0] / both[1].clamp_min(1)
 
-    def exchanged(self, m: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the sum of the effects, and their number."""
-        return [torch.zeros(2, dtype=torch.float64, device="meta")], []
+    def moves(self, ledger: Ledger, cut: Cut) -> None:
+        """Writes down the sum of the effects and their number; those of every token, if that is divided by."""
+        ledger.summed("team", torch.zeros(2, dtype=torch.float64).nbytes)
+        if self.gradient_norm == "token":
+            ledger.summed("latents", ledger.tokens * torch.float32.itemsize, times=ledger.tiles)
 
     def calibration(self, state: dict[str, Tensor]) -> Tensor | None:
         """Returns the mean effect of the last step."""

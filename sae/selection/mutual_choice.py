@@ -26,9 +26,12 @@ from sae.kernels.codes import Entries, Support, by_rows, where
 from sae.kernels.largest import among_largest, top_entries, top_of
 from sae.kernels.radix import Kept, histograms, largest_of_parts
 from sae.parallel import collectives
+from sae.parallel.cut import Cut
+from sae.parallel.ledger import Ledger
 from sae.selection import Budget, Factors, Moment, Owned, Selection
 from sae.selection.jumprelu import JumpReLU
 
+DOUBLE = 8  # bytes
 BELOW = 0.1  # candidates reach so far below the cut of the step before, as a share of it,
 ROOM = 4  # and there is room for so many times as many as are kept
 
@@ -128,10 +131,14 @@ class MutualChoice(Budget):
         of_all = Entries(entries.tokens, moment.cut.ids(entries.ids), values)
         return largest_of_parts(of_all, moment.cut.latents, count, partial(collectives.total, over=moment.mesh.team))
 
-    def exchanged(self, m: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns a histogram for every digit and the smallest kept; those of places, where the cut is tied."""
-        digits, places = histograms(dtype)
-        return [*digits, torch.zeros((), dtype=torch.float64, device="meta")], places
+    def moves(self, ledger: Ledger, cut: Cut) -> None:
+        """Writes down a histogram for every digit and the smallest kept; those of places, where the cut is tied."""
+        digits, places = histograms(ledger.dtype)
+        for digit in digits:
+            ledger.summed("team", digit.nbytes)
+        for place in places:
+            ledger.summed("team", place.nbytes, perhaps=True)
+        ledger.summed("team", DOUBLE)
 
     def calibration(self, state: dict[str, Tensor]) -> Tensor | None:
         """Returns the running mean of the cut."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sae.parallel import collectives
+from sae.parallel.ledger import Ledger
 from sae.parallel.mesh import Mesh
 from sae.parallel.ranks import Share
 from sae.stream.batch import ActivationBatch, TextBatch
@@ -105,6 +106,20 @@ class Exchange:
                     into.append(part[start : start + size].view(column.dtype).view(n, *column.shape[1:]))
                     start += size
         return [torch.cat(rows) for rows in pieces]
+
+
+def moves(ledger: Ledger, rows: Sequence[int], group: int, units: int, of: int = 1) -> None:
+    """Writes down what the ranks of a group along sites move, at the most, where each group wants such rows, in bytes.
+
+    There are so many units of so many rows, dealt out in the order of lanes.
+    """
+    shape = ledger.shape
+    sites, n = shape.sites, shape.sites * shape.data * shape.latents
+    parts = torch.tensor([len(Share(number, n).of(units)) * of for number in range(n)])
+    every = parts.view(shape.data, shape.latents, sites)
+    others = every.sum(2) - every[..., group]
+    ledger.exchanged("sites", int(parts.max()) * sum(rows), int(others.max()) * rows[group])
+    ledger.gathered("latents", -(-int(every.sum(2).max()) * rows[group] // WORD) * WORD)
 
 
 def _row_bytes(column: Tensor) -> int:

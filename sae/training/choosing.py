@@ -6,6 +6,7 @@ those of all ranks together give one choice. So micro-batches and ranks change n
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -16,11 +17,12 @@ from torch import Tensor
 from sae.base.sums import summed_on
 from sae.coder.coder import Choice, Look, SparseCoder
 from sae.coder.normalization import Undo
-from sae.coder.shard import best
+from sae.coder.shard import best, moves_lists
 from sae.kernels import kernel
 from sae.kernels.codes import PAD, Entries, by_rows, offsets_of
 from sae.kernels.dispatch import DENSE_SHARE
 from sae.objectives import Objective
+from sae.parallel.ledger import Ledger
 from sae.parallel.mesh import Mesh, of_data
 from sae.selection import Budget, Moment, Selection
 
@@ -157,6 +159,16 @@ class Chooser:
             Chosen(_part(choice, a, b), beside.joined(look.y))
             for (a, b), beside, look in zip(pairwise(starts), besides, looks, strict=True)
         ]
+
+    def moves(self, ledger: Ledger) -> None:
+        """Writes down what choosing moves in a step: what the rule does, of every group, or the k best of a token."""
+        graded = self.rule.gradient_loss is not None
+        compared = torch.float32 if self.coder.spec.select_by_decoder_norm or graded else ledger.dtype
+        for cut in self.coder.cuts:
+            self.rule.moves(replace(ledger, dtype=compared), cut)
+            if self.rule.over == "token" and not self.rule.batch_wide and self.mesh.latents.moves:
+                budget: Budget = self.rule  # type: ignore[assignment]
+                moves_lists(ledger, cut, budget.ks[1], compared, least=budget.ks[0])
 
     def cuts(self) -> Float[Tensor, "d_sae"] | None:
         """Returns what a score must exceed to be kept, of every latent, if the rule has such cuts."""

@@ -6,6 +6,7 @@ from sae.coder.shard import check_choice
 from sae.encoders import Encoder
 from sae.objectives import check_cut
 from sae.parallel.mesh import Shape, shape_of
+from sae.stream.exchange import Wanted
 from sae.training.config import TrainConfig
 from sae.training.flops import Read, of_coder
 from sae.training.planning import CoderPlan, check_ranks
@@ -53,3 +54,21 @@ def dealt(config: TrainConfig, models: Read, plans: list[CoderPlan], shape: Shap
         read[group].add(sites[number])
         groups[number] = group
     return groups
+
+
+def wanted(plans: list[CoderPlan], groups: list[int], n: int) -> list[Wanted]:
+    """Returns what each of n groups of ranks needs of a batch, to whose coders plans were dealt."""
+    found = []
+    for group in range(n):
+        own = [plan for plan, of in zip(plans, groups, strict=True) if of == group]
+        sites = {name: None for plan in own for name in plan.sites}
+        graded = {site.name: None for plan in own if plan.coder.selection.gradient_loss for site in plan.writes}
+        found.append(Wanted(tuple(sites), tuple(graded)))
+    return found
+
+
+def units(config: TrainConfig) -> tuple[int, int]:
+    """Returns how many units of a batch ranks share, and of how many tokens each is: rows of text, or lanes."""
+    if config.needs_rows:
+        return config.batch_tokens // config.text.context_length, config.text.context_length
+    return config.activations.lanes, config.batch_tokens // config.activations.lanes

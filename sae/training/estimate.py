@@ -20,6 +20,8 @@ from sae.lm.hooks import sites_of_model
 from sae.lm.models import DTYPES, LanguageModel, ModelConfig, untrained
 from sae.lm.placement import bytes_by_device
 from sae.lm.site import SECOND, Site
+from sae.parallel.ledger import Moved
+from sae.parallel.mesh import Shape
 from sae.parallel.ranks import world_size
 from sae.stream.tensors import stored_at
 from sae.training import flops as flops_of
@@ -35,12 +37,6 @@ WIRES = {"10 Gb/s": (1.25e9, 50e-6), "100 Gb/s": (12.5e9, 20e-6), "NVLink": (300
 """By what is between ranks: bytes a second, and seconds until a collective of nothing is through. Not measured here."""
 
 
-CUT = (
-    "             as if every rank held all coders whole; what ranks hold, and exchange, over sites or latents is not "
-    "estimated yet"
-)
-
-
 @dataclass(frozen=True)
 class Estimate:
     """Sizes of a run. Bytes and FLOPs follow from shapes; seconds are those of the FLOPs alone.
@@ -48,7 +44,8 @@ class Estimate:
     Measured on the quickstart, in CPU time with one thread: a run takes 2.3 times as long, of two ranks each 2.7 times.
     """
 
-    ranks: int
+    shape: Shape
+    """The mesh of the ranks."""
     widths: dict[str, int]
     """Activation width by site."""
     lm_parameters: int
@@ -66,10 +63,16 @@ class Estimate:
     flops_per_s: float
     """Of one rank, as measured here."""
     steps: int
-    traffic: Traffic | None
-    """None where coders are dealt to ranks, or cut: it is not known yet what moves then."""
+    traffic: Traffic
+    reason: str = ""
+    """Why the mesh is what it is, where it was to be found."""
     placed: str = ""
     """Where the weights of models go that are spread or quantized, and what of it is not known before."""
+
+    @property
+    def ranks(self) -> int:
+        """Returns how many there are."""
+        return self.shape.size
 
     @property
     def memory(self) -> dict[str, int]:
@@ -98,24 +101,28 @@ class Estimate:
 
     def seconds_over(self, bytes_per_s: float, latency_s: float) -> float:
         """Returns the seconds of the run where ranks exchange so many bytes a second, each collective after a while."""
-        if self.traffic is None:
-            raise ValueError("traffic: it is not known of ranks that hold other coders, or parts of them")
-        moved = self.traffic.received[1] / bytes_per_s + self.traffic.collectives * latency_s
+        moved = self.traffic.received[1] / bytes_per_s + self.traffic.collectives[1] * latency_s
         return self.steps * (self.compute_s + moved)
 
     def to_json(self) -> dict[str, object]:
         """Returns all parts."""
-        found = {name: value for name, value in vars(self).items() if name not in ("footprint", "traffic", "process")}
-        told = self.traffic
-        moved = {**vars(told), "sent": told.sent, "received": told.received} if told else None
+        found = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("footprint", "traffic", "process", "shape")
+        }
+        moved = {name: getattr(self.traffic, name) for name in ("sent", "received", "collectives")}
+        moved["by_axis"] = {axis: vars(one) for axis, one in self.traffic.by_axis.items()}
         return found | {
+            "ranks": self.ranks,
+            "shape": vars(self.shape),
             "memory": self.memory,
             "peak_memory": self.peak_memory,
             "peak_memory_others": self.peak_memory_others,
             "traffic": moved,
             "compute_s": self.compute_s,
             "seconds": self.seconds,
-            "seconds_over": {name: self.seconds_over(*wire) for name, wire in WIRES.items() if told and self.ranks > 1},
+            "seconds_over": {name: self.seconds_over(*wire) for name, wire in WIRES.items() if self.ranks > 1},
         }
 
     def lines(self) -> list[str]:
@@ -128,29 +135,38 @@ class Estimate:
             f"sites        {', '.join(f'{name} (d {d})' for name, d in self.widths.items())}",
             f"parameters   {self.lm_parameters:,} in the model, {self.coder_parameters:,} in the coders",
             f"memory       {peak} ({parts})",
-            *([] if self.traffic else [CUT]),
             *([f"placed       {self.placed}"] if self.placed else []),
             f"disk         {data_size(self.disk)} in the run's folder, up to {data_size(self.cached)} in the cache",
             f"compute      {self.flops:.3g} FLOPs, {duration(self.seconds)} at the speed of a matrix product in this "
             "process; a run of small models takes two to three times as long",
-            *(self._exchange(self.traffic) if self.traffic and self.ranks > 1 else []),
+            *(self._exchange() if self.ranks > 1 else []),
         ]
 
-    def _exchange(self, moved: Traffic) -> list[str]:
-        sent, came = (_between(*ends) for ends in (moved.sent, moved.received))
+    def _exchange(self) -> list[str]:
+        moved = self.traffic
         took = {name: self.seconds_over(*wire) for name, wire in WIRES.items()}
         waits = {name: 1 - self.seconds / seconds for name, seconds in took.items()}
         over = ", ".join(f"{name} {duration(took[name])} ({waits[name]:.0%} exchange)" for name in took)
+        along = [
+            f"along {axis}{' ' * (7 - len(axis))} {_told(one)}, over {one.ranks} ranks"
+            for axis, one in moved.by_axis.items()
+        ]
         return [
-            f"exchange     {sent} sent by each of {self.ranks} ranks in a step, {came} received, in "
-            f"{moved.collectives} collectives",
+            f"mesh         {self.shape}{f': {self.reason}' if self.reason else ''}",
+            f"exchange     {_told(moved)}, by a rank in a step",
+            *along,
             f"seconds      {self.steps:,} steps x ({self.compute_s:.3g} s + {moved.received[1]:.4g} B / bandwidth + "
-            f"{moved.collectives} x latency): {over}",
+            f"{moved.collectives[1]:.0f} x latency): {over}",
         ]
 
 
+def _told(moved: Traffic | Moved) -> str:
+    sent, came, count = (_between(*ends) for ends in (moved.sent, moved.received, moved.collectives))
+    return f"{sent} B sent, {came} B received, in {count} collectives"
+
+
 def _between(least: float, most: float) -> str:
-    return f"{least:,.0f} B" if least == most else f"{least:,.0f} to {most:,.0f} B"
+    return f"{least:,.0f}" if least == most else f"{least:,.0f} to {most:,.0f}"
 
 
 def estimate(config: TrainConfig, trust_remote_code: bool = False, ranks: int | None = None) -> Estimate:
@@ -164,7 +180,7 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False, ranks: int | 
         raise ConfigError(f"--ranks: {ranks} must be at least 1")
     shape = shape_for(config, ranks)
     models, width, plans = _planned(config, trust_remote_code)
-    dealt(config, models, plans, shape)  # refused if it cannot be
+    groups = dealt(config, models, plans, shape)
     said = (config.model, config.second_model)
     weights = sum(p.numel() for model, _ in models for p in model.model.parameters())
     found = footprint(config, models, plans, ranks)
@@ -176,7 +192,7 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False, ranks: int | 
     times = 1 + ((config.steps - 1) // config.eval.every_steps if config.eval.every_steps else 0)
     flops += flops_of.evaluation(config, models, plans) * config.eval.tokens * times
     return Estimate(
-        ranks,
+        shape,
         width,
         weights,
         sum(plan.parameters for plan in plans),
@@ -187,7 +203,8 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False, ranks: int | 
         flops,
         measured_flops_per_s(resolve_device(config.model.device)),
         config.steps,
-        traffic(config, plans, ranks) if shape.sites == shape.latents == 1 else None,
+        traffic(config, plans, shape, groups),
+        "",
         "; ".join(filter(None, (placed(said[i], lm) for i, (lm, _) in enumerate(models)))),
     )
 

@@ -186,7 +186,7 @@ def _step(plan: CoderPlan, n: int, micro: int, config: TrainConfig) -> Held:
     chosen += blocks(codes * FLOAT, ENTRY / FLOAT)
     if rule.batch_wide:
         own = min(k * config.batch_tokens, n * d_sae)
-        gathers = rule.gathered(n, config.batch_tokens, d_sae) is not None
+        gathers = rule.gathered(n, config.batch_tokens, d_sae)[1] > 0
         everywhere = own * (min(2, config.batch_tokens // n) if gathers else 1)  # hardly more than the budget
         chosen += blocks(everywhere * CANDIDATE / 8, 8)
     beside = [term.entries(plan.spec) for term in plan.coder.objectives.values() if term.weight]

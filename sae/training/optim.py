@@ -17,6 +17,7 @@ from sae.kernels import Sink
 from sae.kernels.update import Update
 from sae.optimizers import Optimizer
 from sae.parallel import collectives
+from sae.parallel.ledger import Ledger
 from sae.parallel.mesh import Mesh, of_data
 
 LR_AT_WIDTH = (2e-4, 2**14)  # the law two libraries use for Adam: lr = 2e-4 / sqrt(d_sae / 2^14)
@@ -201,6 +202,10 @@ class Updater:
             squares = torch.stack([in_float64(found[name]).square() for name in parts])
             found |= zip(parts, collectives.total(squares, self.mesh.latents).sqrt().unbind(), strict=True)
         return found
+
+    def moves(self, ledger: Ledger) -> None:
+        """Writes down squares of norms, beside the gradients."""
+        ledger.summed("latents", 8 * len(self.gradients.keys() & self.of_latents))
 
     @staticmethod
     def total(norms: dict[str, Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ from sae.loading import hub
 from sae.parallel import agreement, ranks, replicas
 from sae.parallel.mesh import Mesh
 from sae.stream.drawn import is_iterator
-from sae.stream.exchange import Exchange, Wanted
+from sae.stream.exchange import Exchange
 from sae.stream.sources import Reading, Source
 from sae.stream.tensors import Stored, given_activations
 from sae.text.documents import commit_of_data, first_look
@@ -34,7 +34,7 @@ from sae.text.tokenizing import TokenizedText, special_ids, tokenize, what_was_m
 from sae.training import checkpoint
 from sae.training.beginning import Begun, new_part
 from sae.training.config import TrainConfig
-from sae.training.dealing import dealt
+from sae.training.dealing import dealt, units, wanted
 from sae.training.estimate import check_disk, disk_needed
 from sae.training.measuring import Recipe, Statistics, measure, sample_activations
 from sae.training.planning import CoderPlan, plan_run, plan_tensors, with_model_named
@@ -65,17 +65,7 @@ class Setting:
 
     def exchange(self) -> Exchange:
         """Returns what brings every rank the rows that its coders are trained on."""
-        config, wanted = self.config, []
-        for group in range(self.mesh.shape.sites):
-            plans = [plan for plan, of in zip(self.plans, self.groups, strict=True) if of == group]
-            sites = {name: None for plan in plans for name in plan.sites}
-            graded = {site.name: None for plan in plans if plan.coder.selection.gradient_loss for site in plan.writes}
-            wanted.append(Wanted(tuple(sites), tuple(graded)))
-        if config.needs_rows:
-            units, of = config.batch_tokens // config.text.context_length, config.text.context_length
-        else:
-            units, of = config.activations.lanes, config.batch_tokens // config.activations.lanes
-        return Exchange(self.mesh, wanted, units, of)
+        return Exchange(self.mesh, wanted(self.plans, self.groups, self.mesh.shape.sites), *units(self.config))
 
     @property
     def micro_tokens(self) -> int:

@@ -1,93 +1,102 @@
-"""What the ranks of a run tell each other in a step: bytes and collectives, by the functions that move them.
+"""What the ranks of a run tell each other in a step: bytes and collectives, by the axes of the mesh.
 
-    tokens:     how many each rank has                                        gathered, 8 bytes
-    choice:     what the rule says, of each group of latents by itself        summed, or the smallest taken
-    candidates: of Feature Choice, 12 bytes each                              gathered, padded to the rank with the most
-    gradients:  every parameter, with the loss terms, errors and firings      summed, in buckets
-    stop:       whether any rank was asked to end, once for all coders        summed
+    sites:   rows of activations, to the ranks whose coders want them
+    latents: those rows, once more; lists of the best of a token, what parts of a coder make of outputs, what all share
+    data:    gradients, with the loss terms, errors and firings; of Feature Choice, candidates
+    team:    what batch-wide rules agree on, of data and latents together
+    all:     whether any rank was asked to end
 
-So nothing grows with the batch or the ranks but candidates, which grow with both.
+What moves says so where it does (`sae/parallel/ledger.py`): here it is asked, of coders that are shapes alone.
 """
 
 from dataclasses import dataclass
 
-import torch
-
-from sae.coder.coder import SparseCoder
-from sae.kernels.codes import Entries
+from sae.coder.cutting import empty_part
+from sae.lm.devices import resolve_device
 from sae.lm.models import DTYPES
-from sae.parallel.collectives import bytes_of_rows, bytes_of_sums
+from sae.parallel.ledger import Ends, Ledger, Moved
+from sae.parallel.mesh import Shape, last_of
 from sae.parallel.ranks import Share
+from sae.stream import exchange
+from sae.training.choosing import tile_tokens
 from sae.training.config import TrainConfig
+from sae.training.dealing import units, wanted
 from sae.training.planning import CoderPlan
 from sae.training.trainer import CoderTrainer, Schedule
+
+AXES = ("sites", "latents", "data", "team", "all")
+TEXT = 2 * 4  # bytes of a position of text: a token, and whether it counts
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank hands to collectives in a step, and what a ring of ranks then brings it."""
+    """What one rank moves in a step: of all, one of the group that moves most, with the most tokens and latents."""
 
-    ranks: int
-    summed: int
-    """Bytes that are summed, or of which the smallest is taken."""
-    tied: int
-    """Bytes that are summed beside, at the most, where a batch's cut falls among equal scores."""
-    least: int
-    most: int
-    """Bytes that are gathered: candidates, of which data decides how many there are; the tokens of one rank."""
-    collectives: int
-    """Without those of ties."""
+    shape: Shape
+    by_axis: dict[str, Moved]
+    """Of those axes along which something moves."""
 
     @property
-    def sent(self) -> tuple[int, int]:
+    def sent(self) -> Ends:
         """Returns the least and the most bytes that a rank hands over."""
-        return self.summed + self.least, self.summed + self.tied + self.most
+        return self._total("sent")
 
     @property
-    def received(self) -> tuple[float, float]:
-        """Returns the same of what comes to it: of a sum over a ring 2 (N - 1) / N of it, else N - 1 times as much."""
-        others = self.ranks - 1
-        by_sums = 2 * others / self.ranks
-        least, most = self.summed, self.summed + self.tied
-        return by_sums * least + others * self.least, by_sums * most + others * self.most
+    def received(self) -> Ends:
+        """Returns the same of what comes to it."""
+        return self._total("received")
+
+    @property
+    def collectives(self) -> Ends:
+        """Returns by how many collectives."""
+        return self._total("collectives")
+
+    def _total(self, what: str) -> Ends:
+        ends = [getattr(moved, what) for moved in self.by_axis.values()]
+        return sum(least for least, _ in ends), sum(most for _, most in ends)
 
 
-def traffic(config: TrainConfig, plans: list[CoderPlan], ranks: int) -> Traffic:
-    """Returns what a step moves in which no token is masked as an outlier; alone, nothing."""
-    if ranks == 1:
-        return Traffic(1, 0, 0, 0, 0, 0)
-    share = Share(ranks - 1, ranks)
-    of = config.text.context_length if config.needs_rows else config.batch_tokens // config.activations.lanes
-    n = len(share.of(config.batch_tokens // of)) * of
-    summed, tied = bytes_of_sums(torch.zeros(())), 0  # the stop flag
-    gathered = []
-    for plan in plans:
-        sums, ties, rows = _of_coder(plan, config, n)
-        summed, tied = summed + sums, tied + sum(ties)
-        gathered += [(8, 8), *rows]
-    least, most = (sum(size) for size in zip(*gathered, strict=True))
-    return Traffic(ranks, sum(summed), tied, least, most, len(summed) + len(gathered))
+def traffic(config: TrainConfig, plans: list[CoderPlan], shape: Shape, groups: list[int] | None = None) -> Traffic:
+    """Returns what a step moves in which no token is left out, of coders so dealt to groups (none: all to the first).
+
+    A step that has to be repeated, since it had no room for all entries, moves all but rows once more.
+    """
+    found = [_of_group(config, plans, shape, groups or [0] * len(plans), group) for group in range(shape.sites)]
+    return max(found, key=lambda moved: moved.received[1])
 
 
-def _of_coder(plan: CoderPlan, config: TrainConfig, n: int) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """Returns the bytes of each sum of a coder and of those of ties, and the least and most that its rule gathers."""
-    coder = SparseCoder(plan.spec, "meta")
-    trainer = CoderTrainer(coder, plan.coder.objectives, plan.optim, Schedule(config.steps, config.dead_after))
-    summed, ties, gathered = bytes_of_sums(*trainer.summed()), [], []
-    compared = torch.float32 if plan.spec.select_by_decoder_norm else DTYPES[config.precision]
-    for group in coder.rule_groups():
-        m = group.stop - group.start
-        always, perhaps = plan.spec.rule.exchanged(m, compared)
-        summed += [tensor.nbytes for tensor in always]
-        ties += [tensor.nbytes for tensor in perhaps]
-        found = plan.spec.rule.gathered(n, config.batch_tokens, m)
-        if found is not None:
-            counts, (least, most) = bytes_of_rows(torch.zeros(0))[0], map(_rows, found)
-            gathered += [(counts, counts), (least, most)]
-    return summed, ties, gathered
+def _of_group(config: TrainConfig, plans: list[CoderPlan], shape: Shape, groups: list[int], group: int) -> Traffic:
+    count, of = units(config)
+    tokens = len(Share(shape.data - 1, shape.data).of(count)) * of
+    ledger = Ledger(shape, tokens, config.batch_tokens, DTYPES[config.precision])
+    stored = DTYPES[config.activations.dtype].itemsize
+    widths = {name: site.width for plan in plans for name, site in plan.sites.items()}
+    asked = wanted(plans, groups, shape.sites)
+    rows = [sum(widths[name] for name in (*want.activations, *want.gradients)) * stored for want in asked]
+    if config.needs_rows:
+        exchange.moves(ledger, [TEXT * of] * shape.sites, group, count)
+    exchange.moves(ledger, rows, group, count, of)
+    for plan, place in zip(plans, groups, strict=True):
+        if place == group:
+            _of_coder(ledger, plan, config)
+    ledger.summed("all", (4 if shape.sites == 1 else 8))  # flags: to end; that a coder of another group went wrong
+    return Traffic(shape, {axis: ledger.moved[axis] for axis in AXES if axis in ledger.moved})
 
 
-def _rows(count: int) -> int:
-    """Returns the bytes of so many candidates."""
-    ids = torch.empty(count, dtype=torch.int64, device="meta")
-    return bytes_of_rows(*Entries(ids, ids, torch.empty(count, device="meta")))[1]
+def _of_coder(ledger: Ledger, plan: CoderPlan, config: TrainConfig) -> None:
+    """Writes down what the step of a coder moves."""
+    mesh = last_of(ledger.shape)
+    coder = empty_part(plan.spec, mesh.latents, "meta")
+    schedule = Schedule(config.steps, config.dead_after, product_dtype=DTYPES[config.precision])
+    trainer = CoderTrainer(coder, plan.coder.objectives, plan.optim, schedule, mesh)
+    n, tile = ledger.tokens, tile_tokens(plan.d_sae, resolve_device(config.model.device))
+    micro = min(n, -(-config.micro_batch_tokens // ledger.shape.data) or n)
+    if config.needs_rows:
+        context = config.text.context_length
+        micro = max(1, micro // context) * context
+    ways = [(-(-n // micro), n // micro * -(-micro // tile) + -(-(n % micro) // tile))]
+    if trainer.chooser.cuts() is not None and not config.needs_rows:  # where most entries are kept, a tile at a time
+        fine = -(-n // min(micro, tile))
+        ways.append((fine, fine))
+    ledger.passes, ledger.tiles = ((min(ends), max(ends)) for ends in zip(*ways, strict=True))
+    trainer.moves(ledger)

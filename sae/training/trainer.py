@@ -14,11 +14,12 @@ from sae.base.sums import in_float64, summed_on
 from sae.coder.coder import Look, SparseCoder
 from sae.coder.cutting import empty_part
 from sae.coder.normalization import undo
-from sae.coder.shard import HeldRows
+from sae.coder.shard import HeldRows, moves_output
 from sae.kernels import Sink
 from sae.objectives import Objective, Start, Step, check_cut
 from sae.parallel import collectives
 from sae.parallel.cut import NO_LATENTS
+from sae.parallel.ledger import Ledger
 from sae.parallel.mesh import Mesh, of_data
 from sae.training.choosing import Chooser, Chosen
 from sae.training.optim import Average, OptimConfig, Updater, normalize_decoder
@@ -152,9 +153,18 @@ class CoderTrainer:
         self._learn(sums, fired, n_tokens, applies)
         return self._figures(planned, sums, fired, norms, factors, rate, applies)
 
-    def summed(self) -> list[Tensor]:
-        """Returns what is summed over data in a step, as zeros: gradients, and what adds up beside them."""
-        return [*self.updater.exchanged(), *Sums.zero(self.objectives, self.coder).tensors()]
+    def moves(self, ledger: Ledger) -> None:
+        """Writes down what a step moves in which no token is left out; one that is repeated moves it once more."""
+        sums, updater = Sums.zero(self.objectives, self.coder), self.updater
+        moves_output(ledger, self.coder.d_out, self.coder.dtype)
+        self.chooser.moves(ledger)
+        updater.moves(ledger)
+        for term in self.objectives.values():
+            term.moves(ledger, self.coder)
+        ledger.summed("data", *collectives.bytes_of_sums(*updater.exchanged(), *sums.tensors()))
+        ledger.summed("latents", 8, *collectives.bytes_of_sums(*updater.over_latents(), *sums.over_latents()))
+        ledger.gathered("data", 8)  # how many tokens each has
+        ledger.gathered("latents", 32)  # counts, behind a sum of the entries that fire
 
     def _backward(
         self, batch: Batch, n_tokens: int, factors: dict[str, Tensor | float], begun: dict[str, Any], dense: bool

@@ -54,7 +54,8 @@ def test_a_dry_run_of_several_ranks_says_what_they_exchange(capsys):
     assert main(["--dry-run", "--ranks", "2", "--ranks.deadline_s", "30"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert " of rank 0, " in lines[2]
-    assert lines[-2].startswith("exchange     ")
+    assert [line.split()[:2] for line in lines[-4:-1]][1:] == [["along", "data"], ["along", "all"]]
+    assert lines[-4].startswith("exchange     ")
     assert lines[-1].startswith("seconds      683 steps x (")
 
 

@@ -14,6 +14,7 @@ from sae.objectives import Objective
 from sae.objectives.auxk import AuxK
 from sae.objectives.reconstruction import Reconstruction
 from sae.parallel import collectives
+from sae.parallel.mesh import Shape
 from sae.parallel.ranks import own_share, process_group, rank
 from sae.selection import trainable
 from sae.training.config import ActivationConfig, CoderConfig, TrainConfig
@@ -82,22 +83,22 @@ def test_bytes_and_collectives_of_a_step(n, tmp_path):
     assert [child.wait() for child in made] == [0] * n, "".join(child.output for child in made)
     every = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(n)]
     for label, plan in plans().items():
-        said = traffic(CONFIG, [plan], n)
+        said = traffic(CONFIG, [plan], Shape(data=n))
         for moved in (found[label] for found in every):
-            summed, gathered = (
-                sum(size for name, size in moved if name == kind) for kind in ("all_reduce", "all_gather")
-            )
-            assert len(moved) == said.collectives, label
-            assert summed == said.summed, label
-            assert said.least <= gathered <= said.most, label
-        assert (said.least == said.most) == (plan.spec.rule.gathered(1, 1, 1) is None), label
-        assert (said.tied > 0) == plan.spec.rule.batch_wide, label
+            sizes = [size for _, size in moved]
+            candidates = sum(size for name, size in moved if name == "all_gather" and size > 8)  # 8: how many there are
+            least, most = (plan.spec.n_blocks * 12 * rows for rows in plan.spec.rule.gathered(TOKENS // n, TOKENS, 64))
+            assert len(moved) == said.collectives[0], label
+            assert sum(sizes) - candidates == said.sent[0] - least, label
+            assert least <= candidates <= most, label
+        assert (said.sent[0] < said.sent[1]) == plan.spec.rule.batch_wide, label
 
 
 def test_alone_nothing_moves():
-    assert traffic(CONFIG, list(plans().values()), 1).sent == (0, 0)
+    assert traffic(CONFIG, list(plans().values()), Shape()).sent == (0, 0)
 
 
 def test_what_a_ring_brings():
-    said = traffic(CONFIG, [plans()["topk"]], 4)
-    assert said.received == (1.5 * said.summed + 3 * 8,) * 2  # of each other rank its number of tokens
+    said = traffic(CONFIG, [plans()["topk"]], Shape(data=4))
+    summed = said.sent[0] - 8
+    assert said.received == (1.5 * summed + 3 * 8,) * 2  # of each other rank its number of tokens
