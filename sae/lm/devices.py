@@ -91,6 +91,13 @@ def own_memory() -> dict[int | str, int]:
     return {name: int(USED * size) for name, size in free.items()}
 
 
+def memory_of_rank(device: torch.device) -> int:
+    """Returns the bytes that a rank has where it trains: of its GPU, or its part of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total // ranks.on_this_host()
+
+
 def _scratch(folder: Path) -> Path:
     """Returns a folder beside it, not made yet, that goes when this process ends; if killed, when another begins."""
     remove_stale(folder.parent)

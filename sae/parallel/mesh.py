@@ -27,6 +27,11 @@ class ParallelConfig:
     latents: int = 1
     """Ranks over which each coder is cut, by its latents; 0: as many as the estimate finds best."""
 
+    @property
+    def named(self) -> bool:
+        """Returns whether it leaves nothing to the estimate."""
+        return bool(self.sites and self.latents)
+
     def validate(self) -> None:
         """Raises ConfigError naming the field whose value is not allowed."""
         for name in ("sites", "latents"):

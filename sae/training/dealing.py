@@ -4,6 +4,7 @@ from sae.base.errors import ConfigError
 from sae.base.plugins import names
 from sae.coder.shard import check_choice
 from sae.encoders import Encoder
+from sae.lm.models import DTYPES
 from sae.objectives import check_cut
 from sae.parallel.mesh import Shape, shape_of
 from sae.stream.exchange import Wanted
@@ -13,23 +14,16 @@ from sae.training.planning import CoderPlan, check_ranks
 
 
 def shape_for(config: TrainConfig, n: int) -> Shape:
-    """Returns the mesh of n ranks that a config asks for.
+    """Returns the mesh of n ranks that a config names.
 
     ConfigError if they do not make one, if one of them has no part of a batch, and for coders that cannot be cut.
     """
-    parallel = config.parallel
-    shape = shape_of(parallel, n) if parallel.sites and parallel.latents else best_shape(config, n)
+    shape = shape_of(config.parallel, n)
     check_ranks(config, n)
     for _, coder, _ in config.points() if shape.latents > 1 else ():
         check_choice(coder.selection, names(Encoder)[coder.encoder](), coder.width(1))
         check_cut({name: term for name, term in coder.objectives.items() if term.weight})
     return shape
-
-
-def best_shape(config: TrainConfig, n: int) -> Shape:
-    """Returns the best mesh of n ranks; ConfigError, since nothing tells as yet which one is."""
-    field = "latents" if config.parallel.sites else "sites"
-    raise ConfigError(f"parallel.{field}: 0 leaves the choice to an estimate that there is not yet; name a number")
 
 
 def dealt(config: TrainConfig, models: Read, plans: list[CoderPlan], shape: Shape) -> list[int]:
@@ -65,6 +59,13 @@ def wanted(plans: list[CoderPlan], groups: list[int], n: int) -> list[Wanted]:
         graded = {site.name: None for plan in own if plan.coder.selection.gradient_loss for site in plan.writes}
         found.append(Wanted(tuple(sites), tuple(graded)))
     return found
+
+
+def row_bytes(config: TrainConfig, plans: list[CoderPlan], groups: list[int], n: int) -> list[int]:
+    """Returns, for each of n groups, the bytes that its ranks are sent of a token."""
+    widths = {name: site.width for plan in plans for name, site in plan.sites.items()}
+    size = DTYPES[config.activations.dtype].itemsize
+    return [sum(widths[name] for name in (*w.activations, *w.gradients)) * size for w in wanted(plans, groups, n)]
 
 
 def units(config: TrainConfig) -> tuple[int, int]:

@@ -4,37 +4,40 @@ The language model is built of fake tensors, which know every shape and hold no 
 exact; sites are resolved and a pass is traced on it, so a mistyped or unused hook is found here as well.
 """
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
-from torch._subclasses import FakeTensorMode
 
 from sae.base.errors import ConfigError
-from sae.base.room import Need, check_room, taken
+from sae.base.room import Need, check_room, existing, taken
 from sae.base.units import data_size, duration
-from sae.lm.devices import MAPS, resolve_device
-from sae.lm.hooks import sites_of_model
-from sae.lm.models import DTYPES, LanguageModel, ModelConfig, untrained
+from sae.lm.devices import MAPS, memory_of_rank, resolve_device
+from sae.lm.models import DTYPES, LanguageModel, ModelConfig
 from sae.lm.placement import bytes_by_device
-from sae.lm.site import SECOND, Site
 from sae.parallel.ledger import Moved
 from sae.parallel.mesh import Shape
 from sae.parallel.ranks import world_size
-from sae.stream.tensors import stored_at
 from sae.training import flops as flops_of
 from sae.training.config import TrainConfig
-from sae.training.dealing import dealt, shape_for
-from sae.training.footprint import FLOAT, Footprint, copies, footprint, weights_dtype
-from sae.training.planning import CoderPlan, plan_run, plan_tensors, with_model_named
-from sae.training.subject import of_tensors
+from sae.training.dealing import shape_for
+from sae.training.footprint import FLOAT, Footprint, copies, footprint
+from sae.training.planning import CoderPlan
+from sae.training.shaping import deal, planned, process_bytes
 from sae.training.traffic import Traffic, traffic
 
-LATER = 80_000_000  # measured: model code, the tokenizer and pictures, which come after the estimate
-WIRES = {"10 Gb/s": (1.25e9, 50e-6), "100 Gb/s": (12.5e9, 20e-6), "NVLink": (300e9, 10e-6)}
-"""By what is between ranks: bytes a second, and seconds until a collective of nothing is through. Not measured here."""
+LESS = {
+    "model": "whole on every rank, unless model.kwargs.device_map spreads it over several devices",
+    "coders": "fewer, or parts of them, with more parallel.sites or parallel.latents",
+    "pool": "less with more ranks, or fewer activations.block_rows",
+    "step": "less with more ranks along data, or fewer micro_batch_tokens",
+    "snapshot": "less with more ranks",
+    "statistics": "of rank 0; less with fewer activations.statistics_tokens",
+    "evaluation": "the same on every rank",
+}
+"""By what holds memory: what makes it less."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,15 @@ class Estimate:
     process: int
     """Bytes of one rank that do not depend on the config: the interpreter and its libraries."""
     footprint: Footprint
+    """Of rank 0."""
+    largest: Footprint
+    """Of a rank of the group along sites that holds most."""
+    room: int
+    """Bytes of memory that a rank has where it trains, if each is like this process."""
     disk: int
     """Bytes in the run's folder, at the most at one time."""
+    free: int
+    """Bytes of disk that are free there."""
     cached: int
     """Bytes in the cache, if the text is as long as the run is and nothing of it is there yet."""
     flops: float
@@ -81,13 +91,13 @@ class Estimate:
 
     @property
     def peak_memory(self) -> int:
-        """Returns the estimated peak in bytes of rank 0, which needs the most: it also measures, before step 0."""
+        """Returns the estimated peak in bytes of rank 0, which also measures, before step 0."""
         return self.process + self.footprint.peak(measures=True)
 
     @property
     def peak_memory_others(self) -> int:
-        """Returns the same of every other rank."""
-        return self.process + self.footprint.peak(measures=False)
+        """Returns the same of the other rank that needs the most."""
+        return self.process + self.largest.peak(measures=False)
 
     @property
     def compute_s(self) -> float:
@@ -99,17 +109,12 @@ class Estimate:
         """Returns the seconds of the run without what ranks wait for each other."""
         return self.compute_s * self.steps
 
-    def seconds_over(self, bytes_per_s: float, latency_s: float) -> float:
-        """Returns the seconds of the run where ranks exchange so many bytes a second, each collective after a while."""
-        moved = self.traffic.received[1] / bytes_per_s + self.traffic.collectives[1] * latency_s
-        return self.steps * (self.compute_s + moved)
-
     def to_json(self) -> dict[str, object]:
         """Returns all parts."""
         found = {
             name: value
             for name, value in vars(self).items()
-            if name not in ("footprint", "traffic", "process", "shape")
+            if name not in ("footprint", "largest", "traffic", "process", "shape")
         }
         moved = {name: getattr(self.traffic, name) for name in ("sent", "received", "collectives")}
         moved["by_axis"] = {axis: vars(one) for axis, one in self.traffic.by_axis.items()}
@@ -122,7 +127,6 @@ class Estimate:
             "traffic": moved,
             "compute_s": self.compute_s,
             "seconds": self.seconds,
-            "seconds_over": {name: self.seconds_over(*wire) for name, wire in WIRES.items() if self.ranks > 1},
         }
 
     def lines(self) -> list[str]:
@@ -140,13 +144,26 @@ class Estimate:
             f"compute      {self.flops:.3g} FLOPs, {duration(self.seconds)} at the speed of a matrix product in this "
             "process; a run of small models takes two to three times as long",
             *(self._exchange() if self.ranks > 1 else []),
+            *([self._limits()] if self.ranks > 1 or self._most > self.room else []),
         ]
+
+    @property
+    def _most(self) -> int:
+        return max(self.peak_memory, self.peak_memory_others)
+
+    def _limits(self) -> str:
+        """Returns what there is of memory and of disk, the scarcer one first, and what takes most of the memory."""
+        rank = self.footprint if self.peak_memory >= self.peak_memory_others else self.largest
+        name, size = max(rank.parts().items(), key=lambda part: part[1])
+        told = {
+            self._most / self.room: f"{data_size(self._most)} of {data_size(self.room)} of memory, {data_size(size)} "
+            f"of that the {name} ({LESS[name]})",
+            self.disk / self.free: f"{data_size(self.disk)} of {data_size(self.free)} of disk",
+        }
+        return f"limits       {'; '.join(told[share] for share in sorted(told, reverse=True))}"
 
     def _exchange(self) -> list[str]:
         moved = self.traffic
-        took = {name: self.seconds_over(*wire) for name, wire in WIRES.items()}
-        waits = {name: 1 - self.seconds / seconds for name, seconds in took.items()}
-        over = ", ".join(f"{name} {duration(took[name])} ({waits[name]:.0%} exchange)" for name in took)
         along = [
             f"along {axis}{' ' * (7 - len(axis))} {_told(one)}, over {one.ranks} ranks"
             for axis, one in moved.by_axis.items()
@@ -156,7 +173,7 @@ class Estimate:
             f"exchange     {_told(moved)}, by a rank in a step",
             *along,
             f"seconds      {self.steps:,} steps x ({self.compute_s:.3g} s + {moved.received[1]:.4g} B / bandwidth + "
-            f"{moved.collectives[1]:.0f} x latency): {over}",
+            f"{moved.collectives[1]:.0f} x latency)",
         ]
 
 
@@ -178,34 +195,39 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False, ranks: int | 
     ranks = world_size() if ranks is None else ranks
     if ranks < 1:
         raise ConfigError(f"--ranks: {ranks} must be at least 1")
-    shape = shape_for(config, ranks)
-    models, width, plans = _planned(config, trust_remote_code)
-    groups = dealt(config, models, plans, shape)
+    if config.parallel.named:
+        shape_for(config, ranks)  # what cannot be is told before models are made
+    found = planned(config, trust_remote_code)
+    passes, plans = found.passes, found.plans
+    mesh = deal(config, found, ranks)
     said = (config.model, config.second_model)
-    weights = sum(p.numel() for model, _ in models for p in model.model.parameters())
-    found = footprint(config, models, plans, ranks)
+    held = [footprint(config, passes, plans, mesh.shape, mesh.groups, group) for group in range(mesh.shape.sites)]
     stored = _stored_tokens(config)
-    disk, cached = disk_needed(config, plans, width)
-    flops = flops_of.reading(config, models) * (stored or config.tokens) if models else 0.0
+    disk, cached = disk_needed(config, plans, found.widths)
+    flops = flops_of.reading(config, passes.models) * (stored or config.tokens) if passes.models else 0.0
     flops += flops_of.SPARSELY * config.tokens * sum(map(flops_of.encoding, plans))
-    flops += flops_of.end_to_end(config, models, plans, ranks) * config.tokens if config.needs_rows else 0
+    flops += flops_of.end_to_end(config, passes.models, plans, ranks) * config.tokens if config.needs_rows else 0
     times = 1 + ((config.steps - 1) // config.eval.every_steps if config.eval.every_steps else 0)
-    flops += flops_of.evaluation(config, models, plans) * config.eval.tokens * times
+    flops += flops_of.evaluation(config, passes.models, plans) * config.eval.tokens * times
+    device = resolve_device(config.model.device)
     return Estimate(
-        shape,
-        width,
-        weights,
+        mesh.shape,
+        found.widths,
+        sum(p.numel() for model, _ in passes.models for p in model.model.parameters()),
         sum(plan.parameters for plan in plans),
-        psutil.Process().memory_info().rss + LATER,
-        found,
+        process_bytes(),
+        held[0],
+        max(held, key=lambda one: one.peak(measures=False)),
+        memory_of_rank(device),
         disk,
+        shutil.disk_usage(existing(Path(config.run_dir or "."))).free,
         cached,
         flops,
-        measured_flops_per_s(resolve_device(config.model.device)),
+        measured_flops_per_s(device),
         config.steps,
-        traffic(config, plans, shape, groups),
-        "",
-        "; ".join(filter(None, (placed(said[i], lm) for i, (lm, _) in enumerate(models)))),
+        traffic(config, plans, mesh.shape, mesh.groups),
+        mesh.reason,
+        "; ".join(filter(None, (placed(said[i], lm) for i, (lm, _) in enumerate(passes.models)))),
     )
 
 
@@ -223,26 +245,6 @@ def placed(said: ModelConfig, lm: LanguageModel) -> str:
     if said.kwargs.get("quantization_config"):
         parts.append("quantized when it is loaded, to a size that is not known before")
     return f"{'; '.join(parts)}; the memory above counts all of it as one" if parts else ""
-
-
-def _planned(
-    config: TrainConfig, trust_remote_code: bool
-) -> tuple[list[tuple[LanguageModel, list[Site]]], dict[str, int], list[CoderPlan]]:
-    """Returns the models with the sites that are read of each, the widths by site, and the coders."""
-    if config.activations.source == "tensors":
-        stored = with_model_named(config, stored_at(config.activations.path))
-        sites, width, plans = plan_tensors(config, stored)
-        of_tensors(config, stored, [site.name for site in sites], resolve_device(config.model.device))
-        return [], width, plans
-    with FakeTensorMode():
-        lm = untrained(config.model, trust_remote_code)
-        second = untrained(config.second_model, trust_remote_code) if config.second_model.name else None
-        sites, width, plans = plan_run(config, lm, second)
-        for model in (lm, second) if second else (lm,):
-            for weight in model.model.parameters():
-                weight.data = weight.data.to(weights_dtype(config))  # as it will be loaded
-    models = [(model, sites_of_model(sites, tag)) for model, tag in ((lm, ""), (second, SECOND)) if model]
-    return models, width, plans
 
 
 def disk_needed(config: TrainConfig, plans: list[CoderPlan], widths: dict[str, int]) -> tuple[int, int]:

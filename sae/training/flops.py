@@ -11,11 +11,12 @@ from sae.lm.models import LanguageModel
 from sae.lm.site import Site
 from sae.training.config import TrainConfig
 from sae.training.end_to_end import KEPT_LOGITS
-from sae.training.footprint import SEEN
 from sae.training.planning import CoderPlan
 
 SPARSELY = 3.2
 """FLOPs of a step for each weight of the encoder: a dense product there, and the rest sparse."""
+SEEN = 3
+"""What is held of a token that is evaluated, as wide as the sites: activations, and what the model goes on from."""
 Read = list[tuple[LanguageModel, list[Site]]]
 """Models, with the sites that are read of each."""
 

@@ -30,9 +30,9 @@ from sae.training import checkpoint
 from sae.training.arguments import as_config, with_activations, with_model
 from sae.training.callbacks import Callbacks, Listener
 from sae.training.config import TrainConfig
-from sae.training.dealing import shape_for
 from sae.training.loop import Run, TrainResult
 from sae.training.preparing import load_models, set_up, set_up_tensors
+from sae.training.shaping import shape_of_run
 from sae.training.start import AUTO, begin, check_shared, mark
 from sae.training.subject import check_store
 
@@ -95,7 +95,8 @@ def train(
         with checkpoint.locked(folder, going_on), _ended_well(folder):
             check_shared(folder)
             check_writable(cache_dir(), "SAE_CACHE")
-            mesh = made(shape_for(config, ranks.world_size()))
+            passed = given is not None or activations is not None
+            mesh = made(shape_of_run(config, ranks.world_size(), trust_remote_code, passed))
             if mesh.cuts:
                 log.info("mesh         %s", mesh.shape)
             with agreement.together():

@@ -20,7 +20,7 @@ from sae.parallel.ranks import Share
 from sae.stream import exchange
 from sae.training.choosing import tile_tokens
 from sae.training.config import TrainConfig
-from sae.training.dealing import units, wanted
+from sae.training.dealing import row_bytes, units
 from sae.training.planning import CoderPlan
 from sae.training.trainer import CoderTrainer, Schedule
 
@@ -69,13 +69,9 @@ def _of_group(config: TrainConfig, plans: list[CoderPlan], shape: Shape, groups:
     count, of = units(config)
     tokens = len(Share(shape.data - 1, shape.data).of(count)) * of
     ledger = Ledger(shape, tokens, config.batch_tokens, DTYPES[config.precision])
-    stored = DTYPES[config.activations.dtype].itemsize
-    widths = {name: site.width for plan in plans for name, site in plan.sites.items()}
-    asked = wanted(plans, groups, shape.sites)
-    rows = [sum(widths[name] for name in (*want.activations, *want.gradients)) * stored for want in asked]
     if config.needs_rows:
         exchange.moves(ledger, [TEXT * of] * shape.sites, group, count)
-    exchange.moves(ledger, rows, group, count, of)
+    exchange.moves(ledger, row_bytes(config, plans, groups, shape.sites), group, count, of)
     for plan, place in zip(plans, groups, strict=True):
         if place == group:
             _of_coder(ledger, plan, config)

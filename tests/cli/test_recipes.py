@@ -71,8 +71,8 @@ def test_every_family_on_every_model_is_dry_run_on_the_models_config(model, tmp_
         FakeTensorMode(),
         cache(lambda name: models.untrained(models.ModelConfig(name))),
     )  # once, for all of them
-    monkeypatch.setattr("sae.training.estimate.FakeTensorMode", lambda: fake)
-    monkeypatch.setattr("sae.training.estimate.untrained", lambda found, _: made(found.name))
+    monkeypatch.setattr("sae.training.shaping.FakeTensorMode", lambda: fake)
+    monkeypatch.setattr("sae.training.shaping.untrained", lambda found, _: made(found.name))
     monkeypatch.setattr("sae.training.estimate.measured_flops_per_s", lambda device: 1e14)
     monkeypatch.setattr("sae.training.footprint.passed", partial(traced, {}))
     name = read(None, model).model.name

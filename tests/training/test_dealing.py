@@ -26,8 +26,6 @@ def plans(*widths):
     [
         ({"parallel.sites": 3}, 4, r"parallel: sites 3 x latents 1 = 3 does not divide 4 ranks; start a multiple of 3"),
         ({"parallel.latents": -1}, 1, r"parallel\.latents: -1 must be at least 1, or 0"),
-        ({"parallel.latents": 0}, 2, r"parallel\.latents: 0 leaves the choice to an estimate .* name a number"),
-        ({"parallel.sites": 0}, 2, r"parallel\.sites: 0 leaves"),
         ({"parallel.sites": 2, "activations.lanes": 2}, 4, r"activations\.lanes: 2 for 4 ranks"),
     ],
 )

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sae.lm import replay
 from sae.stream.rows import RowStream
 from sae.training import flops
-from sae.training.estimate import _planned
 from sae.training.loop import Run
+from sae.training.shaping import planned
 from sae.training.trainer import CoderTrainer
 
 SMALL = {"coder.d_sae": 8, "coder.selection": {"type": "topk", "k": 2}}
@@ -57,7 +57,8 @@ def test_flops_of_the_model_are_those_that_are_counted(changes, model, tiny_trai
         code, said = tiny_train(changes, model=model)
     assert code == 0, said
     config = tiny_config(model, tiny_text, changes)
-    models, _, plans = _planned(config, False)
+    found = planned(config)
+    models, plans = found.passes.models, found.plans
     evaluated = config.eval.tokens * (2 if config.eval.every_steps else 1)
     expected = {"evaluation": flops.evaluation(config, models, plans) * evaluated}
     if config.needs_rows:
