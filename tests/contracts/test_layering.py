@@ -68,6 +68,15 @@ def operands(node: ast.Compare) -> list[ast.expr]:
     return [node.left, *node.comparators]
 
 
+def dotted(node: ast.expr) -> str:
+    """Returns a name as it is written, "a.b" or "a"; ".b" where it is one of something that has no name."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id if isinstance(node, ast.Name) else "", *reversed(parts)])
+
+
 def under(name: str, prefixes: str) -> bool:
     return any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes.split())
 
@@ -97,8 +106,9 @@ def imports(of_types: bool = True) -> list[tuple[str, str, str]]:
     """Returns (module, where, what it imports); `of_types`: also those for type checkers alone."""
     found = []
     for module, tree in TREES.items():
-        unseen = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
-        skipped = {id(node) for block in unseen for node in ast.walk(block)} if not of_types else set()
+        ifs = [n for n in ast.walk(tree) if isinstance(n, ast.If)] if not of_types else []
+        unseen = [n for n in ifs if "TYPE_CHECKING" in ast.unparse(n.test)]
+        skipped = {id(node) for block in unseen for node in ast.walk(block)}
         for node in ast.walk(tree):
             if id(node) not in skipped:
                 found += [(module, at(module, node), name) for _, name in imported(module, node)]
@@ -138,7 +148,7 @@ def strays() -> Iterator[str]:
                 yield f"{where} imports {name}, which only {who or 'nobody'} may: {why}"
     for module, tree in TREES.items():
         for node in ast.walk(tree):
-            used = isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed"
+            used = isinstance(node, ast.Attribute) and dotted(node) == "torch.distributed"
             if used and not under(module, "sae.parallel"):
                 yield f"{at(module, node)} uses torch.distributed, which only sae.parallel may"
 
@@ -159,10 +169,10 @@ def type_tests() -> Iterator[str]:
         names = {name: full for node in ast.walk(tree) for name, full in imported(module, node)}
         for node in ast.walk(tree):
             tested: list[ast.expr] = []
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            if isinstance(node, ast.Call) and dotted(node.func) in ("isinstance", "issubclass"):
                 tested = node.args[1:]
             elif isinstance(node, ast.Compare) and any(
-                isinstance(n, ast.Call) and ast.unparse(n.func) == "type" for n in operands(node)
+                isinstance(n, ast.Call) and dotted(n.func) == "type" for n in operands(node)
             ):
                 tested = operands(node)
             elif isinstance(node, ast.MatchClass):
@@ -180,21 +190,21 @@ def renames() -> Iterator[str]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and module != "sae.base.files":
                 of_path = node.func.attr == "replace" and len(node.args) == 1 and not node.keywords
-                if of_path or node.func.attr == "rename" or ast.unparse(node.func) in ("os.replace", "shutil.move"):
+                if of_path or node.func.attr == "rename" or dotted(node.func) in ("os.replace", "shutil.move"):
                     yield f"{at(module, node)} renames a file: base/files.py alone does, where flushing is right"
 
 
 def of_one_system() -> Iterator[str]:
     for module, tree in TREES.items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and POSIX.fullmatch(ast.unparse(node)):
-                yield f"{at(module, node)} uses {ast.unparse(node)}: Windows lacks it, or means something else by it"
+            if isinstance(node, ast.Attribute) and POSIX.fullmatch(dotted(node)):
+                yield f"{at(module, node)} uses {dotted(node)}: Windows lacks it, or means something else by it"
 
 
 def of_one_locale() -> Iterator[str]:
     for module, tree in TREES.items():
         for node in ast.walk(tree):
-            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            name = dotted(node.func) if isinstance(node, ast.Call) else ""
             binary = name == "open" and any(isinstance(n, ast.Constant) and "b" in str(n.value) for n in node.args)
             text = name == "open" or name.endswith((".read_text", ".write_text"))
             if text and not binary and "encoding=" not in ast.unparse(node):
