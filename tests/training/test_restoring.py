@@ -36,13 +36,19 @@ class Trainers:
         for tensor in self.whole.state()[0].values():  # no two numbers are equal
             tensor.copy_(torch.arange(first, first + tensor.numel()).view(tensor.shape))
             first += tensor.numel()
+        self._filled: dict[Shape, list[CoderTrainer]] = {}
 
     def fresh(self, mesh: Mesh) -> CoderTrainer:
         coder = new_part(self.config, self.begun, mesh.latents, "cpu")
         return CoderTrainer(coder, self.config.objectives, OptimConfig(**self.case.optim), Schedule(9, 900), mesh)
 
-    def filled(self, mesh: Mesh) -> CoderTrainer:
-        """Returns one that holds its rows of what the whole one holds."""
+    def filled(self, shape: Shape) -> list[CoderTrainer]:
+        """Returns those of all ranks of a mesh, to look at: each holds its rows of what the whole one holds."""
+        if shape not in self._filled:
+            self._filled[shape] = [self._with_rows(mesh) for mesh in pretended(shape)]
+        return self._filled[shape]
+
+    def _with_rows(self, mesh: Mesh) -> CoderTrainer:
         own, (tensors, values) = self.fresh(mesh), self.whole.state()
         cut = {}
         for name, tensor in tensors.items():
@@ -60,11 +66,11 @@ def write(folder, every: list[CoderTrainer]) -> None:
 
 
 def assert_read_back(trainers: Trainers, written: Shape, read: list[Shape], folder) -> None:
-    write(folder, [trainers.filled(mesh) for mesh in pretended(written)])
+    write(folder, trainers.filled(written))
     stored = restoring.load(folder)[0]["coder-0"]
     for shape in read:
-        for mesh in pretended(shape):
-            found, wanted = trainers.fresh(mesh), trainers.filled(mesh).state()
+        for filled in trainers.filled(shape):
+            found, wanted = trainers.fresh(filled.mesh), filled.state()
             found.load_state(restoring.Held(stored, found.rows), wanted[1])
             state = found.state()
             assert (state[0].keys(), state[1]) == (wanted[0].keys(), wanted[1])
@@ -125,7 +131,7 @@ def test_of_other_parts_values_the_entries_kept_are_those_of_as_many_latents():
 def test_a_rank_looks_at_its_rows_alone(tmp_path, monkeypatch):
     """What is read is what it keeps, and beside it what every rank has."""
     trainers = Trainers("rule topk")
-    write(tmp_path / "a", [trainers.filled(mesh) for mesh in pretended(Shape(data=3))])
+    write(tmp_path / "a", trainers.filled(Shape(data=3)))
     stored, looked = restoring.load(tmp_path / "a")[0]["coder-0"], []
     original = restoring.Stored.rows
     monkeypatch.setattr(
@@ -141,8 +147,7 @@ def test_a_rank_looks_at_its_rows_alone(tmp_path, monkeypatch):
 def test_every_row_is_copied_and_written_by_one_rank(name):
     trainers = Trainers(name)
     for shape in SHAPES:
-        every = [trainers.fresh(mesh) for mesh in pretended(shape)]
-        parts = [Part.of(own.state()[0], own.mesh, own.rows).tensors for own in every]
+        parts = [Part.of(own.state()[0], own.mesh, own.rows).tensors for own in trainers.filled(shape)]
         for key, tensor in trainers.whole.state()[0].items():
             rows = [row for part in parts for piece in part[key].pieces for row in piece]
             assert sorted(rows) == list(range(len(tensor) if tensor.dim() else 1)), (shape, key)
