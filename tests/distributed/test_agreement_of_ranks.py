@@ -64,17 +64,12 @@ def assert_alike(name, one, every):
         assert float(((got - wanted).double().abs() / size).amax()) <= 1e-9, (name, key)
 
 
-def test_some_kinds_on_three_ranks(alone, together):
-    found = together(SOME, Shape(data=3), 9, torch.float64)
-    for name in SOME:
-        assert_alike(name, alone(name, 9, torch.float64), found[name])
-    assert any(int(every[0]["auxk"]) for every in found.values()), "dead latents learn as well"
-
-
 @pytest.mark.parametrize("name", SOME)
-def test_some_kinds_on_ranks_that_hold_parts_of_a_coder(alone, name):
-    every = teams.together(Shape(1, 2, 2), lambda mesh: trained(cases()[name], 9, torch.float64, mesh))
-    assert_alike(name, alone(name, 9, torch.float64), every)
+def test_some_kinds_on_ranks_that_share_batches_or_hold_parts_of_a_coder(alone, name):
+    one = alone(name, 9, torch.float64)
+    for shape in (Shape(data=3), Shape(1, 2, 2)):
+        assert_alike(name, one, teams.together(shape, lambda mesh: trained(cases()[name], 9, torch.float64, mesh)))
+    assert int(one["auxk"]) or name.startswith("cross-layer"), "dead latents learn as well"
 
 
 @pytest.mark.slow
