@@ -3,7 +3,7 @@
 import json
 import random
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -41,6 +41,7 @@ def run_flow(flow, failure):
         replies = [Reply(failure=failure) for _ in some]
 
 
+@cache
 def ways(of_text):
     """Returns every scorer with each of the abilities that make it ask in another way; chats alone, or all."""
     found = []

@@ -61,7 +61,12 @@ MODULES = {
     for package in ("sae", "interp", "cli")
     for path in sorted((ROOT / package).rglob("*.py"))
 }
-TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """Returns the source of every module; not read by processes that run other tests."""
+    return {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
 
 
 def operands(node: ast.Compare) -> list[ast.expr]:
@@ -105,7 +110,7 @@ def imported(module: str, node: ast.AST) -> Iterator[tuple[str, str]]:
 def imports(of_types: bool = True) -> list[tuple[str, str, str]]:
     """Returns (module, where, what it imports); `of_types`: also those for type checkers alone."""
     found = []
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         ifs = [n for n in ast.walk(tree) if isinstance(n, ast.If)] if not of_types else []
         unseen = [n for n in ifs if "TYPE_CHECKING" in ast.unparse(n.test)]
         skipped = {id(node) for block in unseen for node in ast.walk(block)}
@@ -146,7 +151,7 @@ def strays() -> Iterator[str]:
         for module, where, name in imports(of_types=what not in ("torch.distributed", "openai", "transformers")):
             if under(name, what) and not under(module, who):
                 yield f"{where} imports {name}, which only {who or 'nobody'} may: {why}"
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for node in ast.walk(tree):
             used = isinstance(node, ast.Attribute) and dotted(node) == "torch.distributed"
             if used and not under(module, "sae.parallel"):
@@ -165,7 +170,7 @@ def circles() -> Iterator[str]:
 
 
 def type_tests() -> Iterator[str]:
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         names = {name: full for node in ast.walk(tree) for name, full in imported(module, node)}
         for node in ast.walk(tree):
             tested: list[ast.expr] = []
@@ -186,7 +191,7 @@ def type_tests() -> Iterator[str]:
 
 
 def renames() -> Iterator[str]:
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and module != "sae.base.files":
                 of_path = node.func.attr == "replace" and len(node.args) == 1 and not node.keywords
@@ -195,14 +200,14 @@ def renames() -> Iterator[str]:
 
 
 def of_one_system() -> Iterator[str]:
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and POSIX.fullmatch(dotted(node)):
                 yield f"{at(module, node)} uses {dotted(node)}: Windows lacks it, or means something else by it"
 
 
 def of_one_locale() -> Iterator[str]:
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for node in ast.walk(tree):
             name = dotted(node.func) if isinstance(node, ast.Call) else ""
             binary = name == "open" and any(isinstance(n, ast.Constant) and "b" in str(n.value) for n in node.args)
@@ -220,7 +225,7 @@ def long() -> Iterator[str]:
 
 def helpers() -> Iterator[str]:
     marks = dict.fromkeys(FAMILIES, "register_subclass(") | {"sae.formats": "def detect("}
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         family, _, name = module.rpartition(".")
         if family in marks and not name.startswith("_") and marks[family] not in ast.unparse(tree):
             yield f"{module} is no plug-in: its folder holds those alone, and the names of helpers begin with _"
