@@ -32,6 +32,21 @@ def test_memory_and_disk_of_a_real_run(config, n, tmp_path):
     assert written <= 1.5 * first["disk"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [["--parallel.latents", "2"], ["--parallel.sites", "2", "--activations.sites", "[layers.1, layers.2]"]],
+    ids=["latents", "sites"],
+)
+def test_memory_of_a_real_run_on_a_mesh(mesh, tmp_path):
+    """Beside pages of the files from which no rank has to hold the coders whole."""
+    first, second = peaks(2, [*WIDE, *mesh], tmp_path / "run")
+    mapped = sum(file.stat().st_size for file in (tmp_path / "run/coders").rglob("*.safetensors"))
+    print(first, second, mapped)
+    assert first["peak"] == pytest.approx(first["estimated"] + mapped, rel=0.1)
+    assert second["peak"] == pytest.approx(first["others"] + mapped, rel=0.1)
+
+
 def test_a_dry_run_of_several_ranks_says_what_one_of_them_takes(capsys, monkeypatch):
     monkeypatch.setattr("sae.training.estimate.measured_flops_per_s", lambda device: 1e11)
     found = []
