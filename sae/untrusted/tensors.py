@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sae.base.errors import DataError, nearest
 
-FINITE_CHUNK = 2**22  # numbers that are looked at together
+FINITE_CHUNK = 2**20  # numbers that are looked at together, for which some more bytes are taken than they have
 
 
 class Tensors(Mapping[str, Tensor]):
