@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 from cli.common import read_config
 from cli.recipes import config_path, configs, fields_of, first_lines, recipe
+from cli.train import main as train
 from interp.run.config import ExplainConfig
 from sae.base.errors import ConfigError
 from sae.base.settings import flat, read_yaml, to_yaml
@@ -213,3 +214,18 @@ def test_what_cannot_be_found_or_put_together_is_one_line(file, tmp_path, config
     with pytest.raises(ConfigError, match=message) as found:
         recipe(*paths)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.slow
+def test_the_mesh_for_a_node_of_eight_fits_its_gpus(tmp_path, capsys):
+    path = next(iter(configs("slurm").values()))
+    there = model_folder("meta-llama/Llama-3.1-8B", tmp_path)
+    assert train(["--config", str(path), "--model.name", there, "--dry-run", "--ranks", "8"]) == 0
+    told = capsys.readouterr()
+    printed = told.out + told.err
+    assert "mesh         sites 2 x data 1 x latents 4" in printed
+    assert "12,886,499,328 in the coders" in printed
+    told = re.search(r"a rank takes (\d+) GB, the run folder (\d+) GB", path.read_text(encoding="utf-8"))
+    peak, disk = re.search(r"([\d.]+) GB at the peak of rank 0", printed), re.search(r"disk +([\d.]+) GB", printed)
+    assert float(peak[1]) == pytest.approx(int(told[1]), abs=1), "some of it are the modules that tests import"
+    assert (int(told[1]) < 80, int(disk[1])) == (True, int(told[2]))
