@@ -11,6 +11,7 @@ nothing else. Rank numbers go through latents first, then data, then sites: what
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -112,7 +113,10 @@ def shape_of(parallel: ParallelConfig, n: int) -> Shape:
 
 
 def made(shape: Shape) -> Mesh:
-    """Returns the mesh of such a shape with a group of ranks for every axis; all ranks must call it."""
+    """Returns the mesh of such a shape with a group of ranks for every axis; all ranks must call it.
+
+    ConfigError if what moves tensors between them cannot do what an axis needs.
+    """
     if shape.sites == shape.latents == 1:
         return of_data()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,10 +124,22 @@ def made(shape: Shape) -> Mesh:
         device, (shape.sites, shape.data, shape.latents), mesh_dim_names=("sites", "data", "latents")
     )
     teams = init_device_mesh(device, (shape.sites, shape.data * shape.latents), mesh_dim_names=("sites", "team"))
-    return Mesh(
-        *(_axis(axes, name) for name in ("sites", "data", "latents")),
-        team=_axis(teams, "team"),
-    )
+    sites, data, latents = (_axis(axes, name) for name in ("sites", "data", "latents"))
+    if sites.moves:
+        check_exchange(sites, device)
+    return Mesh(sites, data, latents, team=_axis(teams, "team"))
+
+
+def check_exchange(sites: Axis, device: str) -> None:
+    """Raises ConfigError, on all ranks, if a backend has no all-to-all, which brings rows to groups along sites."""
+    one_each = torch.zeros(sites.world_size, device=device)
+    try:
+        dist.all_to_all_single(torch.empty_like(one_each), one_each, group=sites.group)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"parallel.sites: {sites.world_size} groups exchange rows by all-to-all, which their backend cannot "
+            f"({' '.join(str(error).split())[:120]}); join them by gloo or nccl, or set it to 1"
+        ) from error
 
 
 def last_of(shape: Shape) -> Mesh:
