@@ -91,10 +91,11 @@ def own_memory() -> dict[int | str, int]:
     return {name: int(USED * size) for name, size in free.items()}
 
 
-def memory_of_rank(device: torch.device) -> int:
-    """Returns the bytes that a rank has where it trains: of its GPU, or its part of the host's."""
+def memory_of_rank(device: torch.device, spread: bool) -> int:
+    """Returns the bytes that a rank has: of its GPU, of all of its GPUs if models are spread, or of the host."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        own = ranks.own_gpus() if spread else [device]
+        return sum(torch.cuda.get_device_properties(gpu).total_memory for gpu in own)
     return psutil.virtual_memory().total // ranks.on_this_host()
 
 

@@ -14,7 +14,7 @@ import torch
 from sae.base.errors import ConfigError
 from sae.base.room import Need, check_room, existing, taken
 from sae.base.units import data_size, duration
-from sae.lm.devices import MAPS, memory_of_rank, resolve_device
+from sae.lm.devices import MAPS, resolve_device
 from sae.lm.models import DTYPES, LanguageModel, ModelConfig
 from sae.lm.placement import bytes_by_device
 from sae.parallel.ledger import Moved
@@ -25,7 +25,7 @@ from sae.training.config import TrainConfig
 from sae.training.dealing import shape_for
 from sae.training.footprint import FLOAT, Footprint, copies, footprint
 from sae.training.planning import CoderPlan
-from sae.training.shaping import deal, planned, process_bytes
+from sae.training.shaping import deal, planned, process_bytes, room_of_rank
 from sae.training.traffic import Traffic, traffic
 
 LESS = {
@@ -218,7 +218,7 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False, ranks: int | 
         process_bytes(),
         held[0],
         max(held, key=lambda one: one.peak(measures=False)),
-        memory_of_rank(device),
+        room_of_rank(config),
         disk,
         shutil.disk_usage(existing(Path(config.run_dir or "."))).free,
         cached,

@@ -75,6 +75,11 @@ def process_bytes() -> int:
     return psutil.Process().memory_info().rss + LATER
 
 
+def room_of_rank(config: TrainConfig) -> int:
+    """Returns the bytes of memory that a rank has where it trains, if each is like this process."""
+    return memory_of_rank(resolve_device(config.model.device), "device_map" in config.model.kwargs)
+
+
 def shape_of_run(config: TrainConfig, n: int, trust_remote_code: bool = False, passed: bool = False) -> Shape:
     """Returns the mesh of the n ranks of a run, which all must ask for; ConfigError as `deal` raises it.
 
@@ -82,14 +87,25 @@ def shape_of_run(config: TrainConfig, n: int, trust_remote_code: bool = False, p
     """
     if config.parallel.named:
         return shape_for(config, n)
+    open_ = f"parallel.{'latents' if config.parallel.sites else 'sites'}: 0 leaves the choice to an estimate"
     if passed:
-        field = "latents" if config.parallel.sites else "sites"
         raise ConfigError(
-            f"parallel.{field}: 0 leaves the choice to an estimate, which knows models and activations by their names "
-            "alone; name a number, or pass no model and no activations"
+            f"{open_}, which knows models and activations by their names alone; name a number, or pass neither"
         )
-    found = agreement.agreed(lambda: vars(deal(config, planned(config, trust_remote_code), n).shape))
-    return Shape(**found)
+
+    def decide() -> dict[str, int]:
+        try:
+            return vars(deal(config, planned(config, trust_remote_code), n).shape)
+        except ConfigError:
+            raise
+        except Exception as error:  # of a model that cannot be traced without its weights
+            raise ConfigError(f"{open_}, and there is none ({_line(error)}); name a number") from error
+
+    return Shape(**agreement.agreed(decide))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def deal(config: TrainConfig, found: Planned, n: int) -> Deal:
@@ -100,7 +116,7 @@ def deal(config: TrainConfig, found: Planned, n: int) -> Deal:
     possible = _possible(config, found, n)
     if config.parallel.named:
         return possible[0]
-    room = memory_of_rank(resolve_device(config.model.device))
+    room = room_of_rank(config)
     held = [_held(config, found, one) for one in possible]
     fitting = [one for one, size in zip(possible, held, strict=True) if size <= room]
     if not fitting:
@@ -112,10 +128,8 @@ def deal(config: TrainConfig, found: Planned, n: int) -> Deal:
     best = min(even, key=lambda one: (moved[one.shape], one.shape.latents, one.shape.sites))
     along_data = moved.get(Shape(data=n), 0)
     beside = f" (data alone {data_size(along_data)})" if along_data > moved[best.shape] else ""
-    why = (
-        f"of {len(possible)} meshes {len(fitting)} fit the {data_size(room)} of a rank, {len(even)} share work evenly; "
-    )
-    why += f"of these it moves least, {data_size(moved[best.shape])} to a rank in a step{beside}"
+    why = f"of {len(possible)} meshes {len(fitting)} fit the {data_size(room)} of a rank, {len(even)} share work evenly"
+    why += f"; of these it moves least, {data_size(moved[best.shape])} to a rank in a step{beside}"
     return replace(best, reason=why)
 
 

@@ -1,6 +1,8 @@
 """Ranks that are threads of this process: real groups of gloo, without the seconds that a process takes to start."""
 
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -31,10 +33,16 @@ def together(shape: Shape, work: Callable[[Mesh], T]) -> list[T]:
         thread.start()
     for rank, thread in enumerate(threads):
         thread.join(PATIENCE.total_seconds() + 10)
-        assert not thread.is_alive(), f"rank {rank} of {shape} hangs"
+        assert not thread.is_alive(), f"rank {rank} of {shape} hangs at\n{_where(thread)}"
     if faults:
         raise faults[0]
     return [found[rank] for rank in range(n)]
+
+
+def _where(thread: threading.Thread) -> str:
+    """Returns what a thread is in, the collective last."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return "".join(traceback.format_stack(frame)[-6:])
 
 
 def pretended(shape: Shape) -> list[Mesh]:

@@ -35,7 +35,7 @@ def found(tmp_path, monkeypatch):
     monkeypatch.setattr(shaping, "process_bytes", lambda: 0)
 
     def run(plans, n, room=10**12, parallel=OPEN):
-        monkeypatch.setattr(shaping, "memory_of_rank", lambda device: room)
+        monkeypatch.setattr(shaping, "memory_of_rank", lambda device, spread: room)
         config = replace(tiny_config(tmp_path, tmp_path, {"activations.lanes": 64}), parallel=parallel)
         made = deal(config, planned(*plans), n)
         return made.shape, made.reason, config
@@ -86,3 +86,13 @@ def test_an_estimate_knows_nothing_of_what_is_passed(tmp_path):
     config = replace(tiny_config(tmp_path, tmp_path), parallel=OPEN)
     with pytest.raises(ConfigError, match=r"^parallel\.sites: 0 leaves the choice to an estimate, .*; name a number"):
         shape_of_run(config, 4, passed=True)
+
+
+def test_of_a_model_that_cannot_be_traced_there_is_no_estimate(tmp_path, monkeypatch):
+    def untraceable(*given):
+        raise RuntimeError("no shape\nis known")
+
+    monkeypatch.setattr(shaping, "planned", untraceable)
+    config = replace(tiny_config(tmp_path, tmp_path), parallel=ParallelConfig(1, 0))
+    with pytest.raises(ConfigError, match=r"^parallel\.latents: 0 .*, and there is none \(no shape is known\); name a"):
+        shape_of_run(config, 4)
