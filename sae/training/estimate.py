@@ -25,7 +25,7 @@ from sae.training.config import TrainConfig
 from sae.training.dealing import shape_for
 from sae.training.footprint import FLOAT, Footprint, copies, footprint
 from sae.training.planning import CoderPlan
-from sae.training.shaping import deal, planned, process_bytes, room_of_rank
+from sae.training.shaping import deal, planned, process_bytes, room_of_rank, work
 from sae.training.traffic import Traffic, traffic
 
 LESS = {
@@ -35,7 +35,7 @@ LESS = {
     "step": "less with more ranks along data, or fewer micro_batch_tokens",
     "snapshot": "less with more ranks",
     "statistics": "of rank 0; less with fewer activations.statistics_tokens",
-    "evaluation": "the same on every rank",
+    "evaluation": "less where coders are dealt or cut, by parallel.sites or parallel.latents",
 }
 """By what holds memory: what makes it less."""
 
@@ -68,8 +68,12 @@ class Estimate:
     """Bytes of disk that are free there."""
     cached: int
     """Bytes in the cache, if the text is as long as the run is and nothing of it is there yet."""
+    groups: dict[str, int]
+    """By coder, the place along sites of the ranks that train it."""
     flops: float
-    """Of all ranks."""
+    """Of all ranks, but for what ranks along latents compute alike."""
+    busiest: float
+    """Of the rank that has the most to do."""
     flops_per_s: float
     """Of one rank, as measured here."""
     steps: int
@@ -101,8 +105,8 @@ class Estimate:
 
     @property
     def compute_s(self) -> float:
-        """Returns the seconds of a step's FLOPs at the measured speed, the evaluation's shared out over steps."""
-        return self.flops / self.ranks / self.flops_per_s / self.steps
+        """Returns the seconds of a step of the busiest rank, at the measured speed, the evaluation's shared out."""
+        return self.busiest / self.flops_per_s / self.steps
 
     @property
     def seconds(self) -> float:
@@ -122,6 +126,7 @@ class Estimate:
             "ranks": self.ranks,
             "shape": vars(self.shape),
             "memory": self.memory,
+            "memory_largest": {"process": self.process, **self.largest.parts()},
             "peak_memory": self.peak_memory,
             "peak_memory_others": self.peak_memory_others,
             "traffic": moved,
@@ -134,7 +139,7 @@ class Estimate:
         parts = ", ".join(f"{name} {data_size(value)}" for name, value in self.memory.items())
         peak = f"{data_size(self.peak_memory)} at the peak"
         if self.ranks > 1:
-            peak += f" of rank 0, {data_size(self.peak_memory_others)} of each other"
+            peak += f" of rank 0, at most {data_size(self.peak_memory_others)} of any other"
         return [
             f"sites        {', '.join(f'{name} (d {d})' for name, d in self.widths.items())}",
             f"parameters   {self.lm_parameters:,} in the model, {self.coder_parameters:,} in the coders",
@@ -164,10 +169,7 @@ class Estimate:
 
     def _exchange(self) -> list[str]:
         moved = self.traffic
-        along = [
-            f"along {axis}{' ' * (7 - len(axis))} {_told(one)}, over {one.ranks} ranks"
-            for axis, one in moved.by_axis.items()
-        ]
+        along = [f"  {axis:11}{_told(one)}, over {one.ranks} ranks" for axis, one in moved.by_axis.items()]
         return [
             f"mesh         {self.shape}{f': {self.reason}' if self.reason else ''}",
             f"exchange     {_told(moved)}, by a rank in a step",
@@ -179,7 +181,7 @@ class Estimate:
 
 def _told(moved: Traffic | Moved) -> str:
     sent, came, count = (_between(*ends) for ends in (moved.sent, moved.received, moved.collectives))
-    return f"{sent} B sent, {came} B received, in {count} collectives"
+    return f"{sent} B sent, {came} B received, in {count} collective{'s' * (count != '1')}"
 
 
 def _between(least: float, most: float) -> str:
@@ -206,9 +208,14 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False, ranks: int | 
     disk, cached = disk_needed(config, plans, found.widths)
     flops = flops_of.reading(config, passes.models) * (stored or config.tokens) if passes.models else 0.0
     flops += flops_of.SPARSELY * config.tokens * sum(map(flops_of.encoding, plans))
-    flops += flops_of.end_to_end(config, passes.models, plans, ranks) * config.tokens if config.needs_rows else 0
+    flops += (
+        flops_of.end_to_end(config, passes.models, plans, mesh.shape.data) * config.tokens if config.needs_rows else 0
+    )
     times = 1 + ((config.steps - 1) // config.eval.every_steps if config.eval.every_steps else 0)
-    flops += flops_of.evaluation(config, passes.models, plans) * config.eval.tokens * times
+    evaluated = flops_of.evaluation(config, passes.models, plans) * config.eval.tokens * times
+    busiest = work(config, found, mesh) * config.tokens + evaluated / ranks
+    if stored and passes.models:  # that are read once, however often a token is trained on
+        busiest += flops_of.reading(config, passes.models) * (stored - config.tokens) / ranks
     device = resolve_device(config.model.device)
     return Estimate(
         mesh.shape,
@@ -222,7 +229,9 @@ def estimate(config: TrainConfig, trust_remote_code: bool = False, ranks: int | 
         disk,
         shutil.disk_usage(existing(Path(config.run_dir or "."))).free,
         cached,
-        flops,
+        {plan.name: group for plan, group in zip(plans, mesh.groups, strict=True)},
+        flops + evaluated,
+        busiest,
         measured_flops_per_s(device),
         config.steps,
         traffic(config, plans, mesh.shape, mesh.groups),

@@ -32,7 +32,7 @@ from sae.training.callbacks import Callbacks, Listener
 from sae.training.config import TrainConfig
 from sae.training.loop import Run, TrainResult
 from sae.training.preparing import load_models, set_up, set_up_tensors
-from sae.training.shaping import shape_of_run
+from sae.training.shaping import mesh_of_run
 from sae.training.start import AUTO, begin, check_shared, mark
 from sae.training.subject import check_store
 
@@ -96,9 +96,10 @@ def train(
             check_shared(folder)
             check_writable(cache_dir(), "SAE_CACHE")
             passed = given is not None or activations is not None
-            mesh = made(shape_of_run(config, ranks.world_size(), trust_remote_code, passed))
-            if mesh.cuts:
-                log.info("mesh         %s", mesh.shape)
+            shape, reason = mesh_of_run(config, ranks.world_size(), trust_remote_code, passed)
+            mesh = made(shape)
+            if mesh.cuts or reason:
+                log.info("mesh         %s%s", shape, f": {reason}" if reason else "")
             with agreement.together():
                 name = config.log.tracker if ranks.rank() == 0 else "none"
                 tracker = Tracker(name, config.log.project, folder.name, draccus.encode(config))

@@ -2,11 +2,12 @@
 
 What a mesh is worth depends on how fast its ranks reach each other, which nobody knows beforehand. So of the meshes
 that fit a rank's memory, those are looked at whose busiest rank computes hardly more than that of any other; of these,
-the one that moves the fewest bytes in a step is the best.
+those that move hardly more bytes in a step than any other; and of these the one of fewest collectives is the best.
 """
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 
 import psutil
 from torch._subclasses import FakeTensorMode
@@ -19,18 +20,19 @@ from sae.lm.models import untrained
 from sae.lm.site import SECOND
 from sae.parallel import agreement
 from sae.parallel.mesh import ParallelConfig, Shape
+from sae.parallel.ranks import Share
 from sae.stream.tensors import stored_at
 from sae.training import flops
 from sae.training.config import TrainConfig
-from sae.training.dealing import dealt, shape_for
-from sae.training.footprint import Passes, footprint, weights_dtype
+from sae.training.dealing import dealt, shape_for, units
+from sae.training.footprint import Part, Passes, footprint, weights_dtype
 from sae.training.planning import CoderPlan, plan_run, plan_tensors, with_model_named
 from sae.training.subject import of_tensors
 from sae.training.traffic import traffic
 
 LATER = 80_000_000  # measured: model code, the tokenizer and pictures, which come after the estimate
 NEAR = 1.1
-"""Times the least work of the busiest rank, up to which that of another mesh is as good."""
+"""Times the least, up to which the work of the busiest rank, or what it moves, is as good."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,12 @@ def planned(config: TrainConfig, trust_remote_code: bool = False) -> Planned:
     return Planned(Passes(models), widths, plans)
 
 
+@cache
 def process_bytes() -> int:
-    """Returns the bytes of a rank that do not depend on the config: the interpreter and its libraries."""
+    """Returns the bytes of a rank that do not depend on the config: the interpreter and its libraries.
+
+    Those of the first time that it is asked, so that all estimates of a process choose alike.
+    """
     return psutil.Process().memory_info().rss + LATER
 
 
@@ -80,32 +86,34 @@ def room_of_rank(config: TrainConfig) -> int:
     return memory_of_rank(resolve_device(config.model.device), "device_map" in config.model.kwargs)
 
 
-def shape_of_run(config: TrainConfig, n: int, trust_remote_code: bool = False, passed: bool = False) -> Shape:
-    """Returns the mesh of the n ranks of a run, which all must ask for; ConfigError as `deal` raises it.
+def mesh_of_run(
+    config: TrainConfig, n: int, trust_remote_code: bool = False, passed: bool = False
+) -> tuple[Shape, str]:
+    """Returns the mesh of the n ranks of a run, and why it is that one; all must ask. ConfigError as `deal` raises it.
 
     `passed` says that a model or activations were passed beside the config, of which no estimate knows.
     """
-    if config.parallel.named:
-        return shape_for(config, n)
-    open_ = f"parallel.{'latents' if config.parallel.sites else 'sites'}: 0 leaves the choice to an estimate"
+    said = config.parallel
+    if said.named or n == 1:
+        return shape_for(replace(config, parallel=ParallelConfig(said.sites or 1, said.latents or 1)), n), ""
+    left = f"parallel.{'latents' if said.sites else 'sites'}: 0 leaves the choice to an estimate"
     if passed:
         raise ConfigError(
-            f"{open_}, which knows models and activations by their names alone; name a number, or pass neither"
+            f"{left}, which knows models and activations by their names alone; name a number, or pass neither"
         )
 
-    def decide() -> dict[str, int]:
+    def decide() -> tuple[dict[str, int], str]:
         try:
-            return vars(deal(config, planned(config, trust_remote_code), n).shape)
+            found = deal(config, planned(config, trust_remote_code), n)
         except ConfigError:
             raise
         except Exception as error:  # of a model that cannot be traced without its weights
-            raise ConfigError(f"{open_}, and there is none ({_line(error)}); name a number") from error
+            told = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{left}, and there is none ({told}); name a number") from error
+        return vars(found.shape), found.reason
 
-    return Shape(**agreement.agreed(decide))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    shape, reason = agreement.agreed(decide)
+    return Shape(**shape), reason
 
 
 def deal(config: TrainConfig, found: Planned, n: int) -> Deal:
@@ -114,7 +122,7 @@ def deal(config: TrainConfig, found: Planned, n: int) -> Deal:
     ConfigError if there is none.
     """
     possible = _possible(config, found, n)
-    if config.parallel.named:
+    if len(possible) == 1:
         return possible[0]
     room = room_of_rank(config)
     held = [_held(config, found, one) for one in possible]
@@ -122,14 +130,16 @@ def deal(config: TrainConfig, found: Planned, n: int) -> Deal:
     if not fitting:
         why = f"none of {len(possible)} meshes fits the {data_size(room)} of a rank; this one takes least"
         return replace(possible[held.index(min(held))], reason=why)
-    work = [_work(config, found, one) for one in fitting]
-    even = [one for one, size in zip(fitting, work, strict=True) if size <= NEAR * min(work)]
-    moved = {one.shape: traffic(config, found.plans, one.shape, one.groups).received[1] for one in even}
-    best = min(even, key=lambda one: (moved[one.shape], one.shape.latents, one.shape.sites))
-    along_data = moved.get(Shape(data=n), 0)
-    beside = f" (data alone {data_size(along_data)})" if along_data > moved[best.shape] else ""
+    works = [work(config, found, one) for one in fitting]
+    even = [one for one, size in zip(fitting, works, strict=True) if size <= NEAR * min(works)]
+    moved = {one.shape: traffic(config, found.plans, one.shape, one.groups) for one in even}
+    most = {shape: told.received[1] for shape, told in moved.items()}
+    frugal = [one for one in even if most[one.shape] <= NEAR * min(most.values())]
+    best = min(frugal, key=lambda one: (moved[one.shape].collectives[1], most[one.shape]))
+    along_data = most.get(Shape(data=n), 0)
+    beside = f" (data alone {data_size(along_data)})" if along_data > most[best.shape] else ""
     why = f"of {len(possible)} meshes {len(fitting)} fit the {data_size(room)} of a rank, {len(even)} share work evenly"
-    why += f"; of these it moves least, {data_size(moved[best.shape])} to a rank in a step{beside}"
+    why += f"; of these it moves least, at the most {data_size(most[best.shape])} to a rank in a step{beside}"
     return replace(best, reason=why)
 
 
@@ -156,10 +166,16 @@ def _held(config: TrainConfig, found: Planned, one: Deal) -> int:
     return process_bytes() + max(part.peak(measures=not group) for group, part in enumerate(parts))
 
 
-def _work(config: TrainConfig, found: Planned, one: Deal) -> float:
-    """Returns the FLOPs of a step of the busiest rank, of every token of a batch."""
-    loads = [0.0] * one.shape.sites
-    for plan, group in zip(found.plans, one.groups, strict=True):
-        loads[group] += flops.of_coder(config, found.passes.models, plan)
-    reading = flops.reading(config, found.passes.models) / one.shape.size if found.passes.models else 0.0
-    return reading + max(loads) / (one.shape.data * one.shape.latents)
+def work(config: TrainConfig, found: Planned, one: Deal) -> float:
+    """Returns the FLOPs of a step of the busiest rank, by the token of a batch: its part of it, and of its coders.
+
+    Every rank along latents runs the model, where a loss does, on all tokens of its group.
+    """
+    shape, models, (count, _) = one.shape, found.passes.models, units(config)
+    reads, trains = (len(Share(n - 1, n).of(count)) / count for n in (shape.size, shape.data))
+    loads = []
+    for group in range(shape.sites):
+        own = [plan for plan, place in zip(found.plans, one.groups, strict=True) if place == group]
+        load = sum(flops.SPARSELY * flops.encoding(plan) * Part.of(plan, shape).latents / plan.d_sae for plan in own)
+        loads.append(load + (flops.end_to_end(config, models, own, shape.data) if config.needs_rows else 0.0))
+    return (flops.reading(config, models) * reads if models else 0.0) + max(loads) * trains

@@ -57,7 +57,9 @@ class Traffic:
 
 
 def traffic(config: TrainConfig, plans: list[CoderPlan], shape: Shape, groups: list[int] | None = None) -> Traffic:
-    """Returns what a step moves in which no token is left out, of coders so dealt to groups (none: all to the first).
+    """Returns what a step moves, of coders so dealt to groups (none: all to the first).
+
+    That is of one in which no token is left out, but for those of `skip_positions`.
 
     A step that has to be repeated, since it had no room for all entries, moves all but rows once more.
     """
@@ -67,11 +69,12 @@ def traffic(config: TrainConfig, plans: list[CoderPlan], shape: Shape, groups: l
 
 def _of_group(config: TrainConfig, plans: list[CoderPlan], shape: Shape, groups: list[int], group: int) -> Traffic:
     count, of = units(config)
-    tokens = len(Share(shape.data - 1, shape.data).of(count)) * of
-    ledger = Ledger(shape, tokens, config.batch_tokens, DTYPES[config.precision])
+    kept = of - config.activations.skip_positions if config.needs_rows else of
+    tokens = len(Share(shape.data - 1, shape.data).of(count)) * kept
+    ledger = Ledger(shape, tokens, count * kept, DTYPES[config.precision])
     if config.needs_rows:
         exchange.moves(ledger, [TEXT * of] * shape.sites, group, count)
-    exchange.moves(ledger, row_bytes(config, plans, groups, shape.sites), group, count, of)
+    exchange.moves(ledger, row_bytes(config, plans, groups, shape.sites), group, count, kept)
     for plan, place in zip(plans, groups, strict=True):
         if place == group:
             _of_coder(ledger, plan, config)
@@ -86,10 +89,10 @@ def _of_coder(ledger: Ledger, plan: CoderPlan, config: TrainConfig) -> None:
     schedule = Schedule(config.steps, config.dead_after, product_dtype=DTYPES[config.precision])
     trainer = CoderTrainer(coder, plan.coder.objectives, plan.optim, schedule, mesh)
     n, tile = ledger.tokens, tile_tokens(plan.d_sae, resolve_device(config.model.device))
-    micro = min(n, -(-config.micro_batch_tokens // ledger.shape.data) or n)
+    micro = -(-config.micro_batch_tokens // ledger.shape.data) or config.batch_tokens
     if config.needs_rows:
         context = config.text.context_length
-        micro = max(1, micro // context) * context
+        micro = max(1, micro // context) * (context - config.activations.skip_positions)
     ways = [(-(-n // micro), n // micro * -(-micro // tile) + -(-(n % micro) // tile))]
     if trainer.chooser.cuts() is not None and not config.needs_rows:  # where most entries are kept, a tile at a time
         fine = -(-n // min(micro, tile))

@@ -225,7 +225,7 @@ def test_the_mesh_for_a_node_of_eight_fits_its_gpus(tmp_path, capsys):
     printed = told.out + told.err
     assert "mesh         sites 2 x data 1 x latents 4" in printed
     assert "12,886,499,328 in the coders" in printed
-    told = re.search(r"a rank takes (\d+) GB, the run folder (\d+) GB", path.read_text(encoding="utf-8"))
+    told = re.search(r"a rank takes (\d+) GB, .* the run folder (\d+) GB", path.read_text(encoding="utf-8"))
     peak, disk = re.search(r"([\d.]+) GB at the peak of rank 0", printed), re.search(r"disk +([\d.]+) GB", printed)
     assert float(peak[1]) == pytest.approx(int(told[1]), abs=1), "some of it are the modules that tests import"
     assert (int(told[1]) < 80, int(disk[1])) == (True, int(told[2]))

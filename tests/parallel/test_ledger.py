@@ -78,13 +78,15 @@ def data_decides(plan: CoderPlan) -> set[str]:
 def drawn(mesh, config, plans) -> ActivationBatch:
     """Returns what a rank has read of a batch."""
     count, of = units(config)
-    n = len(mesh.lanes.of(count)) * of
+    kept = of - config.activations.skip_positions if config.needs_rows else of
+    n = len(mesh.lanes.of(count)) * kept
     sites = {name: torch.randn(n, site.width) for plan in plans for name, site in plan.sites.items()}
     graded = {s.name: torch.randn(n, s.width) for p in plans if p.spec.selection.gradient_loss for s in p.writes}
     text = None
     if config.needs_rows:
-        rows = n // CONTEXT
-        text = TextBatch(torch.zeros(rows, CONTEXT, dtype=torch.int32), torch.ones(rows, CONTEXT, dtype=torch.bool))
+        keep = torch.ones(n // kept, CONTEXT, dtype=torch.bool)
+        keep[:, : of - kept] = False
+        text = TextBatch(torch.zeros(keep.shape, dtype=torch.int32), keep)
     return ActivationBatch(sites, graded, torch.zeros(n, dtype=torch.int64), text)
 
 
@@ -95,7 +97,7 @@ def batch_of(plan, batch: ActivationBatch, config, data: int) -> Batch:
     if batch.text is None:
         return Batch(x, y, gradients)
     rows = max(1, -(-config.micro_batch_tokens // data) // CONTEXT)
-    sizes = tuple(map(len, x.split(rows * CONTEXT)))
+    sizes = tuple(map(len, x.split(rows * (CONTEXT - config.activations.skip_positions))))
     splice = lambda i, made: Spliced(torch.zeros(len(made), 4), made[:, :4], torch.zeros(len(made)).long())  # noqa: E731
     return Batch(x, y, gradients, sizes, splice)
 

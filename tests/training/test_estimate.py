@@ -69,7 +69,7 @@ def test_a_dry_run_of_several_ranks_says_what_they_exchange(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert " of rank 0, " in lines[2]
     found = {line[:13].rstrip(): line[13:] for line in lines}
-    assert list(found)[-6:] == ["mesh", "exchange", "along data", "along all", "seconds", "limits"]
+    assert list(found)[-6:] == ["mesh", "exchange", "  data", "  all", "seconds", "limits"]
     assert found["seconds"].startswith("683 steps x (")
     assert found["mesh"] == "sites 1 x data 2 x latents 1"
     assert " of memory, " in found["limits"]

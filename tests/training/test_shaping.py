@@ -14,7 +14,7 @@ from sae.training.config import CoderConfig
 from sae.training.footprint import Passes, footprint
 from sae.training.optim import OptimConfig
 from sae.training.planning import CoderPlan
-from sae.training.shaping import Planned, deal, shape_of_run
+from sae.training.shaping import Deal, Planned, deal, mesh_of_run, work
 from sae.training.traffic import traffic
 
 OPEN, RULE = ParallelConfig(0, 0), TopK(4)
@@ -85,7 +85,8 @@ def test_what_is_named_stays_and_what_cannot_be_cut_is_whole(found):
 def test_an_estimate_knows_nothing_of_what_is_passed(tmp_path):
     config = replace(tiny_config(tmp_path, tmp_path), parallel=OPEN)
     with pytest.raises(ConfigError, match=r"^parallel\.sites: 0 leaves the choice to an estimate, .*; name a number"):
-        shape_of_run(config, 4, passed=True)
+        mesh_of_run(config, 4, passed=True)
+    assert mesh_of_run(config, 1, passed=True) == (Shape(), "")  # the only one
 
 
 def test_of_a_model_that_cannot_be_traced_there_is_no_estimate(tmp_path, monkeypatch):
@@ -95,4 +96,27 @@ def test_of_a_model_that_cannot_be_traced_there_is_no_estimate(tmp_path, monkeyp
     monkeypatch.setattr(shaping, "planned", untraceable)
     config = replace(tiny_config(tmp_path, tmp_path), parallel=ParallelConfig(1, 0))
     with pytest.raises(ConfigError, match=r"^parallel\.latents: 0 .*, and there is none \(no shape is known\); name a"):
-        shape_of_run(config, 4)
+        mesh_of_run(config, 4)
+
+
+def test_the_busiest_rank_has_whole_lanes_and_whole_latents(tmp_path):
+    config = tiny_config(tmp_path, tmp_path, {"activations.lanes": 64, "batch_tokens": 128})
+    one = plan("coder", 1000)
+
+    def share(shape):
+        return work(config, planned(one), Deal(shape, [0])) / work(config, planned(one), Deal(Shape(), [0]))
+
+    assert share(Shape(data=4)) == 1 / 4
+    assert share(Shape(data=48)) == 2 / 64
+    assert share(Shape(latents=3)) == pytest.approx(334 / 1000)
+    assert share(Shape(data=48, latents=3)) == pytest.approx(2 / 64 * 334 / 1000)
+
+
+def test_ranks_along_latents_all_run_the_model_of_a_loss_on_it(tiny_model, tiny_text):
+    config = tiny_config(tiny_model, tiny_text, {"coder.objectives": {"kl": {"type": "kl", "weight": 1.0}}})
+    found = shaping.planned(config)
+    alone, data, latents = (
+        work(config, found, Deal(shape, [0])) for shape in (Shape(), Shape(data=2), Shape(latents=2))
+    )
+    assert data == pytest.approx(alone / 2)
+    assert latents > 0.8 * alone
