@@ -104,6 +104,7 @@ def test_a_number_is_the_latent_of_that_id_as_typed_and_in_a_config(explain, tmp
     assert len({*asked} - {7}) == 5  # beside what the command before was about
 
 
+@pytest.mark.slow
 def test_shards_are_merged_and_runs_compared(explain, tmp_path, made):
     for shard in ("1/2", "2/2"):
         assert explain("one", *SMALL, "--run-dir", tmp_path / "a", "--shard", shard)[0] == 0

@@ -196,6 +196,7 @@ def test_they_are_chosen_by_name_and_set_by_field(command, tmp_path, capsys):
         assert error_of(capsys.readouterr().err).startswith(error)
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_their_prompts_and_counts_them(command, tmp_path, server, capsys):
     before = len(server.calls)
     assert command(tmp_path / "run", "--dry-run", "--null=0") == 0
@@ -238,6 +239,7 @@ def test_tables_and_the_report_tell_of_them_with_null_and_lift(run_dir):
     assert figures["lift"]["low"] is not None
 
 
+@pytest.mark.slow
 def test_what_is_there_is_asked_no_more_and_what_is_lost_comes_back_the_same(command, run_dir, server, capsys):
     before = (run_dir / "results.parquet").read_bytes(), len(server.calls)
     assert command(run_dir) == 0
@@ -251,6 +253,7 @@ def test_what_is_there_is_asked_no_more_and_what_is_lost_comes_back_the_same(com
     assert before == ((run_dir / "results.parquet").read_bytes(), len(server.calls))
 
 
+@pytest.mark.slow
 def test_they_are_compared_and_exported(run_dir, tmp_path, capsys):
     found = tmp_path / "compared.json"
     assert main(["compare", str(run_dir), str(run_dir), "--tokens=2000", "--json", str(found)]) == 0

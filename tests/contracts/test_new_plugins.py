@@ -172,7 +172,10 @@ def changes(family, name):
     }[family]
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name == "sign" else name for name in NEW])
+QUICK = ("batch_share", "bilinear", "small")  # one of each kind but the optimizer, which `test_optimizers.py` looks at
+
+
+@pytest.fixture(params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NEW])
 def plugged(request, tmp_path, monkeypatch):
     """The name of a plug-in whose file has just been put into the folder of its family."""
     family, source, _ = NEW[request.param]
@@ -248,7 +251,11 @@ def test_it_trains_and_goes_where_all_others_go(plugged, tiny_train, tiny_text, 
 
 
 @pytest.mark.parametrize("layout", ["crosscoder", pytest.param("cross_layer", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("plugged", ["half_max", "soft", "batch_share"], indirect=True)
+@pytest.mark.parametrize(
+    "plugged",
+    [pytest.param("half_max", marks=pytest.mark.slow), pytest.param("soft", marks=pytest.mark.slow), "batch_share"],
+    indirect=True,
+)
 def test_a_new_rule_trains_in_coders_of_several_sites(plugged, layout, tiny_train, tmp_path):
     sites = {"activations.sites": ["layers.0", "layers.1"], "coder.layout": layout}
     code, printed = tiny_train(sites | {"coder.selection": {"type": plugged}})

@@ -130,6 +130,7 @@ def test_a_step_with_a_loss_or_gradient_that_is_not_finite_changes_nothing(monke
     assert all(torch.equal(value, before[0][name]) for name, value in tensors.items())
 
 
+@pytest.mark.slow
 def test_a_coder_that_fails_does_not_hold_up_the_others(tmp_path, monkeypatch, tiny_train):
     original, calls = Reconstruction.loss, Counter[int]()
 

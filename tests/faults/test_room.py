@@ -57,7 +57,7 @@ def test_what_lies_in_the_folder_already_needs_no_more_room(tmp_path, tiny_train
     assert code == 0, printed
 
 
-@pytest.mark.parametrize(("free", "kept"), [("before", [5]), ("after", [5, 10])])
+@pytest.mark.parametrize(("free", "kept"), [pytest.param("before", [5], marks=pytest.mark.slow), ("after", [5, 10])])
 def test_a_disk_that_fills_up_loses_no_checkpoint_and_the_run_goes_on(
     tmp_path, monkeypatch, tiny_train, room, free, kept
 ):

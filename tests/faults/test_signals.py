@@ -31,7 +31,6 @@ PHASES = {
     "the last evaluation": (sae.training.loop, "evaluate_all", 3, [15, 20]),
 }
 """What a run can be doing: a function that is called then (where, name, which call), and the checkpoints it leaves."""
-QUICK = ("a step",)
 LONG_PHASES = [phase for phase in PHASES_OF_RANKS if phase != "the last evaluation"]
 """Of ranks. Their last evaluation is over before rank 0 is let go: there is nothing left to stop."""
 
@@ -58,7 +57,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     ("phase", "number"),
     [
-        *(pytest.param(p, signal.SIGTERM, marks=() if p in QUICK else pytest.mark.slow) for p in PHASES),
+        *(pytest.param(p, signal.SIGTERM, marks=pytest.mark.slow) for p in PHASES),
         pytest.param("a step", signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param("a step", signal.SIGINT, marks=pytest.mark.slow),
     ],

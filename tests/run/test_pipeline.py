@@ -136,6 +136,7 @@ def test_stopped_and_continued_is_the_same_and_pays_nothing_twice(coder, prepare
     same_as_whole(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_what_failed_is_counted_and_done_again_on_request(coder, prepared, tmp_path):
     ill = [True]
 

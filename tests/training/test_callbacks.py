@@ -200,7 +200,7 @@ def test_what_a_callback_raises_ends_a_run_that_goes_on_as_if_nothing_had_happen
     assert_equal(run, whole)
 
 
-@pytest.mark.parametrize(("hook", "call"), [("on_evaluate", 3), ("on_end", 1)])
+@pytest.mark.parametrize(("hook", "call"), [pytest.param("on_evaluate", 3, marks=pytest.mark.slow), ("on_end", 1)])
 def test_what_is_raised_after_the_end_loses_nothing(config, tmp_path, whole, hook, call):
     with pytest.raises(ValueError, match="mine") as caught:
         sae.train(config, run_dir=tmp_path, callbacks=[raising(hook, call, ValueError("mine"))])
@@ -329,7 +329,7 @@ def test_a_class_a_function_and_any_object_with_a_hook_are_callbacks(config, tmp
     assert heard == [("function", 1), *(("class", step) for step in (3, 6, 9, 10)), ("object", 10)]
 
 
-@pytest.mark.parametrize("how", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("how", [pytest.param(torch.no_grad, marks=pytest.mark.slow), torch.inference_mode])
 def test_a_run_within_no_grad_is_the_same(config, tmp_path, whole, how):
     with how():
         sae.train(config, run_dir=tmp_path)
@@ -349,6 +349,7 @@ def test_a_run_in_a_thread_is_the_same_and_sets_no_signals(config, tmp_path, who
     assert set(seen) == {before}
 
 
+@pytest.mark.slow
 def test_interrupting_twice_in_python_raises_and_leaves_a_run_that_goes_on(config, tmp_path, whole):
     def twice(hook, number, moment):
         if moment.step == 5:
@@ -375,6 +376,7 @@ def test_progress_tells_every_stage_of_a_run(config, tmp_path):
     assert {"fvu", "l0", "dead", "tokens_per_s"} == last.figures.keys()
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_process_as_it_was(config, tmp_path):
     def state():
         root = logging.getLogger()
@@ -386,6 +388,7 @@ def test_a_run_leaves_the_process_as_it_was(config, tmp_path):
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+@pytest.mark.slow
 def test_silence_is_silence(config, tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.setattr("sae.base.progress.SECONDS_BETWEEN_LINES", 0.0)
     sae.train(config, run_dir=tmp_path, progress=False)

@@ -126,6 +126,7 @@ def test_folders_that_were_filled_apart_are_copied_into_one_twice_without_harm(
     }
 
 
+@pytest.mark.slow
 def test_a_store_in_the_cache_is_one_too(tiny_model, tiny_text, tiny_train, reads):
     changes = stored("")
     for number in (1, 2):
@@ -360,6 +361,7 @@ def test_an_estimate_tells_of_the_store_and_makes_none(tmp_path, tiny_train, no_
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stores_nothing(made, tiny_train, no_model):
     code, printed = tiny_train(options=("--resume", made / "live", "--store-only"))
     assert (code, error_of(printed)) == (2, "--resume: goes without --store-only")
