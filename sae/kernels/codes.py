@@ -24,7 +24,11 @@ __all__ = [
     "where",
 ]
 
-PAD = -1e30  # pre-activation of an entry that only fills a buffer: it fires nowhere, and its gradient is 0
+PAD = -(2.0**99)
+"""Pre-activation of an entry that only fills a buffer: it fires nowhere, and its gradient is 0.
+
+A power of 2, so that it is found again after it was bfloat16.
+"""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

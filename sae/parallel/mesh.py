@@ -9,11 +9,13 @@ nothing else. Rank numbers go through latents first, then data, then sites: what
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from sae.base.errors import ConfigError
 from sae.parallel.ranks import ITSELF, Axis, Share, everyone
@@ -124,10 +126,20 @@ def made(shape: Shape) -> Mesh:
         device, (shape.sites, shape.data, shape.latents), mesh_dim_names=("sites", "data", "latents")
     )
     teams = init_device_mesh(device, (shape.sites, shape.data * shape.latents), mesh_dim_names=("sites", "team"))
+    wait = _timeout(dist.group.WORLD, device)  # DeviceMesh gives its groups torch's own, half an hour
+    for mesh, name in ((axes, "sites"), (axes, "data"), (axes, "latents"), (teams, "team")):
+        if wait:
+            _set_pg_timeout(wait, mesh[name].get_group())
     sites, data, latents = (_axis(axes, name) for name in ("sites", "data", "latents"))
     if sites.moves:
         check_exchange(sites, device)
     return Mesh(sites, data, latents, team=_axis(teams, "team"))
+
+
+def _timeout(group: ProcessGroup | None, device: str) -> timedelta | None:
+    """Returns how long a collective of a group may take, if its backend tells."""
+    options = getattr(group._get_backend(torch.device(device)), "options", None) if group else None
+    return getattr(options, "_timeout", None)
 
 
 def check_exchange(sites: Axis, device: str) -> None:

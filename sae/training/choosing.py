@@ -228,7 +228,8 @@ class Chooser:
 
     def _filled_up(self, counts: Tensor, places: Tensor, ids: Tensor, known: Tensor) -> Choice:
         """Returns the entries of a buffer; those at a place below 0 fill it up, and belong to the last row."""
-        pads, offsets = places < 0, offsets_of(counts)
+        pads = places < 0
+        offsets = offsets_of(counts).clamp_max(len(places))  # without room for all, the step is repeated
         offsets[-1:] = len(places)
         last = self.coder.spec.d_sae - 1
         return Choice(offsets, torch.where(pads, last, ids), torch.where(pads, PAD, known), self.exact)

@@ -73,10 +73,8 @@ class Run:
         self.stream = setting.subject.open_stream(setting.config, self.source, setting.mesh.lanes)
         self.exchange = setting.exchange()
         self.carrier = Carrier(setting.subject.device)
-        several = setting.mesh.sites.moves
-        self.hearing = Hearing(self.trainers, [plan.name for plan in setting.plans], several)
-        hooked = bool(told.hooks["on_step"])
-        self.heard_each_step = collectives.any_rank(hooked) if several else hooked
+        self.hearing = Hearing(self.trainers, [plan.name for plan in setting.plans], setting.mesh.sites.moves)
+        self.heard_each_step = collectives.any_rank(bool(told.hooks["on_step"]))  # what is heard may move: all or none
         self.bad_steps = 0
         self.saver = Saver(self.folder, setting.config.checkpoints.keep, saved)
         self.ended: Ended | None = None

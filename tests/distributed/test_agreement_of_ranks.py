@@ -8,11 +8,12 @@ import torch
 from rigs import teams
 from rigs.children import Child, ranks, sae_train
 from rigs.fakes import tiny_config
-from rigs.sharing import bounds, cases, train_all, trained
+from rigs.sharing import Case, bounds, cases, train_all, trained
 
 from sae.base.files import load_tensors, save_tensors
 from sae.base.settings import to_yaml
-from sae.parallel.mesh import Shape
+from sae.kernels.codes import PAD
+from sae.parallel.mesh import Mesh, Shape
 from sae.parallel.ranks import rank, world_size
 from sae.training.trainer import CoderTrainer
 
@@ -70,6 +71,36 @@ def test_some_kinds_on_ranks_that_share_batches_or_hold_parts_of_a_coder(alone, 
     for shape in (Shape(data=3), Shape(1, 2, 2)):
         assert_alike(name, one, teams.together(shape, lambda mesh: trained(cases()[name], 9, torch.float64, mesh)))
     assert int(one["auxk"]) or name.startswith("cross-layer"), "dead latents learn as well"
+
+
+ROUNDED = ["rule topk", "rule jumprelu", "term multi_topk"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ROUNDED else pytest.param(n, marks=pytest.mark.slow) for n in cases() if n.startswith(("rule", "term"))],
+)
+def test_parts_of_a_coder_are_trained_as_all_of_it_where_products_are_bfloat16(name):
+    """Entries that only fill a buffer up are known by their number: it must outlive that precision."""
+    train = partial(trained, cases()[name], 9, torch.float32, products=torch.bfloat16)
+    one, exact = train(Mesh()), trained(cases()[name], 9, torch.float32, Mesh())
+    torch.testing.assert_close(one["loss"], exact["loss"], rtol=0.02, atol=0)
+    for held in teams.together(Shape(latents=2), train):
+        torch.testing.assert_close(held["loss"], one["loss"], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_fills_a_buffer_up_is_found_in_every_precision(dtype):
+    for back in (torch.float32, torch.float64):
+        assert float(torch.tensor(PAD, dtype=dtype).to(back)) == PAD
+
+
+@pytest.mark.parametrize("shape", [Shape(latents=2), Shape(1, 2, 2)], ids=str)
+def test_a_rank_that_has_more_of_the_best_than_room_has_all_repeat_the_step(shape):
+    case = Case(rule="topk", options={"k": 4, "k_start": 40}, width=400)
+    one = trained(case, 4, torch.float64, Mesh())
+    one = {key: value for key, value in one.items() if not key.startswith("gradient.")}  # those are of the first try
+    assert_alike("k_start", one, teams.together(shape, lambda mesh: trained(case, 4, torch.float64, mesh)))
 
 
 @pytest.mark.slow

@@ -129,7 +129,9 @@ def bounds(step: int, n: int, total: int) -> list[int]:
     return cuts
 
 
-def trained(case: Case, steps: int, dtype: torch.dtype, mesh: Mesh | None = None) -> dict[str, Tensor]:
+def trained(
+    case: Case, steps: int, dtype: torch.dtype, mesh: Mesh | None = None, products: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Returns what this rank has of a training: losses, weights, counters, and the gradients of the first step.
 
     Of a coder that is cut over ranks, what all have together. Alone, every batch is taken whole. Without a mesh all
@@ -138,7 +140,7 @@ def trained(case: Case, steps: int, dtype: torch.dtype, mesh: Mesh | None = None
     mesh = mesh or of_data()
     several = mesh.team.world_size > 1
     lm = _language_model(dtype) if case.reads == (OF_MODEL,) else None
-    trainer = new_trainer(case, steps, dtype, mesh, lm)
+    trainer = new_trainer(case, steps, dtype, mesh, lm, products)
     lines, gradients = [], {}
     for step in range(steps):
         lines.append(trainer.step(share(case, trainer, lm, step, several), step))
@@ -153,9 +155,14 @@ def trained(case: Case, steps: int, dtype: torch.dtype, mesh: Mesh | None = None
 
 
 def new_trainer(
-    case: Case, steps: int, dtype: torch.dtype, mesh: Mesh, lm: LanguageModel | None = None
+    case: Case,
+    steps: int,
+    dtype: torch.dtype,
+    mesh: Mesh,
+    lm: LanguageModel | None = None,
+    products: torch.dtype | None = None,
 ) -> CoderTrainer:
-    """Returns a trainer of what this rank holds of an untrained coder."""
+    """Returns a trainer of what this rank holds of an untrained coder; `products` are computed in that type."""
     seen = _activations(lm, 1000, dtype)[0]
     coder_config = case.config()
     recipe = Recipe(coder_config.normalization, 10.0, coder_config.center, coder_config.balance_sites)
@@ -163,7 +170,7 @@ def new_trainer(
     found = measure(sample, case.reads, case.writes, MaskSpec(), recipe)
     coder = new_part(coder_config, Begun.of(coder_config, found), mesh.latents, "cpu").to(dtype)
     micro = case.micro * (mesh.team.world_size > 1) * (lm is None)
-    schedule = Schedule(steps, dead_after_tokens=3 * TOKENS, micro_batch_tokens=micro)
+    schedule = Schedule(steps, dead_after_tokens=3 * TOKENS, micro_batch_tokens=micro, product_dtype=products)
     optim = OptimConfig(lr=3e-3, **case.optim)
     return CoderTrainer(coder, coder_config.objectives, optim, schedule, mesh)
 

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -17,7 +18,12 @@ from rigs.runs import assert_equal, checkpoints, lines
 
 import sae
 from sae.base.errors import Stopped
+from sae.objectives.l0 import L0
+from sae.objectives.reconstruction import Reconstruction
+from sae.parallel.mesh import ParallelConfig
+from sae.selection.jumprelu import JumpReLU
 from sae.training.callbacks import HOOKS, Moment
+from sae.training.trainer import CoderTrainer
 
 STEPS = 10
 CHANGES = {
@@ -33,6 +39,7 @@ CHANGES = {
 }
 CALLS = {"on_step": 10, "on_evaluate": 3, "on_save": 4, "on_end": 1}
 """How often each hook is called in a run that nothing disturbs."""
+JUMPS = {"reconstruction": Reconstruction(), "l0": L0(target_l0=2.0)}
 
 
 @pytest.fixture
@@ -278,6 +285,39 @@ def test_an_error_on_the_first_rank_ends_all_of_them(config, tmp_path, error):
     assert codes == [0, 0], told
     assert run("undisturbed", False, None)[0] == [0, 0]
     assert_equal(tmp_path / "run", tmp_path / "undisturbed")
+
+
+def hear_on_the_first_rank_alone(config, folder, latents):
+    """The work of a rank: trains with a callback on the first alone, where a step meets NaN and others lack room."""
+    original = CoderTrainer.step
+
+    def step(self, batch, index):
+        if index == 4 and os.environ["RANK"] == "1":
+            batch.x[0, 0] = float("nan")
+        with pytest.MonkeyPatch.context() as patch:
+            if index == 6:
+                patch.setattr(self.chooser, "_room", lambda n: 1)
+            return original(self, batch, index)
+
+    CoderTrainer.step = step
+    heard = []
+    config = replace(
+        config, max_bad_steps=2, parallel=ParallelConfig(1, latents), eval=replace(config.eval, every_steps=0)
+    )
+    callbacks = [lambda moment: heard.append(moment.step)] if os.environ["RANK"] == "0" else []
+    sae.train(config, run_dir=folder, callbacks=callbacks)
+    print(f"heard {len(heard)}", flush=True)
+    return 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("latents", [1, 2])
+def test_a_callback_of_the_first_rank_alone_hears_steps_that_are_repeated_or_wrong(config, tmp_path, latents):
+    config = replace(config, coder=replace(config.coder, selection=JumpReLU(), objectives=JUMPS), grid={})
+    work = partial(hear_on_the_first_rank_alone, config, tmp_path / "run", latents)
+    children = [Child(tmp_path / f"{env['RANK']}.txt", work, env) for env in ranks(2)]
+    assert [child.wait() for child in children] == [0, 0], [child.output for child in children]
+    assert "heard 10" in children[0].output
 
 
 class Unknown(sae.Callback):
