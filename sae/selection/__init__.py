@@ -158,6 +158,10 @@ class Selection(Plugin):
         """Returns how many latents of a token fire, at most or on average, if the constants say it."""
         return None
 
+    def l0_at_first(self, m: float) -> float:
+        """Returns how many of m latents are expected to fire for a token at the first step."""
+        return float(self.implied_l0 or self.fires_at_first * m)
+
     def competes(self, calibrated: bool) -> str:
         """Returns `over`, or what is so once training has found a calibration."""
         return self.over
@@ -328,6 +332,10 @@ class Budget(Selection):
     def implied_l0(self) -> int | None:
         """Returns k."""
         return self.k
+
+    def l0_at_first(self, m: float) -> float:
+        """Returns the k of the first step."""
+        return float(self.k_at(0.0))
 
     def best_of(self, m: int) -> "tuple[int, Budget] | None":
         """Returns all m and the rule itself, if it `ranks`."""

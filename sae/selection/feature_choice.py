@@ -245,8 +245,9 @@ class FeatureChoice(MutualChoice):
         return torch.where(state["mean.weight"] > 0, mean_of(state), NEVER)
 
     def report(self, state: dict[str, Tensor]) -> dict[str, float]:
-        """Returns the curve."""
-        found = state if "zipf.r2" in state else _as_state(self.curve(state["density"]))
+        """Returns the curve, if all densities are known, or it is remembered."""
+        fitted = "zipf.r2" in state or "density" not in state
+        found = state if fitted else _as_state(self.curve(state["density"]))
         return {name: float(value) for name, value in found.items() if name.startswith("zipf.")}
 
     def _is_mutual(self, moment: Moment) -> bool:

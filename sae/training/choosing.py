@@ -276,8 +276,14 @@ class Chooser:
         return tuple(float(value) for value in known), None
 
     def report(self, states: list[dict[str, Tensor]] | None = None) -> dict[str, float]:
-        """Returns what is worth logging of what is remembered, or was; the mean over the groups that know it."""
-        reports = [self.rule.report(state) for state in states or self.states]
+        """Returns what is worth logging of what is remembered, or was; the mean over the groups that know it.
+
+        Where ranks hold other latents, of the numbers alone that all of them have.
+        """
+        known = states or self.states
+        if self.coder.shard:
+            known = [{name: value for name, value in state.items() if not value.dim()} for state in known]
+        reports = [self.rule.report(state) for state in known]
         found = {name: [report[name] for report in reports if name in report] for report in reports for name in report}
         return {name: sum(values) / len(values) for name, values in found.items()}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae.base.sums import in_float64
 from sae.coder.coder import SparseCoder
+from sae.coder.spec import CoderSpec
 from sae.objectives import Objective, Spliced
 from sae.parallel import collectives
 from sae.parallel.ranks import Axis
@@ -101,6 +102,11 @@ class Heard:
     def to_json(self) -> dict[str, float]:
         """Returns it as plain values."""
         return asdict(self)
+
+
+def at_first(spec: CoderSpec) -> float:
+    """Returns how many entries of a token a coder, or a part of one, is expected to keep at the first step."""
+    return spec.n_blocks * spec.selection.l0_at_first(spec.d_sae / spec.n_blocks)
 
 
 @dataclass(frozen=True)

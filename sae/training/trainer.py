@@ -23,7 +23,7 @@ from sae.parallel.ledger import Ledger
 from sae.parallel.mesh import Mesh, of_data
 from sae.training.choosing import Chooser, Chosen
 from sae.training.optim import Average, OptimConfig, Updater, normalize_decoder
-from sae.training.step import Batch, Figures, Heard, Planned, Sums
+from sae.training.step import Batch, Figures, Heard, Planned, Sums, at_first
 
 LEAST_RESIDUAL = 1e-6  # of the variance: a batch of one token has none, and AuxK divides by it
 
@@ -76,11 +76,9 @@ class CoderTrainer:
         self.multipliers = {name: torch.ones((), **float64) for name in self.objectives}
         self._stuck = torch.zeros((), dtype=torch.bool, device=device)
         self._on_its_way: list[tuple[Planned, Figures]] = []
-        share = coder.whole.selection.fires_at_first
-        own, every = (spec.selection.implied_l0 or share * spec.d_sae for spec in (coder.spec, coder.whole))
         self.count, self.tokens_before = 0, 0  # of the steps given so far, and of the last of them
         self.heard: dict[int, Heard] = {}
-        self.heard[-2] = self.heard[-1] = Heard(float(own), float(every))
+        self.heard[-2] = self.heard[-1] = Heard(at_first(coder.spec), at_first(coder.whole))
 
     @property
     def dead(self) -> Bool[Tensor, "d_sae"]:

@@ -8,13 +8,14 @@ import torch
 from rigs import teams
 from rigs.children import Child, ranks, sae_train
 from rigs.fakes import tiny_config
-from rigs.sharing import Case, bounds, cases, train_all, trained
+from rigs.sharing import Case, D, bounds, cases, new_trainer, train_all, trained
 
 from sae.base.files import load_tensors, save_tensors
 from sae.base.settings import to_yaml
 from sae.kernels.codes import PAD
 from sae.parallel.mesh import Mesh, Shape
 from sae.parallel.ranks import rank, world_size
+from sae.training.step import Batch
 from sae.training.trainer import CoderTrainer
 
 SOME = ["fewer entries than latents", "cross-layer mutual_choice", "rows, mutual"]
@@ -129,6 +130,40 @@ def test_every_kind_in_float32(alone, together, shape):
         for key in (key for key in one if key.startswith("gradient.")):
             assert float((every[0][key] - one[key]).norm()) <= 1e-5 * float(one[key].norm()) + 1e-12, (name, key)
             assert torch.equal(every[1][key], every[0][key])
+
+
+def test_ranks_repeat_the_step_for_which_one_of_them_had_no_room(monkeypatch):
+    """All entries of a token are one rank's, and from the seventh step on the other's, which expects none."""
+    repeated, given = [], CoderTrainer._given
+
+    def seen(self, planned, careful=False):
+        if careful:
+            repeated.append((planned.index, self.mesh.latents.rank))
+        return given(self, planned, careful)
+
+    def losses(mesh):
+        trainer = new_trainer(Case(options={"k": 4}, width=400), 20, torch.float64, mesh)
+        rows = torch.randn(400, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        rows[:, 0] = torch.where(torch.arange(400) < 200, 5.0, -5.0)
+        own = mesh.latents.of(400)
+        for weight in (trainer.coder.W_enc, trainer.coder.W_dec):
+            weight.data.copy_((rows / rows.norm(dim=1, keepdim=True))[own.start : own.stop])
+        figures = []
+        for step in range(8):
+            x = torch.randn(256, D, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            x[:, 0] = 6 if step < 6 else -6
+            figures.append(trainer.step(Batch(x, x), step))
+        trainer.settle()
+        return [found["loss"] for found in figures]
+
+    monkeypatch.setattr(CoderTrainer, "_given", seen)
+    one = losses(Mesh())
+    assert not repeated, "one process has room for all"
+    for found in teams.together(Shape(latents=2), losses):
+        assert found == pytest.approx(one, rel=1e-9)
+    steps = [[step for step, rank in repeated if rank == own] for own in (0, 1)]
+    assert steps[0] == steps[1]
+    assert 6 in steps[0]
 
 
 def keep_batches(folder):

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 from rigs.fakes import measured, tiny_lm
+from rigs.sharing import Case
+from rigs.sharing import new_trainer as of_case
+from rigs.sharing import trained as run_of
 from rigs.teams import together
 
 from sae.base import zipf
@@ -15,7 +18,7 @@ from sae.coder.coder import SparseCoder
 from sae.coder.initialization import initialize
 from sae.coder.normalization import Normalization
 from sae.coder.spec import CoderSpec
-from sae.kernels.codes import Entries
+from sae.kernels.codes import Entries, where
 from sae.kernels.largest import top_ids
 from sae.lm.hooks import capture_with_gradients, hooked
 from sae.lm.masking import MaskSpec
@@ -242,6 +245,30 @@ def test_a_batch_without_tokens_teaches_nothing():
         for name, value in trainer.chooser.state().items():
             assert torch.equal(value, before[name]), name
         assert trainer.multipliers == multipliers
+
+
+def test_ranks_that_were_given_no_token_yet_report_no_curve():
+    """One of them holds no latent: there is nothing that it could fit a curve to."""
+
+    def figures(mesh):
+        trainer = of_case(Case(rule="feature_choice", options={"k": 1}, width=2), 3, torch.float32, mesh)
+        return dict(trainer.step(Batch(torch.zeros(0, 24), torch.zeros(0, 24)), 0))
+
+    for found in together(Shape(latents=3), figures):
+        assert found["tokens"] == 0
+        assert "zipf.r2" not in found
+
+
+@pytest.mark.slow
+def test_jumprelu_with_products_in_bfloat16_is_what_it_is_without_buffers(monkeypatch):
+    run = partial(run_of, Case(rule="jumprelu"), 10, torch.float32, products=torch.bfloat16)
+    found = run()
+
+    def without(self, scores, compared, cuts):
+        return self.coder.chosen(scores, *where(compared > cuts), self.exact)
+
+    monkeypatch.setattr(Chooser, "_above", without)
+    torch.testing.assert_close(found["loss"], run()["loss"], rtol=1e-5, atol=0)
 
 
 def test_budgets_follow_the_curve_by_density():
