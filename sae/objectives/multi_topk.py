@@ -46,22 +46,23 @@ class MultiTopK(Objective):
     def entries(self, spec: CoderSpec) -> int:
         """Returns the larger k; of every block, where each chooses for itself."""
         groups = 1 if spec.budget == "shared" else spec.n_blocks
-        return groups * (self.k or 4 * (spec.rule.implied_l0 or 0))
+        return groups * self._k(spec)
+
+    def _k(self, spec: CoderSpec) -> int:
+        return self.k or 4 * (spec.rule.implied_l0 or 0)
 
     def choose(self, coder: SparseCoder, scores: Float[Tensor, "n d_sae"], begun: Any) -> Choice | None:
         """Returns the largest entries of every token."""
         compared = scores * coder.decoder_norms().detach() if coder.spec.select_by_decoder_norm else scores
-        found = best(
-            scores, compared, self.k or 4 * (coder.whole.rule.implied_l0 or 0), coder.rule_groups(), coder.cuts
-        )
+        found = best(scores, compared, self._k(coder.whole), coder.rule_groups(), coder.cuts)
         known = found.known.masked_fill(~found.kept, PAD).flatten()
         return Choice(*by_rows(found.ids), known)
 
     def moves(self, ledger: Ledger, coder: SparseCoder) -> None:
         """Writes down the lists of the larger k, and what these latents make of the output."""
-        k = self.k or 4 * (coder.whole.rule.implied_l0 or 0)
+        compared = torch.float32 if coder.spec.select_by_decoder_norm else ledger.dtype
         for cut in coder.cuts if coder.shard else ():
-            moves_lists(ledger, cut, k, torch.float32 if coder.spec.select_by_decoder_norm else ledger.dtype)
+            moves_lists(ledger, cut, self._k(coder.whole), compared)
         moves_output(ledger, coder.d_out, coder.dtype)
 
     def loss(self, step: Step) -> Float[Tensor, ""]:

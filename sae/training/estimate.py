@@ -160,12 +160,12 @@ class Estimate:
         """Returns what there is of memory and of disk, the scarcer one first, and what takes most of the memory."""
         rank = self.footprint if self.peak_memory >= self.peak_memory_others else self.largest
         name, size = max(rank.parts().items(), key=lambda part: part[1])
-        told = {
-            self._most / self.room: f"{data_size(self._most)} of {data_size(self.room)} of memory, {data_size(size)} "
-            f"of that the {name} ({LESS[name]})",
-            self.disk / self.free: f"{data_size(self.disk)} of {data_size(self.free)} of disk",
-        }
-        return f"limits       {'; '.join(told[share] for share in sorted(told, reverse=True))}"
+        memory = f"{data_size(self._most)} of {data_size(self.room)} of memory, {data_size(size)} of that the {name}"
+        disk = f"{data_size(self.disk)} of {data_size(self.free)} of disk"
+        told = [f"{memory} ({LESS[name]})", disk]
+        if self.disk * self.room > self._most * self.free:
+            told.reverse()
+        return f"limits       {'; '.join(told)}"
 
     def _exchange(self) -> list[str]:
         moved = self.traffic

@@ -32,7 +32,6 @@ TEXT = 2 * 4  # bytes of a position of text: a token, and whether it counts
 class Traffic:
     """What one rank moves in a step: of all, one of the group that moves most, with the most tokens and latents."""
 
-    shape: Shape
     by_axis: dict[str, Moved]
     """Of those axes along which something moves."""
 
@@ -79,7 +78,7 @@ def _of_group(config: TrainConfig, plans: list[CoderPlan], shape: Shape, groups:
         if place == group:
             _of_coder(ledger, plan, config)
     ledger.summed("all", (4 if shape.sites == 1 else 8))  # flags: to end; that a coder of another group went wrong
-    return Traffic(shape, {axis: ledger.moved[axis] for axis in AXES if axis in ledger.moved})
+    return Traffic({axis: ledger.moved[axis] for axis in AXES if axis in ledger.moved})
 
 
 def _of_coder(ledger: Ledger, plan: CoderPlan, config: TrainConfig) -> None:
